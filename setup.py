@@ -1,15 +1,22 @@
 """Distribution ceed_vla: what pip, uv and colcon install. (`package.xml` tells ROS the same.)"""
 
 import re
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 NAME = "ceed_vla"
-PACKAGES = ("ceed_vla", "training", "sim", "ros_nodes")
 HERE = Path(__file__).resolve().parent
-SOURCE = (HERE / NAME / "__init__.py").read_text(encoding="utf-8")  # to import it needs what is installed here
+# folders of the repository that install inside `ceed_vla`
+BESIDE = (
+    "training",
+    "sim",
+    "ros_nodes",
+)
+# to import it needs what is installed here
+SOURCE = (HERE / NAME / "__init__.py").read_text(encoding="utf-8")
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)
 # The versions that work together; constraints.txt has the exact ones that were tested.
 REQUIREMENTS = [
@@ -41,12 +48,20 @@ ROS_WHEELS = (
     "ros-std-srvs>=5.3,<6",
     "ros-trajectory-msgs>=5.3,<6",
 )
-WITH_WHEELS = "platform_machine == 'x86_64' and sys_platform == 'linux'"  # elsewhere ROS comes from apt
+WITH_WHEELS = (  # elsewhere ROS comes from apt
+    "platform_machine == 'x86_64' and sys_platform == 'linux'"
+)
 EXTRAS = {
     # The policy and simulation nodes. On a robot rclpy and the messages are the distribution's.
     "ros2": [*(f"{wheel}; {WITH_WHEELS}" for wheel in ROS_WHEELS), "mcap-ros2-support>=0.5.5,<1"],
     # Checkpoints of other families (OpenVLA, image-text-to-text models, pi0-FAST) and LoRA.
-    "vlm": ["num2words>=0.5.14,<0.6", "peft>=0.18,<1", "scipy>=1.14,<2", "sentencepiece>=0.2", "timm>=1,<2"],
+    "vlm": [
+        "num2words>=0.5.14,<0.6",
+        "peft>=0.18,<1",
+        "scipy>=1.14,<2",
+        "sentencepiece>=0.2",
+        "timm>=1,<2",
+    ],
     # Meta-World's tasks, --env.type=ceed_metaworld; the next version wants a MuJoCo of its own.
     "metaworld": ["metaworld==3.0.0"],
     "test": [
@@ -67,26 +82,74 @@ EXTRAS = {
     "lint": ["mypy>=1.16", "pre-commit>=4.2", "ruff>=0.12"],
 }
 
+
+def link_folders() -> None:
+    """Let ``ceed_vla/<name>`` lead to each folder beside it, so that a clone imports without being
+    built.
+
+    Editors and type checkers need the links, and so does colcon's ``--symlink-install``, which puts
+    a link to ``ceed_vla`` alone into its build folder. Git ignores them; wheels are made without.
+    """
+    for name in BESIDE:
+        link = HERE / NAME / name
+        if (HERE / name).is_dir() and not link.exists():
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path("..") / name, target_is_directory=True)
+
+
+def folder_of(name: str) -> str:
+    """Where the files of ``ceed_vla.<name>`` are, from the folder that is built in."""
+    return name if Path(name).is_dir() else f"{NAME}/{name}"
+
+
+def packages() -> list[str]:
+    """All packages by their installed names."""
+    inside = find_packages(
+        include=[NAME, f"{NAME}.*"], exclude=[f"{NAME}.{name}*" for name in BESIDE]
+    )
+    beside = [
+        ".".join((NAME, name, *found.split("."))) if found else f"{NAME}.{name}"
+        for name in BESIDE
+        for found in ("", *find_packages(folder_of(name)))
+    ]
+    return [*inside, *beside]
+
+
+with suppress(OSError):  # a file system without links; wheels need none
+    link_folders()
+
 DATA_FILES = [
     ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
     (f"share/{NAME}", ["package.xml"]),
     (f"share/{NAME}/launch", sorted(glob("launch/*.launch.py"))),
-    (f"share/{NAME}/launch/config", sorted(glob("launch/config/*.yaml") + glob("launch/config/*.xml"))),
+    (
+        f"share/{NAME}/launch/config",
+        sorted(glob("launch/config/*.yaml") + glob("launch/config/*.xml")),
+    ),
 ]
 
 setup(
     name=NAME,
     version=VERSION,
-    description="Vision-language-action policies that decode their action tokens in parallel (CEED-VLA)",
+    description=(
+        "Vision-language-action policies that decode their action tokens in parallel (CEED-VLA)"
+    ),
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="CEED-VLA maintainers",
     license="Apache-2.0",
     python_requires=">=3.12,<3.14",
-    packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
+    packages=packages(),
+    package_dir={f"{NAME}.{name}": folder_of(name) for name in BESIDE},
     package_data={
-        NAME: ["py.typed", "pretrained/**/*.safetensors", "pretrained/**/*.json", "pretrained/**/*.md", "help/*.json"],
-        "sim": ["tabletop/*.xml"],
+        NAME: [
+            "py.typed",
+            "pretrained/**/*.safetensors",
+            "pretrained/**/*.json",
+            "pretrained/**/*.md",
+            "help/*.json",
+        ],
+        f"{NAME}.sim": ["tabletop/*.xml"],
     },
     data_files=[(folder, files) for folder, files in DATA_FILES if files],
     install_requires=REQUIREMENTS,
@@ -94,8 +157,8 @@ setup(
     entry_points={
         "console_scripts": [
             "ceed-vla = ceed_vla.cli:main",
-            "policy_node = ros_nodes.robot.policy_node:main",
-            "sim_node = ros_nodes.simulated.sim_node:main",
+            "policy_node = ceed_vla.ros_nodes.robot.policy_node:main",
+            "sim_node = ceed_vla.ros_nodes.simulated.sim_node:main",
         ]
     },
     zip_safe=False,

@@ -1,11 +1,13 @@
-"""What choosing the layers of every forward is worth at best: an oracle of programs (CoLa, arXiv 2507.07996).
+"""What choosing the layers of every forward is worth at best: an oracle of programs (CoLa, arXiv
+2507.07996).
 
     python -m benchmarks.programs --policy.path student --roots DATA --frames 80 > programs.json
 
-A beam search skips and repeats layers for every frame, and once for all. A program's error is the mean distance [bins]
-of the executed tokens, after one forward from the warm guess, from the fixed point. The best of hundreds is good by
-luck alone: so a frame's choice also runs on the frame a step `later` (what sees the observation keeps no more) and on
-an `other` frame, and the null chooses among errors that are dealt anew to the frames, program by program.
+A beam search skips and repeats layers for every frame, and once for all. A program's error is the
+mean distance [bins] of the executed tokens, after one forward from the warm guess, from the fixed
+point. The best of hundreds is good by luck alone: so a frame's choice also runs on the frame a step
+`later` (what sees the observation keeps no more) and on an `other` frame, and the null chooses
+among errors that are dealt anew to the frames, program by program.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from ceed_vla.cli import Command, run
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, Checked, ranged
-from sim.settings import CheckpointPath
-from training.mixture import check_fits
-from training.settings import split_list
+from ceed_vla.sim.settings import CheckpointPath
+from ceed_vla.training.mixture import check_fits
+from ceed_vla.training.settings import split_list
 
 type Program = tuple[int, ...]
 
@@ -51,13 +53,21 @@ class ProgramsConfig(Checked, prefix="--"):
 
 
 class Frame:
-    """`errors` [bins] of programs on a frame: a row of a batch, with a warm guess and the fixed point (1, n)."""
+    """`errors` [bins] of programs on a frame: a row of a batch, with a warm guess and the fixed
+    point (1, n).
+    """
 
-    def __init__(self, policy: Any, row: dict[str, Any], guess: torch.Tensor, fixed: torch.Tensor) -> None:
+    def __init__(
+        self, policy: Any, row: dict[str, Any], guess: torch.Tensor, fixed: torch.Tensor
+    ) -> None:
         watched = policy.config.n_action_steps * policy.tokenizer.tokens_per_step
-        self.backbone, self.prefix, self.fixed = policy.backbone, policy.backbone.prefill(row), fixed[:, 1:watched]
-        self.tokens = torch.cat([fixed[:, :1], guess[:, 1 : watched - 1]], 1)  # the prefix knows the first
-        self.full, self.errors = tuple(range(policy.backbone.num_layers)), dict[Program, float]()
+        self.backbone = policy.backbone
+        self.prefix = policy.backbone.prefill(row)
+        self.fixed = fixed[:, 1:watched]
+        # the prefix knows the first
+        self.tokens = torch.cat([fixed[:, :1], guess[:, 1 : watched - 1]], 1)
+        self.full = tuple(range(policy.backbone.num_layers))
+        self.errors = dict[Program, float]()
 
     def error(self, program: Program) -> float:
         if program not in self.errors:
@@ -66,11 +76,21 @@ class Frame:
         return self.errors[program]
 
 
-def search(error: Callable[[Program], float], full: Program, breadth: int, edits: int) -> dict[Program, float]:
-    """Errors of all programs that a beam search from the full one tries; a step skips or repeats one layer more."""
-    found, beam = {full: error(full)}, [full]
+def search(
+    error: Callable[[Program], float], full: Program, breadth: int, edits: int
+) -> dict[Program, float]:
+    """Errors of all programs that a beam search from the full one tries; a step skips or repeats
+    one layer more.
+    """
+    found = {full: error(full)}
+    beam = [full]
     for _ in range(edits):
-        edited = {p[: i + twice] + p[i + 1 - twice :] for p in beam for i in range(len(p)) for twice in (0, 1)}
+        edited = {
+            p[: i + twice] + p[i + 1 - twice :]
+            for p in beam
+            for i in range(len(p))
+            for twice in (0, 1)
+        }
         fresh = sorted(p for p in edited if 1 <= len(p) <= 2 * len(full) and p not in found)
         found |= {p: error(p) for p in fresh}
         best = sorted(fresh, key=lambda p: found[p])
@@ -80,48 +100,79 @@ def search(error: Callable[[Program], float], full: Program, breadth: int, edits
 
 def drawn(config: ProgramsConfig, policy: Any, pre: Any) -> list[tuple[Frame, Frame]]:
     """Frames behind a chunk, each with the one a step later."""
-    found, roots, steps = [], split_list(config.roots), policy.config.n_action_steps
+    found = []
+    roots = split_list(config.roots)
+    steps = policy.config.n_action_steps
     for store in map(open_dataset, roots):
         check_fits(store, policy.config, pre)
         there = np.arange(steps, len(store) - 1)
         there = there[store.episode[there - steps] == store.episode[there + 1]]
         for frame in np.random.default_rng(0).permutation(there)[: -(-config.frames // len(roots))]:
-            batch = pre(store.batch(frame + np.array([-steps, 1 - steps, 0, 1]), policy.config.chunk_size))
+            batch = pre(
+                store.batch(frame + np.array([-steps, 1 - steps, 0, 1]), policy.config.chunk_size)
+            )
             fixed = policy.decode(batch, "jacobi").tokens.split(1)  # of these four frames
             guess = policy.tokenizer.guess("previous", 2, torch.cat(fixed[:2]), steps).split(1)
-            rows = [{k: v[i : i + 1] for k, v in batch.items() if torch.is_tensor(v)} for i in (2, 3)]
-            found.append((Frame(policy, rows[0], guess[0], fixed[2]), Frame(policy, rows[1], guess[1], fixed[3])))
+            rows = [
+                {k: v[i : i + 1] for k, v in batch.items() if torch.is_tensor(v)} for i in (2, 3)
+            ]
+            found.append(
+                (
+                    Frame(policy, rows[0], guess[0], fixed[2]),
+                    Frame(policy, rows[1], guess[1], fixed[3]),
+                )
+            )
     return found
 
 
 def choices(frames: list[Frame]) -> dict[str, list[Program]]:
-    """The oracle's program of every frame: the shortest not worse than the full one, and the best not longer."""
+    """The oracle's program of every frame: the shortest not worse than the full one, and the best
+    not longer.
+    """
     found: dict[str, list[Program]] = {"shortest": [], "best": []}
     for frame in frames:
         errors, full = frame.errors, frame.full
-        found["shortest"].append(min(errors, key=lambda p: (errors[p] > errors[full], len(p), errors[p])))
+        found["shortest"].append(
+            min(errors, key=lambda p: (errors[p] > errors[full], len(p), errors[p]))
+        )
         found["best"].append(min(errors, key=lambda p: (len(p) > len(full), errors[p], len(p))))
     return found
 
 
 def entry(frames: list[Frame], chosen: list[Program]) -> dict[str, float]:
-    """Mean error of programs, one a frame, and the full program's [bins]; frames not worse, wrong ones better [%]."""
+    """Mean error of programs, one a frame, and the full program's [bins]; frames not worse, wrong
+    ones better [%].
+    """
     errors = np.array([f.error(p) for f, p in zip(frames, chosen, strict=True)])
     full = np.array([f.error(f.full) for f in frames])
     better = 100 * (errors < full).sum() / max((full > 0).sum(), 1)
-    values = {"error": errors.mean(), "full": full.mean(), "not_worse": 100 * (errors <= full).mean(), "better": better}
+    values = {
+        "error": errors.mean(),
+        "full": full.mean(),
+        "not_worse": 100 * (errors <= full).mean(),
+        "better": better,
+    }
     return {name: round(float(value), 4) for name, value in values.items()}
 
 
 def null(frames: list[Frame]) -> dict[str, float]:
-    """What `shortest` saves [%] with the programs that all frames tried, and with their errors dealt anew."""
-    full, random = frames[0].full, np.random.default_rng(0)
+    """What `shortest` saves [%] with the programs that all frames tried, and with their errors
+    dealt anew.
+    """
+    full = frames[0].full
+    random = np.random.default_rng(0)
     common = [p for p in frames[0].errors if all(p in f.errors for f in frames)]
     worse = np.array([[f.errors[p] > f.errors[full] for f in frames] for p in common])  # (K, N)
     sizes = np.array([[len(p)] for p in common])
     tables = [worse, *(random.permuted(worse, axis=1) for _ in range(20))]
-    saved = [float(100 - 100 * np.where(t, np.inf, sizes).min(0).mean() / len(full)) for t in tables]
-    return {"programs": len(common), "saved": round(saved[0], 2), "dealt_anew": round(float(np.mean(saved[1:])), 2)}
+    saved = [
+        float(100 - 100 * np.where(t, np.inf, sizes).min(0).mean() / len(full)) for t in tables
+    ]
+    return {
+        "programs": len(common),
+        "saved": round(saved[0], 2),
+        "dealt_anew": round(float(np.mean(saved[1:])), 2),
+    }
 
 
 @torch.inference_mode()
@@ -131,19 +182,33 @@ def programs(config: ProgramsConfig) -> dict[str, Any]:
         raise ConfigError("Set --policy.path to a checkpoint, and --roots to data sets.")
     policy, pre, _ = load(config.policy.path)
     if policy.tokenizer.tokens_per_step is None:
-        raise ConfigError("These tokens are no bins of actions: how far one is from another is unknown.")
+        raise ConfigError(
+            "These tokens are no bins of actions: how far one is from another is unknown."
+        )
     frames, later = map(list, zip(*drawn(config, policy, pre), strict=True))
-    full, order = frames[0].full, np.random.default_rng(0).permutation(len(frames))
-    together = search(lambda p: float(np.mean([f.error(p) for f in frames])), full, config.breadth, config.edits)
+    full = frames[0].full
+    order = np.random.default_rng(0).permutation(len(frames))
+    together = search(
+        lambda p: float(np.mean([f.error(p) for f in frames])), full, config.breadth, config.edits
+    )
     for frame in frames:
         search(frame.error, full, config.breadth, config.edits)
-    sizes = {len(p): min((q for q in together if len(q) == len(p)), key=lambda q: together[q]) for p in together}
-    chosen = {"-".join(map(str, sizes[size])): [sizes[size]] * len(frames) for size in sorted(sizes)} | choices(frames)
+    sizes = {
+        len(p): min((q for q in together if len(q) == len(p)), key=lambda q: together[q])
+        for p in together
+    }
+    chosen = {
+        "-".join(map(str, sizes[size])): [sizes[size]] * len(frames) for size in sorted(sizes)
+    } | choices(frames)
     report: dict[str, Any] = {"null": null(frames)}
     for name, each in chosen.items():
-        report[name] = {"saved": round(float(100 - 100 * np.mean([len(p) for p in each]) / len(full)), 2)}
+        report[name] = {
+            "saved": round(float(100 - 100 * np.mean([len(p) for p in each]) / len(full)), 2)
+        }
         report[name] |= {"own": entry(frames, each), "later": entry(later, each)}
-        report[name]["other"] = entry([frames[i] for i in order], [each[i] for i in np.roll(order, 1)])
+        report[name]["other"] = entry(
+            [frames[i] for i in order], [each[i] for i in np.roll(order, 1)]
+        )
     print(json.dumps(report, indent=1))
     return report
 

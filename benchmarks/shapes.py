@@ -1,12 +1,14 @@
-"""Decoding at sizes that have no checkpoint here, and curves around the shipped one: what a block costs beside AR.
+"""Decoding at sizes that have no checkpoint here, and curves around the shipped one: what a block
+costs beside AR.
 
-    python -m benchmarks.shapes openvla-0.3b OUT.json     # one shape; or curves, or all curves of one factor
+    python -m benchmarks.shapes openvla-0.3b OUT.json   # a shape; or curves, or those of a factor
     benchmarks/gpu.sh openvla-7b                          # the same on a bare machine with a GPU
 
-Weights are random, so a cap of K forwards takes K. Whole decodes are timed behind one prefix, in every engine that the
-device has, in turns: token by token (all, and the executed half), and Jacobi with caps 1 to 4, with a look after every
-forward and with one wait (``loop``). The last column weighs caps 1 and 2 as the shipped student's early exit does. It
-needs torch, transformers and draccus, and no lerobot.
+Weights are random, so a cap of K forwards takes K. Whole decodes are timed behind one prefix, in
+every engine that the device has, in turns: token by token (all, and the executed half), and Jacobi
+with caps 1 to 4, with a look after every forward and with one wait (``loop``). The last column
+weighs caps 1 and 2 as the shipped student's early exit does. It needs torch, transformers and
+draccus, and no lerobot.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ from benchmarks.models.trunk import ACTION_DIM, SHAPES, CompactTrunk, Trunk
 from ceed_vla.decoding import BlockRequest, DecodeResult, find_decoder, named_config
 from ceed_vla.engine import compiled
 
-FORWARDS = 1.28  # a chunk, of the shipped student's early exit, which takes 1.28 to 1.31 (recipes/MODEL_CARD.md)
-BLOCK, PREFIX, EXECUTED = 56, {"openvla": 286, "pi0fast": 560}, 0.5
+# a chunk, of the shipped student's early exit, which takes 1.28 to 1.31 (recipes/MODEL_CARD.md)
+FORWARDS = 1.28
+BLOCK = 56
+PREFIX = {"openvla": 286, "pi0fast": 560}
+EXECUTED = 0.5
 BLOCK_FORWARDS = (1, 2, 4, 8, 16, 28, 40, 55)
 CURVES: dict[str, tuple[int, ...]] = {
     "n": (7, 14, 28, 56, 112, 224),
@@ -42,7 +47,10 @@ Timed = dict[str, Callable[[], object]]
 
 def engines(device: str) -> dict[str, Callable[[Any], Any]]:
     """How a backbone is run: CUDA graphs only where there is CUDA."""
-    found: dict[str, Callable[[Any], Any]] = {"eager": lambda backbone: backbone, "compiled": compiled}
+    found: dict[str, Callable[[Any], Any]] = {
+        "eager": lambda backbone: backbone,
+        "compiled": compiled,
+    }
     if device.startswith("cuda"):
         found["graphs"] = lambda backbone: compiled(backbone, mode="reduce-overhead")
     return found
@@ -54,12 +62,16 @@ def decodes(backbone: Any, prefix: Any, rows: int) -> Timed:
     step = ACTION_DIM if n % ACTION_DIM == 0 else 1
     executed = max(1, int(n // step * EXECUTED))
     generator = torch.Generator().manual_seed(1)
-    guess = torch.randint(min(backbone.vocabulary_size, 255), (rows, n), generator=generator).to(device)
+    guess = torch.randint(min(backbone.vocabulary_size, 255), (rows, n), generator=generator).to(
+        device
+    )
 
     def run(name: str) -> Callable[[], DecodeResult]:
         config = named_config(name)
         entry, options = find_decoder(config.method)
-        request = BlockRequest(config, guess=guess, tokens_per_step=step, executed_steps=executed, options=options)
+        request = BlockRequest(
+            config, guess=guess, tokens_per_step=step, executed_steps=executed, options=options
+        )
         return lambda: entry.make(backbone, prefix, request)
 
     return {name: run(name) for name in ("ar", "ar_h", *CAPS, *LOOPS)}
@@ -75,7 +87,9 @@ def forwards(backbone: Any, prefix: Any, rows: int) -> Timed:
     return {f"block_{k}": run(k) for k in BLOCK_FORWARDS if k < backbone.block_length}
 
 
-def measure(timed: Timed, seconds: float, device: str, least: int = 3) -> dict[str, dict[str, float]]:
+def measure(
+    timed: Timed, seconds: float, device: str, least: int = 3
+) -> dict[str, dict[str, float]]:
     """p50, p95 and p99 [ms] of all, which take turns until the time is over; one warm-up first."""
 
     def once(function: Callable[[], object]) -> float:
@@ -95,21 +109,27 @@ def measure(timed: Timed, seconds: float, device: str, least: int = 3) -> dict[s
             samples[name].append(once(function))
     return {
         name: {
-            **{f"p{p}": round(float(1000 * np.percentile(times, p)), 3) for p in (50, 95, 99)}, "count": len(times)
+            **{f"p{p}": round(float(1000 * np.percentile(times, p)), 3) for p in (50, 95, 99)},
+            "count": len(times),
         }
         for name, times in samples.items()
-    }  # fmt: skip
+    }
 
 
 @torch.inference_mode()
-def time_backbone(backbone: Any, rows: int, prefix_length: int, seconds: float, device: str) -> dict[str, Any]:
-    """All engines of one backbone, engine -> row -> percentiles ("ms"): decodes, single forwards and the prefill; their
-    ratios ("x_ar"), and the peak of a GPU's memory.
+def time_backbone(
+    backbone: Any, rows: int, prefix_length: int, seconds: float, device: str
+) -> dict[str, Any]:
+    """All engines of one backbone, engine -> row -> percentiles ("ms"): decodes, single forwards
+    and the prefill; their ratios ("x_ar"), and the peak of a GPU's memory.
     """
-    dtype, cuda = next(backbone.parameters()).dtype, device.startswith("cuda")
+    dtype = next(backbone.parameters()).dtype
+    cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    embeds = torch.randn(rows, prefix_length, backbone.width, generator=torch.Generator().manual_seed(2))
+    embeds = torch.randn(
+        rows, prefix_length, backbone.width, generator=torch.Generator().manual_seed(2)
+    )
     observation = {"embeds": embeds.to(device, dtype)}
     built = {name: make(backbone) for name, make in engines(device).items()}
     prefixes = {name: engine.prefill(observation) for name, engine in built.items()}
@@ -124,11 +144,17 @@ def time_backbone(backbone: Any, rows: int, prefix_length: int, seconds: float, 
         engine, part = name.split()
         times.setdefault(engine, {})[part] = percentiles
     torch._dynamo.reset()
-    return {"ms": times, "x_ar": ratios(times), **({"peak_bytes": torch.cuda.max_memory_allocated()} if cuda else {})}
+    return {
+        "ms": times,
+        "x_ar": ratios(times),
+        **({"peak_bytes": torch.cuda.max_memory_allocated()} if cuda else {}),
+    }
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
-    """Decode alone, p50, AR in its fastest engine over the others in theirs; `student` is at `FORWARDS` forwards."""
+    """Decode alone, p50, AR in its fastest engine over the others in theirs; `student` is at
+    `FORWARDS` forwards.
+    """
 
     def best(part: str) -> float:
         return min(times[part]["p50"] for times in found.values() if part in times)
@@ -140,23 +166,32 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def shape(name: str, device: str, dtype: torch.dtype, seconds: float, batches: tuple[int, ...]) -> dict[str, Any]:
+def shape(
+    name: str, device: str, dtype: torch.dtype, seconds: float, batches: tuple[int, ...]
+) -> dict[str, Any]:
     """One of `SHAPES`, at every batch size."""
     backbone = Trunk(SHAPES[name], BLOCK, dtype, device)
     prefix = PREFIX[name.partition("-")[0]]
-    found = {rows: time_backbone(backbone, rows, prefix, seconds / len(batches), device) for rows in batches}
+    found = {
+        rows: time_backbone(backbone, rows, prefix, seconds / len(batches), device)
+        for rows in batches
+    }
     parameters = sum(p.numel() for p in backbone.parameters())
     return {"parameters": parameters, "prefix": prefix, "block": BLOCK, "batches": found}
 
 
 def curves(factors: tuple[str, ...], device: str, seconds: float) -> dict[str, Any]:
-    """`CURVES`, one factor at a time around the shipped compact trunk: factor -> value -> times and ratios."""
+    """`CURVES`, one factor at a time around the shipped compact trunk: factor -> value -> times and
+    ratios.
+    """
     todo = [(factor, value) for factor in factors for value in CURVES[factor]]
     result: dict[str, Any] = {"usual": USUAL} | {factor: {} for factor in factors}
     for factor, value in todo:
         sizes = {**USUAL, factor: value}
         backbone = CompactTrunk(sizes["n"], sizes["layers"], device=device)
-        found = time_backbone(backbone, sizes["batch"], sizes["prefix"], seconds / len(todo), device)
+        found = time_backbone(
+            backbone, sizes["batch"], sizes["prefix"], seconds / len(todo), device
+        )
         result[factor][value] = found
         print(f"{factor} {value}: {found['x_ar']}", flush=True)
     return result
@@ -164,26 +199,48 @@ def curves(factors: tuple[str, ...], device: str, seconds: float) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("part", choices=(*SHAPES, "curves", *(f"curves-{factor}" for factor in CURVES)))
+    parser.add_argument(
+        "part", choices=(*SHAPES, "curves", *(f"curves-{factor}" for factor in CURVES))
+    )
     parser.add_argument("output", type=Path, help="JSON file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"), help="bfloat16 on a GPU")
+    parser.add_argument(
+        "--dtype", default="", choices=("", "float32", "bfloat16"), help="bfloat16 on a GPU"
+    )
     parser.add_argument("--minutes", type=float, default=5, help="of timing, beside compilation")
     parser.add_argument("--batches", default="1,8", help="of the shapes")
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32"))
+    dtype = getattr(
+        torch, options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    )
     seconds = 60 * options.minutes
     if options.part.startswith("curves"):
         _, _, factor = options.part.partition("-")
         result = curves((factor,) if factor else tuple(CURVES), options.device, seconds)
     else:
-        result = shape(options.part, options.device, dtype, seconds, tuple(map(int, options.batches.split(","))))
-    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
-    about = {"part": options.part, "device": name or platform.machine(), "threads": torch.get_num_threads(),
-             "dtype": str(dtype), "torch": torch.__version__}  # fmt: skip
+        result = shape(
+            options.part,
+            options.device,
+            dtype,
+            seconds,
+            tuple(map(int, options.batches.split(","))),
+        )
+    name = (
+        torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
+    )
+    about = {
+        "part": options.part,
+        "device": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype),
+        "torch": torch.__version__,
+    }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(about | result, indent=1) + "\n")
-    print(*(f"batch {rows}: {found['x_ar']}" for rows, found in result.get("batches", {}).items()), sep="\n")
+    print(
+        *(f"batch {rows}: {found['x_ar']}" for rows, found in result.get("batches", {}).items()),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

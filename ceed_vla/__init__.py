@@ -33,10 +33,14 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Import the heavy parts when they are first used."""
     if name not in _EXPORTS:
-        raise AttributeError(f"module 'ceed_vla' has no attribute {name!r}; it offers {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'ceed_vla' has no attribute {name!r}; it offers {', '.join(__all__)}"
+        )
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 
 def __dir__() -> list[str]:
-    """All names, also those of parts that are not imported yet: for completion in shells and editors."""
+    """All names, also those of parts that are not imported yet: for completion in shells and
+    editors.
+    """
     return sorted({*globals(), *__all__})

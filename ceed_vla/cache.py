@@ -1,15 +1,18 @@
-"""KV caches of a prefix and one action block: append, commit, roll back. No other file touches their internals.
+"""KV caches of a prefix and one action block: append, commit, roll back. No other file touches
+their internals.
 
     positions   0 ........ P ........... P + c ............ P + c + t
                 | prefix   | committed   | written, not final          |
                            ^ prefix_length
                                          ^ length
 
-`write` always starts at ``length`` and does not advance it, so tokens that a Jacobi iteration rejects are
-simply overwritten by the next one. What has not passed the last layer cannot be committed.
+`write` always starts at ``length`` and does not advance it, so tokens that a Jacobi iteration
+rejects are simply overwritten by the next one. What has not passed the last layer cannot be
+committed.
 
-Eager code reads a cache as far as it is written (`KVCache`, `TransformersCache`). Compiled code needs shapes that never
-change: it reads all of a `StaticCache`, under a mask, and is told the position by a tensor.
+Eager code reads a cache as far as it is written (`KVCache`, `TransformersCache`). Compiled code
+needs shapes that never change: it reads all of a `StaticCache`, under a mask, and is told the
+position by a tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ class BlockCache:
     def __init__(self) -> None:
         self.length = 0
         self.prefix_length = 0
-        self._written = 0  # end of the positions that hold keys and values of all layers, final or not
+        self._written = (
+            0  # end of the positions that hold keys and values of all layers, final or not
+        )
 
     @property
     def committed(self) -> int:
@@ -38,29 +43,39 @@ class BlockCache:
         return self.length - self.prefix_length
 
     def seal_prefix(self, t: int, shallow: bool = False) -> None:
-        """Declare the first `t` positions, just written, the prefix; in some layers only if `shallow`.
+        """Declare the first `t` positions, just written, the prefix; in some layers only if
+        `shallow`.
 
         `TokenError` if fewer than `t` were written.
         """
         if not (shallow or 0 < t <= self._written):
-            raise TokenError(f"The prefix cannot have {t} positions: {self._written} were written. Prefill first.")
+            raise TokenError(
+                f"The prefix cannot have {t} positions: {self._written} were written. Prefill "
+                "first."
+            )
         self.length = self.prefix_length = t
 
     def unseal(self) -> None:
-        """Forget block and prefix, whose keys and values stay where they are: more layers are written."""
+        """Forget block and prefix, whose keys and values stay where they are: more layers are
+        written.
+        """
         self.length = self.prefix_length = self._written = 0
 
     def commit(self, t: int) -> None:
-        """Make the next `t` written positions final; `TokenError` if there are fewer, or `t` is negative."""
+        """Make the next `t` written positions final; `TokenError` if there are fewer, or `t` is
+        negative.
+        """
         if not 0 <= t <= self._written - self.length:
             raise TokenError(
-                f"Cannot commit {t} positions: {self._written - self.length} were written after position "
-                f"{self.length}. Run block_logits on the tokens first."
+                f"Cannot commit {t} positions: {self._written - self.length} were written after "
+                f"position {self.length}. Run block_logits on the tokens first."
             )
         self.length += t
 
     def disown(self) -> None:
-        """Let nothing of what is written behind `length` be committed, whichever layers wrote it."""
+        """Let nothing of what is written behind `length` be committed, whichever layers wrote
+        it.
+        """
         self._written = self.length
 
     def roll_back(self) -> None:
@@ -68,15 +83,17 @@ class BlockCache:
         self.length = self._written = self.prefix_length
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (B, H, length, D) of every layer, while nothing is written behind `length`."""
+        """Keys and values (B, H, length, D) of every layer, while nothing is written behind
+        `length`.
+        """
         raise NotImplementedError
 
 
 class KVCache(BlockCache):
     """Pre-allocated keys and values (L, B, H, T, D), written by index; never grows.
 
-    Its `capacity` ``T`` is prefix plus block. Behind the ``L`` layers come those of exits, which are written before the
-    last of the others. `ConfigError` for a size below 1.
+    Its `capacity` ``T`` is prefix plus block. Behind the ``L`` layers come those of exits, which
+    are written before the last of the others. `ConfigError` for a size below 1.
     """
 
     def __init__(
@@ -94,23 +111,35 @@ class KVCache(BlockCache):
         super().__init__()
         shape = (num_layers, batch, num_kv_heads, capacity, head_dim)
         if min(shape) < 1:
-            raise ConfigError(f"A cache of shape (L, B, H, T, D) = {shape} is empty; every size must be at least 1.")
-        self.capacity, self.causal, self._last = capacity, True, num_layers - 1
-        self._keys = [torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers + exits)]
-        self._values = [torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers + exits)]
+            raise ConfigError(
+                f"A cache of shape (L, B, H, T, D) = {shape} is empty; every size must be at "
+                "least 1."
+            )
+        self.capacity = capacity
+        self.causal = True
+        self._last = num_layers - 1
+        self._keys = [
+            torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers + exits)
+        ]
+        self._values = [
+            torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers + exits)
+        ]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, H, t, D) of one layer at positions ``[length, length + t)``.
 
-        Returns views (B, H, length + t, D) of all up to there, in the cache's memory. `TokenError` past its capacity.
+        Returns views (B, H, length + t, D) of all up to there, in the cache's memory. `TokenError`
+        past its capacity.
         """
-        start, end = self.length, self.length + k.shape[2]
+        start = self.length
+        end = self.length + k.shape[2]
         if end > self.capacity:
             raise TokenError(
                 f"{k.shape[2]} tokens after position {start} do not fit a cache of {self.capacity} "
                 "positions; a block is longer than the backbone's block_length."
             )
-        keys, values = self._keys[layer].narrow(2, 0, end), self._values[layer].narrow(2, 0, end)
+        keys = self._keys[layer].narrow(2, 0, end)
+        values = self._values[layer].narrow(2, 0, end)
         keys.narrow(2, start, end - start).copy_(k)
         values.narrow(2, start, end - start).copy_(v)
         self._written = end if layer == self._last else start
@@ -124,7 +153,9 @@ class KVCache(BlockCache):
         """(k, length + k), True where one of the next `k` tokens may attend; None allows all."""
         if k == 1 or not self.causal:
             return None
-        return torch.ones(k, self.length + k, dtype=torch.bool, device=self._keys[0].device).tril(self.length)
+        return torch.ones(k, self.length + k, dtype=torch.bool, device=self._keys[0].device).tril(
+            self.length
+        )
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:
         both = zip(self._keys, self._values, strict=True)
@@ -132,15 +163,20 @@ class KVCache(BlockCache):
 
 
 class TransformersCache(BlockCache):
-    """The same interface over a transformers ``DynamicCache``, which its models append to by themselves."""
+    """The same interface over a transformers ``DynamicCache``, which its models append to by
+    themselves.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._cache = DynamicCache()
 
     def begin(self, t: int, shallow: bool = False) -> DynamicCache:
-        """The cache, cut to `length`, for a model call that appends `t` positions; to some layers only if `shallow`."""
-        # An empty cache, before the prefill, needs no cut; crop(0) is a no-op anyway (transformers #47433).
+        """The cache, cut to `length`, for a model call that appends `t` positions; to some layers
+        only if `shallow`.
+        """
+        # An empty cache, before the prefill, needs no cut; crop(0) is a no-op anyway (transformers
+        # #47433).
         if self.length:
             self._cache.crop(self.length)
         self._written = self.length if shallow else self.length + t
@@ -151,7 +187,9 @@ class TransformersCache(BlockCache):
         return torch.arange(self.committed, self.committed + k, device=device)
 
     def real(self, prefix: Tensor, k: int) -> Tensor:
-        """Attention mask (B, length + k) of the next `k` tokens where `prefix` (B, P) is False on the padding."""
+        """Attention mask (B, length + k) of the next `k` tokens where `prefix` (B, P) is False on
+        the padding.
+        """
         return F.pad(prefix.long(), (0, self.committed + k), value=1)
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:
@@ -159,15 +197,18 @@ class TransformersCache(BlockCache):
 
 
 class StaticCache(BlockCache, Cache):
-    """A cache of constant shape, written at the position that a tensor says; to models of transformers it is theirs.
+    """A cache of constant shape, written at the position that a tensor says; to models of
+    transformers it is theirs.
 
-    What compiled code calls (all but `place`) reads tensors only, and none of the counts, which the host keeps. The
-    ``StaticCache`` of transformers cannot be cut, and its sliding layers count on the host.
+    What compiled code calls (all but `place`) reads tensors only, and none of the counts, which the
+    host keeps. The ``StaticCache`` of transformers cannot be cut, and its sliding layers count on
+    the host.
 
     Args:
         prefix: Cache with the prefix, which is copied.
         capacity: Positions ``T``.
-        last: Cache of the same shape that ends here: its tensors are taken over; None makes new ones.
+        last: Cache of the same shape that ends here: its tensors are taken over; None makes new
+            ones.
     """
 
     is_compileable = True
@@ -175,15 +216,28 @@ class StaticCache(BlockCache, Cache):
     def __init__(self, prefix: BlockCache, capacity: int, last: StaticCache | None = None) -> None:
         BlockCache.__init__(self)
         Cache.__init__(self, layers=[])
-        found, self.capacity, length = list(zip(*prefix.entries(), strict=True)), capacity, prefix.length
+        found = list(zip(*prefix.entries(), strict=True))
+        self.capacity = capacity
+        length = prefix.length
         if last is None:
             with torch.inference_mode(False):
-                self.keys, self.values = ([e.new_zeros(*e.shape[:2], capacity, e.shape[3]) for e in p] for p in found)
-                self.position, self.start = (self.keys[0].new_zeros((), dtype=torch.int64) for _ in range(2))
-            for tensor in (*self.keys, *self.values, self.position, self.start) if self.keys[0].is_cuda else ():
+                self.keys, self.values = (
+                    [e.new_zeros(*e.shape[:2], capacity, e.shape[3]) for e in p] for p in found
+                )
+                self.position, self.start = (
+                    self.keys[0].new_zeros((), dtype=torch.int64) for _ in range(2)
+                )
+            for tensor in (
+                (*self.keys, *self.values, self.position, self.start)
+                if self.keys[0].is_cuda
+                else ()
+            ):
                 torch._dynamo.mark_static_address(tensor)  # CUDA graphs write to them in place
         else:
-            self.keys, self.values, self.position, self.start = last.keys, last.values, last.position, last.start
+            self.keys = last.keys
+            self.values = last.values
+            self.position = last.position
+            self.start = last.start
             last.keys = []
         for kept, new in zip(self.keys + self.values, found[0] + found[1], strict=True):
             kept.narrow(2, 0, length).copy_(new)
@@ -194,12 +248,15 @@ class StaticCache(BlockCache, Cache):
         self.seal_prefix(length)
 
     def place(self, t: int, shallow: bool) -> None:
-        """Tell compiled code where the next `t` tokens are; it writes them to some layers only if `shallow`.
+        """Tell compiled code where the next `t` tokens are; it writes them to some layers only if
+        `shallow`.
 
         `TokenError` if another prefix has been run since.
         """
         if not self.keys:
-            raise TokenError("Another prefix has taken this one's place in the compiled cache; prefill it again.")
+            raise TokenError(
+                "Another prefix has taken this one's place in the compiled cache; prefill it again."
+            )
         self.position.fill_(self.length)
         self._written = self.length if shallow else self.length + t
 
@@ -208,7 +265,9 @@ class StaticCache(BlockCache, Cache):
         return self.position + torch.arange(k, device=self.position.device)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, H, t, D) of one layer; returns all (B, H, T, D), written or not."""
+        """Write keys and values (B, H, t, D) of one layer; returns all (B, H, T, D), written or
+        not.
+        """
         where = self.positions(k.shape[2])
         self.keys[layer].index_copy_(2, where, k)
         self.values[layer].index_copy_(2, where, v)
@@ -218,7 +277,9 @@ class StaticCache(BlockCache, Cache):
         return self.positions(k) - self.start
 
     def rows(self, table: Tensor, k: int) -> Tensor:
-        """As `KVCache.rows`; tokens behind the block, which only fill a window, share the last slot's."""
+        """As `KVCache.rows`; tokens behind the block, which only fill a window, share the last
+        slot's.
+        """
         return table[self.slots(k).clamp(max=len(table) - 1)]
 
     def mask(self, k: int) -> Tensor:
@@ -230,12 +291,14 @@ class StaticCache(BlockCache, Cache):
         """`prefix` (B, T) as it is: what is behind the tokens is masked as causality has it."""
         return prefix
 
-    # ---- what models of transformers call -----------------------------------------------------------------------
+    # ---- what models of transformers call --------------------------------------------------------
 
     def begin(self, t: int, shallow: bool = False) -> Cache:
         return self
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> Any:
         return self.write(layer_idx, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:

@@ -1,4 +1,6 @@
-"""Checkpoints as files: where they are, what their config.json says, in whatever format it was written."""
+"""Checkpoints as files: where they are, what their config.json says, in whatever format it was
+written.
+"""
 
 from __future__ import annotations
 
@@ -31,59 +33,83 @@ _REMOVED = ("tolerance_bins", "stable_iterations")  # of the decoding, in format
 def read_values(folder: Path) -> dict[str, Any]:
     """What config.json says, in the current format.
 
-    `CheckpointError` for another policy's, a newer format, or a missing decoding setting, which no default replaces.
+    `CheckpointError` for another policy's, a newer format, or a missing decoding setting, which no
+    default replaces.
     """
     file = folder / "config.json"
     values = read_config(folder)
     count = count_values(values)
     if count > MOST_VALUES:
-        raise CheckpointError(f"{file} has {count} values; a policy's settings have at most {MOST_VALUES}.")
-    kind, tokens = values.get("type"), values.get("action_tokens")
+        raise CheckpointError(
+            f"{file} has {count} values; a policy's settings have at most {MOST_VALUES}."
+        )
+    kind = values.get("type")
+    tokens = values.get("action_tokens")
     if kind != "ceed_vla":
-        raise CheckpointError(f"{folder} holds a policy of type {kind!r}; this loader reads type 'ceed_vla'.")
+        raise CheckpointError(
+            f"{folder} holds a policy of type {kind!r}; this loader reads type 'ceed_vla'."
+        )
     if isinstance(tokens, dict) and tokens.get("path") and not tokens.get("symbols"):
-        raise CheckpointError(f"{folder}: action_tokens in config.json are not fitted; copy it again.")
+        raise CheckpointError(
+            f"{folder}: action_tokens in config.json are not fitted; copy it again."
+        )
     version = values.get("format_version", 1)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} has format_version {short(version)}, this version reads 1 to {FORMAT_VERSION}; update ceed_vla."
+            f"{file} has format_version {short(version)}, this version reads 1 to {FORMAT_VERSION}"
+            "; update ceed_vla."
         )
     _check_packages(folder, values.get("packages", []))
     found = values.get("decoding")
     decoding: dict[str, Any] = found if isinstance(found, dict) else {}
-    expected = {item.name for item in fields(DecodingConfig)} - (_SINCE_3 if version < FORMAT_VERSION else set())
+    expected = {item.name for item in fields(DecodingConfig)} - (
+        _SINCE_3 if version < FORMAT_VERSION else set()
+    )
     if version == 1:
         expected = expected - {"watch", "exits"} | {"executed_steps", *_REMOVED}
     lost = sorted(expected - decoding.keys())
     if version == FORMAT_VERSION and "delta_dims" not in values:
-        raise CheckpointError(f"{folder}: config.json lacks 'delta_dims'; copy the checkpoint again.")
+        raise CheckpointError(
+            f"{folder}: config.json lacks 'delta_dims'; copy the checkpoint again."
+        )
     if lost:
-        raise CheckpointError(f"{folder}: decoding in config.json lacks {lost[0]!r}; copy the checkpoint again.")
+        raise CheckpointError(
+            f"{folder}: decoding in config.json lacks {lost[0]!r}; copy the checkpoint again."
+        )
     if version == 1:
         values = _from_format_1(folder, values)
     return {**values, "format_version": FORMAT_VERSION}
 
 
 def check_kinds(values: Any, read: Any, name: str = "it") -> None:
-    """Raise `ConfigError` where JSON `values` were `read` as another kind: true as 1, or a text as a number."""
+    """Raise `ConfigError` where JSON `values` were `read` as another kind: true as 1, or a text as
+    a number.
+    """
     if isinstance(values, dict) and isinstance(read, dict):
         for key in values.keys() & read.keys():
             check_kinds(values[key], read[key], key)
     elif isinstance(values, list) and isinstance(read, list | tuple):
         for value, own in zip(values, read, strict=False):
             check_kinds(value, own, name)
-    elif None not in (values, read) and any(isinstance(values, k) != isinstance(read, k) for k in (bool, str)):
+    elif None not in (values, read) and any(
+        isinstance(values, k) != isinstance(read, k) for k in (bool, str)
+    ):
         raise ConfigError(f"{name} is {short(values)}, which is read as {short(read)}")
 
 
 def _check_packages(folder: Path, packages: object) -> None:
-    """Refuse a checkpoint of packages that nobody has named: it does not get them imported by itself."""
+    """Refuse a checkpoint of packages that nobody has named: it does not get them imported by
+    itself.
+    """
     names = packages if isinstance(packages, list) else [packages]
-    missing = [str(name)[:60] for name in names if not isinstance(name, str) or name not in sys.modules]
+    missing = [
+        str(name)[:60] for name in names if not isinstance(name, str) or name not in sys.modules
+    ]
     if missing:
         raise CheckpointError(
-            f"{folder} needs what is not loaded: the package {short(', '.join(missing))}. If you trust it, name it: "
-            f"--discover_packages_path={','.join(missing)} (policy_node: discover_packages), or import it first."
+            f"{folder} needs what is not loaded: the package {short(', '.join(missing))}. If you "
+            f"trust it, name it: --discover_packages_path={','.join(missing)} (policy_node: "
+            "discover_packages), or import it first."
         )
 
 
@@ -91,25 +117,37 @@ def _from_format_1(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """`values` of a checkpoint without ``format_version``: it decodes as it did."""
     decoding = dict(values["decoding"])
     executed, tolerance, _ = (decoding.pop(name) for name in ("executed_steps", *_REMOVED))
-    if tolerance not in (0, None) and any(tolerance if isinstance(tolerance, list) else [tolerance]):
+    if tolerance not in (0, None) and any(
+        tolerance if isinstance(tolerance, list) else [tolerance]
+    ):
         raise CheckpointError(
-            f"{folder}: decoding.tolerance_bins in config.json is {short(tolerance)}; that rule is gone, as confidence "
-            "ends sooner at the same success. Set it to 0, and confidence to 0.2."
+            f"{folder}: decoding.tolerance_bins in config.json is {short(tolerance)}; that rule is "
+            "gone, as confidence ends sooner at the same success. Set it to 0, and confidence to "
+            "0.2."
         )
     if executed not in (None, values.get("n_action_steps")):
-        logger.warning("%s watched %s steps; now the %s executed ones", folder, executed, values.get("n_action_steps"))
+        logger.warning(
+            "%s watched %s steps; now the %s executed ones",
+            folder,
+            executed,
+            values.get("n_action_steps"),
+        )
     decoding |= {"watch": "block" if executed is None else "executed", "exits": []}
     renamed = (("action_tokens", "fast", "most_ids"), ("backbone", "compact", "words"))
     for setting, kind, after in renamed:
         part = values.get(setting)
         if isinstance(part, dict) and part.get("type") == kind:
-            values[setting] = {after if name == "vocabulary_size" else name: value for name, value in part.items()}
+            values[setting] = {
+                after if name == "vocabulary_size" else name: value for name, value in part.items()
+            }
     return {**values, "decoding": decoding}
 
 
 @contextmanager
 def in_current_format(folder: Path) -> Iterator[Path]:
-    """A folder with the config.json of `folder` in the current format, for readers of LeRobot's that parse the file."""
+    """A folder with the config.json of `folder` in the current format, for readers of LeRobot's
+    that parse the file.
+    """
     values = read_values(folder)
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / "config.json").write_text(json.dumps(values))
@@ -117,7 +155,8 @@ def in_current_format(folder: Path) -> Iterator[Path]:
 
 
 def weights_hash(path: str | Path) -> str:
-    """First 12 hex digits of the SHA-256 of the weights: names a checkpoint in reports and trajectories.
+    """First 12 hex digits of the SHA-256 of the weights: names a checkpoint in reports and
+    trajectories.
 
     Of weights that lie elsewhere, the configured reference counts instead of the weights.
     """

@@ -1,4 +1,6 @@
-"""Settings that come in kinds: the flag or entry ``type`` picks the dataclass that reads the others."""
+"""Settings that come in kinds: the flag or entry ``type`` picks the dataclass that reads the
+others.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from ceed_vla.errors import ConfigError
 
 
 class Choice:
-    """Beside ``draccus.ChoiceRegistry`` as a base: a family of dataclasses that register themselves by name."""
+    """Beside ``draccus.ChoiceRegistry`` as a base: a family of dataclasses that register themselves
+    by name.
+    """
 
     setting: ClassVar[str] = ""  # what the family is called in messages
     usual: ClassVar[str] = ""  # the kind that is meant where none is named

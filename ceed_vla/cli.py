@@ -1,7 +1,7 @@
 """`ceed-vla <command> [--flag value ...]`: one entry for the whole pipeline.
 
-A command's module, and with it torch or MuJoCo, is imported when that command runs.
-Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted. Every error is one line.
+A command's module, and with it torch or MuJoCo, is imported when that command runs. Exit codes: 0
+done, 1 an error that the message explains, 2 wrong usage, 130 interrupted. Every error is one line.
 """
 
 from __future__ import annotations
@@ -43,21 +43,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if len(words) > 1 and f"{words[0]}-{words[1]}" in COMMANDS:
         words[:2] = [f"{words[0]}-{words[1]}"]
-    name, flags = words[0], words[1:]
+    name = words[0]
+    flags = words[1:]
     if name not in COMMANDS:
         close = get_close_matches(name, COMMANDS, n=1)
         guess = f" (did you mean {close[0]}?)" if close else ""
-        return _complain(PROGRAM, f"unknown command {name!r}{guess}; choose one of {', '.join(COMMANDS)}", 2)
+        return _complain(
+            PROGRAM, f"unknown command {name!r}{guess}; choose one of {', '.join(COMMANDS)}", 2
+        )
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything of the hub is imported: no command asks it
+    # before anything of the hub is imported: no command asks it
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     _configure_logging()
     if os.environ.get(TRACEBACK, "").lower() not in (*_ON, *_OFF):
         print(
-            f"{PROGRAM}: {TRACEBACK} is {os.environ[TRACEBACK][:20]!r}; 1 shows tracebacks, 0 does not", file=sys.stderr
+            f"{PROGRAM}: {TRACEBACK} is {os.environ[TRACEBACK][:20]!r}; 1 shows tracebacks, 0 "
+            "does not",
+            file=sys.stderr,
         )
     if arguments is None and not tracebacks():
-        sys.unraisablehook = lambda _: None  # what fails while objects are thrown away changes nothing
+        # what fails while objects are thrown away changes nothing
+        sys.unraisablehook = lambda _: None
     several_workers = re.search(r"--workers[= ](?!1( |$))", " ".join(flags))
     if several_workers and not _help(flags):  # the workers import what this process is about to
         prepare(COMMANDS[name].where.split()[0])
@@ -70,10 +77,11 @@ def tracebacks() -> bool:
 
 
 def _configure_logging() -> None:
-    """Our own progress, others' warnings, one line each; LeRobot's remarks on missing accelerators are left out."""
+    """Our own progress, others' warnings, one line each; LeRobot's remarks on missing accelerators
+    are left out.
+    """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    for name in ("ceed_vla", "training", "sim", "ros_nodes"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("ceed_vla").setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_for_the_user)
 
@@ -87,30 +95,32 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
 def overview() -> str:
     rows = "\n".join(f"  {name:<13}{command.summary}" for name, command in COMMANDS.items())
     return (
-        f"usage: {PROGRAM} <command> [--flag value ...]\n\n"
-        f"Vision-language-action policies that decode their action tokens in parallel.\n\n"
-        f"commands:\n{rows}\n\n"
-        f"{PROGRAM} <command> --help explains the flags that matter, --help=all every flag; {PROGRAM} --version names "
-        f"the version.\n"
-        f"{TRACEBACK}=1 in the environment shows where an error comes from."
+        f"usage: {PROGRAM} <command> [--flag value ...]\n\nVision-language-action policies that "
+        f"decode their action tokens in parallel.\n\ncommands:\n{rows}\n\n{PROGRAM} <command> "
+        f"--help explains the flags that matter, --help=all every flag; {PROGRAM} --version names "
+        f"the version.\n{TRACEBACK}=1 in the environment shows where an error comes from."
     )
 
 
 def run(name: str, command: Command, flags: Sequence[str]) -> int:
-    program, config = f"{PROGRAM} {name}", None
+    program = f"{PROGRAM} {name}"
+    config = None
     try:
         packages, flags = take_packages(flags)
         discover(packages)
         wanted = _help(flags)
         if wanted:
-            # Packages may add to what flags can be; the stored page has what this package alone offers.
+            # Packages may add to what flags can be; the stored page has what this package alone
+            # offers.
             stored = None if packages else Page.stored(name)
             page = stored or Page.of(config_of(command), command.renamed)
             groups = (command.positional, command.must.split(), command.may.split())
             print(format_help(program, page, *groups, everything=wanted == "all"))
             installed = ", ".join(installed_environments())
             if installed and any(flag[0] == "env.type" for flag in page.flags):
-                print(f"\nInstalled here, with environments that --env.type takes, too: {installed}")
+                print(
+                    f"\nInstalled here, with environments that --env.type takes, too: {installed}"
+                )
             return 0
         config = parse_flags(config_of(command), flags, command.positional, command.renamed)
         module, _, function = command.where.split()
@@ -121,7 +131,9 @@ def run(name: str, command: Command, flags: Sequence[str]) -> int:
     except UsageError as error:
         return _complain(program, f"{error} ({program} --help lists the flags)", 2)
     except KeyboardInterrupt:
-        kept = command.kept.format_map(vars(config)) if config is not None else "nothing was started"
+        kept = (
+            command.kept.format_map(vars(config)) if config is not None else "nothing was started"
+        )
         print(f"\n{program}: interrupted; {kept}", file=sys.stderr)
         return 130
     except BaseException as error:
@@ -145,18 +157,28 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{where}{error.strerror}{'; make room there, what is complete is kept' if full else ''}"
+        remedy = "; make room there, what is complete is kept" if full else ""
+        return f"{where}{error.strerror}{remedy}"
     if isinstance(error, CeedVLAError | OSError):
         return text
     if type(error).__name__ == "SafetensorError":
-        return f"weights cannot be read or written ({text}); is the file complete, and is there room on the disk?"
+        return (
+            f"weights cannot be read or written ({text}); is the file complete, and is there room "
+            "on the disk?"
+        )
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        return f"not enough memory ({text or 'MemoryError'}); a smaller batch, model or image needs less"
+        return (
+            f"not enough memory ({text or 'MemoryError'}); a smaller batch, model or image needs "
+            "less"
+        )
     if isinstance(error, RecursionError):
         return "an input is nested too deep"
     if isinstance(error, ImportError):
         return f"{text}; `{PROGRAM} doctor` tells what this installation lacks"
-    return f"unexpected {type(error).__name__}: {text} (this is a defect or damaged input; {TRACEBACK}=1 shows where)"
+    return (
+        f"unexpected {type(error).__name__}: {text} (this is a defect or damaged input; "
+        f"{TRACEBACK}=1 shows where)"
+    )
 
 
 def _complain(program: str, message: str, code: int) -> int:

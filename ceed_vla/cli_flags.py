@@ -10,7 +10,15 @@ from typing import Any
 from ceed_vla.cli_help import default_of, flags_of
 from ceed_vla.cli_help import format_help as format_help
 from ceed_vla.cli_names import Names
-from ceed_vla.cli_values import UsageError, check_moved, is_nested, read_config, read_yaml, shaped, unknown
+from ceed_vla.cli_values import (
+    UsageError,
+    check_moved,
+    is_nested,
+    read_config,
+    read_yaml,
+    shaped,
+    unknown,
+)
 from ceed_vla.devices import check_device
 from ceed_vla.discovery import FLAG as DISCOVER
 from ceed_vla.errors import CeedVLAError
@@ -18,21 +26,28 @@ from ceed_vla.fields import type_hints
 from ceed_vla.folders import unambiguous
 
 
-def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str = "", renamed: str = "") -> T:
-    """Build a configuration from `--key value`, `--key=value` and `--config_path FILE` (YAML or JSON).
+def parse_flags[T](
+    config_class: type[T], flags: Sequence[str], positional: str = "", renamed: str = ""
+) -> T:
+    """Build a configuration from `--key value`, `--key=value` and `--config_path FILE` (YAML or
+    JSON).
 
-    Nested dataclasses give flags such as `--policy.path`; setting one of these leaves the others at the defaults that
-    the outer class gives them. A switch without a value means true, and the path may be given to a group that has one
-    (`--trajectories FOLDER` is `--trajectories.path FOLDER`). Where Python reserves a flag's name, the field has an
-    underscore behind it. One word without ``--`` stands for the flag `positional`. `renamed` is that of `Names.of`.
+    Nested dataclasses give flags such as `--policy.path`; setting one of these leaves the others at
+    the defaults that the outer class gives them. A switch without a value means true, and the path
+    may be given to a group that has one (`--trajectories FOLDER` is `--trajectories.path FOLDER`).
+    Where Python reserves a flag's name, the field has an underscore behind it. One word without
+    ``--`` stands for the flag `positional`. `renamed` is that of `Names.of`.
 
-    `UsageError` for an unknown, missing or repeated flag, or a value of another type. The configuration raises its own.
+    `UsageError` for an unknown, missing or repeated flag, or a value of another type. The
+    configuration raises its own.
     """
     import draccus
     from draccus.utils import DraccusException
 
     names = Names.of(config_class, renamed)
-    kinds = {name: kind for name, kind, *_ in flags_of(config_class, names)} | {"config_path": "FILE"}
+    kinds = {name: kind for name, kind, *_ in flags_of(config_class, names)} | {
+        "config_path": "FILE"
+    }
     given = _read_words(config_class, flags, positional, names, kinds)
     file = given.pop("config_path", None)
     from_file = read_config(config_class, file, lambda values: names.by_field(values, kinds))
@@ -53,8 +68,12 @@ def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str 
 
 
 def take_packages(flags: Sequence[str]) -> tuple[str, list[str]]:
-    """LeRobot's flag `--discover_packages_path`: its value (empty without it), and the other words."""
-    names, others, words = [], [], iter(flags)
+    """LeRobot's flag `--discover_packages_path`: its value (empty without it), and the other
+    words.
+    """
+    names = []
+    others = []
+    words = iter(flags)
     for word in words:
         flag, equals, text = word.partition("=")
         if flag != f"--{DISCOVER}":
@@ -67,13 +86,18 @@ def take_packages(flags: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _read_words(
-    config_class: type[Any], flags: Sequence[str], positional: str, names: Names, kinds: Mapping[str, str]
+    config_class: type[Any],
+    flags: Sequence[str],
+    positional: str,
+    names: Names,
+    kinds: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The given flags as nested mappings, by the names of the fields; lists and mappings are read as YAML, as draccus
-    does. `kinds` has the type of each flag.
+    """The given flags as nested mappings, by the names of the fields; lists and mappings are read
+    as YAML, as draccus does. `kinds` has the type of each flag.
     """
     values: dict[str, Any] = {}
-    words, seen = list(flags), set()
+    words = list(flags)
+    seen = set()
     while words:
         word = words.pop(0)
         if positional and not word.startswith("--") and positional not in seen:
@@ -89,7 +113,8 @@ def _read_words(
             raise UsageError(f"--{name} is given twice")
         seen.add(name)
         if not equals and words and not words[0].startswith("--"):
-            text, equals = words.pop(0), "="
+            text = words.pop(0)
+            equals = "="
         elif not equals and kinds[name] == "BOOL":
             text = "true"
         is_text = kinds[name] in ("STR", "PATH", "FILE")
@@ -108,17 +133,28 @@ def _read_words(
 def _nested_defaults(config_class: type[Any]) -> dict[str, Any]:
     """Values of the nested dataclasses that a configuration has by default.
 
-    Without them, `--policy.width=96` would build a new policy configuration without the outer class's choices.
+    Without them, `--policy.width=96` would build a new policy configuration without the outer
+    class's choices.
     """
     import draccus
 
     hints = type_hints(config_class)
-    defaults = {item.name: default_of(item) for item in fields(config_class) if is_nested(hints.get(item.name))}
-    return {name: draccus.encode(value, hints[name]) for name, value in defaults.items() if value is not MISSING}
+    defaults = {
+        item.name: default_of(item)
+        for item in fields(config_class)
+        if is_nested(hints.get(item.name))
+    }
+    return {
+        name: draccus.encode(value, hints[name])
+        for name, value in defaults.items()
+        if value is not MISSING
+    }
 
 
 def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `top` in their place, mapping by mapping; another `type` starts from nothing."""
+    """`base` with the values of `top` in their place, mapping by mapping; another `type` starts
+    from nothing.
+    """
     if "type" in base and top.get("type", base["type"]) != base["type"]:
         return top
     merged = {**base, **top}
@@ -132,6 +168,8 @@ def _explain(error: Exception, names: Names) -> str:
     """One line about values that draccus refused."""
     text = str(error)
     if missing := re.match(r".*Missing required field\(s\) (.+) for", text):
-        return "missing " + ", ".join(f"--{names.flag(name)}" for name in re.findall(r"`(\w+)`", missing[1]))
+        return "missing " + ", ".join(
+            f"--{names.flag(name)}" for name in re.findall(r"`(\w+)`", missing[1])
+        )
     cause = error.__cause__
     return f"{text} ({cause})" if cause is not None and str(cause) not in text else text

@@ -1,4 +1,5 @@
-"""`--help`: the text, from docstrings and types of a configuration dataclass, or from a stored page.
+"""`--help`: the text, from docstrings and types of a configuration dataclass, or from a stored
+page.
 
 Importing a command's configuration imports torch and LeRobot, which takes seconds. So the package
 holds the page of each command in ``help/``, from which `--help` is rendered; `ceed_vla.cli_pages`
@@ -26,13 +27,18 @@ from ceed_vla.discovery import FLAG as DISCOVER
 from ceed_vla.discovery import named_by_user
 from ceed_vla.fields import allowed_of, allowed_text, type_hints
 
-_OURS = ("ceed_vla", "training", "sim", "ros_nodes", "lerobot")
+_OURS = ("ceed_vla", "lerobot")
 Flag = tuple[str, str, str, str]  # name, type, meaning and default
 PAGES = Path(__file__).parent / "help"
 _COLUMN = 34  # where a flag's description starts
 _COMMON = (
     ("config_path", "FILE", "Read flags from a YAML or JSON file; those given here win.", ""),
-    (DISCOVER, "STR", "Comma-separated packages of yours, imported first for what they register.", ""),
+    (
+        DISCOVER,
+        "STR",
+        "Comma-separated packages of yours, imported first for what they register.",
+        "",
+    ),
 )
 
 
@@ -66,7 +72,9 @@ class Page:
 
 
 def flags_of(config_class: type[Any], names: Names, *, foreign: bool = True) -> Iterator[Flag]:
-    """Every flag of a configuration, by its spelling in `names`; `foreign` is that of `_describe`."""
+    """Every flag of a configuration, by its spelling in `names`; `foreign` is that of
+    `_describe`.
+    """
     for name, kind, meaning, default in _describe(config_class, foreign=foreign):
         yield names.flag(name), kind, meaning, default
 
@@ -80,7 +88,8 @@ def format_help(
     *,
     everything: bool = False,
 ) -> str:
-    """Text of `--help`: the command's purpose, then its flags in groups, with type, meaning, range and default.
+    """Text of `--help`: the command's purpose, then its flags in groups, with type, meaning, range
+    and default.
 
     Args:
         program: The words that start the command.
@@ -93,8 +102,14 @@ def format_help(
     page = page if isinstance(page, Page) else Page.of(page)
     width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
     flags = {flag[0]: flag for flag in page.flags}
-    first = list(dict.fromkeys([*must, *(name for name, flag in flags.items() if flag[3] == "(required)")]))
-    second = list(may) if must or may else [name for name in flags if flags[name][2] and name not in first]
+    first = list(
+        dict.fromkeys([*must, *(name for name, flag in flags.items() if flag[3] == "(required)")])
+    )
+    second = (
+        list(may)
+        if must or may
+        else [name for name in flags if flags[name][2] and name not in first]
+    )
     rest = [name for name in flags if name not in (*first, *second)]
     word = f"{positional.upper()} " if positional else ""
     usage = f"usage: {program} {word}[--flag value | --flag=value ...] [--config_path FILE]"
@@ -127,7 +142,10 @@ def _named(names: Iterable[str], width: int) -> list[str]:
         outer, dot, last = name.rpartition(".")
         groups.setdefault(f"--{outer}{dot}" if dot else "", []).append(last if dot else f"--{name}")
     wrapper = textwrap.TextWrapper(width, "  ", "      ", break_on_hyphens=False)
-    texts = (f"{outer}{{{', '.join(inner)}}}" if outer else ", ".join(inner) for outer, inner in groups.items())
+    texts = (
+        f"{outer}{{{', '.join(inner)}}}" if outer else ", ".join(inner)
+        for outer, inner in groups.items()
+    )
     return [line for text in texts for line in wrapper.wrap(text)]
 
 
@@ -142,12 +160,15 @@ def _describe(
     for item in (item for item in fields(config_class) if item.init):
         value = getattr(defaults, item.name, MISSING) if defaults is not None else default_of(item)
         kind = type_hints(config_class).get(item.name, item.type)
-        meaning, allowed = meanings.get(item.name, ""), allowed_of(item)
+        meaning = meanings.get(item.name, "")
+        allowed = allowed_of(item)
         if is_choice(kind):
             yield from _describe_choice(kind, prefix + item.name, meaning, value, foreign)
             continue
         if isinstance(kind, type) and is_dataclass(kind):
-            yield from _describe(kind, f"{prefix}{item.name}.", None if value is MISSING else value, foreign=foreign)
+            yield from _describe(
+                kind, f"{prefix}{item.name}.", None if value is MISSING else value, foreign=foreign
+            )
             continue
         text = str(value).lower() if isinstance(value, bool) else str(value)
         text = f"[{textwrap.shorten(text, 60, placeholder=' ...')}]"
@@ -159,11 +180,19 @@ def _describe(
         yield prefix + item.name.removesuffix("_"), short_kind, meaning, shown
 
 
-def _describe_choice(kind: type[Any], name: str, meaning: str, value: Any, foreign: bool) -> Iterator[Flag]:
+def _describe_choice(
+    kind: type[Any], name: str, meaning: str, value: Any, foreign: bool
+) -> Iterator[Flag]:
     """`name.type`, then the flags of the usual kind, then those that only other kinds have."""
-    usual = kind.get_choice_class(kind.default_choice_name()) if value is MISSING else value.__class__
+    usual = (
+        kind.get_choice_class(kind.default_choice_name()) if value is MISSING else value.__class__
+    )
     known = kind.get_known_choices()
-    others = [choice for choice in known.values() if choice is not usual and (foreign or issubclass(kind, Choice))]
+    others = [
+        choice
+        for choice in known.values()
+        if choice is not usual and (foreign or issubclass(kind, Choice))
+    ]
     listed = [choice for choice, owner in known.items() if foreign or _is_listed(owner)]
     yield f"{name}.type", "|".join(listed), meaning, f"[{kind.get_choice_name(usual)}]"
     seen = set()
@@ -177,13 +206,19 @@ def _describe_choice(kind: type[Any], name: str, meaning: str, value: Any, forei
 
 
 def _is_listed(kind: type[Any]) -> bool:
-    """Whether help lists a kind: not what merely is installed here, as pages are the same everywhere."""
+    """Whether help lists a kind: not what merely is installed here, as pages are the same
+    everywhere.
+    """
     return kind.__module__.partition(".")[0] in _OURS or named_by_user(kind.__module__)
 
 
 def installed_environments() -> list[str]:
-    """Packages of this installation that register environments when a command runs; not imported."""
-    return sorted(module.name for module in iter_modules() if module.name.startswith("lerobot_env_"))
+    """Packages of this installation that register environments when a command runs; not
+    imported.
+    """
+    return sorted(
+        module.name for module in iter_modules() if module.name.startswith("lerobot_env_")
+    )
 
 
 def default_of(item: Field[Any]) -> Any:
@@ -192,7 +227,9 @@ def default_of(item: Field[Any]) -> Any:
 
 
 def _split_docstring(config_class: type[Any]) -> tuple[str, dict[str, str]]:
-    """A Google docstring's introduction, and what it says of each name under "Attributes:" (bases included)."""
+    """A Google docstring's introduction, and what it says of each name under "Attributes:" (bases
+    included).
+    """
     meanings: dict[str, str] = {}
     introduction = ""
     for owner in reversed(config_class.__mro__):

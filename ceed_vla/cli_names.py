@@ -1,4 +1,6 @@
-"""Spelling of flags: one thing has one name in every command, whatever the field is called; older spellings work."""
+"""Spelling of flags: one thing has one name in every command, whatever the field is called; older
+spellings work.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,11 @@ from typing import Any
 
 from ceed_vla.cli_values import UsageError
 
-SPELLINGS = {"policy_path": "policy.path", "teacher_path": "teacher.path"}  # field -> flag, in every command
+# field -> flag, in every command
+SPELLINGS = {
+    "policy_path": "policy.path",
+    "teacher_path": "teacher.path",
+}
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,8 @@ class Names:
     """The spellings of one command.
 
     Attributes:
-        flag_of: Flag of each field whose flag is not called like the field ("policy_path" -> "policy.path").
+        flag_of: Flag of each field whose flag is not called like the field ("policy_path" ->
+            "policy.path").
         aliases: Older spelling -> flag; not shown by `--help`.
     """
 
@@ -39,7 +46,9 @@ class Names:
         return next((field for field, spelled in self.flag_of.items() if spelled == flag), flag)
 
     def current(self, word: str, flags: Collection[str]) -> str:
-        """The flag that `word` stands for among a command's `flags`: itself, or that of which it is an alias."""
+        """The flag that `word` stands for among a command's `flags`: itself, or that of which it is
+        an alias.
+        """
         flag = self.aliases.get(word, word)
         return flag if flag in flags else word
 
@@ -59,7 +68,8 @@ class Names:
                 outer, _, last = self.field(flag).rpartition(".")
                 if not outer:
                     result[last] = value
-                elif isinstance(group := result.get(outer, {}), dict):  # else the group's value is refused later
+                # else the group's value is refused later
+                elif isinstance(group := result.get(outer, {}), dict):
                     result[outer] = {**group, last: value}
         return result
 

@@ -16,11 +16,15 @@ REGENERATE = "python -m ceed_vla.cli_pages"
 
 
 def main(words: Sequence[str]) -> int:
-    """Write the pages of all commands, or with `--check` return 1 if one of them is not up to date."""
+    """Write the pages of all commands, or with `--check` return 1 if one of them is not up to
+    date.
+    """
     # Commands with a simulator's flags come last: their modules register an environment that others
     # do not have.
     rows = sorted(commands.COMMANDS.items(), key=lambda item: bool(item[1].simulator))
-    pages = {name: cli_help.Page.of(commands.config_of(row), row.renamed).text() for name, row in rows}
+    pages = {
+        name: cli_help.Page.of(commands.config_of(row), row.renamed).text() for name, row in rows
+    }
     known = {file.stem: file.read_text(encoding="utf-8") for file in cli_help.PAGES.glob("*.json")}
     stale = sorted(name for name in {*pages, *known} if pages.get(name) != known.get(name))
     if "--check" in words:

@@ -1,4 +1,6 @@
-"""Values of flags, from the command line or a file: read as YAML 1.2, checked against the configuration's types."""
+"""Values of flags, from the command line or a file: read as YAML 1.2, checked against the
+configuration's types.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,12 @@ _DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _LONGEST_NUMBER = 400  # [characters]
 _MOVED = {
     "policy.decoding.executed_steps": "policy.decoding.watch=executed",
-    "policy.decoding.tolerance_bins": "policy.decoding.confidence, which ends sooner at the same success",
-    "policy.decoding.stable_iterations": "policy.decoding.confidence, which ends sooner at the same success",
+    "policy.decoding.tolerance_bins": (
+        "policy.decoding.confidence, which ends sooner at the same success"
+    ),
+    "policy.decoding.stable_iterations": (
+        "policy.decoding.confidence, which ends sooner at the same success"
+    ),
     "policy.backbone.vocabulary_size": "policy.backbone.words",
     "policy.action_tokens.vocabulary_size": "policy.action_tokens.most_ids",
 }
@@ -35,7 +41,9 @@ class UsageError(Exception):
 
 
 def unknown(name: str, known: Iterable[str], word: str = "") -> UsageError:
-    """That there is no flag `name` (typed as `word`), and which of the `known` ones may be meant."""
+    """That there is no flag `name` (typed as `word`), and which of the `known` ones may be
+    meant.
+    """
     close = get_close_matches(name[:100], known, n=1)
     hint = f"; did you mean --{close[0]}?" if close else ""
     return UsageError(f"unknown flag {short(word or f'--{name}')}{hint}")
@@ -48,8 +56,8 @@ def check_moved(name: str, config_class: type[Any]) -> None:
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """YAML by the rules of version 1.2, where 010 is ten and "no" is a text; neither aliases nor repeated names. The
-    message of a `UsageError` begins with `source`.
+    """YAML by the rules of version 1.2, where 010 is ten and "no" is a text; neither aliases nor
+    repeated names. The message of a `UsageError` begins with `source`.
     """
     import yaml
 
@@ -99,24 +107,31 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def read_config(
-    config_class: type[Any], file: str | None, by_field: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    config_class: type[Any],
+    file: str | None,
+    by_field: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """The flags in a file, as `shaped` gives them; nothing without a file. `by_field` replaces the names of flags by
-    those of fields.
+    """The flags in a file, as `shaped` gives them; nothing without a file. `by_field` replaces the
+    names of flags by those of fields.
     """
     if file is None:
         return {}
-    source, path = f"--config_path {file}", Path(file)
+    source = f"--config_path {file}"
+    path = Path(file)
     try:
         if path.exists() and not path.is_file():
             raise UsageError(f"{source} is no file")
         with path.open("rb") as content:
             found = content.read(MOST_FLAGS + 1)
         if len(found) > MOST_FLAGS:
-            raise UsageError(f"{source} has more than {MOST_FLAGS // 1000} kB; it cannot be a file of flags")
+            raise UsageError(
+                f"{source} has more than {MOST_FLAGS // 1000} kB; it cannot be a file of flags"
+            )
         values = read_yaml(found.decode("utf-8"), source)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(
+            f"{source} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if not isinstance(values, dict):
         raise UsageError(f"{source} holds no mapping of flags to values")
     try:
@@ -126,10 +141,12 @@ def read_config(
 
 
 def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") -> dict[str, Any]:
-    """`values`, named as in flags, by the names of the fields, each of its field's type; else a `UsageError`.
+    """`values`, named as in flags, by the names of the fields, each of its field's type; else a
+    `UsageError`.
 
-    `config_class` is the dataclass, or the family of which the entry ``type`` names one. Without that entry any kind
-    may have a name; which one it is, the default decides later. `prefix` is put before names in messages.
+    `config_class` is the dataclass, or the family of which the entry ``type`` names one. Without
+    that entry any kind may have a name; which one it is, the default decides later. `prefix` is put
+    before names in messages.
     """
     owners: list[Any] = [config_class]
     result: dict[str, Any] = {}
@@ -144,7 +161,12 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
                     "package's needs --discover_packages_path"
                 )
             owners, result = [kinds[kind]], {"type": kind}
-    known = {i.name.removesuffix("_"): (i.name, owner) for owner in owners for i in fields(owner) if i.init}
+    known = {
+        i.name.removesuffix("_"): (i.name, owner)
+        for owner in owners
+        for i in fields(owner)
+        if i.init
+    }
     for name, value in values.items():
         if name in result:
             continue
@@ -158,8 +180,11 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """`value` as draccus takes it for `hint`, if it is of that type or the text of one; else a UsageError."""
-    for option in sorted(options_of(hint), key=lambda option: option is not type(None)):  # "none" is a text too
+    """`value` as draccus takes it for `hint`, if it is of that type or the text of one; else a
+    UsageError.
+    """
+    # "none" is a text too
+    for option in sorted(options_of(hint), key=lambda option: option is not type(None)):
         fits, typed = _as(value, option, name)
         if fits:
             return typed
@@ -171,13 +196,21 @@ def _as(value: Any, hint: Any, name: str) -> tuple[bool, Any]:
     if hint is type(None):
         return value is None or value in ("None", "none"), None
     if is_nested(hint):
-        return isinstance(value, dict), shaped(value, hint, f"{name}.") if isinstance(value, dict) else None
-    origin, inside = typing.get_origin(hint) or hint, typing.get_args(hint) or (Any,)
+        return isinstance(value, dict), (
+            shaped(value, hint, f"{name}.") if isinstance(value, dict) else None
+        )
+    origin = typing.get_origin(hint) or hint
+    inside = typing.get_args(hint) or (Any,)
     if origin in (list, tuple):
-        if type(value) in (str, int, float) and value not in ("None", "none"):  # 0,50,100 is [0, 50, 100]
+        if type(value) in (str, int, float) and value not in (
+            "None",
+            "none",
+        ):  # 0,50,100 is [0, 50, 100]
             value = [part.strip() for part in str(value).split(",")]
         fits = isinstance(value, list)
-        return fits, [_typed(v, inside[0], f"{name}.{i}") for i, v in enumerate(value)] if fits else None
+        return fits, (
+            [_typed(v, inside[0], f"{name}.{i}") for i, v in enumerate(value)] if fits else None
+        )
     if origin is dict:
         return isinstance(value, dict), value
     if hint in (str, Path):
@@ -195,7 +228,9 @@ def _as(value: Any, hint: Any, name: str) -> tuple[bool, Any]:
 
 def is_choice(kind: Any) -> bool:
     """Whether a dataclass of several kinds is meant, which ``type`` chooses."""
-    return isinstance(kind, type) and any(base.__name__ == "ChoiceRegistry" for base in kind.__bases__)
+    return isinstance(kind, type) and any(
+        base.__name__ == "ChoiceRegistry" for base in kind.__bases__
+    )
 
 
 def is_nested(kind: Any) -> bool:

@@ -12,14 +12,19 @@ class Command:
     """One row of the command table."""
 
     summary: str  # one line for `ceed-vla --help`
-    where: str  # module, imported when it runs; a dataclass there, its flags; and a function of that
+    where: (
+        str  # module, imported when it runs; a dataclass there, its flags; and a function of that
+    )
     must: str = ""  # flags that `--help` lists first, besides those without a default
-    may: str = ""  # flags that it explains after these; the others it only names. With neither, it explains all
+    # flags that it explains after these; the others it only names. With neither, it explains all
+    may: str = ""
     kept: str = "nothing was written"  # by an interrupt; formatted with the configuration's fields
     positional: str = ""  # the flag that a word without ``--`` stands for
-    renamed: str = ""  # "field=flag ..." where a flag is not called like its field, see `ceed_vla.cli_names`
-    # Module and class that add a simulator's flags to the configuration; `arguments` of that class gives the
-    # function's further arguments. For commands that may not import the simulator.
+    renamed: str = (
+        ""  # "field=flag ..." where a flag is not called like its field, see `ceed_vla.cli_names`
+    )
+    # Module and class that add a simulator's flags to the configuration; `arguments` of that class
+    # gives the function's further arguments. For commands that may not import the simulator.
     simulator: str = ""
 
 
@@ -27,14 +32,14 @@ _RESUMABLE = "go on with the same command and --resume=true"
 COMMANDS = {
     "record": Command(
         "record demonstrations of the scripted experts as a LeRobot data set",
-        "sim.record RecordConfig record",
+        "ceed_vla.sim.record RecordConfig record",
         must="root",
         may="mode env.type env.task episodes seed policy.path resume",
         kept=f"complete attempts are in {{root}}; {_RESUMABLE}",
     ),
     "inspect": Command(
         "say what a data set holds, and what training would choose from it",
-        "training.inspection InspectConfig inspect",
+        "ceed_vla.training.inspection InspectConfig inspect",
         must="roots",
         may="minutes output policy.chunk_size policy.action_tokens.type",
         positional="roots",
@@ -42,115 +47,127 @@ COMMANDS = {
     ),
     "train": Command(
         "train the autoregressive teacher on recorded data",
-        "training.teacher TrainConfig train",
+        "ceed_vla.training.teacher TrainConfig train",
         must="roots output_dir",
-        may="grounding_roots steps max_minutes batch_size rounds env.type validate_episodes policy.path "
-        "policy.chunk_size policy.backbone.type policy.device resume",
+        may=(
+            "grounding_roots steps max_minutes batch_size rounds env.type validate_episodes "
+            "policy.path policy.chunk_size policy.backbone.type policy.device resume"
+        ),
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
-        simulator="sim.hooks TeacherSimulation",
+        simulator="ceed_vla.sim.hooks TeacherSimulation",
     ),
     "fit-tokens": Command(
         "fit FAST action tokens (DCT and BPE) on recorded data",
-        "training.fit_tokens FitTokensConfig fit_tokens",
+        "ceed_vla.training.fit_tokens FitTokensConfig fit_tokens",
         must="roots output",
         may="chunk_size most_ids gripper_dims",
     ),
     "collect": Command(
         "write the teacher's Jacobi trajectories over a data set",
-        "training.trajectories CollectConfig collect",
+        "ceed_vla.training.trajectories CollectConfig collect",
         must="policy.path roots output_dir",
         may="device batch_size max_frames shard_index num_shards threads resume",
         kept=f"complete shards are in {{output_dir}}; {_RESUMABLE}",
     ),
     "distill": Command(
         "distill the teacher into a student that decodes in few forwards",
-        "training.distill DistillConfig distill",
+        "ceed_vla.training.distill DistillConfig distill",
         must="teacher.path trajectories.path roots output_dir",
-        may="trajectories.online steps max_minutes batch_size lr loss states max_iterations confidence env.type "
-        "lora.rank device seed threads resume",
+        may=(
+            "trajectories.online steps max_minutes batch_size lr loss states max_iterations "
+            "confidence env.type lora.rank device seed threads resume"
+        ),
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
-        simulator="sim.hooks StudentSimulation",
+        simulator="ceed_vla.sim.hooks StudentSimulation",
     ),
     "exits": Command(
         "train exits of a frozen policy: forwards that end after a few layers",
-        "training.exits ExitsConfig exits",
+        "ceed_vla.training.exits ExitsConfig exits",
         must="policy.path roots output_dir layers",
         may="kind steps batch_size lr device seed threads",
     ),
     "reinforce": Command(
         "learn when to exit from what becomes of episodes",
-        "training.reinforce ReinforceConfig reinforce",
+        "ceed_vla.training.reinforce ReinforceConfig reinforce",
         must="policy.path output_dir",
         may="env.type env.task cap decay rounds groups scouts groups_from seed workers",
-        kept="groups so far, if any, are in {output_dir}; teach with them: --groups_from={output_dir}",
-        simulator="sim.hooks ReinforceSimulation",
+        kept=(
+            "groups so far, if any, are in {output_dir}; teach with them: "
+            "--groups_from={output_dir}"
+        ),
+        simulator="ceed_vla.sim.hooks ReinforceSimulation",
     ),
     "context": Command(
         "train which prefix tokens of a frozen policy are run: the others cost nothing",
-        "training.context ContextConfig context",
+        "ceed_vla.training.context ContextConfig context",
         must="policy.path roots output_dir",
         may="dropped steps batch_size lr seed",
     ),
     "open-loop": Command(
         "compare decoders on held-out data, without a simulator: error, forwards, latency",
-        "training.open_loop OpenLoopConfig open_loop",
+        "ceed_vla.training.open_loop OpenLoopConfig open_loop",
         must="policy.path roots output_dir",
         may="held_out gate decoders chunks executed_steps device threads",
     ),
     "eval": Command(
         "compare decoders in closed loop: success, forwards, latency, clips",
-        "sim.evaluate EvalConfig evaluate",
+        "ceed_vla.sim.evaluate EvalConfig evaluate",
         must="policy.path",
-        may="teacher.path decoders episodes seed delay_ms workers env.type env.task env.split output_dir device "
-        "threads resume",
+        may=(
+            "teacher.path decoders episodes seed delay_ms workers env.type env.task env.split "
+            "output_dir device threads resume"
+        ),
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
     "bench": Command(
         "time a policy and its rivals over the floor, with their success, in one run",
-        "sim.bench BenchConfig bench",
+        "ceed_vla.sim.bench BenchConfig bench",
         must="policy.path",
         may="teacher.path decoders episodes seed engine env.type output_dir threads resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
     "calibrate": Command(
         "choose exit thresholds that keep a promised risk, and write them into the checkpoint",
-        "sim.calibrate CalibrateConfig calibrate",
+        "ceed_vla.sim.calibrate CalibrateConfig calibrate",
         must="policy.path output_dir",
         may="epsilons alpha signals decoders episodes seed env.type executed_steps threads",
     ),
     "tune": Command(
         "search the decoding with the most success within a budget of milliseconds",
-        "sim.tune TuneConfig tune",
+        "ceed_vla.sim.tune TuneConfig tune",
         must="policy.path output_dir",
         may="budgets_ms save population generations episodes chunks seed engine env.type threads",
     ),
     "show": Command(
         "draw how one observation's tokens settle over the iterations",
-        "sim.show ShowConfig show",
+        "ceed_vla.sim.show ShowConfig show",
         must="policy.path",
         may="teacher.path output seed chunk env.type env.task device",
     ),
     "grounding": Command(
         "how well a policy sees where object and goal are, by distance",
-        "sim.grounding GroundingConfig grounding",
+        "ceed_vla.sim.grounding GroundingConfig grounding",
         must="policy.path",
         may="scenes edges env.type env.task output device",
     ),
     "demo": Command(
         "run the shipped policies: table, plots and clips in a few minutes",
-        "sim.evaluate DemoConfig evaluate",
+        "ceed_vla.sim.evaluate DemoConfig evaluate",
         may="episodes seed output_dir resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
     "ros-demo": Command(
         "drive the simulated robot through ROS 2: success, command rate, a bag",
-        "ros_nodes.demo.ros_demo RosDemoConfig ros_demo",
-        may="episodes checkpoint task action_interface decoding simulated_time rivals latencies_ms reaction output_dir",
+        "ceed_vla.ros_nodes.demo.ros_demo RosDemoConfig ros_demo",
+        may=(
+            "episodes checkpoint task action_interface decoding simulated_time rivals latencies_ms "
+            "reaction output_dir"
+        ),
         kept="the bag and the nodes' output, as far as they came, are in {output_dir}",
     ),
     "robot-check": Command(
         "say offline whether a robot's file and a checkpoint fit",
-        "ros_nodes.robot.check RobotCheckConfig robot_check",
+        "ceed_vla.ros_nodes.robot.check RobotCheckConfig robot_check",
         may="file checkpoint",
         positional="file",
     ),
@@ -158,7 +175,10 @@ COMMANDS = {
         "make a checkpoint from a published model (OpenVLA, pi0-FAST)",
         "ceed_vla.convert ConvertConfig convert",
         must="path output_dir",
-        may="from unnorm_key chunk_size n_action_steps camera camera_size fast_tokenizer text_tokenizer device",
+        may=(
+            "from unnorm_key chunk_size n_action_steps camera camera_size fast_tokenizer "
+            "text_tokenizer device"
+        ),
         positional="path",
     ),
     "seal": Command(
@@ -175,7 +195,8 @@ COMMANDS = {
         positional="folder",
     ),
     "doctor": Command(
-        "look at this installation: versions, GL, ROS, devices, disk; what to do where something is missing",
+        "look at this installation: versions, GL, ROS, devices, disk; what to do where something "
+        "is missing",
         "ceed_vla.doctor DoctorConfig doctor",
     ),
 }

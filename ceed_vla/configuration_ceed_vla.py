@@ -39,31 +39,35 @@ MOST_SIDE = 16384  # of an image [px], or values of a state
 class CeedVLAConfig(PreTrainedConfig):
     """Sizes, action vocabulary, losses and decoding of a CEED-VLA policy.
 
-    What to change first for another robot: `action_tokens` (ranges, grippers), then `chunk_size` and
-    `n_action_steps`. `backbone` names the model and its sizes.
+    What to change first for another robot: `action_tokens` (ranges, grippers), then `chunk_size`
+    and `n_action_steps`. `backbone` names the model and its sizes.
 
     Attributes:
         chunk_size: Steps ``m`` of a chunk; "uniform" tokens: ``n = m * A``.
         n_action_steps: Steps ``h <= m`` executed before the next replan.
         backbone: The model.
         action_tokens: How actions become tokens.
-        delta_dims: Action dimensions that are increments, of a commanded pose say, and so add up over steps. Real-time
-            chunking makes up for what frozen steps move otherwise than planned (`ceed_vla.real_time`). None: `train`
-            takes them from the names of the actions; [] for none.
+        delta_dims: Action dimensions that are increments, of a commanded pose say, and so add up
+            over steps. Real-time chunking makes up for what frozen steps move otherwise than
+            planned (`ceed_vla.real_time`). None: `train` takes them from the names of the actions;
+            [] for none.
         label_sigma: Width of the soft labels [bins]; 0 gives hard labels.
-        auxiliary_scale: Factors of the leading dimensions of ``observation.environment_state`` that the state token
-            regresses during training (the grounding target); empty switches it off.
+        auxiliary_scale: Factors of the leading dimensions of ``observation.environment_state`` that
+            the state token regresses during training (the grounding target); empty switches it off.
         auxiliary_weight: Weight of that regression.
         augment_shift: Largest random image shift during training [px].
         augment_brightness: Largest relative change of brightness during training.
         augment_state: Standard deviation of the noise on the normalised state during training.
-        decoding: What the decoding "ceed" stands for; strict unless distillation wrote an early exit here.
-        decodings: Names that only this checkpoint has, and what they stand for: "risk0.05" (of `ceed-vla calibrate`).
+        decoding: What the decoding "ceed" stands for; strict unless distillation wrote an early
+            exit here.
+        decodings: Names that only this checkpoint has, and what they stand for: "risk0.05" (of
+            `ceed-vla calibrate`).
         decode_with: Name of the decoding that LeRobot's tools use (`ceed_vla.decoding.names`).
-        packages: Packages of others that backbone, tokens or decoding come from; filled when a checkpoint is written.
+        packages: Packages of others that backbone, tokens or decoding come from; filled when a
+            checkpoint is written.
         format_version: Of the checkpoint's files.
-        sealed: Whether the folder that it is read from has a manifest; false in memory, for only `save` and `seal`
-            write one.
+        sealed: Whether the folder that it is read from has a manifest; false in memory, for only
+            `save` and `seal` write one.
     """
 
     chunk_size: int = ranged(8, "[1, 4096]")
@@ -101,41 +105,50 @@ class CeedVLAConfig(PreTrainedConfig):
     )
 
     def __post_init__(self) -> None:
-        # LeRobot replaces a device that is not there, as one in a checkpoint may be; commands refuse one asked for.
+        # LeRobot replaces a device that is not there, as one in a checkpoint may be; commands
+        # refuse one asked for.
         self.asked_device = self.device
         if self.device is not None:
             check_device_name(self.device)
         check_fields(self)
         if self.n_obs_steps != 1:
-            raise ConfigError(f"n_obs_steps is {short(self.n_obs_steps)}; the policy sees one observation.")
+            raise ConfigError(
+                f"n_obs_steps is {short(self.n_obs_steps)}; the policy sees one observation."
+            )
         if self.use_peft:
-            raise ConfigError("use_peft is true; adapters lie in the checkpoint's own weights: set false.")
+            raise ConfigError(
+                "use_peft is true; adapters lie in the checkpoint's own weights: set false."
+            )
         super().__post_init__()
         self.ranges_from = "the settings"  # of the action tokens; what fills them writes where from
         self.sealed = False  # what is written from here on has no manifest yet
         if self.n_action_steps > self.chunk_size:
             raise ConfigError(
-                f"n_action_steps is {self.n_action_steps}, more than chunk_size = {self.chunk_size}: "
-                "a chunk cannot be executed past its end."
+                f"n_action_steps is {self.n_action_steps}, more than chunk_size = "
+                f"{self.chunk_size}: a chunk cannot be executed past its end."
             )
         if not self.action_tokens.ordered:
             self.label_sigma = 0.0  # no token is near another
         if len(self.decodings) > MOST_OWN:
-            raise ConfigError(f"decodings has {len(self.decodings)} names; a checkpoint has at most {MOST_OWN}.")
+            raise ConfigError(
+                f"decodings has {len(self.decodings)} names; a checkpoint has at most {MOST_OWN}."
+            )
         for name, meant in self.decodings.items():
             if not OWN.fullmatch(name) or OWN.fullmatch(meant):
                 raise ConfigError(
-                    f"decodings has {short(name)}: {short(meant)}; a checkpoint's own names are risk<E>, plan and "
-                    "learned, and stand for others."
+                    f"decodings has {short(name)}: {short(meant)}; a checkpoint's own names are "
+                    "risk<E>, plan and learned, and stand for others."
                 )
             self.named(name)
         self.named(self.decode_with)
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, **options: Any) -> CeedVLAConfig:
-        """Read the configuration of a local checkpoint, or of "teacher" / "student"; never asks a hub.
+        """Read the configuration of a local checkpoint, or of "teacher" / "student"; never asks a
+        hub.
 
-        `options` are what LeRobot's own reader takes. `CheckpointError` if there is none, or it cannot be used.
+        `options` are what LeRobot's own reader takes. `CheckpointError` if there is none, or it
+        cannot be used.
         """
         folder = resolve_checkpoint(pretrained_name_or_path, ("config.json",))
         if not options.get("cli_overrides"):
@@ -145,11 +158,15 @@ class CeedVLAConfig(PreTrainedConfig):
 
     @classmethod
     def read(cls, folder: Path, device: str | None = None) -> CeedVLAConfig:
-        """The configuration in a checkpoint folder, for `device` if given (`ConfigError` if this machine lacks it)."""
+        """The configuration in a checkpoint folder, for `device` if given (`ConfigError` if this
+        machine lacks it).
+        """
         values = {name: value for name, value in read_values(folder).items() if name != "type"}
         if device is not None:
             values["device"] = check_device(device)
-        what = f"{folder}: config.json cannot be used"  # draccus raises its own kinds, and passes on our ConfigErrors
+        what = (  # draccus raises its own kinds, and passes on our ConfigErrors
+            f"{folder}: config.json cannot be used"
+        )
         with raised_as(CheckpointError, what, "copy it again, or correct it.", passing=()):
             config = draccus.decode(cls, values)
             config.validate_features()
@@ -164,7 +181,10 @@ class CeedVLAConfig(PreTrainedConfig):
     def _save_pretrained(self, save_directory: Path) -> None:
         kinds: list[Any] = [type(self.backbone), type(self.action_tokens)]
         for decoding in (self.decoding, *map(self.named, (self.decode_with, *self.decodings))):
-            kinds += [find_decoder(decoding.method)[0].make, *(find_exit(name)[0].make for name in decoding.exits)]
+            kinds += [
+                find_decoder(decoding.method)[0].make,
+                *(find_exit(name)[0].make for name in decoding.exits),
+            ]
         names = {str(kind.__module__).partition(".")[0] for kind in kinds}
         self.packages = sorted(names - {"ceed_vla", "__main__"})
         # What it describes is about to change. Only `save` and `seal` write a new one: LeRobot
@@ -173,11 +193,16 @@ class CeedVLAConfig(PreTrainedConfig):
         super()._save_pretrained(save_directory)
 
     def forget(self, *stale: str, new: dict[str, str] | None = None) -> None:
-        """Drop the names that only this checkpoint has, or those that begin so: what they were measured on has changed.
+        """Drop the names that only this checkpoint has, or those that begin so: what they were
+        measured on has changed.
 
         `new` ones take their place.
         """
-        kept = {name: meant for name, meant in self.decodings.items() if stale and not name.startswith(stale)}
+        kept = {
+            name: meant
+            for name, meant in self.decodings.items()
+            if stale and not name.startswith(stale)
+        }
         self.decodings = {**kept, **(new or {})}
         if OWN.fullmatch(self.decode_with) and self.decode_with not in self.decodings:
             self.decode_with = CEED
@@ -189,7 +214,8 @@ class CeedVLAConfig(PreTrainedConfig):
             if any("{exit}" in rung for rung in entry.ladder):
                 decoding = f"its decoding {name!r} ({self.named(name).method})"
                 raise CheckpointError(
-                    f"{folder} lacks {EXITS}, which {decoding} needs; copy the whole checkpoint again."
+                    f"{folder} lacks {EXITS}, which {decoding} needs; copy the whole checkpoint "
+                    "again."
                 )
 
     def named(self, decoding: str | DecodingConfig) -> DecodingConfig:
@@ -199,7 +225,9 @@ class CeedVLAConfig(PreTrainedConfig):
     @property
     def action_dim(self) -> int:
         if self.action_feature is None:
-            raise ConfigError("There is no action feature; set output_features or build it from a data set.")
+            raise ConfigError(
+                "There is no action feature; set output_features or build it from a data set."
+            )
         return int(self.action_feature.shape[0])
 
     @property
@@ -240,7 +268,10 @@ class CeedVLAConfig(PreTrainedConfig):
 
     def get_optimizer_preset(self) -> AdamWConfig:
         return AdamWConfig(
-            lr=self.optimizer_lr, betas=(0.9, 0.95), weight_decay=self.optimizer_weight_decay, grad_clip_norm=1.0
+            lr=self.optimizer_lr,
+            betas=(0.9, 0.95),
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=1.0,
         )
 
     def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
@@ -252,7 +283,9 @@ class CeedVLAConfig(PreTrainedConfig):
         )
 
     def uses(self, feature: str, kind: object) -> bool:
-        """Whether a feature is a camera, the state, the action, or the environment state (a target)."""
+        """Whether a feature is a camera, the state, the action, or the environment state (a
+        target).
+        """
         return feature in (OBS_STATE, ACTION) or kind in (FeatureType.VISUAL, FeatureType.ENV)
 
     def drop_unused_features(self) -> None:
@@ -262,10 +295,20 @@ class CeedVLAConfig(PreTrainedConfig):
         """
         inputs: dict[str, Any] = self.input_features or {}
         outputs: dict[str, Any] = self.output_features or {}
-        broken = {name: feature for name, feature in inputs.items() if not isinstance(feature, PolicyFeature)}
-        used = {name: feature for name, feature in inputs.items() if name in broken or self.uses(name, feature.type)}
+        broken = {
+            name: feature
+            for name, feature in inputs.items()
+            if not isinstance(feature, PolicyFeature)
+        }
+        used = {
+            name: feature
+            for name, feature in inputs.items()
+            if name in broken or self.uses(name, feature.type)
+        }
         self.input_features: dict[str, PolicyFeature] | None = used
-        self.output_features: dict[str, PolicyFeature] | None = {n: f for n, f in outputs.items() if n == ACTION}
+        self.output_features: dict[str, PolicyFeature] | None = {
+            n: f for n, f in outputs.items() if n == ACTION
+        }
 
     def validate_features(self) -> None:
         """Drop features that the policy does not use; `ConfigError` for others it cannot serve."""
@@ -273,27 +316,47 @@ class CeedVLAConfig(PreTrainedConfig):
         for name in (*(self.input_features or {}), *(self.output_features or {})):
             plain_name(name, "The name of a feature", ConfigError)
         self.drop_unused_features()
-        for name, feature in {**(self.input_features or {}), **(self.output_features or {})}.items():
-            if not isinstance(feature, PolicyFeature) or not isinstance(feature.shape, tuple | list):
-                raise ConfigError(f"The feature {name} is {short(feature)}; it must have a type and a shape.")
+        for name, feature in {
+            **(self.input_features or {}),
+            **(self.output_features or {}),
+        }.items():
+            if not isinstance(feature, PolicyFeature) or not isinstance(
+                feature.shape, tuple | list
+            ):
+                raise ConfigError(
+                    f"The feature {name} is {short(feature)}; it must have a type and a shape."
+                )
             sides = tuple(feature.shape)
             if not sides or not all(type(n) is int and 1 <= n <= MOST_SIDE for n in sides):
-                raise ConfigError(f"The feature {name} has the shape {sides}; sides are whole, in [1, {MOST_SIDE}].")
+                raise ConfigError(
+                    f"The feature {name} has the shape {sides}; sides are whole, in [1, "
+                    f"{MOST_SIDE}]."
+                )
             if feature.type is FeatureType.VISUAL and (len(sides) != 3 or sides[0] != 3):
-                raise ConfigError(f"The camera {name} has the shape {sides}; expected (3, height, width).")
+                raise ConfigError(
+                    f"The camera {name} has the shape {sides}; expected (3, height, width)."
+                )
             if feature.type in (FeatureType.STATE, FeatureType.ENV) and len(sides) != 1:
-                raise ConfigError(f"The feature {name} has the shape {sides}; expected one number, its length.")
+                raise ConfigError(
+                    f"The feature {name} has the shape {sides}; expected one number, its length."
+                )
         if not self.image_features:
             raise ConfigError(
-                "The data have no camera: ceed_vla needs at least one observation.images.<camera> feature with "
-                "names ['height', 'width', 'channels']."
+                "The data have no camera: ceed_vla needs at least one observation.images.<camera> "
+                "feature with names ['height', 'width', 'channels']."
             )
         if self.action_feature is None or len(self.action_feature.shape) != 1:
             raise ConfigError("The data have no one-dimensional action feature.")
         self.action_tokens.validate_features(self.action_dim)
         if outside := [dim for dim in self.delta_dims or [] if dim >= self.action_dim]:
-            raise ConfigError(f"delta_dims {outside} lie outside the {self.action_dim} action dimensions.")
+            raise ConfigError(
+                f"delta_dims {outside} lie outside the {self.action_dim} action dimensions."
+            )
         self.backbone.validate_features(self.shape)
-        terms, state = len(self.auxiliary_scale), self.env_state_feature
+        terms = len(self.auxiliary_scale)
+        state = self.env_state_feature
         if state is not None and terms > state.shape[0]:
-            raise ConfigError(f"auxiliary_scale has {terms} entries, observation.environment_state {state.shape[0]}.")
+            raise ConfigError(
+                f"auxiliary_scale has {terms} entries, observation.environment_state "
+                f"{state.shape[0]}."
+            )

@@ -9,7 +9,9 @@ KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 def check_device(name: object) -> str:
-    """`name`, if this machine has that device: "cpu", "cuda", "cuda:1", "mps" or "xpu"; else a `ConfigError`."""
+    """`name`, if this machine has that device: "cpu", "cuda", "cuda:1", "mps" or "xpu"; else a
+    `ConfigError`.
+    """
     kind, index = _parsed(name)
     if not 0 <= index < _count(kind):
         here = [kind for kind in KINDS if _count(kind)]
@@ -26,7 +28,9 @@ def check_device_name(name: object) -> None:
 def _parsed(name: object) -> tuple[str, int]:
     """Kind and number; ("", 0) for what is no device."""
     kind, colon, index = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if kind not in KINDS or (colon and not (index.isdecimal() and index.isascii() and len(index) < 4)):
+    if kind not in KINDS or (
+        colon and not (index.isdecimal() and index.isascii() and len(index) < 4)
+    ):
         return "", 0
     return kind, int(index or 0)
 

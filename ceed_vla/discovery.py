@@ -1,4 +1,5 @@
-"""Packages that a user names on the command line, and what these register: LeRobot's `--discover_packages_path`.
+"""Packages that a user names on the command line, and what these register: LeRobot's
+`--discover_packages_path`.
 
 Naming a package is the one way to let code that this project does not know act on a checkpoint.
 """
@@ -15,16 +16,19 @@ _discovered: set[str] = set()
 
 
 def discover(text: str, option: str = f"--{FLAG}") -> None:
-    """Import the packages of a comma-separated list, which register what they have; `option` is where it was given."""
+    """Import the packages of a comma-separated list, which register what they have; `option` is
+    where it was given.
+    """
     for name in filter(None, (part.strip() for part in text.split(","))):
         try:
             importlib.import_module(name)
-        except BaseException as error:  # a package of any make may raise anything, or end the process
+        # a package of any make may raise anything, or end the process
+        except BaseException as error:
             if not (is_failure(error) or isinstance(error, SystemExit)):
                 raise
             raise ConfigError(
-                f"{option}: the package {name!r} cannot be imported ({type(error).__name__}: {error}); install it, or "
-                "set PYTHONPATH."
+                f"{option}: the package {name!r} cannot be imported ({type(error).__name__}: "
+                f"{error}); install it, or set PYTHONPATH."
             ) from error
         _discovered.add(name)
 
@@ -37,5 +41,7 @@ def discovered() -> list[str]:
 def named_by_user(module: str) -> bool:
     """Whether a module belongs to a package that the user named, to us or to a tool of LeRobot."""
     words = [word.partition("=") for word in sys.argv if FLAG in word.partition("=")[0]]
-    named = _discovered | {name.strip() for _, _, value in words for name in value.split(",") if name.strip()}
+    named = _discovered | {
+        name.strip() for _, _, value in words for name in value.split(",") if name.strip()
+    }
     return any(module == name or module.startswith(f"{name}.") for name in named)

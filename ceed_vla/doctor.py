@@ -1,7 +1,8 @@
 """``ceed-vla doctor``: what this installation has, and what to do about what it lacks.
 
-What may be broken is tried in processes of its own, all at once and for `LIMIT_S` seconds at most: a package that
-crashes or hangs is a finding, not the end of the list. (So nothing here imports torch, either.)
+What may be broken is tried in processes of its own, all at once and for `LIMIT_S` seconds at most:
+a package that crashes or hangs is a finding, not the end of the list. (So nothing here imports
+torch, either.)
 """
 
 from __future__ import annotations
@@ -33,36 +34,52 @@ PLUGIN = "lerobot_policy_ceed_vla"
 LEAST_FREE_GB, WANTED_FREE_GB = 0.2, 5.0
 INSTALL = "run `make install`"
 LATE = (
-    "run `ceed-vla doctor` again when the machine is idle: the first start after an installation is slow, the second "
-    "is not; if it stays so, something hangs"
+    "run `ceed-vla doctor` again when the machine is idle: the first start after an installation "
+    "is slow, the second is not; if it stays so, something hangs"
 )
-EXTRAS = {"ros2": "ROS 2 without a distribution of it", "vlm": "OpenVLA, pi0-FAST and image-text models"}
+EXTRAS = {
+    "ros2": "ROS 2 without a distribution of it",
+    "vlm": "OpenVLA, pi0-FAST and image-text models",
+}
 RANGE = "ROS_AUTOMATIC_DISCOVERY_RANGE"
 
 # Each prints one line of JSON. The word in front says what is tried.
 _PROBES = {
-    "torch": """import json, os, torch
-cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    "torch": (
+        """import json, os, torch
+count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+cuda = [torch.cuda.get_device_name(i) for i in range(count)]
 half = bool(cuda) and torch.cuda.is_bf16_supported(including_emulation=False)
-print(json.dumps({"threads": torch.get_num_threads(), "cores": os.cpu_count(), "cuda": cuda, "bfloat16": half,
-    "built": torch.version.cuda}))""",
-    "gl": """import json, mujoco
-xml = '<mujoco><worldbody><light pos="0 0 3"/><geom type="plane" size="1 1 .1" rgba=".9 .9 .9 1"/></worldbody></mujoco>'
+print(json.dumps({"threads": torch.get_num_threads(), "cores": os.cpu_count(), "cuda": cuda,
+    "bfloat16": half,
+    "built": torch.version.cuda}))"""
+    ),
+    "gl": (
+        """import json, mujoco
+plane = '<geom type="plane" size="1 1 .1" rgba=".9 .9 .9 1"/>'
+xml = f'<mujoco><worldbody><light pos="0 0 3"/>{plane}</worldbody></mujoco>'
 model = mujoco.MjModel.from_xml_string(xml)
 data, renderer = mujoco.MjData(model), mujoco.Renderer(model, 32, 32)
 mujoco.mj_forward(model, data)
 renderer.update_scene(data)
-print(json.dumps({"brightest": int(renderer.render().max())}))""",
-    "ros": "import json, rclpy; print(json.dumps({'rmw': rclpy.get_rmw_implementation_identifier()}))",
-    "lerobot": f"""import json, {PLUGIN}
+print(json.dumps({"brightest": int(renderer.render().max())}))"""
+    ),
+    "ros": (
+        "import json, rclpy; print(json.dumps({'rmw': rclpy.get_rmw_implementation_identifier()}))"
+    ),
+    "lerobot": (
+        f"""import json, {PLUGIN}
 from lerobot.configs.policies import PreTrainedConfig
-print(json.dumps({{"known": "ceed_vla" in PreTrainedConfig.get_known_choices()}}))""",
+print(json.dumps({{"known": "ceed_vla" in PreTrainedConfig.get_known_choices()}}))"""
+    ),
 }
 
 
 @dataclass
 class DoctorConfig:
-    """Look at this installation: one line for each thing, and what to do where it is not as it should be."""
+    """Look at this installation: one line for each thing, and what to do where it is not as it
+    should be.
+    """
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,9 @@ class Finding:
 
 
 def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, Any]:
-    """Print the table on `console`, and return the findings; `ConfigError` if a needed one is missing."""
+    """Print the table on `console`, and return the findings; `ConfigError` if a needed one is
+    missing.
+    """
     console = console or Console()
     if not console.is_terminal:
         console = Console(width=160, file=console.file)
@@ -98,7 +117,9 @@ def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, An
     table = Table("what", "found", "", "what to do", title="ceed-vla doctor", title_justify="left")
     colors = {"ok": "green", "note": "yellow", "missing": "bold red"}
     for one in findings:
-        table.add_row(Text(one.what), Text(one.found), Text(one.state, colors[one.state]), Text(one.remedy))
+        table.add_row(
+            Text(one.what), Text(one.found), Text(one.state, colors[one.state]), Text(one.remedy)
+        )
     console.print(table)
     if missing := [finding.what for finding in findings if finding.state == "missing"]:
         raise ConfigError(f"Not as needed: {', '.join(missing)}; the table says what to do.")
@@ -112,13 +133,22 @@ def _run_probe(script: str) -> dict[str, Any]:
     with tempfile.TemporaryFile() as file:  # a pipe would wait for the process's children, too
         try:
             run = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, timeout=LIMIT_S
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=environment,
+                timeout=LIMIT_S,
             )
         except subprocess.TimeoutExpired:
-            return {"error": f"no answer in {LIMIT_S:.0f} s; slow, not necessarily broken", "late": True}
+            return {
+                "error": f"no answer in {LIMIT_S:.0f} s; slow, not necessarily broken",
+                "late": True,
+            }
         file.seek(0)
         lines = file.read().decode(errors="replace").strip().splitlines()
-    answers = [line for line in lines if line.startswith("{")]  # packages print remarks before and behind
+    # packages print remarks before and behind
+    answers = [line for line in lines if line.startswith("{")]
     if answers and run.returncode == 0:
         return dict(json.loads(answers[-1]))
     signal = f"died of signal {-run.returncode}: " if run.returncode < 0 else ""
@@ -136,12 +166,18 @@ def _version(package: str) -> str:
 
 
 def _python() -> Generator[Finding]:
-    remedy = "" if sys.version_info[:2] in ((3, 12), (3, 13)) else f"3.12 or 3.13 is needed; install one and {INSTALL}"
+    remedy = (
+        ""
+        if sys.version_info[:2] in ((3, 12), (3, 13))
+        else f"3.12 or 3.13 is needed; install one and {INSTALL}"
+    )
     yield Finding("Python", f"{platform.python_version()}, {sys.executable}", remedy)
 
 
 def _packages() -> Generator[Finding]:
-    """Packages that decide the results, others only where their version is not supported; extras in a line each."""
+    """Packages that decide the results, others only where their version is not supported; extras in
+    a line each.
+    """
     from packaging.requirements import Requirement
 
     try:
@@ -151,7 +187,8 @@ def _packages() -> Generator[Finding]:
         return
     lacking: dict[str, list[str]] = {}
     for requirement in requirements:
-        name, version = requirement.name, _version(requirement.name)
+        name = requirement.name
+        version = _version(requirement.name)
         fits = bool(version) and requirement.specifier.contains(version, prereleases=True)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             if name in ALWAYS_SHOWN or not fits:
@@ -175,49 +212,76 @@ def _devices(probe: dict[str, Any]) -> Generator[Finding]:
         yield Finding("CUDA", f"{', '.join(probe['cuda'])}; {bfloat16} in bfloat16")
     else:
         remedy = (
-            f"nothing without an NVIDIA GPU; with one, its driver{'' if probe['built'] else ' and a torch for CUDA'}"
+            "nothing without an NVIDIA GPU; with one, its "
+            f"driver{'' if probe['built'] else ' and a torch for CUDA'}"
         )
         yield Finding("CUDA", "no device", remedy, needed=False)
 
 
 def _rendering(probe: dict[str, Any]) -> Generator[Finding]:
     how = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}"
-    remedy = "`apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1` (MUJOCO_GL=egl) or libosmesa6 (osmesa)"
+    remedy = (
+        "`apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1` (MUJOCO_GL=egl) or "
+        "libosmesa6 (osmesa)"
+    )
     if probe.get("brightest"):
         yield Finding("rendering", f"MuJoCo renders, {how}")
     else:
-        yield Finding("rendering", f"{how}: {probe.get('error', 'the picture is black')}", _remedy(probe, remedy))
+        yield Finding(
+            "rendering",
+            f"{how}: {probe.get('error', 'the picture is black')}",
+            _remedy(probe, remedy),
+        )
 
 
 def _discovery(probe: dict[str, Any]) -> Generator[Finding]:
-    version, remedy = _version(PLUGIN), f"only for lerobot-train and lerobot-eval: {INSTALL}"
+    version = _version(PLUGIN)
+    remedy = f"only for lerobot-train and lerobot-eval: {INSTALL}"
     if version and probe.get("known"):
         yield Finding("LeRobot's tools", f"find this policy through {PLUGIN} {version}")
     else:
-        found = probe.get("error", "do not know the policy") if version else f"{PLUGIN} is not installed"
-        yield Finding("LeRobot's tools", found, _remedy(probe, remedy) if version else remedy, needed=False)
+        found = (
+            probe.get("error", "do not know the policy")
+            if version
+            else f"{PLUGIN} is not installed"
+        )
+        yield Finding(
+            "LeRobot's tools", found, _remedy(probe, remedy) if version else remedy, needed=False
+        )
 
 
 def _ros(probe: dict[str, Any]) -> Generator[Finding]:
     if "error" in probe:
-        remedy = "only for robots: `source /opt/ros/<distribution>/setup.bash`, or `make ros-demo` installs wheels"
+        remedy = (
+            "only for robots: `source /opt/ros/<distribution>/setup.bash`, or `make ros-demo` "
+            "installs wheels"
+        )
         yield Finding("ROS 2", probe["error"], _remedy(probe, remedy), needed=False)
         return
-    wheel, distribution = _version("ros-rclpy"), os.environ.get("ROS_DISTRO")
+    wheel = _version("ros-rclpy")
+    distribution = os.environ.get("ROS_DISTRO")
     version = f" {wheel} (wheel)" if wheel else f" of {distribution}" if distribution else ""
     yield Finding("ROS 2", f"rclpy{version}, {probe['rmw']}")
-    domain, reach = os.environ.get("ROS_DOMAIN_ID") or "0", os.environ.get(RANGE) or "SUBNET"
+    domain = os.environ.get("ROS_DOMAIN_ID") or "0"
+    reach = os.environ.get(RANGE) or "SUBNET"
     remedy = ""
     if not (domain.isdigit() and int(domain) <= 232):
         remedy = "ROS_DOMAIN_ID must be a whole number from 0 to 232"
     elif reach != "LOCALHOST":
-        remedy = f"nodes of other machines in the network are found; for the simulated robot `export {RANGE}=LOCALHOST`"
+        remedy = (
+            "nodes of other machines in the network are found; for the simulated robot `export "
+            f"{RANGE}=LOCALHOST`"
+        )
     yield Finding("ROS 2 network", f"domain {domain}, range {reach}", remedy, needed=False)
 
 
 def _disk() -> Generator[Finding]:
-    for what, folder in ("disk here", Path.cwd()), ("disk for temporary files", Path(tempfile.gettempdir())):
-        free, remedy = shutil.disk_usage(folder).free / 1e9, ""
+    for what, folder in (
+        ("disk here", Path.cwd()),
+        ("disk for temporary files", Path(tempfile.gettempdir())),
+    ):
+        free = shutil.disk_usage(folder).free / 1e9
+        remedy = ""
         if free <= WANTED_FREE_GB:
             remedy = f"make room: {WANTED_FREE_GB:.0f} GB are good for data and checkpoints"
         if not os.access(folder, os.W_OK):
@@ -231,11 +295,14 @@ def _checkpoints() -> Generator[Finding]:
     for name in ("teacher", "student"):
         file = SHIPPED / name / "model.safetensors"
         try:
-            with safe_open(file, "numpy") as content:  # refuses a file that is too short or too long
+            # refuses a file that is too short or too long
+            with safe_open(file, "numpy") as content:
                 yield Finding(f"checkpoint {name}", f"{len(content.keys())} tensors")
         except (OSError, SafetensorError) as error:
             found = _short(f"{file.name} is no file of weights ({error})")
-            yield Finding(f"checkpoint {name}", found, "install again from a complete copy of the repository")
+            yield Finding(
+                f"checkpoint {name}", found, "install again from a complete copy of the repository"
+            )
 
 
 def _short(text: str) -> str:

@@ -2,8 +2,9 @@
 
     policy.backbone = compiled(policy.backbone)    # then as before
 
-Compiled code is made for one shape. So a block of ``k`` tokens is filled up to one of a few windows, at any position of
-a cache of constant shape (`StaticCache`); what is written behind the ``k`` tokens is not committed, and overwritten.
+Compiled code is made for one shape. So a block of ``k`` tokens is filled up to one of a few
+windows, at any position of a cache of constant shape (`StaticCache`); what is written behind the
+``k`` tokens is not committed, and overwritten.
 """
 
 from __future__ import annotations
@@ -19,23 +20,28 @@ from ceed_vla.backbones.base import Backbone, Prefix, check_depth
 from ceed_vla.cache import StaticCache
 from ceed_vla.errors import ConfigError, TokenError
 
-ROUND = 32  # capacities are multiples of it, so that prompts of similar lengths share their compiled code
+# capacities are multiples of it, so that prompts of similar lengths share their compiled code
+ROUND = 32
 VERSIONS = 64  # of compiled code: batch sizes, capacities, windows and depths; torch stops at 8
 
 
-def compiled[B: Backbone](backbone: B, backend: str | Callable[..., Any] = "inductor", mode: str | None = None) -> B:
+def compiled[B: Backbone](
+    backbone: B, backend: str | Callable[..., Any] = "inductor", mode: str | None = None
+) -> B:
     """The `backbone` with its block, and where it can its prefill, compiled when they first run.
 
-    It shares the weights, which keep their names, and does all else as before. There is one cache a batch size: only
-    the newest prefix of a batch size can be decoded. Scores differ from the eager ones by rounding. `ConfigError` for a
-    backbone that knows no static cache; `CompactBackbone` and every `TransformersBackbone` do.
+    It shares the weights, which keep their names, and does all else as before. There is one cache a
+    batch size: only the newest prefix of a batch size can be decoded. Scores differ from the eager
+    ones by rounding. `ConfigError` for a backbone that knows no static cache; `CompactBackbone` and
+    every `TransformersBackbone` do.
 
-    `backend` and `mode` are those of ``torch.compile``; "reduce-overhead" replays CUDA graphs on a GPU (never run).
+    `backend` and `mode` are those of ``torch.compile``; "reduce-overhead" replays CUDA graphs on a
+    GPU (never run).
     """
     if "block" not in getattr(backbone, "compilable", ()):
         raise ConfigError(
-            f"A {type(backbone).__name__} cannot be compiled: its `compilable` names no block, which runs on a "
-            "StaticCache. CompactBackbone and every TransformersBackbone can."
+            f"A {type(backbone).__name__} cannot be compiled: its `compilable` names no block, "
+            "which runs on a StaticCache. CompactBackbone and every TransformersBackbone can."
         )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
     return cast("B", CompiledBackbone(cast("nn.Module", backbone), backend, mode))
@@ -44,13 +50,17 @@ def compiled[B: Backbone](backbone: B, backend: str | Callable[..., Any] = "indu
 class CompiledBackbone(nn.Module):
     """What `compiled` returns."""
 
-    def __init__(self, backbone: nn.Module, backend: str | Callable[..., Any], mode: str | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, backend: str | Callable[..., Any], mode: str | None = None
+    ) -> None:
         super().__init__()
-        # A policy saves, moves and reads the weights as ever; as those of a submodule they would have other names.
+        # A policy saves, moves and reads the weights as ever; as those of a submodule they would
+        # have other names.
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[name] = backbone.__dict__[name]
         self.__dict__["backbone"] = backbone
-        inner, n = cast("Any", backbone), self.block_length
+        inner = cast("Any", backbone)
+        n = self.block_length
         self.windows = sorted({1, max(n // 2, 1), max(n - 1, 1), n})
         # Positions behind the prefix that some block reaches when it is filled up.
         self._reach = max(n - k + self._window(k) for k in range(1, n + 1))
@@ -82,10 +92,17 @@ class CompiledBackbone(nn.Module):
 
     def _placed(self, prefix: Prefix) -> Prefix[StaticCache]:
         # As much as a whole prefix needs, so that what is left of one shares its compiled code.
-        whole = len(getattr(self.backbone, "kept", ())) or getattr(self.backbone, "prefix_length", 0)
+        whole = len(getattr(self.backbone, "kept", ())) or getattr(
+            self.backbone, "prefix_length", 0
+        )
         length = max(prefix.cache.length, whole)
         capacity = -(-(length + self._reach) // ROUND) * ROUND
-        key = (len(prefix.logits), capacity, prefix.logits.device, prefix.cache.entries()[0][0].dtype)
+        key = (
+            len(prefix.logits),
+            capacity,
+            prefix.logits.device,
+            prefix.cache.entries()[0][0].dtype,
+        )
         self._caches[key] = cache = StaticCache(prefix.cache, capacity, self._caches.get(key))
         return cast("Prefix[StaticCache]", prefix.moved(cache))
 
@@ -93,10 +110,13 @@ class CompiledBackbone(nn.Module):
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         cache, (rows, k) = prefix.cache, tokens.shape
         if not isinstance(cache, StaticCache):
-            raise TokenError(f"The prefix is in a {type(cache).__name__}; prefill it with the compiled backbone.")
+            raise TokenError(
+                f"The prefix is in a {type(cache).__name__}; prefill it with the compiled backbone."
+            )
         if cache.committed + k > self.block_length:
             raise TokenError(
-                f"{k} tokens after {cache.committed} committed ones exceed the block of {self.block_length}."
+                f"{k} tokens after {cache.committed} committed ones exceed the block of "
+                f"{self.block_length}."
             )
         depth = check_depth(depth, self.num_layers)
         if depth in self.exits:
@@ -110,14 +130,19 @@ class CompiledBackbone(nn.Module):
         """Compile every window, which some chunk would wait for otherwise."""
         for k in self.windows:
             self.block_logits(
-                prefix, torch.zeros(len(prefix.logits), k, dtype=torch.int64, device=prefix.logits.device)
+                prefix,
+                torch.zeros(len(prefix.logits), k, dtype=torch.int64, device=prefix.logits.device),
             )
 
     @torch.no_grad()
-    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    def depth_logits(
+        self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor]:
         """As the backbone's, eagerly."""
         prefix.cache.place(tokens.shape[1], shallow=True)
-        return cast("tuple[list[Tensor], Tensor]", self.backbone.depth_logits(prefix, tokens, depths))
+        return cast(
+            "tuple[list[Tensor], Tensor]", self.backbone.depth_logits(prefix, tokens, depths)
+        )
 
     @torch.no_grad()
     def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
@@ -133,6 +158,6 @@ class CompiledBackbone(nn.Module):
             return function(*arguments, **options)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             raise ConfigError(
-                f"{type(self.backbone).__name__} does not compile with these settings ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:300]}); use it without."
+                f"{type(self.backbone).__name__} does not compile with these settings "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:300]}); use it without."
             ) from error

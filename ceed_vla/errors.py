@@ -1,4 +1,6 @@
-"""Exceptions of the project. Messages say what was wrong (the value), what is allowed and what to do."""
+"""Exceptions of the project. Messages say what was wrong (the value), what is allowed and what to
+do.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class CeedVLAError(Exception):
 
 
 class ConfigError(CeedVLAError, ParsingError):
-    """A setting has a value that cannot work. (LeRobot's parser lets errors of its own kind pass as they are.)"""
+    """A setting has a value that cannot work. (LeRobot's parser lets errors of its own kind pass as
+    they are.)
+    """
 
 
 def root_cause(error: BaseException) -> str:
@@ -36,17 +40,24 @@ def root_cause(error: BaseException) -> str:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether `error` is an ordinary exception, or a panic of a library in Rust: no request to end the process."""
+    """Whether `error` is an ordinary exception, or a panic of a library in Rust: no request to end
+    the process.
+    """
     return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
 
 
 @contextmanager
 def raised_as(
-    kind: type[CeedVLAError], what: str, advice: str, passing: type[CeedVLAError] | tuple[()] = CeedVLAError
+    kind: type[CeedVLAError],
+    what: str,
+    advice: str,
+    passing: type[CeedVLAError] | tuple[()] = CeedVLAError,
 ) -> Iterator[None]:
-    """Raise what a library raises as a `kind`, whose message is `what`, the cause and `advice`; errors `passing` pass.
+    """Raise what a library raises as a `kind`, whose message is `what`, the cause and `advice`;
+    errors `passing` pass.
 
-    For what others wrote: files, settings and models, with which each library fails in kinds of its own.
+    For what others wrote: files, settings and models, with which each library fails in kinds of its
+    own.
     """
     try:
         yield
@@ -71,11 +82,15 @@ class TokenError(CeedVLAError, ValueError):
 
 
 class MalformedChunkError(TokenError):
-    """Decoded tokens that stand for no chunk of ``m`` steps of ``A`` dimensions. On a robot: hold."""
+    """Decoded tokens that stand for no chunk of ``m`` steps of ``A`` dimensions. On a robot:
+    hold.
+    """
 
 
 class NotFiniteError(CeedVLAError):
-    """The model's scores are NaN or infinite: its weights or activations are broken. On a robot: hold."""
+    """The model's scores are NaN or infinite: its weights or activations are broken. On a robot:
+    hold.
+    """
 
 
 class ObservationError(CeedVLAError, ValueError):

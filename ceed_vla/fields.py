@@ -1,4 +1,6 @@
-"""What a setting may be: declared beside its default, checked when a configuration is made, shown by `--help`."""
+"""What a setting may be: declared beside its default, checked when a configuration is made, shown
+by `--help`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ THREADS = "[0, 256]"
 
 
 class Interval:
-    """A range of numbers in the notation of mathematics: ``[1, 10]``, ``(0, 1]``, ``[0, inf)``; infinity is outside."""
+    """A range of numbers in the notation of mathematics: ``[1, 10]``, ``(0, 1]``, ``[0, inf)``;
+    infinity is outside.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -39,7 +43,9 @@ Allowed = Interval | tuple[str, ...]  # numbers, or the texts of which a setting
 
 
 def ranged(default: Any, interval: str) -> Any:
-    """A field whose number, or every number of whose list, lies in `interval`; None is left alone."""
+    """A field whose number, or every number of whose list, lies in `interval`; None is left
+    alone.
+    """
     metadata = {_ALLOWED: Interval(interval)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -62,7 +68,9 @@ def allowed_text(allowed: Allowed) -> str:
 
 
 class Checked:
-    """A dataclass whose fields are checked as it is made; `prefix` is what stands before their names in an error."""
+    """A dataclass whose fields are checked as it is made; `prefix` is what stands before their
+    names in an error.
+    """
 
     _prefix = ""
 
@@ -75,13 +83,17 @@ class Checked:
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Check every field of a dataclass: its type against the annotation, its value against what it declares.
+    """Check every field of a dataclass: its type against the annotation, its value against what it
+    declares.
 
-    Belongs first in ``__post_init__``. A `ConfigError` names the field, behind `prefix`, its value and what is allowed.
+    Belongs first in ``__post_init__``. A `ConfigError` names the field, behind `prefix`, its value
+    and what is allowed.
     """
     hints = type_hints(type(config))
     for item in fields(config):
-        value, hint, allowed = getattr(config, item.name, None), hints.get(item.name, Any), allowed_of(item)
+        value = getattr(config, item.name, None)
+        hint = hints.get(item.name, Any)
+        allowed = allowed_of(item)
         if not fits(value, hint, allowed):
             name = f"{prefix}{item.name.removesuffix('_')}"
             raise ConfigError(f"{name} is {short(value)}; it must be {describe(hint, allowed)}.")
@@ -93,15 +105,24 @@ def describe(hint: Any, allowed: Allowed | None) -> str:
         return allowed_text(allowed)
     options = options_of(hint)
     words = [_word(option) for option in options if option is not type(None)]
-    text = " or ".join(dict.fromkeys(words)) + (f" {allowed_text(allowed)}" if allowed is not None else "")
+    text = " or ".join(dict.fromkeys(words)) + (
+        f" {allowed_text(allowed)}" if allowed is not None else ""
+    )
     return text + (" (or nothing)" if type(None) in options else "")
 
 
 def _word(hint: Any) -> str:
-    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    inside = typing.get_args(hint)
     if origin in (list, tuple):
         return f"a list of {_word(inside[0]).removeprefix('a ')}s" if inside else "a list"
-    simple = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", Path: "a path"}
+    simple = {
+        int: "a whole number",
+        float: "a finite number",
+        str: "a text",
+        bool: "true or false",
+        Path: "a path",
+    }
     return simple.get(hint, "a mapping" if origin is dict else getattr(hint, "__name__", str(hint)))
 
 
@@ -112,25 +133,40 @@ def fits(value: Any, hint: Any, allowed: Allowed | None = None) -> bool:
     if (options := options_of(hint)) != (hint,):
         return any(fits(value, option, allowed) for option in options)
     if hint in (int, float):
-        number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-        return number and abs(value) < _LARGEST and (not isinstance(allowed, Interval) or value in allowed)
+        number = isinstance(value, Integral if hint is int else Real) and not isinstance(
+            value, bool
+        )
+        return (
+            number
+            and abs(value) < _LARGEST
+            and (not isinstance(allowed, Interval) or value in allowed)
+        )
     if hint is str:
         text = isinstance(value, str) and len(value) <= LONGEST_TEXT and "\0" not in value
         return text and (not isinstance(allowed, tuple) or value in allowed)
     if hint is Path:
         return isinstance(value, str | Path) and "\0" not in str(value)
-    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    inside = typing.get_args(hint)
     if origin in (list, tuple):
-        return isinstance(value, list | tuple) and all(fits(v, inside[0] if inside else Any, allowed) for v in value)
+        return isinstance(value, list | tuple) and all(
+            fits(v, inside[0] if inside else Any, allowed) for v in value
+        )
     if origin is dict:
         key, entry = inside or (Any, Any)
-        return isinstance(value, dict) and all(fits(k, key) and fits(v, entry) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            fits(k, key) and fits(v, entry) for k, v in value.items()
+        )
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
     """The types of a union; `hint` alone if it is none."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
 
 
 def short(value: object) -> str:
@@ -150,4 +186,5 @@ def _type_hints(kind: Any) -> dict[str, Any]:
         return {}
 
 
-type_hints: Callable[[Any], dict[str, Any]] = functools.cache(_type_hints)  # mypy takes no class for hashable
+# mypy takes no class for hashable
+type_hints: Callable[[Any], dict[str, Any]] = functools.cache(_type_hints)

@@ -1,6 +1,8 @@
-"""Files that others wrote and files that we write: the first are not believed, the second never half written.
+"""Files that others wrote and files that we write: the first are not believed, the second never
+half written.
 
-Names that a file gives (of cameras, shards, states) are plain names, so that what they lead to stays in its folder.
+Names that a file gives (of cameras, shards, states) are plain names, so that what they lead to
+stays in its folder.
 """
 
 from __future__ import annotations
@@ -20,12 +22,17 @@ from ceed_vla.fields import short
 MOST_SETTINGS = 2**24  # [bytes] of a file of settings
 MOST_DIGITS = 400  # of a number; the largest that is a float has 309
 MOST_DEPTH = 100  # of values in values, which whoever reads them follows down
-MOST_VALUES = 10**6  # of one: each takes some hundred bytes of memory, whatever it takes in the file
+# of one: each takes some hundred bytes of memory, whatever it takes in the file
+MOST_VALUES = 10**6
 LONGEST_NAME = 200
 
 
 def read_json(
-    file: Path, error: type[CeedVLAError] = CheckpointError, *, most: int = MOST_SETTINGS, values: int = MOST_VALUES
+    file: Path,
+    error: type[CeedVLAError] = CheckpointError,
+    *,
+    most: int = MOST_SETTINGS,
+    values: int = MOST_VALUES,
 ) -> dict[str, Any]:
     """A JSON object of at most `most` bytes and about `values` values; otherwise raises `error`."""
     content = read_bytes(file, error, most=most)
@@ -39,7 +46,9 @@ def read_json(
 
 
 def parse_json(text: str, most: int = MOST_VALUES) -> Any:
-    """The value of JSON `text`, of about `most` values and without a repeated name; otherwise `ValueError`."""
+    """The value of JSON `text`, of about `most` values and without a repeated name; otherwise
+    `ValueError`.
+    """
     count = sum(map(text.count, "[{,"))  # at least the number of values but one
     if count > most:
         raise ValueError(f"it has about {count} values; at most {most} are read")
@@ -72,16 +81,22 @@ def _inside(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def read_text(file: Path, error: type[CeedVLAError] = CheckpointError, *, most: int = MOST_SETTINGS) -> str:
+def read_text(
+    file: Path, error: type[CeedVLAError] = CheckpointError, *, most: int = MOST_SETTINGS
+) -> str:
     """The UTF-8 text of a file of at most `most` bytes; otherwise raises `error`."""
     try:
         return read_bytes(file, error, most=most).decode("utf-8")
     except ValueError as problem:
-        raise error(f"{file} is not text in UTF-8 ({str(problem)[:200]}); copy it again.") from problem
+        raise error(
+            f"{file} is not text in UTF-8 ({str(problem)[:200]}); copy it again."
+        ) from problem
 
 
 def read_bytes(file: Path, error: type[CeedVLAError] = CheckpointError, *, most: int) -> bytes:
-    """The content of a file of at most `most` bytes, whatever size it declares; otherwise raises `error`."""
+    """The content of a file of at most `most` bytes, whatever size it declares; otherwise raises
+    `error`.
+    """
     regular(file, error)
     try:
         with file.open("rb") as content:
@@ -95,7 +110,9 @@ def read_bytes(file: Path, error: type[CeedVLAError] = CheckpointError, *, most:
 
 
 def whole(text: str) -> int:
-    """The whole number that a text of digits stands for; `ValueError` for one of too many digits."""
+    """The whole number that a text of digits stands for; `ValueError` for one of too many
+    digits.
+    """
     if len(text) > MOST_DIGITS:
         raise ValueError(f"it has a number of {len(text)} digits; at most {MOST_DIGITS} are read")
     return int(text)
@@ -109,7 +126,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def regular(file: Path, error: type[CeedVLAError] = CheckpointError) -> Path:
-    """`file`, unless it is there and reading it need not end: a pipe, a socket or a device, also behind a link.
+    """`file`, unless it is there and reading it need not end: a pipe, a socket or a device, also
+    behind a link.
 
     That it exists, its reader checks.
     """
@@ -123,25 +141,33 @@ def regular(file: Path, error: type[CeedVLAError] = CheckpointError) -> Path:
 
 
 def strange(folder: Path) -> Iterator[Path]:
-    """Links, pipes and whatever else is neither file nor folder below `folder`, which may itself be a link."""
+    """Links, pipes and whatever else is neither file nor folder below `folder`, which may itself be
+    a link.
+    """
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             yield path
 
 
 def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointError) -> str:
-    """`name`, as found in a file, if it stays in the folder it is joined to; else `error`, about `what` it names."""
+    """`name`, as found in a file, if it stays in the folder it is joined to; else `error`, about
+    `what` it names.
+    """
     plain = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
     if not plain or any(mark in str(name) for mark in "/\\:") or str(name).strip(". ") == "":
-        raise error(f"{what} is {str(name)[:LONGEST_NAME]!r}; it must be a plain name, without a path.")
+        raise error(
+            f"{what} is {str(name)[:LONGEST_NAME]!r}; it must be a plain name, without a path."
+        )
     return str(name)
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A path beside `file` to write to; it takes the place of `file` in one step when the block ends well.
+    """A path beside `file` to write to; it takes the place of `file` in one step when the block
+    ends well.
 
-    An interrupt or a full disk leaves what was there before. The temporary name keeps the suffix: libraries go by it.
+    An interrupt or a full disk leaves what was there before. The temporary name keeps the suffix:
+    libraries go by it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     # Nobody can have put a link there: the name is not known before.
@@ -152,14 +178,17 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.replace(file)
     except OSError as error:
         if error.errno is not None and error.filename in (None, str(temporary)):
-            raise OSError(error.errno, error.strerror, str(file)) from error  # the name that the user knows
+            # the name that the user knows
+            raise OSError(error.errno, error.strerror, str(file)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def settle(*files: Path) -> None:
-    """Wait until what was written is on disk: behind a power cut, what names these files must not be all there is."""
+    """Wait until what was written is on disk: behind a power cut, what names these files must not
+    be all there is.
+    """
     for file in files:
         with file.open("rb+") as content:
             os.fsync(content.fileno())
@@ -175,15 +204,20 @@ def write_text(file: Path, text: str) -> None:
 def saving(folder: object, options: Mapping[str, Any]) -> Iterator[None]:
     """Check what LeRobot's ``save_pretrained`` is given, and say why it cannot write.
 
-    `ConfigError` if a hub is asked for, `CheckpointError` for no folder's name, or one that cannot be written to.
+    `ConfigError` if a hub is asked for, `CheckpointError` for no folder's name, or one that cannot
+    be written to.
     """
     from safetensors import SafetensorError
 
     if not isinstance(folder, str | Path) or not str(folder):
         raise CheckpointError(f"save_directory is {short(folder)}; give a folder.")
     if options.get("push_to_hub"):
-        raise ConfigError("push_to_hub is true; nothing here asks a hub: upload the folder with `hf upload`.")
+        raise ConfigError(
+            "push_to_hub is true; nothing here asks a hub: upload the folder with `hf upload`."
+        )
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{short(str(folder))} cannot be written ({short(error)}); is there room?") from error
+        raise CheckpointError(
+            f"{short(str(folder))} cannot be written ({short(error)}); is there room?"
+        ) from error

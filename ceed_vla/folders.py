@@ -1,4 +1,6 @@
-"""Where checkpoints are: folders, their files, and the shipped ones. Imports nothing heavy: a robot's node asks too."""
+"""Where checkpoints are: folders, their files, and the shipped ones. Imports nothing heavy: a
+robot's node asks too.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +30,29 @@ FILES = (*POLICY_FILES, *PROCESSOR_FILES)
 
 
 def pretrained_path(name: str) -> Path:
-    """Folder of a checkpoint inside the package: "teacher" (autoregressive), "student" (consistency-distilled).
+    """Folder of a checkpoint inside the package: "teacher" (autoregressive), "student"
+    (consistency-distilled).
 
-    "metaworld/student" is the student of an installed wheel of weights, ceed_vla_metaworld, which is not imported.
+    "metaworld/student" is the student of an installed wheel of weights, ceed_vla_metaworld, which
+    is not imported.
     """
     wheel, _, own = name.rpartition("/") if isinstance(name, str) else ("", "", "")
     if own not in PRETRAINED or not (not wheel or wheel.isidentifier()):
-        raise CheckpointError(f"No shipped checkpoint is called {short(name)}; choose one of {', '.join(PRETRAINED)}.")
+        raise CheckpointError(
+            f"No shipped checkpoint is called {short(name)}; choose one of {', '.join(PRETRAINED)}."
+        )
     spec = find_spec(f"ceed_vla_{wheel}") if wheel else None
     if wheel and (spec is None or spec.origin is None):
-        raise CheckpointError(f"There is no folder {name}, and no wheel ceed_vla_{wheel} is installed.")
-    path = (Path(spec.origin).parent if spec and spec.origin else Path(__file__).parent / "pretrained") / own
+        raise CheckpointError(
+            f"There is no folder {name}, and no wheel ceed_vla_{wheel} is installed."
+        )
+    path = (
+        Path(spec.origin).parent if spec and spec.origin else Path(__file__).parent / "pretrained"
+    ) / own
     if not (path / WEIGHTS).is_file():
-        raise CheckpointError(f"The shipped checkpoint {name!r} is missing from this installation; reinstall.")
+        raise CheckpointError(
+            f"The shipped checkpoint {name!r} is missing from this installation; reinstall."
+        )
     return path
 
 
@@ -62,7 +74,9 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
         CheckpointError: There is no such folder, or files are missing from it.
     """
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-        raise CheckpointError(f"The checkpoint is {short(path)}; give a folder, or one of {', '.join(PRETRAINED)}.")
+        raise CheckpointError(
+            f"The checkpoint is {short(path)}; give a folder, or one of {', '.join(PRETRAINED)}."
+        )
     folder = Path(path)
     try:
         if _may_be_shipped(path):
@@ -74,24 +88,37 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
         found = folder.is_dir()
         missing = [name for name in files if not (folder / name).is_file()]
     except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise CheckpointError(f"The checkpoint {str(path)[:200]!r} is not read ({error.strerror}).") from error
+        raise CheckpointError(
+            f"The checkpoint {str(path)[:200]!r} is not read ({error.strerror})."
+        ) from error
     if not found:
         raise CheckpointError(
-            f"No checkpoint folder at {path}; give a local folder that holds {' and '.join(POLICY_FILES)}, "
-            f"or a shipped name ({', '.join(PRETRAINED)}). A model of a hub must be downloaded first."
+            f"No checkpoint folder at {path}; give a local folder that holds "
+            f"{' and '.join(POLICY_FILES)}, or a shipped name ({', '.join(PRETRAINED)}). A model "
+            "of a hub must be downloaded first."
         )
     if missing:
-        raise CheckpointError(f"The checkpoint {path} lacks {', '.join(missing)}; it is incomplete.")
+        raise CheckpointError(
+            f"The checkpoint {path} lacks {', '.join(missing)}; it is incomplete."
+        )
     return folder
 
 
 def unambiguous(text: str) -> str:
-    """The path `text` so that it stays a local one as a `Path`, which would make ``student`` of ``./student``."""
-    return str(Path.cwd() / text) if not _may_be_shipped(text) and _may_be_shipped(Path(text)) else text
+    """The path `text` so that it stays a local one as a `Path`, which would make ``student`` of
+    ``./student``.
+    """
+    return (
+        str(Path.cwd() / text)
+        if not _may_be_shipped(text) and _may_be_shipped(Path(text))
+        else text
+    )
 
 
 def _may_be_shipped(path: str | Path) -> bool:
-    """Whether `path` has the form of a shipped name: "student", or "wheel/student". "./student" has not."""
+    """Whether `path` has the form of a shipped name: "student", or "wheel/student". "./student" has
+    not.
+    """
     text = str(path)
     folder = Path(text)
     return (
@@ -115,20 +142,22 @@ def _chosen(named: Path) -> Path:
         return named
     if (local / CONFIG).is_file() or (local / "pretrained_model").is_dir():
         _warn(
-            f"{name} is the local folder {local}, not the shipped checkpoint of this name; write ./{name} to be sure "
-            "of the folder, or rename it to have the shipped one"
+            f"{name} is the local folder {local}, not the shipped checkpoint of this name; write "
+            f"./{name} to be sure of the folder, or rename it to have the shipped one"
         )
         return local
     if local.exists():
         _warn(
-            f"{name} is the shipped checkpoint; the local folder {local} is none, as it has neither {CONFIG} nor "
-            f"pretrained_model. Write ./{name} if you mean the folder"
+            f"{name} is the shipped checkpoint; the local folder {local} is none, as it has "
+            f"neither {CONFIG} nor pretrained_model. Write ./{name} if you mean the folder"
         )
     return shipped
 
 
 @cache
 def _warn(message: str) -> None:
-    """Log `message` once in a process, and not in its workers: a command resolves a path many times."""
+    """Log `message` once in a process, and not in its workers: a command resolves a path many
+    times.
+    """
     if parent_process() is None:
         _logger.warning(message)

@@ -1,8 +1,8 @@
 """What a new policy takes from its data where its settings leave it open.
 
 `ceed-vla train` and LeRobot's `lerobot-train` share it. Action ranges come from all frames: the
-quantiles in a data set's ``meta/stats.json`` are averages over its episodes, which clip whatever only
-some of the episodes do.
+quantiles in a data set's ``meta/stats.json`` are averages over its episodes, which clip whatever
+only some of the episodes do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 SPARSE = 0.9  # of a dimension's values lie near zero: its quantiles say nothing of the others
 NEAR_ZERO = 0.01  # of the largest value
-INCREMENT = re.compile("(d|delta_)(x|y|z|rx|ry|rz|roll|pitch|yaw)")  # names of actions that add up over steps
+# names of actions that add up over steps
+INCREMENT = re.compile("(d|delta_)(x|y|z|rx|ry|rz|roll|pitch|yaw)")
 FRAMES = "all frames"
 EXTREMES = (("q01", "min"), ("q99", "max"))  # quantile, and what stands in for it
 
@@ -37,7 +38,7 @@ Stats = dict[str, Any]  # name of a statistic -> (A,), an array or a tensor
 Statistics = dict[str, Stats]  # of every feature
 
 
-# ---- from the frames --------------------------------------------------------------------------------------------
+# ---- from the frames -----------------------------------------------------------------------------
 
 
 def take_from_actions(
@@ -63,7 +64,9 @@ def take_from_actions(
 
 
 def extend_sparse(stats: Stats, actions: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Replace quantiles by extremes in dimensions (A,) that are nearly always zero; return these."""
+    """Replace quantiles by extremes in dimensions (A,) that are nearly always zero; return
+    these.
+    """
     sparse = (np.abs(actions) <= NEAR_ZERO * np.abs(actions).max(0)).mean(0) >= SPARSE  # (A,)
     for quantile, extreme in EXTREMES:
         stats[quantile][sparse] = stats[extreme][sparse]
@@ -74,7 +77,9 @@ def extend_sparse(stats: Stats, actions: NDArray[np.float32]) -> NDArray[np.bool
 def take_increments(config: CeedVLAConfig, names: Sequence[object]) -> None:
     """Set `delta_dims` by the names of the action's dimensions, unless the settings have them."""
     if config.delta_dims is None:
-        config.delta_dims = [d for d, name in enumerate(names) if INCREMENT.fullmatch(str(name).lower())]
+        config.delta_dims = [
+            d for d, name in enumerate(names) if INCREMENT.fullmatch(str(name).lower())
+        ]
 
 
 def ranges_are_open(config: CeedVLAConfig) -> bool:
@@ -82,7 +87,7 @@ def ranges_are_open(config: CeedVLAConfig) -> bool:
     return not any(getattr(config.action_tokens, name) for name in config.action_tokens.listed)
 
 
-# ---- from LeRobot's metadata ------------------------------------------------------------------------------------
+# ---- from LeRobot's metadata ---------------------------------------------------------------------
 
 
 def take_from_lerobot(config: CeedVLAConfig, meta: Any, stats: Statistics) -> None:
@@ -98,7 +103,11 @@ def take_from_lerobot(config: CeedVLAConfig, meta: Any, stats: Statistics) -> No
     info = _info(meta)
     # Depth maps are stored as images, and training leaves them out.
     inputs = (config.input_features or {}).items()
-    depth = {name for name, f in inputs if f.type is FeatureType.VISUAL and info and name not in info.cameras}
+    depth = {
+        name
+        for name, f in inputs
+        if f.type is FeatureType.VISUAL and info and name not in info.cameras
+    }
     config.input_features = {name: feature for name, feature in inputs if name not in depth}
     names = meta.features.get(ACTION, {}).get("names")
     names = names if isinstance(names, list | tuple) else []
@@ -108,10 +117,14 @@ def take_from_lerobot(config: CeedVLAConfig, meta: Any, stats: Statistics) -> No
         return
     take_increments(config, names)
     if ranges_are_open(config):
-        config.ranges_from = f"the statistics' minimum and maximum, as the frames cannot be read ({problem})"
+        config.ranges_from = (
+            f"the statistics' minimum and maximum, as the frames cannot be read ({problem})"
+        )
 
 
-def correct_action_statistics(meta: Any, stats: Statistics) -> tuple[NDArray[np.float32] | None, str]:
+def correct_action_statistics(
+    meta: Any, stats: Statistics
+) -> tuple[NDArray[np.float32] | None, str]:
     """Replace LeRobot's averaged action quantiles by those of all frames, else by the extremes.
 
     In place: LeRobot builds its normalisers from the same object later.
@@ -139,12 +152,18 @@ def correct_action_statistics(meta: Any, stats: Statistics) -> tuple[NDArray[np.
 
 def without_quantiles(stats: Mapping[str, Any]) -> Stats:
     """The statistics with the extremes in the place of both outer quantiles."""
-    return {**stats, **{quantile: stats[extreme] for quantile, extreme in EXTREMES if extreme in stats}}
+    return {
+        **stats,
+        **{quantile: stats[extreme] for quantile, extreme in EXTREMES if extreme in stats},
+    }
 
 
 def normalises_actions(config: CeedVLAConfig) -> bool:
     """Whether the processors, and not only the tokens, scale actions by the data's statistics."""
-    return config.normalization_mapping.get("ACTION", NormalizationMode.IDENTITY) is not NormalizationMode.IDENTITY
+    return (
+        config.normalization_mapping.get("ACTION", NormalizationMode.IDENTITY)
+        is not NormalizationMode.IDENTITY
+    )
 
 
 def log_lerobot(config: CeedVLAConfig, tokens: Any, meta: Any) -> None:
@@ -163,10 +182,12 @@ def _info(meta: Any) -> Info | None:
         return None
 
 
-# ---- for the log ------------------------------------------------------------------------------------------------
+# ---- for the log ---------------------------------------------------------------------------------
 
 
-def describe(config: CeedVLAConfig, tokens: Any, fps: float, ignored: Iterable[str], named: int | None = None) -> str:
+def describe(
+    config: CeedVLAConfig, tokens: Any, fps: float, ignored: Iterable[str], named: int | None = None
+) -> str:
     """What training is about to use, in one line.
 
     Args:
@@ -177,11 +198,15 @@ def describe(config: CeedVLAConfig, tokens: Any, fps: float, ignored: Iterable[s
         named: Leading terms of the auxiliary target that are regressed while actions are learnt;
             all if None.
     """
-    cameras = ", ".join(f"{name} {tuple(config.image_features[name].shape[1:])}" for name in config.cameras)
+    cameras = ", ".join(
+        f"{name} {tuple(config.image_features[name].shape[1:])}" for name in config.cameras
+    )
     state = config.robot_state_feature
     ends = zip(tokens.low.tolist(), tokens.high.tolist(), strict=True)
     ranges = ", ".join(f"[{low:.4g}, {high:.4g}]" for low, high in ends)
-    target = f"{len(config.auxiliary_scale)} values, {named or 'all'} of them while actions are learnt"
+    target = (
+        f"{len(config.auxiliary_scale)} values, {named or 'all'} of them while actions are learnt"
+    )
     parts = [
         f"cameras {cameras}",
         f"state {state.shape[0] if state else 'none'}",

@@ -14,32 +14,44 @@ from ceed_vla.errors import ObservationError
 
 
 def check_images(images: Mapping[str, Tensor]) -> None:
-    """Check that images are floats in [0, 1], so not NaN; one pass over each, and one transfer for all."""
+    """Check that images are floats in [0, 1], so not NaN; one pass over each, and one transfer for
+    all.
+    """
     for name, image in images.items():
         if not image.is_floating_point() or not image.numel():
             raise ObservationError(
-                f"{name} is {tuple(image.shape)} {image.dtype}; images are floats in [0, 1] or uint8."
+                f"{name} is {tuple(image.shape)} {image.dtype}; images are floats in [0, 1] or "
+                "uint8."
             )
     ends = [torch.stack(image.aminmax()).float() for image in images.values()]  # NaN stays NaN
     for name, (least, most) in zip(images, torch.stack(ends).tolist() if ends else (), strict=True):
         if not (least >= 0 and most <= 1):
-            raise ObservationError(f"{name} has values from {least:g} to {most:g}; images lie in [0, 1].")
+            raise ObservationError(
+                f"{name} has values from {least:g} to {most:g}; images lie in [0, 1]."
+            )
 
 
-def camera_pixels(observation: Mapping[str, Any], camera: str, size: Sequence[int] | None = None) -> NDArray[np.uint8]:
-    """The images (B, H, W, 3) of a camera (B, 3, H, W), of bytes or of floats in [0, 1]; any size, or `size` (H, W).
+def camera_pixels(
+    observation: Mapping[str, Any], camera: str, size: Sequence[int] | None = None
+) -> NDArray[np.uint8]:
+    """The images (B, H, W, 3) of a camera (B, 3, H, W), of bytes or of floats in [0, 1]; any size,
+    or `size` (H, W).
 
     `ObservationError` if the camera is missing, or its images have another size, mode or range.
     """
     if camera not in observation:
-        have = ", ".join(sorted(key for key in observation if key.startswith("observation."))) or "none"
+        have = (
+            ", ".join(sorted(key for key in observation if key.startswith("observation.")))
+            or "none"
+        )
         raise ObservationError(f"The observation lacks {camera!r}; it has {have}.")
     image = observation[camera]
     found = tuple(image.shape) if isinstance(image, Tensor) else ()
     if len(found) != 4 or found[1] != 3 or 0 in found or (size and found[2:] != tuple(size)):
         height, width = size or ("height", "width")
         raise ObservationError(
-            f"{camera} is {found or type(image).__name__}; expected RGB images (B, 3, {height}, {width}), channels "
+            f"{camera} is {found or type(image).__name__}; expected RGB images (B, 3, {height}, "
+            f"{width}), channels "
             f"first{', in the size that the policy was trained with' if size else ''}."
         )
     if image.dtype != torch.uint8:

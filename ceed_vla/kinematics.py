@@ -1,4 +1,5 @@
-"""Pose that end-effector actions command, and the joints that bring an arm there, simulated or real.
+"""Pose that end-effector actions command, and the joints that bring an arm there, simulated or
+real.
 
 Orientations are rotation matrices (3, 3), or roll, pitch, yaw with ``Rz(yaw) Ry(pitch) Rx(roll)``.
 """
@@ -21,15 +22,21 @@ _REACHED = (1e-4, 5e-4)  # [m], [rad]
 _FAR_OFF = 0.01  # remaining error from which another start is tried [m]
 _UNWIND = 0.3  # of a joint per call on the way to another branch [rad]
 _LIMIT_MARGIN = 0.02  # [rad]
-_SLACK = (0.005, 0.05)  # [m], [rad]: distance of the joint targets at which the commanded pose follows them
+# [m], [rad]: distance of the joint targets at which the commanded pose follows them
+_SLACK = (
+    0.005,
+    0.05,
+)
 _ROTATION_WEIGHT = 0.3  # [m/rad]: how much one radian counts against one metre
 NEXT, AFTER = [1, 2, 0], [2, 0, 1]  # cyclic successors of x, y, z, for cross products
 
 
 def rotation(axis: int, angle: float) -> Array:
     """Rotation matrix (3, 3) about a coordinate axis (0 = x, 1 = y, 2 = z) by `angle` [rad]."""
-    cosine, sine = np.cos(angle), np.sin(angle)
-    i, j = (axis + 1) % 3, (axis + 2) % 3
+    cosine = np.cos(angle)
+    sine = np.sin(angle)
+    i = (axis + 1) % 3
+    j = (axis + 2) % 3
     matrix = np.eye(3)
     matrix[i, i] = matrix[j, j] = cosine
     matrix[j, i], matrix[i, j] = sine, -sine
@@ -47,9 +54,12 @@ def turn_matrix(vector: Array) -> Array:
 
 
 def turn_vector(matrix: Array) -> Array:
-    """Rotation vector (3,) [rad] of a rotation matrix; the inverse of `turn_matrix` for less than half a turn."""
+    """Rotation vector (3,) [rad] of a rotation matrix; the inverse of `turn_matrix` for less than
+    half a turn.
+    """
     sine = 0.5 * (matrix[AFTER, NEXT] - matrix[NEXT, AFTER])
-    size, cosine = float(np.linalg.norm(sine)), 0.5 * (float(np.trace(matrix)) - 1.0)
+    size = float(np.linalg.norm(sine))
+    cosine = 0.5 * (float(np.trace(matrix)) - 1.0)
     if size > 1e-6:
         return sine * (np.arctan2(size, cosine) / size)
     if cosine > 0.0:
@@ -64,9 +74,13 @@ def rpy_matrix(rpy: Array) -> Array:
 
 
 def matrix_rpy(matrix: Array) -> Array:
-    """Roll, pitch, yaw (3,) [rad] of a rotation matrix; the inverse of `rpy_matrix` for |pitch| < pi/2."""
+    """Roll, pitch, yaw (3,) [rad] of a rotation matrix; the inverse of `rpy_matrix` for |pitch| <
+    pi/2.
+    """
     pitch = np.arcsin(np.clip(-matrix[2, 0], -1.0, 1.0))
-    return np.array([np.arctan2(matrix[2, 1], matrix[2, 2]), pitch, np.arctan2(matrix[1, 0], matrix[0, 0])])
+    return np.array(
+        [np.arctan2(matrix[2, 1], matrix[2, 2]), pitch, np.arctan2(matrix[1, 0], matrix[0, 0])]
+    )
 
 
 def rotate_rpy(rpy: Array, delta: Array) -> Array:
@@ -89,7 +103,9 @@ class PoseLimits:
 
 
 class CommandedPose:
-    """The TCP pose that end-effector actions accumulate to: at a step's start, the end target of the step before."""
+    """The TCP pose that end-effector actions accumulate to: at a step's start, the end target of
+    the step before.
+    """
 
     def __init__(self, limits: PoseLimits, position: Array) -> None:
         self.limits, self.position = limits, position  # the second (3,) [m]
@@ -102,7 +118,8 @@ class CommandedPose:
 
     def reset(self, position: Array, matrix: Array) -> None:
         """Start from the pose where the arm is, (3,) [m] and (3, 3)."""
-        self.position, self.rpy = np.array(position), matrix_rpy(matrix)
+        self.position = np.array(position)
+        self.rpy = matrix_rpy(matrix)
 
     def advance(self, action: Array) -> None:
         """Add an action (6,) in [-1, 1]: translation and rotation vector, in the base frame."""
@@ -111,12 +128,15 @@ class CommandedPose:
         self.position = np.clip(moved, limits.workspace_low, limits.workspace_high)
         bound = np.array([limits.max_tilt, limits.max_tilt, limits.max_yaw])
         turned = rotate_rpy(self.rpy, limits.rotation_scale * action[3:6])
-        if abs(over := turned[2] - self.rpy[2]) > np.pi:  # past half a turn, where a yaw begins anew
+        # past half a turn, where a yaw begins anew
+        if abs(over := turned[2] - self.rpy[2]) > np.pi:
             turned[2] -= np.copysign(2 * np.pi, over)
         self.rpy = np.clip(turned, -bound, bound)
 
     def follow(self, position: Array, matrix: Array) -> None:
-        """Go to the pose of the joint targets where it differs: the command never runs away from the arm."""
+        """Go to the pose of the joint targets where it differs: the command never runs away from
+        the arm.
+        """
         rpy = matrix_rpy(matrix)
         if np.abs(position - self.position).max() > _SLACK[0]:
             self.position = np.array(position)
@@ -125,51 +145,76 @@ class CommandedPose:
 
 
 class ArmKinematics(ABC):
-    """An arm of J joints, and its inverse kinematics: damped least squares with a null-space pull to `home`.
+    """An arm of J joints, and its inverse kinematics: damped least squares with a null-space pull
+    to `home`.
 
-    `low`, `high` and `home` are (J,) [rad]; joints move by `max_joint_step` [rad] at most per `solve`.
+    `low`, `high` and `home` are (J,) [rad]; joints move by `max_joint_step` [rad] at most per
+    `solve`.
     """
 
-    def __init__(self, low: Array, high: Array, home: Array, max_joint_step: float = np.inf) -> None:
-        self.low, self.high, self.home, self._max_joint_step = low, high, home, max_joint_step
+    def __init__(
+        self, low: Array, high: Array, home: Array, max_joint_step: float = np.inf
+    ) -> None:
+        self.low = low
+        self.high = high
+        self.home = home
+        self._max_joint_step = max_joint_step
         self._margin = min(_LIMIT_MARGIN, 0.1 * float((high - low).min()))
 
     @abstractmethod
     def pose(self, q: Array) -> tuple[Array, Array]:
-        """TCP position (3,) [m] and orientation (3, 3) in the base frame at joints `q` (J,) [rad]."""
+        """TCP position (3,) [m] and orientation (3, 3) in the base frame at joints `q` (J,)
+        [rad].
+        """
 
     @abstractmethod
     def jacobian(self) -> tuple[Array, Array]:
-        """Motion of the TCP per joint, linear (3, J) and angular (3, J), at the joints of the last `pose`."""
+        """Motion of the TCP per joint, linear (3, J) and angular (3, J), at the joints of the last
+        `pose`.
+        """
 
     def solve(self, q: Array, position: Array, matrix: Array) -> Array:
-        """Joints (J,) [rad] inside the limits that bring the TCP to a pose, or as near as these allow.
+        """Joints (J,) [rad] inside the limits that bring the TCP to a pose, or as near as these
+        allow.
 
-        `q` (J,) [rad] are the joints to start from; the last commanded ones keep the motion continuous. `position` (3,)
-        [m] and `matrix` (3, 3) are wanted.
+        `q` (J,) [rad] are the joints to start from; the last commanded ones keep the motion
+        continuous. `position` (3,) [m] and `matrix` (3, 3) are wanted.
         """
         wanted, error = self._descend(q, position, matrix, 12)
         step = self._max_joint_step
         if error >= _FAR_OFF:
-            # Wound up against joint limits: go back towards the branch of the home posture, a little per call.
+            # Wound up against joint limits: go back towards the branch of the home posture, a
+            # little per call.
             other, other_error = self._descend(self.home, position, matrix, 40)
             if other_error < 0.5 * error:
-                wanted, step = other, min(_UNWIND, step)
+                wanted = other
+                step = min(_UNWIND, step)
         return wanted if step == np.inf else q + np.clip(wanted - q, -step, step)
 
-    def _descend(self, q: Array, position: Array, matrix: Array, iterations: int) -> tuple[Array, float]:
-        """Iterate to within `_REACHED`; the joints (J,) and the size of the error that remains, 0 if none does [m]."""
+    def _descend(
+        self, q: Array, position: Array, matrix: Array, iterations: int
+    ) -> tuple[Array, float]:
+        """Iterate to within `_REACHED`; the joints (J,) and the size of the error that remains, 0
+        if none does [m].
+        """
         q = np.array(q, dtype=np.float64)
         for _ in range(iterations):
             error = self._error(q, position, matrix)
-            if np.abs(error[:3]).max() < _REACHED[0] and np.abs(error[3:]).max() < _REACHED[1] * _ROTATION_WEIGHT:
+            if (
+                np.abs(error[:3]).max() < _REACHED[0]
+                and np.abs(error[3:]).max() < _REACHED[1] * _ROTATION_WEIGHT
+            ):
                 return q, 0.0
             linear, angular = self.jacobian()
-            q = q + self._bounded_step(q, error, np.concatenate([linear, _ROTATION_WEIGHT * angular]))
+            q = q + self._bounded_step(
+                q, error, np.concatenate([linear, _ROTATION_WEIGHT * angular])
+            )
         return q, float(np.linalg.norm(self._error(q, position, matrix)))
 
     def _error(self, q: Array, position: Array, matrix: Array) -> Array:
-        """Weighted error (6,) of the pose at `q`; up to 2 rad the rotation counts by its sine, as cheap and as good."""
+        """Weighted error (6,) of the pose at `q`; up to 2 rad the rotation counts by its sine, as
+        cheap and as good.
+        """
         tip, current = self.pose(q)
         relative = matrix @ current.T
         turn = 0.5 * (relative[NEXT, AFTER] - relative[AFTER, NEXT])
@@ -178,8 +223,11 @@ class ArmKinematics(ABC):
         return np.concatenate([position - tip, -_ROTATION_WEIGHT * turn])
 
     def _bounded_step(self, q: Array, error: Array, jacobian: Array) -> Array:
-        """Damped least-squares step (J,) [rad] with a null-space pull; joints at their limits are held there."""
-        low, high = self.low + self._margin - q, self.high - self._margin - q
+        """Damped least-squares step (J,) [rad] with a null-space pull; joints at their limits are
+        held there.
+        """
+        low = self.low + self._margin - q
+        high = self.high - self._margin - q
         posture = _POSTURE_GAIN * (self.home - q)
         held = np.zeros(len(q), dtype=bool)
         step = np.zeros(len(q))
@@ -189,8 +237,12 @@ class ArmKinematics(ABC):
                 break
             part = jacobian[:, free]
             remaining = error - jacobian[:, held] @ step[held]
-            regular = part @ part.T + (_DAMPING[0] + _DAMPING[1] * error @ error) * np.eye(len(error))
-            step[free] = posture[free] + part.T @ np.linalg.solve(regular, remaining - part @ posture[free])
+            regular = part @ part.T + (_DAMPING[0] + _DAMPING[1] * error @ error) * np.eye(
+                len(error)
+            )
+            step[free] = posture[free] + part.T @ np.linalg.solve(
+                regular, remaining - part @ posture[free]
+            )
             size = np.abs(step[free]).max()
             if size > _MAX_STEP:
                 step[free] *= _MAX_STEP / size

@@ -1,8 +1,10 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in a checkpoint: ``W + B A`` of a linear layer is stored as A and B.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in a checkpoint: ``W + B A`` of a linear layer is
+stored as A and B.
 
-A checkpoint that leaves its base's weights where they are (``backbone.weights=reference``) holds only these. Their
-names are peft's, ``<layer>.lora_A.weight`` (r, in) and ``<layer>.lora_B.weight`` (out, r); the scale is inside B.
-Training attaches them with peft (`training.adapters`); acting needs no peft: they are added to the weights.
+A checkpoint that leaves its base's weights where they are (``backbone.weights=reference``) holds
+only these. Their names are peft's, ``<layer>.lora_A.weight`` (r, in) and ``<layer>.lora_B.weight``
+(out, r); the scale is inside B. Training attaches them with peft (`ceed_vla.training.adapters`);
+acting needs no peft: they are added to the weights.
 """
 
 from __future__ import annotations
@@ -25,18 +27,29 @@ def is_adapter(name: str) -> bool:
 
 @torch.no_grad()
 def merge(policy: Any, adapters: Mapping[str, Tensor]) -> None:
-    """Add adapters, weights by name, to the weights of their layers, which are the policy's own from then on.
+    """Add adapters, weights by name, to the weights of their layers, which are the policy's own
+    from then on.
 
-    `CheckpointError` if one of a pair is missing, or a layer that the policy lacks or has in another size.
+    `CheckpointError` if one of a pair is missing, or a layer that the policy lacks or has in
+    another size.
     """
     parameters = dict(policy.named_parameters())
     for layer in sorted({name.removesuffix(A).removesuffix(B) for name in adapters}):
-        weight, a, b = parameters.get(f"{layer}.weight"), adapters.get(layer + A), adapters.get(layer + B)
-        if weight is None or a is None or b is None or weight.shape != (len(b), a.shape[1]) or len(a) != b.shape[1]:
+        weight = parameters.get(f"{layer}.weight")
+        a = adapters.get(layer + A)
+        b = adapters.get(layer + B)
+        if (
+            weight is None
+            or a is None
+            or b is None
+            or weight.shape != (len(b), a.shape[1])
+            or len(a) != b.shape[1]
+        ):
             found = [None if x is None else tuple(x.shape) for x in (weight, a, b)]
             raise CheckpointError(
-                f"The adapter of {layer} does not fit: weight, A and B have the shapes {found}. It was trained on "
-                "another base; check backbone.path, or a quantised base, whose weights cannot be added to."
+                f"The adapter of {layer} does not fit: weight, A and B have the shapes {found}. It "
+                "was trained on another base; check backbone.path, or a quantised base, whose "
+                "weights cannot be added to."
             )
         change = b.float() @ a.float()
         weight.copy_((weight.float() + change.to(weight.device)).to(weight.dtype))

@@ -1,4 +1,6 @@
-"""The CEED-VLA policy: LeRobot's policy interface over a backbone, an action vocabulary and a decoder."""
+"""The CEED-VLA policy: LeRobot's policy interface over a backbone, an action vocabulary and a
+decoder.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ from ceed_vla.from_data import (
     without_quantiles,
 )
 from ceed_vla.lora import merge
-from ceed_vla.processor_ceed_vla import widen  # which registers the steps that a checkpoint may name
+
+# which registers the steps that a checkpoint may name
+from ceed_vla.processor_ceed_vla import widen
 from ceed_vla.processor_steps import check_processors
 from ceed_vla.real_time import continuation, decode_behind
 from ceed_vla.supervision import teacher_loss
@@ -54,8 +58,10 @@ class CeedVLAPolicy(PreTrainedPolicy):
         tokenizer: Actions to tokens and back.
         backbone: The model.
         referenced: Weights that a checkpoint leaves in the folder the backbone was read from.
-        adapters: Low-rank adapters of the checkpoint that have not been added to the weights (`ceed_vla.lora`).
-        auxiliary_terms: Regress only so many leading terms of the auxiliary target; None for all. Training sets it.
+        adapters: Low-rank adapters of the checkpoint that have not been added to the weights
+            (`ceed_vla.lora`).
+        auxiliary_terms: Regress only so many leading terms of the auxiliary target; None for all.
+            Training sets it.
 
     `ConfigError`: Features that the policy cannot serve, or action ranges that nothing defines.
     """
@@ -72,9 +78,13 @@ class CeedVLAPolicy(PreTrainedPolicy):
         **_: Any,
     ) -> None:
         if not isinstance(config, CeedVLAConfig):
-            raise ConfigError(f"config is a {type(config).__name__}; a CeedVLAPolicy needs a CeedVLAConfig.")
+            raise ConfigError(
+                f"config is a {type(config).__name__}; a CeedVLAPolicy needs a CeedVLAConfig."
+            )
         if not isinstance(dataset_stats, Mapping | None):
-            raise ConfigError(f"dataset_stats is a {type(dataset_stats).__name__}; pass statistics or None.")
+            raise ConfigError(
+                f"dataset_stats is a {type(dataset_stats).__name__}; pass statistics or None."
+            )
         super().__init__(config)
         if dataset_meta is not None:
             dataset_stats = {} if dataset_stats is None else dataset_stats
@@ -84,13 +94,14 @@ class CeedVLAPolicy(PreTrainedPolicy):
         if dataset_meta is None and isinstance(action_stats, Mapping) and "count" in action_stats:
             action_stats = without_quantiles(action_stats)
         config.action_tokens.fit(config.action_dim, action_stats)
-        widen(dataset_stats)  # which LeRobot's tools give the normaliser of a checkpoint that they train on, too
+        # which LeRobot's tools give the normaliser of a checkpoint that they train on, too
+        widen(dataset_stats)
         self.tokenizer = config.action_tokens.build(config.chunk_size, config.action_dim)
         mode = config.normalization_mapping.get("ACTION", NormalizationMode.IDENTITY)
         if mode is not NormalizationMode.IDENTITY and not self.tokenizer.normalised:
             raise ConfigError(
-                f"normalization_mapping has ACTION {mode.value}, but {config.action_tokens.type} tokens write what "
-                "a data set has; leave it IDENTITY."
+                f"normalization_mapping has ACTION {mode.value}, but {config.action_tokens.type} "
+                "tokens write what a data set has; leave it IDENTITY."
             )
         self.tokenizer.ordered = config.action_tokens.ordered
         self.backbone = config.backbone.build(config.shape)
@@ -117,10 +128,12 @@ class CeedVLAPolicy(PreTrainedPolicy):
         sealed checkpoint that differ from its manifest.
 
         Args:
-            pretrained_name_or_path: A checkpoint folder, or "teacher" / "student" for the shipped ones.
+            pretrained_name_or_path: A checkpoint folder, or "teacher" / "student" for the shipped
+                ones.
             config: Used instead of the checkpoint's own.
             strict: Refuse missing and additional weights.
-            merge_adapters: Add low-rank adapters in the checkpoint to the weights; otherwise they are in `adapters`.
+            merge_adapters: Add low-rank adapters in the checkpoint to the weights; otherwise they
+                are in `adapters`.
             kwargs: What LeRobot's tools pass besides; only ``dataset_stats`` and ``dataset_meta``
                 are read. The checkpoint's action ranges stay.
         """
@@ -138,19 +151,26 @@ class CeedVLAPolicy(PreTrainedPolicy):
         return policy.to(policy.config.device).eval()
 
     @classmethod
-    def _from_folder(cls, folder: Path, chosen: CeedVLAConfig, strict: bool, **kwargs: Any) -> CeedVLAPolicy:
+    def _from_folder(
+        cls, folder: Path, chosen: CeedVLAConfig, strict: bool, **kwargs: Any
+    ) -> CeedVLAPolicy:
         """The policy in a folder whose files have been checked against their manifest."""
         chosen.ranges_from = "the checkpoint"
         chosen.drop_unused_features()  # LeRobot's tools have put in those of their data
-        # Before anything is built. Without an architecture the model would be read from wherever `path` says.
+        # Before anything is built. Without an architecture the model would be read from wherever
+        # `path` says.
         if getattr(chosen.backbone, "architecture", None) == "":
-            raise CheckpointError(f"{folder}: backbone.architecture in config.json is empty; copy it again.")
+            raise CheckpointError(
+                f"{folder}: backbone.architecture in config.json is empty; copy it again."
+            )
         # Sizes that the weights cannot have are not built.
         files = chosen.backbone.weight_files() or [folder / WEIGHTS]
         check_sizes(files, *chosen.backbone.least_sizes(chosen.shape))
-        if any((folder / name).exists() for name in PROCESSOR_FILES):  # a policy without is still a policy
+        # a policy without is still a policy
+        if any((folder / name).exists() for name in PROCESSOR_FILES):
             check_processors(folder, chosen)
-        meta, stats = kwargs.get("dataset_meta"), kwargs.get("dataset_stats")
+        meta = kwargs.get("dataset_meta")
+        stats = kwargs.get("dataset_stats")
         if meta is not None and stats is not None and normalises_actions(chosen):
             correct_action_statistics(meta, stats)
         try:
@@ -173,15 +193,21 @@ class CeedVLAPolicy(PreTrainedPolicy):
 
     def push_to_hub(self, *arguments: Any, **options: Any) -> str:
         """Refused with a `ConfigError`, which says what to do: nothing here asks a hub."""
-        raise ConfigError("Nothing here asks a hub: save_pretrained writes a folder, `hf upload` uploads it.")
+        raise ConfigError(
+            "Nothing here asks a hub: save_pretrained writes a folder, `hf upload` uploads it."
+        )
 
-    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save_pretrained(
+        self, save_directory: Path, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """Configuration and weights; weights that the backbone refers to stay where they are."""
         if state_dict is not None and not (
             isinstance(state_dict, Mapping)
             and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state_dict.items())
         ):
-            raise CheckpointError(f"state_dict is {short(state_dict)}; it must map names to tensors.")
+            raise CheckpointError(
+                f"state_dict is {short(state_dict)}; it must map names to tensors."
+            )
         self.config._save_pretrained(save_directory)
         save_weights(self, save_directory, state_dict)
         save_exits(self.backbone, save_directory)
@@ -192,9 +218,12 @@ class CeedVLAPolicy(PreTrainedPolicy):
         try:
             return super().to(*arguments, **options)
         except (RuntimeError, TypeError, ValueError, OverflowError, AssertionError) as error:
-            raise ConfigError(f"It cannot move to {short(arguments or options)} ({short(error)}).") from error
+            raise ConfigError(
+                f"It cannot move to {short(arguments or options)} ({short(error)})."
+            ) from error
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # what moves or converts it; these are no submodules
+    # what moves or converts it; these are no submodules
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for own in (*self.backbone.exits.values(), *self.backbone.context):
             own._apply(fn)
         return super()._apply(fn, recurse)
@@ -204,14 +233,16 @@ class CeedVLAPolicy(PreTrainedPolicy):
         _check_switches(mode=mode)
         return super().train(mode)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any
+    ) -> Any:
         """As torch's; `CheckpointError` for what is no weights, or another model's."""
         try:
             return super().load_state_dict(state_dict, *arguments, **options)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(f"These weights do not load ({short(str(error))}).") from error
 
-    # ---- acting -------------------------------------------------------------------------------------------------
+    # ---- acting ----------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget the previous chunk and the queued actions; call it when an episode starts."""
@@ -236,19 +267,24 @@ class CeedVLAPolicy(PreTrainedPolicy):
 
         Args:
             batch: What the pre-processor returned.
-            decoding: A name, such as "ar", "jacobi" (strict), "cap2" or "ceed" (the checkpoint's own); see
-                `ceed_vla.decoding.names`. Or a `DecodingConfig`.
+            decoding: A name, such as "ar", "jacobi" (strict), "cap2" or "ceed" (the checkpoint's
+                own); see `ceed_vla.decoding.names`. Or a `DecodingConfig`.
             previous: Tokens (B, n) of the chunk before, for the warm start; rows of -1 have none.
             generator: Random source of random guesses; the configuration's seed if None.
             record_states: Keep every Jacobi state.
-            shift_steps: Steps of `previous` that were executed since; ``config.n_action_steps`` if None.
-            executed_steps: Steps of this chunk executed before the next; None: ``config.n_action_steps``.
-            frozen: Tokens (B, f) of the first ``k`` steps, which stay: they are executed before it is ready.
-            read: Turn the tokens into actions; without it malformed chunks of variable length are no error.
+            shift_steps: Steps of `previous` that were executed since; ``config.n_action_steps`` if
+                None.
+            executed_steps: Steps of this chunk executed before the next; None:
+                ``config.n_action_steps``.
+            frozen: Tokens (B, f) of the first ``k`` steps, which stay: they are executed before it
+                is ready.
+            read: Turn the tokens into actions; without it malformed chunks of variable length are
+                no error.
             on_proven: See `BlockRequest`; of "ar" and "jacobi", exits included.
 
         Returns:
-            Tokens (B, n), actions (B, m, A) in the environment's units, forwards, iterations, exit reasons and times.
+            Tokens (B, n), actions (B, m, A) in the environment's units, forwards, iterations, exit
+            reasons and times.
 
         Raises:
             ConfigError: Unknown decoding.
@@ -264,13 +300,18 @@ class CeedVLAPolicy(PreTrainedPolicy):
         shift_steps = usual if shift_steps is None else shift_steps
         executed_steps = usual if executed_steps is None else executed_steps
         if type(executed_steps) is not int or not 1 <= executed_steps <= longest:
-            raise ConfigError(f"executed_steps is {short(executed_steps)}; it must be in [1, {longest}].")
+            raise ConfigError(
+                f"executed_steps is {short(executed_steps)}; it must be in [1, {longest}]."
+            )
         if not isinstance(generator, torch.Generator | None):
-            raise ConfigError(f"generator is a {type(generator).__name__}; pass a torch.Generator or None.")
+            raise ConfigError(
+                f"generator is a {type(generator).__name__}; pass a torch.Generator or None."
+            )
         started = time.perf_counter()
         with runs(self.backbone):
             prefix = prefill(self.backbone, batch, config)
-            if prefix.logits.is_cuda:  # or its time, and a deadline's, would be that of its launches
+            # or its time, and a deadline's, would be that of its launches
+            if prefix.logits.is_cuda:
                 torch.cuda.synchronize(prefix.logits.device)
             prefilled = time.perf_counter()
             result = decode_block(
@@ -296,27 +337,37 @@ class CeedVLAPolicy(PreTrainedPolicy):
         return self.config.named(decoding)
 
     def check_observation(self, batch: dict[str, Tensor]) -> int:
-        """The rows ``B`` of a pre-processed batch; `ObservationError` for what the backbone cannot read."""
+        """The rows ``B`` of a pre-processed batch; `ObservationError` for what the backbone cannot
+        read.
+        """
         return self.backbone.check_observation(batch)
 
     def supports_rtc(self) -> bool:
-        """Whether a chunk can continue what is left of the one before: where tokens have a fixed length."""
+        """Whether a chunk can continue what is left of the one before: where tokens have a fixed
+        length.
+        """
         return self.tokenizer.tokens_per_step is not None
 
     @torch.no_grad()
     def predict_action_chunk(  # type: ignore[override]
-        self, batch: dict[str, Tensor], inference_delay: int | None = None, prev_chunk_left_over: Tensor | None = None
+        self,
+        batch: dict[str, Tensor],
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Tensor | None = None,
     ) -> Tensor:
         """Actions (B, m, A) in the environment's units, of the configured decoding.
 
-        Warm-started from the chunk of the last call, whose ``n_action_steps`` have been executed; or from what is left
-        of the running one, as LeRobot's real-time chunking gives it (`ceed_vla.real_time`): then step 0 is the next
-        that the robot takes, and the steps of the delay stay what they were.
+        Warm-started from the chunk of the last call, whose ``n_action_steps`` have been executed;
+        or from what is left of the running one, as LeRobot's real-time chunking gives it
+        (`ceed_vla.real_time`): then step 0 is the next that the robot takes, and the steps of the
+        delay stay what they were.
 
         Args:
             batch: What the pre-processor returned.
-            inference_delay: Steps that the robot takes while this chunk is decoded; only read with a left-over.
-            prev_chunk_left_over: Actions (T, A) or (B, T, A) of an earlier call that were not executed.
+            inference_delay: Steps that the robot takes while this chunk is decoded; only read with
+                a left-over.
+            prev_chunk_left_over: Actions (T, A) or (B, T, A) of an earlier call that were not
+                executed.
 
         Raises:
             ConfigError: A left-over and tokens of variable length, or no number of steps.
@@ -324,14 +375,24 @@ class CeedVLAPolicy(PreTrainedPolicy):
         """
         rows = self.check_observation(batch)
         delay = 0 if inference_delay is None else inference_delay
-        previous, frozen, shift, executed = self._previous, None, None, None
+        previous = self._previous
+        frozen = None
+        shift = None
+        executed = None
         if prev_chunk_left_over is not None:
             previous, frozen = continuation(self.tokenizer, prev_chunk_left_over, delay, rows)
-            shift, executed = 0, min(max(self.config.n_action_steps, delay), self.config.chunk_size)
+            shift = 0
+            executed = min(max(self.config.n_action_steps, delay), self.config.chunk_size)
         elif previous is not None and previous.shape[0] != rows:
             previous = None
         result = decode_behind(
-            self, batch, frozen, executed, decoding=self.config.decode_with, previous=previous, shift_steps=shift
+            self,
+            batch,
+            frozen,
+            executed,
+            decoding=self.config.decode_with,
+            previous=previous,
+            shift_steps=shift,
         )
         self._previous = result.tokens
         assert result.actions is not None
@@ -347,7 +408,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
             self._action_queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
         return self._action_queue.popleft()
 
-    # ---- training -----------------------------------------------------------------------------------------------
+    # ---- training --------------------------------------------------------------------------------
 
     def get_optim_params(self) -> list[torch.nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
@@ -355,10 +416,20 @@ class CeedVLAPolicy(PreTrainedPolicy):
     def _get_default_peft_targets(self) -> dict[str, Any]:
         """What LeRobot's ``--peft.*`` adapts: the linear layers that distillation trains."""
         learning = set(self.backbone.distillation_parameters())
-        linear = (name for name, module in self.backbone.named_modules() if isinstance(module, torch.nn.Linear))
-        return {"target_modules": [f"backbone.{name}" for name in linear if f"{name}.weight" in learning]}
+        linear = (
+            name
+            for name, module in self.backbone.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        )
+        return {
+            "target_modules": [
+                f"backbone.{name}" for name in linear if f"{name}.weight" in learning
+            ]
+        }
 
-    def forward(self, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
+    def forward(
+        self, batch: dict[str, Tensor], reduction: str = "mean"
+    ) -> tuple[Tensor, dict[str, float]]:
         """Loss of the teacher and its parts; see `ceed_vla.supervision.teacher_loss`."""
         return teacher_loss(self, batch, reduction)
 

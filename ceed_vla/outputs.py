@@ -37,21 +37,27 @@ def is_own(file: Path) -> bool:
 
 
 def claim_file(option: str, text: str, suffix: str) -> Path:
-    """The file that the value `text` of an option names, if it may be written; `ConfigError` for an empty name, another
-    suffix, a folder, or a file of somebody else's.
+    """The file that the value `text` of an option names, if it may be written; `ConfigError` for an
+    empty name, another suffix, a folder, or a file of somebody else's.
     """
     path = _path(option, text)
     if path.is_dir():
         raise ConfigError(f"--{option} is {text!r}, which is a folder; name a file in it.")
     if path.suffix.lower() != suffix:
-        raise ConfigError(f"--{option} is {text!r}; a file with the ending {suffix} is written, so name one.")
+        raise ConfigError(
+            f"--{option} is {text!r}; a file with the ending {suffix} is written, so name one."
+        )
     if path.exists(follow_symlinks=False) and not is_own(path):
-        raise ConfigError(f"--{option} is {text!r}, a file that ceed-vla did not make; name another.")
+        raise ConfigError(
+            f"--{option} is {text!r}, a file that ceed-vla did not make; name another."
+        )
     return path
 
 
 def named_folder(option: str, text: str) -> Path:
-    """The folder that an option names; it need not exist. `ConfigError` for an empty name or a file."""
+    """The folder that an option names; it need not exist. `ConfigError` for an empty name or a
+    file.
+    """
     path = _path(option, text)
     if path.exists(follow_symlinks=False) and not path.is_dir():
         raise ConfigError(f"--{option} is {text!r}, which is a file; name a folder.")
@@ -209,9 +215,15 @@ def _path(option: str, text: str) -> Path:
         raise ConfigError(f"--{option} is empty; name where to write.")
     path = Path(text)
     try:
-        existing = next(place for place in (path, *path.absolute().parents) if place.exists(follow_symlinks=False))
+        existing = next(
+            place
+            for place in (path, *path.absolute().parents)
+            if place.exists(follow_symlinks=False)
+        )
     except OSError as error:
-        raise ConfigError(f"--{option} is {text[:200]!r}; it cannot be a path ({error.strerror}).") from error
+        raise ConfigError(
+            f"--{option} is {text[:200]!r}; it cannot be a path ({error.strerror})."
+        ) from error
     if existing != path and not existing.is_dir():
         raise ConfigError(f"--{option} is {text!r}, but {existing} is a file; name another folder.")
     return path

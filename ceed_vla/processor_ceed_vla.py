@@ -1,4 +1,6 @@
-"""Pre- and post-processing of a new policy: the backbone's own steps, state normalisation, batching."""
+"""Pre- and post-processing of a new policy: the backbone's own steps, state normalisation,
+batching.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,13 @@ def make_ceed_vla_pre_post_processors(
 ) -> tuple[CheckedPipeline, CheckedPipeline]:
     """LeRobot pipelines (pre-processor, post-processor) of a policy that is new.
 
-    The state is normalised with its mean and deviation in `dataset_stats`. The backbone's steps get the instructions
-    (the compact one takes its vocabulary from them): `instructions`, or those of LeRobot's metadata.
+    The state is normalised with its mean and deviation in `dataset_stats`. The backbone's steps get
+    the instructions (the compact one takes its vocabulary from them): `instructions`, or those of
+    LeRobot's metadata.
     """
     if instructions is None:
-        meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)  # where lerobot-train leaves it
+        # where lerobot-train leaves it
+        meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)
         instructions = [] if meta is None else [str(task) for task in meta.tasks.index]
     stats = None
     if dataset_stats is not None:  # a data set may have more features than the policy reads
@@ -49,13 +53,17 @@ def make_ceed_vla_pre_post_processors(
 
 
 def widen(stats: Mapping[str, Any] | None) -> None:
-    """Let no dimension that never moves divide by zero: the statistics of every feature, in place."""
+    """Let no dimension that never moves divide by zero: the statistics of every feature, in
+    place.
+    """
     for values in (stats or {}).values():
         if "std" in values:
             values["std"] = np.maximum(np.asarray(values["std"]), LEAST_DEVIATION)
         for low, high in (("min", "max"), ("q01", "q99"), ("q10", "q90")):
             if low in values and high in values:
-                values[high] = np.maximum(np.asarray(values[high]), np.asarray(values[low]) + LEAST_DEVIATION)
+                values[high] = np.maximum(
+                    np.asarray(values[high]), np.asarray(values[low]) + LEAST_DEVIATION
+                )
 
 
 class CheckedPipeline(DataProcessorPipeline[Any, Any]):
@@ -63,9 +71,13 @@ class CheckedPipeline(DataProcessorPipeline[Any, Any]):
 
     def __call__(self, data: Any) -> Any:
         advice = "pass what the environment gave, batched, or the policy's actions."
-        with raised_as(ObservationError, f"The {self.name} cannot read a {type(data).__name__}", advice):
+        with raised_as(
+            ObservationError, f"The {self.name} cannot read a {type(data).__name__}", advice
+        ):
             return super().__call__(data)
 
 
 def checked(pipeline: DataProcessorPipeline[Any, Any]) -> CheckedPipeline:
-    return CheckedPipeline(**{item.name: getattr(pipeline, item.name) for item in fields(pipeline) if item.init})
+    return CheckedPipeline(
+        **{item.name: getattr(pipeline, item.name) for item in fields(pipeline) if item.init}
+    )

@@ -1,9 +1,11 @@
-"""Which steps the processors of a checkpoint may name, and with which settings: checked before LeRobot builds one.
+"""Which steps the processors of a checkpoint may name, and with which settings: checked before
+LeRobot builds one.
 
-LeRobot imports and calls whatever class a processor's file names, and some of its own registered steps fetch models and
-run their code. So a step is built only if it is on the list: those that this package writes, or, for other policies,
-those of LeRobot's own that have neither model, path nor hub name among their settings; and in both cases those of
-packages that the user named (`ceed_vla.discovery`).
+LeRobot imports and calls whatever class a processor's file names, and some of its own registered
+steps fetch models and run their code. So a step is built only if it is on the list: those that this
+package writes, or, for other policies, those of LeRobot's own that have neither model, path nor hub
+name among their settings; and in both cases those of packages that the user named
+(`ceed_vla.discovery`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from ceed_vla.weights import opened
 if TYPE_CHECKING:
     from lerobot.configs import PreTrainedConfig
 
-NORMALIZER, UNNORMALIZER, DEVICE = "normalizer_processor", "unnormalizer_processor", "device_processor"
+NORMALIZER = "normalizer_processor"
+UNNORMALIZER = "unnormalizer_processor"
+DEVICE = "device_processor"
 MOST_STEPS = 64
 SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e9  # of a state's dimension that moves, in its own units
 
@@ -52,7 +56,9 @@ def _takes(**kinds: Any) -> Maker:
         for name, value in settings.items():
             hint, allowed = kinds[name] if isinstance(kinds[name], tuple) else (kinds[name], None)
             if not fits(value, hint, allowed):
-                raise ConfigError(f"{name} is {short(value)}; it must be {describe(hint, allowed)}.")
+                raise ConfigError(
+                    f"{name} is {short(value)}; it must be {describe(hint, allowed)}."
+                )
         if "device" in settings:
             check_device_name(settings["device"])
 
@@ -69,10 +75,14 @@ _NORMALISE = _takes(
 _PLAIN: dict[str, Maker] = {
     "rename_observations_processor": _takes(rename_map=dict[str, str]),
     "to_batch_processor": _takes(),
-    DEVICE: _takes(device=str, float_dtype=(str | None, ("float32", "float16", "bfloat16", "float64"))),
+    DEVICE: _takes(
+        device=str, float_dtype=(str | None, ("float32", "float16", "bfloat16", "float64"))
+    ),
     NORMALIZER: _NORMALISE,
     UNNORMALIZER: _NORMALISE,
-    "relative_actions_processor": _takes(enabled=bool, exclude_joints=list[str] | None, action_names=list[str] | None),
+    "relative_actions_processor": _takes(
+        enabled=bool, exclude_joints=list[str] | None, action_names=list[str] | None
+    ),
     "absolute_actions_processor": _takes(enabled=bool),
     "pi0_fast_prepare_state_tokenizer_processor_step": _takes(),
 }
@@ -87,9 +97,14 @@ _TOKENIZER = _takes(
     tokenizer_name=str | None,
 )
 
-# Of LeRobot's checkpoints, which conversion reads and does not run: the tokenizer is copied, the last one left out.
+# Of LeRobot's checkpoints, which conversion reads and does not run: the tokenizer is copied, the
+# last one left out.
 REMOTE_CODE = ("action_tokenizer_processor",)
-CONVERTED: dict[str, Maker] = {**_PLAIN, "tokenizer_processor": _TOKENIZER, **dict.fromkeys(REMOTE_CODE, dict)}
+CONVERTED: dict[str, Maker] = {
+    **_PLAIN,
+    "tokenizer_processor": _TOKENIZER,
+    **dict.fromkeys(REMOTE_CODE, dict),
+}
 
 
 @dataclass(frozen=True)
@@ -123,13 +138,19 @@ class Step:
 def read_steps(folder: Path, name: str, allowed: dict[str, Maker]) -> list[Step]:
     """The steps that a processor's file names, one of `PROCESSOR_FILES`.
 
-    `allowed` has for every registered name what its settings must make without complaint. `CheckpointError` for a step
-    that is not allowed, or with other settings or files.
+    `allowed` has for every registered name what its settings must make without complaint.
+    `CheckpointError` for a step that is not allowed, or with other settings or files.
     """
     file = folder / name
     entries = read_json(file).get("steps")
-    if not isinstance(entries, list) or len(entries) > MOST_STEPS or not all(isinstance(e, dict) for e in entries):
-        raise CheckpointError(f"{file} is no processor's file: it needs at most {MOST_STEPS} 'steps'.")
+    if (
+        not isinstance(entries, list)
+        or len(entries) > MOST_STEPS
+        or not all(isinstance(e, dict) for e in entries)
+    ):
+        raise CheckpointError(
+            f"{file} is no processor's file: it needs at most {MOST_STEPS} 'steps'."
+        )
     steps = [_read_step(file, entry, allowed) for entry in entries]
     names = [step.name for step in steps]
     if twice := {n for n in names if names.count(n) > 1}:
@@ -139,36 +160,53 @@ def read_steps(folder: Path, name: str, allowed: dict[str, Maker]) -> list[Step]
 
 def _read_step(file: Path, entry: dict[str, Any], allowed: dict[str, Maker]) -> Step:
     name = entry.get("registry_name")
-    if not isinstance(name, str) or "class" in entry or not (name in allowed or _of_named_package(name)):
-        shown = str(name if isinstance(name, str) and "class" not in entry else entry.get("class"))[:200]
+    if (
+        not isinstance(name, str)
+        or "class" in entry
+        or not (name in allowed or _of_named_package(name))
+    ):
+        shown = str(name if isinstance(name, str) and "class" not in entry else entry.get("class"))[
+            :200
+        ]
         raise CheckpointError(
-            f"{file} has a step {shown!r}, which could run code that the checkpoint names. The steps that are loaded: "
-            f"{', '.join(sorted(allowed))}; and those of packages given with --discover_packages_path."
+            f"{file} has a step {shown!r}, which could run code that the checkpoint names. The "
+            f"steps that are loaded: {', '.join(sorted(allowed))}; and those of packages given "
+            "with --discover_packages_path."
         )
-    settings, state = entry.get("config", {}), entry.get("state_file")
+    settings = entry.get("config", {})
+    state = entry.get("state_file")
     if unknown := entry.keys() - {"registry_name", "config", "state_file"}:
-        raise CheckpointError(f"{file}: the step {name!r} has the entry {min(unknown)!r}; copy it again.")
+        raise CheckpointError(
+            f"{file}: the step {name!r} has the entry {min(unknown)!r}; copy it again."
+        )
     if not isinstance(settings, dict) or ("state_file" in entry and state is None):
         raise CheckpointError(f"{file}: the step {name!r} has no settings, or an empty state_file.")
     path = None
     if state is not None:
         path = file.parent / plain_name(state, f"{file}: the state_file of the step {name!r}")
         if path.suffix != ".safetensors" or not path.is_file():
-            raise CheckpointError(f"{file} names the state {state!r}, which is no *.safetensors there.")
+            raise CheckpointError(
+                f"{file} names the state {state!r}, which is no *.safetensors there."
+            )
         with opened(path) as tensors:
             if wrong := [key for key in tensors.keys() if "." not in key]:  # noqa: SIM118  (not a mapping)
                 raise CheckpointError(f"{path} has the tensor {wrong[0][:100]!r} of no feature.")
     step = Step(file, name, settings, path)
     if name in allowed:
         with raised_as(
-            CheckpointError, f"{step} has other settings than it may have", "copy it again.", CheckpointError
+            CheckpointError,
+            f"{step} has other settings than it may have",
+            "copy it again.",
+            CheckpointError,
         ):
             allowed[name](**settings)
     return step
 
 
 def _of_named_package(name: str) -> bool:
-    """Whether a step was registered by a package that the user named, or by the user's own script."""
+    """Whether a step was registered by a package that the user named, or by the user's own
+    script.
+    """
     from lerobot.processor import ProcessorStepRegistry
 
     if name not in ProcessorStepRegistry.list():
@@ -178,57 +216,100 @@ def _of_named_package(name: str) -> bool:
 
 
 def check_processors(folder: Path, config: Any) -> None:
-    """Check both processors of a checkpoint of this package: its steps, their settings, and its normalisation."""
+    """Check both processors of a checkpoint of this package: its steps, their settings, and its
+    normalisation.
+    """
     from lerobot.processor import ProcessorStepRegistry
 
     # The steps that this package writes for such a policy; another's backbone may use any of them.
     ours = type(config.backbone).__module__.startswith("ceed_vla.")
     names = config.backbone.steps if ours else ProcessorStepRegistry.list()
-    kinds = {name: ProcessorStepRegistry.get(name) for name in names if name.startswith("ceed_vla_")}
-    own = {**_PLAIN, **{n: kind for n, kind in kinds.items() if kind.__module__.startswith("ceed_vla.")}}
+    kinds = {
+        name: ProcessorStepRegistry.get(name) for name in names if name.startswith("ceed_vla_")
+    }
+    own = {
+        **_PLAIN,
+        **{n: kind for n, kind in kinds.items() if kind.__module__.startswith("ceed_vla.")},
+    }
     pre = read_steps(folder, PREPROCESSOR, {n: kind for n, kind in own.items() if n not in _AFTER})
     post = read_steps(folder, POSTPROCESSOR, {n: own[n] for n in (*_AFTER, DEVICE)})
-    relative = [any(s.settings.get("enabled") for s in p if s.name.endswith("_actions_processor")) for p in (pre, post)]
+    relative = [
+        any(s.settings.get("enabled") for s in p if s.name.endswith("_actions_processor"))
+        for p in (pre, post)
+    ]
     if relative[0] != relative[1]:
-        raise CheckpointError(f"{folder}: only one of the processors works with relative actions; copy both again.")
-    needed = {PREPROCESSOR: (*config.backbone.steps, NORMALIZER, DEVICE), POSTPROCESSOR: (UNNORMALIZER, DEVICE)}
+        raise CheckpointError(
+            f"{folder}: only one of the processors works with relative actions; copy both again."
+        )
+    needed = {
+        PREPROCESSOR: (*config.backbone.steps, NORMALIZER, DEVICE),
+        POSTPROCESSOR: (UNNORMALIZER, DEVICE),
+    }
     for (name, wanted), steps in zip(needed.items(), (pre, post), strict=True):
         if missing := set(wanted) - {step.name for step in steps}:
-            raise CheckpointError(f"{folder / name} lacks the step {min(missing)!r}; copy it again.")
+            raise CheckpointError(
+                f"{folder / name} lacks the step {min(missing)!r}; copy it again."
+            )
     for step in (*pre, *post):
         if step.name.startswith("ceed_vla_") and step.name in own:
-            with raised_as(CheckpointError, f"{step} does not fit config.json", "copy both again.", CheckpointError):
+            with raised_as(
+                CheckpointError,
+                f"{step} does not fit config.json",
+                "copy both again.",
+                CheckpointError,
+            ):
                 own[step.name](**step.settings).check_policy(config.backbone, config.shape)
         if step.name == DEVICE and step.settings.get("float_dtype") not in (None, "float32"):
-            raise step.error(f"changes the type to {step.settings['float_dtype']}; the policy reads float32.")
+            raise step.error(
+                f"changes the type to {step.settings['float_dtype']}; the policy reads float32."
+            )
         if step.name == "rename_observations_processor" and (
-            lost := sorted(set(step.settings.get("rename_map", {})) & set(config.input_features or {}))
+            lost := sorted(
+                set(step.settings.get("rename_map", {})) & set(config.input_features or {})
+            )
         ):
-            raise step.error(f"renames {lost[0]}, which the policy reads by that name; copy it again.")
+            raise step.error(
+                f"renames {lost[0]}, which the policy reads by that name; copy it again."
+            )
     check_device(next(step for step in post if step.name == DEVICE).settings.get("device", "cpu"))
     _check_normalisation(pre, post, config)
-    inputs, outputs = config.input_features or {}, config.output_features or {}
+    inputs = config.input_features or {}
+    outputs = config.output_features or {}
     for step in (*pre, *post):
         features = {NORMALIZER: {**inputs, **outputs}, UNNORMALIZER: outputs}.get(step.name)
         if features is None:
             continue
-        wanted_shapes = {name: (feature.type.value, tuple(feature.shape)) for name, feature in features.items()}
+        wanted_shapes = {
+            name: (feature.type.value, tuple(feature.shape)) for name, feature in features.items()
+        }
         # Older checkpoints of lerobot-train also normalise features that the policy does not use.
-        found_shapes = {name: found for name, found in _shapes(step).items() if config.uses(name, found[0])}
+        found_shapes = {
+            name: found for name, found in _shapes(step).items() if config.uses(name, found[0])
+        }
         if found_shapes != wanted_shapes:
             raise step.error("normalises other features than config.json has; copy both again.")
 
 
 def check_foreign_processors(folder: Path, config: PreTrainedConfig) -> None:
-    """Check both processors of another LeRobot policy: only harmless steps, and the normalisation of its training."""
+    """Check both processors of another LeRobot policy: only harmless steps, and the normalisation
+    of its training.
+    """
     pre, post = (read_steps(folder, name, _OF_OTHERS) for name in PROCESSOR_FILES)
     _check_normalisation(pre, post, config)
 
 
 def _check_normalisation(pre: list[Step], post: list[Step], config: PreTrainedConfig) -> None:
-    """That what the policy was trained with is undone and done: no normaliser without its numbers, none left out."""
-    modes = {_name(kind): _name(mode) for kind, mode in getattr(config, "normalization_mapping", {}).items()}
-    features = ((pre, NORMALIZER, config.input_features), (post, UNNORMALIZER, config.output_features))
+    """That what the policy was trained with is undone and done: no normaliser without its numbers,
+    none left out.
+    """
+    modes = {
+        _name(kind): _name(mode)
+        for kind, mode in getattr(config, "normalization_mapping", {}).items()
+    }
+    features = (
+        (pre, NORMALIZER, config.input_features),
+        (post, UNNORMALIZER, config.output_features),
+    )
     for steps, name, declared in features:
         kinds = {feature.type.value for feature in (declared or {}).values()}
         used = [kind for kind in kinds if modes.get(kind, "IDENTITY") != "IDENTITY"]
@@ -236,18 +317,26 @@ def _check_normalisation(pre: list[Step], post: list[Step], config: PreTrainedCo
         if step is None:
             if used:
                 file = steps[0].file if steps else "The processor"
-                raise CheckpointError(f"{file} lacks the step {name!r} for {', '.join(sorted(used))}.")
+                raise CheckpointError(
+                    f"{file} lacks the step {name!r} for {', '.join(sorted(used))}."
+                )
             continue
         if {str(k): str(m) for k, m in step.settings.get("norm_map", {}).items()} != modes:
-            raise step.error(f"has the modes {short(step.settings.get('norm_map'))}, config.json has {modes}.")
+            raise step.error(
+                f"has the modes {short(step.settings.get('norm_map'))}, config.json has {modes}."
+            )
         if step.settings.get("normalize_observation_keys") is not None:
-            raise step.error("normalises some keys only (normalize_observation_keys); no training here does.")
+            raise step.error(
+                "normalises some keys only (normalize_observation_keys); no training here does."
+            )
         for feature, (kind, shape) in _shapes(step).items():
             if (mode := modes.get(kind, "IDENTITY")) != "IDENTITY":
                 _check_statistics(step, feature, kind, shape, mode)
 
 
-def _check_statistics(step: Step, feature: str, kind: str, shape: tuple[int, ...], mode: str) -> None:
+def _check_statistics(
+    step: Step, feature: str, kind: str, shape: tuple[int, ...], mode: str
+) -> None:
     """Check the numbers that one feature is normalised with."""
     if mode not in _STATISTICS:
         raise step.error(f"has the mode {mode!r}; it may be IDENTITY, {', '.join(_STATISTICS)}.")
@@ -257,7 +346,9 @@ def _check_statistics(step: Step, feature: str, kind: str, shape: tuple[int, ...
         value = step.tensor(f"{feature}.{name}")
         if value is None or tuple(value.shape) != wanted or not value.is_floating_point():
             found = "none" if value is None else f"{tuple(value.shape)} {value.dtype}"
-            raise step.error(f"needs {wanted} floats {name!r} of {feature} for {mode}; it has {found}.")
+            raise step.error(
+                f"needs {wanted} floats {name!r} of {feature} for {mode}; it has {found}."
+            )
         if not bool((value.double().abs() <= LARGEST_SCALE).all()):
             raise step.error(f"has {name!r} of {feature} not finite or beyond {LARGEST_SCALE:g}.")
         values.append(value.double().flatten())
@@ -268,14 +359,17 @@ def _check_statistics(step: Step, feature: str, kind: str, shape: tuple[int, ...
     if bool(narrow.any()):
         at = int(narrow.nonzero()[0])
         raise step.error(
-            f"divides dimension {at} of {feature} by {float(width[at]):g} ({mode}); at least {least:g} is needed. "
-            "A dimension that never moves in the data needs some width; training with this package gives it one."
+            f"divides dimension {at} of {feature} by {float(width[at]):g} ({mode}); at least "
+            f"{least:g} is needed. A dimension that never moves in the data needs some width; "
+            "training with this package gives it one."
         )
 
 
 def _shapes(step: Step) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Feature -> type and shape, as the normaliser's settings say."""
-    with raised_as(CheckpointError, f"{step} has features without type and shape", "copy it again."):
+    with raised_as(
+        CheckpointError, f"{step} has features without type and shape", "copy it again."
+    ):
         return {
             str(name): (str(feature["type"]), tuple(int(side) for side in feature["shape"]))
             for name, feature in step.settings["features"].items()

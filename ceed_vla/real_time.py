@@ -1,10 +1,13 @@
-"""Real-time chunking for policies that write tokens: what is left of the running chunk begins the next one.
+"""Real-time chunking for policies that write tokens: what is left of the running chunk begins the
+next one.
 
-Flow policies are guided towards the left-over (arXiv 2506.07339); a causal one continues it exactly. Its first
-steps, which the robot executes while the next chunk is decoded, are frozen tokens; the others are a warm start.
+Flow policies are guided towards the left-over (arXiv 2506.07339); a causal one continues it
+exactly. Its first steps, which the robot executes while the next chunk is decoded, are frozen
+tokens; the others are a warm start.
 
-A policy of increments plans its correction into the first steps of a chunk: behind frozen ones it would be lost, again
-with every chunk. So its chunk is decoded freely, and what the frozen steps move otherwise is made up behind them.
+A policy of increments plans its correction into the first steps of a chunk: behind frozen ones it
+would be lost, again with every chunk. So its chunk is decoded freely, and what the frozen steps
+move otherwise is made up behind them.
 """
 
 from __future__ import annotations
@@ -23,26 +26,42 @@ from ceed_vla.tensors import is_plain
 from ceed_vla.tokens.base import ActionTokens
 
 
-def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int) -> tuple[Tensor | None, Tensor | None]:
-    """What the left-over of a chunk says about the next one, which is ready after the robot's next `delay` steps.
+def continuation(
+    tokens: ActionTokens, left_over: Tensor, delay: int, rows: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the left-over of a chunk says about the next one, which is ready after the robot's next
+    `delay` steps.
 
-    It is actions (T, A) or (B, T, A) of `predict_action_chunk` that were not executed yet; rows of zeros at their end
-    are LeRobot's filling, which is neither frozen nor a guess. `ConfigError` for a delay that is no number of steps, or
-    tokens of variable length; `TokenError` for no actions, of another shape, or not finite.
+    It is actions (T, A) or (B, T, A) of `predict_action_chunk` that were not executed yet; rows of
+    zeros at their end are LeRobot's filling, which is neither frozen nor a guess. `ConfigError` for
+    a delay that is no number of steps, or tokens of variable length; `TokenError` for no actions,
+    of another shape, or not finite.
 
-    Returns the chunk before, from the next step on, (B, n) with its last step repeated, and frozen tokens (B, k * A);
-    None where nothing is left or nothing must stay.
+    Returns the chunk before, from the next step on, (B, n) with its last step repeated, and frozen
+    tokens (B, k * A); None where nothing is left or nothing must stay.
     """
     if type(delay) is not int or delay < 0:
-        raise ConfigError(f"inference_delay is {short(delay)}; it must be a number of steps, 0 or more.")
+        raise ConfigError(
+            f"inference_delay is {short(delay)}; it must be a number of steps, 0 or more."
+        )
     if tokens.tokens_per_step is None:
-        raise ConfigError("Tokens of variable length belong to no step, so no chunk can continue another one's steps.")
+        raise ConfigError(
+            "Tokens of variable length belong to no step, so no chunk can continue another one's "
+            "steps."
+        )
     m, dim = tokens.chunk_steps, tokens.action_dim
-    shape = tuple(left_over.shape) if isinstance(left_over, Tensor) and is_plain(left_over) else None
-    if shape is None or len(shape) not in (2, 3) or shape[-1] != dim or shape[:-2] not in ((), (1,), (rows,)):
+    shape = (
+        tuple(left_over.shape) if isinstance(left_over, Tensor) and is_plain(left_over) else None
+    )
+    if (
+        shape is None
+        or len(shape) not in (2, 3)
+        or shape[-1] != dim
+        or shape[:-2] not in ((), (1,), (rows,))
+    ):
         raise TokenError(
-            f"prev_chunk_left_over is {shape or type(left_over).__name__}; expected actions (T, {dim}) or "
-            f"({rows}, T, {dim})."
+            f"prev_chunk_left_over is {shape or type(left_over).__name__}; expected actions (T, "
+            f"{dim}) or ({rows}, T, {dim})."
         )
     actions = left_over if len(shape) == 3 else left_over.unsqueeze(0)
     actions = actions[:, :m].expand(rows, -1, -1)
@@ -57,36 +76,51 @@ def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int)
 
 
 def decode_behind(
-    policy: Any, batch: dict[str, Tensor], frozen: Tensor | None, executed_steps: int | None = None, **arguments: Any
+    policy: Any,
+    batch: dict[str, Tensor],
+    frozen: Tensor | None,
+    executed_steps: int | None = None,
+    **arguments: Any,
 ) -> DecodeResult:
     """`CeedVLAPolicy.decode` of a chunk that begins with the frozen tokens (B, f) of k steps.
 
-    They are continued greedily, or, where the policy's actions are increments (``config.delta_dims``), made up for:
-    then no token behind them is the greedy one for certain.
+    They are continued greedily, or, where the policy's actions are increments
+    (``config.delta_dims``), made up for: then no token behind them is the greedy one for certain.
     """
     dims, tokens = policy.config.delta_dims, policy.tokenizer
     if frozen is None or not dims:
         return policy.decode(batch, frozen=frozen, executed_steps=executed_steps, **arguments)
-    if not isinstance(dims, list) or not all(type(dim) is int and 0 <= dim < tokens.action_dim for dim in dims):
-        raise ConfigError(f"delta_dims is {short(dims)}; they must be dimensions in [0, {tokens.action_dim - 1}].")
+    if not isinstance(dims, list) or not all(
+        type(dim) is int and 0 <= dim < tokens.action_dim for dim in dims
+    ):
+        raise ConfigError(
+            f"delta_dims is {short(dims)}; they must be dimensions in [0, {tokens.action_dim - 1}]."
+        )
     width = tokens.tokens_per_step
-    given = BlockRequest(frozen=frozen, tokens_per_step=width).frozen_tokens(policy.backbone, len(frozen))
+    given = BlockRequest(frozen=frozen, tokens_per_step=width).frozen_tokens(
+        policy.backbone, len(frozen)
+    )
     behind = policy.config.n_action_steps if executed_steps is None else executed_steps
     executed_steps = min(given // width + behind, tokens.chunk_steps)
     result = policy.decode(batch, executed_steps=executed_steps, **arguments)
     result.tokens = made_up(tokens, result.tokens, frozen.to(result.tokens), dims)
-    result.actions, result.states = tokens.decode(result.tokens), None
-    result.exact_tokens, result.exact = torch.full_like(result.exact_tokens, given), torch.zeros_like(result.exact)
+    result.actions = tokens.decode(result.tokens)
+    result.states = None
+    result.exact_tokens = torch.full_like(result.exact_tokens, given)
+    result.exact = torch.zeros_like(result.exact)
     return result
 
 
 def made_up(tokens: ActionTokens, chunk: Tensor, frozen: Tensor, dims: Sequence[int]) -> Tensor:
-    """A chunk (B, n) behind the frozen tokens (B, f) of k steps: what these move less or more in the dimensions `dims`
-    than the chunk's own first steps, the steps behind them make up for as fast as the ranges of actions allow.
+    """A chunk (B, n) behind the frozen tokens (B, f) of k steps: what these move less or more in
+    the dimensions `dims` than the chunk's own first steps, the steps behind them make up for as
+    fast as the ranges of actions allow.
     """
-    wanted, k = tokens.decode(chunk), frozen.shape[1] * tokens.chunk_steps // tokens.block_length
+    wanted = tokens.decode(chunk)
+    k = frozen.shape[1] * tokens.chunk_steps // tokens.block_length
     chunk = torch.cat([frozen, chunk[:, frozen.shape[1] :]], dim=1)
-    actions, dims = tokens.decode(chunk), list(dims)
+    actions = tokens.decode(chunk)
+    dims = list(dims)
     missing = (wanted - actions)[:, :k, dims].sum(1)
     for step in range(k, tokens.chunk_steps):
         asked = wanted[:, step, dims] + missing

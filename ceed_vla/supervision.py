@@ -1,4 +1,6 @@
-"""What a policy learns from demonstrations: the teacher's loss, the grounding regression, augmentation."""
+"""What a policy learns from demonstrations: the teacher's loss, the grounding regression,
+augmentation.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,15 @@ PADDED = "action_is_pad"
 LARGEST = 1e6  # term of the environment state
 
 
-def teacher_loss(policy: Any, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
-    """Autoregressive loss of the teacher, with the auxiliary regression if its target is in the batch, and the parts.
+def teacher_loss(
+    policy: Any, batch: dict[str, Tensor], reduction: str = "mean"
+) -> tuple[Tensor, dict[str, float]]:
+    """Autoregressive loss of the teacher, with the auxiliary regression if its target is in the
+    batch, and the parts.
 
-    The `batch` is a pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and
-    ``observation.environment_state``. It is augmented in training mode. `reduction` is "mean" or "none" (a loss a row).
+    The `batch` is a pre-processed observation with ``action`` (B, m, A) and, optionally,
+    ``action_is_pad`` (B, m) and ``observation.environment_state``. It is augmented in training
+    mode. `reduction` is "mean" or "none" (a loss a row).
     """
     if not isinstance(reduction, str) or reduction not in ("mean", "none"):
         raise ConfigError(f"reduction is {short(reduction)}; choose mean or none.")
@@ -53,17 +59,25 @@ def finish_training(policy: Any) -> None:
     policy.config.backbone = policy.config.backbone.finished()
 
 
-def auxiliary_loss(policy: Any, embeddings: Any, state: Tensor, environment_state: Tensor) -> Tensor:
-    """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms (B, E) [m, rad].
+def auxiliary_loss(
+    policy: Any, embeddings: Any, state: Tensor, environment_state: Tensor
+) -> Tensor:
+    """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms (B,
+    E) [m, rad].
 
-    The early head regresses from `embeddings` of `embed_prefix`, the head behind the trunk from the `state` token's
-    final hidden vector (B, d).
+    The early head regresses from `embeddings` of `embed_prefix`, the head behind the trunk from the
+    `state` token's final hidden vector (B, d).
     """
     backbone = policy.backbone
     assert backbone.auxiliary is not None
     if type(policy.auxiliary_terms) not in (int, type(None)) or (policy.auxiliary_terms or 1) < 1:
-        raise ConfigError(f"auxiliary_terms is {short(policy.auxiliary_terms)}; it must be a whole number, or None.")
-    scale = torch.tensor(policy.config.auxiliary_scale[: policy.auxiliary_terms], device=state.device)
+        raise ConfigError(
+            f"auxiliary_terms is {short(policy.auxiliary_terms)}; it must be a whole number, or "
+            "None."
+        )
+    scale = torch.tensor(
+        policy.config.auxiliary_scale[: policy.auxiliary_terms], device=state.device
+    )
     target = environment_state[:, : len(scale)] * scale
     regressed = [backbone.auxiliary(state.float())]
     if backbone.early_auxiliary is not None:
@@ -93,18 +107,22 @@ def _prepared(policy: Any, batch: dict[str, Tensor], target: str) -> dict[str, T
     else:
         _check_batch(policy, batch)
     if batch.get(target) is None:
-        raise ObservationError(f"The batch has no {target!r}; it has {', '.join(sorted(map(str, batch)))}.")
+        raise ObservationError(
+            f"The batch has no {target!r}; it has {', '.join(sorted(map(str, batch)))}."
+        )
     return batch
 
 
 def augment(policy: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Random shift and brightness of every image that the backbone sees as such, noise on the state.
+    """Random shift and brightness of every image that the backbone sees as such, noise on the
+    state.
 
-    ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), decides where it is given: then
-    the augmentation of a frame does not depend on how a batch is split over processes.
+    ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), decides where it is
+    given: then the augmentation of a frame does not depend on how a batch is split over processes.
     """
     _check_batch(policy, batch)
-    config, batch = policy.config, dict(batch)
+    config = policy.config
+    batch = dict(batch)
     images = {camera: batch[camera] for camera in policy.backbone.augmented_images}
     noise = batch.pop(AUGMENTATION_NOISE, None)
     if not augmentation_size(policy):
@@ -128,7 +146,9 @@ def augment(policy: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def augmentation_size(policy: Any) -> int:
-    """Random numbers a row that `augment` needs: shift (2) and brightness of every image, noise of the state."""
+    """Random numbers a row that `augment` needs: shift (2) and brightness of every image, noise of
+    the state.
+    """
     state = policy.config.robot_state_feature
     return 3 * len(policy.backbone.augmented_images) + (int(state.shape[0]) if state else 0)
 
@@ -137,19 +157,26 @@ def _check_batch(policy: Any, batch: dict[str, Any]) -> None:
     """Check the observation in a batch, and what else is there: all of that may be missing."""
     rows = policy.check_observation(batch)
     terms = len(policy.config.auxiliary_scale)
-    shapes = {PADDED: (rows, policy.config.chunk_size), AUGMENTATION_NOISE: (rows, augmentation_size(policy))}
+    shapes = {
+        PADDED: (rows, policy.config.chunk_size),
+        AUGMENTATION_NOISE: (rows, augmentation_size(policy)),
+    }
     for key in (PADDED, AUGMENTATION_NOISE, ENVIRONMENT_STATE_KEY):
         value = batch.get(key)
         if value is None:
             continue
         found = tuple(value.shape) if is_plain(value) else type(value).__name__
         if len(found) != 2 or found[0] != rows or found != shapes.get(key, found):
-            raise ObservationError(f"{key} is {found}; expected {shapes.get(key, (rows, 'terms'))}.")
+            raise ObservationError(
+                f"{key} is {found}; expected {shapes.get(key, (rows, 'terms'))}."
+            )
         floats = value.is_floating_point()
         if key == ENVIRONMENT_STATE_KEY and not (
             floats and value.shape[1] >= terms and _within(value, -LARGEST, LARGEST)
         ):
-            raise ObservationError(f"{key} is {found} {value.dtype}; expected {terms} finite terms a row.")
+            raise ObservationError(
+                f"{key} is {found} {value.dtype}; expected {terms} finite terms a row."
+            )
         if key == AUGMENTATION_NOISE and not (floats and _within(value, 0, 1)):
             raise ObservationError(f"{key} is {value.dtype}; expected numbers in [0, 1).")
         if key == PADDED and (floats or value.is_complex() or not _within(value, 0, 1)):
@@ -160,16 +187,24 @@ def _check_batch(policy: Any, batch: dict[str, Any]) -> None:
 
 
 def _within(values: Tensor, low: float, high: float) -> bool:
-    least, most = (float(end) for end in values.to(torch.float32).aminmax()) if values.numel() else (low, high)
+    least, most = (
+        (float(end) for end in values.to(torch.float32).aminmax())
+        if values.numel()
+        else (low, high)
+    )
     return low <= least and most <= high
 
 
 def soft_cross_entropy(logits: Tensor, tokens: Tensor, sigma: float) -> Tensor:
-    """Cross-entropy (B, n) against a Gaussian of `sigma` bins around every label; hard labels for sigma 0."""
+    """Cross-entropy (B, n) against a Gaussian of `sigma` bins around every label; hard labels for
+    sigma 0.
+    """
     log_probabilities = F.log_softmax(logits.float(), dim=-1)  # (B, n, V)
     if sigma <= 0:
         return -log_probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return -(label_table(logits.shape[-1], sigma, logits.device)[tokens] * log_probabilities).sum(-1)
+    return -(label_table(logits.shape[-1], sigma, logits.device)[tokens] * log_probabilities).sum(
+        -1
+    )
 
 
 def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:
@@ -179,11 +214,15 @@ def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:
 
 
 def random_shift(image: Tensor, pixels: int, noise: Tensor) -> Tensor:
-    """Shift images (B, 3, H, W) by up to `pixels` [px], repeating the edge; `noise` (B, 2) in [0, 1) decides how."""
+    """Shift images (B, 3, H, W) by up to `pixels` [px], repeating the edge; `noise` (B, 2) in [0,
+    1) decides how.
+    """
     batch, _, height, width = image.shape
     padded = F.pad(image, (pixels,) * 4, mode="replicate")
     offsets = (noise * (2 * pixels + 1)).long().clamp(max=2 * pixels)  # (B, 2)
     rows = offsets[:, :1] + torch.arange(height, device=image.device)  # (B, H)
     columns = offsets[:, 1:] + torch.arange(width, device=image.device)  # (B, W)
     index = torch.arange(batch, device=image.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )

@@ -1,4 +1,6 @@
-"""What tokens and actions that somebody passes must be; one check each, for all vocabularies and decoders."""
+"""What tokens and actions that somebody passes must be; one check each, for all vocabularies and
+decoders.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:
-    """Whether a value is a tensor of numbers one after the other: not sparse, nested, quantised, or without data."""
+    """Whether a value is a tensor of numbers one after the other: not sparse, nested, quantised, or
+    without data.
+    """
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
@@ -27,9 +31,11 @@ def is_plain(value: object) -> TypeGuard[Tensor]:
 def check_tokens(
     tokens: object, what: str, shape: tuple[int | None, int], vocabulary: int, *, none: bool = False
 ) -> None:
-    """Check that `tokens`, called `what` in messages, are integers (B, k) in ``[0, V)``, or raise `TokenError`.
+    """Check that `tokens`, called `what` in messages, are integers (B, k) in ``[0, V)``, or raise
+    `TokenError`.
 
-    `shape` is (B, k), None for any number of rows; `vocabulary` 0 leaves values alone; with `none` a row may be all -1.
+    `shape` is (B, k), None for any number of rows; `vocabulary` 0 leaves values alone; with `none`
+    a row may be all -1.
     """
     rows, length = shape
     expected = f"({'B' if rows is None else rows}, {length}) integers"
@@ -59,19 +65,26 @@ def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
     expected = f"expected (B, {chunk_steps}, {action_dim})"
     if not is_plain(actions):
         raise TokenError(f"actions are {type(actions).__name__}, {expected} in a dense tensor.")
-    if actions.ndim != 3 or tuple(actions.shape[1:]) != (chunk_steps, action_dim) or actions.is_complex():
+    if (
+        actions.ndim != 3
+        or tuple(actions.shape[1:]) != (chunk_steps, action_dim)
+        or actions.is_complex()
+    ):
         raise TokenError(f"actions have shape {tuple(actions.shape)} {actions.dtype}, {expected}.")
     finite = torch.isfinite(actions)
     if not bool(finite.all()):
         b, step, d = (~finite).nonzero()[0].tolist()
         raise TokenError(
-            f"actions[{b}, {step}, {d}] is {actions[b, step, d].item()} (batch row {b}, step {step}, dimension {d}); "
-            "only finite actions can become tokens. Clean the data or stop the robot."
+            f"actions[{b}, {step}, {d}] is {actions[b, step, d].item()} (batch row {b}, step "
+            f"{step}, dimension {d}); only finite actions can become tokens. Clean the data or "
+            "stop the robot."
         )
 
 
 def numbers(values: object, name: str) -> list[float]:
-    """`values`, `name` in messages, as plain numbers, from any sequence of them, arrays and tensors included."""
+    """`values`, `name` in messages, as plain numbers, from any sequence of them, arrays and tensors
+    included.
+    """
     with raised_as(ConfigError, f"{name} is {short(values)}", "it must be a sequence of numbers."):
         if isinstance(values, str | bytes | Mapping | Set):
             raise TypeError(f"a {type(values).__name__}")

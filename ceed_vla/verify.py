@@ -1,7 +1,9 @@
-"""`ceed-vla verify`: a model's inputs, action tokens and actions against those of its reference implementation.
+"""`ceed-vla verify`: a model's inputs, action tokens and actions against those of its reference
+implementation.
 
-A folder holds ``images.npz`` (``images`` (cases, H, W, 3) uint8) and ``expected.json`` (``unnorm_key``, ``chunk``, and
-for every case prompt, input ids, sum of the pixel values, action tokens and the first action).
+A folder holds ``images.npz`` (``images`` (cases, H, W, 3) uint8) and ``expected.json``
+(``unnorm_key``, ``chunk``, and for every case prompt, input ids, sum of the pixel values, action
+tokens and the first action).
 """
 
 from __future__ import annotations
@@ -44,12 +46,15 @@ PIXEL_TOLERANCE = 1e-7  # of the sum, a pixel value: what rounding to float32 ma
 
 @dataclass
 class VerifyConfig:
-    """Compare a model with the outputs of its reference implementation, a line a case; exit code 1 if they differ.
+    """Compare a model with the outputs of its reference implementation, a line a case; exit code 1
+    if they differ.
 
     Attributes:
         folder: Model with images.npz and expected.json beside it.
-        policy_path: Check this converted checkpoint on the folder's cases, instead of the folder itself.
-        dtype: Type of the weights: "float32" (the references'), "auto" (as published), "bfloat16" or "float16".
+        policy_path: Check this converted checkpoint on the folder's cases, instead of the folder
+            itself.
+        dtype: Type of the weights: "float32" (the references'), "auto" (as published), "bfloat16"
+            or "float16".
         device: Where to run.
     """
 
@@ -64,15 +69,22 @@ class VerifyConfig:
 
 
 def read_cases(folder: str | Path) -> tuple[NDArray[np.uint8], list[dict[str, Any]], int, str]:
-    """Images (cases, H, W, 3), what is expected of each, steps of a chunk, and the data set that un-normalises actions.
+    """Images (cases, H, W, 3), what is expected of each, steps of a chunk, and the data set that
+    un-normalises actions.
 
     `CheckpointError` for files that are missing, damaged, or of another format.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"No folder at {folder}; give one with a model, {IMAGES} and {EXPECTED}.")
+        raise CheckpointError(
+            f"No folder at {folder}; give one with a model, {IMAGES} and {EXPECTED}."
+        )
     values = read_json(folder / EXPECTED)
-    with raised_as(CheckpointError, f"{folder / IMAGES} has no array 'images' that can be read", "copy it again."):
+    with raised_as(
+        CheckpointError,
+        f"{folder / IMAGES} has no array 'images' that can be read",
+        "copy it again.",
+    ):
         with zipfile.ZipFile(folder / IMAGES) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > LARGEST_IMAGES:
@@ -81,24 +93,35 @@ def read_cases(folder: str | Path) -> tuple[NDArray[np.uint8], list[dict[str, An
             images = arrays["images"]
     cases = values.get("cases")
     if not isinstance(cases, list) or not cases or not isinstance(values.get("chunk"), int):
-        raise CheckpointError(f"{folder / EXPECTED} needs a whole number 'chunk' and a list 'cases'.")
+        raise CheckpointError(
+            f"{folder / EXPECTED} needs a whole number 'chunk' and a list 'cases'."
+        )
     for number, case in enumerate(cases):
         for key, kind in CASE.items():
-            value = case.get(key, "" if key == "prompt" else None) if isinstance(case, dict) else None
+            value = (
+                case.get(key, "" if key == "prompt" else None) if isinstance(case, dict) else None
+            )
             if not fits(value, kind):
                 raise CheckpointError(
-                    f"{folder / EXPECTED}: case {number} lacks {key!r}, or it is of another kind: {short(value)}."
+                    f"{folder / EXPECTED}: case {number} lacks {key!r}, or it is of another kind: "
+                    f"{short(value)}."
                 )
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(cases):
+    if (
+        images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[3] != 3
+        or len(images) != len(cases)
+    ):
         raise CheckpointError(
-            f"{folder / IMAGES}: images are {images.shape} {images.dtype}, expected ({len(cases)}, H, W, 3) uint8: "
-            "one RGB picture a case."
+            f"{folder / IMAGES}: images are {images.shape} {images.dtype}, expected ({len(cases)}, "
+            "H, W, 3) uint8: one RGB picture a case."
         )
     return images, cases, int(values["chunk"]), str(values.get("unnorm_key") or "")
 
 
 def verify(config: VerifyConfig) -> str:
-    """Run all cases through autoregressive and strict Jacobi decoding, print a line for each, and return a summary.
+    """Run all cases through autoregressive and strict Jacobi decoding, print a line for each, and
+    return a summary.
 
     `VerificationError` if a case differs, `CheckpointError` for a folder that cannot be read.
     """
@@ -117,17 +140,22 @@ def verify(config: VerifyConfig) -> str:
         policy, pre, _ = published_policy(source)
     if not isinstance(policy.backbone, OpenVLABackbone):
         kind = policy.config.backbone.type
-        raise CheckpointError(f"{config.policy_path} runs a {kind} model; cases are those of OpenVLA.")
+        raise CheckpointError(
+            f"{config.policy_path} runs a {kind} model; cases are those of OpenVLA."
+        )
     if policy.config.chunk_size != chunk:
         raise CheckpointError(
-            f"{config.policy_path} decodes chunks of {policy.config.chunk_size}, the cases hold {chunk} "
-            "actions; convert it with that --chunk_size."
+            f"{config.policy_path} decodes chunks of {policy.config.chunk_size}, the cases hold "
+            f"{chunk} actions; convert it with that --chunk_size."
         )
     wrong = 0
     for number, case in enumerate(cases):
         problems, facts = _check(policy, pre, images[number], case)
         wrong += bool(problems)
-        print(f"case {number:>2}  {'DIFFERS' if problems else 'equal'}  {facts}  {case['instruction']!r}")
+        print(
+            f"case {number:>2}  {'DIFFERS' if problems else 'equal'}  {facts}  "
+            f"{case['instruction']!r}"
+        )
         for problem in problems:
             print(f"         {problem}")
     if wrong:
@@ -135,7 +163,9 @@ def verify(config: VerifyConfig) -> str:
     return f"all {len(cases)} cases equal the reference"
 
 
-def _check(policy: Any, pre: Any, image: NDArray[np.uint8], case: dict[str, Any]) -> tuple[list[str], str]:
+def _check(
+    policy: Any, pre: Any, image: NDArray[np.uint8], case: dict[str, Any]
+) -> tuple[list[str], str]:
     """What differs in a case, and a line of numbers about it."""
     step = next(step for step in pre.steps if isinstance(step, OpenVLAInputsStep))
     picture = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W)
@@ -145,26 +175,37 @@ def _check(policy: Any, pre: Any, image: NDArray[np.uint8], case: dict[str, Any]
     if prompt.lower() != str(case.get("prompt", prompt)).lower():
         problems.append(f"prompt: {prompt!r}, expected {case['prompt']!r}")
     elif "prompt" in case:  # as the reference spelled it
-        batch[IDS_KEY] = torch.tensor([step.encode_text(case["prompt"])], device=batch[IDS_KEY].device)
+        batch[IDS_KEY] = torch.tensor(
+            [step.encode_text(case["prompt"])], device=batch[IDS_KEY].device
+        )
     problems += _differences("input ids", batch[IDS_KEY][0].tolist(), case["input_ids"])
     pixels = batch[PIXELS_KEY]
     problems += _differences("pixel shape", list(pixels.shape), list(case["pixel_values_shape"]))
     off = abs(pixels.double().sum().item() - case["pixel_values_sum"])
     if not off <= PIXEL_TOLERANCE * pixels.numel():
-        problems.append(f"pixel sum: {pixels.double().sum().item()!r}, expected {case['pixel_values_sum']!r}")
-    autoregressive, jacobi = policy.decode(batch, "ar"), policy.decode(batch, "jacobi")
+        problems.append(
+            f"pixel sum: {pixels.double().sum().item()!r}, expected {case['pixel_values_sum']!r}"
+        )
+    autoregressive = policy.decode(batch, "ar")
+    jacobi = policy.decode(batch, "jacobi")
     for name, result in (("AR tokens", autoregressive), ("Jacobi tokens", jacobi)):
         ids = [policy.backbone.words - 1 - token for token in result.tokens[0].tolist()]
         problems += _differences(name, ids, case["action_tokens"])
     action = policy.tokenizer.values(autoregressive.tokens)[0, 0].cpu().numpy()  # (A,) float64
     expected = np.array(case["first_action"], dtype=np.float64)
-    error = float(np.abs(action - expected).max()) if action.shape == expected.shape else float("inf")
+    error = (
+        float(np.abs(action - expected).max()) if action.shape == expected.shape else float("inf")
+    )
     if not error <= ACTION_TOLERANCE:
         problems.append(f"first action: {action.tolist()}, expected {expected.tolist()}")
     n = autoregressive.tokens.shape[1]
-    return problems, (
-        f"{len(case['input_ids'])} ids, pixel sum off by {off:.1e}, {n} tokens: AR {autoregressive.forwards + 1} "
-        f"forwards, Jacobi {jacobi.forwards + 1}, action off by {error:.1e}"
+    return (
+        problems,
+        (
+            f"{len(case['input_ids'])} ids, pixel sum off by {off:.1e}, {n} tokens: AR "
+            f"{autoregressive.forwards + 1} forwards, Jacobi {jacobi.forwards + 1}, action off by "
+            f"{error:.1e}"
+        ),
     )
 
 

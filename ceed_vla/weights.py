@@ -1,4 +1,6 @@
-"""Weights in safetensors files: what they declare is compared with file and model before it is believed."""
+"""Weights in safetensors files: what they declare is compared with file and model before it is
+believed.
+"""
 
 from __future__ import annotations
 
@@ -27,40 +29,58 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file; its header has been compared with the file's size. `CheckpointError` if it is damaged."""
+    """A safetensors file; its header has been compared with the file's size. `CheckpointError` if
+    it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"The weights {file} do not load ({root_cause(error)}); copy them again.") from error
+        raise CheckpointError(
+            f"The weights {file} do not load ({root_cause(error)}); copy them again."
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, one or its shards; `CheckpointError` if there is none, or one is missing."""
+    """The safetensors files of a folder, one or its shards; `CheckpointError` if there is none, or
+    one is missing.
+    """
     if not folder.is_dir():
         raise CheckpointError(
-            f"The weights of this policy lie in {str(folder)!r}, which is no folder (any more); correct "
-            "backbone.path in the checkpoint's config.json, and run `ceed-vla seal` on the checkpoint."
+            f"The weights of this policy lie in {str(folder)!r}, which is no folder (any more); "
+            "correct backbone.path in the checkpoint's config.json, and run `ceed-vla seal` on "
+            "the checkpoint."
         )
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        pickled = ", ".join(sorted(file.name for pattern in PICKLED for file in folder.glob(pattern)))
-        only = f", only {pickled}; pickled files can run code when they are read: save them as safetensors first"
-        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}{only if pickled else ''}.")
+        pickled = ", ".join(
+            sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+        )
+        only = (
+            f", only {pickled}; pickled files can run code when they are read: save them as "
+            "safetensors first"
+        )
+        raise CheckpointError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}{only if pickled else ''}."
+        )
     found = read_json(folder / INDEX).get("weight_map")
     named = found.values() if isinstance(found, dict) else ()
     shards = sorted({plain_name(name, f"{folder / INDEX}: a shard") for name in named})
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
-        raise CheckpointError(f"{folder} lacks {', '.join(missing) or 'all shards'}, which {INDEX} names.")
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(missing) or 'all shards'}, which {INDEX} names."
+        )
     return [folder / name for name in shards]
 
 
 def check_sizes(files: Sequence[Path], layers: int, numbers: int) -> None:
-    """Refuse a configuration of more layers than a file, or all shards, have tensors, or of more numbers."""
+    """Refuse a configuration of more layers than a file, or all shards, have tensors, or of more
+    numbers.
+    """
     shapes = []
     for file in files:
         with opened(file) as tensors:
@@ -68,8 +88,9 @@ def check_sizes(files: Sequence[Path], layers: int, numbers: int) -> None:
     held = sum(math.prod(shape) for shape in shapes)
     if layers > len(shapes) or numbers > held:
         raise CheckpointError(
-            f"{files[0]}: the configuration describes {layers:,} layers with at least {numbers:,} weights, the file "
-            f"holds {len(shapes):,} tensors with {held:,}; they belong to different models."
+            f"{files[0]}: the configuration describes {layers:,} layers with at least {numbers:,} "
+            f"weights, the file holds {len(shapes):,} tensors with {held:,}; they belong to "
+            "different models."
         )
 
 
@@ -80,14 +101,20 @@ def copy_weights(
     rename: Callable[[str], str] = str,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> tuple[list[str], list[str]]:
-    """Copy weights into a module's of the right sizes, one tensor at a time, converted to the module's types.
+    """Copy weights into a module's of the right sizes, one tensor at a time, converted to the
+    module's types.
 
     `rename` turns the name in a file to the module's; names that `skip` picks are passed over.
 
-    Returns the module's weights that no file has (a tied weight has its partner's), and those that the module lacks.
-    `CheckpointError` names the file and the first tensor of another shape or kind, not finite, or a head of zeros.
+    Returns the module's weights that no file has (a tied weight has its partner's), and those that
+    the module lacks. `CheckpointError` names the file and the first tensor of another shape or
+    kind, not finite, or a head of zeros.
     """
-    own, read, unknown, matrices, zeros = module.state_dict(), set(), [], 0, []
+    own = module.state_dict()
+    read = set()
+    unknown = []
+    matrices = 0
+    zeros = []
     written: dict[int, str] = {}  # where a tensor was copied to -> its name; tied ones share it
     for file in files:
         with opened(file) as tensors:
@@ -104,8 +131,9 @@ def copy_weights(
                 tied = written.setdefault(place.data_ptr(), name) != name and place.numel()
                 if tied and not torch.equal(place, tensor.to(place)):
                     raise CheckpointError(
-                        f"The weights {file} do not load: config.json ties {published} to {written[place.data_ptr()]}, "
-                        "the file has two different ones; they belong to different models."
+                        f"The weights {file} do not load: config.json ties {published} to "
+                        f"{written[place.data_ptr()]}, the file has two different ones; they "
+                        "belong to different models."
                     )
                 place.copy_(tensor)
                 read.add(name)
@@ -115,7 +143,9 @@ def copy_weights(
                     zeros += [published] if empty and place.ndim > 1 else []
     scoring = [name for name in zeros if name.split(".")[-2:-1] and name.split(".")[-2] in HEADS]
     if scoring or (zeros and len(zeros) == matrices):
-        raise CheckpointError(f"{files[0]}: {(scoring or zeros)[0]} holds nothing but zeros. Copy it again.")
+        raise CheckpointError(
+            f"{files[0]}: {(scoring or zeros)[0]} holds nothing but zeros. Copy it again."
+        )
     pointers = {own[name].data_ptr() for name in read}
     missing = sorted(name for name in own.keys() - read if own[name].data_ptr() not in pointers)
     return missing, sorted(unknown)
@@ -123,24 +153,30 @@ def copy_weights(
 
 def _check_entry(file: Path, name: str, found: Any, place: Tensor) -> None:
     """Check shape and class of types of one tensor before it is read."""
-    shape, kind = tuple(found.get_shape()), found.get_dtype()
+    shape = tuple(found.get_shape())
+    kind = found.get_dtype()
     if shape != tuple(place.shape):
         raise CheckpointError(
-            f"The weights {file} do not load: {name} has shape {shape}, config.json describes {tuple(place.shape)}; "
-            "configuration and weights belong to different models."
+            f"The weights {file} do not load: {name} has shape {shape}, config.json describes "
+            f"{tuple(place.shape)}; configuration and weights belong to different models."
         )
     if (kind in _FLOATS) != place.is_floating_point():
         raise CheckpointError(
-            f"The weights {file} do not load: {name} is of type {kind}, the model's is {place.dtype}; copy them again."
+            f"The weights {file} do not load: {name} is of type {kind}, the model's is "
+            f"{place.dtype}; copy them again."
         )
 
 
 def check_finite(file: Path | str, name: str, weight: Tensor) -> bool:
     """Whether a weight is zero throughout; `CheckpointError` if it is not finite."""
     values = weight.detach()
-    least, most = (float(end) for end in (values.float() if values.element_size() < 2 else values).aminmax())
+    least, most = (
+        float(end) for end in (values.float() if values.element_size() < 2 else values).aminmax()
+    )
     if not (math.isfinite(least) and math.isfinite(most)):
-        raise CheckpointError(f"The weights {file} are damaged: {name} holds NaN or infinity ({weight.dtype}).")
+        raise CheckpointError(
+            f"The weights {file} are damaged: {name} holds NaN or infinity ({weight.dtype})."
+        )
     return least == most == 0.0
 
 
@@ -156,15 +192,21 @@ def check_floating(files: Sequence[Path]) -> None:
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                if name.endswith((".weight", ".bias")) and (kind := tensors.get_slice(name).get_dtype()) not in _FLOATS:
-                    raise CheckpointError(f"The weights {file} do not load: {name} is of type {kind}; copy them again.")
+                if (
+                    name.endswith((".weight", ".bias"))
+                    and (kind := tensors.get_slice(name).get_dtype()) not in _FLOATS
+                ):
+                    raise CheckpointError(
+                        f"The weights {file} do not load: {name} is of type {kind}; copy them "
+                        "again."
+                    )
 
 
 def load_weights(policy: Any, folder: Path, strict: bool = True) -> None:
     """Read a checkpoint's weights into a policy that was built from its configuration.
 
-    Unless `strict`, missing and additional weights are only logged. Weights that the policy refers to elsewhere
-    (`policy.referenced`) are not missing.
+    Unless `strict`, missing and additional weights are only logged. Weights that the policy refers
+    to elsewhere (`policy.referenced`) are not missing.
     """
     file = folder / WEIGHTS
     missing, unknown = copy_weights(policy, [file], skip=is_adapter)
@@ -173,22 +215,28 @@ def load_weights(policy: Any, folder: Path, strict: bool = True) -> None:
         policy.adapters = {name: tensors.get_tensor(name) for name in own if is_adapter(name)}
     for name, weight in policy.adapters.items():
         if not weight.is_floating_point() or weight.ndim != 2 or not weight.numel():
-            raise CheckpointError(f"The weights {file} do not load: {name} is {weight.dtype} {weight.shape}.")
+            raise CheckpointError(
+                f"The weights {file} do not load: {name} is {weight.dtype} {weight.shape}."
+            )
         check_finite(file, name, weight)
     lost = set(missing) - policy.referenced
     policy.referenced -= own
     for kind, names in (("misses", lost), ("has unknown", set(unknown))):
         if names and strict:
             raise CheckpointError(
-                f"The weights {file} do not load: the checkpoint {kind} {', '.join(sorted(names)[:8])}; "
-                "copy it again or rebuild it."
+                f"The weights {file} do not load: the checkpoint {kind} "
+                f"{', '.join(sorted(names)[:8])}; copy it again or rebuild it."
             )
         if names:
-            logger.warning("The checkpoint %s %s weights: %s", folder, kind, ", ".join(sorted(names)))
+            logger.warning(
+                "The checkpoint %s %s weights: %s", folder, kind, ", ".join(sorted(names))
+            )
 
 
 def save_weights(policy: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Write a policy's weights but those that it refers to and has not trained; or `state_dict`, gathered elsewhere."""
+    """Write a policy's weights but those that it refers to and has not trained; or `state_dict`,
+    gathered elsewhere.
+    """
     from safetensors.torch import save_file, save_model
 
     file = folder / WEIGHTS
@@ -198,14 +246,19 @@ def save_weights(policy: Any, folder: Path, state_dict: dict[str, Any] | None = 
     kept = policy.referenced - {name for name, p in policy.named_parameters() if p.requires_grad}
     weights = policy.state_dict() if state_dict is None else state_dict
     own = {name: tensor for name, tensor in weights.items() if _weight(name) not in kept}
-    first: dict[tuple[int, int], str] = {}  # of the names of tied weights, whose others safetensors refuses
+    # of the names of tied weights, whose others safetensors refuses
+    first: dict[tuple[int, int], str] = {}
     for name, weight in own.items():
         first.setdefault((weight.data_ptr(), weight.numel()), name)
-    save_file({name: own[name].contiguous() for name in first.values()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: own[name].contiguous() for name in first.values()}, file, metadata={"format": "pt"}
+    )
 
 
 def _weight(name: str) -> str:
-    """The weight that an entry belongs to: itself, but for the scales and states of bitsandbytes."""
+    """The weight that an entry belongs to: itself, but for the scales and states of
+    bitsandbytes.
+    """
     module, _, last = name.rpartition(".")
     if last in ("SCB", "weight_format"):
         return f"{module}.weight"

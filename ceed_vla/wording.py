@@ -11,7 +11,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def numbered(noun: str, numbers: Sequence[int | str], most: int = 10) -> str:
-    """The noun and which: "episode 3", "episodes 3 and 7"; of more than `most`, the first and the count."""
+    """The noun and which: "episode 3", "episodes 3 and 7"; of more than `most`, the first and the
+    count.
+    """
     words = [str(number) for number in numbers[:most]]
     if len(numbers) == 1:
         return f"{noun} {words[0]}"

@@ -1,4 +1,6 @@
-"""Processes of this machine that share work: faster, with one thread each, than as many threads in one process."""
+"""Processes of this machine that share work: faster, with one thread each, than as many threads in
+one process.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _state: dict[str, Any] = {}  # of a worker's process
 
 
 def prepare(*modules: str) -> Any:
-    """Let one process import what workers need, and `modules`, while this one does; workers are forks of it."""
+    """Let one process import what workers need, and `modules`, while this one does; workers are
+    forks of it.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -37,13 +41,17 @@ def prepare(*modules: str) -> Any:
 
 
 class Workers(AbstractContextManager["Workers"]):
-    """`count` processes, each of which makes a function by ``make(*arguments)`` and calls it for item after item.
+    """`count` processes, each of which makes a function by ``make(*arguments)`` and calls it for
+    item after item.
 
-    What comes of an item must not depend on the process, nor on the items before it. One worker is this process, with
-    its own threads; others start, and make their function, at once. All that is passed is pickled, `make` by its name.
+    What comes of an item must not depend on the process, nor on the items before it. One worker is
+    this process, with its own threads; others start, and make their function, at once. All that is
+    passed is pickled, `make` by its name.
     """
 
-    def __init__(self, count: int, make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
+    def __init__(
+        self, count: int, make: Callable[..., Callable[[Any], Any]], *arguments: Any
+    ) -> None:
         self.count, self._make = count, (make, arguments)
         self._call: Callable[[Any], Any] | None = None
         if count > 1:
@@ -62,15 +70,21 @@ class Workers(AbstractContextManager["Workers"]):
             self._call = self._call or make(*arguments)
             yield from map(self._call, items)
             return
-        waiting, left = deque[Future[Any]](), iter(items)
+        waiting = deque[Future[Any]]()
+        left = iter(items)
         try:
             while True:
-                waiting += (self._pool.submit(_work, item) for item in islice(left, 2 * self.count - len(waiting)))
+                waiting += (
+                    self._pool.submit(_work, item)
+                    for item in islice(left, 2 * self.count - len(waiting))
+                )
                 if not waiting:
                     return
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise CeedVLAError("A worker's process died: out of memory, or killed. Use fewer --workers.") from error
+            raise CeedVLAError(
+                "A worker's process died: out of memory, or killed. Use fewer --workers."
+            ) from error
         finally:
             for future in waiting:
                 future.cancel()
@@ -78,7 +92,8 @@ class Workers(AbstractContextManager["Workers"]):
     def __exit__(self, kind: Any, *_: Any) -> None:
         if self.count == 1:
             return
-        if kind is not None:  # an interrupt waits for no work, but half a result would hold up this process's own end
+        # an interrupt waits for no work, but half a result would hold up this process's own end
+        if kind is not None:
             writing = cast("Any", self._pool)._result_queue._wlock
             held = writing.acquire(timeout=HALF_S)  # not where a worker died with it
             for process in set(multiprocessing.active_children()) - self._others:

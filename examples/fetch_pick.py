@@ -1,7 +1,7 @@
 """gymnasium-robotics' FetchPickAndPlace with cameras: a block has to be brought to a red mark.
 
-The policy sees two cameras, which move with the hand as wrist cameras do, and knows where the gripper
-is. Where block and mark are is in the images only. Importing this module registers
+The policy sees two cameras, which move with the hand as wrist cameras do, and knows where the
+gripper is. Where block and mark are is in the images only. Importing this module registers
 ``--env.type=fetch_pick``.
 """
 
@@ -18,7 +18,7 @@ from gymnasium_robotics.envs.fetch.pick_and_place import MujocoFetchPickAndPlace
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 
-from sim.environment import Privileged
+from ceed_vla.sim.environment import Privileged
 
 VIEWS = {"front": (180.0, -40.0), "side": (90.0, -15.0)}  # azimuth and elevation [deg]
 DISTANCE = 0.85  # of the cameras, which move with the hand, from the gripper [m]
@@ -124,10 +124,12 @@ class FetchPick(gymnasium.Env):
         fingers = self.seen["observation"][9:11].sum()  # distance of the fingers [m]
         away = np.linalg.norm(block[:2])
         if away < 0.025 and abs(block[2]) < 0.015:  # the block is between the fingers
-            move, gripper = (mark - block if fingers < HELD else block), CLOSED
+            move = mark - block if fingers < HELD else block
+            gripper = CLOSED
         else:
             height = ABOVE * np.clip((away - 0.01) / 0.05, 0, 1)
-            move, gripper = block + [0, 0, height], OPEN
+            move = block + [0, 0, height]
+            gripper = OPEN
         return np.append(np.clip(GAIN * move / SPEED, -1, 1), gripper).astype(np.float32)
 
 

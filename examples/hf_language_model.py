@@ -1,15 +1,18 @@
-"""A language model of Hugging Face as a backbone, in one file; `python examples/hf_language_model.py` checks it.
+"""A language model of Hugging Face as a backbone, in one file; `python
+examples/hf_language_model.py` checks it.
 
-Without `--policy.backbone.path` it is a small Llama with random weights; with the folder of a causal language model
-(Llama, Qwen, Gemma, SmolLM: one with `model.layers` and `model.norm`) it is that one, and reads its instructions with
-that folder's tokenizer. From demonstrations to a teacher, with the environment of own_environment.py:
+Without `--policy.backbone.path` it is a small Llama with random weights; with the folder of a
+causal language model (Llama, Qwen, Gemma, SmolLM: one with `model.layers` and `model.norm`) it is
+that one, and reads its instructions with that folder's tokenizer. From demonstrations to a teacher,
+with the environment of own_environment.py:
 
-    export PYTHONPATH=examples
-    ceed-vla record --root demos --mode perturb --env.type=point_reach --discover_packages_path=own_environment
-    ceed-vla train --roots demos --output_dir teacher --grounding_steps 0 --rounds 0 --env.type=point_reach \
+    export PYTHONPATH=examples ceed-vla record --root demos --mode perturb --env.type=point_reach
+    --discover_packages_path=own_environment ceed-vla train --roots demos --output_dir teacher
+    --grounding_steps 0 --rounds 0 --env.type=point_reach \
         --policy.backbone.type=hf_lm --discover_packages_path=own_environment,hf_language_model
 
-`TransformersBackbone` has cache, decoding, training and exits; what is here is the prefix, and how the model is made.
+`TransformersBackbone` has cache, decoding, training and exits; what is here is the prefix, and how
+the model is made.
 """
 
 from __future__ import annotations
@@ -22,7 +25,13 @@ import torch
 import torch.nn.functional as F
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.base import TrainableBackbone, check_features
@@ -38,7 +47,7 @@ from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.fields import Checked, ranged
 
-# ---- the backbone -----------------------------------------------------------------------------------------------
+# ---- the backbone --------------------------------------------------------------------------------
 
 GRID = 8  # a camera gives GRID ** 2 tokens of the prefix
 
@@ -50,13 +59,18 @@ class LanguageModelBackbone(TransformersBackbone):
         rows, width = cast("nn.Embedding", model.get_input_embeddings()).weight.shape
         action_ids = torch.arange(rows - shape.vocabulary_size, rows)  # (V,)
         super().__init__(shape.block_length, shape.vocabulary_size, action_ids)
-        self.language_model, self.rows, self.state_dim = model, rows, shape.state_dim
+        self.language_model = model
+        self.rows = rows
+        self.state_dim = shape.state_dim
         self.augmented_images = tuple(shape.cameras)
-        patches = nn.Sequential(nn.Conv2d(3, 32, 4, stride=4), nn.GELU(), nn.Conv2d(32, width, 3, padding=1))
+        patches = nn.Sequential(
+            nn.Conv2d(3, 32, 4, stride=4), nn.GELU(), nn.Conv2d(32, width, 3, padding=1)
+        )
         self.eye = nn.Sequential(patches, nn.AdaptiveAvgPool2d(GRID), nn.Flatten(2))
         self.state = nn.Linear(self.state_dim, width)
         if shape.auxiliary_dim:
-            self.auxiliary = nn.Linear(width, shape.auxiliary_dim)  # what training regresses beside the actions
+            # what training regresses beside the actions
+            self.auxiliary = nn.Linear(width, shape.auxiliary_dim)
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
         cameras = dict.fromkeys(self.augmented_images, (3, None, None))
@@ -64,10 +78,13 @@ class LanguageModelBackbone(TransformersBackbone):
         return check_features(batch, wanted, [OBS_STATE], {OBS_LANGUAGE_TOKENS: self.rows})
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
-        """Words, cameras and the state, which is last: the prefix may hold padding anywhere but at its end."""
+        """Words, cameras and the state, which is last: the prefix may hold padding anywhere but at
+        its end.
+        """
         ids = batch[OBS_LANGUAGE_TOKENS]
         words = cast("nn.Embedding", self.pretrained.get_input_embeddings())(ids)  # (B, L, d)
-        images = [self.eye(batch[camera]).transpose(1, 2) for camera in self.augmented_images]  # (B, GRID ** 2, d)
+        # (B, GRID ** 2, d)
+        images = [self.eye(batch[camera]).transpose(1, 2) for camera in self.augmented_images]
         seen = torch.cat([*images, self.state(batch[OBS_STATE]).unsqueeze(1)], dim=1)
         real = batch.get(OBS_LANGUAGE_ATTENTION_MASK, ids != PAD_ID).bool()  # (B, L)
         real = F.pad(real, (0, seen.shape[1]), value=True)  # (B, P)
@@ -126,11 +143,12 @@ class LanguageModelConfig(BackboneConfig, Checked, prefix="backbone."):
         return least_sizes(read_architecture(self.architecture))
 
 
-# ---- used as any other ------------------------------------------------------------------------------------------
+# ---- used as any other ---------------------------------------------------------------------------
 
 
 if __name__ == "__main__":
     config = CeedVLAConfig.read(resolve_checkpoint("student"))
-    config.backbone, config.auxiliary_scale = LanguageModelConfig(), []
+    config.backbone = LanguageModelConfig()
+    config.auxiliary_scale = []
     compared = check_untrained(CeedVLAPolicy(config).backbone, config, instruction_tokens=16)
     print(f"{compared} tokens by all routes: equal")

@@ -1,4 +1,6 @@
-"""An environment in one file: a point on a plane that goes to the goal the instruction names, seen by one camera."""
+"""An environment in one file: a point on a plane that goes to the goal the instruction names, seen
+by one camera.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -9,7 +11,7 @@ from gymnasium import spaces
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 
-from sim.environment import Privileged
+from ceed_vla.sim.environment import Privileged
 
 COLORS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
 PHRASES = {"train": "go to the {}", "heldout": "reach the {}"}
@@ -17,18 +19,28 @@ STEP, REACHED = 0.1, 0.08  # [m] of a full action, [m] from the goal
 
 
 class PointReach(gymnasium.Env):
-    """Action (2,) in [-1, 1]: a step. Observation: a picture of point and goals, and where the point is [m]."""
+    """Action (2,) in [-1, 1]: a step. Observation: a picture of point and goals, and where the
+    point is [m].
+    """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
     action_names, state_names = ("dx", "dy"), ("x", "y")
 
-    def __init__(self, split: str = "train", image_size: int = 32, render_mode: str = "rgb_array") -> None:
-        self.split, self.size, self.render_mode = split, image_size, render_mode
+    def __init__(
+        self, split: str = "train", image_size: int = 32, render_mode: str = "rgb_array"
+    ) -> None:
+        self.split = split
+        self.size = image_size
+        self.render_mode = render_mode
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
         pixels = spaces.Dict({"top": spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)})
-        self.observation_space = spaces.Dict({"pixels": pixels, "agent_pos": spaces.Box(-1, 1, (2,), np.float32)})
+        self.observation_space = spaces.Dict(
+            {"pixels": pixels, "agent_pos": spaces.Box(-1, 1, (2,), np.float32)}
+        )
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self.color = (options or {}).get("task") or str(self.np_random.choice(list(COLORS)))
         self.goals = dict(zip(COLORS, self.np_random.uniform(-0.9, 0.9, (2, 2)), strict=True))
@@ -37,12 +49,23 @@ class PointReach(gymnasium.Env):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.advance(action)
-        return self.observe(), float(self.is_success()), self.is_success(), False, {"is_success": self.is_success()}
+        return (
+            self.observe(),
+            float(self.is_success()),
+            self.is_success(),
+            False,
+            {"is_success": self.is_success()},
+        )
 
     def render(self) -> Any:
         image = np.full((self.size, self.size, 3), 230, np.uint8)
-        for place, color in [*((self.goals[name], COLORS[name]) for name in COLORS), (self.point, (0, 0, 0))]:
-            column, row = np.clip(((place * [1, -1] + 1) / 2 * self.size).astype(int), 1, self.size - 2)
+        for place, color in [
+            *((self.goals[name], COLORS[name]) for name in COLORS),
+            (self.point, (0, 0, 0)),
+        ]:
+            column, row = np.clip(
+                ((place * [1, -1] + 1) / 2 * self.size).astype(int), 1, self.size - 2
+            )
             image[row - 1 : row + 2, column - 1 : column + 2] = color
         return image
 
@@ -98,9 +121,11 @@ class PointReachConfig(EnvConfig):
     features: dict[str, PolicyFeature] = field(default_factory=dict)
     features_map: dict[str, str] = field(
         default_factory=lambda: {
-            "action": "action", "agent_pos": "observation.state", "pixels/top": "observation.images.top"
+            "action": "action",
+            "agent_pos": "observation.state",
+            "pixels/top": "observation.images.top",
         }
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         self.features = {
@@ -115,7 +140,11 @@ class PointReachConfig(EnvConfig):
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
-        return {"split": self.split, "image_size": self.image_size, "max_episode_steps": self.episode_length}
+        return {
+            "split": self.split,
+            "image_size": self.image_size,
+            "max_episode_steps": self.episode_length,
+        }
 
     def tasks(self) -> list[str]:
         return list(COLORS) if self.task in ("all", "mixed") else [str(self.task)]

@@ -22,23 +22,34 @@ SIMULATION = {
 # and these are passed on to policy.launch.py.
 POLICY = {
     "namespace": ("", "namespace of both nodes"),
-    "checkpoint": ("student", "LeRobot checkpoint folder, or teacher or student for the shipped ones"),
+    "checkpoint": (
+        "student",
+        "LeRobot checkpoint folder, or teacher or student for the shipped ones",
+    ),
     "action_interface": ("forward_position", "forward_position, joint_trajectory or servo_twist"),
     "start_enabled": ("true", "move at once; false: wait for policy/enable"),
-    "dry_run": ("false", "command nothing; policy/preview_command and policy/planned show what would be"),
+    "dry_run": (
+        "false",
+        "command nothing; policy/preview_command and policy/planned show what would be",
+    ),
     "device": ("cpu", "where the policy runs: cpu, cuda, mps"),
 }
 
 
 def generate_launch_description() -> LaunchDescription:
-    """Two nodes, which end together, and which only this machine's find unless the environment says otherwise."""
+    """Two nodes, which end together, and which only this machine's find unless the environment says
+    otherwise.
+    """
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     arguments = [
         DeclareLaunchArgument(name, default_value=default, description=text)
         for name, (default, text) in (SIMULATION | POLICY).items()
     ]
     types = {"task": str, "seed": int}
-    overrides = {name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, kind in types.items()}
+    overrides = {
+        name: ParameterValue(LaunchConfiguration(name), value_type=kind)
+        for name, kind in types.items()
+    }
     sim = Node(
         package="ceed_vla",
         executable="sim_node",

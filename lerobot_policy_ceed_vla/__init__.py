@@ -1,4 +1,6 @@
-"""Plugin of LeRobot's tools: registers the policy `ceed_vla` and, where MuJoCo is, the simulated environments."""
+"""Plugin of LeRobot's tools: registers the policy `ceed_vla` and, where MuJoCo is, the simulated
+environments.
+"""
 
 import functools
 import importlib.util
@@ -9,13 +11,13 @@ import draccus
 from lerobot.configs.policies import PreTrainedConfig
 
 import ceed_vla.configuration_ceed_vla
-import ceed_vla.processor_ceed_vla  # noqa: F401  (registers the processor steps that a saved pipeline names)
+import ceed_vla.processor_ceed_vla
 from ceed_vla.checkpoint_files import check_kinds, in_current_format
 from ceed_vla.errors import CeedVLAError, CheckpointError, root_cause
 from ceed_vla.files import read_json
 
 if importlib.util.find_spec("mujoco") is not None:
-    import sim.tabletop.lerobot_env  # noqa: F401
+    import ceed_vla.sim.tabletop.lerobot_env  # noqa: F401
 
 
 def _is_ours(values: dict[str, Any]) -> bool:
@@ -25,7 +27,9 @@ def _is_ours(values: dict[str, Any]) -> bool:
 
 
 def _explaining(read: Any) -> Any:
-    """`PreTrainedConfig.from_pretrained`, which says what is wrong in the config.json of a folder of ours."""
+    """`PreTrainedConfig.from_pretrained`, which says what is wrong in the config.json of a folder
+    of ours.
+    """
 
     @functools.wraps(read)
     def from_pretrained(cls: Any, pretrained_name_or_path: Any, **options: Any) -> Any:
@@ -43,7 +47,9 @@ def _explaining(read: Any) -> Any:
         except Exception as error:
             if not ours:
                 raise
-            raise CheckpointError(f"{folder}: config.json cannot be used ({root_cause(error)}).") from error
+            raise CheckpointError(
+                f"{folder}: config.json cannot be used ({root_cause(error)})."
+            ) from error
 
     return classmethod(from_pretrained)
 

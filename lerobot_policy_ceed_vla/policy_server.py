@@ -1,7 +1,9 @@
-"""LeRobot's asynchronous `PolicyServer` for this policy: python -m lerobot_policy_ceed_vla.policy_server --port=8080
+"""LeRobot's asynchronous `PolicyServer` for this policy: python -m
+lerobot_policy_ceed_vla.policy_server --port=8080
 
-LeRobot's own command imports no plugins and takes only the policies on its list. What clients send is unpickled:
-whoever reaches the port can run code here. So it listens on this machine alone, unless --insecure says otherwise.
+LeRobot's own command imports no plugins and takes only the policies on its list. What clients send
+is unpickled: whoever reaches the port can run code here. So it listens on this machine alone,
+unless --insecure says otherwise.
 """
 
 import ipaddress
@@ -24,9 +26,9 @@ constants.SUPPORTED_POLICIES.append("ceed_vla")
 class PolicyServer(policy_server.PolicyServer):
     """LeRobot's, with every chunk one step later.
 
-    LeRobot's client stamps an observation with the action that it has just executed, its server gives the first new
-    action the same number, and the client then drops that action as done. A policy of increments loses a step of every
-    chunk by that: one of four, here.
+    LeRobot's client stamps an observation with the action that it has just executed, its server
+    gives the first new action the same number, and the client then drops that action as done. A
+    policy of increments loses a step of every chunk by that: one of four, here.
 
     Attributes:
         insecure: Whether it may listen where other machines reach it.
@@ -35,16 +37,21 @@ class PolicyServer(policy_server.PolicyServer):
     insecure = False
 
     def __init__(self, config: PolicyServerConfig) -> None:
-        """Check where `config` listens, however its host was given; `ConfigError` if others reach it there."""
+        """Check where `config` listens, however its host was given; `ConfigError` if others reach
+        it there.
+        """
         if not self.insecure and not is_loopback(config.host):
             raise ConfigError(
-                f"--host is {config.host!r}, which other machines can reach, and LeRobot's protocol unpickles what "
-                "they send: each of them could run code here. Use 127.0.0.1, behind an SSH tunnel say, or add "
-                f"{INSECURE} in a network where you trust every machine."
+                f"--host is {config.host!r}, which other machines can reach, and LeRobot's "
+                "protocol unpickles what they send: each of them could run code here. Use "
+                f"127.0.0.1, behind an SSH tunnel say, or add {INSECURE} in a network where you "
+                "trust every machine."
             )
         super().__init__(config)
 
-    def _time_action_chunk(self, t_0: float, action_chunk: list[Any], i_0: int) -> list[TimedAction]:
+    def _time_action_chunk(
+        self, t_0: float, action_chunk: list[Any], i_0: int
+    ) -> list[TimedAction]:
         timed: list[TimedAction] = super()._time_action_chunk(t_0, action_chunk, i_0 + 1)
         return timed
 
@@ -66,7 +73,10 @@ def main() -> None:
     """Serve until interrupted."""
     PolicyServer.insecure = INSECURE in sys.argv[1:]
     sys.argv[1:] = [word for word in sys.argv[1:] if word != INSECURE]
-    logging.warning("LeRobot's protocol unpickles what clients send: whoever reaches the port can run code here.")
+    logging.warning(
+        "LeRobot's protocol unpickles what clients send: whoever reaches the port can run code "
+        "here."
+    )
     try:
         policy_server.serve()
     except ConfigError as error:

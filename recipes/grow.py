@@ -1,7 +1,8 @@
 """A deeper trunk from a trained one: `python recipes/grow.py POLICY OUTPUT_FOLDER FACTOR`.
 
-Behind every layer of a compact policy come copies of it that add nothing yet (their output projections are zero, after
-LLaMA Pro, arXiv 2401.02415), so the new policy decodes the same tokens, and `ceed-vla train --policy.path` goes on.
+Behind every layer of a compact policy come copies of it that add nothing yet (their output
+projections are zero, after LLaMA Pro, arXiv 2401.02415), so the new policy decodes the same tokens,
+and `ceed-vla train --policy.path` goes on.
 """
 
 from __future__ import annotations

@@ -176,6 +176,14 @@ install_packages() {
     fingerprint "$@" >"$stamp"
 }
 
+# Folders that install inside ceed_vla are linked there, as setup.py does; `git clean` takes the links away.
+link_folders() {
+    local name
+    for name in training sim ros_nodes; do
+        [ -e "ceed_vla/$name" ] || ln -sfn "../$name" "ceed_vla/$name"
+    done
+}
+
 # ---- rendering -----------------------------------------------------------------------------------------------------
 
 # Fails, and says why, unless the picture that `ceed-vla doctor` renders comes out.
@@ -218,6 +226,7 @@ main() {
     trap 'rm -rf "$SCRATCH"' EXIT
     make_environment
     install_packages "$@"
+    link_folders
     [ "$gl" = 0 ] || check_gl
 }
 

@@ -1,8 +1,9 @@
-"""A wheel of checkpoints, `ceed_vla_NAME`: once it is installed, ``NAME/student`` is a checkpoint's name everywhere.
+"""A wheel of checkpoints, `ceed_vla_NAME`: once it is installed, ``NAME/student`` is a checkpoint's
+name everywhere.
 
-python scripts/weights_wheel.py --name metaworld --folder outputs/mt10 --card recipes/metaworld_mt10.md
-pip install outputs/mt10/ceed_vla_metaworld-*.whl
-ceed-vla eval --env.type=ceed_metaworld --policy.path metaworld/student
+python scripts/weights_wheel.py --name metaworld --folder outputs/mt10 --card
+recipes/metaworld_mt10.md pip install outputs/mt10/ceed_vla_metaworld-*.whl ceed-vla eval
+--env.type=ceed_metaworld --policy.path metaworld/student
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class WheelConfig:
     """What goes into the wheel."""
 
     name: str  # of the package, behind ceed_vla_
-    folder: Path  # holds runs or checkpoints called teacher and student; the wheel is written into it
+    folder: (
+        Path  # holds runs or checkpoints called teacher and student; the wheel is written into it
+    )
     card: Path  # model card that goes with them
 
 
@@ -56,10 +59,15 @@ def build(config: WheelConfig) -> Path:
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*", config.name) or not config.card.is_file():
         raise ConfigError(
-            f"--name {config.name!r} must be lower-case letters and digits, --card a file ({config.card})."
+            f"--name {config.name!r} must be lower-case letters and digits, --card a file "
+            f"({config.card})."
         )
     ends = [config.folder / name / "checkpoints/final" for name in PRETRAINED]
-    found = {end.parents[1].name: end if end.is_dir() else end.parents[1] for end in ends if end.parents[1].is_dir()}
+    found = {
+        end.parents[1].name: end if end.is_dir() else end.parents[1]
+        for end in ends
+        if end.parents[1].is_dir()
+    }
     if not found:
         raise CheckpointError(f"{config.folder} holds neither {' nor '.join(PRETRAINED)}.")
     with tempfile.TemporaryDirectory() as temporary:

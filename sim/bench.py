@@ -1,7 +1,9 @@
-"""``ceed-vla bench``: a policy against its rivals in one run: success, forwards, and milliseconds over the floor.
+"""``ceed-vla bench``: a policy against its rivals in one run: success, forwards, and milliseconds
+over the floor.
 
-The floor of a chunk is what no decoder of this model can save: the prefill and one forward of the block, timed alone,
-in the same run and engine. Every row is timed in both engines and shown in its faster one.
+The floor of a chunk is what no decoder of this model can save: the prefill and one forward of the
+block, timed alone, in the same run and engine. Every row is timed in both engines and shown in its
+faster one.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-import sim.rivals
+import ceed_vla.sim.rivals
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.context import CONTEXT
 from ceed_vla.backbones.exits import described_exits
@@ -24,13 +26,15 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.fields import chosen
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
-from sim.episode_log import EPISODES
-from sim.evaluate import REPORT, EvalConfig, evaluate
-from sim.plots import FORWARDS, INK, row_color, save_figure
-from sim.report import PAIRED, PAIRED_COLUMNS, cells, markdown_table, paired_rows
-from sim.timing import ENGINES
+from ceed_vla.sim.episode_log import EPISODES
+from ceed_vla.sim.evaluate import REPORT, EvalConfig, evaluate
+from ceed_vla.sim.plots import FORWARDS, INK, row_color, save_figure
+from ceed_vla.sim.report import PAIRED, PAIRED_COLUMNS, cells, markdown_table, paired_rows
+from ceed_vla.sim.timing import ENGINES
 
-BENCH, TABLE, PARETO = "bench.json", "bench.md", "pareto.png"
+BENCH = "bench.json"
+TABLE = "bench.md"
+PARETO = "pareto.png"
 ROWS = (
     "jacobi,jacobi_h,jacobi_mid,jacobi_random,ngram8_h,pdvla,cap1,cap2,cap3,cap4,cap2_fresh,cap3_fresh,ceed,"
     "conf0.2_cap2_fresh,gap0.2_cap2,deadline8"
@@ -47,8 +51,8 @@ class BenchConfig(EvalConfig):
     """Options of ``ceed-vla bench``; they are those of ``ceed-vla eval``, with other defaults.
 
     Attributes:
-        decoders: As for `ceed-vla eval`, beside ar and ar_h; empty for the usual rivals, the checkpoint's own names,
-            what its exits can, and the teacher's.
+        decoders: As for `ceed-vla eval`, beside ar and ar_h; empty for the usual rivals, the
+            checkpoint's own names, what its exits can, and the teacher's.
         output_dir: Folder for bench.json, bench.md, pareto.png and what `ceed-vla eval` writes.
     """
 
@@ -60,7 +64,8 @@ class BenchConfig(EvalConfig):
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Run all rows as `evaluate` does and write what they are over the floor; returns ``bench.json``.
+    """Run all rows as `evaluate` does and write what they are over the floor; returns
+    ``bench.json``.
 
     Raises:
         ConfigError: An option that cannot work, e.g. an unknown decoder.
@@ -69,7 +74,11 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if not config.decoders:
         folder = resolve_checkpoint(config.policy.given())
         policy = CeedVLAConfig.read(folder)
-        usual = [name for name in usual_rows(policy) if config.workers == 1 or not name.startswith("deadline")]
+        usual = [
+            name
+            for name in usual_rows(policy)
+            if config.workers == 1 or not name.startswith("deadline")
+        ]
         rows = [*usual, *policy.decodings, *depth_rows(*described_exits(folder))]
         rows += [CONTEXT_ROW] * (folder / CONTEXT).is_file()
         rows += program_rows(policy)
@@ -82,7 +91,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 def _bench(config: BenchConfig, folder: Path) -> dict[str, Any]:
     """As `bench`, into a folder of its own."""
-    report = evaluate(config, None, lambda bundles: {"act": sim.rivals.act(bundles["policy"])})
+    report = evaluate(
+        config, None, lambda bundles: {"act": ceed_vla.sim.rivals.act(bundles["policy"])}
+    )
     result = {**report, "decoders": rows_of(report)}
     if report["timing"]:
         result["floor_ms"], result["ar_over_parts"] = floor(report, "policy"), ar_over_parts(report)
@@ -93,19 +104,26 @@ def _bench(config: BenchConfig, folder: Path) -> dict[str, Any]:
 
 
 def usual_rows(policy: CeedVLAConfig) -> list[str]:
-    """What every policy of its kind can: PD-VLA's mask is the compact backbone's, FAST tokens have no neighbours."""
-    ordered, compact = policy.action_tokens.ordered, isinstance(policy.backbone, CompactConfig)
+    """What every policy of its kind can: PD-VLA's mask is the compact backbone's, FAST tokens have
+    no neighbours.
+    """
+    ordered = policy.action_tokens.ordered
+    compact = isinstance(policy.backbone, CompactConfig)
     left_out = (*("ngram", "conf") * (not ordered), *("pdvla",) * (not (ordered and compact)))
     return [name for name in ROWS.split(",") if not name.startswith(left_out)]
 
 
 def depth_rows(kind: str, depths: Sequence[int]) -> list[str]:
-    """What a policy with exits can: Balcony's and ASE's, DSSD's, DeeR-VLA's, LayerSkip's, Spec-VLA's and DEL's."""
+    """What a policy with exits can: Balcony's and ASE's, DSSD's, DeeR-VLA's, LayerSkip's,
+    Spec-VLA's and DEL's.
+    """
     rows = [f"depth{depth}_cap2_fresh" for depth in depths]
     if kind == "linear":
         rows += [f"sure{depth}p0.2_conf0.2_cap2" for depth in depths[1:]]
     if kind in ("linear", "coarse"):
-        rows += [f"deer{upper}t3_conf0.2_cap2" for lower, upper in pairwise(depths) if upper == lower + 1]
+        rows += [
+            f"deer{upper}t3_conf0.2_cap2" for lower, upper in pairwise(depths) if upper == lower + 1
+        ]
     if kind == "linear":
         rows += [f"spec{depths[0]}x4", f"spec{depths[0]}x4r2", "del"]
     return rows
@@ -122,21 +140,31 @@ def floor(report: Mapping[str, Any], model: str) -> float:
     """Prefill and one block forward, p50 in the faster engine [ms]."""
     parts = report["timing"]["parts"]
     return min(
-        found["prefill"]["p50"] + found["block"]["p50"] for name, found in parts.items() if name.startswith(f"{model} ")
+        found["prefill"]["p50"] + found["block"]["p50"]
+        for name, found in parts.items()
+        if name.startswith(f"{model} ")
     )
 
 
 def ar_over_parts(report: Mapping[str, Any]) -> float:
-    """The time of AR over that of its parts alone: processing, prefill, single-token forwards (p50, in AR's engine)."""
-    entry, timing = report["decoders"]["ar"], report["timing"]
+    """The time of AR over that of its parts alone: processing, prefill, single-token forwards (p50,
+    in AR's engine).
+    """
+    entry = report["decoders"]["ar"]
+    timing = report["timing"]
     found = timing["parts"][f"policy {timing['engines']['ar']}"]
-    alone = found["process"]["p50"] + found["prefill"]["p50"] + (report["block_length"] - 1) * found["token"]["p50"]
+    alone = (
+        found["process"]["p50"]
+        + found["prefill"]["p50"]
+        + (report["block_length"] - 1) * found["token"]["p50"]
+    )
     return round(entry["total_ms"]["p50"] / alone, 3)
 
 
 def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``bench.json``: those of the report, and ratios of p50 of chunks to the same model's floor, and
-    to its AR and AR of the executed steps in their faster engines (``ratio_to_ar_compiled``).
+    """The entries of ``bench.json``: those of the report, and ratios of p50 of chunks to the same
+    model's floor, and to its AR and AR of the executed steps in their faster engines
+    (``ratio_to_ar_compiled``).
     """
     rows = {name: dict(entry) for name, entry in report["decoders"].items()}
     for name, row in rows.items():
@@ -144,22 +172,40 @@ def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
             continue
         model, prefix = ("teacher", "teacher_") if name.startswith("teacher_") else ("policy", "")
         p50 = row["total_ms"]["p50"]
-        share = report["executed_steps"] / report["chunk_size"] if row["decoding"]["watch"] == "executed" else 1
+        share = (
+            report["executed_steps"] / report["chunk_size"]
+            if row["decoding"]["watch"] == "executed"
+            else 1
+        )
         row["tokens_per_forward"] = round(report["block_length"] * share / row["forwards_mean"], 2)
         row["engine"] = report["timing"]["engines"][name]
         row["ratio_to_floor"] = round(p50 / floor(report, model), 3)
         for rival in ("ar", "ar_h"):
             if prefix + rival in rows:
-                row[f"ratio_to_{rival}_compiled"] = round(rows[prefix + rival]["total_ms"]["p50"] / p50, 3)
+                row[f"ratio_to_{rival}_compiled"] = round(
+                    rows[prefix + rival]["total_ms"]["p50"] / p50, 3
+                )
     return rows
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """``bench.md``."""
     head = (
-        "decoder", "solved [95 %]", "forwards mean / p95", "layers block + prefix", "total p50 / p95 / p99 [ms]",
-        "prefill", "decode", "tokens a forward", "engine", "x AR", "x AR_h", "over floor", "action error", "= AR",
-    )  # fmt: skip
+        "decoder",
+        "solved [95 %]",
+        "forwards mean / p95",
+        "layers block + prefix",
+        "total p50 / p95 / p99 [ms]",
+        "prefill",
+        "decode",
+        "tokens a forward",
+        "engine",
+        "x AR",
+        "x AR_h",
+        "over floor",
+        "action error",
+        "= AR",
+    )
     lines = []
     for name, row in result["decoders"].items():
         *first, _, _, _, agreement = cells(name, row)
@@ -169,7 +215,10 @@ def markdown(result: Mapping[str, Any]) -> str:
                 *(f"{row[f'{part}_ms']['p50']:.1f}" for part in ("prefill", "decode")),
                 f"{row['tokens_per_forward']:.1f}",
                 row["engine"],
-                *(f"{row[name]:.1f}" if (name := f"ratio_to_{r}_compiled") in row else "-" for r in ("ar", "ar_h")),
+                *(
+                    f"{row[name]:.1f}" if (name := f"ratio_to_{r}_compiled") in row else "-"
+                    for r in ("ar", "ar_h")
+                ),
                 f"{row['ratio_to_floor']:.2f}",
                 f"{row['action_error']:.4f}",
             ]
@@ -179,9 +228,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         parts += [PAIRED, "", markdown_table(PAIRED_COLUMNS, pairs), ""]
     if "floor_ms" in result:
         parts += [
-            f"Floor (prefill and one block forward, alone): {result['floor_ms']:.1f} ms. AR over the sum of its parts: "
-            f"{result['ar_over_parts']:.2f}. LeRobot's ACT, default size: "
-            f"{result['timing']['parts']['act']['total']['p50']:.1f} ms.",
+            (
+                f"Floor (prefill and one block forward, alone): {result['floor_ms']:.1f} ms. AR "
+                f"over the sum of its parts: {result['ar_over_parts']:.2f}. LeRobot's ACT, default "
+                f"size: {result['timing']['parts']['act']['total']['p50']:.1f} ms."
+            ),
             "",
             f"![success against latency]({PARETO})",
             "",
@@ -192,8 +243,14 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def pareto(result: Mapping[str, Any]) -> Figure:
-    """Failures against latency: p50 as dots, a line to p99; rows that no other beats in both are in colour."""
-    rows = {name: row for name, row in result["decoders"].items() if row.get("total_ms") and row["episodes"]}
+    """Failures against latency: p50 as dots, a line to p99; rows that no other beats in both are in
+    colour.
+    """
+    rows = {
+        name: row
+        for name, row in result["decoders"].items()
+        if row.get("total_ms") and row["episodes"]
+    }
     points = {  # none failed: half an episode, for the logarithm
         name: (row["total_ms"]["p50"], 100 * max(1 - row["success_rate"], 0.5 / row["episodes"]))
         for name, row in rows.items()
@@ -205,8 +262,16 @@ def pareto(result: Mapping[str, Any]) -> Figure:
         color = "#B9BEC6" if beaten else row_color(name)
         axes.plot([x, rows[name]["total_ms"]["p99"]], [y, y], color=color, lw=1, zorder=2)
         axes.plot(x, y, "o", color=color, ms=5 if beaten else 7, zorder=3)
-        place, ink = (3, 5 if index % 2 else -10), "#8A8F98" if beaten else INK
-        axes.annotate(name, (x, y), place, textcoords="offset points", fontsize=6.5 if beaten else 8, color=ink)
+        place = (3, 5 if index % 2 else -10)
+        ink = "#8A8F98" if beaten else INK
+        axes.annotate(
+            name,
+            (x, y),
+            place,
+            textcoords="offset points",
+            fontsize=6.5 if beaten else 8,
+            color=ink,
+        )
     axes.axvline(result["floor_ms"], color=INK, lw=1, ls=(0, (3, 2)))
     axes.set(
         xscale="log",

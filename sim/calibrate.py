@@ -1,11 +1,14 @@
-"""``ceed-vla calibrate``: exit thresholds that keep a promise about how far early actions are from exact ones.
+"""``ceed-vla calibrate``: exit thresholds that keep a promise about how far early actions are from
+exact ones.
 
-A chunk is *off* if an action that is executed differs from the fixed point's by more than 5 % of its range in some
-dimension, or at all in a two-valued one. The risk of an exit is the expected share of off chunks of an episode that the
-exit itself drives. Thresholds are tested from the strictest on, each on the same number of episodes, until one cannot
-be shown to keep the risk below epsilon: "learn then test" with a fixed sequence (arXiv 2110.01052), whose level alpha
-the signals share. So for each epsilon, with probability 1 - alpha the choice keeps its promise, whatever the policy.
-Of those that keep it, the choice is the one that runs fewest layers, of the block and of the prefix.
+A chunk is *off* if an action that is executed differs from the fixed point's by more than 5 % of
+its range in some dimension, or at all in a two-valued one. The risk of an exit is the expected
+share of off chunks of an episode that the exit itself drives. Thresholds are tested from the
+strictest on, each on the same number of episodes, until one cannot be shown to keep the risk below
+epsilon: "learn then test" with a fixed sequence (arXiv 2110.01052), whose level alpha the signals
+share. So for each epsilon, with probability 1 - alpha the choice keeps its promise, whatever the
+policy. Of those that keep it, the choice is the one that runs fewest layers, of the block and of
+the prefix.
 """
 
 from __future__ import annotations
@@ -31,10 +34,19 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, WRITTEN, claimed_folder, default_console, hashes
-from sim.environment import VALIDATION_SEED, Bundle, EnvPool, check_choice, flags, joined, observation_batch, turns
-from sim.rollout import Chunk, PolicyRunner, rollout, success_entry
-from sim.settings import DrivenConfig
-from sim.timing import bare_parts, collect_observations, measure, percentiles
+from ceed_vla.sim.environment import (
+    VALIDATION_SEED,
+    Bundle,
+    EnvPool,
+    check_choice,
+    flags,
+    joined,
+    observation_batch,
+    turns,
+)
+from ceed_vla.sim.rollout import Chunk, PolicyRunner, rollout, success_entry
+from ceed_vla.sim.settings import DrivenConfig
+from ceed_vla.sim.timing import bare_parts, collect_observations, measure, percentiles
 
 OFF = 0.05  # of an action's range
 REPORT, AUDIT = "calibration.json", "audit.json"
@@ -48,12 +60,13 @@ class CalibrateConfig(DrivenConfig):
     """Options of ``ceed-vla calibrate``.
 
     Attributes:
-        output_dir: Folder for calibration.json and, in `checkpoint`, the policy with the names risk<E>.
+        output_dir: Folder for calibration.json and, in `checkpoint`, the policy with the names
+            risk<E>.
         epsilons: Risks to be kept, each in (0, 1).
         alpha: Probability of a promise that is not kept.
-        signals: Exit rules whose ladders are tried: conf (mass within 2 bins), gap (best over next token), agree (bins
-            between two states), changed (tokens that changed), and any that is registered with one; decoders too, those
-            that need an exit with its depth: deer3.
+        signals: Exit rules whose ladders are tried: conf (mass within 2 bins), gap (best over next
+            token), agree (bins between two states), changed (tokens that changed), and any that is
+            registered with one; decoders too, those that need an exit with its depth: deer3.
         decoders: Instead, only measure the risk of these comma-separated decoders, into audit.json.
         episodes: Episodes of every threshold.
         seed: First seed. Seeds from 40000 to 49999 are for choices.
@@ -74,13 +87,16 @@ class CalibrateConfig(DrivenConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.signals or self.decoders) or not self.epsilons:
-            raise ConfigError(f"--signals is {self.signals}, --epsilons {self.epsilons}; give some of both.")
+            raise ConfigError(
+                f"--signals is {self.signals}, --epsilons {self.epsilons}; give some of both."
+            )
         if not self.names:
             check_choice(self.seed, self.episodes)
         for name in self.names:
             if named_config(name).deadline_s is not None:
                 raise ConfigError(
-                    f"--decoders has {name}: episodes share batches here, where a deadline means nothing."
+                    f"--decoders has {name}: episodes share batches here, where a deadline means "
+                    "nothing."
                 )
 
     @property
@@ -90,21 +106,33 @@ class CalibrateConfig(DrivenConfig):
 
 
 class AuditedRunner(PolicyRunner):
-    """Decodes as asked, and beside it the fixed point: chunks say in ``seconds["off"]`` whether they are off."""
+    """Decodes as asked, and beside it the fixed point: chunks say in ``seconds["off"]`` whether
+    they are off.
+    """
 
     @torch.inference_mode()
-    def decode(self, observations: Any, instructions: Any, previous: Any, frozen: Any = ()) -> list[Chunk]:
+    def decode(
+        self, observations: Any, instructions: Any, previous: Any, frozen: Any = ()
+    ) -> list[Chunk]:
         """As `PolicyRunner.decode`; its chunks say whether they are off."""
         chunks = super().decode(observations, instructions, previous, frozen)
         own = torch.stack([chunk.tokens for chunk in chunks]).to(self.policy.config.device)
-        batch, steps = self.preprocessor(observation_batch(observations, instructions)), self.executed_steps
-        settled = self.policy.decode(batch, "jacobi_h", own, shift_steps=0, executed_steps=steps, read=False)
+        batch = self.preprocessor(observation_batch(observations, instructions))
+        steps = self.executed_steps
+        settled = self.policy.decode(
+            batch, "jacobi_h", own, shift_steps=0, executed_steps=steps, read=False
+        )
         off = is_off(self.policy.tokenizer, own, settled.tokens, steps).tolist()
-        return [replace(chunk, seconds={"off": float(one)}) for chunk, one in zip(chunks, off, strict=True)]
+        return [
+            replace(chunk, seconds={"off": float(one)})
+            for chunk, one in zip(chunks, off, strict=True)
+        ]
 
 
 def is_off(tokenizer: Any, tokens: Tensor, exact: Tensor, steps: int) -> Tensor:
-    """Which rows (B,) of `tokens` (B, n) have one of the first `steps` actions off the one of `exact` (B, n)."""
+    """Which rows (B,) of `tokens` (B, n) have one of the first `steps` actions off the one of
+    `exact` (B, n).
+    """
     moved = (tokenizer.decode(tokens) - tokenizer.decode(exact)).abs()[:, :steps]  # (B, h, A)
     allowed = OFF * (tokenizer.high - tokenizer.low).to(moved)  # (A,)
     allowed[list(tokenizer.gripper_dims)] = 0
@@ -120,7 +148,9 @@ class Measured:
     forwards: NDArray[np.float64]  # forwards of every chunk
     layers: NDArray[np.float64]  # layers of every chunk, of its block and its prefix
     solved: list[bool]  # whether every episode was solved
-    deadline_ms: float | None = None  # what one must allow for so many forwards, where they are bounded
+    deadline_ms: float | None = (
+        None  # what one must allow for so many forwards, where they are bounded
+    )
 
     def entry(self, epsilons: Sequence[float]) -> dict[str, Any]:
         """For the report."""
@@ -138,36 +168,47 @@ class Measured:
 
 
 def p_value(risks: NDArray[np.float64], epsilon: float) -> float:
-    """Of the hypothesis that the expectation of risks in [0, 1] exceeds epsilon: Hoeffding and Bentkus."""
-    n, mean = len(risks), float(risks.mean())
+    """Of the hypothesis that the expectation of risks in [0, 1] exceeds epsilon: Hoeffding and
+    Bentkus.
+    """
+    n = len(risks)
+    mean = float(risks.mean())
     if mean >= epsilon:
         return 1.0
     left = mean * np.log(mean / epsilon) if mean else 0.0
     relative = left + (1 - mean) * np.log((1 - mean) / (1 - epsilon))
     k = np.arange(math.ceil(n * mean - 1e-9) + 1)
-    ways = math.lgamma(n + 1) - np.array([math.lgamma(i + 1) + math.lgamma(n - i + 1) for i in k.tolist()])
+    ways = math.lgamma(n + 1) - np.array(
+        [math.lgamma(i + 1) + math.lgamma(n - i + 1) for i in k.tolist()]
+    )
     tail = np.exp(ways + k * np.log(epsilon) + (n - k) * np.log1p(-epsilon)).sum()
     return float(min(np.exp(-n * relative), np.e * tail, 1.0))
 
 
 def upper_bound(risks: NDArray[np.float64], alpha: float = 0.05) -> float:
     """What the expectation exceeds with probability `alpha` at most: `p_value` turned round."""
-    low, high = float(risks.mean()), 1.0
+    low = float(risks.mean())
+    high = 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if middle < 1 and p_value(risks, middle) <= alpha else (middle, high)
+        low, high = (
+            (low, middle) if middle < 1 and p_value(risks, middle) <= alpha else (middle, high)
+        )
     return high
 
 
 def bootstrap(risks: NDArray[np.float64], draws: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean, over episodes; [0, 0] where nothing was off, which `upper_bound` knows better."""
+    """95 % interval of the mean, over episodes; [0, 0] where nothing was off, which `upper_bound`
+    knows better.
+    """
     picks = np.random.default_rng(0).integers(len(risks), size=(draws, len(risks)))
     low, high = np.percentile(risks[picks].mean(1), (2.5, 97.5))
     return float(low), float(high)
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:
-    """Choose a threshold for every epsilon, write them into a copy of the policy, and return calibration.json.
+    """Choose a threshold for every epsilon, write them into a copy of the policy, and return
+    calibration.json.
 
     Raises:
         ConfigError: An option that cannot work.
@@ -186,14 +227,19 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
     policy, pre, post = load(config.policy.given())
     policy.requires_grad_(False)  # nor is any weight saved as trained
     if policy.tokenizer.tokens_per_step is None or not hasattr(policy.tokenizer, "low"):
-        raise ConfigError("These tokens are no bins of actions: how far one is from another is unknown.")
+        raise ConfigError(
+            "These tokens are no bins of actions: how far one is from another is unknown."
+        )
     config = replace(config, executed_steps=config.executed_steps or policy.config.n_action_steps)
     bundle = joined((policy, pre, post), config.env)
     with EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool:
         rows, chosen = _choose(config, bundle, pool)
     report: dict[str, Any] = {
         "program": MADE_BY,
-        "policy": {"path": str(resolve_checkpoint(config.policy.path)), "sha256": weights_hash(config.policy.path)},
+        "policy": {
+            "path": str(resolve_checkpoint(config.policy.path)),
+            "sha256": weights_hash(config.policy.path),
+        },
         "alpha": config.alpha,
         "off": OFF,
         "seeds": {"first": config.seed, "count": config.episodes},
@@ -205,7 +251,11 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(report, indent=2))  # whatever becomes of the checkpoint
     if not config.names:
-        stale = ("risk",) if config.executed_steps == policy.config.n_action_steps else ("risk", "plan", "learned")
+        stale = (
+            ("risk",)
+            if config.executed_steps == policy.config.n_action_steps
+            else ("risk", "plan", "learned")
+        )
         policy.config.forget(*stale, new=chosen)
         policy.config.n_action_steps = int(config.executed_steps or 1)
         save(file.parent / CHECKPOINT, policy, pre, post)
@@ -215,13 +265,22 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
     return report
 
 
-def _choose(config: CalibrateConfig, bundle: Bundle, pool: EnvPool) -> tuple[list[Measured], dict[str, str]]:
-    """Everything that was measured, and the decoder of every epsilon: that of fewest layers among the proven."""
+def _choose(
+    config: CalibrateConfig, bundle: Bundle, pool: EnvPool
+) -> tuple[list[Measured], dict[str, str]]:
+    """Everything that was measured, and the decoder of every epsilon: that of fewest layers among
+    the proven.
+    """
     if config.names:
         return [measured(config, bundle, pool, name) for name in config.names], {}
-    ladders = {**exit_ladders(), **decoder_ladders(sorted(getattr(bundle[0].backbone, "exits", {})))}
+    ladders = {
+        **exit_ladders(),
+        **decoder_ladders(sorted(getattr(bundle[0].backbone, "exits", {}))),
+    }
     if unknown := [signal for signal in config.signals if signal not in ladders]:
-        raise ConfigError(f"--signals has {', '.join(unknown)}; this policy has {', '.join(ladders)}.")
+        raise ConfigError(
+            f"--signals has {', '.join(unknown)}; this policy has {', '.join(ladders)}."
+        )
     rows: list[Measured] = []
     level = config.alpha / len(config.signals)
     proven: dict[float, list[Measured]] = {epsilon: [] for epsilon in config.epsilons}
@@ -235,18 +294,25 @@ def _choose(config: CalibrateConfig, bundle: Bundle, pool: EnvPool) -> tuple[lis
             if not open_:
                 break
     chosen = {
-        f"risk{plain(epsilon)}": min(rows, key=lambda row: row.layers.mean()).name if rows else "jacobi_h"
+        f"risk{plain(epsilon)}": (
+            min(rows, key=lambda row: row.layers.mean()).name if rows else "jacobi_h"
+        )
         for epsilon, rows in proven.items()
     }
     # For the report: what a deadline costs that allows so many forwards.
     caps = [measured(config, bundle, pool, cap) for cap in CAPS]
-    runner, tasks = PolicyRunner(bundle, "jacobi_h", None, config.executed_steps), turns(config.env)
-    observed = collect_observations(runner, pool, ((config.seed + i, tasks[i % len(tasks)]) for i in range(99)), TIMED)
+    runner = PolicyRunner(bundle, "jacobi_h", None, config.executed_steps)
+    tasks = turns(config.env)
+    observed = collect_observations(
+        runner, pool, ((config.seed + i, tasks[i % len(tasks)]) for i in range(99)), TIMED
+    )
     _, parts = measure({}, {"all": bare_parts(bundle)}, observed)
     slow = {name: percentiles(seconds)["p95"] for name, seconds in parts["all"].items()}
     for row in caps:
         block = slow["block"] * row.forwards.max()
-        row.deadline_ms = round(slow["process"] + slow["checks"] + slow["prefill"] + float(block), 1)
+        row.deadline_ms = round(
+            slow["process"] + slow["checks"] + slow["prefill"] + float(block), 1
+        )
     return rows + caps, chosen
 
 
@@ -262,25 +328,41 @@ def measured(config: CalibrateConfig, bundle: Bundle, pool: EnvPool, name: str) 
     episodes = [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]
     with tqdm(total=len(episodes), desc=name, unit="episode", dynamic_ncols=True) as bar:
         results = rollout(runner, pool, episodes, lambda _: bar.update())
-    risks = np.array([np.mean([seconds["off"] for seconds in result.seconds]) for result in results])
+    risks = np.array(
+        [np.mean([seconds["off"] for seconds in result.seconds]) for result in results]
+    )
     forwards = np.array([count for result in results for count in result.forwards], dtype=float)
-    block, prefix = ([n for r in results for n in getattr(r, name)] for name in ("block_layers", "prefix_layers"))
+    block, prefix = (
+        [n for r in results for n in getattr(r, name)] for name in ("block_layers", "prefix_layers")
+    )
     layers = np.add(block, prefix, dtype=float)
     return Measured(name, risks, forwards, layers, [result.success for result in results])
 
 
 def _print(report: dict[str, Any], console: Console, file: Path) -> None:
-    table = Table(title=f"Risk, {report['seeds']['count']} episodes from seed {report['seeds']['first']}")
-    for column in ("decoder", "risk [95 %], at most", "forwards mean / p95", "layers", "deadline [ms]", "solved"):
+    table = Table(
+        title=f"Risk, {report['seeds']['count']} episodes from seed {report['seeds']['first']}"
+    )
+    for column in (
+        "decoder",
+        "risk [95 %], at most",
+        "forwards mean / p95",
+        "layers",
+        "deadline [ms]",
+        "solved",
+    ):
         table.add_column(column, justify="left" if column == "decoder" else "right")
     for name, row in report["decoders"].items():
         low, high = row["risk_ci95"]
         risk = f"{row['risk']:.4f} [{low:.4f}, {high:.4f}], {row['risk_upper95']:.4f}"
         forwards = f"{row['forwards_mean']:.2f}"
-        ran, deadline = f"{row['layers_mean']:.1f}", f"{row.get('deadline_ms', '')}"
+        ran = f"{row['layers_mean']:.1f}"
+        deadline = f"{row.get('deadline_ms', '')}"
         solved = f"{row['success']}/{row['episodes']}"
         table.add_row(name, risk, f"{forwards} / {row['forwards_p95']:.0f}", ran, deadline, solved)
     console.print(table)
     for name, decoder in report["chosen"].items():
         console.print(f"{name} is {decoder}")
-    console.print(f"Written: {file}" + (f", {file.parent / CHECKPOINT}" if report["chosen"] else ""))
+    console.print(
+        f"Written: {file}" + (f", {file.parent / CHECKPOINT}" if report["chosen"] else "")
+    )

@@ -14,16 +14,21 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from ceed_vla.errors import SimulationError
 from ceed_vla.files import replacing
 from ceed_vla.outputs import MADE_BY
-from sim.decoders import Row
-from sim.environment import EnvPool
-from sim.rollout import PolicyRunner, drive
+from ceed_vla.sim.decoders import Row
+from ceed_vla.sim.environment import EnvPool
+from ceed_vla.sim.rollout import PolicyRunner, drive
 
 Frame = NDArray[np.uint8]
 
 # Sides in pixels; width and height are multiples of 16, as the encoder wants.
-VIEW, INSET, HEADER = 384, 192, 48
-WIDTH, HEIGHT = VIEW + INSET, VIEW + HEADER
-_INK, _PAPER, _FAINT = (236, 239, 244), (24, 27, 33), (140, 148, 160)
+VIEW = 384
+INSET = 192
+HEADER = 48
+WIDTH = VIEW + INSET
+HEIGHT = VIEW + HEADER
+_INK = (236, 239, 244)
+_PAPER = (24, 27, 33)
+_FAINT = (140, 148, 160)
 _ACCENT, _GOOD = (230, 159, 0), (86, 180, 233)
 _MARGIN, _SIDE_MARGIN = 14, 5
 _MOST_SQUARES = 12
@@ -45,31 +50,47 @@ def compose_frame(
 ) -> Frame:
     """One picture (`HEIGHT`, `WIDTH`, 3) of a clip.
 
-    Two of the `views` (H, W, 3) uint8 are shown, enlarged without smoothing: what the policy gets; `sides` lie at the
-    left and right border of the first. `forwards` are the current chunk's, of a "block" or a "token" each (`unit`).
+    Two of the `views` (H, W, 3) uint8 are shown, enlarged without smoothing: what the policy gets;
+    `sides` lie at the left and right border of the first. `forwards` are the current chunk's, of a
+    "block" or a "token" each (`unit`).
     """
     picture = Image.new("RGB", (WIDTH, HEIGHT), _PAPER)
     for view, side, x in zip(views, (VIEW, INSET), (0, VIEW), strict=False):
-        picture.paste(ImageOps.pad(Image.fromarray(view), (side, side), Image.Resampling.NEAREST), (x, HEADER))
+        picture.paste(
+            ImageOps.pad(Image.fromarray(view), (side, side), Image.Resampling.NEAREST), (x, HEADER)
+        )
     draw = ImageDraw.Draw(picture)
     # The largest font in which the instruction fits the width.
     fonts = map(_font, range(22, 11, -1))
-    font = next((font for font in fonts if font.getlength(instruction) <= WIDTH - 2 * _MARGIN), _font(11))
+    font = next(
+        (font for font in fonts if font.getlength(instruction) <= WIDTH - 2 * _MARGIN), _font(11)
+    )
     draw.text((_MARGIN, HEADER // 2), instruction, fill=_INK, font=font, anchor="lm")
-    for text, x, anchor in zip(sides, (_SIDE_MARGIN, VIEW - _SIDE_MARGIN), ("ld", "rd"), strict=True):
+    for text, x, anchor in zip(
+        sides, (_SIDE_MARGIN, VIEW - _SIDE_MARGIN), ("ld", "rd"), strict=True
+    ):
         where = (x, HEIGHT - _SIDE_MARGIN)
         draw.text(where, text, _INK, _font(12), anchor, stroke_width=2, stroke_fill=_PAPER)
 
-    left, top = VIEW + _MARGIN, HEADER + INSET + _MARGIN
+    left = VIEW + _MARGIN
+    top = HEADER + INSET + _MARGIN
     draw.text((left, top), decoder, fill=_INK, font=_font(22))
-    draw.text((left, top + 36), f"chunk: {forwards} {unit} forward{'s' if forwards != 1 else ''}", _FAINT, _font(13))
+    draw.text(
+        (left, top + 36),
+        f"chunk: {forwards} {unit} forward{'s' if forwards != 1 else ''}",
+        _FAINT,
+        _font(13),
+    )
     squares = [(left + 14 * i, left + 14 * i + 10) for i in range(forwards)]
-    for start, end in squares if forwards <= _MOST_SQUARES else [(left, WIDTH - _MARGIN)]:  # a bar for many
+    # a bar for many
+    for start, end in squares if forwards <= _MOST_SQUARES else [(left, WIDTH - _MARGIN)]:
         draw.rectangle((start, top + 58, end, top + 68), fill=_ACCENT)
     draw.text((left, top + 84), f"mean so far: {mean_forwards:.1f}", fill=_FAINT, font=_font(13))
     draw.text((left, top + 106), f"step {step}", fill=_FAINT, font=_font(13))
     if status:
-        draw.text((left, top + 136), status, fill=_GOOD if status == "solved" else _ACCENT, font=_font(22))
+        draw.text(
+            (left, top + 136), status, fill=_GOOD if status == "solved" else _ACCENT, font=_font(22)
+        )
     return np.asarray(picture)
 
 
@@ -80,9 +101,15 @@ def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
     """
     with replacing(path) as file:
         writer = imageio_ffmpeg.write_frames(
-            str(file), (WIDTH, HEIGHT), fps=fps, codec="libx264", quality=7, macro_block_size=16,
-            ffmpeg_log_level="quiet", output_params=["-preset", "veryfast", "-metadata", f"comment={MADE_BY}"],
-        )  # fmt: skip
+            str(file),
+            (WIDTH, HEIGHT),
+            fps=fps,
+            codec="libx264",
+            quality=7,
+            macro_block_size=16,
+            ffmpeg_log_level="quiet",
+            output_params=["-preset", "veryfast", "-metadata", f"comment={MADE_BY}"],
+        )
         writer.send(None)
         try:
             with closing(writer):
@@ -96,8 +123,12 @@ def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
     return path
 
 
-def record_clip(path: Path, row: Row, runner: PolicyRunner, pool: EnvPool, seed: int, task: str) -> Path:
-    """Run one episode in the first environment of a pool and write its clip, in real time of the robot."""
+def record_clip(
+    path: Path, row: Row, runner: PolicyRunner, pool: EnvPool, seed: int, task: str
+) -> Path:
+    """Run one episode in the first environment of a pool and write its clip, in real time of the
+    robot.
+    """
     counts: list[int] = []
 
     def frames() -> Iterator[Frame]:

@@ -18,8 +18,8 @@ HONEST_RIVALS = {  # rows of every table with a teacher, and what they show
 }
 ONLY = "only="  # before a name of --decoders: the rivals are not added
 DECODERS = (
-    f"{names_help()}; all with {TEACHER_PREFIX} in front, or {DRAFT_PREFIX}: the teacher's exact chunk, begun from the "
-    "policy's"
+    f"{names_help()}; all with {TEACHER_PREFIX} in front, or {DRAFT_PREFIX}: the teacher's exact "
+    "chunk, begun from the policy's"
 )
 
 
@@ -38,7 +38,8 @@ class Row:
         """This row where a chunk takes so long, rounded up to whole control steps; itself for 0."""
         if not milliseconds:
             return self
-        suffix, steps = suffix or f"@{milliseconds:g}ms", math.ceil(milliseconds * fps / 1000 - 1e-9)
+        suffix = suffix or f"@{milliseconds:g}ms"
+        steps = math.ceil(milliseconds * fps / 1000 - 1e-9)
         return replace(self, name=self.name + suffix, delay=steps, suffix=suffix)
 
     @property
@@ -48,10 +49,11 @@ class Row:
 
 
 def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
-    """Split and check a comma-separated list of decoders; names without repetition, in the order of the table.
+    """Split and check a comma-separated list of decoders; names without repetition, in the order of
+    the table.
 
-    With a teacher, the missing ones of `HONEST_RIVALS` are put in front, unless `ONLY` stands before a name.
-    `ConfigError`: No name, an unknown name, or a teacher row without a teacher.
+    With a teacher, the missing ones of `HONEST_RIVALS` are put in front, unless `ONLY` stands
+    before a name. `ConfigError`: No name, an unknown name, or a teacher row without a teacher.
     """
     names = _listed(text)
     if not names:
@@ -59,7 +61,9 @@ def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
     for name in names:
         named_config(name.removeprefix(DRAFT_PREFIX).removeprefix(TEACHER_PREFIX))
         if name.startswith(TEACHER_PREFIX) and not has_teacher:
-            raise ConfigError(f"Decoder {name!r} needs the teacher; pass --teacher.path=<checkpoint folder>.")
+            raise ConfigError(
+                f"Decoder {name!r} needs the teacher; pass --teacher.path=<checkpoint folder>."
+            )
     return added_rivals(text, has_teacher=has_teacher) + names
 
 
@@ -77,7 +81,9 @@ def _listed(text: str) -> list[str]:
 
 
 def resolve_rows(names: Sequence[str], configs: dict[str, Any]) -> list[Row]:
-    """Rows for checked `names`; `configs` has the ``CeedVLAConfig`` of "policy" and, if there is one, of "teacher"."""
+    """Rows for checked `names`; `configs` has the ``CeedVLAConfig`` of "policy" and, if there is
+    one, of "teacher".
+    """
     rows = []
     for name in names:
         model = "teacher" if name.startswith(TEACHER_PREFIX) else "policy"

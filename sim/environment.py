@@ -1,29 +1,32 @@
-"""Environments are LeRobot's `EnvConfig`s; what one may offer beside that is listed here, and found by its name.
+"""Environments are LeRobot's `EnvConfig`s; what one may offer beside that is listed here, and found
+by its name.
 
-Whatever LeRobot or a discovered package registers can be evaluated and shown: observations as LeRobot reads them
-(``pixels``, ``agent_pos``), success from ``info["is_success"]``, a boolean. All else is optional.
+Whatever LeRobot or a discovered package registers can be evaluated and shown: observations as
+LeRobot reads them (``pixels``, ``agent_pos``), success from ``info["is_success"]``, a boolean. All
+else is optional.
 
 On the configuration:
 
-    tasks() -> list[str]         tasks that take turns over the seeds; ``reset(options={"task": name})`` takes each
-    split: str                   a field: the part of the combinations that is drawn, such as "train" and "heldout"
+    tasks() -> list[str]         tasks that take turns; ``reset(options={"task": name})`` takes each
+    split: str                   a field: which combinations are drawn, "train" or "heldout"
     episode_length: int          a field: step limit of an episode
-    act(env) -> (A,)             the expert's action in the present state of the unwrapped `env`; for `record`
-    privileged: Privileged       what `privileged_state` of the environment means; for the auxiliary target
-    sides: tuple[str, str]       what lies at the left and right border of the first camera's image; for clips
+    act(env) -> (A,)             the expert's action in the state of `env`, unwrapped; for `record`
+    privileged: Privileged       what `privileged_state` means; for the auxiliary target
+    sides: tuple[str, str]       what lies left and right of the first camera's image; for clips
 
 On the unwrapped environment:
 
     task_description: str        the instruction (LeRobot's name)
     state_names, action_names    names of the dimensions, for data sets
     privileged_state() -> (E,)   what the simulator knows and the policy does not
-    hold_action() -> (A,)        keeps the robot where it is; `eval --delay_ms` needs it, elsewhere zeros do
+    hold_action() -> (A,)        keeps the robot where it is, for `eval --delay_ms`; else zeros do
     disturbance(rng) -> (A,)     a random action of `record --mode perturb`; uniform without it
-    scatter(rng), retarget(rng)  a random pose of the robot, another instruction; for grounding, with `observe`
-    observe(), advance(action), is_success()     a step that renders only what somebody looks at; all three or none
-    snapshot() -> Any, restore(snapshot)    all that decides what comes next; for `reinforce`, with these three
+    scatter(rng), retarget(rng)  a random pose, another instruction; for grounding, with `observe`
+    observe(), advance(action), is_success()     a step that renders on demand; all three or none
+    snapshot() -> Any, restore(snapshot)      the whole state; for `reinforce`, with these three
 
-With the task "mixed" the environment draws a task at every reset; recordings take turns all the same.
+With the task "mixed" the environment draws a task at every reset; recordings take turns all the
+same.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ from ceed_vla.fields import short
 
 logger = logging.getLogger(__name__)
 
-Bundle = tuple[Any, Any, Any]  # policy, pre-processor, post-processor, as `ceed_vla.load` returns them
+# policy, pre-processor, post-processor, as `ceed_vla.load` returns them
+Bundle = tuple[Any, Any, Any]
 Observation = dict[str, Any]
 
 MIXED = "mixed"
@@ -73,11 +77,14 @@ EVALUATION_SEEDS = 50_000  # nothing is recorded, trained or tuned on seeds from
 
 
 def check_choice(seed: int, episodes: int) -> None:
-    """`ConfigError` where `episodes` from `seed` on, on which something is chosen, are not all for that."""
+    """`ConfigError` where `episodes` from `seed` on, on which something is chosen, are not all for
+    that.
+    """
     if not VALIDATION_SEED <= seed <= EVALUATION_SEEDS - episodes:
         raise ConfigError(
-            f"Choices would be made on the seeds {seed} to {seed + episodes - 1}; {VALIDATION_SEED} to "
-            f"{EVALUATION_SEEDS - 1} are for that. Change --seed or --episodes."
+            f"Choices would be made on the seeds {seed} to {seed + episodes - 1}; "
+            f"{VALIDATION_SEED} "
+            f"to {EVALUATION_SEEDS - 1} are for that. Change --seed or --episodes."
         )
 
 
@@ -87,10 +94,12 @@ class Privileged:
 
     Attributes:
         names: Of its values (E,).
-        scale: Factors of its leading values for the auxiliary regression, so that they are of order 1.
-        named: Leading values that tell of what the instruction names; the regressed ones while actions are learnt.
-        positions: By name, the first and one past the last value of positions relative to the robot's tool [m]; the
-            first one is what `ceed-vla grounding` sorts by.
+        scale: Factors of its leading values for the auxiliary regression, so that they are of order
+            1.
+        named: Leading values that tell of what the instruction names; the regressed ones while
+            actions are learnt.
+        positions: By name, the first and one past the last value of positions relative to the
+            robot's tool [m]; the first one is what `ceed-vla grounding` sorts by.
     """
 
     names: tuple[str, ...]
@@ -99,24 +108,34 @@ class Privileged:
     positions: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def suites(makers: dict[str, Any], n_envs: int, use_async_envs: bool) -> dict[str, dict[int, VectorEnv]]:
-    """What `create_envs` of several tasks gives LeRobot's tools: {task: {0: env}}, from what makes each task's.
+def suites(
+    makers: dict[str, Any], n_envs: int, use_async_envs: bool
+) -> dict[str, dict[int, VectorEnv]]:
+    """What `create_envs` of several tasks gives LeRobot's tools: {task: {0: env}}, from what makes
+    each task's.
 
-    LeRobot reports success per suite, hence one suite a task. Finished sub-environments are frozen and cost nothing.
+    LeRobot reports success per suite, hence one suite a task. Finished sub-environments are frozen
+    and cost nothing.
     """
     vector: Any = SyncVectorEnv
     if use_async_envs and n_envs > 1:
         vector = partial(AsyncVectorEnv, context="forkserver")
     return {
-        task: {0: vector([freeze_after_episode_end(make)] * n_envs, autoreset_mode=AutoresetMode.NEXT_STEP)}
+        task: {
+            0: vector(
+                [freeze_after_episode_end(make)] * n_envs, autoreset_mode=AutoresetMode.NEXT_STEP
+            )
+        }
         for task, make in makers.items()
     }
 
 
 def register_installed() -> None:
-    """Import our own environments and the installed distributions ``lerobot_env_*``, which register theirs."""
+    """Import our own environments and the installed distributions ``lerobot_env_*``, which register
+    theirs.
+    """
     for folder in Path(__file__).parent.glob("*/lerobot_env.py"):
-        import_module(f"sim.{folder.parent.name}.lerobot_env")
+        import_module(f"ceed_vla.sim.{folder.parent.name}.lerobot_env")
     for distribution in distributions():
         name = (distribution.metadata["Name"] or "").replace("-", "_")
         if name.startswith("lerobot_env_"):
@@ -127,7 +146,9 @@ def register_installed() -> None:
 
 
 def turns(config: EnvConfig) -> list[str]:
-    """Tasks that take turns over the seeds of an evaluation; "mixed" leaves the choice to the environment."""
+    """Tasks that take turns over the seeds of an evaluation; "mixed" leaves the choice to the
+    environment.
+    """
     return [MIXED] if config.task == MIXED else recorded_tasks(config)
 
 
@@ -149,26 +170,31 @@ def check_expert(config: EnvConfig, purpose: str) -> None:
     """Raise `ConfigError` unless the environment has an expert."""
     if not has_expert(config):
         raise ConfigError(
-            f"--env.type={config.type} has no expert, which {purpose} needs: its configuration {type(config).__name__} "
-            "lacks act(env), see sim/environment.py."
+            f"--env.type={config.type} has no expert, which {purpose} needs: its configuration "
+            f"{type(config).__name__} lacks act(env), see sim/environment.py."
         )
 
 
 def flags(config: EnvConfig) -> list[str]:
     """The words ``--env.type=... --env.<field>=...`` that stand for `config`."""
     names = [item.name for item in fields(config) if item.init]
-    derived = [name for name in names if name in ("features", "features_map")]  # by most from the others
+    # by most from the others
+    derived = [name for name in names if name in ("features", "features_map")]
     given: dict[str, Any] = {}
     for name in sorted(names, key=derived.count):
         value = getattr(config, name)
         if value != getattr(type(config)(**given), name):
             given[name] = value
-    texts = {name: v if isinstance(v, str) else json.dumps(draccus.encode(v)) for name, v in given.items()}
+    texts = {
+        name: v if isinstance(v, str) else json.dumps(draccus.encode(v))
+        for name, v in given.items()
+    }
     return [f"--env.type={config.type}", *(f"--env.{name}={text}" for name, text in texts.items())]
 
 
 class Environment:
-    """One environment, driven in the same way whatever it offers; an `instruction` stands for what it says itself.
+    """One environment, driven in the same way whatever it offers; an `instruction` stands for what
+    it says itself.
 
     Attributes:
         task: Task of the episode; ``info["task"]`` of the reset where it says one.
@@ -180,8 +206,13 @@ class Environment:
 
     def __init__(self, config: EnvConfig, instruction: str = "") -> None:
         self.config, self._instruction = config, instruction
-        with raised_as(SimulationError, f"--env.type={config.type} cannot be made", "see its fields and its package."):
-            # With a task list one environment does for all; without, LeRobot makes one for each task.
+        with raised_as(
+            SimulationError,
+            f"--env.type={config.type} cannot be made",
+            "see its fields and its package.",
+        ):
+            # With a task list one environment does for all; without, LeRobot makes one for each
+            # task.
             make = EnvConfig.create_envs if _has_tasks(config) else make_env
             self._suites = make(config, n_envs=1)
             self._envs = []
@@ -193,9 +224,13 @@ class Environment:
                 "Check its fields, such as env.task, or its package."
             )
         self._env = self._envs[0][1]
-        self._quick = all(hasattr(self.inner, name) for name in ("observe", "advance", "is_success"))
+        self._quick = all(
+            hasattr(self.inner, name) for name in ("observe", "advance", "is_success")
+        )
         self._observation: Observation | None = None
-        self.task, self.success, self.finished = "", False, False
+        self.task = ""
+        self.success = False
+        self.finished = False
 
     @property
     def inner(self) -> Any:
@@ -209,7 +244,9 @@ class Environment:
             limit = limit or getattr(place, "_max_episode_steps", None)
             limit = limit or getattr(place.spec, "max_episode_steps", None)
         if not limit:
-            raise SimulationError(f"--env.type={self.config.type} has no step limit; give its field episode_length.")
+            raise SimulationError(
+                f"--env.type={self.config.type} has no step limit; give its field episode_length."
+            )
         return int(limit)
 
     @property
@@ -250,7 +287,8 @@ class Environment:
             silent = "is_success" not in info
         if silent:
             raise SimulationError(
-                f"--env.type={self.config.type} does not say in info['is_success'] whether an episode is solved."
+                f"--env.type={self.config.type} does not say in info['is_success'] whether an "
+                "episode is solved."
             )
         self.success = self._checked(info["is_success"], "info['is_success']")
         self.finished = bool(terminated or truncated)
@@ -291,7 +329,9 @@ class Environment:
         """Go on from where another environment of the same configuration is."""
         self.inner.restore(other.inner.snapshot())
         self._observation = None
-        self.task, self.success, self.finished = other.task, other.success, other.finished
+        self.task = other.task
+        self.success = other.success
+        self.finished = other.finished
 
     def rearrange(self, how: str, rng: np.random.Generator) -> None:
         """`scatter` or `retarget` of the unwrapped environment."""
@@ -303,8 +343,9 @@ class Environment:
         missing = [f"{name}()" for name in names if not hasattr(self.inner, name)]
         if missing:
             raise SimulationError(
-                f"--env.type={self.config.type} lacks {' and '.join(missing)}, which {purpose} needs. "
-                "Add what is missing to the environment's class; sim/environment.py describes it."
+                f"--env.type={self.config.type} lacks {' and '.join(missing)}, which {purpose} "
+                "needs. Add what is missing to the environment's class; sim/environment.py "
+                "describes it."
             )
 
     def close(self) -> None:
@@ -315,7 +356,9 @@ class EnvPool(AbstractContextManager["EnvPool"]):
     """A fixed number of environments, made when first needed and used again."""
 
     def __init__(self, size: int, config: EnvConfig, instruction: str = "") -> None:
-        self.size, self.config, self._instruction = size, config, instruction
+        self.size = size
+        self.config = config
+        self._instruction = instruction
         self._envs: list[Environment] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -337,7 +380,7 @@ class EnvPool(AbstractContextManager["EnvPool"]):
             self._envs.pop().close()
 
 
-# ---- observations -----------------------------------------------------------------------------------------------
+# ---- observations --------------------------------------------------------------------------------
 
 
 def images_of(observation: Observation) -> dict[str, NDArray[np.uint8]]:
@@ -348,8 +391,12 @@ def images_of(observation: Observation) -> dict[str, NDArray[np.uint8]]:
     return {f"{OBS_IMAGES}.{camera}": image for camera, image in pixels.items()}
 
 
-def observation_batch(observations: Sequence[Observation], instructions: Sequence[str]) -> dict[str, Any]:
-    """B raw observations as a LeRobot batch: images (B, 3, H, W) in [0, 1], state (B, D), list of tasks."""
+def observation_batch(
+    observations: Sequence[Observation], instructions: Sequence[str]
+) -> dict[str, Any]:
+    """B raw observations as a LeRobot batch: images (B, 3, H, W) in [0, 1], state (B, D), list of
+    tasks.
+    """
     batch = preprocess_observation(_stacked(observations))
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and value.ndim == 4:
@@ -382,14 +429,17 @@ def joined(bundle: Bundle, config: EnvConfig) -> Bundle:
 
 
 def check_features(policy: Any, config: EnvConfig) -> None:
-    """Raise `ConfigError` unless the features of a policy's configuration are those of the environment."""
+    """Raise `ConfigError` unless the features of a policy's configuration are those of the
+    environment.
+    """
     if not config.features or config.get_env_processors()[0].steps:
         return  # they are not known before an observation has gone through the processors
     have = {name: tuple(feature.shape) for name, feature in env_to_policy_features(config).items()}
     wanted = {name: tuple(feature.shape) for name, feature in (policy.input_features or {}).items()}
     wanted |= {ACTION: tuple(policy.action_feature.shape)}
     for name, shape in wanted.items():
-        resized = len(shape) == 3 and (name in have or ".empty_camera_" in name)  # other sizes are resized
+        # other sizes are resized
+        resized = len(shape) == 3 and (name in have or ".empty_camera_" in name)
         if name != OBS_ENV_STATE and have.get(name) != shape and not resized:
             raise ConfigError(
                 f"The policy reads or writes {name} {shape}, --env.type={config.type} has "

@@ -1,4 +1,5 @@
-"""Finished episodes of an evaluation on disk, one line each, so that an interrupted one goes on where it was.
+"""Finished episodes of an evaluation on disk, one line each, so that an interrupted one goes on
+where it was.
 
 The first line says of what evaluation they are: an episode counts only where all that decides it is
 the same. Every line ends with a checksum of itself and of the lines before it, so that an edit is
@@ -20,7 +21,7 @@ from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.files import parse_json, read_json, write_text
 from ceed_vla.folders import MANIFEST, WEIGHTS, resolve_checkpoint
 from ceed_vla.outputs import MADE_BY
-from sim.rollout import EpisodeResult
+from ceed_vla.sim.rollout import EpisodeResult
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,27 @@ EPISODES = "episodes.jsonl"
 CHAINED = "chained"  # in the first line: whether the others have checksums
 Results = dict[str, list[EpisodeResult]]  # by the decoder's name
 
-_KINDS = {"decoder": str, "seed": int, "task": str, "instruction": str, "success": bool, "steps": int}
-_KINDS |= {"forwards": list, "exit_reasons": list, "block_layers": list, "prefix_layers": list, "motion": dict}
-_LATER: dict[str, Any] = {"block_layers": [], "prefix_layers": [], "motion": {}}  # older files lack these
+_KINDS = {
+    "decoder": str,
+    "seed": int,
+    "task": str,
+    "instruction": str,
+    "success": bool,
+    "steps": int,
+}
+_KINDS |= {
+    "forwards": list,
+    "exit_reasons": list,
+    "block_layers": list,
+    "prefix_layers": list,
+    "motion": dict,
+}
+# older files lack these
+_LATER: dict[str, Any] = {
+    "block_layers": [],
+    "prefix_layers": [],
+    "motion": {},
+}
 _ANEW = "start anew in another --output_dir."
 _LONGEST = 2**28  # [bytes]
 _CHECK = ', "check": "'  # before the checksum at the end of a line
@@ -39,11 +58,13 @@ _CHECK = ', "check": "'  # before the checksum at the end of a line
 class EpisodeLog:
     """Appends finished episodes to a file; each is on disk before the next one counts.
 
-    `identity` is what decides an episode: checkpoints, decoders, seeds and so on, as JSON can hold them; `plan` the
-    task of every seed, "mixed" for any; `longest` the most steps of an episode.
+    `identity` is what decides an episode: checkpoints, decoders, seeds and so on, as JSON can hold
+    them; `plan` the task of every seed, "mixed" for any; `longest` the most steps of an episode.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], plan: dict[int, str], longest: int) -> None:
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], plan: dict[int, str], longest: int
+    ) -> None:
         self.file = folder / EPISODES
         self.identity = json.loads(json.dumps(identity))
         self.plan, self.longest = plan, longest
@@ -84,7 +105,8 @@ class EpisodeLog:
         return results
 
     def shared(self, folder: Path) -> Results:
-        """Episodes of another evaluation in `folder` by decoders that are the same there: equal model, settings, seeds.
+        """Episodes of another evaluation in `folder` by decoders that are the same there: equal
+        model, settings, seeds.
 
         `ConfigError`: No evaluation there, a damaged one, or one of other episodes.
         """
@@ -95,10 +117,20 @@ class EpisodeLog:
         alike = {name for name, value in self.identity.items() if theirs.get(name) == value}
         models = {"policy", "teacher"} & alike
         if other := sorted(self.identity.keys() - alike - {"policy", "teacher", "decoders"}):
-            raise ConfigError(f"--reuse is {folder}, an evaluation with other {', '.join(other)}; nothing fits.")
+            raise ConfigError(
+                f"--reuse is {folder}, an evaluation with other {', '.join(other)}; nothing fits."
+            )
         found = EpisodeLog(folder, theirs, self.plan, self.longest).read()
-        same = {n: row for n, row in self.identity["decoders"].items() if theirs["decoders"].get(n) == row}
-        return {n: found[n] for n, row in same.items() if {row["model"], *["policy"] * ("draft" in row)} <= models}
+        same = {
+            n: row
+            for n, row in self.identity["decoders"].items()
+            if theirs["decoders"].get(n) == row
+        }
+        return {
+            n: found[n]
+            for n, row in same.items()
+            if {row["model"], *["policy"] * ("draft" in row)} <= models
+        }
 
     def start(self, results: Results) -> None:
         """Write a file of `results`."""
@@ -129,25 +161,37 @@ class EpisodeLog:
         if not isinstance(theirs, dict):
             raise ConfigError(f"{self.file} does not say what it is of; {_ANEW}")
         for name in {**self.identity, **theirs}:
-            ours, other = self.identity.get(name), theirs.get(name)
+            ours = self.identity.get(name)
+            other = theirs.get(name)
             if ours != other:
                 what = f"its {name} is {str(other)[:200]}, here it is {str(ours)[:200]}"
-                raise ConfigError(f"{self.file} is of another evaluation: {what}; give the same options, or {_ANEW}")
+                raise ConfigError(
+                    f"{self.file} is of another evaluation: {what}; give the same options, or "
+                    f"{_ANEW}"
+                )
 
     def _episode(self, values: Any) -> EpisodeResult | None:
         """The episode of a line's `values`; None if it cannot be one of this evaluation."""
         values = {**_LATER, **values} if isinstance(values, dict) else {}
         if {name: type(value) for name, value in values.items()} != _KINDS:
             return None
-        episode = EpisodeResult(**{name: value for name, value in values.items() if name != "decoder"})
-        counts, reasons, layers = episode.forwards, episode.exit_reasons, (episode.block_layers, episode.prefix_layers)
+        episode = EpisodeResult(
+            **{name: value for name, value in values.items() if name != "decoder"}
+        )
+        counts = episode.forwards
+        reasons = episode.exit_reasons
+        layers = (episode.block_layers, episode.prefix_layers)
         fits = (
             values["decoder"] in self.identity["decoders"]
             and self.plan.get(episode.seed) in ("mixed", episode.task)
             and 0 < episode.steps <= self.longest
             and 0 < len(counts) == len(reasons) <= episode.steps
             and {len(found) for found in layers} <= {0, len(counts)}
-            and all(type(count) is int and 0 <= count < 10**6 for found in (counts, *layers) for count in found)
+            and all(
+                type(count) is int and 0 <= count < 10**6
+                for found in (counts, *layers)
+                for count in found
+            )
             and all(type(reason) is str and len(reason) < 100 for reason in reasons)
             and all(type(value) is float and 0 <= value < 1e12 for value in episode.motion.values())
         )
@@ -155,7 +199,8 @@ class EpisodeLog:
 
 
 def refuse_unfinished(folder: Path, report: str) -> None:
-    """Keep the episodes of an interrupted evaluation in `folder`, which its `report` does not call complete.
+    """Keep the episodes of an interrupted evaluation in `folder`, which its `report` does not call
+    complete.
 
     `ConfigError`: There are such episodes.
     """
@@ -166,7 +211,9 @@ def refuse_unfinished(folder: Path, report: str) -> None:
         done = False
     if episodes > 0 and not done:
         what = f"an interrupted evaluation ({episodes} finished episodes)"
-        raise ConfigError(f"{folder} holds {what}; go on with --resume=true, or name another --output_dir.")
+        raise ConfigError(
+            f"{folder} holds {what}; go on with --resume=true, or name another --output_dir."
+        )
 
 
 def fingerprint(path: str) -> str:
@@ -184,7 +231,9 @@ def _lines(file: Path) -> list[str]:
         return []
     try:
         if file.stat().st_size > _LONGEST:
-            raise ConfigError(f"{file} has {file.stat().st_size / 1e6:.0f} MB; it is no file of ours.")
+            raise ConfigError(
+                f"{file} has {file.stat().st_size / 1e6:.0f} MB; it is no file of ours."
+            )
         return file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is damaged; {_ANEW}") from error

@@ -19,18 +19,23 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claimed_folder, default_console
-from ceed_vla.wording import counted
-from ceed_vla.workers import MOST, Workers
-from sim.clips import record_clip
-from sim.decoders import HONEST_RIVALS, ONLY, Row, added_rivals, parse_decoders, resolve_rows
-from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, flags, joined, turns
-from sim.episode_log import EPISODES, EpisodeLog, Results, fingerprint, refuse_unfinished
-from sim.plots import PLOTS, write_plots
-from sim.report import console_table, markdown
-from sim.rollout import EpisodeResult, rollout
-from sim.settings import CheckpointPath, DrivenConfig
-from sim.summary import hardware, paired_entries, row_entry, versions
-from sim.timing import (
+from ceed_vla.sim.clips import record_clip
+from ceed_vla.sim.decoders import (
+    HONEST_RIVALS,
+    ONLY,
+    Row,
+    added_rivals,
+    parse_decoders,
+    resolve_rows,
+)
+from ceed_vla.sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, flags, joined, turns
+from ceed_vla.sim.episode_log import EPISODES, EpisodeLog, Results, fingerprint, refuse_unfinished
+from ceed_vla.sim.plots import PLOTS, write_plots
+from ceed_vla.sim.report import console_table, markdown
+from ceed_vla.sim.rollout import EpisodeResult, rollout
+from ceed_vla.sim.settings import CheckpointPath, DrivenConfig
+from ceed_vla.sim.summary import hardware, paired_entries, row_entry, versions
+from ceed_vla.sim.timing import (
     ENGINES,
     Probe,
     Samples,
@@ -43,11 +48,18 @@ from sim.timing import (
     percentiles,
     summarise,
 )
+from ceed_vla.wording import counted
+from ceed_vla.workers import MOST, Workers
 
 logger = logging.getLogger(__name__)
 
 REPORT = "report.json"
-MOVED = {"env": "env.type", "task": "env.task", "split": "env.split", "max_episode_steps": "env.episode_length"}
+MOVED = {
+    "env": "env.type",
+    "task": "env.task",
+    "split": "env.split",
+    "max_episode_steps": "env.episode_length",
+}
 MOVED |= {"compile": "engine"}
 
 
@@ -56,29 +68,39 @@ class EvalConfig(DrivenConfig):
     """Options of ``ceed-vla eval``.
 
     Attributes:
-        teacher: Its autoregressive teacher; adds the rows teacher_ar and teacher_cap4 (unless `decoders` begins with
-            only=), and allows others.
-        decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict), ceed (the
-            checkpoint's early exit), cap<K> (at most K forwards, e.g. cap2), conf<P>_cap<K> (or until confident, e.g.
-            conf0.2_cap3); Jacobi ones also with _mid or _random (the guess); all with teacher_ in front. only=ar,ceed
-            evaluates these two rows and adds no others.
+        teacher: Its autoregressive teacher; adds the rows teacher_ar and teacher_cap4 (unless
+            `decoders` begins with only=), and allows others.
+        decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict),
+            ceed (the checkpoint's early exit), cap<K> (at most K forwards, e.g. cap2),
+            conf<P>_cap<K> (or until confident, e.g. conf0.2_cap3); Jacobi ones also with _mid or
+            _random (the guess); all with teacher_ in front. only=ar,ceed evaluates these two rows
+            and adds no others.
         episodes: Episodes a decoder.
-        seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for evaluation only.
-        output_dir: Folder for the report, plots and clips. A report that we completed there earlier is replaced.
-        batch: Episodes that run in lock-step, and the seeds of one shard: a decoder runs a shard, then the next one.
-        workers: Processes that share the shards, with one thread of torch each; 1 is this process, with `threads`.
-        delay_ms: Times that a chunk takes in the closed loop, such as 0,100,200: every decoder runs with each, as
-            NAME@100ms. The chunk before goes on meanwhile, rounded up to whole steps; where it ends, the robot holds.
-        delay: given: as `delay_ms` says; measured: beside it as NAME@measured, with the time (p50) that the decoder's
-            chunks took on this machine, in this run, before the episodes; `resume` refuses other delays.
+        seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for
+            evaluation only.
+        output_dir: Folder for the report, plots and clips. A report that we completed there earlier
+            is replaced.
+        batch: Episodes that run in lock-step, and the seeds of one shard: a decoder runs a shard,
+            then the next one.
+        workers: Processes that share the shards, with one thread of torch each; 1 is this process,
+            with `threads`.
+        delay_ms: Times that a chunk takes in the closed loop, such as 0,100,200: every decoder runs
+            with each, as NAME@100ms. The chunk before goes on meanwhile, rounded up to whole steps;
+            where it ends, the robot holds.
+        delay: given: as `delay_ms` says; measured: beside it as NAME@measured, with the time (p50)
+            that the decoder's chunks took on this machine, in this run, before the episodes;
+            `resume` refuses other delays.
         executed_steps: Steps executed of each chunk; None: the policy's own.
         clips: Whether to write one clip a decoder.
         timing_chunks: Chunks on which latency is measured; 0 skips it.
-        engine: How latency is measured: eager, compiled (`ceed_vla.engine`; needs a C++ compiler and some minutes), or
-            fastest: every row in both, and in the faster one in the report. The episodes stay eager.
+        engine: How latency is measured: eager, compiled (`ceed_vla.engine`; needs a C++ compiler
+            and some minutes), or fastest: every row in both, and in the faster one in the report.
+            The episodes stay eager.
         device: Overrides the checkpoints' device.
-        reuse: Folder of another evaluation, whose episodes of the same decoders, such as the teacher's, are taken.
-        resume: Keep the finished episodes of an interrupted evaluation with the same options in `output_dir`.
+        reuse: Folder of another evaluation, whose episodes of the same decoders, such as the
+            teacher's, are taken.
+        resume: Keep the finished episodes of an interrupted evaluation with the same options in
+            `output_dir`.
     """
 
     moved: ClassVar[dict[str, str]] = MOVED
@@ -103,8 +125,9 @@ class EvalConfig(DrivenConfig):
 
 @dataclass
 class DemoConfig(EvalConfig):
-    """Options of ``ceed-vla demo``: those of ``ceed-vla eval``, for the shipped checkpoints: the teacher token by token
-    and in at most 4 parallel forwards, the distilled student to convergence (jacobi) and with early exit (ceed).
+    """Options of ``ceed-vla demo``: those of ``ceed-vla eval``, for the shipped checkpoints: the
+    teacher token by token and in at most 4 parallel forwards, the distilled student to convergence
+    (jacobi) and with early exit (ceed).
     """
 
     policy: CheckpointPath = field(default_factory=lambda: CheckpointPath("student"))
@@ -129,14 +152,18 @@ class Evaluation:
 
 
 def evaluate(
-    config: EvalConfig, console: Console | None = None, probes: Callable[[dict[str, Bundle]], Any] = lambda bundles: {}
+    config: EvalConfig,
+    console: Console | None = None,
+    probes: Callable[[dict[str, Bundle]], Any] = lambda bundles: {},
 ) -> dict[str, Any]:
-    """Run every decoder on the same seeds, measure latency, write report, plots and clips; returns ``report.json``.
+    """Run every decoder on the same seeds, measure latency, write report, plots and clips; returns
+    ``report.json``.
 
-    An interrupt leaves a report of the finished episodes, marked ``"complete": false``, and is raised on. `resume`
-    keeps these episodes; the report is then that of an evaluation in one go, but for times. (Episodes with random
-    guesses share their source with others of their shard, so of these only whole shards are kept.)
-    `probes` gives what else is timed, a `Probe` by name, for the models that were loaded.
+    An interrupt leaves a report of the finished episodes, marked ``"complete": false``, and is
+    raised on. `resume` keeps these episodes; the report is then that of an evaluation in one go,
+    but for times. (Episodes with random guesses share their source with others of their shard, so
+    of these only whole shards are kept.) `probes` gives what else is timed, a `Probe` by name, for
+    the models that were loaded.
 
     Raises:
         ConfigError: An option that cannot work, e.g. an unknown decoder.
@@ -169,7 +196,8 @@ def _evaluate(
     config = run.config
     if config.seed < EVALUATION_SEEDS:
         logger.warning(
-            "Seeds below %d may have been recorded or tuned on; do not report them as results.", EVALUATION_SEEDS
+            "Seeds below %d may have been recorded or tuned on; do not report them as results.",
+            EVALUATION_SEEDS,
         )
     folder.mkdir(parents=True, exist_ok=True)
     log.start(run.results)
@@ -188,7 +216,9 @@ def _evaluate(
     if config.clips:
         files += _write_clips(run, folder)
     console.print(console_table(report, console.width))
-    console.print("Written: " + ", ".join(str(file) for file in files), soft_wrap=True, highlight=False)
+    console.print(
+        "Written: " + ", ".join(str(file) for file in files), soft_wrap=True, highlight=False
+    )
     return report
 
 
@@ -199,13 +229,20 @@ def _decoders(config: EvalConfig) -> list[str]:
 def _added_note(added: Sequence[str]) -> str:
     """One line: which rows a teacher adds, what they show, and how to leave them out."""
     rows = " and ".join(f"{name} ({HONEST_RIVALS[name]})" for name in added)
-    return f"Added: {rows}; {ONLY} before the names of --decoders leaves {'them' if len(added) > 1 else 'it'} out."
+    return (
+        f"Added: {rows}; {ONLY} before the names of --decoders leaves "
+        f"{'them' if len(added) > 1 else 'it'} out."
+    )
 
 
 def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation, EpisodeLog]:
-    """What is evaluated, with the episodes that are kept of a run before, and where episodes are written."""
+    """What is evaluated, with the episodes that are kept of a run before, and where episodes are
+    written.
+    """
     if config.delay == "measured" and (not config.timing_chunks or min(config.delay_ms, default=0)):
-        raise ConfigError("--delay measured needs --timing_chunks and --delay_ms 0, on which it is measured.")
+        raise ConfigError(
+            "--delay measured needs --timing_chunks and --delay_ms 0, on which it is measured."
+        )
     config.limit_threads()
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
@@ -213,37 +250,64 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
     run = Evaluation(config, _rows(config, bundles), bundles, {}, pool, executed, probes(bundles))
     if config.delay == "measured":
         _run_timing(run)
-        took = {name: 1000 * float(np.median(samples.total)) for name, samples in run.samples.items()}
-        run.rows += [row.delayed(took[row.name], config.env.fps, "@measured") for row in run.rows if not row.delay]
-    rows, steps = run.rows, min(b[0].config.chunk_size for b in bundles.values())
+        took = {
+            name: 1000 * float(np.median(samples.total)) for name, samples in run.samples.items()
+        }
+        run.rows += [
+            row.delayed(took[row.name], config.env.fps, "@measured")
+            for row in run.rows
+            if not row.delay
+        ]
+    rows = run.rows
+    steps = min(b[0].config.chunk_size for b in bundles.values())
     latest = max(rows, key=lambda row: row.delay)
     if latest.delay:
         pool.env(0).needs("--delay_ms", "hold_action")
     if latest.delay >= steps:
         late = counted(latest.delay, "control step")
         raise ConfigError(f"{latest.name} is {late} late; a chunk has {steps}: leave it out.")
-    (env := pool.env(0)).reset(*_plan(config)[0])  # what a policy cannot decode is known before any episode
+    # what a policy cannot decode is known before any episode
+    (env := pool.env(0)).reset(*_plan(config)[0])
     for row in rows:
         runner = make_runner(row, bundles, executed)
         if runner.alone and config.workers > 1:
-            raise ConfigError(f"{row.name} has a deadline, of a machine with nothing else to do: give --workers 1.")
+            raise ConfigError(
+                f"{row.name} has a deadline, of a machine with nothing else to do: give "
+                "--workers 1."
+            )
         runner.decode([env.observe()], [env.instruction], [None])
     log = EpisodeLog(
-        Path(config.output_dir), _identity(config, rows, bundles), dict(_plan(config)), pool.max_episode_steps
+        Path(config.output_dir),
+        _identity(config, rows, bundles),
+        dict(_plan(config)),
+        pool.max_episode_steps,
     )
-    kept: Results = {row.name: [] for row in rows} | (log.shared(Path(config.reuse)) if config.reuse else {})
-    kept |= {name: episodes for name, episodes in (log.read() if config.resume else {}).items() if episodes}
+    kept: Results = {row.name: [] for row in rows} | (
+        log.shared(Path(config.reuse)) if config.reuse else {}
+    )
+    kept |= {
+        name: episodes
+        for name, episodes in (log.read() if config.resume else {}).items()
+        if episodes
+    }
     run.results = _whole_shards(config, rows, kept)
     return run, log
 
 
 def _rows(config: EvalConfig, bundles: dict[str, Bundle]) -> list[Row]:
-    rows = resolve_rows(_decoders(config), {model: bundle[0].config for model, bundle in bundles.items()})
-    return [row.delayed(ms, config.env.fps) for ms in dict.fromkeys(config.delay_ms or [0.0]) for row in rows]
+    rows = resolve_rows(
+        _decoders(config), {model: bundle[0].config for model, bundle in bundles.items()}
+    )
+    return [
+        row.delayed(ms, config.env.fps)
+        for ms in dict.fromkeys(config.delay_ms or [0.0])
+        for row in rows
+    ]
 
 
 def load_bundles(config: Any) -> dict[str, Bundle]:
-    """Load ``policy`` and, where it is given, ``teacher``; both replan after ``config.executed_steps`` steps.
+    """Load ``policy`` and, where it is given, ``teacher``; both replan after
+    ``config.executed_steps`` steps.
 
     Raises:
         CheckpointError: A checkpoint that cannot be loaded.
@@ -266,7 +330,9 @@ def _plan(config: EvalConfig) -> list[tuple[int, str]]:
     return [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]
 
 
-def _identity(config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle]) -> dict[str, Any]:
+def _identity(
+    config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle]
+) -> dict[str, Any]:
     """What decides an episode."""
     options = ("seed", "episodes", "executed_steps", "batch", "instruction")
     return {
@@ -276,8 +342,10 @@ def _identity(config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle
         "policy": fingerprint(config.policy.path),
         "teacher": fingerprint(config.teacher.path) if config.teacher.path else None,
         "decoders": {
-            row.name: {"model": row.model, **asdict(row.decoding)}
-            | {name: getattr(row, name) for name in ("delay", "draft") if getattr(row, name)}
+            row.name: (
+                {"model": row.model, **asdict(row.decoding)}
+                | {name: getattr(row, name) for name in ("delay", "draft") if getattr(row, name)}
+            )
             for row in rows
         },
     }
@@ -290,17 +358,28 @@ def shards(config: EvalConfig) -> list[list[tuple[int, str]]]:
 
 
 def _whole_shards(config: EvalConfig, rows: Sequence[Row], results: Results) -> Results:
-    """Without the episodes that cannot be gone on with: random guesses come from one source for a whole shard."""
+    """Without the episodes that cannot be gone on with: random guesses come from one source for a
+    whole shard.
+    """
     for row in rows:
         if "random" in (row.decoding.guess, row.draft.rpartition("_")[2]):
             done = {episode.seed for episode in results[row.name]}
-            whole = {seed for shard in shards(config) if done >= {s for s, _ in shard} for seed, _ in shard}
+            whole = {
+                seed
+                for shard in shards(config)
+                if done >= {s for s, _ in shard}
+                for seed, _ in shard
+            }
             results[row.name] = [episode for episode in results[row.name] if episode.seed in whole]
     return results
 
 
-def shard_runner(config: EvalConfig, pool: EnvPool) -> Callable[[tuple[Row, Any]], tuple[str, list[EpisodeResult]]]:
-    """What runs the episodes of a shard by the decoder of a row, in a process of its own; see `Workers`."""
+def shard_runner(
+    config: EvalConfig, pool: EnvPool
+) -> Callable[[tuple[Row, Any]], tuple[str, list[EpisodeResult]]]:
+    """What runs the episodes of a shard by the decoder of a row, in a process of its own; see
+    `Workers`.
+    """
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
 
@@ -312,9 +391,11 @@ def shard_runner(config: EvalConfig, pool: EnvPool) -> Callable[[tuple[Row, Any]
 
 
 def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> None:
-    """The episodes that are missing, here or in several processes; each is on disk before the next one counts.
+    """The episodes that are missing, here or in several processes; each is on disk before the next
+    one counts.
 
-    All decoders run one shard of seeds after the other, so that an early stop leaves comparable rows.
+    All decoders run one shard of seeds after the other, so that an early stop leaves comparable
+    rows.
     """
     config = run.config
     done = {name: {episode.seed for episode in episodes} for name, episodes in run.results.items()}
@@ -324,7 +405,8 @@ def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> Non
         for row in run.rows
         if (episodes := [(seed, task) for seed, task in shard if seed not in done[row.name]])
     ]
-    kept, total = sum(map(len, run.results.values())), config.episodes * len(run.rows)
+    kept = sum(map(len, run.results.values()))
+    total = config.episodes * len(run.rows)
     with tqdm(total=total, initial=kept, unit="episode", dynamic_ncols=True) as bar:
 
         def finish(name: str, episode: EpisodeResult) -> None:
@@ -344,7 +426,9 @@ def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> Non
 
 
 def _run_timing(run: Evaluation) -> None:
-    """Latency of all rows and their autoregressive references, on observations of the episodes of one row."""
+    """Latency of all rows and their autoregressive references, on observations of the episodes of
+    one row.
+    """
     config = run.config
     rows = [row for row in run.rows if not row.delay]
     if not (rows and config.timing_chunks):
@@ -358,13 +442,18 @@ def _run_timing(run: Evaluation) -> None:
     episodes = collect_observations(runner, run.pool, _plan(config), config.timing_chunks)
     chunks = sum(len(episode) for episode in episodes)
     engines = ENGINES[:2] if config.engine == "fastest" else (config.engine,)
-    bundles = {e: {model: in_engine(bundle, e) for model, bundle in run.bundles.items()} for e in {"eager", *engines}}
+    bundles = {
+        e: {model: in_engine(bundle, e) for model, bundle in run.bundles.items()}
+        for e in {"eager", *engines}
+    }
     runners = {
         f"{row.name} {e}": make_runner(row, bundles[e], run.executed_steps)
         for row in (*rows, *references)
         for e in engines_of(row.decoding, engines)
     }
-    parts = {f"{model} {e}": bare_parts(bundle) for e in engines for model, bundle in bundles[e].items()}
+    parts = {
+        f"{model} {e}": bare_parts(bundle) for e in engines for model, bundle in bundles[e].items()
+    }
     with tqdm(total=chunks, desc="latency", unit="chunk", dynamic_ncols=True) as bar:
         samples, probed = measure(runners, {**parts, **run.probes}, episodes, bar.update)
     used = {}
@@ -378,7 +467,10 @@ def _run_timing(run: Evaluation) -> None:
         "driver": driver.name,
         "batch": 1,
         "engines": used,
-        "parts": {name: {part: percentiles(s) for part, s in found.items()} for name, found in probed.items()},
+        "parts": {
+            name: {part: percentiles(s) for part, s in found.items()}
+            for name, found in probed.items()
+        },
     }
 
 
@@ -391,11 +483,16 @@ def _build_report(run: Evaluation, *, complete: bool) -> dict[str, Any]:
         if row.name in run.samples:
             reference = run.samples[row.reference]
             entry |= summarise(
-                run.samples[row.name], reference, run.bundles[row.model][0].tokenizer, run.executed_steps
+                run.samples[row.name],
+                reference,
+                run.bundles[row.model][0].tokenizer,
+                run.executed_steps,
             )
         entry |= {"delay_steps": row.delay, "delay_of": row.name.removesuffix(row.suffix)}
         entry["paired"] = paired_entries(
-            row.name, run.results, (f"ar{row.suffix}", f"teacher_ar{row.suffix}", f"teacher_{row.name}")
+            row.name,
+            run.results,
+            (f"ar{row.suffix}", f"teacher_ar{row.suffix}", f"teacher_{row.name}"),
         )
         entry["decoding"] = {**asdict(row.decoding), "exits": list(row.decoding.exits)}
         entries[row.name] = entry
@@ -442,8 +539,11 @@ def _write_clips(run: Evaluation, folder: Path) -> list[Path]:
     first = sorted(run.results[run.rows[0].name], key=lambda episode: episode.seed)
     shown = next((episode for episode in first if episode.success), first[0])
     task = dict(_plan(config))[shown.seed]
-    rows, files = [row for row in run.rows if not row.delay], []
+    rows = [row for row in run.rows if not row.delay]
+    files = []
     for row in tqdm(rows, desc="clips", unit="clip", dynamic_ncols=True):
         runner = make_runner(row, run.bundles, run.executed_steps)
-        files.append(record_clip(folder / f"clip_{row.name}.mp4", row, runner, run.pool, shown.seed, task))
+        files.append(
+            record_clip(folder / f"clip_{row.name}.mp4", row, runner, run.pool, shown.seed, task)
+        )
     return files

@@ -1,8 +1,8 @@
 """``ceed-vla grounding``: how well a policy sees where what the instruction names is, by distance.
 
-The auxiliary regression of the state token is asked on random scenes and arm poses. An average over demonstrations
-hides missing grounding, because the gripper is at the object in most frames; so errors are listed by distance, next to
-the error of a guess that has learnt nothing but the mean.
+The auxiliary regression of the state token is asked on random scenes and arm poses. An average over
+demonstrations hides missing grounding, because the gripper is at the object in most frames; so
+errors are listed by distance, next to the error of a guess that has learnt nothing but the mean.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_file
-from sim.environment import EVALUATION_SEEDS, Bundle, Environment, Privileged, joined, observation_batch, turns
-from sim.settings import DrivenConfig
+from ceed_vla.sim.environment import (
+    EVALUATION_SEEDS,
+    Bundle,
+    Environment,
+    Privileged,
+    joined,
+    observation_batch,
+    turns,
+)
+from ceed_vla.sim.settings import DrivenConfig
 
 _BATCH = 64
 
@@ -62,15 +70,16 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
     """Measure and print the localisation errors [cm].
 
     Raises:
-        ConfigError: No policy, or one without an auxiliary regression of the environment's leading terms.
+        ConfigError: No policy, or one without an auxiliary regression of the environment's leading
+            terms.
         CheckpointError: A checkpoint that cannot be loaded.
     """
     output = claim_file("output", config.output, ".json") if config.output else None
     privileged: Privileged | None = getattr(config.env, "privileged", None)
     if privileged is None or not privileged.positions:
         raise ConfigError(
-            f"--env.type={config.env.type} does not say where positions are: its configuration lacks `privileged`, see "
-            "sim/environment.py."
+            f"--env.type={config.env.type} does not say where positions are: its configuration "
+            "lacks `privileged`, see sim/environment.py."
         )
     config.limit_threads()
     bundle = joined(load(config.policy.given(), device=config.device), config.env)
@@ -78,19 +87,28 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
     count = len(bundle[0].config.auxiliary_scale)
     if not needed <= count <= len(privileged.names):
         raise ConfigError(
-            f"{config.policy.path} regresses {count} terms; {needed} to {len(privileged.names)} are needed: "
-            f"{', '.join(privileged.names[:needed])}."
+            f"{config.policy.path} regresses {count} terms; {needed} to {len(privileged.names)} "
+            f"are needed: {', '.join(privileged.names[:needed])}."
         )
     found, truth, asked = _predictions(bundle, config)
-    rows, names = error_rows(found, truth, config.edges, privileged.positions), list(privileged.positions)
+    rows = error_rows(found, truth, config.edges, privileged.positions)
+    names = list(privileged.positions)
     tasks = {
-        str(task): error_rows(found[asked == task], truth[asked == task], (), privileged.positions)[-1]
+        str(task): error_rows(found[asked == task], truth[asked == task], (), privileged.positions)[
+            -1
+        ]
         for task in np.unique(asked)
     }
     bands = {_band(*row["distance_m"]): row for row in rows}
     Console().print(_table(bands, names, "distance (m)", f" between tool and {names[0]}"))
     Console().print(_table(tasks, names, "task"))
-    report = {"program": MADE_BY, "rows": rows, "tasks": tasks, "seed": config.seed, "scenes": config.scenes}
+    report = {
+        "program": MADE_BY,
+        "rows": rows,
+        "tasks": tasks,
+        "seed": config.seed,
+        "scenes": config.scenes,
+    }
     if output is not None:
         write_text(output, json.dumps(report, indent=2) + "\n")
         Console().print(f"Written: {output}", soft_wrap=True, highlight=False)
@@ -103,15 +121,20 @@ def error_rows(
     edges: Sequence[float],
     positions: dict[str, tuple[int, int]],
 ) -> list[dict[str, Any]]:
-    """Median and 90th percentile of the position errors [cm], by distance of the first position, then of all.
+    """Median and 90th percentile of the position errors [cm], by distance of the first position,
+    then of all.
 
-    `found` and `truth` (N, E) are predicted and true leading terms [m], `edges` the distances between the rows [m],
-    `positions` those of `Privileged`. There is one row a band that has frames; ``chance``: of the mean first position.
+    `found` and `truth` (N, E) are predicted and true leading terms [m], `edges` the distances
+    between the rows [m], `positions` those of `Privileged`. There is one row a band that has
+    frames; ``chance``: of the mean first position.
     """
     parts = {name: slice(*ends) for name, ends in positions.items()}
     first = truth[:, next(iter(parts.values()))]
     distance = np.linalg.norm(first, axis=1)  # (N,)
-    off = {name: 100 * np.linalg.norm(found[:, part] - truth[:, part], axis=1) for name, part in parts.items()}
+    off = {
+        name: 100 * np.linalg.norm(found[:, part] - truth[:, part], axis=1)
+        for name, part in parts.items()
+    }
     mean = 100 * np.linalg.norm(first.mean(0) - first, axis=1)
     rows: list[dict[str, Any]] = []
     for low, high in [*pairwise([0.0, *edges, np.inf]), (0.0, np.inf)]:
@@ -127,15 +150,24 @@ def error_rows(
 
 
 @torch.inference_mode()
-def _predictions(bundle: Bundle, config: GroundingConfig) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Predicted and true leading terms (N, E) on random scenes and arm poses, and the tasks (N,)."""
+def _predictions(
+    bundle: Bundle, config: GroundingConfig
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Predicted and true leading terms (N, E) on random scenes and arm poses, and the tasks
+    (N,).
+    """
     policy, preprocessor, _ = bundle
     scale = torch.tensor(policy.config.auxiliary_scale)
-    found, truth, asked = [], [], []
-    env, tasks = Environment(config.env, config.instruction), turns(config.env)
+    found = []
+    truth = []
+    asked = []
+    env = Environment(config.env, config.instruction)
+    tasks = turns(config.env)
     env.needs("grounding", "privileged_state", *["observe"] * hasattr(env.inner, "scatter"))
     seeds = range(config.seed, config.seed + config.scenes)
-    for start in tqdm(range(0, len(seeds), _BATCH), desc="scenes", unit="batch", dynamic_ncols=True):
+    for start in tqdm(
+        range(0, len(seeds), _BATCH), desc="scenes", unit="batch", dynamic_ncols=True
+    ):
         observations, instructions = [], []
         for seed in seeds[start : start + _BATCH]:
             env.reset(seed, tasks[seed % len(tasks)])
@@ -153,10 +185,16 @@ def _predictions(bundle: Bundle, config: GroundingConfig) -> tuple[NDArray[Any],
 
 
 def _band(low: float, high: float | None) -> str:
-    return "all" if (low, high) == (0.0, None) else f"{low:.2f} - {'' if high is None else f'{high:.2f}'}"
+    return (
+        "all"
+        if (low, high) == (0.0, None)
+        else f"{low:.2f} - {'' if high is None else f'{high:.2f}'}"
+    )
 
 
-def _table(rows: dict[str, dict[str, Any]], names: Sequence[str], what: str, more: str = "") -> Table:
+def _table(
+    rows: dict[str, dict[str, Any]], names: Sequence[str], what: str, more: str = ""
+) -> Table:
     table = Table(title=f"Localisation error (cm) by {what}{more}")
     errors = [f"{name} p50 / p90" for name in names]
     for column in (what, "frames", *errors, f"{names[0]}, chance p50"):

@@ -1,4 +1,5 @@
-"""What training needs of the simulator: its flags, and plain callables for validation and takeover recording.
+"""What training needs of the simulator: its flags, and plain callables for validation and takeover
+recording.
 
 `ceed_vla.cli` joins these to `training`, which never imports `sim`.
 """
@@ -18,17 +19,24 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import ranged
 from ceed_vla.folders import resolve_checkpoint
+from ceed_vla.sim.decoders import resolve_rows
+from ceed_vla.sim.environment import (
+    TAKEOVER_SEEDS,
+    VALIDATION_SEED,
+    EnvPool,
+    check_expert,
+    check_features,
+    has_expert,
+)
+from ceed_vla.sim.episode_log import fingerprint
+from ceed_vla.sim.evaluate import EvalConfig, shard_runner, shards
+from ceed_vla.sim.grounding import GroundingConfig, grounding
+from ceed_vla.sim.record import record, recorded_policy
+from ceed_vla.sim.recording.config import RecordConfig
+from ceed_vla.sim.serial_groups import SerialGroups
+from ceed_vla.sim.settings import CheckpointPath
+from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
 from ceed_vla.workers import MOST, Workers
-from sim.decoders import resolve_rows
-from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_expert, check_features, has_expert
-from sim.episode_log import fingerprint
-from sim.evaluate import EvalConfig, shard_runner, shards
-from sim.grounding import GroundingConfig, grounding
-from sim.record import record, recorded_policy
-from sim.recording.config import RecordConfig
-from sim.serial_groups import SerialGroups
-from sim.settings import CheckpointPath
-from sim.tabletop.lerobot_env import mixed_tabletop
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +61,8 @@ class StudentSimulation:
 
     Attributes:
         env: Where policies are validated and takeovers recorded; none: neither is done.
-        instruction: What the policy is told then, where the environment says nothing or other words than the data.
+        instruction: What the policy is told then, where the environment says nothing or other words
+            than the data.
         validate_episodes: Episodes of every validation; 0 for none.
     """
 
@@ -68,7 +77,11 @@ class StudentSimulation:
     def closed_loop(self, decoding: str) -> ClosedLoopValidation | None:
         """How a policy is validated, where it is."""
         validated = self.validate_episodes and self.env.type != "none"
-        return ClosedLoopValidation(self.env, self.validate_episodes, decoding, self.instruction) if validated else None
+        return (
+            ClosedLoopValidation(self.env, self.validate_episodes, decoding, self.instruction)
+            if validated
+            else None
+        )
 
 
 class TeacherSimulation(StudentSimulation):
@@ -98,7 +111,8 @@ class ReinforceSimulation:
     """The flags by which `reinforce` uses a simulator.
 
     Attributes:
-        env: Where episodes run; it has ``snapshot`` and what goes with it, see `sim.environment`.
+        env: Where episodes run; it has ``snapshot`` and what goes with it, see
+            `ceed_vla.sim.environment`.
         workers: Processes that share them.
     """
 
@@ -111,8 +125,12 @@ class ReinforceSimulation:
 
 
 def localisation(env: EnvConfig, policy: Path, instruction: str = "") -> dict[str, float]:
-    """Median error [m] of every position in every task on validation scenes: a `training.teacher.Localisation`."""
-    config = GroundingConfig(CheckpointPath(str(policy)), env, SCENES, VALIDATION_SEED, instruction=instruction)
+    """Median error [m] of every position in every task on validation scenes: a
+    `ceed_vla.training.teacher.Localisation`.
+    """
+    config = GroundingConfig(
+        CheckpointPath(str(policy)), env, SCENES, VALIDATION_SEED, instruction=instruction
+    )
     return {
         f"{name.removesuffix('_p50_cm')} in {task}": value / 100
         for task, errors in grounding(config)["tasks"].items()
@@ -122,27 +140,43 @@ def localisation(env: EnvConfig, policy: Path, instruction: str = "") -> dict[st
 
 
 class ClosedLoopValidation:
-    """Success of a checkpoint on validation seeds: a `training.run.ClosedLoop`."""
+    """Success of a checkpoint on validation seeds: a `ceed_vla.training.run.ClosedLoop`."""
 
-    def __init__(self, env: EnvConfig, episodes: int = 40, decoding: str = "ar", instruction: str = "") -> None:
-        self.env, self.episodes, self.decoding, self.instruction = env, episodes, decoding, instruction
+    def __init__(
+        self, env: EnvConfig, episodes: int = 40, decoding: str = "ar", instruction: str = ""
+    ) -> None:
+        self.env = env
+        self.episodes = episodes
+        self.decoding = decoding
+        self.instruction = instruction
 
     def check(self, policy: CeedVLAConfig) -> None:
         """Refuse a policy of another robot before it is trained."""
         check_features(policy, self.env)
 
     def __call__(self, policy: Path) -> tuple[int, int]:
-        """(successes, episodes) of the checkpoint folder `policy`; a bar counts the episodes meanwhile."""
+        """(successes, episodes) of the checkpoint folder `policy`; a bar counts the episodes
+        meanwhile.
+        """
         config = EvalConfig(
-            CheckpointPath(str(policy)), env=self.env, decoders=self.decoding, episodes=self.episodes,
-            seed=VALIDATION_SEED, batch=min(20, -(-self.episodes // PROCESSES)), instruction=self.instruction,
-        )  # fmt: skip
+            CheckpointPath(str(policy)),
+            env=self.env,
+            decoders=self.decoding,
+            episodes=self.episodes,
+            seed=VALIDATION_SEED,
+            batch=min(20, -(-self.episodes // PROCESSES)),
+            instruction=self.instruction,
+        )
         outcomes: list[bool] = []
         with (
             tqdm(total=self.episodes, desc="validate", unit="episode", dynamic_ncols=True) as bar,
-            Workers(PROCESSES, shard_runner, config, EnvPool(config.batch, self.env, self.instruction)) as workers,
+            Workers(
+                PROCESSES, shard_runner, config, EnvPool(config.batch, self.env, self.instruction)
+            ) as workers,
         ):
-            (row,) = resolve_rows([self.decoding], {"policy": CeedVLAConfig.read(resolve_checkpoint(policy))})
+            (row,) = resolve_rows(
+                [self.decoding], {"policy": CeedVLAConfig.read(resolve_checkpoint(policy))}
+            )
             for _, results in workers.map([(row, shard) for shard in shards(config)]):
                 outcomes += [episode.success for episode in results]
                 bar.update(len(results))
@@ -151,7 +185,7 @@ class ClosedLoopValidation:
 
 
 class TakeoverRecorder:
-    """Records one takeover (DAgger) round: a `training.teacher.RecordTakeover`.
+    """Records one takeover (DAgger) round: a `ceed_vla.training.teacher.RecordTakeover`.
 
     Args:
         episodes: Attempts a round.
@@ -160,15 +194,20 @@ class TakeoverRecorder:
     `ConfigError`: The rounds leave the seeds for takeovers, or there is no expert.
     """
 
-    def __init__(self, env: EnvConfig, episodes: int, seed: int, rounds: int, instruction: str = "") -> None:
+    def __init__(
+        self, env: EnvConfig, episodes: int, seed: int, rounds: int, instruction: str = ""
+    ) -> None:
         check_expert(env, f"--rounds {rounds} (takeovers)")
         low, high = TAKEOVER_SEEDS
         if not low <= seed <= high - rounds * episodes:
             raise ConfigError(
-                f"--takeover_seed is {seed}: {rounds} rounds of {episodes} takeovers would leave the seeds "
-                f"{low} to {high - 1}. Choose another first seed, or fewer takeovers."
+                f"--takeover_seed is {seed}: {rounds} rounds of {episodes} takeovers would leave "
+                f"the seeds {low} to {high - 1}. Choose another first seed, or fewer takeovers."
             )
-        self.env, self.episodes, self.seed, self.instruction = env, episodes, seed, instruction
+        self.env = env
+        self.episodes = episodes
+        self.seed = seed
+        self.instruction = instruction
 
     def __call__(self, policy: Path, index: int, folder: Path, minutes: float = 0.0) -> list[Path]:
         """Record round `index` with the checkpoint `policy` into a new root under `folder`.
@@ -185,8 +224,16 @@ class TakeoverRecorder:
             logger.warning("%s has takeovers of other weights; they are not used.", root)
             root = folder / f"round_{index}_{fingerprint(str(policy))}"
         config = RecordConfig(
-            root, self.env, self.episodes, "takeover", seed, resume=True, workers=PROCESSES,
-            instruction=self.instruction, policy_path=policy.resolve(), max_minutes=minutes,
-        )  # fmt: skip
+            root,
+            self.env,
+            self.episodes,
+            "takeover",
+            seed,
+            resume=True,
+            workers=PROCESSES,
+            instruction=self.instruction,
+            policy_path=policy.resolve(),
+            max_minutes=minutes,
+        )
         logger.info("%s", summary := record(config))
         return [root] if summary.frames else []

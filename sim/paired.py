@@ -6,18 +6,26 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sim.rollout import wilson_interval
+from ceed_vla.sim.rollout import wilson_interval
 
 
-def paired_interval(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float, float]:
-    """Difference (first - second) of two proportions measured on the same episodes, with its 95 % interval.
+def paired_interval(
+    both: int, only_first: int, only_second: int, neither: int
+) -> tuple[float, float, float]:
+    """Difference (first - second) of two proportions measured on the same episodes, with its 95 %
+    interval.
 
-    Newcombe's method 10 (Statistics in Medicine 17, 1998): Wilson's intervals of both proportions, combined
-    by the square-and-add rule with their correlation. It keeps its coverage with few or no discordant pairs.
+    Newcombe's method 10 (Statistics in Medicine 17, 1998): Wilson's intervals of both proportions,
+    combined by the square-and-add rule with their correlation. It keeps its coverage with few or no
+    discordant pairs.
     """
-    a, b, c, d = both, only_first, only_second, neither
+    a = both
+    b = only_first
+    c = only_second
+    d = neither
     n = a + b + c + d
-    first, second = (a + b) / n, (a + c) / n
+    first = (a + b) / n
+    second = (a + c) / n
     low_1, high_1 = wilson_interval(a + b, n)
     low_2, high_2 = wilson_interval(a + c, n)
     product = (a + b) * (c + d) * (a + c) * (b + d)
@@ -45,12 +53,17 @@ def sign_test(only_first: int, only_second: int) -> float:
 
 
 def compare_paired(first: Mapping[int, bool], second: Mapping[int, bool]) -> dict[str, Any]:
-    """Compare the success of two decoders by seed on their common seeds, at least one; in percentage points."""
+    """Compare the success of two decoders by seed on their common seeds, at least one; in
+    percentage points.
+    """
     seeds = first.keys() & second.keys()
     counts = [[0, 0], [0, 0]]
     for seed in seeds:
         counts[bool(first[seed])][bool(second[seed])] += 1
-    both, only_first, only_second, neither = counts[1][1], counts[1][0], counts[0][1], counts[0][0]
+    both = counts[1][1]
+    only_first = counts[1][0]
+    only_second = counts[0][1]
+    neither = counts[0][0]
     difference, low, high = paired_interval(both, only_first, only_second, neither)
     return {
         "episodes": len(seeds),

@@ -1,6 +1,6 @@
 """`ceed-vla record`: demonstrations of the scripted experts as a LeRobotDataset v3.
 
-See `sim.recording.config.RecordConfig` for all options.
+See `ceed_vla.sim.recording.config.RecordConfig` for all options.
 """
 
 from __future__ import annotations
@@ -24,16 +24,21 @@ from ceed_vla.data.files import is_whole
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.outputs import owned_folder
+from ceed_vla.sim.environment import Environment, EnvPool, check_features, joined
+from ceed_vla.sim.episode_log import fingerprint
+from ceed_vla.sim.recording.attempts import (
+    Attempt,
+    expert_attempt,
+    frame_features,
+    grounding_scenes,
+)
+from ceed_vla.sim.recording.config import RecordConfig
+from ceed_vla.sim.recording.interrupts import handled_by, held_back
+from ceed_vla.sim.recording.roots import removed_while_empty
+from ceed_vla.sim.recording.takeover import takeover_attempts
+from ceed_vla.sim.rollout import PolicyRunner
 from ceed_vla.wording import counted
 from ceed_vla.workers import Workers
-from sim.environment import Environment, EnvPool, check_features, joined
-from sim.episode_log import fingerprint
-from sim.recording.attempts import Attempt, expert_attempt, frame_features, grounding_scenes
-from sim.recording.config import RecordConfig
-from sim.recording.interrupts import handled_by, held_back
-from sim.recording.roots import removed_while_empty
-from sim.recording.takeover import takeover_attempts
-from sim.rollout import PolicyRunner
 
 logger = logging.getLogger(__name__)
 
@@ -49,19 +54,26 @@ class RecordSummary:
     frames: int
     attempts: int  # attempts made, earlier runs of a resumed set included
     outcomes: dict[str, int]  # attempts by "family/outcome"
-    scenes: int = 0  # most of a stored episode, in mode grounding; 0 in the others, whose attempts have no scenes
+    # most of a stored episode, in mode grounding; 0 in the others, whose attempts have no scenes
+    scenes: int = 0
 
     def __str__(self) -> str:
         outcomes = ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))
         source = counted(self.attempts, "scene" if self.scenes else "attempt")
-        text = f"{counted(self.frames, 'frame')} in {counted(self.episodes, 'episode')}, from {source}"
+        text = (
+            f"{counted(self.frames, 'frame')} in {counted(self.episodes, 'episode')}, from {source}"
+        )
         if self.scenes:
-            text += f" (a grounding episode stores up to {counted(self.scenes, 'scene')}, without actions)"
+            text += (
+                f" (a grounding episode stores up to {counted(self.scenes, 'scene')}, without "
+                "actions)"
+            )
         return f"{self.root}: {text}: {outcomes}"
 
 
 def record(config: RecordConfig) -> RecordSummary:
-    """Record a data set, or the rest of one: an interrupted one has stored all complete units, after which it goes on.
+    """Record a data set, or the rest of one: an interrupted one has stored all complete units,
+    after which it goes on.
 
     What was stored stays readable. Where nothing was, a new `root` is removed again.
 
@@ -79,11 +91,17 @@ def _record(config: RecordConfig) -> RecordSummary:
     """As `record`, into a folder of its own."""
     occupied = config.root.exists() and any(config.root.iterdir())
     if occupied and not config.resume:
-        raise ConfigError(f"{config.root} exists; add --resume to continue it, or choose a new --root")
+        raise ConfigError(
+            f"{config.root} exists; add --resume to continue it, or choose a new --root"
+        )
     if occupied and not is_recording(config.root):
-        raise ConfigError(f"{config.root} was not written by `ceed-vla record`; choose a new --root")
+        raise ConfigError(
+            f"{config.root} was not written by `ceed-vla record`; choose a new --root"
+        )
     if config.mode == "takeover" and config.policy_path is None:
-        raise ConfigError("mode takeover needs --policy.path, the checkpoint folder of the policy that drives")
+        raise ConfigError(
+            "mode takeover needs --policy.path, the checkpoint folder of the policy that drives"
+        )
     with (
         removed_while_empty(config.root),
         handled_by(),
@@ -93,8 +111,11 @@ def _record(config: RecordConfig) -> RecordSummary:
         check_requirements(config, pool.env(0))
         features = frame_features(pool.env(0), config)
         try:
-            name, env = f"local/{config.root.resolve().name}", config.env
-            writer = DatasetWriter(config.root, repo_id=name, fps=env.fps, features=features, robot_type=env.type)
+            name = f"local/{config.root.resolve().name}"
+            env = config.env
+            writer = DatasetWriter(
+                config.root, repo_id=name, fps=env.fps, features=features, robot_type=env.type
+            )
         except OSError as error:
             raise DatasetError(
                 f"{config.root} cannot be written ({error}); make room, or choose another root"
@@ -136,7 +157,10 @@ def unit_recorder(config: RecordConfig, pool: EnvPool) -> Callable[[range], list
         bundle = joined(load(config.policy_path or ""), config.env)
         runner = PolicyRunner(bundle, config.decoding, executed_steps=config.executed_steps)
         if runner.alone:
-            raise ConfigError(f"decoding is {config.decoding}: attempts share batches, where a deadline means nothing.")
+            raise ConfigError(
+                f"decoding is {config.decoding}: attempts share batches, where a deadline means "
+                "nothing."
+            )
         return lambda seeds: takeover_attempts(runner, pool, seeds, config)
     env = pool.env(0)
     if config.mode == "grounding":
@@ -182,10 +206,12 @@ class _Session:
                 f"that of {config.policy_path} is {own.get(POLICY)}: its weights or settings have "
                 "changed. Give the policy of the first run, or choose a new --root."
             )
-        if changed := sorted(name for name in own.keys() | first.keys() if own.get(name) != first.get(name)):
+        if changed := sorted(
+            name for name in own.keys() | first.keys() if own.get(name) != first.get(name)
+        ):
             raise ConfigError(
-                f"{config.root} was recorded with other options ({', '.join(changed)}); repeat the first "
-                "command with --resume (only --episodes may grow), or choose a new --root"
+                f"{config.root} was recorded with other options ({', '.join(changed)}); repeat the "
+                "first command with --resume (only --episodes may grow), or choose a new --root"
             )
         self._load(stored)
         self.bar = tqdm(
@@ -196,21 +222,32 @@ class _Session:
             disable=not config.progress,
             dynamic_ncols=True,
         )
-        self.started, self.first_frame = time.perf_counter(), writer.frames
+        self.started = time.perf_counter()
+        self.first_frame = writer.frames
 
     def _checked(self, stored: dict[str, Any]) -> dict[str, Any]:
         """What `_progress` wrote, whose counts agree; nothing of a new data set."""
         if not stored:
             return stored
-        outcomes, attempts = stored.get("outcomes"), stored.get("attempts")
+        outcomes = stored.get("outcomes")
+        attempts = stored.get("attempts")
         counts: list[Any] = list(outcomes.values()) if isinstance(outcomes, dict) else [None]
         seeds = [stored.get(name) for name in ("failed_seeds", "episode_seeds")]
         lists = all(isinstance(s, list) and all(is_whole(seed, 0) for seed in s) for s in seeds)
-        fits = isinstance(stored.get("config"), dict) and lists and all(is_whole(n, 0) for n in [attempts, *counts])
-        if not fits or sum(counts) != attempts or len(stored["episode_seeds"]) != self.writer.episodes:
+        fits = (
+            isinstance(stored.get("config"), dict)
+            and lists
+            and all(is_whole(n, 0) for n in [attempts, *counts])
+        )
+        if (
+            not fits
+            or sum(counts) != attempts
+            or len(stored["episode_seeds"]) != self.writer.episodes
+        ):
             raise DatasetError(
-                f"{self.config.root / PROGRESS_FILE} is damaged: its attempts, outcomes and seeds do not fit the "
-                f"{counted(self.writer.episodes, 'stored episode')}. Record into a new root."
+                f"{self.config.root / PROGRESS_FILE} is damaged: its attempts, outcomes and seeds "
+                f"do not fit the {counted(self.writer.episodes, 'stored episode')}. Record into a "
+                "new root."
             )
         return stored
 
@@ -223,7 +260,8 @@ class _Session:
     def units(self) -> Iterator[range]:
         """Seeds of the units that are missing, until the time is over."""
         first, size = self.config.first_seed, self.config.unit_size
-        last, most = first + self.config.episodes, 60 * self.config.max_minutes
+        last = first + self.config.episodes
+        most = 60 * self.config.max_minutes
         for seed in range(first + self.attempts, last, size):
             if most and time.perf_counter() - self.started > most:
                 return
@@ -248,7 +286,9 @@ class _Session:
         self.bar.update(len(attempts))
         rate = (self.writer.frames - self.first_frame) / (time.perf_counter() - self.started)
         lost = len(self.failed_seeds)
-        self.bar.set_postfix_str(f"{counted(self.writer.frames, 'frame')}, {rate:.0f} frames/s, {lost} not finished")
+        self.bar.set_postfix_str(
+            f"{counted(self.writer.frames, 'frame')}, {rate:.0f} frames/s, {lost} not finished"
+        )
 
     def summary(self) -> RecordSummary:
         """What is in the data set now."""
@@ -275,11 +315,16 @@ class _Session:
             self._load(self.writer.progress)
             if not isinstance(error, OSError):
                 raise
-            reason = "the disk is full" if error.errno == errno.ENOSPC else f"writing failed: {error}"
-            stored = f"{counted(self.writer.episodes, 'episode')} ({counted(self.writer.frames, 'frame')})"
+            reason = (
+                "the disk is full" if error.errno == errno.ENOSPC else f"writing failed: {error}"
+            )
+            stored = (
+                f"{counted(self.writer.episodes, 'episode')} "
+                f"({counted(self.writer.frames, 'frame')})"
+            )
             raise DatasetError(
-                f"{self.config.root}: {reason}. Stored and readable: {stored}; make room and repeat "
-                "the command with --resume"
+                f"{self.config.root}: {reason}. Stored and readable: {stored}; make room and "
+                "repeat the command with --resume"
             ) from error
 
     def _progress(self) -> dict[str, Any]:

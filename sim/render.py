@@ -1,6 +1,7 @@
 """Off-screen rendering shared by all environments of a process.
 
-A GL context is expensive, so every scene and image size has one renderer; environments hand it their own `mjData`.
+A GL context is expensive, so every scene and image size has one renderer; environments hand it
+their own `mjData`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ _renderers: dict[tuple[str, int], mujoco.Renderer] = {}
 def check_image_size(size: int, largest: int) -> None:
     """Raise `SimulationError` unless images of `size` x `size` pixels can be rendered."""
     if not isinstance(size, int | np.integer) or not _MIN_IMAGE_SIZE <= size <= largest:
-        raise SimulationError(f"Image size {size!r} px; give an integer from {_MIN_IMAGE_SIZE} to {largest}.")
+        raise SimulationError(
+            f"Image size {size!r} px; give an integer from {_MIN_IMAGE_SIZE} to {largest}."
+        )
 
 
 def tune(model: mujoco.MjModel) -> None:
-    """Leave out shadows, multisampling and reflections, most of the time of software rendering at 96 px."""
+    """Leave out shadows, multisampling and reflections, most of the time of software rendering at
+    96 px.
+    """
     model.vis.quality.shadowsize = 0
     model.vis.quality.offsamples = 0
     model.vis.quality.numslices = 12
@@ -36,11 +41,16 @@ def tune(model: mujoco.MjModel) -> None:
 
 
 def coarsen(model: mujoco.MjModel, cell: float) -> None:
-    """Draw meshes with fewer faces: vertices in one cube of `cell` [m] become one. What collides stays as it is."""
+    """Draw meshes with fewer faces: vertices in one cube of `cell` [m] become one. What collides
+    stays as it is.
+    """
     for mesh in range(model.nmesh):
         vertices = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
-        _, first, cube = np.unique(np.round(vertices / cell), axis=0, return_index=True, return_inverse=True)
-        start, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
+        _, first, cube = np.unique(
+            np.round(vertices / cell), axis=0, return_index=True, return_inverse=True
+        )
+        start = model.mesh_faceadr[mesh]
+        count = model.mesh_facenum[mesh]
         faces = first[cube.ravel()][model.mesh_face[start : start + count]]  # (F, 3)
         kept = np.flatnonzero((np.diff(np.sort(faces)) > 0).all(1))
         end = start + len(kept)
@@ -52,7 +62,8 @@ def coarsen(model: mujoco.MjModel, cell: float) -> None:
 def render(
     scene: str, model: mujoco.MjModel, data: mujoco.MjData, camera: str, size: int, smooth: int = 1
 ) -> NDArray[np.uint8]:
-    """Image (size, size, 3) of a state, without shadows and reflections; each pixel the mean of `smooth` x `smooth`.
+    """Image (size, size, 3) of a state, without shadows and reflections; each pixel the mean of
+    `smooth` x `smooth`.
 
     `scene` names the `model`: where it was rendered before, the first one's shapes are drawn.
     `SimulationError`: When no GL context can be made, or the size cannot be rendered.
@@ -75,11 +86,13 @@ def _make_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
     check_image_size(size, model.vis.global_.offwidth)
     try:
         renderer = mujoco.Renderer(model, size, size)
-    except Exception as error:  # the GL loaders raise many types, AttributeError and ImportError among them
+    # the GL loaders raise many types, AttributeError and ImportError among them
+    except Exception as error:
         raise SimulationError(
             f"No OpenGL context for rendering (MUJOCO_GL={os.environ.get('MUJOCO_GL', 'not set')}: "
             f"{type(error).__name__}: {error}). On Debian or Ubuntu install the software renderer, "
-            "`apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1`, and set MUJOCO_GL=egl."
+            "`apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1`, and set "
+            "MUJOCO_GL=egl."
         ) from error
     # Registered after the GL library's own handler, so it runs before that one.
     atexit.unregister(close_renderers)

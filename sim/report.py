@@ -25,13 +25,27 @@ COLUMNS = (  # a line break is a space in Markdown
 )
 NOTES = (
     "success: 95 % Wilson interval; every row ran the same seeds.",
-    "forwards: after the prefill, per chunk, in the closed loop; single-token forwards for ar and ar_h.",
+    (
+        "forwards: after the prefill, per chunk, in the closed loop; single-token forwards for ar "
+        "and ar_h."
+    ),
     "layers: layers that ran in these forwards, and that the prefix ran through; means per chunk.",
-    "latency: pre-processing, prefill and decoding of one chunk at batch 1; same observations, interleaved.",
-    "rate: executed steps per p50 latency, the rate at which the policy can feed a robot without pausing.",
-    "speed-up: p50 latency of the same model's full autoregressive decoder in this run / own p50 latency; "
-    "decode speed-up: the same without pre-processing and prefill.",
-    "tokens = AR: executed tokens equal to the same model's own greedy ones, on the timing observations.",
+    (
+        "latency: pre-processing, prefill and decoding of one chunk at batch 1; same observations, "
+        "interleaved."
+    ),
+    (
+        "rate: executed steps per p50 latency, the rate at which the policy can feed a robot "
+        "without pausing."
+    ),
+    (
+        "speed-up: p50 latency of the same model's full autoregressive decoder in this run / own "
+        "p50 latency; decode speed-up: the same without pre-processing and prefill."
+    ),
+    (
+        "tokens = AR: executed tokens equal to the same model's own greedy ones, on the timing "
+        "observations."
+    ),
 )
 _MISSING = "-"
 
@@ -47,31 +61,51 @@ def _by_decoder(
     """Header and cells of a table with a column for whatever the decoders' `key` names."""
     found = {name: entry.get(key, {}) for name, entry in report["decoders"].items()}
     columns = sorted({column for values in found.values() for column in values})
-    rows = [(name, *(cell(values.get(column)) for column in columns)) for name, values in found.items()]
+    rows = [
+        (name, *(cell(values.get(column)) for column in columns)) for name, values in found.items()
+    ]
     return ("decoder", *columns), rows
 
 
 def paired_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Cells of the paired comparisons: row, reference, difference, discordant episodes, p."""
-    pairs = ((name, *pair) for name, entry in report["decoders"].items() for pair in entry.get("paired", {}).items())
+    pairs = (
+        (name, *pair)
+        for name, entry in report["decoders"].items()
+        for pair in entry.get("paired", {}).items()
+    )
     forms = (
         "{difference_points:+.1f} [{ci95_points[0]:+.1f}, {ci95_points[1]:+.1f}]",
         "{only_this} : {only_reference} of {episodes}",
         "{sign_test_p:.2g}",
     )
-    return [(name, reference, *(form.format(**pair) for form in forms)) for name, reference, pair in pairs]
+    return [
+        (name, reference, *(form.format(**pair) for form in forms))
+        for name, reference, pair in pairs
+    ]
 
 
 DELAYS = (
-    "While a chunk is decoded, the one before goes on; where it ends, the robot holds. A delay is rounded up to whole "
-    "control steps. Means over the solved episodes; motion is in the units of the actions."
+    "While a chunk is decoded, the one before goes on; where it ends, the robot holds. A delay is "
+    "rounded up to whole control steps. Means over the solved episodes; motion is in the units of "
+    "the actions."
 )
-DELAY_COLUMNS = ("decoder", "delay [steps]", "success [95 %]", "seconds", "path", "change per step", "jerk [1/s^3]")
+DELAY_COLUMNS = (
+    "decoder",
+    "delay [steps]",
+    "success [95 %]",
+    "seconds",
+    "path",
+    "change per step",
+    "jerk [1/s^3]",
+)
 
 
 def delay_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Cells of what latency in the loop does, decoder by decoder."""
-    rows = sorted(report["decoders"].items(), key=lambda item: (item[1]["delay_of"], item[1]["delay_steps"]))
+    rows = sorted(
+        report["decoders"].items(), key=lambda item: (item[1]["delay_of"], item[1]["delay_steps"])
+    )
 
     def motion(entry: Mapping[str, Any]) -> Iterator[str]:
         steps = entry["steps_mean_of_successes"]
@@ -80,21 +114,36 @@ def delay_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
             value = entry.get(f"{name}_mean_of_successes")
             yield _MISSING if value is None else f"{value:.3g}"
 
-    return [(name, str(entry["delay_steps"]), success_cell(entry), *motion(entry)) for name, entry in rows]
+    return [
+        (name, str(entry["delay_steps"]), success_cell(entry), *motion(entry))
+        for name, entry in rows
+    ]
 
 
 PAIRED = (
     "Difference of the success rates in percentage points (Newcombe's paired interval); "
     "episodes that only one of the two solved."
 )
-PAIRED_COLUMNS = ("decoder", "against", "points [95 %]", "only this : only reference", "sign test p")
+PAIRED_COLUMNS = (
+    "decoder",
+    "against",
+    "points [95 %]",
+    "only this : only reference",
+    "sign test p",
+)
 
 
 def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
     """The whole of ``report.md``; `figures` are files to show at the end, relative to it."""
     parts = [f"# Evaluation on {report['env']}", ""]
     if not report["complete"]:
-        parts += ["**Partial: the evaluation was interrupted; only the episodes that finished are counted.**", ""]
+        parts += [
+            (
+                "**Partial: the evaluation was interrupted; only the episodes that finished are "
+                "counted.**"
+            ),
+            "",
+        ]
     columns = tuple(column.replace("\n", " ").replace(" -up", "-up") for column in COLUMNS)
     parts += [
         _conditions(report),
@@ -107,9 +156,23 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
     if len(header) > 1:
         parts += ["", "## Success by task", "", markdown_table(header, rows)]
     if pairs := paired_rows(report):
-        parts += ["", "## Paired comparison on common seeds", "", PAIRED, "", markdown_table(PAIRED_COLUMNS, pairs)]
+        parts += [
+            "",
+            "## Paired comparison on common seeds",
+            "",
+            PAIRED,
+            "",
+            markdown_table(PAIRED_COLUMNS, pairs),
+        ]
     if any(entry.get("delay_steps") for entry in report["decoders"].values()):
-        parts += ["", "## Latency in the loop", "", DELAYS, "", markdown_table(DELAY_COLUMNS, delay_rows(report))]
+        parts += [
+            "",
+            "## Latency in the loop",
+            "",
+            DELAYS,
+            "",
+            markdown_table(DELAY_COLUMNS, delay_rows(report)),
+        ]
     ends = _by_decoder(report, "exit_reasons", lambda count: str(count or 0))
     parts += ["", "## How the chunks ended", "", markdown_table(*ends), ""]
     parts += [f"![{Path(figure).stem}]({figure})\n" for figure in figures]
@@ -155,7 +218,13 @@ def cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         filled("{speedup_vs_ar:.1f}x"),
         filled("{decode_speedup_vs_ar:.1f}x"),
         # Cut rather than rounded: only full agreement shows as 100 %.
-        _MISSING if agreed is None else "100 %" if agreed == 1 else f"{int(1000 * agreed) / 10:.1f} %",
+        (
+            _MISSING
+            if agreed is None
+            else "100 %"
+            if agreed == 1
+            else f"{int(1000 * agreed) / 10:.1f} %"
+        ),
     )
 
 
@@ -163,25 +232,39 @@ def success_cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return _MISSING
     low, high = (100 * end for end in entry["success_ci95"])
-    rate = f"{100 * entry['success_rate']:.1f} % [{low:.0f}, {high:.0f}]" if entry["episodes"] else _MISSING
+    rate = (
+        f"{100 * entry['success_rate']:.1f} % [{low:.0f}, {high:.0f}]"
+        if entry["episodes"]
+        else _MISSING
+    )
     return f"{entry['success']}/{entry['episodes']} = {rate}"
 
 
 def _conditions(report: Mapping[str, Any]) -> str:
-    hardware, timing, seeds = report["hardware"], report.get("timing"), report["seeds"]
+    hardware = report["hardware"]
+    timing = report.get("timing")
+    seeds = report["seeds"]
     models = [
-        f"{role} {report[role]['name']} ({report[role]['sha256']})" for role in ("policy", "teacher") if report[role]
+        f"{role} {report[role]['name']} ({report[role]['sha256']})"
+        for role in ("policy", "teacher")
+        if report[role]
     ]
     episodes = counted(seeds["count"], "episode")
     split = f", split {report['split']}" if report["split"] else ""
     lines = [
-        f"- Task {report['task']}{split}, {episodes} a decoder, "
-        f"{_seed_range(report)}; {report['executed_steps']} of {report['chunk_size']} steps of a chunk are "
-        "executed before the next one.",
+        (
+            f"- Task {report['task']}{split}, {episodes} a decoder, {_seed_range(report)}; "
+            f"{report['executed_steps']} of {report['chunk_size']} steps of a chunk are executed "
+            "before the next one."
+        ),
         f"- Checkpoints: {', '.join(models)}.",
-        f"- Machine: {hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gb']} GB; "
-        f"device {hardware['device']}, {counted(hardware['threads'], 'thread')} of torch.",
-        "- Versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
+        (
+            f"- Machine: {hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gb']} GB; "
+            f"device {hardware['device']}, {counted(hardware['threads'], 'thread')} of torch."
+        ),
+        "- Versions: "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        + ".",
     ]
     if timing:
         chunks = counted(timing["chunks"], "consecutive chunk")
@@ -194,11 +277,15 @@ def _conditions(report: Mapping[str, Any]) -> str:
 
 
 def _seed_range(report: Mapping[str, Any]) -> str:
-    first, count = report["seeds"]["first"], report["seeds"]["count"]
+    first = report["seeds"]["first"]
+    count = report["seeds"]["count"]
     return f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
 
 
 def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    lines = [
+        "| " + " | ".join(header) + " |",
+        "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|",
+    ]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)

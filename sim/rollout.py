@@ -1,11 +1,12 @@
 """The closed loop: many environments in lock step, with one batched decode for all of them.
 
-Evaluation, validation during training, takeover recordings, clips and pictures all drive the policy by `replan`.
+Evaluation, validation during training, takeover recordings, clips and pictures all drive the policy
+by `replan`.
 
-**Determinism.** Environments take all randomness from `reset(seed)`, and a row of a batch does not look at
-the other rows, so an episode depends on its seed and not on its neighbours, as far as floating point allows:
-kernels for other batch sizes may round differently, and a token whose two best bins tie may then flip. Random
-guesses are the one exception: a batch shares one generator.
+**Determinism.** Environments take all randomness from `reset(seed)`, and a row of a batch does not
+look at the other rows, so an episode depends on its seed and not on its neighbours, as far as
+floating point allows: kernels for other batch sizes may round differently, and a token whose two
+best bins tie may then flip. Random guesses are the one exception: a batch shares one generator.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from torch import Tensor
 
 from ceed_vla.checkpoints import load
 from ceed_vla.real_time import decode_behind
-from sim.environment import MIXED, Bundle, Environment, EnvPool, Observation, images_of, joined, observation_batch
+from ceed_vla.sim.environment import (
+    MIXED,
+    Bundle,
+    Environment,
+    EnvPool,
+    Observation,
+    images_of,
+    joined,
+    observation_batch,
+)
 
 NO_LIMIT = 10**9  # steps
 SHARD = 20  # episodes that workers run side by side
@@ -33,9 +43,12 @@ class Chunk:
     """One decoded chunk of one environment."""
 
     tokens: Tensor  # (n,) int64
-    actions: np.ndarray | None  # (m, A) float32, in the environment's units; None if the tokens stand for no chunk
+    # (m, A) float32, in the environment's units; None if the tokens stand for no chunk
+    actions: np.ndarray | None
     forwards: int  # forwards after the prefill that this row took
-    exit_reason: str  # the rule that ended its decoding; "malformed" if the tokens stand for no chunk
+    exit_reason: (
+        str  # the rule that ended its decoding; "malformed" if the tokens stand for no chunk
+    )
     # Wall time of the whole batch, by stage, and its size ("rows"). A latency only if rows is 1.
     seconds: dict[str, float]
     block_layers: int = 0  # layers that ran in these
@@ -56,7 +69,8 @@ class EpisodeResult:
     instruction: str = ""
     success: bool = False  # solved within the step limit
     steps: int = 0  # control steps done
-    forwards: list[int] = field(default_factory=list)  # of every chunk, as the lists below: what `Chunk` says
+    # of every chunk, as the lists below: what `Chunk` says
+    forwards: list[int] = field(default_factory=list)
     exit_reasons: list[str] = field(default_factory=list)
     block_layers: list[int] = field(default_factory=list)
     prefix_layers: list[int] = field(default_factory=list)
@@ -68,8 +82,9 @@ class EpisodeResult:
 def motion_of(actions: np.ndarray, increments: Sequence[int], fps: int) -> dict[str, float]:
     """How an episode's `actions` (T, A) moved the robot, in their own units.
 
-    ``action_rate`` is their mean change from step to step, ``path`` the length of the commanded path, ``jerk`` the mean
-    of its third derivative [1/s^3]. The path is what the dimensions `increments` add up to; without any, the actions.
+    ``action_rate`` is their mean change from step to step, ``path`` the length of the commanded
+    path, ``jerk`` the mean of its third derivative [1/s^3]. The path is what the dimensions
+    `increments` add up to; without any, the actions.
     """
     steps = actions[:, list(increments)] if increments else np.diff(actions, axis=0)  # (T, ...)
 
@@ -90,9 +105,11 @@ class PolicyRunner:
         bundle: Policy, pre-processor and post-processor; the processors may be None (identity).
         decoding: A name, such as "cap2", or a `DecodingConfig`.
         generator: Random source of random guesses; None = the configuration's seed.
-        executed_steps: Steps of a chunk that are executed before the next; the policy's own ``n_action_steps`` if None.
-        delay: Steps that the robot takes while a chunk is decoded. The chunk before goes on meanwhile, so its tokens of
-            these steps begin the new one (`ceed_vla.real_time`); where it ends, the robot holds.
+        executed_steps: Steps of a chunk that are executed before the next; the policy's own
+            ``n_action_steps`` if None.
+        delay: Steps that the robot takes while a chunk is decoded. The chunk before goes on
+            meanwhile, so its tokens of these steps begin the new one (`ceed_vla.real_time`); where
+            it ends, the robot holds.
     """
 
     def __init__(
@@ -118,7 +135,8 @@ class PolicyRunner:
         previous: Sequence[Tensor | None],
         frozen: Sequence[Tensor] = (),
     ) -> list[Chunk]:
-        """A chunk for each of B observations and instructions; `previous`: tokens (n,) of the one before, if any.
+        """A chunk for each of B observations and instructions; `previous`: tokens (n,) of the one
+        before, if any.
 
         `frozen` are the tokens (k * A,) that each chunk begins with, if any.
         """
@@ -146,13 +164,28 @@ class PolicyRunner:
             read=False,
         )
         actions = self._actions(result.tokens)
-        tokens, forwards, found = result.tokens.cpu(), result.iterations.tolist(), []
+        tokens = result.tokens.cpu()
+        forwards = result.iterations.tolist()
+        found = []
         seconds = {**(result.seconds or {}), "rows": len(observations)}
         none = torch.zeros_like(result.iterations)
-        block, prefix = (none if layers is None else layers for layers in (result.layer_forwards, result.prefix_layers))
+        block, prefix = (
+            none if layers is None else layers
+            for layers in (result.layer_forwards, result.prefix_layers)
+        )
         for row, chunk in enumerate(actions):
             reason = "malformed" if chunk is None else result.exit_reason[row]
-            found.append(Chunk(tokens[row], chunk, forwards[row], reason, seconds, int(block[row]), int(prefix[row])))
+            found.append(
+                Chunk(
+                    tokens[row],
+                    chunk,
+                    forwards[row],
+                    reason,
+                    seconds,
+                    int(block[row]),
+                    int(prefix[row]),
+                )
+            )
         return found
 
     @property
@@ -165,7 +198,9 @@ class PolicyRunner:
         return Chunk(tokens, self._actions(tokens.unsqueeze(0))[0], 0, "given", {})
 
     def _actions(self, tokens: Tensor) -> list[np.ndarray | None]:
-        """The chunks (m, A) of `tokens` (B, n) in the environment's units, None where they stand for none."""
+        """The chunks (m, A) of `tokens` (B, n) in the environment's units, None where they stand
+        for none.
+        """
         readable = self.policy.tokenizer.readable(tokens)  # (B,)
         actions = self.policy.tokenizer.decode(tokens[readable])
         actions = actions if self.postprocessor is None else self.postprocessor(actions)
@@ -178,7 +213,9 @@ def stack_previous(previous: Sequence[Tensor | None]) -> Tensor | None:
     known = next((tokens for tokens in previous if tokens is not None), None)
     if known is None:
         return None
-    return torch.stack([torch.full_like(known, -1) if tokens is None else tokens for tokens in previous])
+    return torch.stack(
+        [torch.full_like(known, -1) if tokens is None else tokens for tokens in previous]
+    )
 
 
 @dataclass
@@ -220,8 +257,12 @@ class Replan:
     finished: bool = False  # whether the episode ended
 
 
-def replan(runner: PolicyRunner, episodes: Sequence[Episode], *, watch: bool = False) -> list[Replan]:
-    """Observe, decode once for all episodes, execute until the next observation; `watch` keeps the views."""
+def replan(
+    runner: PolicyRunner, episodes: Sequence[Episode], *, watch: bool = False
+) -> list[Replan]:
+    """Observe, decode once for all episodes, execute until the next observation; `watch` keeps the
+    views.
+    """
     observations = [episode.env.observe() for episode in episodes]
     size = tokens_per_step(runner)
     chunks = runner.decode(
@@ -237,7 +278,12 @@ def replan(runner: PolicyRunner, episodes: Sequence[Episode], *, watch: bool = F
 
 
 def execute(
-    runner: PolicyRunner, episode: Episode, observation: Observation, chunk: Chunk, *, watch: bool = False
+    runner: PolicyRunner,
+    episode: Episode,
+    observation: Observation,
+    chunk: Chunk,
+    *,
+    watch: bool = False,
 ) -> Replan:
     """Execute a chunk until the next observation; `watch` keeps the views."""
     env, result = episode.env, episode.result
@@ -248,14 +294,20 @@ def execute(
     result.block_layers.append(chunk.block_layers)
     result.prefix_layers.append(chunk.prefix_layers)
     result.seconds.append(chunk.seconds)
-    # A chunk that cannot be read holds the arm still; so does one that ends before the next is ready.
+    # A chunk that cannot be read holds the arm still; so does one that ends before the next is
+    # ready.
     fresh: Any = [None] * runner.executed_steps if chunk.actions is None else chunk.actions
     before: list[Any] = [*episode.rest[0], *[None] * runner.delay][: runner.delay]
     begin = min(runner.delay, len(episode.rest[0]))
-    end, size = begin + max(runner.executed_steps - runner.delay, 0), tokens_per_step(runner)
-    if held := (runner.delay - begin) * size:  # so many tokens fewer are behind the robot at the next observation
+    end = begin + max(runner.executed_steps - runner.delay, 0)
+    size = tokens_per_step(runner)
+    # so many tokens fewer are behind the robot at the next observation
+    if held := (runner.delay - begin) * size:
         episode.previous = torch.cat([chunk.tokens[:held], chunk.tokens])[: len(chunk.tokens)]
-    episode.rest = fresh[end:], chunk.tokens[len(chunk.tokens) if chunk.actions is None else end * size :]
+    episode.rest = (
+        fresh[end:],
+        chunk.tokens[len(chunk.tokens) if chunk.actions is None else end * size :],
+    )
     for planned in [*before, *fresh[begin:end]][: episode.limit - result.steps]:
         action = env.hold_action() if planned is None else planned
         result.success = env.advance(action)
@@ -280,7 +332,9 @@ def tokens_per_step(runner: PolicyRunner) -> int:
 def drive(
     runner: PolicyRunner, pool: EnvPool, seed: int, task: str = MIXED, *, watch: bool = False
 ) -> Iterator[Replan]:
-    """Run one episode in the first environment of a pool, the same as `rollout` does, and yield every replan."""
+    """Run one episode in the first environment of a pool, the same as `rollout` does, and yield
+    every replan.
+    """
     episode = Episode.start(pool.env(0), seed, task, pool.max_episode_steps)
     while not episode.over:
         yield from replan(runner, [episode], watch=watch)
@@ -294,8 +348,9 @@ def rollout(
 ) -> list[EpisodeResult]:
     """Run `episodes` of (seed, task); when one ends, the next takes over its environment.
 
-    Results are in the order of the episodes; `on_episode` is called as each ends. The runner's bundle is `joined` for
-    the environments of `pool`, all of which run side by side, unless the runner decodes with a deadline.
+    Results are in the order of the episodes; `on_episode` is called as each ends. The runner's
+    bundle is `joined` for the environments of `pool`, all of which run side by side, unless the
+    runner decodes with a deadline.
     """
     results: list[EpisodeResult] = []
     waiting = iter(episodes)
@@ -314,15 +369,21 @@ def rollout(
         for episode in active.values():
             if episode.over:
                 on_episode(episode.result)
-        slots = [begin(i) if episode is not None and episode.over else episode for i, episode in enumerate(slots)]
+        slots = [
+            begin(i) if episode is not None and episode.over else episode
+            for i, episode in enumerate(slots)
+        ]
     return results
 
 
 def episode_runner(
     policy: str, env: EnvConfig, instruction: str = ""
 ) -> Callable[[tuple[Any, int | None, Any]], list[EpisodeResult]]:
-    """What runs a shard of (seed, task) by a decoding and executed steps, in a process of its own; see `Workers`."""
-    bundle, pool = joined(load(policy), env), EnvPool(SHARD, env, instruction)
+    """What runs a shard of (seed, task) by a decoding and executed steps, in a process of its own;
+    see `Workers`.
+    """
+    bundle = joined(load(policy), env)
+    pool = EnvPool(SHARD, env, instruction)
 
     def run(item: tuple[Any, int | None, Sequence[tuple[int, str]]]) -> list[EpisodeResult]:
         decoding, executed_steps, episodes = item
@@ -333,7 +394,9 @@ def episode_runner(
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a success rate, at 95 % for the default normal quantile `z`; (0, 1) without trials."""
+    """Wilson score interval of a success rate, at 95 % for the default normal quantile `z`; (0, 1)
+    without trials.
+    """
     if trials == 0:
         return 0.0, 1.0
     rate = successes / trials
@@ -343,9 +406,12 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 
 def success_entry(solved: Iterable[bool]) -> dict[str, Any]:
-    """What a report says of episodes: how many, how many were `solved`, and the rate with its interval."""
+    """What a report says of episodes: how many, how many were `solved`, and the rate with its
+    interval.
+    """
     outcomes = list(solved)
-    success, count = sum(outcomes), len(outcomes)
+    success = sum(outcomes)
+    count = len(outcomes)
     return {
         "success": success,
         "episodes": count,

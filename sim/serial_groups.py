@@ -1,7 +1,8 @@
-"""Serial groups: what becomes of an episode from every state of one decode path (S-GRPO, arXiv 2505.07686).
+"""Serial groups: what becomes of an episode from every state of one decode path (S-GRPO, arXiv
+2505.07686).
 
-The states of a path are ordered, each what an exit would execute. So they are one group: all go on from the same state
-of the simulator, and the same decoder drives each to the end of the episode.
+The states of a path are ordered, each what an exit would execute. So they are one group: all go on
+from the same state of the simulator, and the same decoder drives each to the end of the episode.
 """
 
 from __future__ import annotations
@@ -21,9 +22,18 @@ from ceed_vla.decoding.exits import Seen
 from ceed_vla.decoding.learned import Group, Learned, features
 from ceed_vla.decoding.registry import register_exit
 from ceed_vla.errors import ConfigError
+from ceed_vla.sim.environment import TAKEOVER_SEEDS, EnvPool, joined, observation_batch, turns
+from ceed_vla.sim.rollout import (
+    SHARD,
+    Episode,
+    PolicyRunner,
+    episode_runner,
+    execute,
+    replan,
+    stack_previous,
+    tokens_per_step,
+)
 from ceed_vla.workers import Workers
-from sim.environment import TAKEOVER_SEEDS, EnvPool, joined, observation_batch, turns
-from sim.rollout import SHARD, Episode, PolicyRunner, episode_runner, execute, replan, stack_previous, tokens_per_step
 
 Decision = tuple[int, str, int]  # seed, task, chunks before it
 Outcome = tuple[str, int, str, bool, int]  # decoder, seed, task, whether it was solved, chunks
@@ -50,7 +60,9 @@ class Watched(Learned):
 
 @dataclass
 class SerialGroups:
-    """Rollouts for `training.reinforce`, shared by `workers` processes; `env` has ``snapshot`` and ``restore``."""
+    """Rollouts for `ceed_vla.training.reinforce`, shared by `workers` processes; `env` has
+    ``snapshot`` and ``restore``.
+    """
 
     env: EnvConfig
     workers: int = 2
@@ -59,25 +71,35 @@ class SerialGroups:
         """Whether each decoder solves each seed, and in how many chunks, as shards end."""
         low, high = TAKEOVER_SEEDS
         if not low <= seeds.start < seeds.stop <= high:
-            raise ConfigError(f"--seed and --scouts give {seeds}; those for training are {low} to {high - 1}.")
+            raise ConfigError(
+                f"--seed and --scouts give {seeds}; those for training are {low} to {high - 1}."
+            )
         tasks = turns(self.env)
         with EnvPool(1, self.env) as pool:  # before the first episode
             pool.env(0).needs("reinforce", *NEEDED)
         plan = [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)]
         with Workers(self.workers, episode_runner, policy, self.env) as workers:
             runs = [(decoder, shard) for shard in batched(plan, SHARD) for decoder in decoders]
-            for (decoder, shard), found in zip(runs, workers.map((d, None, s) for d, s in runs), strict=True):
+            for (decoder, shard), found in zip(
+                runs, workers.map((d, None, s) for d, s in runs), strict=True
+            ):
                 for result, (seed, task) in zip(found, shard, strict=True):
                     yield decoder, seed, task, result.success, len(result.forwards)
 
-    def groups(self, policy: str, decoder: str, cap: int, decisions: Sequence[Decision]) -> Iterator[Group]:
-        """The group of every decision that an episode driven by `decoder` reaches, as shards end."""
+    def groups(
+        self, policy: str, decoder: str, cap: int, decisions: Sequence[Decision]
+    ) -> Iterator[Group]:
+        """The group of every decision that an episode driven by `decoder` reaches, as shards
+        end.
+        """
         with Workers(self.workers, group_runner, policy, self.env, decoder, cap) as workers:
             for found in workers.map(batched(decisions, SHARD)):
                 yield from found
 
 
-def group_runner(policy: str, env: EnvConfig, decoder: str, cap: int) -> Callable[[Sequence[Decision]], list[Group]]:
+def group_runner(
+    policy: str, env: EnvConfig, decoder: str, cap: int
+) -> Callable[[Sequence[Decision]], list[Group]]:
     """What runs the groups of some decisions, in a process of its own."""
     runner = PolicyRunner(joined(load(policy), env), decoder)
     pool = EnvPool(SHARD * (cap + 1), env)
@@ -87,9 +109,14 @@ def group_runner(policy: str, env: EnvConfig, decoder: str, cap: int) -> Callabl
         groups: list[Group] = []
         branches: list[tuple[Group, list[int], Episode, Tensor]] = []
         for episode, path, states in _paths(runner, _driven(runner, pool, decisions), cap):
-            executed = [tuple(state[: runner.executed_steps * tokens_per_step(runner)].tolist()) for state in states]
+            executed = [
+                tuple(state[: runner.executed_steps * tokens_per_step(runner)].tolist())
+                for state in states
+            ]
             groups.append(group := Group(episode.result.seed, path, [None] * len(states)))
-            for first in dict.fromkeys(map(executed.index, executed)) if len(set(executed)) > 1 else ():
+            for first in (
+                dict.fromkeys(map(executed.index, executed)) if len(set(executed)) > 1 else ()
+            ):
                 branch = _branched(episode, pool, len(decisions) + len(branches))
                 alike = [i for i, tokens in enumerate(executed) if tokens == executed[first]]
                 branches.append((group, alike, branch, states[first]))
@@ -108,8 +135,12 @@ def group_runner(policy: str, env: EnvConfig, decoder: str, cap: int) -> Callabl
 def _driven(runner: PolicyRunner, pool: EnvPool, decisions: Sequence[Decision]) -> list[Episode]:
     """The episodes that reach their decision, there."""
     limit = pool.max_episode_steps
-    episodes = [Episode.start(pool.env(i), seed, task, limit) for i, (seed, task, _) in enumerate(decisions)]
-    left = {id(episode): chunks for episode, (_, _, chunks) in zip(episodes, decisions, strict=True)}
+    episodes = [
+        Episode.start(pool.env(i), seed, task, limit) for i, (seed, task, _) in enumerate(decisions)
+    ]
+    left = {
+        id(episode): chunks for episode, (_, _, chunks) in zip(episodes, decisions, strict=True)
+    }
     while active := [episode for episode in episodes if left[id(episode)] and not episode.over]:
         replan(runner, active)
         left |= {id(episode): left[id(episode)] - 1 for episode in active}
@@ -119,7 +150,9 @@ def _driven(runner: PolicyRunner, pool: EnvPool, decisions: Sequence[Decision]) 
 def _paths(
     runner: PolicyRunner, episodes: Sequence[Episode], cap: int
 ) -> Iterator[tuple[Episode, NDArray[np.float64], list[Tensor]]]:
-    """What a head sees (K, F) of each episode's next chunk, and its states (n,), after every forward."""
+    """What a head sees (K, F) of each episode's next chunk, and its states (n,), after every
+    forward.
+    """
     if not episodes:
         return
     observations = [episode.env.observe() for episode in episodes]
@@ -142,5 +175,7 @@ def _branched(episode: Episode, pool: EnvPool, slot: int) -> Episode:
     """The episode once more, in the environment of a slot."""
     env = pool.env(slot)
     env.follow(episode.env)
-    result = replace(episode.result, forwards=[], exit_reasons=[], block_layers=[], prefix_layers=[], seconds=[])
+    result = replace(
+        episode.result, forwards=[], exit_reasons=[], block_layers=[], prefix_layers=[], seconds=[]
+    )
     return replace(episode, env=env, result=result, actions=[*episode.actions])

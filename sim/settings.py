@@ -9,7 +9,7 @@ from lerobot.envs.configs import EnvConfig
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import Checked, ranged
-from sim.tabletop.lerobot_env import mixed_tabletop
+from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
 
 
 @dataclass
@@ -26,7 +26,8 @@ class CheckpointPath(Checked, prefix="the checkpoint's "):
         """The policy's path; `ConfigError` if there is none."""
         if not self.path:
             raise ConfigError(
-                "--policy.path is missing; give a checkpoint folder, or student or teacher for the shipped ones."
+                "--policy.path is missing; give a checkpoint folder, or student or teacher for the "
+                "shipped ones."
             )
         return self.path
 
@@ -37,8 +38,10 @@ class DrivenConfig(Checked, prefix="--"):
 
     Attributes:
         policy: The policy.
-        env: The environment; its tasks take turns over the seeds, or it draws them (env.task=mixed).
-        instruction: What the policy is told, where the environment says nothing or other words than the data.
+        env: The environment; its tasks take turns over the seeds, or it draws them
+            (env.task=mixed).
+        instruction: What the policy is told, where the environment says nothing or other words than
+            the data.
         threads: Threads of torch; None leaves torch's choice.
     """
 

@@ -19,11 +19,18 @@ from numpy.typing import NDArray
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.fields import SEEDS, ranged
 from ceed_vla.outputs import claim_file
-from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, images_of, observation_batch, turns
-from sim.evaluate import MOVED, load_bundles
-from sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure
-from sim.rollout import PolicyRunner, Replan, drive, stack_previous
-from sim.settings import CheckpointPath, DrivenConfig
+from ceed_vla.sim.environment import (
+    EVALUATION_SEEDS,
+    Bundle,
+    EnvPool,
+    images_of,
+    observation_batch,
+    turns,
+)
+from ceed_vla.sim.evaluate import MOVED, load_bundles
+from ceed_vla.sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure
+from ceed_vla.sim.rollout import PolicyRunner, Replan, drive, stack_previous
+from ceed_vla.sim.settings import CheckpointPath, DrivenConfig
 
 UNKNOWN, WRONG, AHEAD, SETTLED = range(4)
 _COLORS = (FAINT, "#F0A46A", SKY, BLUE)
@@ -41,10 +48,12 @@ class ShowConfig(DrivenConfig):
     """Options of ``ceed-vla show``.
 
     Attributes:
-        teacher: Its autoregressive teacher; without one the policy's own autoregressive decoding is shown.
+        teacher: Its autoregressive teacher; without one the policy's own autoregressive decoding is
+            shown.
         output: PNG file to write; an earlier picture of ours is replaced.
         seed: Seed of the episode.
-        chunk: Which chunk of the episode is shown; the policy drives until then. 0 has no warm start.
+        chunk: Which chunk of the episode is shown; the policy drives until then. 0 has no warm
+            start.
         executed_steps: Steps executed of each chunk.
         device: Overrides the checkpoints' device.
     """
@@ -77,12 +86,16 @@ def show(config: ShowConfig) -> Path:
     bundles = load_bundles(config)
     policy = bundles["policy"][0].config
     with EnvPool(1, config.env, config.instruction) as pool:
-        runner = PolicyRunner(bundles["policy"], policy.decoding, executed_steps=config.executed_steps)
+        runner = PolicyRunner(
+            bundles["policy"], policy.decoding, executed_steps=config.executed_steps
+        )
         moments = drive(runner, pool, config.seed, turns(config.env)[0])
         *_, replan = islice(moments, config.chunk + 1)  # the last one of a shorter episode
     panels = build_panels(bundles, replan, policy.decoding, config.executed_steps)
     with mpl.rc_context(STYLE):
-        figure = draw(panels, replan, max(policy.block_length // policy.chunk_size, 1), config.executed_steps)
+        figure = draw(
+            panels, replan, max(policy.block_length // policy.chunk_size, 1), config.executed_steps
+        )
         save_figure(figure, path, dpi=170)
     return path
 
@@ -92,9 +105,11 @@ def build_panels(
 ) -> list[Panel]:
     """Decode the observation of `replan` in three ways and find out when every token settled.
 
-    Token by token, the teacher's Jacobi (where there is a teacher), and the policy's Jacobi with its exit.
+    Token by token, the teacher's Jacobi (where there is a teacher), and the policy's Jacobi with
+    its exit.
     """
-    taught, strict = "teacher" in bundles, DecodingConfig(guess=early_exit.guess)
+    taught = "teacher" in bundles
+    strict = DecodingConfig(guess=early_exit.guess)
     block = int(bundles["teacher" if taught else "policy"][0].config.block_length)
     title = f"{'Teacher' if taught else 'Policy'}, token by token: {block - 1} forwards"
     panels = [Panel(title, autoregressive_status(block), block - 1)]
@@ -106,16 +121,23 @@ def build_panels(
     return [*panels, _jacobi_panel(title, bundles["policy"], replan, early_exit, executed_steps)]
 
 
-def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: DecodingConfig, executed_steps: int) -> Panel:
+def _jacobi_panel(
+    title: str, bundle: Bundle, replan: Replan, decoding: DecodingConfig, executed_steps: int
+) -> Panel:
     """All states on the way to the fixed point, and where `decoding` leaves it."""
     policy, preprocessor, _ = bundle
     batch = preprocessor(observation_batch([replan.observation], [replan.instruction]))
     previous = stack_previous([replan.previous])
-    request: dict[str, Any] = {"previous": previous, "shift_steps": executed_steps, "executed_steps": executed_steps}
+    request: dict[str, Any] = {
+        "previous": previous,
+        "shift_steps": executed_steps,
+        "executed_steps": executed_steps,
+    }
     strict = DecodingConfig(method="jacobi", guess=decoding.guess, seed=decoding.seed)
     result = policy.decode(batch, strict, record_states=True, **request)
     early = policy.decode(batch, decoding, **request)
-    count, all_forwards = int(early.iterations[0]), int(result.iterations[0])
+    count = int(early.iterations[0])
+    all_forwards = int(result.iterations[0])
     title += f": {count} block forward{'s' if count != 1 else ''}"
     if all_forwards > count:
         title += f" (to convergence: {all_forwards})"
@@ -127,8 +149,8 @@ def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: Decoding
 def jacobi_status(states: NDArray[np.integer]) -> NDArray[np.int_]:
     """When every token took its final value for good.
 
-    The last row of `states` (iterations + 1, n) is the fixed point. The result has their shape: `SETTLED` where all up
-    to here are final, `AHEAD` behind one that is not, `WRONG` elsewhere.
+    The last row of `states` (iterations + 1, n) is the fixed point. The result has their shape:
+    `SETTLED` where all up to here are final, `AHEAD` behind one that is not, `WRONG` elsewhere.
     """
     equal = states == states[-1]  # (k + 1, n)
     final = np.logical_and.accumulate(equal[::-1], axis=0)[::-1]  # equal from here on
@@ -137,22 +159,35 @@ def jacobi_status(states: NDArray[np.integer]) -> NDArray[np.int_]:
 
 
 def autoregressive_status(block: int) -> NDArray[np.int_]:
-    """(n, n): after j forwards the first j + 1 tokens are there (the first comes with the prefill)."""
+    """(n, n): after j forwards the first j + 1 tokens are there (the first comes with the
+    prefill).
+    """
     return np.where(np.tri(block, dtype=bool), SETTLED, UNKNOWN)
 
 
 def draw(panels: list[Panel], replan: Replan, width: int, executed_steps: int) -> Figure:
-    """The whole picture: what the policy sees, and a map of tokens, `width` a step, over forwards a panel."""
+    """The whole picture: what the policy sees, and a map of tokens, `width` a step, over forwards a
+    panel.
+    """
     row_inches, gap = 0.135, 0.95
     heights = [row_inches * max(len(panel.status), 3) for panel in panels]
     height = sum(heights) + gap * len(panels) + 1.2
     figure = Figure(figsize=(13.0, height))
-    left, right, top = 0.285, 0.94, height - 1.0
+    left = 0.285
+    right = 0.94
+    top = height - 1.0
     for panel, inches in zip(panels, heights, strict=True):
         axes = figure.add_axes((left, (top - inches) / height, right - left, inches / height))
         _draw_panel(axes, panel, width, executed_steps, last=panel is panels[-1])
         top -= inches + gap
-    figure.text(0.025, 1 - 0.38 / height, f"“{replan.instruction}”", fontsize=16, fontweight="bold", va="center")
+    figure.text(
+        0.025,
+        1 - 0.38 / height,
+        f"“{replan.instruction}”",
+        fontsize=16,
+        fontweight="bold",
+        va="center",
+    )
     _draw_cameras(figure, replan, height)
     return figure
 
@@ -160,20 +195,38 @@ def draw(panels: list[Panel], replan: Replan, width: int, executed_steps: int) -
 def _draw_panel(axes: Axes, panel: Panel, width: int, executed_steps: int, *, last: bool) -> None:
     rows, block = panel.status.shape
     axes.pcolormesh(
-        np.arange(block + 1), np.arange(rows + 1) - 0.5, panel.status,
-        cmap=ListedColormap(list(_COLORS)), vmin=-0.5, vmax=3.5, edgecolors="white", linewidth=0.5,
-    )  # fmt: skip
+        np.arange(block + 1),
+        np.arange(rows + 1) - 0.5,
+        panel.status,
+        cmap=ListedColormap(list(_COLORS)),
+        vmin=-0.5,
+        vmax=3.5,
+        edgecolors="white",
+        linewidth=0.5,
+    )
     for boundary in range(width, block, width):
         axes.axvline(boundary, color="white", lw=2.2)
     axes.axvline(executed_steps * width, color=INK, lw=1.4, ls=(0, (4, 2)))
     if panel.exit_row < rows - 1:  # what would follow without the exit
         axes.axhspan(panel.exit_row + 0.5, rows - 0.5, color="white", alpha=0.62, lw=0, zorder=3)
     if panel.exit_note:
-        axes.plot([0, block], [panel.exit_row + 0.5] * 2, color=VERMILLION, lw=2.2, clip_on=False, zorder=4)
+        axes.plot(
+            [0, block],
+            [panel.exit_row + 0.5] * 2,
+            color=VERMILLION,
+            lw=2.2,
+            clip_on=False,
+            zorder=4,
+        )
         axes.text(
-            block + 0.4, panel.exit_row + 0.5, f"exit\n{panel.exit_note}",
-            color=VERMILLION, fontsize=9, va="center", fontweight="bold",
-        )  # fmt: skip
+            block + 0.4,
+            panel.exit_row + 0.5,
+            f"exit\n{panel.exit_note}",
+            color=VERMILLION,
+            fontsize=9,
+            va="center",
+            fontweight="bold",
+        )
         axes.text(block + 0.4, 0, panel.start, color=GREY, fontsize=9, va="center")
     axes.set(xlim=(0, block), ylim=(rows - 0.5, -0.5), title=panel.title, ylabel="forwards")
     axes.set_yticks(range(rows) if rows <= 16 else [*range(0, rows - 2, 10), rows - 1])
@@ -183,22 +236,39 @@ def _draw_panel(axes: Axes, panel: Panel, width: int, executed_steps: int, *, la
     axes.spines[:].set_visible(False)
     if last:
         axes.annotate(
-            "left of the dashed line: executed before the next chunk", (executed_steps * width, 0), (-6, -24),
-            xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="top", style="italic",
-        )  # fmt: skip
+            "left of the dashed line: executed before the next chunk",
+            (executed_steps * width, 0),
+            (-6, -24),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            style="italic",
+        )
 
 
 def _draw_cameras(figure: Figure, replan: Replan, height: float) -> None:
-    side, width, top = 2.55, figure.get_figwidth(), height - 1.0  # [inch]
+    # [inch]
+    side = 2.55
+    width = figure.get_figwidth()
+    top = height - 1.0
     for name, pixels in images_of(replan.observation).items():
         axes = figure.add_axes((0.025, (top - side) / height, side / width, side / height))
         axes.imshow(pixels, interpolation="nearest")
         axes.set_axis_off()
         camera = f"{name.rpartition('.')[2]} camera"
-        figure.text(0.025, (top - side - 0.16) / height, camera, fontsize=9, color=GREY, va="center")
+        figure.text(
+            0.025, (top - side - 0.16) / height, camera, fontsize=9, color=GREY, va="center"
+        )
         top -= side + 0.42
     handles = [Patch(facecolor=_COLORS[code], label=label) for code, label in _LABELS.items()]
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.018, (top + 0.1) / height), frameon=False, fontsize=9,
-        labelspacing=0.9, handlelength=1.2, handleheight=1.1,
-    )  # fmt: skip
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.018, (top + 0.1) / height),
+        frameon=False,
+        fontsize=9,
+        labelspacing=0.9,
+        handlelength=1.2,
+        handleheight=1.1,
+    )

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 import ceed_vla
-from sim.paired import compare_paired
-from sim.rollout import EpisodeResult, success_entry
+from ceed_vla.sim.paired import compare_paired
+from ceed_vla.sim.rollout import EpisodeResult, success_entry
 
 
 def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
-    """One decoder's success with its Wilson interval, overall and per task; forwards of the chunks; how they ended."""
+    """One decoder's success with its Wilson interval, overall and per task; forwards of the chunks;
+    how they ended.
+    """
     forwards = np.array([count for episode in episodes for count in episode.forwards])
     families = sorted({episode.task for episode in episodes})
     entry = success_entry(episode.success for episode in episodes)
@@ -28,18 +30,30 @@ def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
             "chunks": len(forwards),
             "forwards_mean": round(float(forwards.mean()), 4),
             "forwards_p95": float(np.percentile(forwards, 95)),
-            "forwards_histogram": {str(k): v for k, v in sorted(Counter(forwards.tolist()).items())},
+            "forwards_histogram": {
+                str(k): v for k, v in sorted(Counter(forwards.tolist()).items())
+            },
         }
     for name in ("block_layers", "prefix_layers"):
         layers = [count for episode in episodes for count in getattr(episode, name)]
         if len(layers) == len(forwards) > 0:  # episodes of an older file have none
             entry[f"{name}_mean"] = round(float(np.mean(layers)), 4)
     solved = [episode for episode in episodes if episode.success]
-    entry["steps_mean_of_successes"] = round(float(np.mean([e.steps for e in solved])), 2) if solved else None
-    for name in solved[0].motion if solved and all(e.motion for e in solved) else ():  # an older file has none
-        entry[f"{name}_mean_of_successes"] = float(np.mean([episode.motion[name] for episode in solved]))
-    entry["exit_reasons"] = dict(sorted(Counter(r for episode in episodes for r in episode.exit_reasons).items()))
-    entry["per_task"] = {family: success_entry(e.success for e in episodes if e.task == family) for family in families}
+    entry["steps_mean_of_successes"] = (
+        round(float(np.mean([e.steps for e in solved])), 2) if solved else None
+    )
+    # an older file has none
+    for name in solved[0].motion if solved and all(e.motion for e in solved) else ():
+        entry[f"{name}_mean_of_successes"] = float(
+            np.mean([episode.motion[name] for episode in solved])
+        )
+    entry["exit_reasons"] = dict(
+        sorted(Counter(r for episode in episodes for r in episode.exit_reasons).items())
+    )
+    entry["per_task"] = {
+        family: success_entry(e.success for e in episodes if e.task == family)
+        for family in families
+    }
     entry["failed_seeds"] = sorted(episode.seed for episode in episodes if not episode.success)
     return entry
 
@@ -47,8 +61,13 @@ def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
 def paired_entries(
     name: str, results: Mapping[str, Sequence[EpisodeResult]], references: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Paired comparison of decoder `name` with every one of `references` that ran on common seeds."""
-    outcomes = {row: {episode.seed: episode.success for episode in episodes} for row, episodes in results.items()}
+    """Paired comparison of decoder `name` with every one of `references` that ran on common
+    seeds.
+    """
+    outcomes = {
+        row: {episode.seed: episode.success for episode in episodes}
+        for row, episodes in results.items()
+    }
     return {
         reference: compare_paired(outcomes[name], outcomes[reference])
         for reference in references
@@ -59,7 +78,11 @@ def paired_entries(
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    return {**found, **{name: version(name) for name in ("mujoco", "lerobot")}, "ceed_vla": ceed_vla.__version__}
+    return {
+        **found,
+        **{name: version(name) for name in ("mujoco", "lerobot")},
+        "ceed_vla": ceed_vla.__version__,
+    }
 
 
 def hardware(device: str) -> dict[str, Any]:

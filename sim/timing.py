@@ -17,18 +17,20 @@ from torch import Tensor
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.registry import find_decoder
 from ceed_vla.engine import CompiledBackbone, compiled
+from ceed_vla.sim.decoders import Row
+from ceed_vla.sim.drafted import DraftedRunner
+from ceed_vla.sim.environment import Bundle, EnvPool, observation_batch
+from ceed_vla.sim.rollout import PolicyRunner, drive
 from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
-from sim.decoders import Row
-from sim.drafted import DraftedRunner
-from sim.environment import Bundle, EnvPool, observation_batch
-from sim.rollout import PolicyRunner, drive
 
 WARM_UP = 3
 ENGINES = ("eager", "compiled", "fastest")
 PARTS = ("process", "checks", "prefill", "block", "token")
-Probe = Callable[[dict[str, Any], str], dict[str, float]]  # observation, instruction -> seconds by part
-Observations = list[tuple[dict[str, Any], str]]  # consecutive replans of one episode: observation, instruction
+# observation, instruction -> seconds by part
+Probe = Callable[[dict[str, Any], str], dict[str, float]]
+# consecutive replans of one episode: observation, instruction
+Observations = list[tuple[dict[str, Any], str]]
 
 
 @dataclass
@@ -46,11 +48,13 @@ def collect_observations(
 ) -> list[Observations]:
     """Observations at the replans of closed-loop episodes, one list an episode.
 
-    The `runner` drives episodes of (seed, task) in the first environment of the pool until there are enough `chunks`.
-    One episode gives a quarter of them at most, so that a stuck one cannot dominate.
+    The `runner` drives episodes of (seed, task) in the first environment of the pool until there
+    are enough `chunks`. One episode gives a quarter of them at most, so that a stuck one cannot
+    dominate.
     """
     collected: list[Observations] = []
-    wanted, longest = chunks, max(1, chunks // 4)
+    wanted = chunks
+    longest = max(1, chunks // 4)
     for seed, task in episodes:
         replans = islice(drive(runner, pool, seed, task), min(wanted, longest))
         collected.append([(replan.observation, replan.instruction) for replan in replans])
@@ -66,10 +70,12 @@ def measure(
     episodes: Sequence[Observations],
     on_chunk: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, Samples], dict[str, dict[str, list[float]]]]:
-    """Time every runner and probe on every observation; samples of the runners, and seconds by what the probes name.
+    """Time every runner and probe on every observation; samples of the runners, and seconds by what
+    the probes name.
 
-    A runner's warm start is its own chunk for the observation before, as in its own closed loop. All take turns on each
-    observation, in rotating order, so that slow phases of the machine hit all of them.
+    A runner's warm start is its own chunk for the observation before, as in its own closed loop.
+    All take turns on each observation, in rotating order, so that slow phases of the machine hit
+    all of them.
     """
     samples = {name: Samples() for name in runners}
     probed: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in probes}
@@ -102,10 +108,13 @@ def measure(
 def bare_parts(bundle: Bundle) -> Probe:
     """Times what a chunk is made of, alone: `PARTS`.
 
-    "checks" are those of images, state, words and tokens, "block" is a forward of n - 1 tokens, "token" of one.
+    "checks" are those of images, state, words and tokens, "block" is a forward of n - 1 tokens,
+    "token" of one.
     """
     policy, preprocess, _ = bundle
-    n, device, cold = policy.config.block_length, str(policy.config.device), True
+    n = policy.config.block_length
+    device = str(policy.config.device)
+    cold = True
 
     def now() -> float:
         if device.startswith("cuda"):
@@ -121,24 +130,35 @@ def bare_parts(bundle: Bundle) -> Probe:
         times.append(now())
         policy.check_observation(batch)
         for name in ("The previous chunk", "The guess"):
-            check_tokens(torch.zeros(1, n, dtype=torch.int64), name, (1, n), policy.backbone.vocabulary_size)
+            check_tokens(
+                torch.zeros(1, n, dtype=torch.int64), name, (1, n), policy.backbone.vocabulary_size
+            )
         times.append(now())
         prefix = policy.backbone.prefill(batch)
         times.append(now())
         for k in (n - 1, 1):
-            policy.backbone.block_logits(prefix, torch.zeros(1, k, dtype=torch.int64, device=device))
+            policy.backbone.block_logits(
+                prefix, torch.zeros(1, k, dtype=torch.int64, device=device)
+            )
             times.append(now())
         if cold and isinstance(policy.backbone, CompiledBackbone):
             policy.backbone.compile_now(prefix)
         cold = False
-        return {name: after - before for name, (before, after) in zip(PARTS, pairwise(times), strict=True)}
+        return {
+            name: after - before
+            for name, (before, after) in zip(PARTS, pairwise(times), strict=True)
+        }
 
     return probe
 
 
 def engines_of(decoding: DecodingConfig, engines: Sequence[str]) -> Sequence[str]:
     """Those of `engines` that a decoder can run in."""
-    return ("eager",) if getattr(find_decoder(decoding.method)[0].make, "eager_only", False) else engines
+    return (
+        ("eager",)
+        if getattr(find_decoder(decoding.method)[0].make, "eager_only", False)
+        else engines
+    )
 
 
 def in_engine(bundle: Bundle, engine: str) -> Bundle:
@@ -151,8 +171,12 @@ def in_engine(bundle: Bundle, engine: str) -> Bundle:
     return policy, *bundle[1:]
 
 
-def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int | None) -> PolicyRunner:
-    """The runner of a row; random guesses differ from chunk to chunk and are the same in every run."""
+def make_runner(
+    row: Row, bundles: Mapping[str, Bundle], executed_steps: int | None
+) -> PolicyRunner:
+    """The runner of a row; random guesses differ from chunk to chunk and are the same in every
+    run.
+    """
     generator = torch.Generator().manual_seed(row.decoding.seed)
     if row.draft:
         draft = PolicyRunner(bundles["policy"], row.draft, generator, executed_steps, row.delay)
@@ -160,14 +184,21 @@ def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int | N
     return PolicyRunner(bundles[row.model], row.decoding, generator, executed_steps, row.delay)
 
 
-def summarise(samples: Samples, reference: Samples, tokens: ActionTokens, executed_steps: int) -> dict[str, Any]:
-    """Entries of ``report.json`` that come from timing: latencies [ms], control rate [Hz], speed-ups and agreement.
+def summarise(
+    samples: Samples, reference: Samples, tokens: ActionTokens, executed_steps: int
+) -> dict[str, Any]:
+    """Entries of ``report.json`` that come from timing: latencies [ms], control rate [Hz],
+    speed-ups and agreement.
 
-    The `reference` is the same model's full autoregressive decoder on the same observations; the actions
-    that are executed are compared, as tokens and, by their mean difference, in the units of the policy.
+    The `reference` is the same model's full autoregressive decoder on the same observations; the
+    actions that are executed are compared, as tokens and, by their mean difference, in the units of
+    the policy.
     """
     blocks = [torch.stack(s.tokens) for s in (samples, reference)]  # (chunks, n)
-    own, other = (block[:, : executed_steps * (tokens.tokens_per_step or tokens.block_length)] for block in blocks)
+    own, other = (
+        block[:, : executed_steps * (tokens.tokens_per_step or tokens.block_length)]
+        for block in blocks
+    )
     both = tokens.readable(blocks[0]) & tokens.readable(blocks[1])
     actions, exact = (tokens.decode(block[both])[:, :executed_steps] for block in blocks)
     latency = percentiles(samples.total)
@@ -177,7 +208,9 @@ def summarise(samples: Samples, reference: Samples, tokens: ActionTokens, execut
         "prefill_ms": percentiles(samples.prefill),
         "control_rate_hz": round(1000 * executed_steps / latency["p50"], 1),
         "speedup_vs_ar": round(float(np.median(reference.total) / np.median(samples.total)), 3),
-        "decode_speedup_vs_ar": round(float(np.median(reference.decode) / np.median(samples.decode)), 3),
+        "decode_speedup_vs_ar": round(
+            float(np.median(reference.decode) / np.median(samples.decode)), 3
+        ),
         "action_error": round(float((actions - exact).abs().mean()), 5),
         "equal_to_ar": float((own == other).double().mean()),
     }
@@ -186,4 +219,7 @@ def summarise(samples: Samples, reference: Samples, tokens: ActionTokens, execut
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """p50, p95 and p99 in [ms]."""
     values = 1000 * np.percentile(seconds, (50, 95, 99))
-    return {name: round(float(value), 3) for name, value in zip(("p50", "p95", "p99"), values, strict=True)}
+    return {
+        name: round(float(value), 3)
+        for name, value in zip(("p50", "p95", "p99"), values, strict=True)
+    }

@@ -21,7 +21,9 @@ if importlib.util.find_spec("torch") is not None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a busy machine real time may fail a test that is right: CI runs such a one once more, and reports that."""
+    """On a busy machine real time may fail a test that is right: CI runs such a one once more, and
+    reports that.
+    """
     if os.environ.get("CI"):
         for item in items:
             if item.get_closest_marker("realtime"):
@@ -30,7 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Tests run beside each other (`-n 2`), but those with a robot's processes, or in real time, have both cores."""
+    """Tests run beside each other (`-n 2`), but those with a robot's processes, or in real time,
+    have both cores.
+    """
     if not (run := os.environ.get("PYTEST_XDIST_TESTRUNUID")):
         return (yield)
     alone = item.get_closest_marker("realtime") or "graph" in getattr(item, "fixturenames", ())
@@ -44,7 +48,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.fixture
 def own_precision() -> Iterator[None]:
-    """For tests that run commands in this process: their precision and their packages are not the others'."""
+    """For tests that run commands in this process: their precision and their packages are not the
+    others'.
+    """
     from accelerate.state import AcceleratorState
 
     from ceed_vla import discovery

@@ -42,8 +42,8 @@ class ToyConfig:
 
     Attributes:
         root: The folder.
-        steps: How often; a sentence that is long enough to need a second line of text, so that wrapping is seen,
-            even on a terminal that is as wide as the help text may become.
+        steps: How often; a sentence that is long enough to need a second line of text, so that
+            wrapping is seen, even on a terminal that is as wide as the help text may become.
         mode: "good" or "fine".
         rate: How fast.
         resume: Go on.
@@ -79,11 +79,17 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def run_in_new_process(*words: str) -> subprocess.CompletedProcess[str]:
     script = (
-        "import sys; from ceed_vla import cli; code = cli.main(sys.argv[1:]); "
-        "print('HEAVY', [m for m in ('torch', 'lerobot', 'mujoco', 'numpy') if m in sys.modules]); sys.exit(code)"
+        "import sys; from ceed_vla import cli; code = cli.main(sys.argv[1:]); print('HEAVY', [m "
+        "for m in ('torch', 'lerobot', 'mujoco', 'numpy') if m in sys.modules]); sys.exit(code)"
     )
     root = Path(cli.__file__).parents[1]
-    return subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=root, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", script, *words],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["nonsense"]])
@@ -95,7 +101,9 @@ def test_overview_has_one_line_per_command(capsys: pytest.CaptureFixture[str]) -
     assert cli.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, command in cli.COMMANDS.items():
-        assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [[name, command.summary]]
+        assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [
+            [name, command.summary]
+        ]
 
 
 def test_no_command_prints_the_overview_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +133,8 @@ def test_every_command_exists() -> None:
         assert callable(getattr(module, function))
         config_class = getattr(module, config)
         names = {item.name for item in config_class.__dataclass_fields__.values()}
-        command.kept.format_map(dict.fromkeys(names, ""))  # the message of an interrupt must not fail
+        # the message of an interrupt must not fail
+        command.kept.format_map(dict.fromkeys(names, ""))
 
 
 def test_result_is_printed(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,8 +164,14 @@ def test_report_is_not_printed(toy: Any, capsys: pytest.CaptureFixture[str]) -> 
         (["--root", "x", "--rate=1e999"], "--rate is inf; it must be a finite number"),
         (["--root", "x", "--steps=1", "--steps=2"], "--steps is given twice"),
         (["--root", "x", "--resume=maybe"], "--resume is 'maybe'; it must be true or false"),
-        (["--root=x", "--inner.sizes=[1, many]"], "--inner.sizes.1 is 'many'; it must be a whole number"),
-        (["--root=x", f"--inner.sizes={'[' * 5000}"], "--inner.sizes cannot be read: it is nested too deep"),
+        (
+            ["--root=x", "--inner.sizes=[1, many]"],
+            "--inner.sizes.1 is 'many'; it must be a whole number",
+        ),
+        (
+            ["--root=x", f"--inner.sizes={'[' * 5000}"],
+            "--inner.sizes cannot be read: it is nested too deep",
+        ),
         (["--root=x", "="], "unknown flag '='"),
         (["--root=x", "--=1"], "unknown flag '--=1'"),
         (["--root=x", "--" + "q" * 100_000], "unknown flag '--qqq"),
@@ -170,7 +185,9 @@ def test_report_is_not_printed(toy: Any, capsys: pytest.CaptureFixture[str]) -> 
         (["--root", "x", "--config_path"], "--config_path needs a value"),
     ],
 )
-def test_wrong_usage(toy: Any, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+def test_wrong_usage(
+    toy: Any, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
     assert cli.main(["toy", *flags]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("ceed-vla toy: error: ")
@@ -180,9 +197,13 @@ def test_wrong_usage(toy: Any, capsys: pytest.CaptureFixture[str], flags: list[s
     assert captured.out == ""
 
 
-def test_refused_value_is_an_error_of_the_configuration(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_value_is_an_error_of_the_configuration(
+    toy: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["toy", "--root=x", "--mode=bad"]) == 1
-    assert capsys.readouterr().err == "ceed-vla toy: error: unknown mode 'bad'; choose good or fine\n"
+    assert (
+        capsys.readouterr().err == "ceed-vla toy: error: unknown mode 'bad'; choose good or fine\n"
+    )
 
 
 class SafetensorError(Exception):
@@ -196,18 +217,32 @@ class SafetensorError(Exception):
         (DatasetError("a\x1b[2Jb\udcff"), "a?[2Jb?"),
         (DatasetError("x" * 10_000), "xxx ..."),
         (PermissionError(13, "denied", "x"), "x: denied"),
-        (OSError(errno.ENOSPC, "No space left on device", "a.png"), "a.png: No space left on device; make room"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.png"),
+            "a.png: No space left on device; make room",
+        ),
         (OSError("no network"), "no network"),
-        (SafetensorError("header too large"), "weights cannot be read or written (header too large)"),
+        (
+            SafetensorError("header too large"),
+            "weights cannot be read or written (header too large)",
+        ),
         (MemoryError(), "not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TB"), "not enough memory"),
         (RecursionError("maximum"), "nested too deep"),
-        (ModuleNotFoundError("No module named 'rclpy'"), "No module named 'rclpy'; `ceed-vla doctor`"),
-        (KeyError("steps"), "unexpected KeyError: 'steps' (this is a defect or damaged input; CEED_VLA_TRACEBACK=1"),
+        (
+            ModuleNotFoundError("No module named 'rclpy'"),
+            "No module named 'rclpy'; `ceed-vla doctor`",
+        ),
+        (
+            KeyError("steps"),
+            "unexpected KeyError: 'steps' (this is a defect or damaged input; CEED_VLA_TRACEBACK=1",
+        ),
         (AssertionError(), "unexpected AssertionError"),
     ],
 )
-def test_error_is_one_line(toy: Any, capsys: pytest.CaptureFixture[str], error: Exception, words: str) -> None:
+def test_error_is_one_line(
+    toy: Any, capsys: pytest.CaptureFixture[str], error: Exception, words: str
+) -> None:
     def fail(config: ToyConfig) -> None:
         raise error
 
@@ -328,9 +363,14 @@ def test_help_in_full(toy: Any, capsys: pytest.CaptureFixture[str], words: list[
     assert "the rest:\n  --unexplained INT" in text
 
 
-def test_range_in_help_is_the_one_in_the_error(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_range_in_help_is_the_one_in_the_error(
+    toy: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["toy", "--root=x", "--rate=7"]) == 1
-    assert capsys.readouterr().err == "ceed-vla toy: error: rate is 7.0; it must be a finite number in (0, 1].\n"
+    assert (
+        capsys.readouterr().err
+        == "ceed-vla toy: error: rate is 7.0; it must be a finite number in (0, 1].\n"
+    )
 
 
 def test_packages_of_the_user_are_imported_first(
@@ -413,7 +453,9 @@ def test_a_folder_and_a_device_are_no_files_of_flags(tmp_path: Path) -> None:
 
 
 def test_numbers_are_those_of_yaml_1_2() -> None:
-    config = parse_flags(ToyConfig, ["--root=x", "--steps=010", "--rate=1e-3", "--inner.sizes=[010, 1]"])
+    config = parse_flags(
+        ToyConfig, ["--root=x", "--steps=010", "--rate=1e-3", "--inner.sizes=[010, 1]"]
+    )
     assert (config.steps, config.rate, config.inner.sizes) == (10, 0.001, [10, 1])
 
 

@@ -31,26 +31,32 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("toy_of_test_cli_help")
     module.ToyConfig = ToyConfig  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(cli.COMMANDS, "toy", cli.Command("a toy", f"{module.__name__} ToyConfig run"))
+    monkeypatch.setitem(
+        cli.COMMANDS, "toy", cli.Command("a toy", f"{module.__name__} ToyConfig run")
+    )
     return module
 
 
 def test_help_imports_nothing_heavy() -> None:
     """It would take seconds; how long it takes is not asserted, as machines differ."""
     script = (
-        "import sys; from ceed_vla import cli\n"
-        "for name in cli.COMMANDS: assert cli.main([name, '--help']) == cli.main([name, '--help=all']) == 0\n"
-        "heavy = ('torch', 'lerobot', 'transformers', 'mujoco', 'numpy')\n"
-        "print('HEAVY', [name for name in heavy if name in sys.modules])"
+        "import sys; from ceed_vla import cli\nfor name in cli.COMMANDS: assert cli.main([name, "
+        "'--help']) == cli.main([name, '--help=all']) == 0\nheavy = ('torch', 'lerobot', "
+        "'transformers', 'mujoco', 'numpy')\nprint('HEAVY', [name for name in heavy if name in "
+        "sys.modules])"
     )
     root = Path(cli.__file__).parents[1]
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith("HEAVY []\n")
 
 
 def test_help_is_up_to_date() -> None:
-    """The stored pages are those of the configurations; the output names the command that writes them anew."""
+    """The stored pages are those of the configurations; the output names the command that writes
+    them anew.
+    """
     root = Path(cli.__file__).parents[1]
     command = [sys.executable, "-m", "ceed_vla.cli_pages", "--check"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=280)
@@ -68,7 +74,10 @@ def test_every_command_has_a_stored_page() -> None:
 
 
 def test_pages_are_written_and_compared(
-    toy: types.ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    toy: types.ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     for module in (cli, commands):
         monkeypatch.setattr(module, "COMMANDS", {"toy": commands.COMMANDS["toy"]})
@@ -90,7 +99,10 @@ def test_pages_are_written_and_compared(
 
 
 def test_help_is_live_beside_packages_of_the_user(
-    toy: types.ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    toy: types.ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "live_of_test_cli.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
@@ -99,7 +111,9 @@ def test_help_is_live_beside_packages_of_the_user(
     assert "--root PATH" in capsys.readouterr().out
 
 
-def test_help_names_installed_environments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_names_installed_environments(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cli, "installed_environments", lambda: ["lerobot_env_mine"])
     assert cli.main(["eval", "--help"]) == cli.main(["fit-tokens", "--help"]) == 0
     assert capsys.readouterr().out.count("lerobot_env_mine") == 1  # only where there is --env.type

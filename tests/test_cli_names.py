@@ -74,7 +74,12 @@ class GroupConfig:
 )
 def test_spellings(flags: list[str], expected: tuple[str, str, str, int]) -> None:
     config = parse_flags(PathsConfig, flags, "roots", "root=roots")
-    assert (str(config.policy_path), config.teacher_path, config.root, config.policy.width) == expected
+    assert (
+        str(config.policy_path),
+        config.teacher_path,
+        config.root,
+        config.policy.width,
+    ) == expected
 
 
 @pytest.mark.parametrize("flag", ["--policy.path", "--policy_path", "--policy"])
@@ -99,7 +104,9 @@ def test_spellings_in_a_file(text: str, tmp_path: Path) -> None:
     assert config.policy.width == (5 if "width" in text else 4)
     if "root:" in text:
         file.write_text("policy_path: a\nteacher_path: b")
-        assert parse_flags(GroupConfig, [f"--config_path={file}"]) == GroupConfig(Inner("a"), Inner("b"))
+        assert parse_flags(GroupConfig, [f"--config_path={file}"]) == GroupConfig(
+            Inner("a"), Inner("b")
+        )
 
 
 @pytest.mark.parametrize("kind", [PathsConfig, GroupConfig])
@@ -108,7 +115,9 @@ def test_two_spellings_are_one_flag(kind: type[Any], tmp_path: Path) -> None:
         parse_flags(kind, ["--policy.path=a", "--policy_path=b"])
     file = tmp_path / "run.yaml"
     file.write_text("policy_path: a\npolicy: {path: b}")
-    with pytest.raises(UsageError, match=r"--policy\.path is given twice: policy_path is its older spelling"):
+    with pytest.raises(
+        UsageError, match=r"--policy\.path is given twice: policy_path is its older spelling"
+    ):
         parse_flags(kind, [f"--config_path={file}"])
     file.write_text("policy_path: a\npolicy: 5")
     with pytest.raises(UsageError, match="--policy is 5"):
@@ -137,5 +146,9 @@ def test_messages_have_the_new_spelling() -> None:
 def test_a_local_path_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A `Path` makes "student" of "./student", and the shipped checkpoint of that."""
     monkeypatch.chdir(tmp_path)
-    for given, path in (("./student", tmp_path / "student"), ("student", "student"), ("./other", "other")):
+    for given, path in (
+        ("./student", tmp_path / "student"),
+        ("student", "student"),
+        ("./other", "other"),
+    ):
         assert parse_flags(PathsConfig, [f"--policy.path={given}"]).policy_path == Path(path)

@@ -1,4 +1,6 @@
-"""Each axis of early exit is a file: without it everything else decodes as before (its trainer is one more)."""
+"""Each axis of early exit is a file: without it everything else decodes as before (its trainer is
+one more).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ AXES = {
     "context": ("keep8",),
     "learned": ("head1x0x0x0x-1",),
 }
-PRELOAD = "import json, os, sys, torch, transformers, lerobot.configs.policies, lerobot.policies.pretrained"
+PRELOAD = (
+    "import json, os, sys, torch, transformers, lerobot.configs.policies, "
+    "lerobot.policies.pretrained"
+)
 WITHOUT = """
 import ceed_vla
 from ceed_vla.backbones.config import PolicyShape
@@ -32,17 +37,21 @@ assert ceed_vla.__file__.startswith(folder)
 torch.manual_seed(0)
 settings = UniformTokensConfig(action_low=[-1.0] * 7, action_high=[1.0] * 7)
 shape = PolicyShape({"observation.images.front": (3, 32, 32)}, 5, 7, 3, settings)
-sizes = CompactConfig(image_size=32, stem_channels=[8] * 4, width=32, layers=3, heads=2, mlp_width=48)
+sizes = CompactConfig(
+    image_size=32, stem_channels=[8] * 4, width=32, layers=3, heads=2, mlp_width=48
+)
 backbone = sizes.build(shape).eval()
 for parameter in backbone.parameters():
     torch.nn.init.normal_(parameter, std=0.4)
-images, words = {"observation.images.front": torch.rand(1, 3, 32, 32)}, torch.randint(1, 256, (1, 12))
+images = {"observation.images.front": torch.rand(1, 3, 32, 32)}
+words = torch.randint(1, 256, (1, 12))
 batch = {**images, "observation.state": torch.randn(1, 5), "observation.language.tokens": words}
 
 @torch.no_grad()
 def decode(name):
     config = named_config(name)
-    return decode_block(backbone, prefill(backbone, batch, config), settings.build(3, 7), config, executed_steps=2)
+    prefix, tokens = prefill(backbone, batch, config), settings.build(3, 7)
+    return decode_block(backbone, prefix, tokens, config, executed_steps=2)
 
 for name in gone:
     try:
@@ -69,15 +78,24 @@ def test_an_axis_can_be_deleted(tmp_path: Path) -> None:
     jobs = []
     for axis, names in {"none": (), **AXES}.items():
         folder = tmp_path / axis
-        shutil.copytree(ROOT / "ceed_vla", folder / "ceed_vla", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / "ceed_vla", folder / "ceed_vla", ignore=shutil.ignore_patterns("__pycache__")
+        )
         if names:
             (folder / "ceed_vla" / "decoding" / f"{axis}.py").unlink()
-        kept = [name for name in ("ar", "jacobi_h", "conf0.2_cap2", "depth1_cap2", "ngram4") if name not in names]
+        kept = [
+            name
+            for name in ("ar", "jacobi_h", "conf0.2_cap2", "depth1_cap2", "ngram4")
+            if name not in names
+        ]
         jobs.append((str(folder), names, kept))
     done = subprocess.run(
         [sys.executable, "-c", PRELOAD + EACH, WITHOUT, json.dumps(jobs)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert not done.returncode, done.stderr
     found = dict(json.loads(line) for line in done.stdout.splitlines())
     assert len(found) == 1 + len(AXES)

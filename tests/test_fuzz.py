@@ -1,7 +1,8 @@
-"""Damaged files of every kind, by seeded mutations: each is one of our errors or harmless, and nothing else is touched.
+"""Damaged files of every kind, by seeded mutations: each is one of our errors or harmless, and
+nothing else is touched.
 
-The mutations know no format: values of JSON and YAML are replaced, removed, moved and blown up, bytes
-flipped and cut. A case runs in a child with limits of time and memory (`corpus`).
+The mutations know no format: values of JSON and YAML are replaced, removed, moved and blown up,
+bytes flipped and cut. A case runs in a child with limits of time and memory (`corpus`).
 """
 
 from __future__ import annotations
@@ -30,16 +31,42 @@ from tests.helpers.corpus import LONGEST, Counts, try_cases
 from tests.helpers.edits import unsealed
 from tests.helpers.tabletop import tabletop_config
 
-SIZES = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "stem_channels": [4] * 4, "chunk_size": 4}
+SIZES = {
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "mlp_width": 16,
+    "stem_channels": [4] * 4,
+    "chunk_size": 4,
+}
 # More cases than the suite has time for, and what became of them in a file:
 # FUZZ_FACTOR=20 FUZZ_SEED=1 FUZZ_REPORT=counts.txt pytest -n 0 --timeout 0 tests/test_fuzz.py
-FACTOR, OFFSET = int(os.environ.get("FUZZ_FACTOR", "1")), 1000 * int(os.environ.get("FUZZ_SEED", "0"))
+FACTOR, OFFSET = (
+    int(os.environ.get("FUZZ_FACTOR", "1")),
+    1000 * int(os.environ.get("FUZZ_SEED", "0")),
+)
 STRANGE: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 2.5, 1e30, float("nan"), float("inf"), -(10**20), 10**12),
-    *("", "x", "nan", "../../victim", "/tmp/victim", "a" * 2000, "\x1b[2J", "{x.__class__}", "cuda"),
+    *(
+        "",
+        "x",
+        "nan",
+        "../../victim",
+        "/tmp/victim",
+        "a" * 2000,
+        "\x1b[2J",
+        "{x.__class__}",
+        "cuda",
+    ),
     *([], {}, [1, 2], {"a": 1}, [[[]]]),
-    *({"class": "os.system", "config": {"command": "touch ran"}}, "__import__('os').system('touch ran')"),
-    *("{{ cycler.__init__.__globals__.os.system('touch ran') }}", {"auto_map": {"AutoTokenizer": "ran.Ran"}}),
+    *(
+        {"class": "os.system", "config": {"command": "touch ran"}},
+        "__import__('os').system('touch ran')",
+    ),
+    *(
+        "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
+        {"auto_map": {"AutoTokenizer": "ran.Ran"}},
+    ),
 )
 # Values that take much more time or memory than any that is meant, each made when it is drawn.
 LARGE: tuple[Callable[[], Any], ...] = (
@@ -63,13 +90,19 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
 
 
-# ---- mutations --------------------------------------------------------------------------------------------------
+# ---- mutations -----------------------------------------------------------------------------------
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Every place in nested mappings and lists; of long lists the first three."""
     yield place
-    entries = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    entries = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:3])
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in entries:
         yield from places(inner, (*place, key))
 
@@ -150,8 +183,12 @@ def report() -> Iterator[None]:
 TOTAL: dict[str, Counts] = {}
 
 
-def run_cases(good: Path, names: list[str], read: Callable[[Path], Any], tmp_path: Path, count: int, seed: int) -> int:
-    """Damage a copy of `good` `count` times and read it; how often that was refused in a few lines."""
+def run_cases(
+    good: Path, names: list[str], read: Callable[[Path], Any], tmp_path: Path, count: int, seed: int
+) -> int:
+    """Damage a copy of `good` `count` times and read it; how often that was refused in a few
+    lines.
+    """
     victim, mark, folder = tmp_path / "victim", tmp_path / "mark", tmp_path / "place" / "folder"
     victim.write_text("mine")
     mark.mkdir()
@@ -167,16 +204,20 @@ def run_cases(good: Path, names: list[str], read: Callable[[Path], Any], tmp_pat
 
 
 def counted(kind: str, count: int, case: Callable[[int], Any], victim: Path, mark: Path) -> int:
-    """Try cases, note what became of them, and fail for any that neither was refused nor is harmless."""
+    """Try cases, note what became of them, and fail for any that neither was refused nor is
+    harmless.
+    """
     counts, failures = try_cases(count, case, victim, mark)
     TOTAL.setdefault(kind, Counts()).add(counts)
-    assert not failures, f"{counts}\n" + "\n".join(f"case {f.number}: {f.what}" for f in failures[:5])
+    assert not failures, f"{counts}\n" + "\n".join(
+        f"case {f.number}: {f.what}" for f in failures[:5]
+    )
     found = sorted(str(path.relative_to(victim.parent)) for path in victim.parent.iterdir())
     assert set(found) <= {"place", "victim", "mark"}, "something was written outside the folder"
     return counts.refused
 
 
-# ---- the kinds of files -----------------------------------------------------------------------------------------
+# ---- the kinds of files --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +229,9 @@ def policy() -> CeedVLAPolicy:
 @pytest.fixture(scope="module")
 def checkpoint(policy: CeedVLAPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
-    processors = make_ceed_vla_pre_post_processors(policy.config, stats, instructions=["put the red cube in the bin"])
+    processors = make_ceed_vla_pre_post_processors(
+        policy.config, stats, instructions=["put the red cube in the bin"]
+    )
     return unsealed(save(tmp_path_factory.mktemp("checkpoint") / "policy", policy, *processors))
 
 
@@ -200,9 +243,9 @@ def test_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mujoco")
-    from sim.record import record
-    from sim.recording.config import RecordConfig
-    from sim.tabletop.lerobot_env import CeedTabletopEnv
+    from ceed_vla.sim.record import record
+    from ceed_vla.sim.recording.config import RecordConfig
+    from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 
     root = tmp_path_factory.mktemp("data") / "demos"
     env = CeedTabletopEnv(task="push_cube", episode_length=40, image_size=16)
@@ -222,7 +265,9 @@ def test_data_sets(dataset: Path, tmp_path: Path) -> None:
         store.batch(np.arange(len(store)), 4)
 
     names = [
-        name for name in relative(dataset) if not name.startswith((".", "recording", "meta/episodes", "meta/stats"))
+        name
+        for name in relative(dataset)
+        if not name.startswith((".", "recording", "meta/episodes", "meta/stats"))
     ]
     assert run_cases(dataset, names, read, tmp_path, 90, 2) > 40
 
@@ -230,7 +275,7 @@ def test_data_sets(dataset: Path, tmp_path: Path) -> None:
 def test_recordings(dataset: Path, tmp_path: Path) -> None:
     from ceed_vla.data.frames import open_dataset
     from ceed_vla.data.writer import DatasetWriter
-    from sim.recording.attempts import Attempt
+    from ceed_vla.sim.recording.attempts import Attempt
 
     del Attempt
     info = json.loads((dataset / "meta" / "info.json").read_text())
@@ -239,27 +284,41 @@ def test_recordings(dataset: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path.parent / f"{tmp_path.name}-whole")
 
     def read(root: Path) -> None:
-        writer = DatasetWriter(root, repo_id="local/x", fps=10, features=own, robot_type="ceed_tabletop")
+        writer = DatasetWriter(
+            root, repo_id="local/x", fps=10, features=own, robot_type="ceed_tabletop"
+        )
         assert writer.frames == before, "frames were lost without a word"
 
-    assert run_cases(dataset, ["recording.json", "meta/info.json", "meta/tasks.parquet"], read, tmp_path, 40, 3) > 15
+    assert (
+        run_cases(
+            dataset,
+            ["recording.json", "meta/info.json", "meta/tasks.parquet"],
+            read,
+            tmp_path,
+            40,
+            3,
+        )
+        > 15
+    )
 
 
 def test_robot_files(tmp_path: Path) -> None:
     pytest.importorskip("rclpy")
-    from ros_nodes.robot.robot_file import load_robot_config, packaged_config
+    from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
 
     good = tmp_path.parent / f"{tmp_path.name}-robot"
     good.mkdir()
     for file in packaged_config().parent.iterdir():
         shutil.copy(file, good / file.name)
     name = packaged_config().name
-    refused = run_cases(good, [name], lambda folder: load_robot_config(folder / name), tmp_path, 90, 4)
+    refused = run_cases(
+        good, [name], lambda folder: load_robot_config(folder / name), tmp_path, 90, 4
+    )
     assert refused > 50
 
 
 def test_settings_files(tmp_path: Path) -> None:
-    from training.distill import DistillConfig
+    from ceed_vla.training.distill import DistillConfig
 
     good = tmp_path.parent / f"{tmp_path.name}-settings"
     good.mkdir()
@@ -305,7 +364,9 @@ def test_tokenizers(tmp_path: Path) -> None:
 
     def read(folder: Path) -> None:
         read_tokenizer(folder)("What action should the robot take to put the cube in the bin?")
-        codec = FastCodec.from_json((folder / "tokenizer.json").read_text("utf-8", "replace"), 10.0, -50)
+        codec = FastCodec.from_json(
+            (folder / "tokenizer.json").read_text("utf-8", "replace"), 10.0, -50
+        )
         codec.encode(torch.zeros(1, 4, 7))
 
     read(good)
@@ -314,11 +375,15 @@ def test_tokenizers(tmp_path: Path) -> None:
 
 
 def test_groups(tmp_path: Path) -> None:
-    from training.reinforce import read_groups
+    from ceed_vla.training.reinforce import read_groups
 
     good = tmp_path.parent / f"{tmp_path.name}-groups"
     good.mkdir()
-    strata = {"of": {"0": "alike"}, "episodes": {"differ": [], "alike": [[0, "t", 9]]}, "solved": {"alike": 1.0}}
+    strata = {
+        "of": {"0": "alike"},
+        "episodes": {"differ": [], "alike": [[0, "t", 9]]},
+        "solved": {"alike": 1.0},
+    }
     group = {"seed": 0, "features": [[0.0] * 4] * 2, "solved": [True, None]}
     lines = [json.dumps(values) for values in (strata, group, group)]
     (good / "groups.jsonl").write_text("\n".join(lines) + "\n")
@@ -332,16 +397,47 @@ def test_names(tmp_path: Path) -> None:
 
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "mark").mkdir()
-    parts = ("ar", "jacobi", "ceed", "conf0.2", "cap2", "risk", "plan", "learned", "deer2t3", "keep24", "h", "mid",
-             "fresh", "_", ".", "-1", "1e400", "0", "9" * 50, "9" * 60_000, "\0", "\u0663", " ", "(", "x")  # fmt: skip
+    parts = (
+        "ar",
+        "jacobi",
+        "ceed",
+        "conf0.2",
+        "cap2",
+        "risk",
+        "plan",
+        "learned",
+        "deer2t3",
+        "keep24",
+        "h",
+        "mid",
+        "fresh",
+        "_",
+        ".",
+        "-1",
+        "1e400",
+        "0",
+        "9" * 50,
+        "9" * 60_000,
+        "\0",
+        "\u0663",
+        " ",
+        "(",
+        "x",
+    )
 
     def case(number: int) -> None:
         source = random.Random(f"{OFFSET} {number}")
-        words = [source.choice(parts) * source.choice((1, 1, 1, 2, 30)) for _ in range(source.randrange(1, 5))]
+        words = [
+            source.choice(parts) * source.choice((1, 1, 1, 2, 30))
+            for _ in range(source.randrange(1, 5))
+        ]
         name = source.choice(("_", "_", "")).join(words)
         named_config(name, own={"risk0.05": name} if source.random() < 0.3 else {})
 
-    assert counted("test_names", 200 * FACTOR, case, tmp_path / "victim", tmp_path / "mark") > 100 * FACTOR
+    assert (
+        counted("test_names", 200 * FACTOR, case, tmp_path / "victim", tmp_path / "mark")
+        > 100 * FACTOR
+    )
 
 
 def test_tables_that_unpack_to_much(dataset: Path, tmp_path: Path) -> None:
@@ -374,26 +470,40 @@ def test_tables_that_unpack_to_much(dataset: Path, tmp_path: Path) -> None:
         name = source.choice(table.column_names)
         column = pa.array([source.choice(values)()] * rows)
         names = table.column_names
-        columns = {n: pa.array([c[0].as_py()] * rows, c.type) for n, c in zip(names, table, strict=True)}
+        columns = {
+            n: pa.array([c[0].as_py()] * rows, c.type) for n, c in zip(names, table, strict=True)
+        }
         compression = source.choice(("zstd", "gzip", "snappy"))
         dictionary = source.random() < 0.5
-        pq.write_table(pa.table({**columns, name: column}), file, compression=compression, use_dictionary=dictionary)
+        pq.write_table(
+            pa.table({**columns, name: column}),
+            file,
+            compression=compression,
+            use_dictionary=dictionary,
+        )
         open_dataset(root)
 
-    assert counted("test_tables", 15 * FACTOR, case, tmp_path / "victim", tmp_path / "mark") > 7 * FACTOR
+    assert (
+        counted("test_tables", 15 * FACTOR, case, tmp_path / "victim", tmp_path / "mark")
+        > 7 * FACTOR
+    )
 
 
 def test_trajectories(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
-    from training.trajectories import CollectConfig, collect, read_trajectories
+    from ceed_vla.training.trajectories import CollectConfig, collect, read_trajectories
 
     good = tmp_path.parent / f"{tmp_path.name}-trajectories"
-    collect(CollectConfig(policy_path=str(checkpoint), roots=str(dataset), output_dir=str(good), frame_stride=1))
+    collect(
+        CollectConfig(
+            policy_path=str(checkpoint), roots=str(dataset), output_dir=str(good), frame_stride=1
+        )
+    )
     assert run_cases(good, relative(good), read_trajectories, tmp_path, 60, 7) > 30
 
 
 def test_fitted_tokens(dataset: Path, tmp_path: Path) -> None:
     from ceed_vla.tokens.fast import FastTokensConfig
-    from training.fit_tokens import FitTokensConfig, fit_tokens
+    from ceed_vla.training.fit_tokens import FitTokensConfig, fit_tokens
 
     good = tmp_path.parent / f"{tmp_path.name}-tokens"
     good.mkdir()
@@ -406,15 +516,20 @@ def test_fitted_tokens(dataset: Path, tmp_path: Path) -> None:
     assert run_cases(good, ["tokens.json"], read, tmp_path, 60, 8) > 20
 
 
-@pytest.mark.parametrize("command", ["TrainConfig", "DistillConfig", "CollectConfig", "EvalConfig", "RecordConfig"])
+@pytest.mark.parametrize(
+    "command", ["TrainConfig", "DistillConfig", "CollectConfig", "EvalConfig", "RecordConfig"]
+)
 def test_flags(command: str) -> None:
-    from sim.evaluate import EvalConfig
-    from sim.recording.config import RecordConfig
-    from training.distill import DistillConfig
-    from training.teacher import TrainConfig
-    from training.trajectories import CollectConfig
+    from ceed_vla.sim.evaluate import EvalConfig
+    from ceed_vla.sim.recording.config import RecordConfig
+    from ceed_vla.training.distill import DistillConfig
+    from ceed_vla.training.teacher import TrainConfig
+    from ceed_vla.training.trajectories import CollectConfig
 
-    known = {kind.__name__: kind for kind in (TrainConfig, DistillConfig, CollectConfig, EvalConfig, RecordConfig)}
+    known = {
+        kind.__name__: kind
+        for kind in (TrainConfig, DistillConfig, CollectConfig, EvalConfig, RecordConfig)
+    }
     kind: Any = known[command]
     source = random.Random(f"{command}{OFFSET}")
     names = [name for name in kind.__dataclass_fields__ if name not in ("root", "output_dir")]
@@ -436,7 +551,9 @@ def test_flags(command: str) -> None:
     )
     refused = 0
     for _ in range(40 * FACTOR):
-        flags = [f"--{source.choice(names)}={source.choice(texts)}" for _ in range(source.choice((1, 2)))]
+        flags = [
+            f"--{source.choice(names)}={source.choice(texts)}" for _ in range(source.choice((1, 2)))
+        ]
         root = ["--root=somewhere"] if command == "RecordConfig" else []
         try:
             parse_flags(kind, [*root, *flags])

@@ -1,4 +1,6 @@
-"""LeRobot's policy server, whose protocol unpickles: it listens where no other machine reaches it."""
+"""LeRobot's policy server, whose protocol unpickles: it listens where no other machine reaches
+it.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,21 @@ def test_this_machine_alone(host: str) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["0.0.0.0", "::", "[::]", "", "*", "192.168.1.5", "robot.local", "localhost.evil", "127.0.0.1,0.0.0.0",
-     "::ffff:10.0.0.1", "unix:/tmp/x", "2130706433"],
-)  # fmt: skip
+    [
+        "0.0.0.0",
+        "::",
+        "[::]",
+        "",
+        "*",
+        "192.168.1.5",
+        "robot.local",
+        "localhost.evil",
+        "127.0.0.1,0.0.0.0",
+        "::ffff:10.0.0.1",
+        "unix:/tmp/x",
+        "2130706433",
+    ],
+)
 def test_where_others_reach_it(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lerobot.async_inference.configs import PolicyServerConfig
 
@@ -37,7 +51,9 @@ def test_where_others_reach_it(host: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("form", ["equals", "words", "file", "file in words"])
-def test_however_the_host_is_given(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_however_the_host_is_given(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lerobot_policy_ceed_vla import policy_server
 
     (tmp_path / "server.yaml").write_text("host: 0.0.0.0\nport: 8123\n")

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("weights_wheel", ROOT / "scripts" / "weights_wheel.py")
+    spec = importlib.util.spec_from_file_location(
+        "weights_wheel", ROOT / "scripts" / "weights_wheel.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -28,7 +30,8 @@ def script() -> Any:
     return module
 
 
-@pytest.mark.filterwarnings("ignore")  # setuptools deletes the class of one, which another process then cannot read
+# setuptools deletes the class of one, which another process then cannot read
+@pytest.mark.filterwarnings("ignore")
 def test_from_a_run_to_a_name(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = tmp_path / "run" / "student" / "checkpoints" / "final"
     final.mkdir(parents=True)

@@ -1,7 +1,8 @@
-"""LoRA through peft: which layers get adapters, what learns beside them, and what a checkpoint keeps of them.
+"""LoRA through peft: which layers get adapters, what learns beside them, and what a checkpoint
+keeps of them.
 
-A student's adapter and its teacher sit on one copy of the base: `teacher_weights` switches the student's adapter off,
-or to the one that the teacher was trained with.
+A student's adapter and its teacher sit on one copy of the base: `teacher_weights` switches the
+student's adapter off, or to the one that the teacher was trained with.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ class LoRAConfig(Checked, prefix="lora."):
         rank: Rank of the adapters; 0 trains the weights themselves.
         alpha: A new adapter counts alpha / rank; 0 takes alpha = 2 * rank.
         dropout: Share of an adapter's inputs that training drops.
-        targets: Linear layers with adapters: of the "language" model (what learns in distillation) or "all".
-        train: Comma-separated modules of the teacher that learn in full beside, e.g. state,auxiliary,embed_tokens.
+        targets: Linear layers with adapters: of the "language" model (what learns in distillation)
+            or "all".
+        train: Comma-separated modules of the teacher that learn in full beside, e.g.
+            state,auxiliary,embed_tokens.
     """
 
     rank: int = ranged(0, "[0, 4096]")
@@ -47,9 +50,11 @@ class LoRAConfig(Checked, prefix="lora."):
 
 
 def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
-    """Put adapters on a policy: its own from its checkpoint, or new ones; only they learn, and ``config.train``.
+    """Put adapters on a policy: its own from its checkpoint, or new ones; only they learn, and
+    ``config.train``.
 
-    `ConfigError` if peft is missing, or the settings do not fit the policy or the adapters that it has.
+    `ConfigError` if peft is missing, or the settings do not fit the policy or the adapters that it
+    has.
     """
     _add(policy, LEARNT, _own_layers(policy, config.rank), config, config.targets)
     full = [name.strip() for name in config.train.split(",") if name.strip()]
@@ -63,9 +68,13 @@ def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
 
 
 def attach_student(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
-    """Put a student's adapter beside the teacher's, as its copy, or new ones where it has none; see `attach`."""
+    """Put a student's adapter beside the teacher's, as its copy, or new ones where it has none; see
+    `attach`.
+    """
     if config.targets != "language":
-        raise ConfigError(f"lora.targets is {config.targets}; what makes the prefix stays frozen in distillation.")
+        raise ConfigError(
+            f"lora.targets is {config.targets}; what makes the prefix stays frozen in distillation."
+        )
     own = _own_layers(policy, config.rank)
     for name in (KEPT, LEARNT) if own else (LEARNT,):
         _add(policy, name, own, config, "language")
@@ -81,10 +90,14 @@ def _own_layers(policy: CeedVLAPolicy, rank: int) -> list[str]:
     ranks = {len(weight) for name, weight in policy.adapters.items() if name.endswith(A)}
     if ranks - {rank}:
         raise ConfigError(
-            f"lora.rank is {rank}, but the checkpoint has adapters of rank {', '.join(map(str, sorted(ranks)))}, "
-            "which go on learning; set that rank."
+            f"lora.rank is {rank}, but the checkpoint has adapters of rank "
+            f"{', '.join(map(str, sorted(ranks)))}, which go on learning; set that rank."
         )
-    return [n.removeprefix("backbone.").removesuffix(A) for n in sorted(policy.adapters) if n.endswith(A)]
+    return [
+        n.removeprefix("backbone.").removesuffix(A)
+        for n in sorted(policy.adapters)
+        if n.endswith(A)
+    ]
 
 
 def _layers(policy: CeedVLAPolicy, targets: str) -> list[str]:
@@ -100,12 +113,18 @@ def _layers(policy: CeedVLAPolicy, targets: str) -> list[str]:
         and (targets == "all" or f"{name}.weight" in learning)
     ]
     if not names:
-        raise ConfigError(f"{type(backbone).__name__} has no linear layer for adapters; set --lora.rank=0.")
+        raise ConfigError(
+            f"{type(backbone).__name__} has no linear layer for adapters; set --lora.rank=0."
+        )
     return names
 
 
-def _add(policy: CeedVLAPolicy, name: str, own: list[str], config: LoRAConfig, targets: str) -> None:
-    """Put one adapter on the policy: on its `own` layers with the policy's own weights, or a new one on `targets`."""
+def _add(
+    policy: CeedVLAPolicy, name: str, own: list[str], config: LoRAConfig, targets: str
+) -> None:
+    """Put one adapter on the policy: on its `own` layers with the policy's own weights, or a new
+    one on `targets`.
+    """
     try:
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
@@ -114,7 +133,8 @@ def _add(policy: CeedVLAPolicy, name: str, own: list[str], config: LoRAConfig, t
 
     settings = PeftConfig(
         r=config.rank,
-        lora_alpha=config.rank if own else config.alpha or 2 * config.rank,  # own ones hold their scale
+        # own ones hold their scale
+        lora_alpha=(config.rank if own else config.alpha or 2 * config.rank),
         lora_dropout=config.dropout,
         target_modules=own or _layers(policy, targets),
     )
@@ -127,7 +147,7 @@ def _add(policy: CeedVLAPolicy, name: str, own: list[str], config: LoRAConfig, t
             parameters[weight.removesuffix(".weight") + f".{name}.weight"].copy_(value)
 
 
-# ---- switching ----------------------------------------------------------------------------------------------------
+# ---- switching -----------------------------------------------------------------------------------
 
 
 def adapted_layers(module: nn.Module) -> list[Any]:
@@ -155,19 +175,23 @@ def teacher_weights(student: nn.Module) -> Iterator[None]:
         select(student, LEARNT)
 
 
-# ---- checkpoints --------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
-def plain_weights(weights: Mapping[str, Tensor], scale: float, keep_adapters: bool) -> dict[str, Tensor]:
+def plain_weights(
+    weights: Mapping[str, Tensor], scale: float, keep_adapters: bool
+) -> dict[str, Tensor]:
     """A checkpoint's weights from those of a policy with adapters, `weights` by peft's names.
 
-    They get the names of a policy without adapters. The learnt adapters, times `scale`, come beside them under the
-    names of `ceed_vla.lora` (`keep_adapters`), or are added to them.
+    They get the names of a policy without adapters. The learnt adapters, times `scale`, come beside
+    them under the names of `ceed_vla.lora` (`keep_adapters`), or are added to them.
     """
-    a, b = f".lora_A.{LEARNT}.weight", f".lora_B.{LEARNT}.weight"
+    a = f".lora_A.{LEARNT}.weight"
+    b = f".lora_B.{LEARNT}.weight"
     plain = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
     for layer in [name.removesuffix(a) for name in weights if name.endswith(a)]:
-        down, up = weights[layer + a], scale * weights[layer + b].float()
+        down = weights[layer + a]
+        up = scale * weights[layer + b].float()
         if keep_adapters:
             plain[layer + A], plain[layer + B] = down, up
         else:

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 
 from ceed_vla.wording import counted
 
-GROUNDING, ACTION, STEP = "grounding", "action", "step"  # kinds of steps; the last where there is one
+# kinds of steps; the last where there is one
+GROUNDING = "grounding"
+ACTION = "action"
+STEP = "step"
 GROUNDING_SHARE = 0.2  # of the time, where there are grounding frames
 TAKEOVER_SHARE = 0.1  # of the time, for each round
 BATCH, SMALL_BATCH = 32, 16  # frames of a step on actions
@@ -80,7 +83,10 @@ class Plan:
     def expectation(self) -> str:
         """What to expect of it, by what was measured."""
         if self.enough:
-            return "With as many steps and episodes docs/own-data.md's task was learnt; others may need more."
+            return (
+                "With as many steps and episodes docs/own-data.md's task was learnt; others may "
+                "need more."
+            )
         return f"So little has rarely been enough for a task of one object: {self.advice}."
 
     @property
@@ -89,9 +95,13 @@ class Plan:
         found = []
         if self.steps * self.batch_size < ENOUGH * BATCH:
             action = self.speeds.scaled(BATCH).action * ENOUGH / 60
-            spent = (GROUNDING_SHARE if self.grounding_steps else 0.0) + TAKEOVER_SHARE * self.rounds
+            spent = (
+                GROUNDING_SHARE if self.grounding_steps else 0.0
+            ) + TAKEOVER_SHARE * self.rounds
             minutes = math.ceil(action / (1 - spent))
-            found.append(f"give about {minutes} minutes" if minutes > self.minutes else "take more --steps")
+            found.append(
+                f"give about {minutes} minutes" if minutes > self.minutes else "take more --steps"
+            )
         if self.episodes < FEWEST_EPISODES:
             found.append(f"record {FEWEST_EPISODES} episodes or more")
         return "; ".join(found)
@@ -139,7 +149,9 @@ def divide(
     available = seconds * (1 - TAKEOVER_SHARE * rounds)
     share = GROUNDING_SHARE * seconds if grounded else 0.0
     if batch_size is None:
-        batch_size = BATCH if available - share >= FEWEST * speeds.scaled(BATCH).action else SMALL_BATCH
+        batch_size = (
+            BATCH if available - share >= FEWEST * speeds.scaled(BATCH).action else SMALL_BATCH
+        )
     scaled = speeds.scaled(batch_size)
     if not grounded:
         grounding_steps = 0

@@ -1,4 +1,6 @@
-"""Actions that a vocabulary cannot write: their share is reported, and refused where it is more than a few."""
+"""Actions that a vocabulary cannot write: their share is reported, and refused where it is more
+than a few.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,13 @@ _REMEDY = "Correct the data, give a range that fits them, or allow it with --max
 
 
 def check_clipping(tokens: Any, stores: Sequence[FrameStore], most: float) -> None:
-    """Report the share of the data sets' actions that a vocabulary (`ActionTokens`) clips; stop where it loses them.
+    """Report the share of the data sets' actions that a vocabulary (`ActionTokens`) clips; stop
+    where it loses them.
 
-    Ranges of quantiles clip up to 2 % of every dimension by construction, by little. So `most` limits the share of
-    values that lie *far* outside: beyond an end by more than half the range's width, dimension by dimension; 1 allows
-    all. Data sets without actions are left out. A `ConfigError` names the dimension, the range and the share.
+    Ranges of quantiles clip up to 2 % of every dimension by construction, by little. So `most`
+    limits the share of values that lie *far* outside: beyond an end by more than half the range's
+    width, dimension by dimension; 1 allows all. Data sets without actions are left out. A
+    `ConfigError` names the dimension, the range and the share.
     """
     actions = [store.action for store in stores if store.action is not None]
     if actions and not tokens.normalised:  # whose range is that of no data set
@@ -35,11 +39,15 @@ def check_clipping(tokens: Any, stores: Sequence[FrameStore], most: float) -> No
 def check_actions(tokens: Any, actions: NDArray[np.float32], most: float) -> None:
     """`check_clipping` of actions (N, A)."""
     low, high = (end.double().cpu().numpy() for end in (tokens.low, tokens.high))  # (A,)
-    values, width = actions.astype(np.float64), np.maximum(high - low, 1e-3)
+    values = actions.astype(np.float64)
+    width = np.maximum(high - low, 1e-3)
     beyond = np.maximum(low - values, values - high) / width  # (N, A)
-    outside, far = (beyond > 1e-6).mean(0), (beyond > FAR).mean(0)  # (A,)
+    # (A,)
+    outside = (beyond > 1e-6).mean(0)
+    far = (beyond > FAR).mean(0)
     logger.info(
-        "%.2f %% of the action values lie outside the vocabulary's range and are clipped, %.2f %% far outside.",
+        "%.2f %% of the action values lie outside the vocabulary's range and are clipped, %.2f %% "
+        "far outside.",
         100 * outside.mean(),
         100 * far.mean(),
     )
@@ -47,15 +55,16 @@ def check_actions(tokens: Any, actions: NDArray[np.float32], most: float) -> Non
     d = int(far.argmax())
     if far[d] > most:
         raise ConfigError(
-            f"{far[d]:.1%} of the actions of dimension {d} lie far outside the vocabulary's range [{low[d]:.4g}, "
-            f"{high[d]:.4g}]; {most:.1%} may, and the data reach from {least[d]:.4g} to {largest[d]:.4g}. {_REMEDY}."
+            f"{far[d]:.1%} of the actions of dimension {d} lie far outside the vocabulary's range "
+            f"[{low[d]:.4g}, {high[d]:.4g}]; {most:.1%} may, and the data reach from "
+            f"{least[d]:.4g} to {largest[d]:.4g}. {_REMEDY}."
         )
     reach = np.minimum(largest, high) - np.maximum(least, low)
     lost = (other > one) & (width > COARSE * (other - one)) & (reach > width / 2)
     if lost.any() and most < 1:
         d = int(lost.argmax())
         raise ConfigError(
-            f"98 % of the actions of dimension {d} lie in [{one[d]:.4g}, {other[d]:.4g}], but the vocabulary's range "
-            f"is [{low[d]:.4g}, {high[d]:.4g}], because a few values are that far off: it cannot tell the others "
-            f"apart. {_REMEDY}=1."
+            f"98 % of the actions of dimension {d} lie in [{one[d]:.4g}, {other[d]:.4g}], but the "
+            f"vocabulary's range is [{low[d]:.4g}, {high[d]:.4g}], because a few values are that "
+            f"far off: it cannot tell the others apart. {_REMEDY}=1."
         )

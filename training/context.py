@@ -1,6 +1,8 @@
-"""``ceed-vla context``: learn what a frozen policy needs of its prefix, into a file beside a copy of its checkpoint.
+"""``ceed-vla context``: learn what a frozen policy needs of its prefix, into a file beside a copy
+of its checkpoint.
 
-The scores of dropped tokens learn to add up to how far the policy's own scores at the fixed point move without them.
+The scores of dropped tokens learn to add up to how far the policy's own scores at the fixed point
+move without them.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from ceed_vla.errors import CeedVLAError
 from ceed_vla.fields import COUNTS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
-from training.distill_data import DistillData
-from training.optim import cosine_factor
-from training.settings import RATES, BesideConfig
+from ceed_vla.training.distill_data import DistillData
+from ceed_vla.training.optim import cosine_factor
+from ceed_vla.training.settings import RATES, BesideConfig
 
 REPORT = "context.json"
-SUBSETS, LEAST, PLACES = 4, 1e-4, 10.0  # of a batch; divergence as good as none; learning rate of places over others
+# of a batch; divergence as good as none; learning rate of places over others
+SUBSETS = 4
+LEAST = 1e-4
+PLACES = 10.0
 
 
 @dataclass
@@ -35,7 +40,8 @@ class ContextConfig(BesideConfig):
     """Settings of `ceed-vla context`.
 
     Attributes:
-        dropped: Most tokens that are dropped together, in random subsets; 1 leaves one out at a time.
+        dropped: Most tokens that are dropped together, in random subsets; 1 leaves one out at a
+            time.
     """
 
     dropped: int = ranged(1, "[1, 99999]")
@@ -44,17 +50,22 @@ class ContextConfig(BesideConfig):
 
 
 class Scored:
-    """Prefixes of B frames with the policy's fixed points (B, n), and its log-probabilities (B, n, V) there."""
+    """Prefixes of B frames with the policy's fixed points (B, n), and its log-probabilities (B, n,
+    V) there.
+    """
 
     def __init__(self, data: DistillData, rows: Any) -> None:
-        self.batch, self.backbone = data.observations(rows), data.policy.backbone
+        self.batch = data.observations(rows)
+        self.backbone = data.policy.backbone
         self.fixed = data.policy.decode(self.batch, "jacobi", read=False).tokens
         self.embeddings = self.backbone.embed_prefix(self.batch)
         self.tokens: tuple[Tensor, Tensor, Tensor] = self.backbone.prefix_tokens(self.embeddings)
         self.full = self._behind(self.embeddings)
 
     def without(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Mean KL (B,), and which tokens (B, n) stay, behind the `count` tokens of the highest `scores` (B, N)."""
+        """Mean KL (B,), and which tokens (B, n) stay, behind the `count` tokens of the highest
+        `scores` (B, N).
+        """
         own = self._behind(keep_scored(self.backbone, self.embeddings, scores, count))
         apart = F.kl_div(own, self.full, reduction="none", log_target=True).sum(-1).mean(-1)
         return apart, own.argmax(-1) == self.fixed
@@ -64,7 +75,9 @@ class Scored:
 
 
 def context(config: ContextConfig) -> Path:
-    """Train, write a checkpoint with a scorer and what it is worth, and return its folder; raises as `exits` does."""
+    """Train, write a checkpoint with a scorer and what it is worth, and return its folder; raises
+    as `exits` does.
+    """
     with claimed_folder("output_dir", config.output_dir, (), ()) as output:
         return _context(config, output)
 
@@ -84,7 +97,10 @@ def _context(config: ContextConfig, output: Path) -> Path:
         policy.config.forget()
     policy.backbone.context = (scorer.requires_grad_(False),)
     save(output, policy, pre, post)
-    write_text(output / REPORT, json.dumps({"steps": config.steps, "dropped": config.dropped, "kept": worth}, indent=2))
+    write_text(
+        output / REPORT,
+        json.dumps({"steps": config.steps, "dropped": config.dropped, "kept": worth}, indent=2),
+    )
     lines = [f"keep{n}: {found}" for n, found in worth.items()]
     print(*lines, f"Written: {output / CONTEXT}", sep="\n")
     return output
@@ -95,19 +111,26 @@ def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> No
     rate = {id(scorer.place): PLACES * config.lr}
     groups = [{"params": [p], "lr": rate.get(id(p), config.lr)} for p in scorer.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine_factor(s, config.steps, config.steps // 20))
-    tokens, most = len(scorer.place), max(1, min(config.dropped, len(scorer.place) - 1))
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: cosine_factor(s, config.steps, config.steps // 20)
+    )
+    tokens = len(scorer.place)
+    most = max(1, min(config.dropped, len(scorer.place) - 1))
     for step in (bar := trange(config.steps, desc="context", unit="step", dynamic_ncols=True)):
         random = np.random.default_rng([config.seed, step])
-        frames, loss = Scored(data, data.draw(config.batch_size, random, step)), torch.zeros(())
+        frames = Scored(data, data.draw(config.batch_size, random, step))
+        loss = torch.zeros(())
         for _ in range(SUBSETS):
-            count, order = int(random.integers(1, most + 1)), random.random((config.batch_size, tokens)).argsort(1)
+            count = int(random.integers(1, most + 1))
+            order = random.random((config.batch_size, tokens)).argsort(1)
             kept = torch.from_numpy(order >= count)  # (B, N)
             target = frames.without(kept.float(), tokens - count)[0].clamp(min=LEAST).log()  # (B,)
             lost = scorer(*frames.tokens).masked_fill(kept, -torch.inf).logsumexp(-1)
             loss = loss + (lost - target).abs().mean() / SUBSETS
         if not torch.isfinite(loss):
-            raise CeedVLAError(f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr.")
+            raise CeedVLAError(
+                f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr."
+            )
         loss.backward()
         optimizer.step()
         rates.step()
@@ -116,7 +139,9 @@ def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> No
 
 
 def held_out(scorer: ContextScorer, frames: Scored, seed: int) -> dict[int, Any]:
-    """Tokens kept -> what ways to choose them cost: mean KL, and the share of tokens that stay, behind right ones."""
+    """Tokens kept -> what ways to choose them cost: mean KL, and the share of tokens that stay,
+    behind right ones.
+    """
     (x, may_go, _), scores = frames.tokens, scorer(*frames.tokens)  # (B, N)
     ways = {
         "scorer": scores,
@@ -127,5 +152,8 @@ def held_out(scorer: ContextScorer, frames: Scored, seed: int) -> dict[int, Any]
     worth: dict[int, Any] = {}
     for count in sorted({max(1, scores.shape[1] * eighths // 8) for eighths in range(1, 8)}):
         found = {name: frames.without(way, count) for name, way in ways.items()}
-        worth[count] = {name: [round(c.float().mean().item(), 4) for c in costs] for name, costs in found.items()}
+        worth[count] = {
+            name: [round(c.float().mean().item(), 4) for c in costs]
+            for name, costs in found.items()
+        }
     return worth

@@ -1,4 +1,6 @@
-"""States to distil from: guesses as inference makes them, after a few of the student's own Jacobi updates."""
+"""States to distil from: guesses as inference makes them, after a few of the student's own Jacobi
+updates.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from training.trajectories import GUESSES
+from ceed_vla.training.trajectories import GUESSES
 
-PREVIOUS, RANDOM = GUESSES.index("previous"), GUESSES.index("random")
+PREVIOUS = GUESSES.index("previous")
+RANDOM = GUESSES.index("random")
 
 
 @dataclass
 class StateDraw:
-    """The random part of a batch's states, drawn for all rows at once: a row's does not depend on the others'."""
+    """The random part of a batch's states, drawn for all rows at once: a row's does not depend on
+    the others'.
+    """
 
     kind: NDArray[np.int64]  # (B,) index into `GUESSES`
     guess: Tensor  # (B, n) the random guess
@@ -32,7 +37,11 @@ class StateDraw:
 
 
 def draw_states(
-    policy: CeedVLAPolicy, rows: int, shares: NDArray[np.float64], max_updates: int, random: np.random.Generator
+    policy: CeedVLAPolicy,
+    rows: int,
+    shares: NDArray[np.float64],
+    max_updates: int,
+    random: np.random.Generator,
 ) -> StateDraw:
     """Draw kinds of guesses in the given shares, random guesses, and 0 to `max_updates` updates."""
     kind = random.choice(len(GUESSES), size=rows, p=shares)
@@ -44,14 +53,19 @@ def draw_states(
 def guess_states(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Tensor:
     """Initial guesses (B, n); rows without a previous chunk (-1) get random tokens instead."""
     rows = torch.arange(len(previous), device=previous.device)
-    return all_guesses(policy, previous, draw)[torch.from_numpy(draw.kind).to(previous.device), rows]
+    return all_guesses(policy, previous, draw)[
+        torch.from_numpy(draw.kind).to(previous.device), rows
+    ]
 
 
 def all_guesses(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Tensor:
-    """Of every kind (kinds, B, n); a row without a previous chunk (-1) has random tokens in its place."""
+    """Of every kind (kinds, B, n); a row without a previous chunk (-1) has random tokens in its
+    place.
+    """
     tokenizer, steps = policy.tokenizer, policy.config.n_action_steps
     guesses = [
-        draw.guess if name == "random" else tokenizer.guess(name, len(previous), previous, steps) for name in GUESSES
+        draw.guess if name == "random" else tokenizer.guess(name, len(previous), previous, steps)
+        for name in GUESSES
     ]
     found = torch.stack([guess.to(previous.device) for guess in guesses])
     found[PREVIOUS] = torch.where(previous[:, :1] < 0, found[RANDOM], found[PREVIOUS])
@@ -62,9 +76,11 @@ def all_guesses(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Ten
 def online_states(
     policy: CeedVLAPolicy, embeddings: Tensor, previous: Tensor, draw: StateDraw, max_updates: int
 ) -> Tensor:
-    """Guesses (B, n) after the drawn numbers of the student's own Jacobi updates, behind its prefix `embeddings`.
+    """Guesses (B, n) after the drawn numbers of the student's own Jacobi updates, behind its prefix
+    `embeddings`.
 
-    In `previous` (B, n), rows of -1 have none. Every process runs `max_updates` forwards, which sharded weights need.
+    In `previous` (B, n), rows of -1 have none. Every process runs `max_updates` forwards, which
+    sharded weights need.
     """
     states = guess_states(policy, previous, draw)
     updates = torch.from_numpy(draw.updates).to(states.device)

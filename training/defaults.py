@@ -1,4 +1,6 @@
-"""What a new policy takes from its data where its settings leave it open, and what of the data it can learn from."""
+"""What a new policy takes from its data where its settings leave it open, and what of the data it
+can learn from.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,30 @@ from ceed_vla.from_data import NEAR_ZERO as NEAR_ZERO  # for who reads `take_fro
 from ceed_vla.from_data import SPARSE as SPARSE
 from ceed_vla.from_data import describe as describe_data
 from ceed_vla.from_data import take_from_actions
-from training.mixture import state_statistics
+from ceed_vla.training.mixture import state_statistics
 
 logger = logging.getLogger(__name__)
 
-Privileged = Any  # sim.environment.Privileged: training never imports the simulation
+Privileged = Any  # ceed_vla.sim.environment.Privileged: training never imports the simulation
 
 
 def take_from_data(
-    policy: CeedVLAConfig, stores: Sequence[FrameStore], grounding: Sequence[FrameStore], privileged: Privileged | None
+    policy: CeedVLAConfig,
+    stores: Sequence[FrameStore],
+    grounding: Sequence[FrameStore],
+    privileged: Privileged | None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Fill a new policy's features, two-valued and increment dimensions and auxiliary target where they are not set.
+    """Fill a new policy's features, two-valued and increment dimensions and auxiliary target where
+    they are not set.
 
-    `privileged` is believed where the data sets name their values as the environment does. Returns statistics for the
-    processors and the ranges of the action tokens: in dimensions that are nearly always zero, of the extremes.
+    `privileged` is believed where the data sets name their values as the environment does. Returns
+    statistics for the processors and the ranges of the action tokens: in dimensions that are nearly
+    always zero, of the extremes.
     """
     shapes = stores[0].shapes
-    cameras = {name: PolicyFeature(FeatureType.VISUAL, (3, *shapes[name][:2])) for name in stores[0].images}
+    cameras = {
+        name: PolicyFeature(FeatureType.VISUAL, (3, *shapes[name][:2])) for name in stores[0].images
+    }
     policy.input_features = {**cameras, STATE: PolicyFeature(FeatureType.STATE, shapes[STATE])}
     policy.output_features = {ACTION: PolicyFeature(FeatureType.ACTION, shapes[ACTION])}
     stats = state_statistics(stores)
@@ -52,24 +61,38 @@ def is_of(store: FrameStore, privileged: Privileged) -> bool:
 
 
 def named_terms(policy: CeedVLAConfig, privileged: Privileged | None) -> int:
-    """Leading terms of the auxiliary target that are regressed while actions are learnt; 0 for all."""
+    """Leading terms of the auxiliary target that are regressed while actions are learnt; 0 for
+    all.
+    """
     ours = privileged is not None and policy.auxiliary_scale == list(privileged.scale)
     return privileged.named if privileged is not None and ours else 0
 
 
 def check_target(
-    policy: CeedVLAConfig, stores: Sequence[FrameStore], grounding: Sequence[FrameStore], privileged: Privileged | None
+    policy: CeedVLAConfig,
+    stores: Sequence[FrameStore],
+    grounding: Sequence[FrameStore],
+    privileged: Privileged | None,
 ) -> None:
     """Keep the auxiliary regression from values that its scale was not made for.
 
-    Demonstrations lose such values, with a warning; grounding data have nothing else, which is a `DatasetError`.
+    Demonstrations lose such values, with a warning; grounding data have nothing else, which is a
+    `DatasetError`.
     """
     needed = len(policy.auxiliary_scale)
     ours = privileged is not None and policy.auxiliary_scale == list(privileged.scale)
     for i, store in enumerate((*stores, *grounding)):
         have = store.shapes.get(ENVIRONMENT, (0,))[0]
-        named = not ours or privileged is None or ENVIRONMENT not in store.labels or is_of(store, privileged)
-        what = f"the policy's auxiliary_scale has {needed} entries, the frames have {have} values of {ENVIRONMENT}"
+        named = (
+            not ours
+            or privileged is None
+            or ENVIRONMENT not in store.labels
+            or is_of(store, privileged)
+        )
+        what = (
+            f"the policy's auxiliary_scale has {needed} entries, the frames have {have} values of "
+            f"{ENVIRONMENT}"
+        )
         what += "" if named else ", with other names than the environment's"
         fits = 0 < needed <= have and named
         if not fits and i >= len(stores):

@@ -1,8 +1,9 @@
 """`ceed-vla distill`: make a teacher reach its fixed point in a few Jacobi iterations.
 
-One packed forward of ``[prefix | Y* | Y]`` gives the student's logits on the fixed point and on a Jacobi state; what
-makes the prefix embeddings stays frozen. States come from the teacher's trajectories (the paper) or from the student
-itself while it trains ("online": a guess and 0-2 of its own updates).
+One packed forward of ``[prefix | Y* | Y]`` gives the student's logits on the fixed point and on a
+Jacobi state; what makes the prefix embeddings stays frozen. States come from the teacher's
+trajectories (the paper) or from the student itself while it trains ("online": a guess and 0-2 of
+its own updates).
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, chosen, ranged
 from ceed_vla.outputs import owned_folder
 from ceed_vla.supervision import finish_training
+from ceed_vla.training.adapters import attach_student
+from ceed_vla.training.clipping import check_clipping
+from ceed_vla.training.corruption import PREVIOUS, StateDraw, draw_states
+from ceed_vla.training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
+from ceed_vla.training.losses import after_first_divergence, find_loss, needs
+from ceed_vla.training.objective import DistillationObjective
+from ceed_vla.training.run import ClosedLoop, Run
+from ceed_vla.training.run_config import ANY_NUMBER, RunConfig
+from ceed_vla.training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES
+from ceed_vla.training.summary import Summary
+from ceed_vla.training.trajectories import guess_shares
 from ceed_vla.wording import counted
-from training.adapters import attach_student
-from training.clipping import check_clipping
-from training.corruption import PREVIOUS, StateDraw, draw_states
-from training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
-from training.losses import after_first_divergence, find_loss, needs
-from training.objective import DistillationObjective
-from training.run import ClosedLoop, Run
-from training.run_config import ANY_NUMBER, RunConfig
-from training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES
-from training.summary import Summary
-from training.trajectories import guess_shares
 
 STEPS = 400  # without a budget
 SCORED = 64  # frames that say which prefix tokens matter
@@ -51,22 +52,26 @@ class DistillConfig(RunConfig):
         steps: Optimiser steps; 400 if not given, as many as fit with max_minutes.
         teacher_path: The teacher; the student starts from it.
         trajectories: Where the teacher's trajectories come from.
-        roots: Comma-separated data sets; those that stored trajectories were collected on, in the same order.
-        loss: "trust_region" (KL to the frozen teacher), "paper" (self-consistency and mixed labels), or another's.
-        states: "online" (the student's own) or "stored" (of the teacher's trajectories, as the paper).
+        roots: Comma-separated data sets; those that stored trajectories were collected on, in the
+            same order.
+        loss: "trust_region" (KL to the frozen teacher), "paper" (self-consistency and mixed
+            labels), or another's.
+        states: "online" (the student's own) or "stored" (of the teacher's trajectories, as the
+            paper).
         omega: Weight of the anchoring term.
-        delta_quantile: "paper": demonstrations replace the share of labels beyond this quantile of the observed
-            distance between teacher and demonstration.
+        delta_quantile: "paper": demonstrations replace the share of labels beyond this quantile of
+            the observed distance between teacher and demonstration.
         guesses: "online": shares of previous, mid and random guesses, as in inference.
         max_updates: "online": at most so many own Jacobi updates of the guess.
-        curriculum: "online": which of the states are drawn: "uniform", or by "spread", how unevenly the student's
-            updates treat them (`training.curriculum`).
-        kept: Prefix tokens that the student runs, those that matter most on average by the teacher's scorer (`ceed-vla
-            context`); 0 for all. Of the compact backbone.
+        curriculum: "online": which of the states are drawn: "uniform", or by "spread", how unevenly
+            the student's updates treat them (`ceed_vla.training.curriculum`).
+        kept: Prefix tokens that the student runs, those that matter most on average by the
+            teacher's scorer (`ceed-vla context`); 0 for all. Of the compact backbone.
         max_iterations: Iteration cap of the student's early-exit decoding.
         confidence: Its confidence rule (`DecodingConfig.confidence`); None for the cap alone.
         device: Where to train: "cpu", or an accelerator such as "cuda".
-        eval_every: Steps between measurements of iterations and agreement, from step 0 on (0: at the end only).
+        eval_every: Steps between measurements of iterations and agreement, from step 0 on (0: at
+            the end only).
         eval_frames: Frames of held-out episodes of that measurement.
     """
 
@@ -101,14 +106,17 @@ class DistillConfig(RunConfig):
         guess_shares(self.guesses)
         find_loss(self.loss)
         if self.curriculum != "uniform" and self.states == "stored":
-            raise ConfigError("--curriculum spread draws among the student's own states; use --states online.")
+            raise ConfigError(
+                "--curriculum spread draws among the student's own states; use --states online."
+            )
 
 
 def distill(config: DistillConfig, closed_loop: ClosedLoop | None = None) -> Path:
-    """Distil a student, and return the folder of the final checkpoint; `closed_loop` measures one in simulation.
+    """Distil a student, and return the folder of the final checkpoint; `closed_loop` measures one
+    in simulation.
 
-    `DatasetError` for trajectories or data sets that do not fit, `CheckpointError` for those of another teacher, or
-    nothing to resume, `ConfigError` for bad settings.
+    `DatasetError` for trajectories or data sets that do not fit, `CheckpointError` for those of
+    another teacher, or nothing to resume, `ConfigError` for bad settings.
     """
     with owned_folder("output_dir", config.output_dir, launched=True):
         return DistillRun(config, closed_loop).run()
@@ -119,21 +127,27 @@ class DistillRun(Run):
 
     def __init__(self, config: DistillConfig, closed_loop: ClosedLoop | None) -> None:
         super().__init__(config, config.device, closed_loop)
-        self.config, adapted = config, config.lora.rank > 0
+        self.config = config
+        adapted = config.lora.rank > 0
         self.shares = guess_shares(config.guesses)
         if self.sharded and adapted and config.trajectories.online:
             raise ConfigError(
-                "Processes that share one sharded model cannot each decode with it; collect the trajectories first, "
-                "or leave out FSDP: a frozen base with adapters takes little memory."
+                "Processes that share one sharded model cannot each decode with it; collect the "
+                "trajectories first, or leave out FSDP: a frozen base with adapters takes little "
+                "memory."
             )
-        student, pre, post = load(config.teacher_path, device=config.device, merge_adapters=not adapted)
+        student, pre, post = load(
+            config.teacher_path, device=config.device, merge_adapters=not adapted
+        )
         student.config.decoding = replace(
             student.config.decoding,
             watch="executed",
             max_iterations=config.max_iterations,
             confidence=config.confidence,
         )
-        exit_rules(student.config.decoding, student.tokenizer.ordered and student.tokenizer.stop is None)
+        exit_rules(
+            student.config.decoding, student.tokenizer.ordered and student.tokenizer.stop is None
+        )
         teacher = None
         if adapted:
             attach_student(student, config.lora)
@@ -141,7 +155,9 @@ class DistillRun(Run):
             teacher, _, _ = load(config.teacher_path, device=config.device)
             teacher.to(self.accelerator.device)
         student.to(self.accelerator.device)
-        self.objective = DistillationObjective(student, teacher, find_loss(config.loss), config.omega)
+        self.objective = DistillationObjective(
+            student, teacher, find_loss(config.loss), config.omega
+        )
         with self.accelerator.main_process_first():  # the first one decodes the images
             self.data = self._data(student, pre)
         if config.kept:
@@ -151,19 +167,24 @@ class DistillRun(Run):
 
     @torch.no_grad()
     def _narrow(self, student: Any) -> None:
-        """Let the student run the tokens alone that the teacher's scorer ranks best, the same in all frames."""
+        """Let the student run the tokens alone that the teacher's scorer ranks best, the same in
+        all frames.
+        """
         backbone, scorers = student.backbone, student.backbone.context
         if not scorers or getattr(backbone, "kept", True) or self.config.lora.rank:
             raise ConfigError(
-                "--kept needs a teacher of the compact backbone that runs its whole prefix, with a context.safetensors "
-                "(ceed-vla context); and all of the student's layers learn, so leave out --lora.rank."
+                "--kept needs a teacher of the compact backbone that runs its whole prefix, with a "
+                "context.safetensors (ceed-vla context); and all of the student's layers learn, so "
+                "leave out --lora.rank."
             )
         finish_training(student)  # its early head is of all tokens
         rows = self.data.draw(SCORED, np.random.default_rng(self.config.seed), 0)
         embeddings = backbone.embed_prefix(self.data.observations(rows))
         scores = scorers[0](*backbone.prefix_tokens(embeddings)).mean(0)  # (N,)
         if self.config.kept < len(scores):
-            student.config.backbone.kept_tokens = scores.topk(self.config.kept).indices.sort().values.tolist()
+            student.config.backbone.kept_tokens = (
+                scores.topk(self.config.kept).indices.sort().values.tolist()
+            )
             backbone.keep(student.config.backbone.kept_tokens)
 
     def _data(self, student: Any, pre: Any) -> DistillData:
@@ -174,12 +195,14 @@ class DistillRun(Run):
         if chosen.online:
             decode = self.objective.decode_teacher
             return OnlineData(config.roots, student, pre, decode, teacher_states=stored, **sizes)
-        data = StoredData(chosen.path, config.roots, config.teacher_path, student, pre, stored, **sizes)
+        data = StoredData(
+            chosen.path, config.roots, config.teacher_path, student, pre, stored, **sizes
+        )
         if stored and not data.trajectories.states:
             raise DatasetError(f"{chosen.path} keeps no states; collect them with --states=true.")
         return data
 
-    # ---- steps --------------------------------------------------------------------------------------------------
+    # ---- steps -----------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
         config, size = self.config, self.config.batch_size
@@ -189,7 +212,9 @@ class DistillRun(Run):
         draw = draw_states(self.policy, size, self.shares, config.max_updates, random)
         if config.curriculum == "spread":
             draw.kind[:] = PREVIOUS  # every kind of guess is a candidate of every row
-        parts = [self._part(rows[p :: self.num_parts], draw[p :: self.num_parts]) for p in self.parts]
+        parts = [
+            self._part(rows[p :: self.num_parts], draw[p :: self.num_parts]) for p in self.parts
+        ]
         counts = self._counts(parts)
         values: dict[str, float] = defaultdict(float)
 
@@ -213,7 +238,9 @@ class DistillRun(Run):
         return dict(values)
 
     def _part(self, rows: Any, draw: StateDraw) -> dict[str, Any]:
-        """A part of the batch with its prefix embeddings and states, before the forward that learns."""
+        """A part of the batch with its prefix embeddings and states, before the forward that
+        learns.
+        """
         batch = self.data.batch(rows, draw)
         own = None if self.config.states == "stored" else (draw, self.config.max_updates)
         with torch.no_grad():
@@ -222,14 +249,21 @@ class DistillRun(Run):
         return {**batch, "embeddings": embeddings, "seen": seen, "states": states}
 
     def _counts(self, parts: list[dict[str, Any]]) -> Tensor:
-        """(2,) slots that the two loss terms are means of in the whole batch, divided by the processes."""
-        masks = torch.cat([after_first_divergence(part["states"], part["fixed_point"], part["live"]) for part in parts])
+        """(2,) slots that the two loss terms are means of in the whole batch, divided by the
+        processes.
+        """
+        masks = torch.cat(
+            [
+                after_first_divergence(part["states"], part["fixed_point"], part["live"])
+                for part in parts
+            ]
+        )
         weight = "label_weight" if "label_weight" in needs(self.objective.loss) else "live"
         weights = torch.cat([part[weight] for part in parts])
         counts = torch.stack([masks.sum(), weights.sum()])
         return self.accelerator.reduce(counts, reduction="mean")  # type: ignore[no-any-return]
 
-    # ---- measurements -------------------------------------------------------------------------------------------
+    # ---- measurements ----------------------------------------------------------------------------
 
     def before_step(self) -> None:
         if self.step == 0 and self.config.eval_every:
@@ -244,13 +278,21 @@ class DistillRun(Run):
         found = self._measure()
         summary.measured |= found
         frames = counted(len(self.data.held_out), "frame")
-        where = f"{frames} of held-out episodes" if self.data.whole_episodes else f"{frames} (no episode was held out)"
+        where = (
+            f"{frames} of held-out episodes"
+            if self.data.whole_episodes
+            else f"{frames} (no episode was held out)"
+        )
         summary.lines += [
-            f"On {where}: {found['teacher_agreement']:.3f} of the teacher's tokens, "
-            f"{found['token_accuracy']:.3f} of the demonstration's",
-            f"Forwards a chunk: {found['iterations_mean']:.2f} with strict Jacobi, "
-            f"{found['early_exit_forwards']:.2f} with early exit; after one forward "
-            f"{found['one_forward_agreement']:.3f} of the tokens are what they become",
+            (
+                f"On {where}: {found['teacher_agreement']:.3f} of the teacher's tokens, "
+                f"{found['token_accuracy']:.3f} of the demonstration's"
+            ),
+            (
+                f"Forwards a chunk: {found['iterations_mean']:.2f} with strict Jacobi, "
+                f"{found['early_exit_forwards']:.2f} with early exit; after one forward "
+                f"{found['one_forward_agreement']:.3f} of the tokens are what they become"
+            ),
         ]
 
     def next_command(self, checkpoint: Path) -> str:
@@ -268,22 +310,30 @@ class DistillRun(Run):
         if packages := discovered():
             where += f" --discover_packages_path={','.join(packages)}"
         return (
-            f"ceed-vla calibrate {policy} {where} --output_dir {quote(str(self.output / 'calibrated'))} "
-            f"(chooses the exit), or ceed-vla eval {policy} --teacher.path {quote(self.config.teacher_path)} {where}"
+            f"ceed-vla calibrate {policy} {where} --output_dir "
+            f"{quote(str(self.output / 'calibrated'))} (chooses the exit), or ceed-vla eval "
+            f"{policy} --teacher.path {quote(self.config.teacher_path)} {where}"
         )
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
-        """Strict iterations, agreement with the teacher and accuracy after one forward, on held-out frames."""
-        strict, size = DecodingConfig(method="jacobi", guess="previous"), self.config.batch_size // self.num_parts or 1
+        """Strict iterations, agreement with the teacher and accuracy after one forward, on held-out
+        frames.
+        """
+        strict = DecodingConfig(method="jacobi", guess="previous")
+        size = self.config.batch_size // self.num_parts or 1
         # Sharded weights come together in the model's own forward only.
-        decode = partial(self.model, "decode_student") if self.sharded else self.objective.decode_student
+        decode = (
+            partial(self.model, "decode_student") if self.sharded else self.objective.decode_student
+        )
         found, early = [], []
         for rows in np.split(self.data.held_out, range(size, len(self.data.held_out), size)):
             batch = self.data.batch(rows)
             result = decode(batch, strict, batch["previous"])
             once = decode(batch, replace(strict, max_iterations=1), batch["previous"])
-            early.append(decode(batch, self.policy.config.decoding, batch["previous"]).iterations.float())
+            early.append(
+                decode(batch, self.policy.config.decoding, batch["previous"]).iterations.float()
+            )
             demonstrated = self.policy.tokenizer.encode(batch["action"])
             agree = (
                 result.tokens == batch["fixed_point"],

@@ -1,4 +1,6 @@
-"""Batches for distillation: observations with the teacher's fixed points, stored or decoded on the fly."""
+"""Batches for distillation: observations with the teacher's fixed points, stored or decoded on the
+fly.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep, to_relative_actions
+from lerobot.processor import (
+    NormalizerProcessorStep,
+    RelativeActionsProcessorStep,
+    to_relative_actions,
+)
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,15 +23,23 @@ from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import check_fields
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from training.corruption import PREVIOUS, StateDraw, guess_states
-from training.held_out import SHARE, held_out_frames
-from training.losses import chunk_distance, mixed_labels
-from training.mixture import check_compatible, check_fits, join_batches
-from training.settings import split_list
-from training.trajectories import are_those, check_storable, describe, distinct_states, layout_of, read_trajectories
-from training.windows import row_windows
+from ceed_vla.training.corruption import PREVIOUS, StateDraw, guess_states
+from ceed_vla.training.held_out import SHARE, held_out_frames
+from ceed_vla.training.losses import chunk_distance, mixed_labels
+from ceed_vla.training.mixture import check_compatible, check_fits, join_batches
+from ceed_vla.training.settings import split_list
+from ceed_vla.training.trajectories import (
+    are_those,
+    check_storable,
+    describe,
+    distinct_states,
+    layout_of,
+    read_trajectories,
+)
+from ceed_vla.training.windows import row_windows
 
-# The teacher: (observation, guesses (B, n) or None) -> the fixed points (B, n) and, from guesses, all states (k, B, n).
+# The teacher: (observation, guesses (B, n) or None) -> the fixed points (B, n) and, from guesses,
+# all states (k, B, n).
 Decode = Callable[[dict[str, Any], Tensor | None], tuple[Tensor, Tensor | None]]
 
 
@@ -48,12 +62,14 @@ class TrajectoriesConfig:
         check_fields(self, "trajectories.")
         if self.path and self.online:
             raise ConfigError(
-                f"trajectories.path is {self.path!r} and trajectories.online is set; choose one of the two."
+                f"trajectories.path is {self.path!r} and trajectories.online is set; choose one of "
+                "the two."
             )
 
 
 class DistillData:
-    """Frames of data sets, and what is distilled on each; `DatasetError` for those that the `policy` cannot read.
+    """Frames of data sets, and what is distilled on each; `DatasetError` for those that the
+    `policy` cannot read.
 
     `roots` are comma-separated data sets with actions, `pre` is the policy's pre-processor. Whole
     episodes are held out, a share `held_out` of them, and `eval_frames` of their frames measured on
@@ -75,7 +91,9 @@ class DistillData:
         seed: int = 0,
     ) -> None:
         self.policy, self.pre = policy, pre
-        self.eval_frames, self.delta_quantile, self.seed = eval_frames, delta_quantile, seed
+        self.eval_frames = eval_frames
+        self.delta_quantile = delta_quantile
+        self.seed = seed
         self.held_out_share = held_out
         self.stores = [open_dataset(root, streaming=streaming) for root in split_list(roots)]
         if not self.stores:
@@ -86,23 +104,32 @@ class DistillData:
                 raise DatasetError(f"{store.root} holds no actions; distil on demonstrations.")
         check_compatible(self.stores)
         # (N,) data set and frame of every row
-        self.root = np.concatenate([np.full(len(store), index) for index, store in enumerate(self.stores)])
+        self.root = np.concatenate(
+            [np.full(len(store), index) for index, store in enumerate(self.stores)]
+        )
         self.frame = np.concatenate([np.arange(len(store)) for store in self.stores])
-        self.delta_max = float("inf")  # distance beyond which the demonstration replaces the teacher's block
+        # distance beyond which the demonstration replaces the teacher's block
+        self.delta_max = float("inf")
 
     def split(self) -> None:
-        """Split into `rows` to train on and `held_out` ones to measure on; `DatasetError` for too few frames."""
-        order, most = np.random.default_rng(0).permutation(len(self.frame)), self.eval_frames
+        """Split into `rows` to train on and `held_out` ones to measure on; `DatasetError` for too
+        few frames.
+        """
+        order = np.random.default_rng(0).permutation(len(self.frame))
+        most = self.eval_frames
         spared = self._in_held_out_episodes()[order]
         self.whole_episodes = most > 0 and bool(spared.any())
         if self.whole_episodes:
-            held_out, self.rows = order[spared][:most], order[~spared]
+            held_out = order[spared][:most]
+            self.rows = order[~spared]
         else:
-            held_out, self.rows = order[:most], order[most:]
+            held_out = order[:most]
+            self.rows = order[most:]
         self.held_out = self._by_store(held_out)
         if not len(self.rows):
             raise DatasetError(
-                f"There are {len(order)} frames, --eval_frames {most} of them held out; record more or lower it."
+                f"There are {len(order)} frames, --eval_frames {most} of them held out; record "
+                "more or lower it."
             )
         self.windows = row_windows(self.stores, self.root, self.frame, self.rows, self.seed)
 
@@ -116,7 +143,11 @@ class DistillData:
     def draw(self, size: int, random: np.random.Generator, step: int) -> NDArray[np.int64]:
         """Rows of a step's batch, grouped by data set: so are those of any part of it."""
         windows = self.windows
-        rows = windows.draw(random, size, step * size) if windows else random.choice(self.rows, size=size)
+        rows = (
+            windows.draw(random, size, step * size)
+            if windows
+            else random.choice(self.rows, size=size)
+        )
         return self._by_store(rows)
 
     def _by_store(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -124,7 +155,9 @@ class DistillData:
 
     def observations(self, rows: NDArray[np.int64]) -> dict[str, Any]:
         """Pre-processed observations and actions of rows that are grouped by data set."""
-        of_stores = ((store, rows[self.root[rows] == index]) for index, store in enumerate(self.stores))
+        of_stores = (
+            (store, rows[self.root[rows] == index]) for index, store in enumerate(self.stores)
+        )
         size = self.policy.config.chunk_size
         parts = [store.batch(self.frame[own], size) for store, own in of_stores if len(own)]
         return self.pre(join_batches(parts))  # type: ignore[no-any-return]
@@ -132,14 +165,18 @@ class DistillData:
     def fixed_points(
         self, rows: NDArray[np.int64], observation: dict[str, Any], draw: StateDraw | None
     ) -> dict[str, Tensor]:
-        """``fixed_point`` and ``previous`` (B, n; -1: none), and ``teacher_states`` where the teacher's are used."""
+        """``fixed_point`` and ``previous`` (B, n; -1: none), and ``teacher_states`` where the
+        teacher's are used.
+        """
         raise NotImplementedError
 
     def batch(self, rows: NDArray[np.int64], draw: StateDraw | None = None) -> dict[str, Any]:
-        """What a part of a step needs, of rows that are grouped by data set, on the policy's device.
+        """What a part of a step needs, of rows that are grouped by data set, on the policy's
+        device.
 
-        Returns what the pre-processor and `fixed_points` give, ``labels``, ``label_weight``, ``live`` (B, n) and
-        ``replaced`` (B,). Without `draw`, the random part of the states, every row gets its previous chunk.
+        Returns what the pre-processor and `fixed_points` give, ``labels``, ``label_weight``,
+        ``live`` (B, n) and ``replaced`` (B,). Without `draw`, the random part of the states, every
+        row gets its previous chunk.
         """
         batch = self.observations(rows)
         found = self.fixed_points(rows, batch, draw)
@@ -150,12 +187,22 @@ class DistillData:
         valid = self.policy.tokenizer.weight(labels, batch["action_is_pad"]).bool()  # (B, n)
         live = self.policy.tokenizer.weight(fixed)
         weight = torch.where(replaced[:, None], valid, live.bool()).float()
-        return {**batch, **found, "labels": labels, "replaced": replaced, "label_weight": weight, "live": live}
+        return {
+            **batch,
+            **found,
+            "labels": labels,
+            "replaced": replaced,
+            "label_weight": weight,
+            "live": live,
+        }
 
     def distance(self, fixed: Tensor, batch: dict[str, Any]) -> Tensor:
         """Distance (B,) between the teacher's chunk and the demonstration, in normalised units."""
-        tokenizer, actions = self.policy.tokenizer, batch["action"]
-        low, high = tokenizer.low.float().to(actions.device), tokenizer.high.float().to(actions.device)  # (A,)
+        tokenizer = self.policy.tokenizer
+        actions = batch["action"]
+        # (A,)
+        low = tokenizer.low.float().to(actions.device)
+        high = tokenizer.high.float().to(actions.device)
         valid = (~batch["action_is_pad"]).float()
         distance = torch.full((len(fixed),), torch.inf, device=actions.device)
         read = tokenizer.readable(fixed)  # a malformed chunk is infinitely far away
@@ -168,23 +215,35 @@ class DistillData:
 class StoredData(DistillData):
     """Trajectories of `ceed-vla collect` in the folder `path`, by the checkpoint `teacher`.
 
-    `settings` are those of `DistillData`. `DatasetError` for too few frames, or where trajectories and data sets (named
-    in the same order) do not fit each other; `CheckpointError` for another teacher.
+    `settings` are those of `DistillData`. `DatasetError` for too few frames, or where trajectories
+    and data sets (named in the same order) do not fit each other; `CheckpointError` for another
+    teacher.
     """
 
     def __init__(
-        self, path: str, roots: str, teacher: str, policy: CeedVLAPolicy, pre: Any, states: bool = True, **settings: Any
+        self,
+        path: str,
+        roots: str,
+        teacher: str,
+        policy: CeedVLAPolicy,
+        pre: Any,
+        states: bool = True,
+        **settings: Any,
     ) -> None:
         super().__init__(roots, policy, pre, **settings)
         if not path:
             raise ConfigError(
-                "No trajectories: set --trajectories.path to their folder, or --trajectories.online=true."
+                "No trajectories: set --trajectories.path to their folder, or "
+                "--trajectories.online=true."
             )
         self.trajectories = read_trajectories(path, teacher, states)
         meta = self.trajectories.meta
-        if values := {key: meta[key] for key, value in layout_of(policy).items() if meta[key] != value}:
+        if values := {
+            key: meta[key] for key, value in layout_of(policy).items() if meta[key] != value
+        }:
             raise DatasetError(
-                f"{path}: meta.json says {values}, the policy has {layout_of(policy)}; collect the trajectories again."
+                f"{path}: meta.json says {values}, the policy has {layout_of(policy)}; collect the "
+                "trajectories again."
             )
         if not are_those(self.stores, meta["datasets"]):
             raise DatasetError(
@@ -205,7 +264,8 @@ class StoredData(DistillData):
                 action, pad = store.chunks(self.frame[rows[part]], self.policy.config.chunk_size)
                 for step in self.pre.steps:
                     if isinstance(step, RelativeActionsProcessorStep) and step.enabled:
-                        state, mask = store.state[self.frame[rows[part]]], step._build_mask(action.shape[-1])
+                        state = store.state[self.frame[rows[part]]]
+                        mask = step._build_mask(action.shape[-1])
                         action = to_relative_actions(action, torch.from_numpy(state), mask)
                     if isinstance(step, NormalizerProcessorStep):
                         action = step._normalize_action(action, inverse=False)
@@ -215,10 +275,15 @@ class StoredData(DistillData):
     def fixed_points(
         self, rows: NDArray[np.int64], observation: dict[str, Any], draw: StateDraw | None
     ) -> dict[str, Tensor]:
-        found = {"fixed_point": self.trajectories.fixed_point[rows], "previous": self.trajectories.previous[rows]}
+        found = {
+            "fixed_point": self.trajectories.fixed_point[rows],
+            "previous": self.trajectories.previous[rows],
+        }
         if draw is not None and self.trajectories.states:
             picked = zip(rows.tolist(), draw.pick, strict=True)
-            found["teacher_states"] = np.stack([_pick(self.trajectories.states[r], u) for r, u in picked])
+            found["teacher_states"] = np.stack(
+                [_pick(self.trajectories.states[r], u) for r, u in picked]
+            )
         device = observation["action"].device
         return {name: as_tokens(tokens).to(device) for name, tokens in found.items()}
 
@@ -226,12 +291,19 @@ class StoredData(DistillData):
 class OnlineData(DistillData):
     """The teacher decodes as it is asked, also the chunk before where a row's guess starts from it.
 
-    `teacher_states` gives states of its trajectories, which takes Jacobi decoding. `settings` are those of
-    `DistillData`; `delta_quantile` is that of a sample of four times `eval_frames`.
+    `teacher_states` gives states of its trajectories, which takes Jacobi decoding. `settings` are
+    those of `DistillData`; `delta_quantile` is that of a sample of four times `eval_frames`.
     """
 
     def __init__(
-        self, roots: str, policy: CeedVLAPolicy, pre: Any, decode: Decode, *, teacher_states: bool, **settings: Any
+        self,
+        roots: str,
+        policy: CeedVLAPolicy,
+        pre: Any,
+        decode: Decode,
+        *,
+        teacher_states: bool,
+        **settings: Any,
     ) -> None:
         super().__init__(roots, policy, pre, **settings)
         self.decode, self.teacher_states = decode, teacher_states
@@ -261,7 +333,9 @@ class OnlineData(DistillData):
         return {"fixed_point": fixed, "previous": previous, "teacher_states": chosen}
 
     def _previous(self, rows: NDArray[np.int64], draw: StateDraw | None) -> Tensor:
-        """Fixed points (B, n) of the frames that come the executed steps earlier; -1 where none is needed or there."""
+        """Fixed points (B, n) of the frames that come the executed steps earlier; -1 where none is
+        needed or there.
+        """
         before = rows - self.policy.config.n_action_steps
         there = before >= 0
         there[there] = (self.episode[before] == self.episode[rows])[there]

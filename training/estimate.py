@@ -12,13 +12,13 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import FrameStore
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from training.budget import ACTION, BATCH, GROUNDING, Plan, Speeds, divide, probe
-from training.defaults import take_from_data
-from training.fit_tokens import fit_action_tokens
-from training.mixture import Mixture
-from training.optim import computes_bfloat16
-from training.teacher import TeacherObjective
-from training.train_config import TrainConfig
+from ceed_vla.training.budget import ACTION, BATCH, GROUNDING, Plan, Speeds, divide, probe
+from ceed_vla.training.defaults import take_from_data
+from ceed_vla.training.fit_tokens import fit_action_tokens
+from ceed_vla.training.mixture import Mixture
+from ceed_vla.training.optim import computes_bfloat16
+from ceed_vla.training.teacher import TeacherObjective
+from ceed_vla.training.train_config import TrainConfig
 
 
 def estimate(
@@ -51,7 +51,9 @@ def estimate(
     if regressed:
         mixtures[GROUNDING] = Mixture(grounding, None, 0, settings.chunk_size)
     device = settings.device or "cpu"
-    bfloat16 = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=computes_bfloat16(device))
+    bfloat16 = torch.autocast(
+        torch.device(device).type, torch.bfloat16, enabled=computes_bfloat16(device)
+    )
 
     def take(size: int, beside: int) -> Callable[[], None]:
         def step() -> None:

@@ -1,8 +1,10 @@
-"""``ceed-vla exits``: train exits of a frozen policy by self-distillation, into a file beside a copy of its checkpoint.
+"""``ceed-vla exits``: train exits of a frozen policy by self-distillation, into a file beside a
+copy of its checkpoint.
 
-An exit learns the policy's own full-depth scores (Balcony) at the fixed point, which it sees from there and from the
-states that inference meets: guesses, and what Jacobi updates make of them. One that drafts only ever reads proven
-tokens, and is better without the states. The policy's weights stay bit for bit.
+An exit learns the policy's own full-depth scores (Balcony) at the fixed point, which it sees from
+there and from the states that inference meets: guesses, and what Jacobi updates make of them. One
+that drafts only ever reads proven tokens, and is better without the states. The policy's weights
+stay bit for bit.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.fields import THREADS, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
-from training.corruption import StateDraw, draw_states
-from training.distill_data import OnlineData
-from training.objective import fixed_points
-from training.optim import cosine_factor
-from training.settings import BesideConfig
-from training.trajectories import guess_shares
+from ceed_vla.training.corruption import StateDraw, draw_states
+from ceed_vla.training.distill_data import OnlineData
+from ceed_vla.training.objective import fixed_points
+from ceed_vla.training.optim import cosine_factor
+from ceed_vla.training.settings import BesideConfig
+from ceed_vla.training.trajectories import guess_shares
 
 REPORT = "exits.json"
 READS = ("states", "fixed_points")
@@ -45,9 +47,10 @@ class ExitsConfig(BesideConfig):
 
     Attributes:
         layers: Depths that get an exit, in [1, layers - 1].
-        kind: "linear" (a norm and a residual linear layer), "layer" (a layer of its own and a norm), or "coarse" (as
-            linear, and a branch that reads a token a control step).
-        reads: What the exits learn from: "states" and fixed points, or "fixed_points" alone, for drafts.
+        kind: "linear" (a norm and a residual linear layer), "layer" (a layer of its own and a
+            norm), or "coarse" (as linear, and a branch that reads a token a control step).
+        reads: What the exits learn from: "states" and fixed points, or "fixed_points" alone, for
+            drafts.
         guesses: Shares of previous, mid and random guesses.
         device: Where to train.
     """
@@ -89,11 +92,17 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
         policy.config.forget()
     policy.backbone.exits = made = make_exits(policy.backbone, config.layers, config.kind)
     if any(p.dtype != torch.float32 for own in made.values() for p in own.parameters()):
-        raise ConfigError("--kind layer would learn in half precision, which rounds it away; train linear ones.")
+        raise ConfigError(
+            "--kind layer would learn in half precision, which rounds it away; train linear ones."
+        )
     sizes = {"eval_frames": config.eval_frames, "streaming": config.streaming, "seed": config.seed}
-    data = OnlineData(config.roots, policy, pre, partial(fixed_points, policy), teacher_states=True, **sizes)
+    data = OnlineData(
+        config.roots, policy, pre, partial(fixed_points, policy), teacher_states=True, **sizes
+    )
     shares = guess_shares(config.guesses)
-    optimizer = torch.optim.AdamW([p for e in made.values() for p in e.parameters()], lr=config.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for e in made.values() for p in e.parameters()], lr=config.lr, weight_decay=0.0
+    )
     with tqdm(total=config.steps, desc="exits", unit="step", dynamic_ncols=True) as bar:
         for step in range(config.steps):
             random = np.random.default_rng([config.seed, step])
@@ -106,33 +115,47 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
             losses = divergences(policy.backbone, embeddings, [batch[name] for name in read])
             loss = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(loss):
-                raise CeedVLAError(f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr.")
+                raise CeedVLAError(
+                    f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr."
+                )
             loss.backward()
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * cosine_factor(step, config.steps, config.steps // 20)
             optimizer.step()
             optimizer.zero_grad()
-            bar.set_postfix({f"KL {depth}": f"{value.item():.3f}" for depth, value in losses.items()})
+            bar.set_postfix(
+                {f"KL {depth}": f"{value.item():.3f}" for depth, value in losses.items()}
+            )
             bar.update()
     worth = held_out(policy, data, shares, config.seed)
     save(output, policy, pre, post)
-    write_text(output / REPORT, json.dumps({"kind": config.kind, "steps": config.steps, "depths": worth}, indent=2))
+    write_text(
+        output / REPORT,
+        json.dumps({"kind": config.kind, "steps": config.steps, "depths": worth}, indent=2),
+    )
     for depth, found in worth.items():
         print(
-            f"{depth} layers: {found['same']:.1%} of the fixed point from a guess, {found['near']:.1%} within 2 bins, "
-            f"{found['drafts']:.1%} behind right tokens"
+            f"{depth} layers: {found['same']:.1%} of the fixed point from a guess, "
+            f"{found['near']:.1%} within 2 bins, {found['drafts']:.1%} behind right tokens"
         )
     print(f"Written: {output / EXITS}")
     return output
 
 
 def divergences(backbone: Any, embeddings: Any, blocks: list[Tensor]) -> dict[int, Tensor]:
-    """Depth -> mean KL of an exit's scores on the `blocks`, each (B, n), from the full depth's on the first of them.
+    """Depth -> mean KL of an exit's scores on the `blocks`, each (B, n), from the full depth's on
+    the first of them.
 
-    That is the fixed point; so from a state it learns where that leads, not what one more iteration makes of it.
+    That is the fixed point; so from a state it learns where that leads, not what one more iteration
+    makes of it.
     """
     with torch.no_grad():
-        full = backbone.packed_logits(embeddings, blocks[:1])[1][0].float().log_softmax(-1).repeat(len(blocks), 1, 1)
+        full = (
+            backbone.packed_logits(embeddings, blocks[:1])[1][0]
+            .float()
+            .log_softmax(-1)
+            .repeat(len(blocks), 1, 1)
+        )
     found = {}
     for depth in backbone.exits:
         _, logits = backbone.packed_logits(embeddings, blocks, depth)
@@ -143,17 +166,25 @@ def divergences(backbone: Any, embeddings: Any, blocks: list[Tensor]) -> dict[in
 
 @torch.no_grad()
 def held_out(policy: Any, data: OnlineData, shares: Any, seed: int) -> dict[int, dict[str, float]]:
-    """Depth -> shares of the fixed points' tokens that it finds, on held-out frames; all layers, too.
+    """Depth -> shares of the fixed points' tokens that it finds, on held-out frames; all layers,
+    too.
 
     From a guess: the "same", and those "near" (2 bins); behind the right ones: "drafts".
     """
-    draw: StateDraw = draw_states(policy, len(data.held_out), shares, 0, np.random.default_rng(seed))
+    draw: StateDraw = draw_states(
+        policy, len(data.held_out), shares, 0, np.random.default_rng(seed)
+    )
     draw.pick[:] = 0
     batch = data.batch(data.held_out, draw)
-    embeddings, found = policy.backbone.embed_prefix(batch), {}
+    embeddings = policy.backbone.embed_prefix(batch)
+    found = {}
     for depth in (*policy.backbone.exits, policy.backbone.num_layers):
-        _, logits = policy.backbone.packed_logits(embeddings, [batch["teacher_states"], batch["fixed_point"]], depth)
+        _, logits = policy.backbone.packed_logits(
+            embeddings, [batch["teacher_states"], batch["fixed_point"]], depth
+        )
         guessed, drafted = ((scores.argmax(-1) - batch["fixed_point"]).abs() for scores in logits)
         right = {"same": guessed <= 0, "near": guessed <= 2, "drafts": drafted <= 0}
-        found[depth] = {name: round(share.float().mean().item(), 4) for name, share in right.items()}
+        found[depth] = {
+            name: round(share.float().mean().item(), 4) for name, share in right.items()
+        }
     return found

@@ -1,4 +1,6 @@
-"""`ceed-vla fit-tokens`: FAST action tokens fitted on data sets, for trainers that do not fit them themselves."""
+"""`ceed-vla fit-tokens`: FAST action tokens fitted on data sets, for trainers that do not fit them
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.fields import check_fields, ranged
 from ceed_vla.files import replacing
 from ceed_vla.tokens.fast import FastTokensConfig
-from training.clipping import MOST_CLIPPED, check_actions
-from training.settings import SHARES, full_disk, split_list
+from ceed_vla.training.clipping import MOST_CLIPPED, check_actions
+from ceed_vla.training.settings import SHARES, full_disk, split_list
 
 
 @dataclass
@@ -60,26 +62,34 @@ class FitTokensConfig:
 
 
 def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
-    """Fit, write and measure FAST tokens, and return the report that was printed: ids, slots, tokens a chunk, and the
-    error of a decoded action in its own units.
+    """Fit, write and measure FAST tokens, and return the report that was printed: ids, slots,
+    tokens a chunk, and the error of a decoded action in its own units.
 
-    `DatasetError` for unreadable data sets, or without actions; `ConfigError` for settings that do not fit the data.
+    `DatasetError` for unreadable data sets, or without actions; `ConfigError` for settings that do
+    not fit the data.
     """
     output = Path(config.output)
     if output.exists():
         try:
             FastTokensConfig(path=str(output))
         except CeedVLAError as error:
-            raise ConfigError(f"{output} exists and holds no fitted tokens; choose another --output.") from error
+            raise ConfigError(
+                f"{output} exists and holds no fitted tokens; choose another --output."
+            ) from error
     settings = ("most_ids", "scale", "max_tokens", "action_low", "action_high", "gripper_dims")
     tokens = FastTokensConfig(**{name: getattr(config, name) for name in settings})
     stores = [open_dataset(root, decode=False) for root in split_list(config.roots)]
     parts = [all_chunks([store], config.chunk_size) for store in stores]
     if len({part.shape[2] for part in parts}) > 1:
-        raise ConfigError(f"The data sets have actions of {[part.shape[2] for part in parts]} values; fit one robot.")
+        raise ConfigError(
+            f"The data sets have actions of {[part.shape[2] for part in parts]} values; fit one "
+            "robot."
+        )
     chunks = torch.cat(parts)
     if config.gripper_dims == [-1]:  # two values, as a gripper takes
-        tokens.gripper_dims = [d for d in range(chunks.shape[2]) if len(chunks[:, 0, d].unique()) == 2]
+        tokens.gripper_dims = [
+            d for d in range(chunks.shape[2]) if len(chunks[:, 0, d].unique()) == 2
+        ]
     tokens.fit_chunks(chunks)
     check_actions(tokens.build(*chunks.shape[1:]), chunks[:, 0].numpy(), config.max_clipped)
     with full_disk(output.parent, "nothing was written"), replacing(output) as temporary:
@@ -90,7 +100,9 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
 
 
 def fit_action_tokens(policy: CeedVLAConfig, stores: Sequence[FrameStore]) -> None:
-    """Fit a new policy's action tokens on its data sets, where they are of a kind that is fitted."""
+    """Fit a new policy's action tokens on its data sets, where they are of a kind that is
+    fitted.
+    """
     tokens = policy.action_tokens
     if isinstance(tokens, FastTokensConfig) and not tokens.fitted:
         tokens.fit_chunks(all_chunks(stores, policy.chunk_size))

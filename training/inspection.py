@@ -19,11 +19,10 @@ from ceed_vla.data.frames import ACTION, ENVIRONMENT, STATE, FrameStore, open_da
 from ceed_vla.errors import CeedVLAError, DatasetError
 from ceed_vla.fields import Checked, ranged
 from ceed_vla.outputs import claim_file, default_console
-from ceed_vla.wording import counted, numbered
-from training.clipping import MOST_CLIPPED, check_actions
-from training.defaults import SPARSE, describe, take_from_data
-from training.fit_tokens import fit_action_tokens
-from training.inspection_findings import (
+from ceed_vla.training.clipping import MOST_CLIPPED, check_actions
+from ceed_vla.training.defaults import SPARSE, describe, take_from_data
+from ceed_vla.training.fit_tokens import fit_action_tokens
+from ceed_vla.training.inspection_findings import (
     data_faults,
     dimension_warnings,
     idle_episodes,
@@ -34,9 +33,10 @@ from training.inspection_findings import (
     task_warning,
     without_episodes,
 )
-from training.inspection_picture import draw
-from training.inspection_tasks import similar_tasks
-from training.inspection_values import Row, as_dicts, rows_of
+from ceed_vla.training.inspection_picture import draw
+from ceed_vla.training.inspection_tasks import similar_tasks
+from ceed_vla.training.inspection_values import Row, as_dicts, rows_of
+from ceed_vla.wording import counted, numbered
 
 
 @dataclass
@@ -54,7 +54,9 @@ class InspectConfig(Checked):
     root: str = ""
     output: str = "outputs/inspect.png"
     minutes: float = ranged(20.0, "[0, 1e6]")
-    policy: CeedVLAConfig = field(default_factory=lambda: CeedVLAConfig(device="cpu", push_to_hub=False))
+    policy: CeedVLAConfig = field(
+        default_factory=lambda: CeedVLAConfig(device="cpu", push_to_hub=False)
+    )
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
@@ -68,7 +70,9 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     report = survey(config)
     if report["faults"]:
         found = counted(len(report["faults"]), "fault")
-        raise DatasetError(f"{report['root']} cannot be trained on: {found}; the verdict lists the remedies.")
+        raise DatasetError(
+            f"{report['root']} cannot be trained on: {found}; the verdict lists the remedies."
+        )
     return report
 
 
@@ -90,7 +94,9 @@ def survey(config: InspectConfig) -> dict[str, Any]:
         rows[ACTION] = rows_of(whole.action, store.labels.get(ACTION))
 
     report = _contents(store, whole, config.policy.chunk_size)
-    report["broken"] = [{"feature": b.feature, "kind": b.kind, "episodes": b.episodes} for b in broken]
+    report["broken"] = [
+        {"feature": b.feature, "kind": b.kind, "episodes": b.episodes} for b in broken
+    ]
     report["dimensions"] = {name: as_dicts(dimensions) for name, dimensions in rows.items()}
     report["faults"] = data_faults(store, broken, arrays)
     report["warnings"] = [
@@ -139,13 +145,16 @@ def _contents(store: FrameStore, whole: FrameStore, chunk_size: int) -> dict[str
 
 def _print_contents(console: Console, report: dict[str, Any], store: FrameStore) -> None:
     low, middle, high = report["episode_frames"]
-    cameras = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report["cameras"].items())
+    cameras = ", ".join(
+        f"{name} {'x'.join(map(str, shape))}" for name, shape in report["cameras"].items()
+    )
     such = "such as " if len(store.tasks) > 1 else ""
     _say(
         console,
-        f"{store.root}: {counted(report['episodes'], 'episode')}, {counted(len(store), 'frame')} at {store.fps:g} Hz "
-        f"({low} to {high} an episode, median {middle} = {middle / store.fps:.1f} s); "
-        f"{'cameras' if len(store.images) > 1 else 'camera'} {cameras or 'none'}; "
+        f"{store.root}: {counted(report['episodes'], 'episode')}, {counted(len(store), 'frame')} "
+        f"at {store.fps:g} Hz ({low} to {high} an episode, median {middle} = "
+        f"{middle / store.fps:.1f} "
+        f"s); {'cameras' if len(store.images) > 1 else 'camera'} {cameras or 'none'}; "
         f"{counted(len(store.tasks), 'instruction')}, {such}{store.tasks[0]!r}",
     )
     if store.ignored:
@@ -153,7 +162,9 @@ def _print_contents(console: Console, report: dict[str, Any], store: FrameStore)
 
 
 def _add_training(report: dict[str, Any], whole: FrameStore, config: InspectConfig) -> None:
-    """Add what training would choose, and how many steps fit into the time; what it refuses is a fault."""
+    """Add what training would choose, and how many steps fit into the time; what it refuses is a
+    fault.
+    """
     report["choices"], report["budget"] = [], None
     if whole.action is None:
         report["choices"] = ["No actions: these are grounding frames (--grounding_roots)."]
@@ -168,7 +179,7 @@ def _add_training(report: dict[str, Any], whole: FrameStore, config: InspectConf
     except CeedVLAError as error:
         report["faults"].append(str(error))
     if config.minutes and report["choices"]:
-        from training.estimate import estimate
+        from ceed_vla.training.estimate import estimate
 
         try:
             budget = estimate([whole], config.policy, config.minutes)
@@ -177,7 +188,9 @@ def _add_training(report: dict[str, Any], whole: FrameStore, config: InspectConf
             return
         report["budget"] = f"{budget}. {budget.expectation if budget.enough else ''}".rstrip()
         if not budget.enough:
-            report["warnings"].append(f"Time or data are scarce for {config.minutes:g} minutes: {budget.advice}.")
+            report["warnings"].append(
+                f"Time or data are scarce for {config.minutes:g} minutes: {budget.advice}."
+            )
 
 
 def fit_policy(policy: CeedVLAConfig, store: FrameStore) -> Any:
@@ -196,26 +209,43 @@ def choices(store: FrameStore, policy: CeedVLAConfig, tokens: Any) -> list[str]:
     outside = ((store.action < low) | (store.action > high)).mean(0)
     found = {
         "two values: written as one of two tokens": list(tokens.gripper_dims),
-        "increments, by their names: a late chunk makes up for what is frozen": list(policy.delta_dims or []),
-        f"near zero in {SPARSE:.0%} of the frames or more: the extremes are the range, not quantiles":
-            [d for d, row in enumerate(rows) if row.near_zero >= SPARSE],
-        "at an end in more than 5 % of the frames: they saturate":
-            [d for d, row in enumerate(rows) if row.at_ends > 0.05 and row.distinct > 2],
+        "increments, by their names: a late chunk makes up for what is frozen": list(
+            policy.delta_dims or []
+        ),
+        f"near zero in {SPARSE:.0%} of the frames or more: the extremes are the range, "
+        "not quantiles": [d for d, row in enumerate(rows) if row.near_zero >= SPARSE],
+        "at an end in more than 5 % of the frames: they saturate": [
+            d for d, row in enumerate(rows) if row.at_ends > 0.05 and row.distinct > 2
+        ],
         "cut to the range in more than 3 % of the frames": np.flatnonzero(outside > 0.03).tolist(),
-        "never change: their tokens are always the same": [d for d, row in enumerate(rows) if row.distinct == 1],
-    }  # fmt: skip
-    lines = [f"{', '.join(rows[d].name for d in dims)}: {what}." for what, dims in found.items() if dims]
-    return [f"Training without a simulator would take {describe(policy, tokens, store, 0)}.", *lines]
+        "never change: their tokens are always the same": [
+            d for d, row in enumerate(rows) if row.distinct == 1
+        ],
+    }
+    lines = [
+        f"{', '.join(rows[d].name for d in dims)}: {what}." for what, dims in found.items() if dims
+    ]
+    return [
+        f"Training without a simulator would take {describe(policy, tokens, store, 0)}.",
+        *lines,
+    ]
 
 
 def verdict(faults: Sequence[str], warnings: Sequence[str]) -> list[str]:
-    """The lines that end the report; a command at the end of a fault or warning gets its own line."""
+    """The lines that end the report; a command at the end of a fault or warning gets its own
+    line.
+    """
     things = counted(len(warnings), "thing")
     looks = [f"  - {_apart(warning)}" for warning in warnings]
     if faults:
         lines = [f"  {number}. {_apart(fault)}" for number, fault in enumerate(faults, 1)]
         also = [f"Also {things} to look at:"] if warnings else []
-        return [f"Verdict: cannot be trained on: {counted(len(faults), 'fault')}", *lines, *also, *looks]
+        return [
+            f"Verdict: cannot be trained on: {counted(len(faults), 'fault')}",
+            *lines,
+            *also,
+            *looks,
+        ]
     if warnings:
         return [f"Verdict: ready, {things} to look at", *looks]
     return ["Verdict: ready for training."]
@@ -227,11 +257,23 @@ def _apart(text: str) -> str:
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in ("dimension", "min", "1 %", "median", "99 %", "max", "at an end", "near zero", "values"):
+    for column in (
+        "dimension",
+        "min",
+        "1 %",
+        "median",
+        "99 %",
+        "max",
+        "at an end",
+        "near zero",
+        "values",
+    ):
         table.add_column(column, justify="left" if column == "dimension" else "right")
     for row in rows:
         numbers = (f"{number:.4g}" for number in (row.min, row.q01, row.median, row.q99, row.max))
-        table.add_row(row.name, *numbers, f"{row.at_ends:.1%}", f"{row.near_zero:.1%}", str(row.distinct))
+        table.add_row(
+            row.name, *numbers, f"{row.at_ends:.1%}", f"{row.near_zero:.1%}", str(row.distinct)
+        )
     return table
 
 

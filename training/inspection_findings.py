@@ -1,4 +1,6 @@
-"""What is wrong with a data set (faults: training refuses it) or looks odd (warnings), with the remedies."""
+"""What is wrong with a data set (faults: training refuses it) or looks odd (warnings), with the
+remedies.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from numpy.typing import NDArray
 
 from ceed_vla.data.broken_values import BrokenValues, broken_episodes, delete_command, remedy
 from ceed_vla.data.frames import ACTION, ENVIRONMENT, STATE, FrameStore
+from ceed_vla.training.inspection_values import Row, unchanging_dimensions
 from ceed_vla.wording import counted, numbered
-from training.inspection_values import Row, unchanging_dimensions
 
 STILL = 1e-3  # of a state's range: an arm that moves less from frame to frame stands
 IDLE = 0.5  # of an episode's frames at rest
@@ -25,10 +27,15 @@ def without_episodes(store: FrameStore, episodes: Sequence[int]) -> FrameStore:
     rows = {name: images.shape[1:] for name, images in store.images.items()}
     return replace(
         store,
-        images={name: np.broadcast_to(np.uint8(0), (len(episode), *shape)) for name, shape in rows.items()},
+        images={
+            name: np.broadcast_to(np.uint8(0), (len(episode), *shape))
+            for name, shape in rows.items()
+        },
         state=store.state[keep],
         action=None if store.action is None else store.action[keep],
-        environment_state=None if store.environment_state is None else store.environment_state[keep],
+        environment_state=(
+            None if store.environment_state is None else store.environment_state[keep]
+        ),
         task=store.task[keep],
         episode=episode,
         episode_end=np.searchsorted(episode, episode, side="right"),
@@ -39,36 +46,52 @@ def idle_episodes(store: FrameStore) -> list[int]:
     """Episodes in which no dimension of the state changes over more than `IDLE` of the frames."""
     if not store.state.size:
         return []
-    moved = np.abs(np.diff(store.state, axis=0, append=store.state[-1:])) > STILL * np.ptp(store.state, axis=0)
+    moved = np.abs(np.diff(store.state, axis=0, append=store.state[-1:])) > STILL * np.ptp(
+        store.state, axis=0
+    )
     numbers, first = np.unique(store.episode, return_index=True)
-    parts = np.split(moved.any(1), first[1:])  # (T,) of each episode; its last frame has no successor
+    # (T,) of each episode; its last frame has no successor
+    parts = np.split(moved.any(1), first[1:])
     still = [len(part) > 1 and 1.0 - part[:-1].mean() > IDLE for part in parts]
     return numbers[still].tolist()
 
 
 def short_episodes(lengths: NDArray[np.int64], chunk_size: int) -> dict[int, int]:
-    """Episode -> frames, of those that are shorter than one chunk; `lengths` (E,) are those of all."""
+    """Episode -> frames, of those that are shorter than one chunk; `lengths` (E,) are those of
+    all.
+    """
     return {int(episode): int(lengths[episode]) for episode in np.flatnonzero(lengths < chunk_size)}
 
 
-def data_faults(store: FrameStore, broken: Sequence[BrokenValues], arrays: Sequence[str]) -> list[str]:
+def data_faults(
+    store: FrameStore, broken: Sequence[BrokenValues], arrays: Sequence[str]
+) -> list[str]:
     """Why training refuses the data, each with its remedy; `arrays` as of `delete_command`."""
     faults = []
     if broken:
-        episodes, total = broken_episodes(broken), int(store.episode[-1]) + 1
-        holds = f"{counted(len(episodes), 'episode')} of {total} {'holds' if len(episodes) == 1 else 'hold'}"
+        episodes = broken_episodes(broken)
+        total = int(store.episode[-1]) + 1
+        holds = (
+            f"{counted(len(episodes), 'episode')} of {total} "
+            f"{'holds' if len(episodes) == 1 else 'hold'}"
+        )
         advice = remedy(store.root, episodes, total, arrays)
-        faults.append(f"{holds} values that are not finite: {'; '.join(map(str, broken))}. {advice}")
+        faults.append(
+            f"{holds} values that are not finite: {'; '.join(map(str, broken))}. {advice}"
+        )
     if not store.state.shape[1]:
         faults.append(
-            f"There is no {STATE}. Record the position of the robot's joints, or of its hand, under this name."
+            f"There is no {STATE}. Record the position of the robot's joints, or of its hand, "
+            "under this name."
         )
     if not store.images:
-        faults.append("There is no camera. Record a feature of the dtype image or video with three channels.")
+        faults.append(
+            "There is no camera. Record a feature of the dtype image or video with three channels."
+        )
     if store.action is None and store.environment_state is None:
         faults.append(
-            f"There is neither {ACTION}, as demonstrations have, nor {ENVIRONMENT}, as grounding frames have. Record "
-            f"the commands of every frame as {ACTION}."
+            f"There is neither {ACTION}, as demonstrations have, nor {ENVIRONMENT}, as grounding "
+            f"frames have. Record the commands of every frame as {ACTION}."
         )
     return faults
 
@@ -79,13 +102,17 @@ def idle_warning(episodes: Sequence[int]) -> list[str]:
         return []
     which = numbered("episode", episodes, MOST_LISTED)
     return [
-        f"At rest in more than half of the frames: {which}. A policy learns to wait from them; shorten the pauses, or "
-        "leave these episodes out."
+        f"At rest in more than half of the frames: {which}. A policy learns to wait from them; "
+        "shorten the pauses, or leave these episodes out."
     ]
 
 
 def short_warning(
-    store: FrameStore, short: Mapping[int, int], chunk_size: int, removed: Sequence[int], arrays: Sequence[str]
+    store: FrameStore,
+    short: Mapping[int, int],
+    chunk_size: int,
+    removed: Sequence[int],
+    arrays: Sequence[str],
 ) -> list[str]:
     """A warning about episodes that are shorter than a chunk.
 
@@ -100,23 +127,34 @@ def short_warning(
         return []
     listed = [f"{episode} ({counted(frames, 'frame')})" for episode, frames in short.items()]
     text = (
-        f"Shorter than a chunk of {counted(chunk_size, 'step')}: {numbered('episode', listed, MOST_LISTED)}. Their "
-        "chunks are padded with the last action, and padding is not learnt."
+        f"Shorter than a chunk of {counted(chunk_size, 'step')}: "
+        f"{numbered('episode', listed, MOST_LISTED)}. Their chunks are padded with the last "
+        "action, and padding is not learnt."
     )
-    single = [episode for episode, frames in short.items() if frames == 1 and episode not in removed]
+    single = [
+        episode for episode, frames in short.items() if frames == 1 and episode not in removed
+    ]
     if single:
         show = "An episode of one frame shows" if len(single) == 1 else "Episodes of one frame show"
         text += f" {show} no motion; {_removal(store, single, removed, arrays)}"
     return [text]
 
 
-def _removal(store: FrameStore, episodes: Sequence[int], removed: Sequence[int], arrays: Sequence[str]) -> str:
+def _removal(
+    store: FrameStore, episodes: Sequence[int], removed: Sequence[int], arrays: Sequence[str]
+) -> str:
     """What to do about useless `episodes`, where `removed` are removed anyway."""
     if removed:
-        return f"add {numbered('episode', episodes, MOST_LISTED)} to the episode_indices of the command above."
+        return (
+            f"add {numbered('episode', episodes, MOST_LISTED)} to the episode_indices of the "
+            "command above."
+        )
     if len(episodes) == store.episode[-1] + 1:
         return "record the data set again."
-    return f"remove {'it' if len(episodes) == 1 else 'them'}: {delete_command(store.root, episodes, arrays)}"
+    return (
+        f"remove {'it' if len(episodes) == 1 else 'them'}: "
+        f"{delete_command(store.root, episodes, arrays)}"
+    )
 
 
 def ignored_warning(ignored: Sequence[str]) -> list[str]:
@@ -125,8 +163,8 @@ def ignored_warning(ignored: Sequence[str]) -> list[str]:
     if not observations:
         return []
     return [
-        f"Training ignores {', '.join(observations)}: inputs are RGB cameras, {STATE} and, as a target, {ENVIRONMENT}. "
-        f"If the task needs it, write it into {STATE}."
+        f"Training ignores {', '.join(observations)}: inputs are RGB cameras, {STATE} and, as a "
+        f"target, {ENVIRONMENT}. If the task needs it, write it into {STATE}."
     ]
 
 
@@ -137,12 +175,17 @@ def task_warning(pairs: Sequence[Sequence[str]]) -> list[str]:
     shown = "; ".join(f"{first!r} and {other!r}" for first, other in pairs[:MOST_LISTED])
     more = f"; ... ({len(pairs)} pairs in all)" if len(pairs) > MOST_LISTED else ""
     return [
-        f"{counted(len(pairs), 'pair')} of instructions that differ only in their writing: {shown}{more}. A policy "
-        "takes them for different tasks; write them alike (lerobot-edit-dataset, --operation.type modify_tasks with "
+        f"{counted(len(pairs), 'pair')} of instructions that differ only in their writing: "
+        f"{shown}{more}. A policy takes them for different tasks; write them alike "
+        "(lerobot-edit-dataset, --operation.type modify_tasks with "
         "--operation.task_replacements)."
     ]
 
 
 def dimension_warnings(rows: Mapping[str, Sequence[Row]]) -> list[str]:
     """A warning about every constant or near-constant dimension; `rows` by feature."""
-    return [line for name, found in rows.items() for line in unchanging_dimensions(name, found, name == ACTION)]
+    return [
+        line
+        for name, found in rows.items()
+        for line in unchanging_dimensions(name, found, name == ACTION)
+    ]

@@ -1,4 +1,6 @@
-"""The picture of ``ceed-vla inspect``: one episode through every camera, and how often values occur."""
+"""The picture of ``ceed-vla inspect``: one episode through every camera, and how often values
+occur.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from matplotlib.figure import Figure
 from ceed_vla.data.frames import ACTION, STATE, FrameStore
 from ceed_vla.files import replacing
 from ceed_vla.outputs import MADE_BY
-from training.inspection_values import rows_of
+from ceed_vla.training.inspection_values import rows_of
 
 SHOWN = 4  # frames of the first episode
 

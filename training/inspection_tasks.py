@@ -9,7 +9,9 @@ from difflib import SequenceMatcher
 from itertools import combinations
 
 ALIKE = 0.9  # ratio of difflib from which two instructions are compared word by word
-SAME_WORD = 0.8  # and from which two words are spellings of one: "cube" and "cubes", not "into" and "onto"
+SAME_WORD = (
+    0.8  # and from which two words are spellings of one: "cube" and "cubes", not "into" and "onto"
+)
 FILLERS = {"a", "an", "the", "please"}  # words that change no meaning
 MOST_COMPARED = 400  # instructions: pairs are compared in less than a few seconds
 
@@ -38,13 +40,20 @@ def plain(task: str) -> str:
 def _alike(first: str, second: str) -> bool:
     """Whether two plain instructions differ in the spelling of words alone."""
     matcher = SequenceMatcher(None, first, second, autojunk=False)
-    if matcher.real_quick_ratio() < ALIKE or matcher.quick_ratio() < ALIKE or matcher.ratio() < ALIKE:
+    if (
+        matcher.real_quick_ratio() < ALIKE
+        or matcher.quick_ratio() < ALIKE
+        or matcher.ratio() < ALIKE
+    ):
         return False
-    words, others = first.split(), second.split()
+    words = first.split()
+    others = second.split()
     return len(words) == len(others) and all(map(_same_word, words, others))
 
 
 def _same_word(first: str, second: str) -> bool:
     """Whether two words are spellings of one; numbers never are."""
     numbers = any(character.isdigit() for character in first + second)
-    return first == second or (not numbers and SequenceMatcher(None, first, second).ratio() >= SAME_WORD)
+    return first == second or (
+        not numbers and SequenceMatcher(None, first, second).ratio() >= SAME_WORD
+    )

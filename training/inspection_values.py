@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.defaults import NEAR_ZERO, SPARSE
+from ceed_vla.training.defaults import NEAR_ZERO, SPARSE
 
 # The rule for "near-constant": any of these.
 MOSTLY = 0.99  # of the values lie within NEARBY of the range from the median
@@ -45,14 +45,21 @@ class Row:
             return f"is constant ({self.min:.4g})"
         size = max(abs(self.min), abs(self.max))
         if self.range < LEAST_RANGE * size:
-            return f"is near-constant: its range of {self.range:.2g} is {self.range / size:.2g} of its largest value"
+            return (
+                f"is near-constant: its range of {self.range:.2g} is {self.range / size:.2g} of "
+                "its largest value"
+            )
         if self.nearby >= MOSTLY:
             return (
-                f"is near-constant: {100 * self.nearby:.4g} % of its values lie within {NEARBY:.0%} of its range from "
-                f"the median {self.median:.4g}"
+                f"is near-constant: {100 * self.nearby:.4g} % of its values lie within "
+                f"{NEARBY:.0%} "
+                f"of its range from the median {self.median:.4g}"
             )
         if self.std < LEAST_SPREAD * self.range:
-            return f"is near-constant: its standard deviation is {self.std / self.range:.2g} of its range"
+            return (
+                f"is near-constant: its standard deviation is {self.std / self.range:.2g} of its "
+                "range"
+            )
         return ""
 
 
@@ -60,7 +67,8 @@ def rows_of(values: NDArray[np.float32], names: list[Any] | None) -> list[Row]:
     """What each dimension of `values` (N, D) holds."""
     if not values.size:
         return []
-    low, first, median, last, high = np.quantile(values, [0, 0.01, 0.5, 0.99, 1], axis=0)  # (D,) each
+    # (D,) each
+    low, first, median, last, high = np.quantile(values, [0, 0.01, 0.5, 0.99, 1], axis=0)
     ends = (values == values.min(0)) | (values == values.max(0))
     zero = np.abs(values) <= NEAR_ZERO * np.abs(values).max(0)
     nearby = np.abs(values - median) <= NEARBY * np.ptp(values, axis=0)
@@ -83,7 +91,9 @@ def rows_of(values: NDArray[np.float32], names: list[Any] | None) -> list[Row]:
 
 
 def unchanging_dimensions(feature: str, rows: Sequence[Row], is_action: bool) -> list[str]:
-    """A sentence about each constant or near-constant dimension: the rule, and how training treats it."""
+    """A sentence about each constant or near-constant dimension: the rule, and how training treats
+    it.
+    """
     return [
         f"{feature}, dimension {row.name!r}, {row.unchanging}. {_treatment(row, is_action)}"
         for row in rows
@@ -98,17 +108,21 @@ def _treatment(row: Row, is_action: bool) -> str:
         return "It tells a policy nothing, and any other value on the robot is new to the policy."
     if not is_action:
         far = max(row.max - row.median, row.median - row.min) / row.std if row.std else 0.0
-        return f"The state is standardised: its rarest value lies {far:.0f} standard deviations off. Check its unit."
+        return (
+            f"The state is standardised: its rarest value lies {far:.0f} standard deviations off. "
+            "Check its unit."
+        )
     if row.near_zero >= SPARSE:
         return (
-            f"It is sparse (near zero in {row.near_zero:.1%} of the frames, of which {SPARSE:.0%} are enough), so its "
-            f"tokens span its extremes [{row.min:.4g}, {row.max:.4g}], not its quantiles."
+            f"It is sparse (near zero in {row.near_zero:.1%} of the frames, of which {SPARSE:.0%} "
+            f"are enough), so its tokens span its extremes [{row.min:.4g}, {row.max:.4g}], not its "
+            "quantiles."
         )
     if row.distinct == 2:
         return "Its two values are written as two tokens."
     return (
-        f"Its tokens span its quantiles [{row.q01:.4g}, {row.q99:.4g}], which clips its rare values, unless "
-        "--policy.action_tokens.action_low and .action_high are set."
+        f"Its tokens span its quantiles [{row.q01:.4g}, {row.q99:.4g}], which clips its rare "
+        "values, unless --policy.action_tokens.action_low and .action_high are set."
     )
 
 

@@ -1,20 +1,21 @@
 """Losses of consistency distillation.
 
-Notation: ``Y*`` is the fixed point (the teacher's greedy block), ``Y`` a Jacobi state on the way to it, ``f`` the
-first slot where they differ. All logits are aligned: entry ``i`` of (B, n, V) predicts token ``i`` from tokens
-``< i``. Entries up to and including ``f`` are therefore identical for ``Y`` and ``Y*`` and carry no information; the
-consistency terms start at ``f + 1``.
+Notation: ``Y*`` is the fixed point (the teacher's greedy block), ``Y`` a Jacobi state on the way to
+it, ``f`` the first slot where they differ. All logits are aligned: entry ``i`` of (B, n, V)
+predicts token ``i`` from tokens ``< i``. Entries up to and including ``f`` are therefore identical
+for ``Y`` and ``Y*`` and carry no information; the consistency terms start at ``f + 1``.
 
-A loss is one function that registers itself; the names of its parameters say what it needs, and only that is computed:
+A loss is one function that registers itself; the names of its parameters say what it needs, and
+only that is computed:
 
-    fixed_logits, state_logits, label_logits    the student's (B, n, V) on ``Y*``, ``Y`` and the labels
+    fixed_logits, state_logits, label_logits    the student's (B, n, V) on ``Y*``, ``Y``, labels
     teacher_logits      the frozen teacher's (B, n, V) on ``Y*``
     states, fixed_point, labels    ``Y``, ``Y*`` and mixed labels (B, n)
     label_weight        (B, n) 0 on tokens past the end of the demonstration, and where `live` is
     live                (B, n) 0 behind a token of ``Y*`` that ends it
     omega               weight of the anchor
-    sigma               width of soft labels [bins], as in the teacher's training; 0 is the paper's hard label
-    counts              (2,) slots that consistency and anchor are means of in the whole batch, where this is a part
+    sigma               width of soft labels [bins], as for the teacher; 0: the paper's hard label
+    counts              (2,) slots of the whole batch, of which this is a part, for the two means
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class DistillationTerms:
     """Scalar parts of a distillation loss."""
 
     consistency: Tensor  # divergence on the corrupted block
-    anchor: Tensor  # what keeps the student's policy in place: KL to the teacher, or cross-entropy on mixed labels
+    # what keeps the student's policy in place: KL to the teacher, or cross-entropy on mixed labels
+    anchor: Tensor
     total: Tensor  # both, weighted
 
 
@@ -56,8 +58,8 @@ def find_loss(name: str) -> Loss:
     """The loss of that name; `ConfigError` for an unknown one."""
     if name not in _LOSSES:
         raise ConfigError(
-            f"loss is {name[:60]!r}; choose one of {', '.join(_LOSSES)}. One of another package needs "
-            "--discover_packages_path."
+            f"loss is {name[:60]!r}; choose one of {', '.join(_LOSSES)}. One of another package "
+            "needs --discover_packages_path."
         )
     return _LOSSES[name]
 
@@ -72,15 +74,20 @@ def forward_kl(target_logits: Tensor, logits: Tensor) -> Tensor:
     return (target.exp() * (target - F.log_softmax(logits.float(), dim=-1))).sum(-1)
 
 
-def after_first_divergence(states: Tensor, fixed_point: Tensor, live: Tensor | None = None) -> Tensor:
-    """(B, n) float mask: 1 on `live` slots after the first one where `states` and `fixed_point` differ."""
+def after_first_divergence(
+    states: Tensor, fixed_point: Tensor, live: Tensor | None = None
+) -> Tensor:
+    """(B, n) float mask: 1 on `live` slots after the first one where `states` and `fixed_point`
+    differ.
+    """
     wrong = (states != fixed_point).int()  # (B, n)
     return (wrong.cumsum(1) - wrong > 0).float() * (1 if live is None else live)
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
-    """Mean of `values` (B, n) where `mask` (B, n) is 1; zero, with a gradient, where nothing is. `count` is the ones in
-    the mask of the whole batch, of which this is a part; those of `mask` if None.
+    """Mean of `values` (B, n) where `mask` (B, n) is 1; zero, with a gradient, where nothing is.
+    `count` is the ones in the mask of the whole batch, of which this is a part; those of `mask` if
+    None.
     """
     return (values * mask).sum() / (mask.sum() if count is None else count).clamp(min=1)
 
@@ -98,11 +105,14 @@ def trust_region_loss(
 ) -> DistillationTerms:
     """Both blocks of the student stay near the frozen teacher; no demonstration is involved.
 
-    L = mean_{i > f} KL(p_T(. | Y*_<i) || q(. | Y_<i)) + omega * mean_i KL(p_T(. | Y*_<i) || q(. | Y*_<i))
+    L = mean_{i > f} KL(p_T(. | Y*_<i) || q(. | Y_<i))
+        + omega * mean_i KL(p_T(. | Y*_<i) || q(. | Y*_<i))
     """
     mask = after_first_divergence(states, fixed_point, live)
     divergences = forward_kl(teacher_logits, state_logits), forward_kl(teacher_logits, fixed_logits)
-    return _terms(*divergences, mask, torch.ones_like(mask) if live is None else live, omega, counts)
+    return _terms(
+        *divergences, mask, torch.ones_like(mask) if live is None else live, omega, counts
+    )
 
 
 @register_loss("paper")
@@ -121,26 +131,43 @@ def paper_loss(
 ) -> DistillationTerms:
     """CEED-VLA (arXiv 2506.13725): self-consistency plus autoregression on mixed labels.
 
-        L = mean_{i > f} KL(sg q(. | Y*_<i) || q(. | Y_<i)) - omega * mean_i log q(label_i | label_<i)
+        L = mean_{i > f} KL(sg q(. | Y*_<i) || q(. | Y_<i))
+            - omega * mean_i log q(label_i | label_<i)
 
     The student reads the label itself, so that prefix and target agree.
     """
-    divergence, surprise = forward_kl(fixed_logits, state_logits), soft_cross_entropy(label_logits, labels, sigma)
-    return _terms(divergence, surprise, after_first_divergence(states, fixed_point, live), label_weight, omega, counts)
+    divergence = forward_kl(fixed_logits, state_logits)
+    surprise = soft_cross_entropy(label_logits, labels, sigma)
+    return _terms(
+        divergence,
+        surprise,
+        after_first_divergence(states, fixed_point, live),
+        label_weight,
+        omega,
+        counts,
+    )
 
 
 def _terms(
-    consistency: Tensor, anchor: Tensor, mask: Tensor, weight: Tensor, omega: float, counts: Tensor | None
+    consistency: Tensor,
+    anchor: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    omega: float,
+    counts: Tensor | None,
 ) -> DistillationTerms:
     """Means of the two terms (B, n), over `mask` and `weight`, and their sum."""
     of_mask, of_weight = (None, None) if counts is None else counts
-    consistency, anchor = masked_mean(consistency, mask, of_mask), masked_mean(anchor, weight, of_weight)
+    consistency = masked_mean(consistency, mask, of_mask)
+    anchor = masked_mean(anchor, weight, of_weight)
     return DistillationTerms(consistency, anchor, consistency + omega * anchor)
 
 
-def chunk_distance(actions: Tensor, demonstration: Tensor, valid: Tensor, half_range: Tensor) -> Tensor:
-    """Mean absolute difference (B,) of two chunks (B, m, A) over `valid` steps (B, m); `half_range` (A,), half the bin
-    range of every dimension, counts as 1.
+def chunk_distance(
+    actions: Tensor, demonstration: Tensor, valid: Tensor, half_range: Tensor
+) -> Tensor:
+    """Mean absolute difference (B,) of two chunks (B, m, A) over `valid` steps (B, m); `half_range`
+    (A,), half the bin range of every dimension, counts as 1.
     """
     difference = ((actions - demonstration).abs() / half_range).mean(-1)  # (B, m)
     return (difference * valid).sum(1) / valid.sum(1).clamp(min=1)
@@ -149,7 +176,8 @@ def chunk_distance(actions: Tensor, demonstration: Tensor, valid: Tensor, half_r
 def mixed_labels(
     fixed_point: Tensor, demonstration: Tensor, distance: Tensor, delta_max: float
 ) -> tuple[Tensor, Tensor]:
-    """The paper's label choice: the teacher's block unless it strays more than `delta_max` from the demonstration.
+    """The paper's label choice: the teacher's block unless it strays more than `delta_max` from the
+    demonstration.
 
     Returns labels (B, n) and the rows (B,) that were replaced by the demonstration.
     """

@@ -1,4 +1,6 @@
-"""Batches from several data sets: whether they go together, in which shares they are drawn, their statistics."""
+"""Batches from several data sets: whether they go together, in which shares they are drawn, their
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ from ceed_vla.backbones.compact.words import InstructionWordsStep
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import ACTION, STATE, FrameStore
 from ceed_vla.errors import DatasetError
-from training.held_out import held_out_frames
-from training.windows import sliding
+from ceed_vla.training.held_out import held_out_frames
+from ceed_vla.training.windows import sliding
 
 
 class Mixture:
-    """Draws batches from several frame stores in fixed proportions; a step always gets the same frames.
+    """Draws batches from several frame stores in fixed proportions; a step always gets the same
+    frames.
 
     Args:
         stores: The data sets.
@@ -41,13 +44,16 @@ class Mixture:
         held_out: Sequence[float] | None = None,
     ) -> None:
         check_compatible(stores)
-        self.stores, self.seed, self.chunk_size = list(stores), seed, chunk_size
+        self.stores = list(stores)
+        self.seed = seed
+        self.chunk_size = chunk_size
         shares = np.asarray(weights if weights else [len(s) for s in stores], dtype=np.float64)
         self.shares = shares / shares.sum()
         pairs = zip(stores, self.shares.tolist(), strict=True)
         kept_out = held_out if held_out is not None else [0.0] * len(stores)
         self.rows = [
-            np.flatnonzero(~held_out_frames(store, part)) for store, part in zip(stores, kept_out, strict=True)
+            np.flatnonzero(~held_out_frames(store, part))
+            for store, part in zip(stores, kept_out, strict=True)
         ]
         self.windows = [
             sliding(_edges(store, rows), share * store.together, seed, rows)
@@ -55,14 +61,20 @@ class Mixture:
         ]
 
     def draw(self, size: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        """A raw batch of `size` frames; of `world` processes, each loads its own part of the same draw."""
+        """A raw batch of `size` frames; of `world` processes, each loads its own part of the same
+        draw.
+        """
         random = np.random.default_rng([self.seed, step])
         counts = random.multinomial(size, self.shares)
         parts, seen = [], 0
         sources = zip(self.stores, counts, self.shares, self.rows, self.windows, strict=True)
         for store, count, share, rows, windows in sources:
             drawn = step * size * share
-            frames = windows.draw(random, count, drawn) if windows else rows[random.integers(len(rows), size=count)]
+            frames = (
+                windows.draw(random, count, drawn)
+                if windows
+                else rows[random.integers(len(rows), size=count)]
+            )
             frames = frames[(rank - seen) % world :: world]
             seen += int(count)
             if len(frames):
@@ -79,41 +91,64 @@ def join_batches(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     joined: dict[str, Any] = {}
     for key, value in parts[0].items():
         values = [part[key] for part in parts]
-        joined[key] = list(chain.from_iterable(values)) if isinstance(value, list) else torch.cat(values)
+        joined[key] = (
+            list(chain.from_iterable(values)) if isinstance(value, list) else torch.cat(values)
+        )
     return joined
 
 
 def check_compatible(stores: Sequence[FrameStore]) -> None:
-    """Raise `DatasetError` unless all stores have the first one's rate and features, in the same shapes and order."""
+    """Raise `DatasetError` unless all stores have the first one's rate and features, in the same
+    shapes and order.
+    """
     for store in stores[1:]:
         names = sorted(store.shapes.keys() | stores[0].shapes.keys())
         pairs: dict[str, tuple[Any, Any]] = {"fps": (store.fps, stores[0].fps)}
-        pairs |= {f"the names of {k}": (store.labels[k], v) for k, v in stores[0].labels.items() if k in store.labels}
-        pairs |= {name: (_shape(store.shapes.get(name)), _shape(stores[0].shapes.get(name))) for name in names}
+        pairs |= {
+            f"the names of {k}": (store.labels[k], v)
+            for k, v in stores[0].labels.items()
+            if k in store.labels
+        }
+        pairs |= {
+            name: (_shape(store.shapes.get(name)), _shape(stores[0].shapes.get(name)))
+            for name in names
+        }
         for what, (own, others) in pairs.items():
             if own != others:
                 raise DatasetError(
-                    f"{store.root} and {stores[0].root} differ in {what}: {str(own)[:100]} and {str(others)[:100]}; "
-                    "train on data sets of one robot at one rate, with the same features."
+                    f"{store.root} and {stores[0].root} differ in {what}: {str(own)[:100]} and "
+                    f"{str(others)[:100]}; train on data sets of one robot at one rate, with the "
+                    "same features."
                 )
 
 
 def check_fits(store: FrameStore, config: CeedVLAConfig, pre: Any) -> None:
-    """Raise `DatasetError` unless a policy with `config` can read the store; images of other sizes are resized.
+    """Raise `DatasetError` unless a policy with `config` can read the store; images of other sizes
+    are resized.
 
     `ObservationError` for an instruction that its pre-processor `pre` cannot read.
     """
     for step in pre.steps:
         if isinstance(step, InstructionWordsStep):
             list(map(step.encode, store.tasks))
-    vectors = {STATE: config.robot_state_feature, ACTION: config.action_feature if ACTION in store.shapes else None}
-    wanted = {name: tuple(feature.shape) for name, feature in vectors.items() if feature is not None}
-    wanted |= {camera: store.shapes.get(camera, (0,)) for camera in config.cameras if ".empty_camera_" not in camera}
+    vectors = {
+        STATE: config.robot_state_feature,
+        ACTION: config.action_feature if ACTION in store.shapes else None,
+    }
+    wanted = {
+        name: tuple(feature.shape) for name, feature in vectors.items() if feature is not None
+    }
+    wanted |= {
+        camera: store.shapes.get(camera, (0,))
+        for camera in config.cameras
+        if ".empty_camera_" not in camera
+    }
     for name, shape in wanted.items():
         if store.shapes.get(name) != shape:
             raise DatasetError(
                 f"{store.root} does not fit the policy, which reads {', '.join(wanted)}: {name} is "
-                f"{_shape(store.shapes.get(name))}" + (f" instead of {shape}." if name in vectors else ".")
+                f"{_shape(store.shapes.get(name))}"
+                + (f" instead of {shape}." if name in vectors else ".")
             )
 
 
@@ -128,7 +163,13 @@ def state_statistics(stores: Sequence[FrameStore]) -> dict[str, dict[str, Tensor
     for key, arrays in {STATE: [store.state for store in stores], ACTION: actions}.items():
         if arrays:
             values = np.concatenate(arrays).astype(np.float64)
-            ends = zip(("min", "q01", "q99", "max"), np.quantile(values, [0, 0.01, 0.99, 1], axis=0), strict=True)
+            ends = zip(
+                ("min", "q01", "q99", "max"),
+                np.quantile(values, [0, 0.01, 0.99, 1], axis=0),
+                strict=True,
+            )
             columns = {"mean": values.mean(0), "std": values.std(0).clip(1e-3), **dict(ends)}
-            stats[key] = {name: torch.from_numpy(column).float() for name, column in columns.items()}
+            stats[key] = {
+                name: torch.from_numpy(column).float() for name, column in columns.items()
+            }
     return stats

@@ -1,4 +1,6 @@
-"""Student and teacher of a distillation as one module, whose forward runs everything that the two compute."""
+"""Student and teacher of a distillation as one module, whose forward runs everything that the two
+compute.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,27 @@ from torch import Tensor, nn
 
 from ceed_vla.decoding import DecodeResult, DecodingConfig
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from training.adapters import teacher_weights
-from training.corruption import StateDraw, online_states
-from training.curriculum import informative_states
-from training.losses import DistillationTerms, Loss, needs
+from ceed_vla.training.adapters import teacher_weights
+from ceed_vla.training.corruption import StateDraw, online_states
+from ceed_vla.training.curriculum import informative_states
+from ceed_vla.training.losses import DistillationTerms, Loss, needs
 
 
 class DistillationObjective(nn.Module):
     """The distillation loss of student and frozen teacher.
 
-    The `student` starts as the `teacher`, a copy that stays; None where its adapters can be switched
-    (`training.adapters.attach_student`). See `training.losses` for `loss` and `omega`.
+    The `student` starts as the `teacher`, a copy that stays; None where its adapters can be
+    switched (`ceed_vla.training.adapters.attach_student`). See `ceed_vla.training.losses` for
+    `loss` and `omega`.
     """
 
-    def __init__(self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float) -> None:
+    def __init__(
+        self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float
+    ) -> None:
         super().__init__()
-        self.student, self.loss, self.omega = student, loss, omega
+        self.student = student
+        self.loss = loss
+        self.omega = omega
         self.copy = [teacher]  # in a list: not a submodule, so not wrapped, saved or trained
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -37,7 +44,9 @@ class DistillationObjective(nn.Module):
                 parameter.requires_grad_(name in learning)
 
     def forward(self, part: str, *arguments: Any) -> Any:
-        """Run one of the methods below by its name: DDP, FSDP and autocast act on this method only."""
+        """Run one of the methods below by its name: DDP, FSDP and autocast act on this method
+        only.
+        """
         return getattr(self, part)(*arguments)
 
     @contextmanager
@@ -52,7 +61,9 @@ class DistillationObjective(nn.Module):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """The student without dropout, and with a cache where recomputed activations would do without."""
+        """The student without dropout, and with a cache where recomputed activations would do
+        without.
+        """
         training = self.student.training
         self.student.eval()
         try:
@@ -62,18 +73,25 @@ class DistillationObjective(nn.Module):
 
     @torch.no_grad()
     def prepare(
-        self, batch: dict[str, Any], own: tuple[StateDraw, int] | None, curriculum: NDArray[Any] | None = None
+        self,
+        batch: dict[str, Any],
+        own: tuple[StateDraw, int] | None,
+        curriculum: NDArray[Any] | None = None,
     ) -> tuple[Any, Any, Tensor]:
-        """Prefix embeddings, once for all forwards of a step, those that the student runs, and states ``Y`` (B, n).
+        """Prefix embeddings, once for all forwards of a step, those that the student runs, and
+        states ``Y`` (B, n).
 
-        `batch` holds the observation, ``previous`` (B, n), and ``teacher_states`` (B, n), which are taken unless there
-        are the draw and most updates of the student's `own`; with the shares of guesses, by `curriculum`.
+        `batch` holds the observation, ``previous`` (B, n), and ``teacher_states`` (B, n), which are
+        taken unless there are the draw and most updates of the student's `own`; with the shares of
+        guesses, by `curriculum`.
         """
         student: Any = self.student
         previous = batch["previous"]
         with self._evaluating():
-            kept, teacher = getattr(student.backbone, "kept", []), cast("Any", self.copy[0])
-            if kept and teacher is not None and not teacher.backbone.kept:  # the student runs a part of the prefix
+            kept = getattr(student.backbone, "kept", [])
+            teacher = cast("Any", self.copy[0])
+            # the student runs a part of the prefix
+            if kept and teacher is not None and not teacher.backbone.kept:
                 embeddings = teacher.backbone.embed_prefix(batch)
                 seen = embeddings[:, kept]
             else:
@@ -83,38 +101,59 @@ class DistillationObjective(nn.Module):
             elif curriculum is None:
                 states = online_states(student, seen, previous, *own)
             else:
-                states = informative_states(student, seen, previous, batch["fixed_point"], *own, curriculum)
+                states = informative_states(
+                    student, seen, previous, batch["fixed_point"], *own, curriculum
+                )
             return embeddings, seen, states
 
-    def losses(self, embeddings: Any, seen: Any, batch: dict[str, Any], counts: Tensor) -> DistillationTerms:
-        """Loss terms of a part of a batch with ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n);
-        `counts` (2,) are the slots that the two terms are means of.
+    def losses(
+        self, embeddings: Any, seen: Any, batch: dict[str, Any], counts: Tensor
+    ) -> DistillationTerms:
+        """Loss terms of a part of a batch with ``fixed_point``, ``states``, ``labels`` and
+        ``label_weight`` (B, n); `counts` (2,) are the slots that the two terms are means of.
         """
-        wanted, backbone = needs(self.loss), self.student.backbone
+        wanted = needs(self.loss)
+        backbone = self.student.backbone
         blocks = {"fixed_logits": "fixed_point", "state_logits": "states", "label_logits": "labels"}
         blocks = {name: block for name, block in blocks.items() if name in wanted}
         have: dict[str, Any] = {**batch, "omega": self.omega, "counts": counts}
-        have["sigma"] = self.student.config.label_sigma if self.student.config.action_tokens.ordered else 0.0
+        have["sigma"] = (
+            self.student.config.label_sigma if self.student.config.action_tokens.ordered else 0.0
+        )
         if "teacher_logits" in wanted:
             with torch.no_grad(), self.teacher() as teacher:
-                _, (have["teacher_logits"],) = teacher.backbone.packed_logits(embeddings, [batch["fixed_point"]])
+                _, (have["teacher_logits"],) = teacher.backbone.packed_logits(
+                    embeddings, [batch["fixed_point"]]
+                )
         _, logits = backbone.packed_logits(seen, [batch[block] for block in blocks.values()])
         have |= zip(blocks, logits, strict=True)
         return self.loss(**{name: have[name] for name in wanted})
 
-    def decode_student(self, batch: dict[str, Any], config: DecodingConfig, previous: Tensor) -> DecodeResult:
+    def decode_student(
+        self, batch: dict[str, Any], config: DecodingConfig, previous: Tensor
+    ) -> DecodeResult:
         with self._evaluating():
             return self.student.decode(batch, config, previous=previous, read=False)
 
-    def decode_teacher(self, batch: dict[str, Any], guess: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The teacher's fixed points (B, n), and all states (k, B, n) of its way there from a guess (B, n)."""
+    def decode_teacher(
+        self, batch: dict[str, Any], guess: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The teacher's fixed points (B, n), and all states (k, B, n) of its way there from a guess
+        (B, n).
+        """
         with self.teacher() as teacher:
             return fixed_points(teacher, batch, guess)
 
 
-def fixed_points(policy: CeedVLAPolicy, batch: dict[str, Any], guess: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A policy's fixed points (B, n), and from a guess (B, n) all states (k, B, n) of its way there."""
+def fixed_points(
+    policy: CeedVLAPolicy, batch: dict[str, Any], guess: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A policy's fixed points (B, n), and from a guess (B, n) all states (k, B, n) of its way
+    there.
+    """
     if guess is None:
         return policy.decode(batch, "ar", read=False).tokens, None
-    found = policy.decode(batch, "jacobi", previous=guess, shift_steps=0, record_states=True, read=False)
+    found = policy.decode(
+        batch, "jacobi", previous=guess, shift_steps=0, record_states=True, read=False
+    )
     return found.tokens, torch.stack([*(found.states or []), found.tokens])

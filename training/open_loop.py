@@ -1,7 +1,8 @@
 """``ceed-vla open-loop``: decoders on the frames of held-out data, where there is no simulator.
 
-A policy that follows demonstrations step by step never meets its own mistakes, so a small error here is needed for
-success and does not prove it. What it does show: whether the policy learnt anything, and what a decoder changes.
+A policy that follows demonstrations step by step never meets its own mistakes, so a small error
+here is needed for success and does not prove it. What it does show: whether the policy learnt
+anything, and what a decoder changes.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from ceed_vla.fields import COUNTS, Checked, ranged
 from ceed_vla.files import replacing, write_text
 from ceed_vla.outputs import MADE_BY, claimed_folder, default_console
 from ceed_vla.tokens.base import ActionTokens
-from training.held_out import SHARES, held_out_frames
-from training.mixture import check_compatible, check_fits
-from training.settings import full_disk, split_list
+from ceed_vla.training.held_out import SHARES, held_out_frames
+from ceed_vla.training.mixture import check_compatible, check_fits
+from ceed_vla.training.settings import full_disk, split_list
 
 REPORT, PICTURE = "open_loop.json", "open_loop.png"
 MEAN_ACTION = "mean action"
@@ -52,9 +53,11 @@ class OpenLoopConfig(Checked):
         held_out: Share of the episodes that training left out, to look at these alone; 0: at all.
         gate: Largest error of ar, as a share of the mean action's, that passes: with a larger one
             the command fails. 0: only say which it is.
-        output_dir: Folder for open_loop.json and a picture of the first actions; earlier ones of ours are replaced.
+        output_dir: Folder for open_loop.json and a picture of the first actions; earlier ones of
+            ours are replaced.
         decoders: Comma-separated names of decoders, without a teacher's; "ar" is always among them.
-        chunks: Chunks of every decoder, one after every `executed_steps`, from the first episodes of every data set.
+        chunks: Chunks of every decoder, one after every `executed_steps`, from the first episodes
+            of every data set.
         executed_steps: Steps executed of each chunk; the policy's n_action_steps if None.
         device: Overrides the checkpoint's device.
         threads: Threads of torch; None leaves torch's choice.
@@ -84,7 +87,8 @@ class _Row:
     tokens: list[Tensor] = field(default_factory=list)  # (n,)
     errors: list[float] = field(default_factory=list)  # NaN where the tokens stand for no chunk
     forwards: list[int] = field(default_factory=list)
-    layers: list[tuple[Any, Any]] = field(default_factory=list)  # of the block's forwards, and of the prefix
+    # of the block's forwards, and of the prefix
+    layers: list[tuple[Any, Any]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     drawn: list[NDArray[np.float32]] = field(default_factory=list)  # (steps, A) executed
 
@@ -95,11 +99,13 @@ class _Row:
 
 
 def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
-    """Decode a chunk after every `executed_steps` of an episode, and compare it with what was demonstrated.
+    """Decode a chunk after every `executed_steps` of an episode, and compare it with what was
+    demonstrated.
 
-    One chunk at a time, the decoders in turns, each warm-started from its own chunk before, as in a closed loop. Writes
-    and returns ``open_loop.json``. `ConfigError` for no policy or data, an unknown decoder, or more steps than a chunk
-    has; `DatasetError` for data that are unreadable, without actions, or do not fit the policy.
+    One chunk at a time, the decoders in turns, each warm-started from its own chunk before, as in a
+    closed loop. Writes and returns ``open_loop.json``. `ConfigError` for no policy or data, an
+    unknown decoder, or more steps than a chunk has; `DatasetError` for data that are unreadable,
+    without actions, or do not fit the policy.
     """
     with claimed_folder("output_dir", config.output_dir, (REPORT, PICTURE), (REPORT,)) as folder:
         return _open_loop(config, folder)
@@ -109,22 +115,30 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
     """As `open_loop`, into a folder of its own."""
     roots = split_list(config.roots)
     if not config.policy_path or not roots:
-        raise ConfigError("Set --policy.path to a checkpoint, and --roots to data that it was not trained on.")
+        raise ConfigError(
+            "Set --policy.path to a checkpoint, and --roots to data that it was not trained on."
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     policy, pre, post = load(config.policy_path, device=config.device)
     steps = config.executed_steps or policy.config.n_action_steps
     if steps > policy.config.chunk_size:
-        raise ConfigError(f"--executed_steps is {steps}; the policy's chunks have {policy.config.chunk_size} steps.")
-    rows = {name: _Row(policy.config.named(name)) for name in dict.fromkeys(["ar", *split_list(config.decoders)])}
+        raise ConfigError(
+            f"--executed_steps is {steps}; the policy's chunks have {policy.config.chunk_size} "
+            "steps."
+        )
+    rows = {
+        name: _Row(policy.config.named(name))
+        for name in dict.fromkeys(["ar", *split_list(config.decoders)])
+    }
     stores = [open_dataset(root) for root in roots]
     check_compatible(stores)
     looked_at = [_looked_at(store, config.held_out) for store in stores]
     some = [index for index, mask in enumerate(looked_at) if mask.any()]
     if not some:
         raise DatasetError(
-            f"{config.roots}: no episode was held out: data sets of fewer than ten spare none. Name a data set that "
-            "the policy was not trained on, without --held_out."
+            f"{config.roots}: no episode was held out: data sets of fewer than ten spare none. "
+            "Name a data set that the policy was not trained on, without --held_out."
         )
     roots = [roots[index] for index in some]
     stores = [stores[index] for index in some]
@@ -132,36 +146,68 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
     for store in stores:
         check_fits(store, policy.config, pre)
         if store.action is None:
-            raise DatasetError(f"{store.root} holds no actions to compare with; it has {', '.join(store.shapes)}.")
+            raise DatasetError(
+                f"{store.root} holds no actions to compare with; it has {', '.join(store.shapes)}."
+            )
     actions = np.concatenate([store.action for store in stores if store.action is not None])
-    width, mean = np.ptp(actions, axis=0), actions.mean(0)  # (A,)
+    # (A,)
+    width = np.ptp(actions, axis=0)
+    mean = actions.mean(0)
     width[width == 0] = 1.0
     most = math.ceil(config.chunks / len(stores))  # of a data set
-    places = [np.arange(len(store)) - np.searchsorted(store.episode, store.episode) for store in stores]
-    plans = [np.flatnonzero((p % steps == 0) & mask)[:most] for p, mask in zip(places, masks, strict=True)]
-    moments = [(store, int(frame)) for store, plan in zip(stores, plans, strict=True) for frame in plan]
+    places = [
+        np.arange(len(store)) - np.searchsorted(store.episode, store.episode) for store in stores
+    ]
+    plans = [
+        np.flatnonzero((p % steps == 0) & mask)[:most]
+        for p, mask in zip(places, masks, strict=True)
+    ]
+    moments = [
+        (store, int(frame)) for store, plan in zip(stores, plans, strict=True) for frame in plan
+    ]
     episodes = [(str(store.root), int(store.episode[frame])) for store, frame in moments]
     constant: list[float] = []
-    for place, (store, frame) in enumerate(tqdm(moments, desc="open loop", unit="chunk", dynamic_ncols=True)):
-        raw, goes_on = store.batch(np.array([frame]), steps), place and episodes[place] == episodes[place - 1]
+    for place, (store, frame) in enumerate(
+        tqdm(moments, desc="open loop", unit="chunk", dynamic_ncols=True)
+    ):
+        raw = store.batch(np.array([frame]), steps)
+        goes_on = place and episodes[place] == episodes[place - 1]
         wanted = raw["action"][0][~raw["action_is_pad"][0]].numpy()  # (steps or fewer, A)
         constant.append(float((np.abs(mean - wanted) / width).mean()))
         for row in rows.values():
-            _decode(policy, pre, row, raw, steps, goes_on=bool(goes_on), warm_up=0 if place else _WARM_UP)
+            _decode(
+                policy,
+                pre,
+                row,
+                raw,
+                steps,
+                goes_on=bool(goes_on),
+                warm_up=0 if place else _WARM_UP,
+            )
             readable = policy.tokenizer.readable(row.tokens[-1][None])
             chunk = np.full((len(wanted), len(width)), np.nan, dtype=np.float32)
             if readable:
-                chunk = post(policy.tokenizer.decode(row.tokens[-1][None]))[0, : len(wanted)].cpu().float().numpy()
+                chunk = (
+                    post(policy.tokenizer.decode(row.tokens[-1][None]))[0, : len(wanted)]
+                    .cpu()
+                    .float()
+                    .numpy()
+                )
             row.errors.append(float((np.abs(chunk - wanted) / width).mean()))
             row.drawn.append(chunk)
     report: dict[str, Any] = {
         "program": MADE_BY,
         "policy": config.policy_path,
-        "data": [{"root": root, "chunks": len(plan)} for root, plan in zip(roots, plans, strict=True)],
+        "data": [
+            {"root": root, "chunks": len(plan)} for root, plan in zip(roots, plans, strict=True)
+        ],
         "executed_steps": steps,
         "rows": {
             MEAN_ACTION: {"error": round(float(np.mean(constant)), 5)},
-            **{name: _entry(row, rows["ar"], policy.tokenizer, steps, episodes) for name, row in rows.items()},
+            **{
+                name: _entry(row, rows["ar"], policy.tokenizer, steps, episodes)
+                for name, row in rows.items()
+            },
         },
         "threads": torch.get_num_threads(),
     }
@@ -179,8 +225,8 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
     print(verdict(report["ratio"], config.gate or LEARNT))
     if config.gate and not _passes(report["ratio"], config.gate):
         raise OpenLoopError(
-            f"The policy does not pass --gate {config.gate:g}: it has not learnt enough of its task. "
-            "Train longer, or on more episodes, before it is distilled."
+            f"The policy does not pass --gate {config.gate:g}: it has not learnt enough of its "
+            "task. Train longer, or on more episodes, before it is distilled."
         )
     return report
 
@@ -201,20 +247,37 @@ def verdict(ratio: float | None, gate: float) -> str:
     share = f"the error of ar is {ratio:.2f} of the mean action's"
     if not _passes(ratio, gate):
         return f"Verdict: it has not learnt its task ({share}, above {gate:g}). Do not distil it."
-    return f"Verdict: it follows the demonstrations ({share}, at most {gate:g}). Success shows in a closed loop only."
+    return (
+        f"Verdict: it follows the demonstrations ({share}, at most {gate:g}). Success shows in a "
+        "closed loop only."
+    )
 
 
 @torch.inference_mode()
-def _decode(policy: Any, pre: Any, row: _Row, raw: dict[str, Any], steps: int, *, goes_on: bool, warm_up: int) -> None:
+def _decode(
+    policy: Any,
+    pre: Any,
+    row: _Row,
+    raw: dict[str, Any],
+    steps: int,
+    *,
+    goes_on: bool,
+    warm_up: int,
+) -> None:
     """Append tokens, forwards and seconds of one chunk, after `warm_up` that do not count."""
     previous = row.tokens[-1][None].to(policy.config.device) if goes_on else None
     generator = torch.Generator().manual_seed(row.decoding.seed + len(row.tokens))
     for _ in range(warm_up + 1):
         started = time.perf_counter()
         result = policy.decode(
-            pre(dict(raw)), row.decoding, previous=previous, generator=generator, shift_steps=steps,
-            executed_steps=steps, read=False,
-        )  # fmt: skip
+            pre(dict(raw)),
+            row.decoding,
+            previous=previous,
+            generator=generator,
+            shift_steps=steps,
+            executed_steps=steps,
+            read=False,
+        )
         tokens = result.tokens[0].cpu()  # which waits for the device
         seconds = time.perf_counter() - started
     row.tokens.append(tokens)
@@ -226,21 +289,30 @@ def _decode(policy: Any, pre: Any, row: _Row, raw: dict[str, Any], steps: int, *
 def _entry(
     row: _Row, reference: _Row, tokens: ActionTokens, steps: int, episodes: list[tuple[str, int]]
 ) -> dict[str, Any]:
-    errors, forwards = np.array(row.errors), np.array(row.forwards)
+    errors = np.array(row.errors)
+    forwards = np.array(row.forwards)
     sound = ~np.isnan(errors)
     by_episode: dict[tuple[str, int], list[float]] = {}
     for episode, error in zip(episodes, errors, strict=True):
         by_episode.setdefault(episode, []).append(error)
-    means = np.array([np.nanmean(found) for found in by_episode.values() if not np.isnan(found).all()])
+    means = np.array(
+        [np.nanmean(found) for found in by_episode.values() if not np.isnan(found).all()]
+    )
     executed = steps * tokens.tokens_per_step if tokens.tokens_per_step else None
     own, other = (torch.stack(r.tokens)[:, :executed] for r in (row, reference))
     stop = -1 if tokens.stop is None else tokens.stop
     live = (own != stop) | (other != stop)  # behind the stop of both is nothing
     block, prefix = np.array([[int(count) for count in counts] for counts in row.layers]).mean(0)
-    p50, p95, p99 = (round(1e3 * float(value), 2) for value in np.percentile(row.seconds, (50, 95, 99)))
+    p50, p95, p99 = (
+        round(1e3 * float(value), 2) for value in np.percentile(row.seconds, (50, 95, 99))
+    )
     return {
         "error": round(float(errors[sound].mean()), 5) if sound.any() else None,
-        "error_pm95": round(1.96 * float(means.std(ddof=1)) / math.sqrt(len(means)), 5) if len(means) > 1 else None,
+        "error_pm95": (
+            round(1.96 * float(means.std(ddof=1)) / math.sqrt(len(means)), 5)
+            if len(means) > 1
+            else None
+        ),
         "malformed": int((~sound).sum()),
         "forwards_mean": round(float(forwards.mean()), 3),
         "forwards_p95": float(np.percentile(forwards, 95)),
@@ -254,40 +326,68 @@ def _entry(
 def _print(report: dict[str, Any]) -> None:
     chunks = sum(data["chunks"] for data in report["data"])
     table = Table(
-        "decoder", "error [% of range]", "forwards mean / p95", "layers", "tokens = AR", "latency [ms] p50 / p95",
+        "decoder",
+        "error [% of range]",
+        "forwards mean / p95",
+        "layers",
+        "tokens = AR",
+        "latency [ms] p50 / p95",
         "malformed",
-        title=f"{chunks} chunks, {report['executed_steps']} steps of each; held-out data, no closed loop",
-    )  # fmt: skip
+        title=f"{chunks} chunks, {report['executed_steps']} steps of each; held-out data, no "
+        "closed loop",
+    )
     for name, entry in report["rows"].items():
         error = "-" if entry["error"] is None else f"{100 * entry['error']:.2f}"
-        error += f" ± {100 * entry['error_pm95']:.2f}" if entry.get("error_pm95") is not None else ""
+        error += (
+            f" ± {100 * entry['error_pm95']:.2f}" if entry.get("error_pm95") is not None else ""
+        )
         if name == MEAN_ACTION:
             table.add_row(name, error)
             continue
         latency = entry["total_ms"]
         table.add_row(
-            name, error, f"{entry['forwards_mean']:.2f} / {entry['forwards_p95']:g}",
+            name,
+            error,
+            f"{entry['forwards_mean']:.2f} / {entry['forwards_p95']:g}",
             f"{entry['block_layers_mean']:.1f} + {entry['prefix_layers_mean']:.1f}",
             f"{100 * entry['tokens_equal_ar']:.1f} %",
-            f"{latency['p50']:.1f} / {latency['p95']:.1f}", str(entry["malformed"]),
-        )  # fmt: skip
+            f"{latency['p50']:.1f} / {latency['p95']:.1f}",
+            str(entry["malformed"]),
+        )
     default_console().print(table)
 
 
-def _draw(store: FrameStore, frames: NDArray[np.int64], actions: dict[str, NDArray[np.float32]], path: Path) -> None:
+def _draw(
+    store: FrameStore,
+    frames: NDArray[np.int64],
+    actions: dict[str, NDArray[np.float32]],
+    path: Path,
+) -> None:
     """Demonstrated and decoded actions of `frames` (F,), a panel for every dimension."""
     assert store.action is not None
     names = store.labels.get(ACTION, [])
-    names = names if len(names) == store.action.shape[1] else [f"action {i}" for i in range(store.action.shape[1])]
+    names = (
+        names
+        if len(names) == store.action.shape[1]
+        else [f"action {i}" for i in range(store.action.shape[1])]
+    )
     with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(9.0, 1.3 * len(names) + 0.6), layout="constrained")
         panels = np.atleast_1d(figure.subplots(len(names), 1, sharex=True))
         for dim, (panel, label) in enumerate(zip(panels, names, strict=True)):
-            panel.plot(store.action[frames, dim], color="black", linewidth=2.0, alpha=0.3, label="demonstrated")
+            panel.plot(
+                store.action[frames, dim],
+                color="black",
+                linewidth=2.0,
+                alpha=0.3,
+                label="demonstrated",
+            )
             for name, found in actions.items():
                 panel.plot(found[: len(frames), dim], linewidth=0.8, label=name)
             panel.set_ylabel(str(label))
-        panels[0].legend(ncols=len(actions) + 1, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+        panels[0].legend(
+            ncols=len(actions) + 1, loc="lower left", bbox_to_anchor=(0, 1), frameon=False
+        )
         panels[-1].set_xlabel("frame")
         with replacing(path) as file:
             figure.savefig(file, format="png", dpi=120, metadata={"Software": MADE_BY})

@@ -1,4 +1,6 @@
-"""Muon for the matrices of the trunk, AdamW for everything else; one warm-up and cosine for both."""
+"""Muon for the matrices of the trunk, AdamW for everything else; one warm-up and cosine for
+both.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's quintic iteration (Jordan et al. 2024)
+# coefficients of Muon's quintic iteration (Jordan et al. 2024)
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)
 
 
 def computes_bfloat16(device: str) -> bool:
-    """Whether a device multiplies in bfloat16; a CPU that only emulates it is 70 times slower than in float32."""
+    """Whether a device multiplies in bfloat16; a CPU that only emulates it is 70 times slower than
+    in float32.
+    """
     if torch.device(device).type == "cpu":
         return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
-    return torch.device(device).type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device(device).type != "cuda" or torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
 
 
 class Muon(torch.optim.Muon):
@@ -24,7 +35,9 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        devices = {str(parameter.device) for group in self.param_groups for parameter in group["params"]}
+        devices = {
+            str(parameter.device) for group in self.param_groups for parameter in group["params"]
+        }
         if closure is not None or all(map(computes_bfloat16, devices)):
             return super().step(closure)
         for group in self.param_groups:
@@ -34,7 +47,9 @@ class Muon(torch.optim.Muon):
         return None
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, momentum, lr = self.state[parameter], group["momentum"], group["lr"]
+        state = self.state[parameter]
+        momentum = group["momentum"]
+        lr = group["lr"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
@@ -44,7 +59,8 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The matrix (a, b) with all singular values moved near 1 by Newton-Schulz iterations, in its own type.
+    """The matrix (a, b) with all singular values moved near 1 by Newton-Schulz iterations, in its
+    own type.
 
     Every iteration multiplies by a polynomial of the small Gram matrix; one factor collects them.
     """
@@ -63,11 +79,17 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def build_optimizers(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, muon_lr: float, weight_decay: float
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    lr: float,
+    muon_lr: float,
+    weight_decay: float,
 ) -> list[torch.optim.Optimizer]:
-    """Split trainable parameters between Muon (matrices of transformer layers) and AdamW (the rest).
+    """Split trainable parameters between Muon (matrices of transformer layers) and AdamW (the
+    rest).
 
-    Adapters are AdamW's: Muon would give both factors of a product updates of full rank. So is all, if `muon_lr` is 0.
+    Adapters are AdamW's: Muon would give both factors of a product updates of full rank. So is all,
+    if `muon_lr` is 0.
     """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -78,10 +100,18 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(
-            Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            Muon(
+                matrices,
+                lr=muon_lr,
+                momentum=0.95,
+                weight_decay=weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
         )
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay))
+        optimizers.append(
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+        )
     return optimizers
 
 

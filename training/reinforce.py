@@ -1,11 +1,13 @@
-"""``ceed-vla reinforce``: learn when to exit from what becomes of episodes (S-GRPO, arXiv 2505.07686).
+"""``ceed-vla reinforce``: learn when to exit from what becomes of episodes (S-GRPO, arXiv
+2505.07686).
 
-A decode path is a serial group: one state a forward, each driven to the end of the episode from the same state of the
-simulator. A state's reward is success times ``decay ** forwards``; its advantage is that over the group's mean. What
-leaving and staying are worth in every state is then known, and a head learns to choose. The policy's weights stay.
+A decode path is a serial group: one state a forward, each driven to the end of the episode from the
+same state of the simulator. A state's reward is success times ``decay ** forwards``; its advantage
+is that over the group's mean. What leaving and staying are worth in every state is then known, and
+a head learns to choose. The policy's weights stay.
 
-Most groups end alike. So half of them are of seeds where one forward and many do not fare alike, weighted back to their
-share, which keeps the expectation and cuts its noise.
+Most groups end alike. So half of them are of seeds where one forward and many do not fare alike,
+weighted back to their share, which keeps the expectation and cuts its noise.
 """
 
 from __future__ import annotations
@@ -30,14 +32,17 @@ from ceed_vla.fields import COUNTS, SEEDS, Checked, ranged, short
 from ceed_vla.files import parse_json, read_text, write_text
 from ceed_vla.outputs import claimed_folder
 
-REPORT, GROUPS, LEARNED = "reinforce.json", "groups.jsonl", "learned"
-START = np.array([1.0, 0.0, 0.0, 0.0, 1.386])  # conf0.2: the least certain slot's log-odds above those of 0.2
+REPORT = "reinforce.json"
+GROUPS = "groups.jsonl"
+LEARNED = "learned"
+# conf0.2: the least certain slot's log-odds above those of 0.2
+START = np.array([1.0, 0.0, 0.0, 0.0, 1.386])
 SWEEPS = 4  # what staying is worth depends on the head
 LARGEST = 99.0  # weight that a name holds
 DIFFER, ALIKE = "differ", "alike"
 MOST_GROUPS = 2**26  # [bytes] of a file of groups
 MOST_STATES = 64  # of a group; the largest --cap
-Rollouts = Any  # sim.serial_groups.SerialGroups: training never imports the simulation
+Rollouts = Any  # ceed_vla.sim.serial_groups.SerialGroups: training never imports the simulation
 
 
 @dataclass
@@ -46,15 +51,18 @@ class ReinforceConfig(Checked):
 
     Attributes:
         policy_path: The policy, whose weights stay.
-        output_dir: A new folder for a copy of it that knows the decoding "learned", and reinforce.json.
+        output_dir: A new folder for a copy of it that knows the decoding "learned", and
+            reinforce.json.
         cap: Most forwards; states of a group.
-        decay: Of the reward with every forward. A chunk that goes wrong costs an episode rarely: 0.99 is worth one
-            episode in a hundred for every chunk that leaves one forward earlier.
+        decay: Of the reward with every forward. A chunk that goes wrong costs an episode rarely:
+            0.99 is worth one episode in a hundred for every chunk that leaves one forward earlier.
         rounds: Groups are driven by the head that the round before learnt; all of them teach.
         groups: Groups a round.
         scouts: Episodes that show where outcomes differ.
-        groups_from: Folder of another run, whose groups teach; nothing is rolled out. To try other settings below.
-        leash: Weight of straying (cross-entropy of each choice) from the head that a run starts with, `conf0.2`.
+        groups_from: Folder of another run, whose groups teach; nothing is rolled out. To try other
+            settings below.
+        leash: Weight of straying (cross-entropy of each choice) from the head that a run starts
+            with, `conf0.2`.
         seed: First seed; those of takeovers, 30000 to 39999, are for training.
         steps: Most steps of each fit.
     """
@@ -77,13 +85,20 @@ class Strata:
     """Seeds by whether outcomes differ there."""
 
     # Of every stratum (seed, task, chunks).
-    episodes: dict[str, list[tuple[int, str, int]]] = field(default_factory=lambda: {DIFFER: [], ALIKE: []})
+    episodes: dict[str, list[tuple[int, str, int]]] = field(
+        default_factory=lambda: {DIFFER: [], ALIKE: []}
+    )
     of: dict[int, str] = field(default_factory=dict)  # the stratum of every seed
-    solved: dict[str, float] = field(default_factory=dict)  # share of the episodes that many forwards solve, by stratum
+    # share of the episodes that many forwards solve, by stratum
+    solved: dict[str, float] = field(default_factory=dict)
 
     def weight(self, stratum: str, drawn: int, total: int) -> float:
-        """Of each of `drawn` groups among `total`: its stratum's share of chunks over its share of the groups."""
-        chunks = {name: sum(count for _, _, count in episodes) for name, episodes in self.episodes.items()}
+        """Of each of `drawn` groups among `total`: its stratum's share of chunks over its share of
+        the groups.
+        """
+        chunks = {
+            name: sum(count for _, _, count in episodes) for name, episodes in self.episodes.items()
+        }
         return (chunks[stratum] / sum(chunks.values())) / (drawn / total)
 
 
@@ -103,11 +118,14 @@ def reinforce(config: ReinforceConfig, rollouts: Rollouts) -> Path:
 def _reinforce(config: ReinforceConfig, rollouts: Rollouts, output: Path) -> Path:
     """As `reinforce`, into a folder of its own."""
     old = config.groups_from
-    found = read_groups(Path(old) / GROUPS) if old else None  # what is wrong with them is said at once
+    # what is wrong with them is said at once
+    found = read_groups(Path(old) / GROUPS) if old else None
     policy, pre, post = load(config.policy_path)
     policy.requires_grad_(False)  # nor is any weight saved as trained
     if policy.tokenizer.tokens_per_step is None:
-        raise ConfigError("Tokens of variable length belong to no step: no exit is learnt for them.")
+        raise ConfigError(
+            "Tokens of variable length belong to no step: no exit is learnt for them."
+        )
 
     def named(head: NDArray[np.float64]) -> str:
         return f"{head_name(head)}_cap{config.cap}"
@@ -117,25 +135,41 @@ def _reinforce(config: ReinforceConfig, rollouts: Rollouts, output: Path) -> Pat
     write_text(output / GROUPS, "".join(line_of(item) + "\n" for item in (strata, *groups)))
     head, rounds = START, []
     for number in range(1 if old else config.rounds):
-        decisions = [] if old else drawn(config, strata, np.random.default_rng([config.seed, number]))
+        decisions = (
+            [] if old else drawn(config, strata, np.random.default_rng([config.seed, number]))
+        )
         with (
             (output / GROUPS).open("a") as file,
-            tqdm(total=len(decisions), desc=f"groups {number + 1}", unit="group", dynamic_ncols=True) as bar,
+            tqdm(
+                total=len(decisions), desc=f"groups {number + 1}", unit="group", dynamic_ncols=True
+            ) as bar,
         ):
-            for group in rollouts.groups(config.policy_path, named(head), config.cap, decisions) if decisions else ():
+            for group in (
+                rollouts.groups(config.policy_path, named(head), config.cap, decisions)
+                if decisions
+                else ()
+            ):
                 groups.append(group)
                 file.write(line_of(group) + "\n")
                 bar.update()
         if not groups:
-            raise ConfigError(f"--groups is {config.groups}, and none reached its decision; give more of them.")
+            raise ConfigError(
+                f"--groups is {config.groups}, and none reached its decision; give more of them."
+            )
         table = tabulated(config, groups, strata)
         head = learn(config, table)
         rounds.append({"head": head_name(head), **described(groups, table, head)})
         print(f"round {number + 1}: {json.dumps(rounds[-1])}")
     policy.config.decodings = {**policy.config.decodings, LEARNED: named(head)}
     save(output, policy, pre, post)
-    counts = {name: {"seeds": len(strata.episodes[name]), "solved": strata.solved[name]} for name in strata.episodes}
-    write_text(output / REPORT, json.dumps({"features": FEATURES, "strata": counts, "rounds": rounds}, indent=2))
+    counts = {
+        name: {"seeds": len(strata.episodes[name]), "solved": strata.solved[name]}
+        for name in strata.episodes
+    }
+    write_text(
+        output / REPORT,
+        json.dumps({"features": FEATURES, "strata": counts, "rounds": rounds}, indent=2),
+    )
     print(f"Written: {output}, whose decoding {LEARNED} is {policy.config.decodings[LEARNED]}")
     return output
 
@@ -146,16 +180,23 @@ def line_of(item: Any) -> str:
 
 
 def read_groups(file: Path) -> tuple[Strata, list[Group]]:
-    """The groups of another run, also of one that was killed in mid-line; `DatasetError` for a file that has none."""
+    """The groups of another run, also of one that was killed in mid-line; `DatasetError` for a file
+    that has none.
+    """
     if not file.exists():
-        raise DatasetError(f"There is no {file}: --groups_from is the folder of another run of `ceed-vla reinforce`.")
+        raise DatasetError(
+            f"There is no {file}: --groups_from is the folder of another run of `ceed-vla "
+            "reinforce`."
+        )
     lines = read_text(file, DatasetError, most=MOST_GROUPS).splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
     try:
         strata = _strata_of(parse_json(whole[0]) if whole else None)
         groups = [_group_of(parse_json(line), strata) for line in whole[1:]]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DatasetError(f"{file} cannot be read as groups ({short(error)}); run without it.") from error
+        raise DatasetError(
+            f"{file} cannot be read as groups ({short(error)}); run without it."
+        ) from error
     if not groups:
         raise DatasetError(f"{file} holds no groups that a head can learn from; run without it.")
     return strata, groups
@@ -173,7 +214,8 @@ def _strata_of(values: Any) -> Strata:
         and all(type(share) in (int, float) and 0 <= share <= 1 for share in strata.solved.values())
         and all(type(seed) is int and type(task) is str for seed, task, _ in every)
         and all(type(chunks) is int and 0 < chunks < 10**6 for _, _, chunks in every)
-        and set(of.items()) == {(seed, name) for name, found in episodes.items() for seed, _, _ in found}
+        and set(of.items())
+        == {(seed, name) for name, found in episodes.items() for seed, _, _ in found}
     )
     if not fits:
         raise ValueError("its first line does not say which episodes differ")
@@ -199,11 +241,15 @@ def _group_of(values: Any, strata: Strata) -> Group:
 
 def scout(config: ReinforceConfig, rollouts: Rollouts) -> Strata:
     """Where one forward and many fare differently, or both fail."""
-    one, many = "cap1", f"cap{config.cap}"
-    seeds, strata = range(config.seed, config.seed + config.scouts), Strata()
+    one = "cap1"
+    many = f"cap{config.cap}"
+    seeds = range(config.seed, config.seed + config.scouts)
+    strata = Strata()
     found: dict[int, dict[str, tuple[str, bool, int]]] = {seed: {} for seed in seeds}
     with tqdm(total=2 * config.scouts, desc="scouts", unit="episode", dynamic_ncols=True) as bar:
-        for decoder, seed, task, solved, chunks in rollouts.outcomes(config.policy_path, [one, many], seeds):
+        for decoder, seed, task, solved, chunks in rollouts.outcomes(
+            config.policy_path, [one, many], seeds
+        ):
             found[seed][decoder] = (task, solved, chunks)
             bar.update()
     for seed, by_decoder in found.items():
@@ -211,17 +257,25 @@ def scout(config: ReinforceConfig, rollouts: Rollouts) -> Strata:
         strata.of[seed] = ALIKE if first and second else DIFFER
         strata.episodes[strata.of[seed]].append((seed, task, chunks))
     for name, episodes in strata.episodes.items():
-        strata.solved[name] = sum(found[seed][many][1] for seed, _, _ in episodes) / max(len(episodes), 1)
+        strata.solved[name] = sum(found[seed][many][1] for seed, _, _ in episodes) / max(
+            len(episodes), 1
+        )
     return strata
 
 
-def drawn(config: ReinforceConfig, strata: Strata, random: np.random.Generator) -> list[tuple[int, str, int]]:
-    """Decisions (seed, task, chunks before): half of each stratum that there is, episodes by their chunks."""
+def drawn(
+    config: ReinforceConfig, strata: Strata, random: np.random.Generator
+) -> list[tuple[int, str, int]]:
+    """Decisions (seed, task, chunks before): half of each stratum that there is, episodes by their
+    chunks.
+    """
     there = [episodes for episodes in strata.episodes.values() if episodes]
     found = []
     for episodes in there:
         lengths = np.array([chunks for _, _, chunks in episodes], dtype=float)
-        for index in random.choice(len(episodes), config.groups // len(there), p=lengths / lengths.sum()):
+        for index in random.choice(
+            len(episodes), config.groups // len(there), p=lengths / lengths.sum()
+        ):
             seed, task, chunks = episodes[index]
             found.append((seed, task, int(random.integers(chunks))))
     return [found[i] for i in random.permutation(len(found))]
@@ -246,7 +300,8 @@ class Table:
     def staying(self, head: Tensor) -> Tensor:
         """What staying in each state is worth (G, K): the advantage where `head` then leaves."""
         leave = torch.sigmoid(self.seen @ head)
-        worth, found = self.advantage[:, -1], [torch.zeros_like(self.advantage[:, -1])]
+        worth = self.advantage[:, -1]
+        found = [torch.zeros_like(self.advantage[:, -1])]
         for k in range(self.advantage.shape[1] - 2, -1, -1):
             found.insert(0, worth)
             ahead = leave[:, k] * self.advantage[:, k] + (1 - leave[:, k]) * worth
@@ -259,8 +314,12 @@ class Table:
 
 
 def tabulated(config: ReinforceConfig, groups: Sequence[Group], strata: Strata) -> Table:
-    """Features and advantages; groups whose states do the same are taken to be solved as often as their stratum."""
-    count, longest, of = len(groups), max(len(g.solved) for g in groups), [strata.of[g.seed] for g in groups]
+    """Features and advantages; groups whose states do the same are taken to be solved as often as
+    their stratum.
+    """
+    count = len(groups)
+    longest = max(len(g.solved) for g in groups)
+    of = [strata.of[g.seed] for g in groups]
     weights = {name: strata.weight(name, of.count(name), count) for name in set(of)}
     seen = torch.zeros(count, longest, len(FEATURES) + 1, dtype=torch.float64)
     advantage = torch.zeros(count, longest, dtype=torch.float64)
@@ -268,24 +327,30 @@ def tabulated(config: ReinforceConfig, groups: Sequence[Group], strata: Strata) 
         k = len(group.solved)
         solved = [strata.solved[stratum] if s is None else float(s) for s in group.solved]
         reward = torch.tensor(
-            [s * config.decay**forwards for forwards, s in enumerate(solved, start=1)], dtype=torch.float64
+            [s * config.decay**forwards for forwards, s in enumerate(solved, start=1)],
+            dtype=torch.float64,
         )
         seen[row, :k] = torch.from_numpy(np.column_stack([group.features, np.ones(k)]))
         advantage[row, :k] = reward - reward.mean()
     last = torch.tensor([len(group.solved) - 1 for group in groups])
-    return Table(seen, advantage, last, torch.tensor([weights[name] for name in of], dtype=torch.float64))
+    return Table(
+        seen, advantage, last, torch.tensor([weights[name] for name in of], dtype=torch.float64)
+    )
 
 
 def learn(config: ReinforceConfig, table: Table) -> NDArray[np.float64]:
     """The head (F + 1,) that leaves where leaving is worth more than staying, on its leash.
 
-    Chances saturate, and their gradient with them: a head that never leaves would stay one. So each sweep solves the
-    classification that the present head poses: in each state to leave or to stay, weighted by what is at stake. The
-    logistic loss is convex and has the same best head where the features suffice.
+    Chances saturate, and their gradient with them: a head that never leaves would stay one. So each
+    sweep solves the classification that the present head poses: in each state to leave or to stay,
+    weighted by what is at stake. The logistic loss is convex and has the same best head where the
+    features suffice.
     """
     start = torch.from_numpy(START)
-    head, usual = start.clone(), torch.sigmoid(table.seen @ start)
-    inner = torch.arange(usual.shape[1]) < table.last[:, None]  # in the last state nothing is chosen
+    head = start.clone()
+    usual = torch.sigmoid(table.seen @ start)
+    # in the last state nothing is chosen
+    inner = torch.arange(usual.shape[1]) < table.last[:, None]
     for _ in range(SWEEPS):
         stake = table.weight[:, None] * (table.advantage - table.staying(head)) * inner  # (G, K)
         head = head.clone().requires_grad_(True)
@@ -307,16 +372,22 @@ def learn(config: ReinforceConfig, table: Table) -> NDArray[np.float64]:
 
 
 def described(groups: Sequence[Group], table: Table, head: NDArray[np.float64]) -> dict[str, Any]:
-    """For the report: the groups, and what the heads of the start and of the end are expected to do."""
+    """For the report: the groups, and what the heads of the start and of the end are expected to
+    do.
+    """
     ran = [group for group in groups if group.solved[0] is not None]
     forwards = torch.arange(1.0, table.seen.shape[1] + 1, dtype=torch.float64)
     heads = [table.chances(torch.from_numpy(weights)) for weights in (START, head)]
     return {
         "groups": len(groups),
         "all_states_alike": len(groups) - len(ran),
-        "without_spread_of_outcome": round(sum(len(set(group.solved)) == 1 for group in groups) / len(groups), 4),
+        "without_spread_of_outcome": round(
+            sum(len(set(group.solved)) == 1 for group in groups) / len(groups), 4
+        ),
         "only_last_solves": sum(bool(g.solved[-1]) and not g.solved[0] for g in ran),
         "only_first_solves": sum(bool(g.solved[0]) and not g.solved[-1] for g in ran),
         "forwards": [round(float(table.expected(chances, forwards)), 4) for chances in heads],
-        "advantage": [round(float(table.expected(chances, table.advantage)), 6) for chances in heads],
+        "advantage": [
+            round(float(table.expected(chances, table.advantage)), 6) for chances in heads
+        ],
     }

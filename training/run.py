@@ -1,4 +1,6 @@
-"""What every training run shares: output folder, loop, log, checkpoints, and states to resume from."""
+"""What every training run shares: output folder, loop, log, checkpoints, and states to resume
+from.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,12 @@ from ceed_vla.files import parse_json, read_bytes, read_json, settle, strange, w
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.outputs import named_folder
 from ceed_vla.supervision import finish_training
-from training import states
-from training.budget import FEW_STEPS, STEP, StepTimer
-from training.optim import build_optimizers, computes_bfloat16, cosine_factor
-from training.run_config import ANY_NUMBER, RunConfig
-from training.settings import full_disk
-from training.summary import Summary
+from ceed_vla.training import states
+from ceed_vla.training.budget import FEW_STEPS, STEP, StepTimer
+from ceed_vla.training.optim import build_optimizers, computes_bfloat16, cosine_factor
+from ceed_vla.training.run_config import ANY_NUMBER, RunConfig
+from ceed_vla.training.settings import full_disk
+from ceed_vla.training.summary import Summary
 
 logger = logging.getLogger(__name__)
 
@@ -38,24 +40,37 @@ logger = logging.getLogger(__name__)
 ClosedLoop = Callable[[Path], tuple[int, int]]
 
 PROGRESS = "progress.json"
-STATES = ("state_a", "state_b")  # written in turns, so that the last complete one survives an interrupt
+# written in turns, so that the last complete one survives an interrupt
+STATES = (
+    "state_a",
+    "state_b",
+)
 MOST_LOG = 2**28  # [bytes]
-LOG, CHECKPOINTS, TRACKER, TAKEOVER = "log.jsonl", "checkpoints", "tensorboard", "takeover"
+LOG = "log.jsonl"
+CHECKPOINTS = "checkpoints"
+TRACKER = "tensorboard"
+TAKEOVER = "takeover"
 
 
 class Run:
     """One training run. A subclass loads its data, then calls `prepare`.
 
-    `device` is "cpu", or an accelerator as `accelerate` finds it; `closed_loop` measures a checkpoint in simulation.
-    `ConfigError` for no output folder, or one that holds another run, or files that this one would replace;
-    `CheckpointError` for nothing to resume, or links through which the run would write elsewhere.
+    `device` is "cpu", or an accelerator as `accelerate` finds it; `closed_loop` measures a
+    checkpoint in simulation. `ConfigError` for no output folder, or one that holds another run, or
+    files that this one would replace; `CheckpointError` for nothing to resume, or links through
+    which the run would write elsewhere.
     """
 
     name = "run"
 
     def __init__(self, config: RunConfig, device: str, closed_loop: ClosedLoop | None) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
+        from accelerate.utils import (
+            DistributedDataParallelKwargs,
+            DistributedType,
+            InitProcessGroupKwargs,
+            set_seed,
+        )
 
         self.settings, self.closed_loop = config, closed_loop
         self.output = named_folder("output_dir", config.output_dir)
@@ -74,12 +89,15 @@ class Run:
             project_dir=str(self.output),
             cpu=device == "cpu",
             kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True),  # grounding frames use no action head
-                InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # while one validates or records, the others wait
+                # grounding frames use no action head
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                # while one validates or records, the others wait
+                InitProcessGroupKwargs(timeout=timedelta(hours=6)),
             ],
         )
         set_seed(config.seed)
-        self.step, self.total = 0, config.steps or 0
+        self.step = 0
+        self.total = config.steps or 0
         self.most = config.steps or ANY_NUMBER  # steps that a budget may allow
         self.warned = False  # that the budget is small
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
@@ -89,30 +107,47 @@ class Run:
             raise ConfigError("Muon does not work on sharded weights; set --muon_lr=0 under FSDP.")
 
     def _check_folder(self) -> None:
-        folder, started = self.settings.output_dir, (self.output / PROGRESS).exists()
+        folder = self.settings.output_dir
+        started = (self.output / PROGRESS).exists()
         if started and not self.settings.resume:
-            raise ConfigError(f"{folder} already holds a run; continue it with --resume=true or choose another folder.")
+            raise ConfigError(
+                f"{folder} already holds a run; continue it with --resume=true or choose another "
+                "folder."
+            )
         if self.settings.resume and not started:
             raise CheckpointError(f"{folder} has no {PROGRESS}; there is nothing to resume there.")
         names = [] if started else [PROGRESS, LOG, CHECKPOINTS, TRACKER, TAKEOVER, *STATES]
         foreign = next((name for name in names if os.path.lexists(self.output / name)), None)
         if foreign:
             raise ConfigError(
-                f"{folder} holds {foreign}, which a run would replace, but no {PROGRESS}: another program's, or of a "
-                "run that ended before its first state. Name a new or empty folder."
+                f"{folder} holds {foreign}, which a run would replace, but no {PROGRESS}: another "
+                "program's, or of a run that ended before its first state. Name a new or empty "
+                "folder."
             )
         if elsewhere := next(strange(self.output), None) if started else None:
             raise CheckpointError(
-                f"{elsewhere} is a link, a pipe or a device; a run reads and writes only files of its own folder. "
-                "Put the file itself there."
+                f"{elsewhere} is a link, a pipe or a device; a run reads and writes only files of "
+                "its own folder. Put the file itself there."
             )
 
-    def prepare(self, objective: nn.Module, policy: CeedVLAPolicy, pre: Any, post: Any, *, weight_decay: float) -> None:
-        """Build the optimisers of the policy's trainable parameters and hand everything to accelerate.
+    def prepare(
+        self,
+        objective: nn.Module,
+        policy: CeedVLAPolicy,
+        pre: Any,
+        post: Any,
+        *,
+        weight_decay: float,
+    ) -> None:
+        """Build the optimisers of the policy's trainable parameters and hand everything to
+        accelerate.
 
-        `ConfigError` if no parameter learns, or a backbone that cannot recompute activations should.
+        `ConfigError` if no parameter learns, or a backbone that cannot recompute activations
+        should.
         """
-        self.policy, self.pre, self.post = policy.train(), pre, post
+        self.policy = policy.train()
+        self.pre = pre
+        self.post = post
         if check := getattr(self.closed_loop, "check", None):
             check(policy.config)
         policy.config.forget()  # nor do exits and scorer say anything of the weights that come
@@ -121,23 +156,28 @@ class Run:
             policy.backbone.recompute_activations()
         if not any(parameter.requires_grad for parameter in policy.parameters()):
             raise ConfigError(
-                "No weight would learn: all are referred to. Set --lora.rank, or copy them (backbone.weights=copied)."
+                "No weight would learn: all are referred to. Set --lora.rank, or copy them "
+                "(backbone.weights=copied)."
             )
         if half := {p.dtype for p in policy.parameters() if p.requires_grad} - {torch.float32}:
             raise ConfigError(
-                f"Weights would learn in {half.pop()}, which rounds most of an update away; load the model in float32 "
-                "(--policy.backbone.dtype, convert --dtype), or train adapters alone (--lora.rank, --lora.train)."
+                f"Weights would learn in {half.pop()}, which rounds most of an update away; load "
+                "the model in float32 (--policy.backbone.dtype, convert --dtype), or train "
+                "adapters alone (--lora.rank, --lora.train)."
             )
         objective._no_split_modules = layer_classes(policy)  # type: ignore[assignment]  # what FSDP wraps
         optimizers = build_optimizers(
-            policy.named_parameters(), lr=self.settings.lr, muon_lr=self.settings.muon_lr, weight_decay=weight_decay
+            policy.named_parameters(),
+            lr=self.settings.lr,
+            muon_lr=self.settings.muon_lr,
+            weight_decay=weight_decay,
         )
         self.peak_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         self.model, *self.optimizers = self.accelerator.prepare(objective, *optimizers)
         if not self.sharded:
             states.keep_in_states(self.accelerator, adapted=self.settings.lora.rank > 0)
 
-    # ---- a batch is split over processes and parts ------------------------------------------------------------------
+    # ---- a batch is split over processes and parts -----------------------------------------------
 
     @property
     def num_parts(self) -> int:
@@ -146,21 +186,26 @@ class Run:
 
     @property
     def parts(self) -> range:
-        """Numbers of the parts that this process runs; part ``p`` holds the rows ``p, p + num_parts, ...``."""
+        """Numbers of the parts that this process runs; part ``p`` holds the rows ``p, p +
+        num_parts, ...``.
+        """
         return range(self.accelerator.process_index, self.num_parts, self.accelerator.num_processes)
 
     def share(self, rows: int, size: int) -> float:
-        """Weight of a mean over `rows` of a batch of `size`, so that the processes' mean is that of the whole batch."""
+        """Weight of a mean over `rows` of a batch of `size`, so that the processes' mean is that of
+        the whole batch.
+        """
         return rows * self.accelerator.num_processes / size
 
     def _check_split(self, size: int, name: str) -> None:
         if size < self.num_parts:
             raise ConfigError(
-                f"{name} is {size}, fewer than the {self.num_parts} parts of {self.accelerator.num_processes} "
-                f"processes and gradient_accumulation = {self.settings.gradient_accumulation}; make it larger."
+                f"{name} is {size}, fewer than the {self.num_parts} parts of "
+                f"{self.accelerator.num_processes} processes and gradient_accumulation = "
+                f"{self.settings.gradient_accumulation}; make it larger."
             )
 
-    # ---- what a subclass fills in -------------------------------------------------------------------------------
+    # ---- what a subclass fills in ----------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step; values to log, whose mean over the processes is meant."""
@@ -177,7 +222,9 @@ class Run:
         return STEP
 
     def steps_in_budget(self, left: float, seconds: dict[str, float]) -> int:
-        """Steps in all, when `left` seconds are left of the budget and a step takes so many, by kind."""
+        """Steps in all, when `left` seconds are left of the budget and a step takes so many, by
+        kind.
+        """
         return self.step + int(left / seconds[STEP]) if STEP in seconds else self.total
 
     def summarize(self, summary: Summary) -> None:
@@ -194,11 +241,12 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`."""
 
-    # ---- the loop -----------------------------------------------------------------------------------------------
+    # ---- the loop --------------------------------------------------------------------------------
 
     def run(self) -> Path:
         """Train to the end, and return the folder of the final checkpoint."""
-        settings, started = self.settings, time.monotonic()
+        settings = self.settings
+        started = time.monotonic()
         if settings.resume:
             self.load_state()
         else:
@@ -215,7 +263,9 @@ class Run:
             dynamic_ncols=True,
             disable=not self.accelerator.is_main_process,
         ) as bar:
-            first, planned, timer = self.step, self.total, StepTimer()
+            first = self.step
+            planned = self.total
+            timer = StepTimer()
             while self.step < self.total:
                 self.before_step()
                 began = time.monotonic()
@@ -226,14 +276,20 @@ class Run:
                 bar.update()
                 if self.step % settings.log_every == 0:
                     elapsed = time.monotonic() - started
-                    values = self._mean_over_processes({**values, "steps_per_s": (self.step - first) / elapsed})
+                    values = self._mean_over_processes(
+                        {**values, "steps_per_s": (self.step - first) / elapsed}
+                    )
                     self.log(values)
                     if settings.max_minutes:
                         self._keep_to_budget(elapsed, timer.means())
                         bar.total = self.total
                     bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
                 self.after_step()
-                if settings.validate_every and self.step % settings.validate_every == 0 and self.step < self.total:
+                if (
+                    settings.validate_every
+                    and self.step % settings.validate_every == 0
+                    and self.step < self.total
+                ):
                     self.validate(self.save_policy("last"))
                 if self.step % settings.save_every == 0 or self.step == self.total:
                     self.save_state()
@@ -247,15 +303,19 @@ class Run:
 
     def _keep_to_budget(self, elapsed: float, seconds: dict[str, float]) -> None:
         """Set the steps that the budget allows, `elapsed` seconds after the start."""
-        timing = self._mean_over_processes({"elapsed": elapsed, **seconds})  # the same in all processes
+        # the same in all processes
+        timing = self._mean_over_processes({"elapsed": elapsed, **seconds})
         left = 60 * self.settings.max_minutes - timing.pop("elapsed")
         self.total = max(min(self.most, self.steps_in_budget(left, timing)), self.step)
         if self.total < FEW_STEPS * self.most and self.most < ANY_NUMBER and not self.warned:
             logger.warning(
-                "--max_minutes %g allows about %d of --steps %d. A run that ends so early has rarely "
-                "learnt its task: give it more minutes, smaller images or a smaller --batch_size.",
-                self.settings.max_minutes, self.total, self.most,
-            )  # fmt: skip
+                "--max_minutes %g allows about %d of --steps %d. A run that ends so early has "
+                "rarely learnt its task: give it more minutes, smaller images or a "
+                "smaller --batch_size.",
+                self.settings.max_minutes,
+                self.total,
+                self.most,
+            )
             self.warned = True
 
     def _end(self, final: Path, seconds: float, planned: int) -> None:
@@ -270,9 +330,11 @@ class Run:
             summary.show()
 
     def optimize[T](self, parts: Sequence[T], loss: Callable[[T], Tensor]) -> None:
-        """One step of all optimisers at this step's learning rate; `CeedVLAError` if a loss is not finite.
+        """One step of all optimisers at this step's learning rate; `CeedVLAError` if a loss is not
+        finite.
 
-        Each of this process's `parts` has a backward pass, their losses add up; gradients are exchanged after the last.
+        Each of this process's `parts` has a backward pass, their losses add up; gradients are
+        exchanged after the last.
         """
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
@@ -280,8 +342,8 @@ class Run:
                 value = loss(part)
                 if not math.isfinite(value.item()):
                     raise CeedVLAError(
-                        f"The loss is {value.item()} at step {self.step}: training diverged. Lower --lr and "
-                        f"--muon_lr; the last good state is in {self.output}."
+                        f"The loss is {value.item()} at step {self.step}: training diverged. Lower "
+                        f"--lr and --muon_lr; the last good state is in {self.output}."
                     )
                 self.accelerator.backward(value)
         factor = cosine_factor(self.step, self.total, self.settings.warmup)
@@ -293,12 +355,14 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
 
-    # ---- log, checkpoints, states -------------------------------------------------------------------------------
+    # ---- log, checkpoints, states ----------------------------------------------------------------
 
     def _mean_over_processes(self, values: dict[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:
             return values
-        every = torch.tensor(list(values.values()), device=self.accelerator.device, dtype=torch.float32)
+        every = torch.tensor(
+            list(values.values()), device=self.accelerator.device, dtype=torch.float32
+        )
         means = self.accelerator.reduce(every, reduction="mean")
         return dict(zip(values, means.tolist(), strict=True))
 
@@ -330,7 +394,9 @@ class Run:
 
     def save_policy(self, name: str) -> Path:
         folder = self.output / CHECKPOINTS / name / "pretrained_model"
-        weights = states.weights(self.accelerator, self.model, self.policy, self.settings.lora.rank > 0)
+        weights = states.weights(
+            self.accelerator, self.model, self.policy, self.settings.lora.rank > 0
+        )
         if self.accelerator.is_main_process:
             with self._writing():
                 save(folder, self.policy, self.pre, self.post, weights)
@@ -338,7 +404,9 @@ class Run:
         return folder
 
     def save_state(self) -> None:
-        """Write all that resuming needs. The state before it stays valid until this one is complete."""
+        """Write all that resuming needs. The state before it stays valid until this one is
+        complete.
+        """
         progress = self.output / PROGRESS
         first = not progress.is_file() or self._read_progress()["state"] == STATES[1]
         name = STATES[0] if first else STATES[1]
@@ -348,14 +416,21 @@ class Run:
         self._undo_empty_step()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            done = {"step": self.step, "state": name, "processes": self.accelerator.num_processes, "total": self.total}
+            done = {
+                "step": self.step,
+                "state": name,
+                "processes": self.accelerator.num_processes,
+                "total": self.total,
+            }
             with self._writing():
                 settle(*(file for file in (self.output / name).rglob("*") if file.is_file()))
                 write_text(progress, json.dumps({**done, **self.state_dict()}))
         self.accelerator.wait_for_everyone()
 
     def load_state(self) -> None:
-        """Continue from the last complete state; `CheckpointError` for one that cannot be read, or of other sizes."""
+        """Continue from the last complete state; `CheckpointError` for one that cannot be read, or
+        of other sizes.
+        """
         progress = self._read_progress()
         folder = self.output / progress["state"]
         advice = "repeat the settings it was started with, or start again in another folder."
@@ -374,34 +449,48 @@ class Run:
         self.load_state_dict(progress)
 
     def _read_progress(self) -> dict[str, Any]:
-        """What `save_state` wrote beside the state; the number of processes only since it matters."""
+        """What `save_state` wrote beside the state; the number of processes only since it
+        matters.
+        """
         file = self.output / PROGRESS
         progress: dict[str, Any] = {"processes": 1, "total": self.total, **read_json(file)}
         fits = is_whole(progress.get("step"), 0, self.total) and is_whole(progress["processes"], 1)
         fits = fits and is_whole(progress["total"], 0)
         if not fits or progress.get("state") not in STATES:
             raise CheckpointError(
-                f"{file} holds {str(progress)[:200]}; it must name a step up to {self.total}, the run's steps now, and "
-                f"a state, {' or '.join(STATES)}. Repeat the settings the run was started with, or start again."
+                f"{file} holds {str(progress)[:200]}; it must name a step up to {self.total}, the "
+                f"run's steps now, and a state, {' or '.join(STATES)}. Repeat the settings the run "
+                "was started with, or start again."
             )
         return progress
 
     def _writing(self) -> AbstractContextManager[None]:
         kept = "the last complete state is kept; go on with --resume=true"
         started = (self.output / PROGRESS).exists()
-        return full_disk(self.output, kept if started else "no state is complete yet; start again in a new folder")
+        return full_disk(
+            self.output,
+            kept if started else "no state is complete yet; start again in a new folder",
+        )
 
     def _undo_empty_step(self) -> None:
-        """Before the first step: torch takes one without gradients to write the state of sharded optimisers."""
+        """Before the first step: torch takes one without gradients to write the state of sharded
+        optimisers.
+        """
         if self.sharded and self.step == 0:
             for optimizer in self.optimizers:
                 optimizer.state.clear()
 
 
 def layer_classes(policy: CeedVLAPolicy) -> list[str]:
-    """Names of the repeated layers of a policy's model: classes of the largest lists of equal modules."""
-    lists = [list(m) for m in policy.backbone.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
-    return sorted({type(m[0]).__name__ for m in lists if len(m) > 1 and len({type(x) for x in m}) == 1})
+    """Names of the repeated layers of a policy's model: classes of the largest lists of equal
+    modules.
+    """
+    lists = [
+        list(m) for m in policy.backbone.modules() if isinstance(m, nn.ModuleList | nn.Sequential)
+    ]
+    return sorted(
+        {type(m[0]).__name__ for m in lists if len(m) > 1 and len({type(x) for x in m}) == 1}
+    )
 
 
 def _step_of(line: str) -> object:

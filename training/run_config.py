@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, Checked, chosen, ranged
-from training.adapters import LoRAConfig
-from training.clipping import MOST_CLIPPED
-from training.held_out import SHARE
-from training.held_out import SHARES as HELD_OUT_SHARES
-from training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES, SHARES
+from ceed_vla.training.adapters import LoRAConfig
+from ceed_vla.training.clipping import MOST_CLIPPED
+from ceed_vla.training.held_out import SHARE
+from ceed_vla.training.held_out import SHARES as HELD_OUT_SHARES
+from ceed_vla.training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES, SHARES
 
 ANY_NUMBER = 10**9  # of steps: as many as a budget allows
 
@@ -27,7 +27,8 @@ class RunConfig(Checked):
             take so long again for what was left. Validation at the end comes on top.
         batch_size: Frames a step, over all processes and all of its parts.
         gradient_accumulation: Parts that a process's share of a batch is run in, one after another.
-        gradient_checkpointing: Keep only the layers' inputs for the backward pass; less memory, a third more time.
+        gradient_checkpointing: Keep only the layers' inputs for the backward pass; less memory, a
+            third more time.
         lora: Low-rank adapters instead of all weights.
         lr: Peak learning rate of AdamW.
         muon_lr: Peak learning rate of Muon (the trunk's matrices); 0 gives these to AdamW too.
@@ -35,7 +36,8 @@ class RunConfig(Checked):
         validate_every: Steps between closed-loop validations (0: only at the end).
         save_every: Steps between resumable states.
         log_every: Steps between log lines.
-        mixed_precision: "bf16", "no", or "auto": bf16 where the device computes in it and does not emulate it.
+        mixed_precision: "bf16", "no", or "auto": bf16 where the device computes in it and does not
+            emulate it.
         seed: Seed of weights, batches and augmentation.
         threads: CPU threads; 0 leaves torch's default.
         held_out: Share of every data set's episodes, whole ones, that are not trained on; the

@@ -48,13 +48,17 @@ def split_list(text: str) -> list[str]:
 
 
 def number_list(text: str, name: str) -> list[float]:
-    """The numbers of a comma-separated list, none of them negative; else a `ConfigError` names the setting."""
+    """The numbers of a comma-separated list, none of them negative; else a `ConfigError` names the
+    setting.
+    """
     try:
         numbers = [float(part) for part in split_list(text)]
     except ValueError:
         numbers = [-1.0]
     if not all(0 <= number <= LARGEST for number in numbers):
-        raise ConfigError(f"{name} is {text!r}; it must be numbers in [0, {LARGEST:.0e}], with commas.")
+        raise ConfigError(
+            f"{name} is {text!r}; it must be numbers in [0, {LARGEST:.0e}], with commas."
+        )
     return numbers
 
 
@@ -64,9 +68,13 @@ def full_disk(folder: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITES):
+        if isinstance(error, RuntimeError) and not any(
+            words in str(error) for words in _TORCH_WRITES
+        ):
             raise
         full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = f"{'is the disk full? ' if full else ''}{(str(error).splitlines() or [''])[0][:200]}"
+        reason = (
+            f"{'is the disk full? ' if full else ''}{(str(error).splitlines() or [''])[0][:200]}"
+        )
         remedy = "Make room there" if full else "Make it writable"
         raise CeedVLAError(f"{folder} cannot be written ({reason}). {remedy}; {kept}.") from error

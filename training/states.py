@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata
 
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from training.adapters import plain_weights, scale_of
+from ceed_vla.training.adapters import plain_weights, scale_of
 
 
 def weights(
     accelerator: Accelerator, model: nn.Module, policy: CeedVLAPolicy, adapted: bool
 ) -> dict[str, Tensor] | None:
-    """The policy's weights where it cannot write them by itself: sharded ones, or with adapters. All processes call.
+    """The policy's weights where it cannot write them by itself: sharded ones, or with adapters.
+    All processes call.
 
-    They have the policy's own names; None where the policy can, and on processes that write nothing.
+    They have the policy's own names; None where the policy can, and on processes that write
+    nothing.
     """
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if not sharded and not adapted:
@@ -35,14 +37,21 @@ def weights(
     if sharded:
         prefix = next(name for name, module in model.named_modules() if module is policy) + "."
         whole = accelerator.get_state_dict(model)  # gathered by all, given to the first
-        found = {name.removeprefix(prefix): w for name, w in whole.items() if name.startswith(prefix)}
+        found = {
+            name.removeprefix(prefix): w for name, w in whole.items() if name.startswith(prefix)
+        }
     if not accelerator.is_main_process:
         return None
-    return plain_weights(found, scale_of(policy), keep_adapters=bool(policy.referenced)) if adapted else found
+    return (
+        plain_weights(found, scale_of(policy), keep_adapters=bool(policy.referenced))
+        if adapted
+        else found
+    )
 
 
 def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:
-    """Say what states hold: weights by the names that they have in one process, so that any number can go on.
+    """Say what states hold: weights by the names that they have in one process, so that any number
+    can go on.
 
     With adapters (`adapted`) only those that learn: beside a large frozen base these are few.
     """
@@ -50,7 +59,9 @@ def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:
     def save(models: list[nn.Module], state_dicts: list[dict[str, Tensor]], _: str) -> None:
         for model, state in zip(models, state_dicts, strict=True):
             plain = accelerator.unwrap_model(model)
-            learns = {name for name, parameter in plain.named_parameters() if parameter.requires_grad}
+            learns = {
+                name for name, parameter in plain.named_parameters() if parameter.requires_grad
+            }
             prefix = "" if plain is model else "module."
             found = {name.removeprefix(prefix): weight for name, weight in state.items()}
             state.clear()
@@ -58,32 +69,44 @@ def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:
 
     def load(models: list[nn.Module], folder: str) -> None:
         while models:  # accelerate loads those that are left
-            plain, file = accelerator.unwrap_model(models.pop()), Path(folder) / "model.safetensors"
+            plain = accelerator.unwrap_model(models.pop())
+            file = Path(folder) / "model.safetensors"
             own = plain.state_dict()
             for name, weight in load_file(file).items():
-                if name in own and (weight.dtype != own[name].dtype or not torch.isfinite(weight).all()):
+                if name in own and (
+                    weight.dtype != own[name].dtype or not torch.isfinite(weight).all()
+                ):
                     raise ValueError(f"{name} in {file} is {weight.dtype}, or not finite")
             missing, unknown = load_model(plain, file, strict=not adapted)
-            learns = {name for name, parameter in plain.named_parameters() if parameter.requires_grad}
+            learns = {
+                name for name, parameter in plain.named_parameters() if parameter.requires_grad
+            }
             if unknown or learns & set(missing):
-                raise KeyError(f"{file} has other weights: {sorted(set(unknown) | learns & set(missing))[0]}")
+                raise KeyError(
+                    f"{file} has other weights: {sorted(set(unknown) | learns & set(missing))[0]}"
+                )
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
-# ---- what accelerate believes -----------------------------------------------------------------------------------
+# ---- what accelerate believes --------------------------------------------------------------------
 
 
 def check_random_state(folder: Path, process: int) -> None:
-    """Raise unless the random state is the one in a state's folder; accelerate only logs that it was not restored."""
+    """Raise unless the random state is the one in a state's folder; accelerate only logs that it
+    was not restored.
+    """
     file = folder / f"random_states_{process}.pkl"
     saved = load_numbers(file)
     numpy_state: Any = np.random.get_state()
     same = torch.equal(torch.get_rng_state(), saved["torch_manual_seed"])
     same &= random.getstate() == saved["random_state"]
-    same &= all(np.array_equal(a, b) for a, b in zip(numpy_state, saved["numpy_random_seed"], strict=True))
-    if torch.cuda.is_available() and "torch_cuda_manual_seed" in saved:  # a run may move to the CPU and back
+    same &= all(
+        np.array_equal(a, b) for a, b in zip(numpy_state, saved["numpy_random_seed"], strict=True)
+    )
+    # a run may move to the CPU and back
+    if torch.cuda.is_available() and "torch_cuda_manual_seed" in saved:
         pairs = zip(torch.cuda.get_rng_state_all(), saved["torch_cuda_manual_seed"], strict=False)
         same &= all(torch.equal(a, b) for a, b in pairs)
     if not same:
@@ -93,17 +116,25 @@ def check_random_state(folder: Path, process: int) -> None:
 def optimizer_settings(optimizers: Iterable[Any]) -> list[dict[str, Any]]:
     """Settings of all groups of weights but the learning rate, which every step sets."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    return [{name: group[name] for name in group if name not in ("params", "lr")} for group in groups]
+    return [
+        {name: group[name] for name in group if name not in ("params", "lr")} for group in groups
+    ]
 
 
-def check_optimizers(optimizers: Sequence[Any], settings: Sequence[dict[str, Any]], step: int) -> None:
-    """Raise unless optimisers kept their `settings`, and what they remember can be of their weights, at `step`."""
+def check_optimizers(
+    optimizers: Sequence[Any], settings: Sequence[dict[str, Any]], step: int
+) -> None:
+    """Raise unless optimisers kept their `settings`, and what they remember can be of their
+    weights, at `step`.
+    """
     remembered_steps = [int(m["step"]) for o in optimizers for m in o.state.values() if "step" in m]
     if remembered_steps and max(remembered_steps) != step:
         raise ValueError(f"the optimiser's step is {max(remembered_steps)}, not {step}")
     for now, own in zip(optimizer_settings(optimizers), settings, strict=True):
         if changed := [name for name, value in own.items() if now.get(name) != value]:
-            raise ValueError(f"the optimiser's {changed[0]} is {now.get(changed[0])}, not {own[changed[0]]}")
+            raise ValueError(
+                f"the optimiser's {changed[0]} is {now.get(changed[0])}, not {own[changed[0]]}"
+            )
     for optimizer in optimizers:
         for parameter, remembered in optimizer.state.items():
             for name, value in remembered.items():
@@ -112,7 +143,10 @@ def check_optimizers(optimizers: Sequence[Any], settings: Sequence[dict[str, Any
                 if name in ("step", "exp_avg_sq") and (value < 0).any():
                     raise ValueError(f"the optimiser's {name} is negative")
                 if value.ndim and value.shape != parameter.shape:
-                    raise ValueError(f"the optimiser's {name} is {tuple(value.shape)}, not {tuple(parameter.shape)}")
+                    raise ValueError(
+                        f"the optimiser's {name} is {tuple(value.shape)}, not "
+                        f"{tuple(parameter.shape)}"
+                    )
 
 
 _PLAIN = {
@@ -137,7 +171,9 @@ class _Metadata(pickle.Unpickler):
 
 
 def check_metadata(folder: Path) -> None:
-    """Raise if the description of sharded weights, which torch unpickles, names anything but their parts."""
+    """Raise if the description of sharded weights, which torch unpickles, names anything but their
+    parts.
+    """
     for file in folder.glob("*/.metadata"):
         with file.open("rb") as opened:
             _Metadata(opened).load()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ceed_vla.data.frames import FrameStore
 from ceed_vla.outputs import default_console
+from ceed_vla.training.held_out import held_out_frames
 from ceed_vla.wording import counted
-from training.held_out import held_out_frames
 
 MOST_FRAMES = 256  # that are measured on
 PART = 32  # of them at once
@@ -49,7 +49,9 @@ class Summary:
 
     def show(self, console: Console | None = None) -> None:
         """Print it."""
-        taken = f"{self.steps:,} of {counted(self.asked, 'step')} in {self.seconds / 60:.1f} minutes"
+        taken = (
+            f"{self.steps:,} of {counted(self.asked, 'step')} in {self.seconds / 60:.1f} minutes"
+        )
         rows = [taken, *self.lines, f"Checkpoint: {self.checkpoint}", f"Next: {self.following}"]
         for row in rows:
             (console or default_console()).print(row, soft_wrap=True, highlight=False, markup=False)
@@ -72,7 +74,9 @@ class HeldOut:
 
 
 def find_held_out(stores: Sequence[FrameStore], share: float) -> HeldOut:
-    """Up to `MOST_FRAMES` frames of the held-out episodes, drawn evenly; the same ones at any time."""
+    """Up to `MOST_FRAMES` frames of the held-out episodes, drawn evenly; the same ones at any
+    time.
+    """
     found, episodes = [], 0
     for store in stores:
         frames = np.flatnonzero(held_out_frames(store, share))
@@ -84,7 +88,9 @@ def find_held_out(stores: Sequence[FrameStore], share: float) -> HeldOut:
     return HeldOut(stores, found, episodes)
 
 
-def held_out_batches(held: HeldOut, pre: Any, chunk_size: int, size: int = PART) -> Iterator[dict[str, Any]]:
+def held_out_batches(
+    held: HeldOut, pre: Any, chunk_size: int, size: int = PART
+) -> Iterator[dict[str, Any]]:
     """Pre-processed batches of up to `size` frames with their action chunks."""
     for store, frames in zip(held.stores, held.frames, strict=True):
         for part in np.split(frames, range(size, len(frames), size)):
@@ -93,8 +99,11 @@ def held_out_batches(held: HeldOut, pre: Any, chunk_size: int, size: int = PART)
 
 
 @torch.no_grad()
-def token_accuracy(policy: Any, forward: Any, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Share of the tokens that the policy names, shown those before them; and of the best constant block.
+def token_accuracy(
+    policy: Any, forward: Any, batches: Iterable[dict[str, Any]]
+) -> dict[str, float]:
+    """Share of the tokens that the policy names, shown those before them; and of the best constant
+    block.
 
     Args:
         policy: Whose vocabulary it is, in evaluation mode.
@@ -113,7 +122,9 @@ def token_accuracy(policy: Any, forward: Any, batches: Iterable[dict[str, Any]])
     every = torch.cat(labels)  # (N, n)
     live = torch.cat(weights)  # (N, n), 0 where nothing is learnt
     # The most frequent token of every slot, where it is live.
-    constant = torch.stack([_mode(column[on > 0]) for column, on in zip(every.T, live.T, strict=True)])
+    constant = torch.stack(
+        [_mode(column[on > 0]) for column, on in zip(every.T, live.T, strict=True)]
+    )
     return {
         "held_out_token_accuracy": hits / float(live.sum()),
         "constant_token_accuracy": float(((every == constant) * live).sum() / live.sum()),
@@ -125,7 +136,9 @@ def _mode(tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_forwards(policy: Any, batch: dict[str, Any], decoding: Any, previous: Tensor | None = None) -> float:
+def mean_forwards(
+    policy: Any, batch: dict[str, Any], decoding: Any, previous: Tensor | None = None
+) -> float:
     """Mean forwards of a chunk of one batch with a decoder."""
     result = policy.decode(batch, decoding, previous=previous, read=False)
     return float(result.iterations.double().mean())

@@ -1,8 +1,10 @@
-"""`ceed-vla collect`: Jacobi trajectories of a teacher over data sets, as parquet shards of integer tokens.
+"""`ceed-vla collect`: Jacobi trajectories of a teacher over data sets, as parquet shards of integer
+tokens.
 
-A trajectory holds every state of strict Jacobi decoding from the initial guess to the fixed point ``Y*``. Guesses
-come from the mixture that inference uses; "previous" is the fixed point of the frame ``h`` steps earlier in the same
-episode, shifted by those ``h`` steps, so frames are visited in that order.
+A trajectory holds every state of strict Jacobi decoding from the initial guess to the fixed point
+``Y*``. Guesses come from the mixture that inference uses; "previous" is the fixed point of the
+frame ``h`` steps earlier in the same episode, shifted by those ``h`` steps, so frames are visited
+in that order.
 """
 
 from __future__ import annotations
@@ -31,11 +33,21 @@ from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, ranged
 from ceed_vla.files import replacing, write_text
 from ceed_vla.outputs import owned_folder
+from ceed_vla.training.clipping import MOST_CLIPPED, check_clipping
+from ceed_vla.training.mixture import check_fits
+from ceed_vla.training.settings import SHARES, full_disk, number_list, split_list
+from ceed_vla.training.shards import (
+    GUESSES,
+    META,
+    MOST_TOKENS,
+    SCHEMA,
+    blocks,
+    find_shards,
+    lengths_of,
+    read_meta,
+    read_shard,
+)
 from ceed_vla.workers import MOST, Workers
-from training.clipping import MOST_CLIPPED, check_clipping
-from training.mixture import check_fits
-from training.settings import SHARES, full_disk, number_list, split_list
-from training.shards import GUESSES, META, MOST_TOKENS, SCHEMA, blocks, find_shards, lengths_of, read_meta, read_shard
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +62,17 @@ class CollectConfig:
         policy_path: The teacher's checkpoint.
         roots: Comma-separated LeRobotDataset folders.
         output_dir: Where shards and ``meta.json`` go.
-        states: Keep every Jacobi state; false keeps only guess and fixed point (an AR decode, about twice as fast).
+        states: Keep every Jacobi state; false keeps only guess and fixed point (an AR decode, about
+            twice as fast).
         guesses: Shares of previous, mid and random guesses.
         device: Where to decode.
-        frame_stride: Visit every k-th frame of an episode; it must divide the policy's ``n_action_steps``.
+        frame_stride: Visit every k-th frame of an episode; it must divide the policy's
+            ``n_action_steps``.
         max_frames: About so many frames, of whole episodes drawn at random (0: all).
         batch_size: Frames decoded together.
         shard_index: This process's part, from 0.
-        num_shards: Processes that share the work; under torchrun or `accelerate launch` leave both out.
+        num_shards: Processes that share the work; under torchrun or `accelerate launch` leave both
+            out.
         workers: Processes that this one starts for its part.
         seed: Seed of episodes and guesses.
         threads: CPU threads; 0 leaves torch's default.
@@ -102,7 +117,8 @@ class Trajectories:
     frame: NDArray[np.int64]  # (N,) frame index in that data set
     fixed_point: NDArray[np.int16]  # (N, n) int16, ``Y*``
     guess: NDArray[np.int16]  # (N, n) int16, ``y(0)``
-    # (N, n) int16, fixed point of the frame ``h`` steps earlier (not shifted); -1 where there is none
+    # (N, n) int16, fixed point of the frame ``h`` steps earlier (not shifted); -1 where there is
+    # none
     previous: NDArray[np.int16]
     # For every row the states (k + 1, n) from guess to fixed point; empty when they were not kept
     states: list[NDArray[np.int16]]
@@ -110,14 +126,18 @@ class Trajectories:
 
 
 def collect(config: CollectConfig) -> Path:
-    """Collect trajectories, and return their folder; complete shards survive an interrupt and ``resume`` skips them.
+    """Collect trajectories, and return their folder; complete shards survive an interrupt and
+    ``resume`` skips them.
 
-    `ConfigError` for bad settings, or a folder that belongs to another teacher, data set or mixture.
+    `ConfigError` for bad settings, or a folder that belongs to another teacher, data set or
+    mixture.
     """
     if config.num_shards == 1 and "WORLD_SIZE" in os.environ:  # set by torchrun and accelerate
         rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
         if not (rank.isdecimal() and world.isdecimal()):
-            raise ConfigError(f"RANK is {rank!r} and WORLD_SIZE {world!r}; they must be numbers or unset.")
+            raise ConfigError(
+                f"RANK is {rank!r} and WORLD_SIZE {world!r}; they must be numbers or unset."
+            )
         config = replace(config, shard_index=int(rank), num_shards=int(world))
     # Each process has its own shards of the folder.
     part = f"{config.shard_index}-of-{config.num_shards}" if config.num_shards > 1 else ""
@@ -133,7 +153,9 @@ def _collect(config: CollectConfig, output: Path) -> Path:
     steps = policy.config.n_action_steps
     check_storable(policy)
     if steps % config.frame_stride:
-        raise ConfigError(f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}.")
+        raise ConfigError(
+            f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}."
+        )
     if not stores:
         raise ConfigError("No data: set --roots to one or more recorded folders.")
     for store in stores:
@@ -148,10 +170,19 @@ def _collect(config: CollectConfig, output: Path) -> Path:
     for _, name, frames in mine:
         if name in done:
             read_shard(output / name, meta, frames)  # which checks that it is whole
-    missing, malformed, alone = [unit for unit in mine if unit[1] not in done], 0, config.workers == 1
+    missing = [unit for unit in mine if unit[1] not in done]
+    malformed = 0
+    alone = config.workers == 1
     with (
-        tqdm(total=sum(len(f) for _, _, f in mine), desc="trajectories", unit="frame", dynamic_ncols=True) as bar,
-        Workers(config.workers, _Collector, config, *([found, bar.update] if alone else [])) as workers,
+        tqdm(
+            total=sum(len(f) for _, _, f in mine),
+            desc="trajectories",
+            unit="frame",
+            dynamic_ncols=True,
+        ) as bar,
+        Workers(
+            config.workers, _Collector, config, *([found, bar.update] if alone else [])
+        ) as workers,
     ):
         bar.update(bar.total - sum(len(f) for _, _, f in missing))
         for (_, name, frames), (table, unread) in zip(missing, workers.map(missing), strict=True):
@@ -169,28 +200,41 @@ def _opened(config: CollectConfig) -> tuple[Any, Any, list[FrameStore]]:
     if config.device == "cuda" and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # every process its own GPU
     policy, pre, _ = load(config.policy_path, device=config.device)
-    return policy, pre, [open_dataset(root, streaming=config.streaming) for root in split_list(config.roots)]
+    return (
+        policy,
+        pre,
+        [open_dataset(root, streaming=config.streaming) for root in split_list(config.roots)],
+    )
 
 
 def check_storable(policy: Any) -> None:
     """Raise `ConfigError` unless trajectories can hold a policy's tokens."""
     if policy.tokenizer.vocabulary_size > MOST_TOKENS:
         raise ConfigError(
-            f"The policy's tokens have {policy.tokenizer.vocabulary_size} values; trajectories store 16 bits. Restrict "
-            "them to actions (pi0-FAST: convert with --vocabulary=actions)."
+            f"The policy's tokens have {policy.tokenizer.vocabulary_size} values; trajectories "
+            "store 16 bits. Restrict them to actions (pi0-FAST: convert with "
+            "--vocabulary=actions)."
         )
 
 
 def guess_shares(text: str) -> NDArray[np.float64]:
-    """Three non-negative shares (previous, mid, random), normalised; `ConfigError` for other text, or none positive."""
+    """Three non-negative shares (previous, mid, random), normalised; `ConfigError` for other text,
+    or none positive.
+    """
     shares = number_list(text, "guesses")
     if len(shares) != len(GUESSES) or not sum(shares):
-        raise ConfigError(f"guesses is {text!r}; give the shares of {', '.join(GUESSES)}, e.g. 0.7,0.2,0.1.")
+        raise ConfigError(
+            f"guesses is {text!r}; give the shares of {', '.join(GUESSES)}, e.g. 0.7,0.2,0.1."
+        )
     return np.array(shares) / sum(shares)
 
 
-def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator[tuple[int, str, NDArray[np.int64]]]:
-    """(store index, shard name, frames): groups of episodes, thinned to `max_frames` over all stores."""
+def _work_units(
+    stores: Sequence[FrameStore], config: CollectConfig
+) -> Iterator[tuple[int, str, NDArray[np.int64]]]:
+    """(store index, shard name, frames): groups of episodes, thinned to `max_frames` over all
+    stores.
+    """
     available = sum(len(s) for s in stores) / config.frame_stride
     keep = min(1.0, config.max_frames / available) if config.max_frames else 1.0
     random = np.random.default_rng(config.seed)
@@ -199,21 +243,32 @@ def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator
         chosen = np.sort(random.permutation(episodes)[: max(1, round(keep * len(episodes)))])
         for part in range(0, len(chosen), EPISODES_PER_SHARD):
             group = chosen[part : part + EPISODES_PER_SHARD]
-            bounds = zip(*(np.searchsorted(store.episode, group, side) for side in ("left", "right")), strict=True)
-            frames = np.concatenate([np.arange(first, end, config.frame_stride) for first, end in bounds])
+            bounds = zip(
+                *(np.searchsorted(store.episode, group, side) for side in ("left", "right")),
+                strict=True,
+            )
+            frames = np.concatenate(
+                [np.arange(first, end, config.frame_stride) for first, end in bounds]
+            )
             yield index, f"data{index}-{part // EPISODES_PER_SHARD:05d}.parquet", frames
 
 
 class _Collector:
-    """Decodes the frames of one work unit after the other, in the order that "previous" guesses need.
+    """Decodes the frames of one work unit after the other, in the order that "previous" guesses
+    need.
 
-    `found` is what `_opened` gives; None: it is opened here, in a process of its own (see `Workers`).
+    `found` is what `_opened` gives; None: it is opened here, in a process of its own (see
+    `Workers`).
     """
 
     stores: list[FrameStore]
 
-    def __init__(self, config: CollectConfig, found: Any = None, advance: Callable[[int], Any] = int) -> None:
-        self.config, self.shares, self.advance = config, guess_shares(config.guesses), advance
+    def __init__(
+        self, config: CollectConfig, found: Any = None, advance: Callable[[int], Any] = int
+    ) -> None:
+        self.config = config
+        self.shares = guess_shares(config.guesses)
+        self.advance = advance
         self.policy, self.pre, self.stores = found or _opened(config)
         self.steps, self.n = self.policy.config.n_action_steps, self.policy.config.block_length
 
@@ -230,9 +285,13 @@ class _Collector:
             of_wave = frames[waves == wave]
             for part in range(0, len(of_wave), self.config.batch_size):
                 chosen = of_wave[part : part + self.config.batch_size]
-                rows += [{"root": root, **row} for row in self._decode(store, chosen, known, random)]
+                rows += [
+                    {"root": root, **row} for row in self._decode(store, chosen, known, random)
+                ]
                 self.advance(len(chosen))
-        table = pa.table({key: pa.array([row[key] for row in rows], kind) for key, kind in SCHEMA.items()})
+        table = pa.table(
+            {key: pa.array([row[key] for row in rows], kind) for key, kind in SCHEMA.items()}
+        )
         return table, self.malformed
 
     def _decode(
@@ -250,16 +309,26 @@ class _Collector:
                 previous[i] = known[earlier]
         kinds = random.choice(3, size=len(frames), p=self.shares)
         kinds[(kinds == 0) & (previous[:, 0] < 0)] = 2  # nothing to shift: a random guess instead
-        states: dict[int, NDArray[np.int16]] = {}  # of every row the distinct ones: guess first, fixed point last
+        # of every row the distinct ones: guess first, fixed point last
+        states: dict[int, NDArray[np.int16]] = {}
         method = "jacobi" if self.config.states else "ar"
         for kind in np.unique(kinds):
             chosen = np.flatnonzero(kinds == kind)
-            part = {key: value[chosen] for key, value in batch.items() if isinstance(value, torch.Tensor)}
+            part = {
+                key: value[chosen]
+                for key, value in batch.items()
+                if isinstance(value, torch.Tensor)
+            }
             before = torch.from_numpy(previous[chosen].astype(np.int64))
-            decoding = DecodingConfig(method=method, guess=GUESSES[kind], seed=int(random.integers(2**31)))
-            result = self.policy.decode(part, decoding, previous=before, record_states=True, read=False)
+            decoding = DecodingConfig(
+                method=method, guess=GUESSES[kind], seed=int(random.integers(2**31))
+            )
+            result = self.policy.decode(
+                part, decoding, previous=before, record_states=True, read=False
+            )
             self.malformed += int((~self.policy.tokenizer.readable(result.tokens)).sum())
-            found = torch.stack([*result.states, result.tokens]).cpu().numpy().astype(np.int16)  # (k, B, n)
+            # (k, B, n)
+            found = torch.stack([*result.states, result.tokens]).cpu().numpy().astype(np.int16)
             states |= {row: distinct_states(found[:, i]) for i, row in enumerate(chosen.tolist())}
         known |= {frame: states[i][-1] for i, frame in enumerate(frames.tolist())}
         return [
@@ -302,9 +371,14 @@ def _write_meta(
             meta["datasets"] = found["datasets"]
         different = [key for key in meta if found.get(key) != meta[key]]
         if different:
-            raise ConfigError(f"{output} holds trajectories with other {', '.join(different)}; choose another folder.")
+            raise ConfigError(
+                f"{output} holds trajectories with other {', '.join(different)}; choose another "
+                "folder."
+            )
         if not config.resume and config.num_shards == 1:
-            raise ConfigError(f"{output} already holds trajectories; continue them with --resume=true.")
+            raise ConfigError(
+                f"{output} already holds trajectories; continue them with --resume=true."
+            )
     elif unknown := find_shards(output):
         raise ConfigError(f"{output} has no {META}, but {unknown[0].name}; choose another folder.")
     write_text(output / META, json.dumps(meta, indent=2))
@@ -317,40 +391,60 @@ def describe(stores: Sequence[FrameStore]) -> list[dict[str, Any]]:
 
 
 def are_those(stores: Sequence[FrameStore], stored: list[dict[str, Any]]) -> bool:
-    """Whether `stored` describes these data sets; one without a digest is known by name and frames."""
+    """Whether `stored` describes these data sets; one without a digest is known by name and
+    frames.
+    """
     own = describe(stores)
-    return len(own) == len(stored) and all({**a, **b} == a for a, b in zip(own, stored, strict=True))
+    return len(own) == len(stored) and all(
+        {**a, **b} == a for a, b in zip(own, stored, strict=True)
+    )
 
 
 def layout_of(policy: Any) -> dict[str, int]:
     """What trajectories and the policy that uses them must have in common."""
     config = policy.config
     layout = {name: getattr(config, name) for name in ("chunk_size", "action_dim", "block_length")}
-    return {**layout, "num_bins": config.action_tokens.vocabulary_size, "shift_steps": config.n_action_steps}
+    return {
+        **layout,
+        "num_bins": config.action_tokens.vocabulary_size,
+        "shift_steps": config.n_action_steps,
+    }
 
 
-def read_trajectories(folder: str | Path, teacher: str | Path | None = None, states: bool = True) -> Trajectories:
-    """Read all complete shards in the output folder of `collect`; `teacher`, a checkpoint, must have made them.
+def read_trajectories(
+    folder: str | Path, teacher: str | Path | None = None, states: bool = True
+) -> Trajectories:
+    """Read all complete shards in the output folder of `collect`; `teacher`, a checkpoint, must
+    have made them.
 
-    `DatasetError` for nothing to read, or what `collect` does not write; `CheckpointError` for another teacher.
+    `DatasetError` for nothing to read, or what `collect` does not write; `CheckpointError` for
+    another teacher.
     """
     folder = Path(folder)
-    meta, files = read_meta(folder), find_shards(folder)
+    meta = read_meta(folder)
+    files = find_shards(folder)
     if not files:
         raise DatasetError(f"No trajectories at {folder}; make them with `ceed-vla collect`.")
     if teacher is not None and weights_hash(teacher) != meta["teacher"]:
-        raise CheckpointError(f"{folder} was collected from teacher {meta['teacher']}, not from {teacher}.")
+        raise CheckpointError(
+            f"{folder} was collected from teacher {meta['teacher']}, not from {teacher}."
+        )
     if len(files) > meta["shards"]:
         raise DatasetError(f"{folder} has {len(files)} shards, its {META} says {meta['shards']}.")
     if len(files) < meta["shards"]:
-        logger.warning("%s has %d of %d shards; collect the others too.", folder, len(files), meta["shards"])
+        logger.warning(
+            "%s has %d of %d shards; collect the others too.", folder, len(files), meta["shards"]
+        )
     table = pa.concat_tables([read_shard(file, meta) for file in files])
     root, frame = (table[name].to_numpy().astype(np.int64) for name in ("root", "frame"))
     if len(np.unique(np.stack([root, frame]), axis=1).T) < len(frame):
         raise DatasetError(f"{folder} has frames in more than one of its {len(files)} shards.")
-    n, found = meta["block_length"], []
+    n = meta["block_length"]
+    found = []
     if meta["states"] and states:
-        found = np.split(pc.list_flatten(table["states"]).to_numpy(), np.cumsum(lengths_of(table["states"]))[:-1])
+        found = np.split(
+            pc.list_flatten(table["states"]).to_numpy(), np.cumsum(lengths_of(table["states"]))[:-1]
+        )
     return Trajectories(
         root=root,
         frame=frame,

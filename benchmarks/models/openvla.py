@@ -16,7 +16,10 @@ from ceed_vla.backbones.openvla.model import OpenVLABackbone
 from ceed_vla.errors import ConfigError
 
 SIDE, WORDS = 56, 32000  # of the images [px], and ids before padding
-TEXT = "stack put place pick up push the red blue green yellow cube block in bin plate on to left right of open drawer"
+TEXT = (
+    "stack put place pick up push the red blue green yellow cube block in bin plate on to left "
+    "right of open drawer"
+)
 # Of the tabletop's actions: 1 % and 99 % quantiles, and what is normalised.
 LOW = [-1.0, -1.0, -1.0, -0.25, -0.25, -1.0, -1.0]
 HIGH = [1.0, 1.0, 1.0, 0.25, 0.25, 1.0, 1.0]
@@ -24,7 +27,8 @@ MASK = [True] * 6 + [False]
 
 
 def write_openvla(folder: str | Path, *, width: int = 96, seed: int = 0) -> Path:
-    """Write config.json, preprocessor_config.json, tokenizer.json and model.safetensors of a random model.
+    """Write config.json, preprocessor_config.json, tokenizer.json and model.safetensors of a random
+    model.
 
     The `width` of its language model is a multiple of 8. `ConfigError`: The folder is not empty.
     """
@@ -36,7 +40,11 @@ def write_openvla(folder: str | Path, *, width: int = 96, seed: int = 0) -> Path
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(_IMAGES, indent=2) + "\n")
     _tokenizer().save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
     model = OpenVLABackbone(config, len(LOW), config["n_action_bins"], "float32")
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +92,10 @@ def _config(width: int) -> dict[str, Any]:
             "num_key_value_heads": 4,
             "vocab_size": WORDS + 64,
         },
-        "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
+        "timm_model_ids": [
+            "vit_large_patch14_reg4_dinov2.lvd142m",
+            "vit_so400m_patch14_siglip_224",
+        ],
         # Real folders lack this: it makes the towers tiny.
         "timm_model_kwargs": [
             {"depth": 2, "embed_dim": 32, "num_heads": 2},
@@ -107,7 +118,9 @@ def _tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator([PROMPT.format(instruction=TEXT)], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return tokenizer
 
 

@@ -19,8 +19,14 @@ from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoPro
 IMAGE, PATCH = 48, 12  # sides of the images after pre-processing, and of their patches [px]
 SENTENCES = (
     "What action should the robot take to put the red cube on the blue cube in the green bin?",
-    "USER: ASSISTANT: pick up the yellow cube, push the purple block to the left, and place it in the drawer.",
-    "stack open close press button turn lift move reach slide insert right front back top bottom of it",
+    (
+        "USER: ASSISTANT: pick up the yellow cube, push the purple block to the left, and place it "
+        "in the drawer."
+    ),
+    (
+        "stack open close press button turn lift move reach slide insert right front back top "
+        "bottom of it"
+    ),
 )
 FILLERS = 320  # ordinary ids that no text uses: room for action bins
 CHAT = (
@@ -35,7 +41,9 @@ def make_tokenizer(special: list[str], **names: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=512, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=512,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     learnt = json.loads(tokenizer.to_str())["model"]
@@ -87,7 +95,13 @@ def vision_config(kind: str) -> dict[str, Any]:
 
 def smolvlm(kind: str, width: int) -> tuple[Any, Any]:
     """Idefics3 (SmolVLM), and SmolVLM2, which also takes videos."""
-    special = ["<image>", "<video>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    special = [
+        "<image>",
+        "<video>",
+        "<fake_token_around_image>",
+        "<global-img>",
+        "<end_of_utterance>",
+    ]
     tokenizer = make_tokenizer(special, image_token="<image>", video_token="<video>")
     config = AutoConfig.for_model(
         kind,
@@ -97,19 +111,25 @@ def smolvlm(kind: str, width: int) -> tuple[Any, Any]:
         pad_token_id=tokenizer.pad_token_id,
         scale_factor=2,
     )
-    joint = {"image_seq_len": (IMAGE // PATCH // 2) ** 2, "chat_template": CHAT.replace("@", "<image>")}
+    joint = {
+        "image_seq_len": (IMAGE // PATCH // 2) ** 2,
+        "chat_template": CHAT.replace("@", "<image>"),
+    }
     sizes = {"size": {"longest_edge": IMAGE}, "max_image_size": {"longest_edge": IMAGE}}
     if kind == "idefics3":
         images = transformers.Idefics3ImageProcessor(**sizes, do_image_splitting=False)
         return config, transformers.Idefics3Processor(images, tokenizer, **joint)
     images = transformers.SmolVLMImageProcessor(**sizes, do_image_splitting=False)
-    return config, transformers.SmolVLMProcessor(images, tokenizer, SmolVLMVideoProcessor(**sizes), **joint)
+    return config, transformers.SmolVLMProcessor(
+        images, tokenizer, SmolVLMVideoProcessor(**sizes), **joint
+    )
 
 
 def write_tiny(config: Any, processor: Any, folder: str | Path, *, scale: float = 1.0) -> Path:
     """Write a random model of a configuration and its processor into a folder.
 
-    `scale` is a factor on the matrices of the language model: above 1 answers depend more on every token.
+    `scale` is a factor on the matrices of the language model: above 1 answers depend more on every
+    token.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -117,7 +137,9 @@ def write_tiny(config: Any, processor: Any, folder: str | Path, *, scale: float 
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "visual" not in name and "vision" not in name:
                 torch.nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
-    model.generation_config = transformers.GenerationConfig(pad_token_id=processor.tokenizer.pad_token_id)
+    model.generation_config = transformers.GenerationConfig(
+        pad_token_id=processor.tokenizer.pad_token_id
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return Path(folder)

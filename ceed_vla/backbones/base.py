@@ -1,4 +1,6 @@
-"""What a decoder and a policy need from a model: run the prefix once, then score block tokens behind it."""
+"""What a decoder and a policy need from a model: run the prefix once, then score block tokens
+behind it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class Prefix[C: BlockCache]:
 
     logits: Tensor  # scores (B, V) of the first action token
     cache: C  # keys and values of the prefix; decoders write the block behind them
-    dropped: int = field(default=0, kw_only=True)  # tokens that were left out of it (`ceed_vla.backbones.context`)
+    # tokens that were left out of it (`ceed_vla.backbones.context`)
+    dropped: int = field(default=0, kw_only=True)
 
     def moved(self, cache: StaticCache) -> Prefix[Any]:
         """The same in another cache, with logits that no later run of compiled code overwrites."""
@@ -57,12 +60,14 @@ class Backbone(Protocol):
             prefix: From `prefill`, which runs all layers.
             tokens: (B, k) in ``[0, V)``, in the block slots ``c .. c + k - 1`` with ``c =
                 prefix.cache.committed``.
-            depth: Run only so many of the first layers, then final norm and head; None runs all. The cache of the
-                others is not touched, and nothing can be committed before a pass through all.
+            depth: Run only so many of the first layers, then final norm and head; None runs all.
+                The cache of the others is not touched, and nothing can be committed before a pass
+                through all.
 
         Returns:
-            Logits (B, k, V). Output ``i`` depends on the prefix, the committed tokens and ``tokens[:, :i +
-            1]`` only (causal), and predicts slot ``c + i + 1``. The cache gets keys and values uncommitted.
+            Logits (B, k, V). Output ``i`` depends on the prefix, the committed tokens and
+            ``tokens[:, :i + 1]`` only (causal), and predicts slot ``c + i + 1``. The cache gets
+            keys and values uncommitted.
         """
 
 
@@ -70,14 +75,20 @@ class TrainableBackbone(nn.Module, Backbone):
     """A `Backbone` of a policy: it also knows what it observes, and how it learns.
 
     Attributes:
-        auxiliary: Head of the grounding regression on the state of `packed_logits`; None where there is none.
-        early_auxiliary: Head of the same regression on what `embed_prefix` returns, which training adds; or None.
-        augmented_images: Keys of image tensors (B, 3, H, W) in [0, 1] that training shifts and brightens.
+        auxiliary: Head of the grounding regression on the state of `packed_logits`; None where
+            there is none.
+        early_auxiliary: Head of the same regression on what `embed_prefix` returns, which training
+            adds; or None.
+        augmented_images: Keys of image tensors (B, 3, H, W) in [0, 1] that training shifts and
+            brightens.
         cuts: Whether it has `prefill_to`, `extend` and `continue_block`.
-        exits: Depth -> `ceed_vla.backbones.exits.DepthExit`, which reads it; they are no part of the model's weights.
-        context: The `ceed_vla.backbones.context.ContextScorer` that chooses prefix tokens, if there is one; as these.
+        exits: Depth -> `ceed_vla.backbones.exits.DepthExit`, which reads it; they are no part of
+            the model's weights.
+        context: The `ceed_vla.backbones.context.ContextScorer` that chooses prefix tokens, if there
+            is one; as these.
         referenced: Names of the weights that a checkpoint leaves in the folder they were read from.
-        compilable: What `ceed_vla.engine` may compile, of "prefill" and "block", which runs on a `StaticCache` too.
+        compilable: What `ceed_vla.engine` may compile, of "prefill" and "block", which runs on a
+            `StaticCache` too.
     """
 
     auxiliary: nn.Module | None
@@ -88,73 +99,111 @@ class TrainableBackbone(nn.Module, Backbone):
 
     def __init__(self) -> None:
         super().__init__()
-        self.auxiliary = self.early_auxiliary = None  # attributes of the class would hide submodules
+        self.auxiliary = self.early_auxiliary = (
+            None  # attributes of the class would hide submodules
+        )
         self.exits: dict[int, Any] = {}  # a dictionary, whose modules are not registered
         self.context: tuple[Any, ...] = ()  # and neither are a tuple's
         self.referenced: list[str] = []
 
     @abc.abstractmethod
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Check a pre-processed batch and return its rows ``B``; `ObservationError` for a missing or wrong feature."""
+        """Check a pre-processed batch and return its rows ``B``; `ObservationError` for a missing
+        or wrong feature.
+        """
 
     @abc.abstractmethod
     def embed_prefix(self, batch: dict[str, Tensor]) -> Any:
-        """What the block is decoded behind, before the layers that learn in distillation: a tensor (B, ...), or an
-        object that rows can be taken of, ``embeddings[rows]``.
+        """What the block is decoded behind, before the layers that learn in distillation: a tensor
+        (B, ...), or an object that rows can be taken of, ``embeddings[rows]``.
         """
 
     @abc.abstractmethod
     def packed_logits(
         self, embeddings: Any, blocks: Sequence[Tensor], depth: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Teacher-forced logits of `blocks` (B, n) behind one prefix of `embed_prefix`; they do not see each other.
+        """Teacher-forced logits of `blocks` (B, n) behind one prefix of `embed_prefix`; they do not
+        see each other.
 
-        With a `depth` they are those of its exit. Returns the hidden vector (B, d) that predicts slot 0, and for every
-        block logits (B, n, V) that predict its own tokens 0..n-1.
+        With a `depth` they are those of its exit. Returns the hidden vector (B, d) that predicts
+        slot 0, and for every block logits (B, n, V) that predict its own tokens 0..n-1.
         """
 
     def prefill_to(self, observation: dict[str, Tensor], depth: int) -> CutPrefix:
         """Run the prefix through the first `depth` layers; `ConfigError` where it is not cut."""
-        raise ConfigError(f"{type(self).__name__} runs a prefix through all layers at once (`prefill_to`).")
+        raise ConfigError(
+            f"{type(self).__name__} runs a prefix through all layers at once (`prefill_to`)."
+        )
 
     def extend(self, prefix: CutPrefix) -> Prefix:
         """Run a cut prefix through the other layers; it may not be used any more."""
         raise NotImplementedError
 
     def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
-        """What `block_logits` gives for the tokens of a forward that ended at `depth`, behind the extended prefix."""
+        """What `block_logits` gives for the tokens of a forward that ended at `depth`, behind the
+        extended prefix.
+        """
         raise NotImplementedError
 
     def prefix_tokens(self, embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, P, d) of what `embed_prefix` made; which (B, P) may go, equally many a row; and which stay."""
-        raise ConfigError(f"{type(self).__name__} runs all tokens of a prefix (`prefix_tokens`); leave out keep<K>.")
+        """Tokens (B, P, d) of what `embed_prefix` made; which (B, P) may go, equally many a row;
+        and which stay.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} runs all tokens of a prefix (`prefix_tokens`); leave out "
+            "keep<K>."
+        )
 
     def keep_tokens(self, embeddings: Any, kept: Tensor) -> Any:
-        """What `embed_prefix` made, of the tokens `kept` (B, K) alone, in order and each at its own position."""
+        """What `embed_prefix` made, of the tokens `kept` (B, K) alone, in order and each at its own
+        position.
+        """
         raise NotImplementedError
 
     def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:
-        """The layers, the norm behind the last one, and the width ``d``; `ConfigError` where exits cannot be."""
-        raise ConfigError(f"{type(self).__name__} has no exits (`exit_parts`): every forward runs all of its layers.")
+        """The layers, the norm behind the last one, and the width ``d``; `ConfigError` where exits
+        cannot be.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no exits (`exit_parts`): every forward runs all of its "
+            "layers."
+        )
 
     def coarse_branch(self) -> nn.Module:
-        """A new `CoarseBranch` for an exit that `DepthExit.beside` shows the block; `ConfigError` where none can be."""
-        raise ConfigError(f"{type(self).__name__} has no exits of kind coarse (`coarse_branch`); train linear ones.")
+        """A new `CoarseBranch` for an exit that `DepthExit.beside` shows the block; `ConfigError`
+        where none can be.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no exits of kind coarse (`coarse_branch`); train linear "
+            "ones."
+        )
 
-    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """As `block_logits` at each of the `depths`, in ascending order, from one forward to the last of them.
+    def depth_logits(
+        self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor]:
+        """As `block_logits` at each of the `depths`, in ascending order, from one forward to the
+        last of them.
 
         Linear exits only. The second is what `continue_block` goes on with.
         """
-        raise ConfigError(f"{type(self).__name__} reads no forward at several depths (`depth_logits`).")
+        raise ConfigError(
+            f"{type(self).__name__} reads no forward at several depths (`depth_logits`)."
+        )
 
     def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
-        """As `block_logits`, through the layers of a `check_program`, in its order; nothing of it can be committed."""
+        """As `block_logits`, through the layers of a `check_program`, in its order; nothing of it
+        can be committed.
+        """
         raise ConfigError(f"{type(self).__name__} runs no programs of layers (`program_logits`).")
 
     def recompute_activations(self) -> None:
-        """Keep only the layers' inputs for the backward pass (gradient checkpointing); `ConfigError` where none can."""
-        raise ConfigError(f"{type(self).__name__} cannot recompute activations; leave out --gradient_checkpointing.")
+        """Keep only the layers' inputs for the backward pass (gradient checkpointing);
+        `ConfigError` where none can.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} cannot recompute activations; leave out "
+            "--gradient_checkpointing."
+        )
 
     def prefix_state(self, embeddings: Any) -> Tensor:
         """The hidden vector (B, d) of `packed_logits`, without any block."""
@@ -173,8 +222,12 @@ def check_depth(depth: int | None, layers: int) -> int:
 
 
 def check_program(program: Sequence[int], layers: int) -> Sequence[int]:
-    """`program`; raises `ConfigError` unless it lists 1 to twice the `layers`, each in [0, layers - 1]."""
-    if not 1 <= len(program) <= 2 * layers or not all(isinstance(i, int) and 0 <= i < layers for i in program):
+    """`program`; raises `ConfigError` unless it lists 1 to twice the `layers`, each in [0, layers -
+    1].
+    """
+    if not 1 <= len(program) <= 2 * layers or not all(
+        isinstance(i, int) and 0 <= i < layers for i in program
+    ):
         allowed = f"1 to {2 * layers} layers, of 0 to {layers - 1}"
         raise ConfigError(f"The program is {short(list(program))}; it must list {allowed}.")
     return program
@@ -186,28 +239,41 @@ def check_features(
     finite: Sequence[str] = (),
     ids: Mapping[str, int] | None = None,
 ) -> int:
-    """Check the tensors of a pre-processed batch, and return its rows ``B``, which all features share.
+    """Check the tensors of a pre-processed batch, and return its rows ``B``, which all features
+    share.
 
-    `wanted` has the shape of every feature without the rows, None for any size. Those in `finite` are float32 without
-    NaN and infinity, those in `ids` whole numbers below the given end. All else is an `ObservationError`.
+    `wanted` has the shape of every feature without the rows, None for any size. Those in `finite`
+    are float32 without NaN and infinity, those in `ids` whole numbers below the given end. All else
+    is an `ObservationError`.
     """
     if not isinstance(batch, Mapping):
-        raise ObservationError(f"The observation is {type(batch).__name__}; pass the pre-processor's.")
-    first, rows = next(iter(wanted)), 0
+        raise ObservationError(
+            f"The observation is {type(batch).__name__}; pass the pre-processor's."
+        )
+    first = next(iter(wanted))
+    rows = 0
     for key, shape in wanted.items():
         value = batch.get(key)
         if not is_plain(value):
-            have = ", ".join(sorted(str(k) for k in batch if str(k).startswith("observation."))) or "none"
+            have = (
+                ", ".join(sorted(str(k) for k in batch if str(k).startswith("observation.")))
+                or "none"
+            )
             kind = f"has {key!r} as {type(value).__name__}, not as a dense tensor"
             problem = f"lacks {key!r}" if value is None else kind
-            raise ObservationError(f"The observation {problem}; it has {have}. Use the checkpoint's pre-processor.")
+            raise ObservationError(
+                f"The observation {problem}; it has {have}. Use the checkpoint's pre-processor."
+            )
         found, *sizes = tuple(value.shape) or (0,)
         rows = found if key == first else rows
-        fits = len(sizes) == len(shape) and all(b in (None, a) for a, b in zip(sizes, shape, strict=True))
+        fits = len(sizes) == len(shape) and all(
+            b in (None, a) for a, b in zip(sizes, shape, strict=True)
+        )
         if not fits or found != rows or not found:
             expected = ", ".join("any" if size is None else str(size) for size in shape)
             raise ObservationError(
-                f"{key} has shape {tuple(value.shape)}, expected (B, {expected}) with the rows B of {first}."
+                f"{key} has shape {tuple(value.shape)}, expected (B, {expected}) with the rows B "
+                f"of {first}."
             )
     for key in finite:
         if batch[key].dtype != torch.float32:
@@ -216,14 +282,26 @@ def check_features(
             raise ObservationError(f"{key} is not finite: {str(batch[key].tolist())[:200]}.")
     for key, end in (ids or {}).items():
         if batch[key].dtype not in (torch.int64, torch.int32):
-            raise ObservationError(f"{key} is {batch[key].dtype}; expected whole numbers (torch.int64).")
+            raise ObservationError(
+                f"{key} is {batch[key].dtype}; expected whole numbers (torch.int64)."
+            )
         least, most = torch.stack(batch[key].aminmax()).tolist()
         if not 0 <= least <= most < end:
-            raise ObservationError(f"{key} has ids from {least} to {most}; they must lie in [0, {end - 1}].")
+            raise ObservationError(
+                f"{key} has ids from {least} to {most}; they must lie in [0, {end - 1}]."
+            )
     return rows
 
 
 def runs(model: nn.Module) -> AbstractContextManager[None]:
-    """What torch or a library raises where a model of a checkpoint's settings does not run, as a `CheckpointError`."""
-    advice = "contradict each other, model and batch have other devices or types, or memory is short."
-    return raised_as(CheckpointError, f"{type(model).__name__} does not run", f"the settings in config.json {advice}")
+    """What torch or a library raises where a model of a checkpoint's settings does not run, as a
+    `CheckpointError`.
+    """
+    advice = (
+        "contradict each other, model and batch have other devices or types, or memory is short."
+    )
+    return raised_as(
+        CheckpointError,
+        f"{type(model).__name__} does not run",
+        f"the settings in config.json {advice}",
+    )

@@ -17,42 +17,70 @@ GREEDY = BlockRequest(DecodingConfig(method="ar"))
 
 @torch.no_grad()
 def check_backbone(
-    backbone: TrainableBackbone, observation: dict[str, Any], *, action_dim: int = 1, guesses: int = 4
+    backbone: TrainableBackbone,
+    observation: dict[str, Any],
+    *,
+    action_dim: int = 1,
+    guesses: int = 4,
 ) -> int:
     """Decode one block by all routes, compare every token, and return how many were compared.
 
-    Greedy decoding with the cache must equal strict Jacobi decoding from `guesses` random guesses, teacher forcing as
-    in training, decoding behind a prefix that was used before (a pass through the first layer only included, whose
-    scores must be others), and decoding of every row alone. In float32: lower precision may flip near-ties. The
-    backbone is in evaluation mode; where it is not trained, its weights should be so large that tokens depend on one
-    another, or the check says little. `ConfigError` says which routes differ, and what that usually means.
+    Greedy decoding with the cache must equal strict Jacobi decoding from `guesses` random guesses,
+    teacher forcing as in training, decoding behind a prefix that was used before (a pass through
+    the first layer only included, whose scores must be others), and decoding of every row alone. In
+    float32: lower precision may flip near-ties. The backbone is in evaluation mode; where it is not
+    trained, its weights should be so large that tokens depend on one another, or the check says
+    little. `ConfigError` says which routes differ, and what that usually means.
     """
-    rows, n = backbone.check_observation(observation), backbone.block_length
+    rows = backbone.check_observation(observation)
+    n = backbone.block_length
     prefix = backbone.prefill(observation)
     greedy = decode_autoregressive(backbone, prefix, GREEDY).tokens  # (B, n)
     _, (forced,) = backbone.packed_logits(backbone.embed_prefix(observation), [greedy])
-    compared = _compare(forced.argmax(-1), greedy, "packed_logits", "the cache, a mask, or positions")
+    compared = _compare(
+        forced.argmax(-1), greedy, "packed_logits", "the cache, a mask, or positions"
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(guesses):
         guess = torch.randint(backbone.vocabulary_size, (rows, n), generator=generator)
-        strict = decode_jacobi(backbone, prefix, BlockRequest(guess=guess, tokens_per_step=action_dim))
-        compared += _compare(strict.tokens, greedy, "strict Jacobi decoding", "a block that is not causal, or a cache")
+        strict = decode_jacobi(
+            backbone, prefix, BlockRequest(guess=guess, tokens_per_step=action_dim)
+        )
+        compared += _compare(
+            strict.tokens,
+            greedy,
+            "strict Jacobi decoding",
+            "a block that is not causal, or a cache",
+        )
     prefix.cache.roll_back()
     shallow = backbone.block_logits(prefix, greedy[:, : n - 1], depth=1)
     prefix.cache.roll_back()
-    if backbone.num_layers > 1 and torch.equal(shallow, backbone.block_logits(prefix, greedy[:, : n - 1])):
-        raise ConfigError(f"block_logits gives the same behind 1 of {backbone.num_layers} layers: it ignores depth.")
+    if backbone.num_layers > 1 and torch.equal(
+        shallow, backbone.block_logits(prefix, greedy[:, : n - 1])
+    ):
+        raise ConfigError(
+            f"block_logits gives the same behind 1 of {backbone.num_layers} layers: it ignores "
+            "depth."
+        )
     again = decode_autoregressive(backbone, prefix, GREEDY).tokens
-    compared += _compare(again, greedy, "a prefix that was used before", "a cache that is not rolled back")
-    by_rows = {k: v for k, v in observation.items() if isinstance(v, Tensor) and v.ndim and len(v) == rows}
+    compared += _compare(
+        again, greedy, "a prefix that was used before", "a cache that is not rolled back"
+    )
+    by_rows = {
+        k: v for k, v in observation.items() if isinstance(v, Tensor) and v.ndim and len(v) == rows
+    }
     for row in range(rows):
         one = {key: value[row : row + 1] for key, value in by_rows.items()}
         alone = decode_autoregressive(backbone, backbone.prefill(one), GREEDY).tokens
-        compared += _compare(alone, greedy[row : row + 1], f"row {row} alone", "padding that is seen")
+        compared += _compare(
+            alone, greedy[row : row + 1], f"row {row} alone", "padding that is seen"
+        )
     return compared
 
 
-def check_untrained(backbone: TrainableBackbone, config: Any, *, instruction_tokens: int, rows: int = 4) -> int:
+def check_untrained(
+    backbone: TrainableBackbone, config: Any, *, instruction_tokens: int, rows: int = 4
+) -> int:
     """As `check_backbone`, of random observations with random weights.
 
     Args:
@@ -64,7 +92,9 @@ def check_untrained(backbone: TrainableBackbone, config: Any, *, instruction_tok
     backbone.eval()
     for parameter in backbone.parameters():
         nn.init.normal_(parameter, std=0.3)
-    cameras = {camera: torch.rand(rows, *config.image_features[camera].shape) for camera in config.cameras}
+    cameras = {
+        camera: torch.rand(rows, *config.image_features[camera].shape) for camera in config.cameras
+    }
     observation = {
         **cameras,
         OBS_STATE: torch.randn(rows, *config.robot_state_feature.shape),
@@ -78,8 +108,8 @@ def _compare(tokens: Tensor, greedy: Tensor, route: str, suspects: str) -> int:
     if wrong.any():
         row, slot = wrong.nonzero()[0].tolist()
         raise ConfigError(
-            f"{int(wrong.sum())} of {wrong.numel()} tokens of {route} differ from greedy decoding with the cache, the "
-            f"first in row {row}, slot {slot}: {int(tokens[row, slot])} instead of {int(greedy[row, slot])}. Look at "
-            f"{suspects}."
+            f"{int(wrong.sum())} of {wrong.numel()} tokens of {route} differ from greedy decoding "
+            f"with the cache, the first in row {row}, slot {slot}: {int(tokens[row, slot])} "
+            f"instead of {int(greedy[row, slot])}. Look at {suspects}."
         )
     return wrong.numel()

@@ -1,11 +1,12 @@
-r"""A coarse branch beside the first layers, for early exits: a token a step (Splitformer, arXiv 2506.18035).
+r"""A coarse branch beside the first layers, for early exits: a token a step (Splitformer, arXiv
+2506.18035).
 
     tokens of step 0   1   2        (A each; embeddings, as the first layer reads them)
                    |   |   |
                    p0  p1  p2       pooled
                    h0  h1  h2       one small layer, causal over steps
                      \   \
-    tokens of step 0   1   2        what predicts a token of step u gets h of step u - 1; step 0 gets nothing
+    tokens of step 0   1   2        a prediction in step u gets h of step u - 1, in step 0 nothing
 
 It reads whole steps only, so no score depends on a token that comes later.
 """
@@ -18,17 +19,21 @@ from torch import Tensor, nn
 
 
 class CoarseBranch(nn.Module):
-    """What a coarse view of a block adds to the hidden vectors of some depth; nothing before it is trained.
+    """What a coarse view of a block adds to the hidden vectors of some depth; nothing before it is
+    trained.
 
-    Multiply-adds a step, with ``w`` the width of the `layer`: A * d * w to pool, w * d to spread, and the layer's own.
-    It is called as ``layer(x (B, T, w), mask (T, T))``, True where attention is allowed. `inner` is ``w``, `width` is
-    ``d`` of the backbone, and `step` the tokens ``A`` of a control step.
+    Multiply-adds a step, with ``w`` the width of the `layer`: A * d * w to pool, w * d to spread,
+    and the layer's own. It is called as ``layer(x (B, T, w), mask (T, T))``, True where attention
+    is allowed. `inner` is ``w``, `width` is ``d`` of the backbone, and `step` the tokens ``A`` of a
+    control step.
     """
 
     def __init__(self, layer: nn.Module, inner: int, width: int, step: int) -> None:
         super().__init__()
         self.step, self.layer = step, layer
-        self.pool = nn.Sequential(nn.Linear(step * width, inner, bias=False), nn.LayerNorm(inner, bias=False))
+        self.pool = nn.Sequential(
+            nn.Linear(step * width, inner, bias=False), nn.LayerNorm(inner, bias=False)
+        )
         self.spread = nn.Linear(inner, width, bias=False)
         nn.init.zeros_(self.spread.weight)
 
@@ -38,7 +43,10 @@ class CoarseBranch(nn.Module):
         steps = k // self.step
         if not steps:
             return torch.zeros_like(block)
-        pooled = self.pool(block[:, : steps * self.step].reshape(batch, steps, self.step * width))  # (B, T, w)
-        seen = self.layer(pooled, torch.ones(steps, steps, dtype=torch.bool, device=block.device).tril())
+        # (B, T, w)
+        pooled = self.pool(block[:, : steps * self.step].reshape(batch, steps, self.step * width))
+        seen = self.layer(
+            pooled, torch.ones(steps, steps, dtype=torch.bool, device=block.device).tril()
+        )
         spread = F.pad(self.spread(seen), (0, 0, 1, 0))  # (B, T + 1, d), nothing in front
         return spread.repeat_interleave(self.step, dim=1)[:, 1 : k + 1]  # token i predicts i + 1

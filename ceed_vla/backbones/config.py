@@ -1,7 +1,8 @@
 """Which model a policy runs: one dataclass a family, chosen by ``--policy.backbone.type``.
 
-A family is a dataclass that registers itself and says how to build its model, and what pre-processing turns an
-observation into the model's inputs. `ceed_vla.configuration_ceed_vla` imports those of this package.
+A family is a dataclass that registers itself and says how to build its model, and what
+pre-processing turns an observation into the model's inputs. `ceed_vla.configuration_ceed_vla`
+imports those of this package.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 class PolicyShape:
     """Inputs and outputs of a policy."""
 
-    cameras: Mapping[str, tuple[int, int, int]]  # feature -> (3, height, width) [px], in the order of the prefix
+    # feature -> (3, height, width) [px], in the order of the prefix
+    cameras: Mapping[str, tuple[int, int, int]]
     state_dim: int  # length of ``observation.state``; 0 without one
     action_dim: int  # action dimensions ``A``
     chunk_size: int  # steps ``m`` of a chunk
@@ -48,7 +50,9 @@ class PolicyShape:
 
 
 class InputsStep(ObservationProcessorStep):
-    """Base of the steps that make a model's inputs: dataclasses, whose fields are their settings in a checkpoint."""
+    """Base of the steps that make a model's inputs: dataclasses, whose fields are their settings in
+    a checkpoint.
+    """
 
     def get_config(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(cast("Any", self))}
@@ -62,25 +66,33 @@ class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
 
     setting: ClassVar[str] = "backbone"
     usual: ClassVar[str] = "compact"
-    # Registered names of the steps that `processor_steps` returns, without which no checkpoint is complete.
+    # Registered names of the steps that `processor_steps` returns, without which no checkpoint is
+    # complete.
     steps: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def build(self, shape: PolicyShape) -> TrainableBackbone:
-        """The model; `ConfigError` if settings contradict the policy's, `CheckpointError` if weights cannot be read."""
+        """The model; `ConfigError` if settings contradict the policy's, `CheckpointError` if
+        weights cannot be read.
+        """
 
     @abc.abstractmethod
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
-        """LeRobot processor steps that make the model's inputs; `instructions` are those of the data set."""
+        """LeRobot processor steps that make the model's inputs; `instructions` are those of the
+        data set.
+        """
 
     def finished(self) -> Self:
-        """These settings for a model whose training is over: without heads that only training uses."""
+        """These settings for a model whose training is over: without heads that only training
+        uses.
+        """
         return self
 
     def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
         """Layers that these settings describe, and the fewest numbers that their weights have.
 
-        Compared with a checkpoint's weights before a model is built, so that no setting can ask for more than there is.
+        Compared with a checkpoint's weights before a model is built, so that no setting can ask for
+        more than there is.
         """
         return 0, 0
 
@@ -89,4 +101,6 @@ class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
         return []
 
     def validate_features(self, shape: PolicyShape) -> None:
-        """Raise `ConfigError` if the policy's features cannot be served; cameras and action are checked before."""
+        """Raise `ConfigError` if the policy's features cannot be served; cameras and action are
+        checked before.
+        """

@@ -17,27 +17,38 @@ from ceed_vla.weights import copy_weights, opened
 
 
 class ContextScorer(nn.Module):
-    """How far the policy's scores would move without a prefix token, judged in its context (EXIT, arXiv 2412.12559)."""
+    """How far the policy's scores would move without a prefix token, judged in its context (EXIT,
+    arXiv 2412.12559).
+    """
 
     def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.own, self.context = nn.Linear(width, 64), nn.Linear(2 * width, 64, bias=False)
+        self.own = nn.Linear(width, 64)
+        self.context = nn.Linear(2 * width, 64, bias=False)
         self.out = nn.Linear(64, 1, bias=False)
-        self.place = nn.Parameter(torch.full((tokens,), 1 / tokens).log())  # (N,) what a token's place says alone
+        # (N,) what a token's place says alone
+        self.place = nn.Parameter(torch.full((tokens,), 1 / tokens).log())
         nn.init.normal_(self.out.weight, std=1e-3)
 
     def forward(self, x: Tensor, may_go: Tensor, stays: Tensor) -> Tensor:
-        """Scores (B, N) of the tokens of x (B, P, d) that `may_go` (B, P); others stay, or are padding."""
+        """Scores (B, N) of the tokens of x (B, P, d) that `may_go` (B, P); others stay, or are
+        padding.
+        """
         x = self.norm(x.to(self.place.dtype))
         marks = torch.stack([may_go | stays, stays], dim=1).to(x.dtype)  # (B, 2, P)
-        seen = (marks @ x / marks.sum(-1, keepdim=True).clamp(min=1)).flatten(1)  # (B, 2 d), of all and of what stays
-        own = self.own(x[may_go].view(len(x), len(self.place), -1)) + self.context(seen).unsqueeze(1)
+        # (B, 2 d), of all and of what stays
+        seen = (marks @ x / marks.sum(-1, keepdim=True).clamp(min=1)).flatten(1)
+        own = self.own(x[may_go].view(len(x), len(self.place), -1)) + self.context(seen).unsqueeze(
+            1
+        )
         return self.out(F.silu(own)).squeeze(-1) + self.place  # type: ignore[no-any-return]
 
 
 def keep_scored(backbone: Any, embeddings: Any, scores: Tensor, count: int) -> Any:
-    """`embeddings` with the `count` tokens of the highest `scores` (B, N), and all that may not go, in order."""
+    """`embeddings` with the `count` tokens of the highest `scores` (B, N), and all that may not go,
+    in order.
+    """
     may_go = backbone.prefix_tokens(embeddings)[1]
     ranked = torch.full(may_go.shape, torch.inf, device=scores.device)  # (B, P)
     ranked[may_go] = scores.float().flatten()
@@ -53,7 +64,9 @@ def save_context(backbone: Any, folder: Path) -> None:
 
 
 def load_context(backbone: Any, folder: Path) -> None:
-    """Attach the scorer of a checkpoint's folder, if there is one; `CheckpointError` for another model's, or damage."""
+    """Attach the scorer of a checkpoint's folder, if there is one; `CheckpointError` for another
+    model's, or damage.
+    """
     file = folder / CONTEXT
     if not file.exists(follow_symlinks=False):
         return
@@ -62,10 +75,14 @@ def load_context(backbone: Any, folder: Path) -> None:
         places = tensors.get_slice("place").get_shape() if "place" in names else []
     if len(places) != 1 or places[0] < 1:
         raise CheckpointError(
-            f"{file} scores places of shape {tuple(places)}; a scorer has one number for every token "
-            "that may go. Copy the checkpoint again."
+            f"{file} scores places of shape {tuple(places)}; a scorer has one number for every "
+            "token that may go. Copy the checkpoint again."
         )
     scorer = ContextScorer(backbone.exit_parts()[2], places[0])
-    if wrong := [name for names in copy_weights(scorer, [file], skip=lambda name: name == "views") for name in names]:
+    if wrong := [
+        name
+        for names in copy_weights(scorer, [file], skip=lambda name: name == "views")
+        for name in names
+    ]:
         raise CheckpointError(f"{file} does not belong to this model: {', '.join(wrong)}.")
     backbone.context = (scorer.eval().requires_grad_(False),)

@@ -36,5 +36,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """All names, also those of parts that are not imported yet: for completion in shells and editors."""
+    """All names, also those of parts that are not imported yet: for completion in shells and
+    editors.
+    """
     return sorted({*globals(), *__all__})

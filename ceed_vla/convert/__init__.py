@@ -1,4 +1,6 @@
-"""`ceed-vla convert`: make a checkpoint of this project from a model as it was published; a file a kind."""
+"""`ceed-vla convert`: make a checkpoint of this project from a model as it was published; a file a
+kind.
+"""
 
 from __future__ import annotations
 

@@ -26,18 +26,26 @@ class ConvertConfig:
         from_: What it is.
         output_dir: Where the checkpoint goes.
         weights: "copied" into the checkpoint, or by "reference": it then reads them from `path`.
-        dtype: openvla: Type of the weights: "auto" (as published), "float32", "bfloat16" or "float16".
-        quantization: openvla: "8bit" or "4bit" language model on a GPU (bitsandbytes), with weights by reference.
-        unnorm_key: openvla: Data set whose statistics un-normalise the actions; needed where the model has several.
+        dtype: openvla: Type of the weights: "auto" (as published), "float32", "bfloat16" or
+            "float16".
+        quantization: openvla: "8bit" or "4bit" language model on a GPU (bitsandbytes), with weights
+            by reference.
+        unnorm_key: openvla: Data set whose statistics un-normalise the actions; needed where the
+            model has several.
         chunk_size: openvla: Steps of one action chunk that the model was trained to write.
         n_action_steps: openvla: Steps executed before the next replan; all of them if 0.
-        prompt: openvla: text around ``{instruction}``; the usual one of the folder's language model if empty.
+        prompt: openvla: text around ``{instruction}``; the usual one of the folder's language model
+            if empty.
         camera: openvla: Name of the camera: the policy reads ``observation.images.<camera>``.
-        camera_size: openvla: HEIGHTxWIDTH of the camera's images, such as 480x640, which the model's own transform then
-            scales as it did in training; the size that the model sees if empty.
-        fast_tokenizer: pi0_fast: folder of the FAST tokenizer; the one that the checkpoint names if empty.
-        text_tokenizer: pi0_fast: folder of PaliGemma's tokenizer; the one that the checkpoint names if empty.
-        vocabulary: pi0_fast: "full" (its own tokens for any weights) or "actions" (only what an action can hold).
+        camera_size: openvla: HEIGHTxWIDTH of the camera's images, such as 480x640, which the
+            model's own transform then scales as it did in training; the size that the model sees if
+            empty.
+        fast_tokenizer: pi0_fast: folder of the FAST tokenizer; the one that the checkpoint names if
+            empty.
+        text_tokenizer: pi0_fast: folder of PaliGemma's tokenizer; the one that the checkpoint names
+            if empty.
+        vocabulary: pi0_fast: "full" (its own tokens for any weights) or "actions" (only what an
+            action can hold).
         device: Where checkpoints run unless told otherwise.
     """
 
@@ -62,8 +70,12 @@ class ConvertConfig:
         check_fields(self)
         check_device_name(self.device)
         plain_name(self.camera, "camera", ConfigError)
-        others = [name for kind, names in OWN.items() if kind != self.from_ for name in names.split()]
+        others = [
+            name for kind, names in OWN.items() if kind != self.from_ for name in names.split()
+        ]
         defaults = {item.name: item.default for item in fields(self)}
         ignored = [f"--{name}" for name in others if getattr(self, name) != defaults[name]]
         if ignored:
-            raise ConfigError(f"{', '.join(ignored)} means nothing with --from {self.from_}; leave it out.")
+            raise ConfigError(
+                f"{', '.join(ignored)} means nothing with --from {self.from_}; leave it out."
+            )

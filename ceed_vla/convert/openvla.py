@@ -30,7 +30,10 @@ def _camera_size(text: str) -> tuple[int, int] | None:
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII)
     sides = [int(side) for side in found.groups()] if found else [0]
     if not all(1 <= side <= LARGEST_SIDE for side in sides):
-        raise ConfigError(f"camera_size is {text[:50]!r}; give HEIGHTxWIDTH (480x640), sides up to {LARGEST_SIDE}.")
+        raise ConfigError(
+            f"camera_size is {text[:50]!r}; give HEIGHTxWIDTH (480x640), sides up to "
+            f"{LARGEST_SIDE}."
+        )
     return sides[0], sides[1]
 
 
@@ -39,15 +42,23 @@ def published_policy(config: ConvertConfig) -> tuple[CeedVLAPolicy, Any, Any]:
     published = read_config(config.path)
     key, statistics = action_statistics(config.path, config.unnorm_key)
     seen = published["image_sizes"][0]
-    height, width = _camera_size(config.camera_size) or ((seen, seen) if isinstance(seen, int) else seen[-2:])
+    height, width = _camera_size(config.camera_size) or (
+        (seen, seen) if isinstance(seen, int) else seen[-2:]
+    )
     same = {name: getattr(config, name) for name in ("weights", "dtype", "quantization", "prompt")}
     settings = CeedVLAConfig(
-        input_features={f"observation.images.{config.camera}": PolicyFeature(FeatureType.VISUAL, (3, height, width))},
+        input_features={
+            f"observation.images.{config.camera}": PolicyFeature(
+                FeatureType.VISUAL, (3, height, width)
+            )
+        },
         output_features={"action": PolicyFeature(FeatureType.ACTION, (len(statistics["q01"]),))},
         chunk_size=config.chunk_size,
         n_action_steps=config.n_action_steps or config.chunk_size,
         backbone=OpenVLAConfig(path=str(Path(config.path).resolve()), **same),
-        action_tokens=OpenVLATokensConfig(n_action_bins=int(published["n_action_bins"]), unnorm_key=key, **statistics),
+        action_tokens=OpenVLATokensConfig(
+            n_action_bins=int(published["n_action_bins"]), unnorm_key=key, **statistics
+        ),
         label_sigma=0.0,
         device=config.device,
         push_to_hub=False,
@@ -59,7 +70,8 @@ def published_policy(config: ConvertConfig) -> tuple[CeedVLAPolicy, Any, Any]:
 def write(config: ConvertConfig) -> str:
     policy, *processors = published_policy(replace(config, quantization="none", device="cpu"))
     backbone = cast("OpenVLAConfig", policy.config.backbone)
-    policy.config.backbone = replace(backbone, quantization=config.quantization)  # done where it is loaded
+    # done where it is loaded
+    policy.config.backbone = replace(backbone, quantization=config.quantization)
     policy.config.device = config.device
     folder = save(config.output_dir, policy, *processors)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
@@ -74,5 +86,8 @@ def _hint(config: ConvertConfig, folder: Path) -> str:
     if chunk is None:
         return ""
     if chunk != config.chunk_size:
-        return f"; {EXPECTED} there has chunks of {chunk}: convert with --chunk_size {chunk} to verify it"
+        return (
+            f"; {EXPECTED} there has chunks of {chunk}: convert with --chunk_size {chunk} to "
+            "verify it"
+        )
     return f"; try `ceed-vla verify {config.path} --policy.path {folder}`"

@@ -34,20 +34,28 @@ WINDOW = 32  # slots a forward computes; chunks of LIBERO take 25 to 35 tokens o
 
 
 def write(config: ConvertConfig) -> str:
-    folder, output = resolve_checkpoint(config.path), Path(config.output_dir)
+    folder = resolve_checkpoint(config.path)
+    output = Path(config.output_dir)
     for name in PROCESSOR_FILES:
         read_steps(folder, name, CONVERTED)
     theirs = decode_architecture(describe_model(folder))
     if theirs.temperature:
         logger.warning(
-            "%s samples its tokens with temperature %g; here it decodes greedily, as with temperature 0.",
+            "%s samples its tokens with temperature %g; here it decodes greedily, as with "
+            "temperature 0.",
             folder,
             theirs.temperature,
         )
     fast = find_folder(config.fast_tokenizer or theirs.action_tokenizer_name, "fast_tokenizer")
     text = find_folder(config.text_tokenizer or theirs.text_tokenizer_name, "text_tokenizer")
     scored = _scored(folder) if config.vocabulary == "full" else 0
-    same = ("input_features", "output_features", "normalization_mapping", "chunk_size", "n_action_steps")
+    same = (
+        "input_features",
+        "output_features",
+        "normalization_mapping",
+        "chunk_size",
+        "n_action_steps",
+    )
     settings = CeedVLAConfig(
         **{name: getattr(theirs, name) for name in same},
         backbone=Pi0FastConfig(path=str(folder.resolve()), weights=config.weights),
@@ -59,9 +67,12 @@ def write(config: ConvertConfig) -> str:
     )
     policy = CeedVLAPolicy(settings)
     pre, post = (
-        partial(_copy_pipeline, folder, name, text) for name in ("policy_preprocessor", "policy_postprocessor")
+        partial(_copy_pipeline, folder, name, text)
+        for name in ("policy_preprocessor", "policy_postprocessor")
     )
-    save(output, policy, SimpleNamespace(save_pretrained=pre), SimpleNamespace(save_pretrained=post))
+    save(
+        output, policy, SimpleNamespace(save_pretrained=pre), SimpleNamespace(save_pretrained=post)
+    )
     return f"{output}: LeRobot's pi0-FAST, weights {config.weights}, vocabulary {config.vocabulary}"
 
 
@@ -88,7 +99,9 @@ def _tokens(config: PI0FastConfig, fast: Path, text: Path, scored: int) -> Pi0Fa
         least=codec.least,
         **text_ids(load_text_tokenizer(text)),
     )
-    tokens.num_tokens = tokens.build(config.chunk_size, int(config.output_features["action"].shape[0])).vocabulary_size
+    tokens.num_tokens = tokens.build(
+        config.chunk_size, int(config.output_features["action"].shape[0])
+    ).vocabulary_size
     return tokens
 
 
@@ -98,12 +111,16 @@ def _scored(folder: Path) -> int:
         names = {key.removeprefix("model."): key for key in list(weights.keys())}
         key = names.get(HEAD.removeprefix("model.")) or names.get(EMBEDDING.removeprefix("model."))
         if key is None:
-            raise CheckpointError(f"{folder / WEIGHTS} has no head of a language model; is it pi0-FAST's?")
+            raise CheckpointError(
+                f"{folder / WEIGHTS} has no head of a language model; is it pi0-FAST's?"
+            )
         return int(weights.get_slice(key).get_shape()[0])
 
 
 def _copy_pipeline(folder: Path, name: str, text: Path, output: str) -> None:
-    """Copy a pre- or post-processor: with the tokenizer in it, and without the step that runs code of a checkpoint."""
+    """Copy a pre- or post-processor: with the tokenizer in it, and without the step that runs code
+    of a checkpoint.
+    """
     file = folder / f"{name}.json"
     pipeline = read_json(file)
     steps = [s for s in pipeline["steps"] if s["registry_name"] not in REMOTE_CODE]
@@ -112,7 +129,11 @@ def _copy_pipeline(folder: Path, name: str, text: Path, output: str) -> None:
             kept = {key: value for key, value in step["config"].items() if key != "tokenizer_name"}
             state = f"{name}_step_{index}_prompt.safetensors"
             save_file(PromptTokensStep(**kept).read_folder(text).state_dict(), Path(output) / state)
-            steps[index] = {"registry_name": "ceed_vla_pi0_fast_prompt", "config": kept, "state_file": state}
+            steps[index] = {
+                "registry_name": "ceed_vla_pi0_fast_prompt",
+                "config": kept,
+                "state_file": state,
+            }
         elif "state_file" in step:
             shutil.copyfile(folder / step["state_file"], Path(output) / step["state_file"])
     write_text(Path(output) / file.name, json.dumps({**pipeline, "steps": steps}, indent=2) + "\n")

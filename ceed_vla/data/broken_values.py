@@ -1,4 +1,6 @@
-"""Values that no policy can learn from: NaN, infinite or absurdly large, by feature and episode, and their remedy."""
+"""Values that no policy can learn from: NaN, infinite or absurdly large, by feature and episode,
+and their remedy.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,18 @@ class BrokenValues:
 
     def __str__(self) -> str:
         frames = counted(sum(self.episodes.values()), "frame")
-        return f"{self.feature} is {self.kind} in {frames} of {numbered('episode', list(self.episodes))}"
+        return (
+            f"{self.feature} is {self.kind} in {frames} of "
+            f"{numbered('episode', list(self.episodes))}"
+        )
 
 
-def find_broken(vectors: Mapping[str, NDArray[np.float32]], episode: NDArray[np.int64]) -> list[BrokenValues]:
-    """Broken values of `vectors`, each (N, D), by feature and kind; `episode` (N,) is each frame's episode."""
+def find_broken(
+    vectors: Mapping[str, NDArray[np.float32]], episode: NDArray[np.int64]
+) -> list[BrokenValues]:
+    """Broken values of `vectors`, each (N, D), by feature and kind; `episode` (N,) is each frame's
+    episode.
+    """
     found = []
     for feature, values in vectors.items():
         kinds = {
@@ -64,34 +73,50 @@ def broken_episodes(broken: Iterable[BrokenValues]) -> list[int]:
 
 
 def remedy(root: Path, episodes: Sequence[int], total: int, arrays: Sequence[str]) -> str:
-    """What to do about broken `episodes` of the `total` ones in `root`; `arrays` as of `delete_command`."""
+    """What to do about broken `episodes` of the `total` ones in `root`; `arrays` as of
+    `delete_command`.
+    """
     if len(episodes) == total:
         return "Every episode holds such values: record the data set again"
     which = "that episode" if len(episodes) == 1 else "those episodes"
-    lost = f" (without {', '.join(arrays)}, which training ignores and LeRobot cannot copy)" if arrays else ""
+    lost = (
+        f" (without {', '.join(arrays)}, which training ignores and LeRobot cannot copy)"
+        if arrays
+        else ""
+    )
     return f"Remove {which}, into a new folder{lost}: {delete_command(root, episodes, arrays)}"
 
 
 def delete_command(root: Path, episodes: Sequence[int], arrays: Sequence[str]) -> str:
-    """The command of LeRobot that writes a copy of a data set without `episodes` into a folder beside it.
+    """The command of LeRobot that writes a copy of a data set without `episodes` into a folder
+    beside it.
 
     `arrays` are features of several dimensions that training ignores: LeRobot 0.6 cannot delete
     episodes of a data set that has one, so they are removed first, into a folder between.
     """
     source = root if root.name not in ("", "..") else root.resolve()
     clean = _free(source, "clean")
-    delete = f'--operation.type delete_episodes --operation.episode_indices "[{", ".join(map(str, episodes))}]"'
+    delete = (
+        "--operation.type delete_episodes --operation.episode_indices "
+        f'"[{", ".join(map(str, episodes))}]"'
+    )
     if not arrays:
         return f"{_edit(source, clean)} {delete}"
     between = _free(source, "without-arrays")
-    remove = f"--operation.type remove_feature --operation.feature_names {shlex.quote(json.dumps(list(arrays)))}"
+    remove = (
+        "--operation.type remove_feature --operation.feature_names "
+        f"{shlex.quote(json.dumps(list(arrays)))}"
+    )
     return f"{_edit(source, between)} {remove} && {_edit(between, clean)} {delete}"
 
 
 def _edit(source: Path, target: Path) -> str:
     """The start of a command that edits the data set `source` into the folder `target`."""
     name = re.sub("[^A-Za-z0-9]+", "-", source.name).strip("-")[:80]  # what the hub allows
-    return f"{EDIT} --repo_id local/{name or 'data'} --root {_quoted(source)} --new_root {_quoted(target)}"
+    return (
+        f"{EDIT} --repo_id local/{name or 'data'} --root {_quoted(source)} --new_root "
+        f"{_quoted(target)}"
+    )
 
 
 def _quoted(path: Path) -> str:
@@ -100,12 +125,17 @@ def _quoted(path: Path) -> str:
 
 def _free(source: Path, suffix: str) -> Path:
     """A folder beside `source` that does not exist yet."""
-    names = (f"{source.name}-{suffix}{number}" for number in ("", *(f"-{i}" for i in range(2, 10_000))))
+    names = (
+        f"{source.name}-{suffix}{number}" for number in ("", *(f"-{i}" for i in range(2, 10_000)))
+    )
     return next(path for path in map(source.with_name, names) if not path.exists())
 
 
 def check_finite(
-    root: Path, vectors: Mapping[str, NDArray[np.float32]], episode: NDArray[np.int64], arrays: Sequence[str]
+    root: Path,
+    vectors: Mapping[str, NDArray[np.float32]],
+    episode: NDArray[np.int64],
+    arrays: Sequence[str],
 ) -> None:
     """Raise `DatasetError`, with episodes and remedy, if `vectors` hold broken values.
 
@@ -114,9 +144,10 @@ def check_finite(
     broken = find_broken(vectors, episode)
     if not broken:
         return
-    first, episodes = broken[0], broken_episodes(broken)
+    first = broken[0]
+    episodes = broken_episodes(broken)
     raise DatasetError(
-        f"{root}: {first.feature} of frame {first.frame} (episode {episode[first.frame]}) is {first.kind}. In all, "
-        f"{'; '.join(map(str, broken))}. Values must be finite and at most {LARGEST_NUMBER:.0e}. "
-        f"{remedy(root, episodes, int(episode[-1]) + 1, arrays)}"
+        f"{root}: {first.feature} of frame {first.frame} (episode {episode[first.frame]}) is "
+        f"{first.kind}. In all, {'; '.join(map(str, broken))}. Values must be finite and at most "
+        f"{LARGEST_NUMBER:.0e}. {remedy(root, episodes, int(episode[-1]) + 1, arrays)}"
     )

@@ -1,4 +1,6 @@
-"""The files of a LeRobotDataset v3 besides its images: read, and checked against each other before anything is used."""
+"""The files of a LeRobotDataset v3 besides its images: read, and checked against each other before
+anything is used.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,23 @@ from ceed_vla.data.parquet import MOST, Budget, open_parquet, read_table
 from ceed_vla.errors import DatasetError, raised_as
 from ceed_vla.files import plain_name, read_json, regular
 
-STATE, ACTION, ENVIRONMENT = "observation.state", "action", "observation.environment_state"
+STATE = "observation.state"
+ACTION = "action"
+ENVIRONMENT = "observation.environment_state"
 # Columns that order the frames; every LeRobotDataset has them.
 BOOKKEEPING = ("index", "episode_index", "frame_index", "task_index", "timestamp", "task")
-NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+NUMBERS = (
+    "float16",
+    "float32",
+    "float64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+)
 MOST_VALUES = 65_536  # of a vector
 LARGEST_IMAGE = 2**13  # [px] of a side
 JITTER = 0.2  # of a step between two frames: how far recorded times may differ from 1 / fps ...
@@ -37,7 +52,8 @@ class Info:
     fps: float  # frames a second [Hz]
     frames: int
     episodes: int
-    vectors: dict[str, tuple[int, ...]]  # shapes of state, action and environment state, where there are
+    # shapes of state, action and environment state, where there are
+    vectors: dict[str, tuple[int, ...]]
     cameras: dict[str, tuple[int, int, int]]  # camera feature -> (H, W, 3)
     videos: tuple[str, ...]  # cameras that are stored as videos
     names: str  # all features
@@ -60,31 +76,53 @@ def read_info(root: Path) -> Info:
     """Read and check ``meta/info.json``."""
     file = root / "meta" / "info.json"
     if not file.is_file():
-        raise DatasetError(f"No LeRobotDataset at {root}: no meta/info.json there. `ceed-vla record` makes one.")
+        raise DatasetError(
+            f"No LeRobotDataset at {root}: no meta/info.json there. `ceed-vla record` makes one."
+        )
     info = read_json(file, DatasetError)
     version: Any = info.get("codebase_version")
     fps: Any = info.get("fps")
     features: Any = info.get("features")
     if not (isinstance(version, str) and version.startswith("v3.")):
-        raise DatasetError(f"{root} has the format {str(version)[:50]}; convert it to v3 with LeRobot's tools.")
+        raise DatasetError(
+            f"{root} has the format {str(version)[:50]}; convert it to v3 with LeRobot's tools."
+        )
     for name in ("total_frames", "total_episodes"):
         _require(is_whole(info.get(name), 0), file, name, info.get(name), "a number")
     if not info["total_frames"]:
         raise DatasetError(f"{root}: the data set has no frame.")
     number = isinstance(fps, int | float) and not isinstance(fps, bool)
     _require(number and 0 < fps <= 10_000, file, "fps", fps, "a number in (0, 10000]")
-    _require(isinstance(features, dict) and features, file, "features", features, "a mapping of features")
+    _require(
+        isinstance(features, dict) and features, file, "features", features, "a mapping of features"
+    )
     for name, feature in features.items():
         plain_name(name, f"A feature in {file}", DatasetError)
         fits = isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
         shape: Any = feature.get("shape") if fits else None
-        fits = isinstance(shape, list) and 0 < len(shape) <= 8 and all(is_whole(size, 1) for size in shape)
+        fits = (
+            isinstance(shape, list)
+            and 0 < len(shape) <= 8
+            and all(is_whole(size, 1) for size in shape)
+        )
         fits = fits and math.prod(shape) <= MOST
         _require(fits, file, name, feature, "a dtype and a shape of positive numbers")
     vectors = {name: features[name] for name in (STATE, ACTION, ENVIRONMENT) if name in features}
     for name, feature in vectors.items():
-        _require(feature["dtype"] in NUMBERS, file, f"the dtype of {name}", feature["dtype"], "a type of numbers")
-        _require(math.prod(feature["shape"]) <= MOST_VALUES, file, name, feature, f"at most {MOST_VALUES} values")
+        _require(
+            feature["dtype"] in NUMBERS,
+            file,
+            f"the dtype of {name}",
+            feature["dtype"],
+            "a type of numbers",
+        )
+        _require(
+            math.prod(feature["shape"]) <= MOST_VALUES,
+            file,
+            name,
+            feature,
+            f"at most {MOST_VALUES} values",
+        )
     images = {name: f for name, f in features.items() if f["dtype"] in ("image", "video")}
     cameras = {name: f for name, f in images.items() if not _is_depth_map(f)}
     used = (*cameras, *vectors, *BOOKKEEPING)
@@ -98,14 +136,22 @@ def read_info(root: Path) -> Info:
         cameras={name: _image_shape(file, name, feature) for name, feature in cameras.items()},
         videos=tuple(name for name, feature in cameras.items() if feature["dtype"] == "video"),
         names=", ".join(features)[:500],
-        labels={name: feature["names"] for name, feature in vectors.items() if isinstance(feature.get("names"), list)},
+        labels={
+            name: feature["names"]
+            for name, feature in vectors.items()
+            if isinstance(feature.get("names"), list)
+        },
         ignored=tuple(f"{name} {f['dtype']} {tuple(f['shape'])}" for name, f in ignored.items()),
-        arrays=tuple(name for name, f in ignored.items() if name not in images and len(f["shape"]) > 1),
+        arrays=tuple(
+            name for name, f in ignored.items() if name not in images and len(f["shape"]) > 1
+        ),
     )
 
 
 def _is_depth_map(feature: dict[str, Any]) -> bool:
-    """Whether an image or video feature is marked as a depth map, in a new or old way of LeRobot."""
+    """Whether an image or video feature is marked as a depth map, in a new or old way of
+    LeRobot.
+    """
     marks: list[Any] = [feature.get("info"), feature.get("video_info")]
     found = [mark for mark in marks if isinstance(mark, dict)]
     return any(mark.get("is_depth_map") or mark.get("video.is_depth_map") for mark in found)
@@ -113,16 +159,25 @@ def _is_depth_map(feature: dict[str, Any]) -> bool:
 
 def _require(fits: Any, file: Path, what: str, value: object, rule: str) -> None:
     if not fits:
-        raise DatasetError(f"{file}: {what} is {str(value)[:100]!r}; it must be {rule}. Record it again.")
+        raise DatasetError(
+            f"{file}: {what} is {str(value)[:100]!r}; it must be {rule}. Record it again."
+        )
 
 
 def _image_shape(file: Path, name: str, feature: dict[str, Any]) -> tuple[int, int, int]:
     """(H, W, 3), whichever order the data set names."""
-    shape, names = feature["shape"], feature.get("names")
+    shape = feature["shape"]
+    names = feature.get("names")
     if isinstance(names, list) and names and str(names[0]).startswith("channel"):
         shape = [*shape[1:], shape[0]]
     fits = len(shape) == 3 and shape[2] == 3 and max(shape) <= LARGEST_IMAGE
-    _require(fits, file, f"the shape of {name}", feature["shape"], f"height and width up to {LARGEST_IMAGE}, and 3")
+    _require(
+        fits,
+        file,
+        f"the shape of {name}",
+        feature["shape"],
+        f"height and width up to {LARGEST_IMAGE}, and 3",
+    )
     return tuple(shape)  # type: ignore[return-value]
 
 
@@ -131,7 +186,9 @@ def data_files(root: Path) -> list[Path]:
     return [regular(file, DatasetError) for file in sorted((root / "data").rglob("*.parquet"))]
 
 
-def read_rows(info: Info, vectors: Sequence[str], *, finite: bool = True) -> dict[str, NDArray[Any]]:
+def read_rows(
+    info: Info, vectors: Sequence[str], *, finite: bool = True
+) -> dict[str, NDArray[Any]]:
     """Columns of all frames: (N, D) float32 for `vectors`, (N,) for indices of episode and task and
     the timestamp. NaN, infinite and very large values are errors, or returned as they are if not
     `finite`.
@@ -145,12 +202,17 @@ def read_rows(info: Info, vectors: Sequence[str], *, finite: bool = True) -> dic
         rows = sum(open_parquet(file, wanted).metadata.num_rows for file in files)
         if rows != info.frames:
             raise DatasetError(
-                f"{root}: the data files hold {rows} frames, meta/info.json says {info.frames} frames; {remedy}."
+                f"{root}: the data files hold {rows} frames, meta/info.json says {info.frames} "
+                f"frames; {remedy}."
             )
         budget = Budget(files)
         tables = [read_table(file, wanted, budget) for file in files]
-        columns = {name: pa.chunked_array([c for t in tables for c in t[name].chunks]) for name in wanted}
-    arrays = {name: numbers(columns[name], shape, f"{root}: {name}") for name, shape in wanted.items()}
+        columns = {
+            name: pa.chunked_array([c for t in tables for c in t[name].chunks]) for name in wanted
+        }
+    arrays = {
+        name: numbers(columns[name], shape, f"{root}: {name}") for name, shape in wanted.items()
+    }
     for name in ("index", "episode_index", "task_index"):
         if arrays[name].dtype.kind not in "iu":
             raise DatasetError(f"{root}: {name} is {arrays[name].dtype}; whole numbers are needed.")
@@ -159,39 +221,52 @@ def read_rows(info: Info, vectors: Sequence[str], *, finite: bool = True) -> dic
     ordered = np.isin(steps, (0, 1)).all() and steps[0] == steps[-1] == 1
     if not ordered or (arrays.pop("index") != np.arange(rows)).any():
         raise DatasetError(
-            f"{root}: index or episode_index of the frames are out of order; they must count the {rows} frames and "
-            f"{info.episodes} episodes from 0. Record it again."
+            f"{root}: index or episode_index of the frames are out of order; they must count the "
+            f"{rows} frames and {info.episodes} episodes from 0. Record it again."
         )
     with np.errstate(over="ignore"):
         read = {name: arrays.pop(name).astype(np.float32) for name in vectors}
     if finite:
         check_finite(root, read, episode, info.arrays)
     _check_times(arrays["timestamp"].astype(np.float64), steps[1:-1] == 0, info)
-    return {**arrays, **read, "episode_index": episode, "task_index": arrays["task_index"].astype(np.int64)}
+    return {
+        **arrays,
+        **read,
+        "episode_index": episode,
+        "task_index": arrays["task_index"].astype(np.int64),
+    }
 
 
 def _check_times(times: NDArray[np.float64], same: NDArray[np.bool_], info: Info) -> None:
-    """Raise `DatasetError` unless frames follow at `fps`; `same` (N - 1,): the next frame is of the same episode."""
+    """Raise `DatasetError` unless frames follow at `fps`; `same` (N - 1,): the next frame is of the
+    same episode.
+    """
     with np.errstate(invalid="ignore"):
         off = np.abs(np.diff(times) - 1 / info.fps) > JITTER / info.fps + TOLERANCE
     bad = np.flatnonzero((same & off) | ~np.isfinite(times[1:]) | ~np.isfinite(times[:-1]))
     if len(bad) or not np.isfinite(times).all():
         frame = int(bad[0]) if len(bad) else 0
         raise DatasetError(
-            f"{info.root}: timestamp is {times[frame : frame + 2].tolist()} s from frame {frame} on; at fps = "
-            f"{info.fps:g} frames are {1 / info.fps:.4g} s apart. Record it again, or correct fps."
+            f"{info.root}: timestamp is {times[frame : frame + 2].tolist()} s from frame {frame} "
+            f"on; at fps = {info.fps:g} frames are {1 / info.fps:.4g} s apart. Record it again, or "
+            "correct fps."
         )
 
 
 def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArray[Any]:
-    """A column as an array (N,) or (N, D): every row of it holds numbers in the given shape, else a `DatasetError`."""
-    values, rows = column.combine_chunks(), len(column)
+    """A column as an array (N,) or (N, D): every row of it holds numbers in the given shape, else a
+    `DatasetError`.
+    """
+    values = column.combine_chunks()
+    rows = len(column)
     for length in shape:
         values = getattr(values, "storage", values)  # of an extension type
         if not isinstance(values, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
             break  # one value a row
         if values.null_count or pc.any(pc.not_equal(pc.list_value_length(values), length)).as_py():
-            raise DatasetError(f"{what} has rows of other lengths than {shape}, or none; record it again.")
+            raise DatasetError(
+                f"{what} has rows of other lengths than {shape}, or none; record it again."
+            )
         values = values.flatten()
     kind = values.type
     if values.null_count or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
@@ -205,16 +280,22 @@ def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArr
 def read_tasks(root: Path, used: NDArray[np.int64]) -> list[str]:
     """Instructions in the order of their index; `used` (N,) are the indices of the frames."""
     file = root / "meta" / "tasks.parquet"
-    with readable(file, "the set is damaged: copy it again, with the instruction (`task`) of every frame"):
+    with readable(
+        file, "the set is damaged: copy it again, with the instruction (`task`) of every frame"
+    ):
         names = open_parquet(file, {}).schema_arrow.names
         name = "task" if "task" in names else "__index_level_0__"
         table = read_table(file, {"task_index": (), name: ()}, Budget([file]))
         pairs = sorted(zip(table["task_index"].to_pylist(), table[name].to_pylist(), strict=True))
     tasks = [task for _, task in pairs]
     if [index for index, _ in pairs] != list(range(len(pairs))):
-        raise DatasetError(f"{file}: task_index does not count the instructions from 0; record it again.")
+        raise DatasetError(
+            f"{file}: task_index does not count the instructions from 0; record it again."
+        )
     if not tasks or not all(isinstance(task, str) and task.strip() for task in tasks):
         raise DatasetError(f"{root}: the data set has frames without an instruction (`task`).")
     if used.min() < 0 or used.max() >= len(tasks):
-        raise DatasetError(f"{root}: the task_index of frames is out of order (0..{len(tasks) - 1}).")
+        raise DatasetError(
+            f"{root}: the task_index of frames is out of order (0..{len(tasks) - 1})."
+        )
     return tasks

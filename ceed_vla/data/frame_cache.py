@@ -44,21 +44,28 @@ ImageMaps = dict[str, NDArray[np.uint8]]
 
 
 def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
-    """Memory maps (N, H, W, 3) of every camera, decoded first where that was not done for these very files.
+    """Memory maps (N, H, W, 3) of every camera, decoded first where that was not done for these
+    very files.
 
-    `rows` holds ``episode_index`` and ``timestamp`` of all frames. `DatasetError`: no room, or a ``.frames`` not ours.
+    `rows` holds ``episode_index`` and ``timestamp`` of all frames. `DatasetError`: no room, or a
+    ``.frames`` not ours.
     """
-    root, cache = info.root, info.root / CACHE
+    root = info.root
+    cache = info.root / CACHE
     shapes: Shapes = {camera: (info.frames, *shape) for camera, shape in info.cameras.items()}
     sources = [*data_files(root), *(videos := sorted((root / "videos").rglob("*.mp4")))]
     if videos:  # and where in them an episode begins
         sources += sorted((root / "meta" / "episodes").rglob("*.parquet"))
     try:
         if cache.is_symlink() or (cache.exists() and not cache.is_dir()):
-            raise DatasetError(f"{cache} is a link or a file; images go into a folder of that name. Remove it.")
+            raise DatasetError(
+                f"{cache} is a link or a file; images go into a folder of that name. Remove it."
+            )
         foreign = cache.is_dir() and not (cache / COMPLETE).is_file()
         if foreign and any(not file.name.startswith(".") for file in cache.iterdir()):
-            raise DatasetError(f"{cache} has no {COMPLETE}, so its files are no images of ours; move them.")
+            raise DatasetError(
+                f"{cache} has no {COMPLETE}, so its files are no images of ours; move them."
+            )
         if (maps := _decoded_before(root, sources, shapes)) is None:
             with _alone(root) as locked:
                 maps = _decoded_before(root, sources, shapes)  # by another process meanwhile
@@ -71,7 +78,9 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
                     _write_record(cache, shapes, known)
                     maps = _opened(cache, shapes)
     except OSError as error:
-        raise DatasetError(f"{cache} cannot be written ({error}); make room or choose another.") from error
+        raise DatasetError(
+            f"{cache} cannot be written ({error}); make room or choose another."
+        ) from error
     if maps is None:
         raise DatasetError(f"{cache} changed while the images were decoded; start again.")
     return maps
@@ -79,8 +88,11 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Other processes wait here until this one is done, where the file system can lock, which it says."""
-    descriptor, locked = os.open(folder, os.O_RDONLY), False
+    """Other processes wait here until this one is done, where the file system can lock, which it
+    says.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    locked = False
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -100,7 +112,8 @@ def _decoded_before(root: Path, sources: Sequence[Path], shapes: Shapes) -> Imag
         return None
     doubtful = []
     for file in (*sources, *files.values()):
-        before, now = known[_name(root, file)], _Stamp.of(file)
+        before = known[_name(root, file)]
+        now = _Stamp.of(file)
         if before.size != now.size:
             return None
         if before.stamp != now or now.changed_ns > settled_ns:
@@ -218,7 +231,8 @@ def _decode_images(info: Info, rows: dict[str, NDArray[Any]], shapes: Shapes, ca
     if not (cache / COMPLETE).exists():
         write_text(cache / COMPLETE, "")  # from here on the folder is ours
     reader = ImageReader(info, rows)
-    # Decode beside the final names: another process may be reading, or decoding the same where nothing locks.
+    # Decode beside the final names: another process may be reading, or decoding the same where
+    # nothing locks.
     with tempfile.TemporaryDirectory(dir=cache, prefix=".") as folder:
         names = _map_files(Path(folder), shapes)
         maps: ImageMaps = {}
@@ -226,9 +240,12 @@ def _decode_images(info: Info, rows: dict[str, NDArray[Any]], shapes: Shapes, ca
         with tqdm(total=total, desc=f"decoding {info.root.name}", unit="image") as progress:
             for camera in shapes:
                 for frame, image in enumerate(reader.read(camera, 0, info.frames)):
-                    if not maps:  # the first image has the size that the others shall have: now make room
+                    # the first image has the size that the others shall have: now make room
+                    if not maps:
                         _check_room(cache, sum(math.prod(shape) for shape in shapes.values()))
-                        maps = {name: _reserve(names[name], shape) for name, shape in shapes.items()}
+                        maps = {
+                            name: _reserve(names[name], shape) for name, shape in shapes.items()
+                        }
                     maps[camera][frame] = image
                     progress.update()
         for camera, array in maps.items():
@@ -240,14 +257,16 @@ def _check_room(cache: Path, needed: int) -> None:
     free = shutil.disk_usage(cache).free
     if free < needed:
         raise DatasetError(
-            f"{cache} needs {needed / 1e6:.1f} MB for the decoded images, and {free / 1e6:.1f} MB are free; "
-            "make room there, or stream the set: lower --streaming.above_gb."
+            f"{cache} needs {needed / 1e6:.1f} MB for the decoded images, and {free / 1e6:.1f} MB "
+            "are free; make room there, or stream the set: lower --streaming.above_gb."
         )
 
 
 def _reserve(file: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """A memory map whose room is certain: on a full disk, writing to one would kill the process."""
-    array: NDArray[np.uint8] = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+    array: NDArray[np.uint8] = np.lib.format.open_memmap(
+        file, mode="w+", dtype=np.uint8, shape=shape
+    )
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as opened:
             try:

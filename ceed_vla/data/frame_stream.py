@@ -1,4 +1,6 @@
-"""Images that are decoded when a batch asks for them: of data sets whose decoded images would not fit on the disk."""
+"""Images that are decoded when a batch asks for them: of data sets whose decoded images would not
+fit on the disk.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ class StreamingConfig(Checked, prefix="streaming."):
 
     Attributes:
         above_gb: A data set is streamed if its decoded images take more [GB]; 0 streams all.
-        memory_gb: Decoded images of streamed sets that a process holds [GB]. Batches are drawn from what fits in half
-            of it: more mixes better, and another value draws other batches.
+        memory_gb: Decoded images of streamed sets that a process holds [GB]. Batches are drawn from
+            what fits in half of it: more mixes better, and another value draws other batches.
     """
 
     above_gb: float = ranged(100.0, "[0, 1e9]")
@@ -30,14 +32,18 @@ class StreamingConfig(Checked, prefix="streaming."):
 class StreamedImages:
     """Images of one camera (N, H, W, 3), read by index as an array is.
 
-    A process may hold `memory` bytes of decoded images; so many windows of all cameras fit `together` in half of it,
-    the rest is for what is read out of turn.
+    A process may hold `memory` bytes of decoded images; so many windows of all cameras fit
+    `together` in half of it, the rest is for what is read out of turn.
     """
 
     def __init__(self, reader: ImageReader, camera: str, memory: float) -> None:
-        self.reader, self.camera, self.memory = reader, camera, memory
+        self.reader = reader
+        self.camera = camera
+        self.memory = memory
         self.shape = (reader.info.frames, *reader.info.cameras[camera])
-        self.together = int(memory / 2 / WINDOW / sum(math.prod(shape) for shape in reader.info.cameras.values()))
+        self.together = int(
+            memory / 2 / WINDOW / sum(math.prod(shape) for shape in reader.info.cameras.values())
+        )
 
     def __getitem__(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images (B, H, W, 3) of the frames (B,)."""

@@ -1,4 +1,6 @@
-"""LeRobotDatasets as arrays: read and checked once, images as memory maps or streamed, then read by index."""
+"""LeRobotDatasets as arrays: read and checked once, images as memory maps or streamed, then read by
+index.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +54,17 @@ class FrameStore:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every feature of one frame."""
         vectors = {STATE: self.state, ACTION: self.action, ENVIRONMENT: self.environment_state}
-        return {name: array.shape[1:] for name, array in {**self.images, **vectors}.items() if array is not None}
+        return {
+            name: array.shape[1:]
+            for name, array in {**self.images, **vectors}.items()
+            if array is not None
+        }
 
     @property
     def digest(self) -> str:
-        """What tells data sets of the same name and length apart: 16 digits of a hash of states and actions."""
+        """What tells data sets of the same name and length apart: 16 digits of a hash of states and
+        actions.
+        """
         arrays = [array for array in (self.state, self.action) if array is not None]
         return sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
@@ -67,7 +75,9 @@ class FrameStore:
 
     @property
     def edges(self) -> NDArray[np.int64]:
-        """First frame of every window that is decoded together, and one past the last frame (W + 1,)."""
+        """First frame of every window that is decoded together, and one past the last frame (W +
+        1,).
+        """
         return window_edges(self.episode)
 
     def decode(self, streaming: StreamingConfig | None = None) -> None:
@@ -78,9 +88,10 @@ class FrameStore:
     def batch(self, frames: NDArray[np.int64], chunk_size: int) -> dict[str, Any]:
         """Raw batch (before the pre-processor) of the given frames (B,).
 
-        It has cameras (B, 3, H, W) float in [0, 1], state (B, D), ``task`` strings, and where the set has them
-        ``action`` (B, m, A) with ``action_is_pad`` (B, m) and ``observation.environment_state`` (B, E). Action chunks
-        of `chunk_size` steps are cut at the end of the episode and padded with its last action.
+        It has cameras (B, 3, H, W) float in [0, 1], state (B, D), ``task`` strings, and where the
+        set has them ``action`` (B, m, A) with ``action_is_pad`` (B, m) and
+        ``observation.environment_state`` (B, E). Action chunks of `chunk_size` steps are cut at the
+        end of the episode and padded with its last action.
         """
         frames = self._checked(frames, chunk_size)
         batch: dict[str, Any] = {
@@ -96,13 +107,17 @@ class FrameStore:
         return batch
 
     def chunks(self, frames: NDArray[np.int64], chunk_size: int) -> tuple[Tensor, Tensor]:
-        """Action chunks (B, m, A) from `frames` (B,) on and which steps lie past the episode's end (B, m)."""
+        """Action chunks (B, m, A) from `frames` (B,) on and which steps lie past the episode's end
+        (B, m).
+        """
         if self.action is None:
             raise DatasetError(f"{self.root} holds no actions; it has {', '.join(self.shapes)}.")
         frames = self._checked(frames, chunk_size)
         steps = frames[:, None] + np.arange(chunk_size)  # (B, m)
         last = self.episode_end[frames][:, None] - 1
-        return torch.from_numpy(self.action[np.minimum(steps, last)]), torch.from_numpy(steps > last)
+        return torch.from_numpy(self.action[np.minimum(steps, last)]), torch.from_numpy(
+            steps > last
+        )
 
     def _checked(self, frames: object, chunk_size: object) -> NDArray[np.int64]:
         """Frame indices that somebody else wrote down: they never index from behind, or beyond."""
@@ -112,39 +127,60 @@ class FrameStore:
             found = np.zeros(0, object)
         whole = found.ndim == 1 and (found.dtype.kind in "iu" or not len(found))
         if not whole or (len(found) and not 0 <= found.min() <= found.max() < len(self)):
-            raise DatasetError(f"{self.root} has the frames 0..{len(self) - 1}, not {str(frames)[:100]}.")
+            raise DatasetError(
+                f"{self.root} has the frames 0..{len(self) - 1}, not {str(frames)[:100]}."
+            )
         if type(chunk_size) is not int or not 1 <= chunk_size <= 4096:
-            raise DatasetError(f"chunk_size is {short(chunk_size)}; it must be a whole number in [1, 4096].")
+            raise DatasetError(
+                f"chunk_size is {short(chunk_size)}; it must be a whole number in [1, 4096]."
+            )
         return found.astype(np.int64)
 
 
-def _images(info: Info, rows: dict[str, NDArray[Any]], streaming: StreamingConfig) -> dict[str, Images]:
+def _images(
+    info: Info, rows: dict[str, NDArray[Any]], streaming: StreamingConfig
+) -> dict[str, Images]:
     """Maps of the decoded images, or streams where these would be larger than allowed."""
     size = info.frames * sum(math.prod(shape) for shape in info.cameras.values()) / 1e9
     what = f"{info.root}: {info.frames} frames, {size:.3g} GB of images"
     if size <= streaming.above_gb:
-        logger.info("%s, decoded into files; above streaming.above_gb = %g they are streamed", what, streaming.above_gb)
+        logger.info(
+            "%s, decoded into files; above streaming.above_gb = %g they are streamed",
+            what,
+            streaming.above_gb,
+        )
         return dict(read_images(info, rows))
     reader = ImageReader(info, rows)
-    streams = {camera: StreamedImages(reader, camera, streaming.memory_gb * 1e9) for camera in info.cameras}
+    streams = {
+        camera: StreamedImages(reader, camera, streaming.memory_gb * 1e9) for camera in info.cameras
+    }
     together = next(iter(streams.values())).together
     if not together:
         raise DatasetError(
-            f"{info.root}: {WINDOW} of its frames take {size / info.frames * WINDOW:.3g} GB decoded, of which half of "
-            f"streaming.memory_gb = {streaming.memory_gb:g} holds none; raise it to ten times that or more."
+            f"{info.root}: {WINDOW} of its frames take {size / info.frames * WINDOW:.3g} GB "
+            f"decoded, of which half of streaming.memory_gb = {streaming.memory_gb:g} holds none; "
+            "raise it to ten times that or more."
         )
     for images in streams.values():
         images[np.zeros(1, np.int64)]  # what cannot be decoded at all is an error now
     logger.info(
-        "%s, more than streaming.above_gb = %g: streamed; batches are drawn from %d windows of %d frames "
-        "at a time (streaming.memory_gb = %g)",
-        what, streaming.above_gb, together, WINDOW, streaming.memory_gb,
-    )  # fmt: skip
+        "%s, more than streaming.above_gb = %g: streamed; batches are drawn from %d windows of %d "
+        "frames at a time (streaming.memory_gb = %g)",
+        what,
+        streaming.above_gb,
+        together,
+        WINDOW,
+        streaming.memory_gb,
+    )
     return dict(streams)
 
 
 def open_dataset(
-    root: str | Path, *, decode: bool = True, streaming: StreamingConfig | None = None, strict: bool = True
+    root: str | Path,
+    *,
+    decode: bool = True,
+    streaming: StreamingConfig | None = None,
+    strict: bool = True,
 ) -> FrameStore:
     """Read a LeRobotDataset v3 from a local folder.
 
@@ -165,14 +201,20 @@ def open_dataset(
     if strict and not info.cameras:
         raise DatasetError(f"{root}: the data set has no camera; it has {info.names}.")
     rows = read_rows(info, list(info.vectors), finite=strict)
-    episode, task = rows["episode_index"], rows["task_index"]
+    episode = rows["episode_index"]
+    task = rows["task_index"]
     black: dict[str, Images] = {
-        name: np.broadcast_to(np.uint8(0), (info.frames, *shape)) for name, shape in info.cameras.items()
+        name: np.broadcast_to(np.uint8(0), (info.frames, *shape))
+        for name, shape in info.cameras.items()
     }
     return FrameStore(
         root=info.root,
         tasks=read_tasks(info.root, task),
-        images=_images(info, rows, streaming or StreamingConfig()) if decode and info.cameras else black,
+        images=(
+            _images(info, rows, streaming or StreamingConfig())
+            if decode and info.cameras
+            else black
+        ),
         state=rows.get(STATE, np.zeros((info.frames, 0), np.float32)),
         action=rows.get(ACTION),
         environment_state=rows.get(ENVIRONMENT),

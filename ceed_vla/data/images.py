@@ -1,4 +1,6 @@
-"""Images of a LeRobotDataset, decoded: those of one camera in a range of frames. Maps and streams read through it."""
+"""Images of a LeRobotDataset, decoded: those of one camera in a range of frames. Maps and streams
+read through it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from ceed_vla.data.files import Info, data_files, is_whole, numbers, readable
 from ceed_vla.data.parquet import Budget, batch_rows, open_parquet, read_table, weigh
 from ceed_vla.errors import DatasetError
 
-FORMATS, MODES = ("PNG", "JPEG", "WEBP"), ("RGB", "RGBA", "L", "P")  # others lose bits or start programs
+# others lose bits or start programs
+FORMATS = ("PNG", "JPEG", "WEBP")
+MODES = ("RGB", "RGBA", "L", "P")
 VIDEO_TOLERANCE = 1e-4  # [s] LeRobot's own
 WINDOW = 32  # frames of an episode that are decoded together
 MOST_DECODED = 2**28  # [bytes] of images that wait, as they are stored or decoded
@@ -30,22 +34,29 @@ Image8 = NDArray[np.uint8]  # (H, W, 3)
 
 
 def window_edges(episode: NDArray[np.int64]) -> NDArray[np.int64]:
-    """First frame of every window of an episode, and one past the last frame (W + 1,); `episode` (N,) is sorted."""
+    """First frame of every window of an episode, and one past the last frame (W + 1,); `episode`
+    (N,) is sorted.
+    """
     frames = np.arange(len(episode))
     firsts = np.flatnonzero((frames - np.searchsorted(episode, episode)) % WINDOW == 0)
     return np.append(firsts, len(episode))
 
 
 class ImageReader:
-    """Decodes the images of a data set, by `rows` with ``episode_index`` and ``timestamp`` of all frames."""
+    """Decodes the images of a data set, by `rows` with ``episode_index`` and ``timestamp`` of all
+    frames.
+    """
 
     def __init__(self, info: Info, rows: dict[str, NDArray[Any]]) -> None:
-        self.info, self.times = info, rows["timestamp"]
+        self.info = info
+        self.times = rows["timestamp"]
         self.edges = window_edges(rows["episode_index"])  # (W + 1,)
-        self.first = np.searchsorted(rows["episode_index"], np.arange(info.episodes))  # (E,) frame of every episode
+        # (E,) frame of every episode
+        self.first = np.searchsorted(rows["episode_index"], np.arange(info.episodes))
         self.places = {camera: _video_places(info, camera) for camera in info.videos}
         stored = [camera for camera in info.cameras if camera not in info.videos]
-        self.parts: list[tuple[Path, NDArray[np.int64]]] = []  # parquet files, and the edges of their row groups
+        # parquet files, and the edges of their row groups
+        self.parts: list[tuple[Path, NDArray[np.int64]]] = []
         with readable(f"{info.root}: an image cannot be decoded: it"):
             for file in data_files(info.root) if stored else []:
                 parts = open_parquet(file, dict.fromkeys(stored, ())).metadata
@@ -65,8 +76,8 @@ class ImageReader:
     def _check_size(self, camera: str, frame: int, shape: tuple[int, ...]) -> None:
         if shape != self.info.cameras[camera]:
             raise DatasetError(
-                f"{self.info.root}: {camera} of frame {frame} has the shape {shape}, meta/info.json says "
-                f"{self.info.cameras[camera]}; record it again."
+                f"{self.info.root}: {camera} of frame {frame} has the shape {shape}, "
+                f"meta/info.json says {self.info.cameras[camera]}; record it again."
             )
 
     def _stored(self, camera: str, first: int, end: int) -> Iterator[Image8]:
@@ -77,11 +88,15 @@ class ImageReader:
             frame, stored = item
             data = stored.get("bytes") if isinstance(stored, dict) else None
             if not isinstance(data, bytes):
-                raise DatasetError(f"{self.info.root}: {camera} of frame {frame} has no bytes in the data files.")
+                raise DatasetError(
+                    f"{self.info.root}: {camera} of frame {frame} has no bytes in the data files."
+                )
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             self._check_size(camera, frame, (image.height, image.width, 3))  # before it is unpacked
             if image.mode not in MODES:
-                raise DatasetError(f"{self.info.root}: {camera} of frame {frame} is {image.mode}, not 8-bit RGB.")
+                raise DatasetError(
+                    f"{self.info.root}: {camera} of frame {frame} is {image.mode}, not 8-bit RGB."
+                )
             return np.asarray(image.convert("RGB"))
 
         with ThreadPoolExecutor(2) as pool:
@@ -104,7 +119,9 @@ class ImageReader:
                             return
 
     def _videos(self, camera: str, first: int, end: int) -> Iterator[Image8]:
-        """LeRobot's decoder on local files: its data set would ask a hub for those that are missing."""
+        """LeRobot's decoder on local files: its data set would ask a hub for those that are
+        missing.
+        """
         from lerobot.datasets.video_utils import decode_video_frames
 
         files, starts = self.places[camera]
@@ -113,13 +130,17 @@ class ImageReader:
             episode = int(np.searchsorted(self.first, part, side="right")) - 1
             times = (float(starts[episode]) + t for t in self.times[part:after].tolist())
             file = _video_file(self.info, camera, *files[episode].tolist())
-            images = decode_video_frames(file, list(times), VIDEO_TOLERANCE, _video_backend(), return_uint8=True)
+            images = decode_video_frames(
+                file, list(times), VIDEO_TOLERANCE, _video_backend(), return_uint8=True
+            )
             yield from images.permute(0, 2, 3, 1).numpy()
 
 
 @cache
 def _video_backend() -> str:
-    """LeRobot's choice, made once: where torchcodec cannot be loaded, every try takes time and logs a traceback."""
+    """LeRobot's choice, made once: where torchcodec cannot be loaded, every try takes time and logs
+    a traceback.
+    """
     from lerobot.datasets.video_utils import get_safe_default_video_backend
 
     return str(get_safe_default_video_backend())
@@ -130,25 +151,41 @@ def _video_file(info: Info, camera: str, chunk: int, file: int) -> Path:
 
 
 def _video_places(info: Info, camera: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Chunk and number of every episode's file (E, 2), and the times in it at which the episodes start (E,) [s]."""
+    """Chunk and number of every episode's file (E, 2), and the times in it at which the episodes
+    start (E,) [s].
+    """
     files = sorted((info.root / "meta" / "episodes").rglob("*.parquet"))
     if not files:
-        raise DatasetError(f"{info.root} has no meta/episodes, which says where its videos are; copy it too.")
-    names = ["episode_index", *(f"videos/{camera}/{part}" for part in ("chunk_index", "file_index", "from_timestamp"))]
+        raise DatasetError(
+            f"{info.root} has no meta/episodes, which says where its videos are; copy it too."
+        )
+    names = [
+        "episode_index",
+        *(f"videos/{camera}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")),
+    ]
     with readable(f"{info.root}/meta/episodes"):
         budget = Budget(files)
         tables = [read_table(f, dict.fromkeys(names, ()), budget) for f in files]
         episode, chunk, file, start = (
-            np.concatenate([numbers(table[name], (), f"{info.root}: {name}") for table in tables]) for name in names
+            np.concatenate([numbers(table[name], (), f"{info.root}: {name}") for table in tables])
+            for name in names
         )
     if episode.tolist() != list(range(info.episodes)):
-        raise DatasetError(f"{info.root}/meta/episodes does not list episodes 0..{info.episodes - 1}.")
+        raise DatasetError(
+            f"{info.root}/meta/episodes does not list episodes 0..{info.episodes - 1}."
+        )
     for place in zip(chunk.tolist(), file.tolist(), start.tolist(), strict=True):
         if not (is_whole(place[0], 0) and is_whole(place[1], 0) and 0 <= place[2] < math.inf):
-            raise DatasetError(f"{info.root}/meta/episodes: {camera} has no place {place[0]}/{place[1]}, {place[2]} s.")
+            raise DatasetError(
+                f"{info.root}/meta/episodes: {camera} has no place {place[0]}/{place[1]}, "
+                f"{place[2]} s."
+            )
     places = np.stack([chunk, file], axis=1).astype(np.int64)
     videos = [_video_file(info, camera, *place) for place in np.unique(places, axis=0).tolist()]
     missing = [video for video in videos if not video.is_file()]
     if missing:
-        raise DatasetError(f"There is no video {missing[0]} ({len(missing)} of {len(videos)} missing); copy it too.")
+        raise DatasetError(
+            f"There is no video {missing[0]} ({len(missing)} of {len(videos)} missing); copy it "
+            "too."
+        )
     return places, start.astype(np.float64)

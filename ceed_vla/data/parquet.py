@@ -1,8 +1,8 @@
 """Parquet files by others: what reading them costs is bounded before and while they are read.
 
-A few bytes can stand for millions: pages are compressed, a dictionary's entry is repeated by its number, and a footer
-says what it likes. So the headers of the pages are read first, which is what a reader allocates by, and values of
-variable length are read in batches that a `Budget` pays for.
+A few bytes can stand for millions: pages are compressed, a dictionary's entry is repeated by its
+number, and a footer says what it likes. So the headers of the pages are read first, which is what a
+reader allocates by, and values of variable length are read in batches that a `Budget` pays for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ceed_vla.files import regular
 
 MOST = 10**9  # values of a column in a row, where no shape is known
 FREE = 2**26  # [bytes] that any files may become, however small they are ...
-RATIO = 256  # ... and what each of their bytes may become beyond: numbers that never change are stored small
+# ... and what each of their bytes may become beyond: numbers that never change are stored small
+RATIO = 256
 BATCH = 2**16  # rows
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12}  # [bytes]
 _HEADERS = (256, 2**14, 2**20)  # [bytes] in which a page's header ends; statistics may make it long
@@ -41,8 +42,8 @@ class Budget:
         self.left -= count
         if self.left < 0:
             raise DatasetError(
-                f"{file} unpacks to more than {FREE / 1e6:.0f} MB and {RATIO} times the size of its data set's files. "
-                + _REMEDY
+                f"{file} unpacks to more than {FREE / 1e6:.0f} MB and {RATIO} times the size of "
+                "its data set's files. " + _REMEDY
             )
 
 
@@ -56,12 +57,15 @@ class Leaf:
 
 
 def open_parquet(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> pq.ParquetFile:
-    """A parquet file of whose columns in `shapes` none declares more values than rows of that (largest) shape have.
+    """A parquet file of whose columns in `shapes` none declares more values than rows of that
+    (largest) shape have.
 
-    `DatasetError` if one does, or if the file declares more rows than bytes. Nothing but the footer has been read.
+    `DatasetError` if one does, or if the file declares more rows than bytes. Nothing but the footer
+    has been read.
     """
     opened = pq.ParquetFile(regular(file, DatasetError))
-    rows, size = opened.metadata.num_rows, file.stat().st_size
+    rows = opened.metadata.num_rows
+    size = file.stat().st_size
     if not 0 <= rows <= size:  # a row takes more than a byte
         raise DatasetError(f"{file} says {rows} rows in {size} bytes. {_REMEDY}")
     found = leaves(opened, shapes)
@@ -72,15 +76,16 @@ def open_parquet(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> pq.Parque
             most = group.num_rows * math.prod(shapes[leaf.name])
             if not 0 <= values <= most:
                 raise DatasetError(
-                    f"{file}: {leaf.name} has {values} values in {group.num_rows} rows, of other lengths than its "
-                    f"shape, which gives {most}. {_REMEDY}"
+                    f"{file}: {leaf.name} has {values} values in {group.num_rows} rows, of other "
+                    f"lengths than its shape, which gives {most}. {_REMEDY}"
                 )
     return opened
 
 
 def leaves(opened: pq.ParquetFile, names: Iterable[str]) -> list[Leaf]:
     """The stored columns of the table's columns `names`."""
-    wanted, schema = set(names), opened.schema
+    wanted = set(names)
+    schema = opened.schema
     known = set(opened.schema_arrow.names)
     found = []
     for place in range(opened.metadata.num_columns):
@@ -122,14 +127,18 @@ def weigh(
                     continue
                 if chunk.num_values > group.num_rows:
                     raise DatasetError(
-                        f"{file}: {leaf.name} has several texts in a row; it must be numbers, or one text. {_REMEDY}"
+                        f"{file}: {leaf.name} has several texts in a row; it must be numbers, or "
+                        f"one text. {_REMEDY}"
                     )
-                longest = max(longest, *pages, 1)  # a value lies in one page, a dictionary's included
+                # a value lies in one page, a dictionary's included
+                longest = max(longest, *pages, 1)
     return longest
 
 
 def read_table(file: Path, shapes: Mapping[str, tuple[int, ...]], budget: Budget) -> pa.Table:
-    """The columns of a parquet file that `shapes` has; see `open_parquet`, and `weigh` for what it costs."""
+    """The columns of a parquet file that `shapes` has; see `open_parquet`, and `weigh` for what it
+    costs.
+    """
     names = list(shapes)
     opened = open_parquet(file, shapes)
     if missing := [name for name in names if name not in opened.schema_arrow.names]:
@@ -147,7 +156,9 @@ def read_table(file: Path, shapes: Mapping[str, tuple[int, ...]], budget: Budget
 
 
 def batch_rows(longest: int, most: int) -> int:
-    """Rows of a batch of at most `most` bytes, where a value takes up to `longest`; at least one."""
+    """Rows of a batch of at most `most` bytes, where a value takes up to `longest`; at least
+    one.
+    """
     return min(BATCH, max(1, most // max(longest, 1)))
 
 
@@ -159,20 +170,30 @@ def _pages(file: Path, descriptor: int, chunk: Any) -> list[int]:
     starts = [chunk.data_page_offset]
     if chunk.has_dictionary_page and (chunk.dictionary_page_offset or 0) > 0:
         starts.append(chunk.dictionary_page_offset)
-    at, seen = min(starts), 0
+    at = min(starts)
+    seen = 0
     sizes: list[int] = []
     while seen < chunk.num_values:
         unpacked, packed, values, length = _header(file, descriptor, at)
         seen += values
         at += length + packed
         sizes.append(unpacked)
-        if min(unpacked, packed, values) < 0 or seen > chunk.num_values or len(sizes) > chunk.num_values + 1:
-            raise DatasetError(f"{file}: the pages of {chunk.path_in_schema} hold other values than it says. {_REMEDY}")
+        if (
+            min(unpacked, packed, values) < 0
+            or seen > chunk.num_values
+            or len(sizes) > chunk.num_values + 1
+        ):
+            raise DatasetError(
+                f"{file}: the pages of {chunk.path_in_schema} hold other values than it says. "
+                f"{_REMEDY}"
+            )
     return sizes
 
 
 def _header(file: Path, descriptor: int, at: int) -> tuple[int, int, int, int]:
-    """Of the page whose header begins there: bytes unpacked and packed, values, and the header's own length."""
+    """Of the page whose header begins there: bytes unpacked and packed, values, and the header's
+    own length.
+    """
     for length in _HEADERS:
         thrift = _Thrift(os.pread(descriptor, length, at))
         try:
@@ -181,11 +202,14 @@ def _header(file: Path, descriptor: int, at: int) -> tuple[int, int, int, int]:
         except IndexError:  # it goes on behind what was read
             continue
         except (ValueError, TypeError) as error:
-            raise DatasetError(f"{file} has a page that cannot be read ({error}). {_REMEDY}") from error
+            raise DatasetError(
+                f"{file} has a page that cannot be read ({error}). {_REMEDY}"
+            ) from error
     else:
         raise DatasetError(f"{file} has a page whose header does not end. {_REMEDY}")
     numbers = [header.get(field) for field in (2, 3)]
-    data = header.get(5) or header.get(8) or {}  # of version 1 or 2; a dictionary's page holds no rows
+    # of version 1 or 2; a dictionary's page holds no rows
+    data = header.get(5) or header.get(8) or {}
     values = data.get(1, 0) if isinstance(data, dict) else None
     if not all(isinstance(number, int) for number in (*numbers, values)):
         raise DatasetError(f"{file} has a page that does not say how long it is. {_REMEDY}")
@@ -226,7 +250,8 @@ class _Thrift:
 
     def _list(self, depth: int) -> None:
         head = self._byte()
-        kind, count = head & 15, head >> 4
+        kind = head & 15
+        count = head >> 4
         for _ in range(self._unsigned() if count == 15 else count):
             if kind in (1, 2):
                 self._skip(1)

@@ -1,8 +1,9 @@
 """Write a LeRobotDataset v3 so that whatever is on disk can always be read.
 
-Unlike in `LeRobotDataset.add_frame` and `save_episode`, images are encoded in memory: temporary PNG files cost more
-time than rendering them, and one that cannot be written (full disk) is only logged. Episodes go to a pending parquet
-file outside `data/`; `commit()` makes them part of the data set (`commits.py`).
+Unlike in `LeRobotDataset.add_frame` and `save_episode`, images are encoded in memory: temporary PNG
+files cost more time than rendering them, and one that cannot be written (full disk) is only logged.
+Episodes go to a pending parquet file outside `data/`; `commit()` makes them part of the data set
+(`commits.py`).
 """
 
 from __future__ import annotations
@@ -43,19 +44,34 @@ Frame = dict[str, Any]
 class DatasetWriter:
     """Append episodes to one data set, made in `root` or continued from its last commit.
 
-    `features` are LeRobot's without the default ones: image, float32 and int64 columns. `DatasetError` where `root`
-    holds something else, or a data set with other features.
+    `features` are LeRobot's without the default ones: image, float32 and int64 columns.
+    `DatasetError` where `root` holds something else, or a data set with other features.
     """
 
-    def __init__(self, root: Path, *, repo_id: str, fps: int, features: Mapping[str, Mapping], robot_type: str) -> None:
-        self.root, self._fps, self._features = root, fps, dict(features)
+    def __init__(
+        self,
+        root: Path,
+        *,
+        repo_id: str,
+        fps: int,
+        features: Mapping[str, Mapping],
+        robot_type: str,
+    ) -> None:
+        self.root = root
+        self._fps = fps
+        self._features = dict(features)
         if not commits.is_recording(root):
             if root.exists():
                 if not root.is_dir() or any(root.iterdir()):
                     raise DatasetError(f"{root} exists and is no recording; choose a new root")
                 root.rmdir()
             LeRobotDatasetMetadata.create(
-                repo_id=repo_id, fps=fps, features=self._features, robot_type=robot_type, root=root, use_videos=False
+                repo_id=repo_id,
+                fps=fps,
+                features=self._features,
+                robot_type=robot_type,
+                root=root,
+                use_videos=False,
             )
             commits.write_progress(root, 0, [], {})
         self._load()
@@ -65,26 +81,43 @@ class DatasetWriter:
         self._files = commits.undo_incomplete_commit(self.root)
         self._pending_file.unlink(missing_ok=True)
         remedy = "Copy it again, or record into a new root."
-        with raised_as(DatasetError, f"{self.root} cannot be continued, its meta or data files are damaged", remedy):
+        with raised_as(
+            DatasetError,
+            f"{self.root} cannot be continued, its meta or data files are damaged",
+            remedy,
+        ):
             self._info = load_info(self.root)
             self._stats = load_stats(self.root)
-            known = read_tasks(self.root, np.zeros(1, np.int64)) if self._info.total_episodes else []
+            known = (
+                read_tasks(self.root, np.zeros(1, np.int64)) if self._info.total_episodes else []
+            )
             if len(set(known)) < len(known):
-                raise DatasetError(f"{self.root}/meta/tasks.parquet repeats an instruction; record into a new root.")
+                raise DatasetError(
+                    f"{self.root}/meta/tasks.parquet repeats an instruction; record into a new "
+                    "root."
+                )
             self._schema = get_hf_features_from_features(self._info.features).arrow_schema
             self._check_stored(known)
         self._task_ids = {task: index for index, task in enumerate(known)}
-        self._batches = sum(name.startswith("data/") for name in self._files)  # one data and one episodes file each
+        # one data and one episodes file each
+        self._batches = sum(name.startswith("data/") for name in self._files)
         self._start_batch()
 
     def _check_stored(self, tasks: list[str]) -> None:
-        """Before anything is appended: what is stored is whole, what ``meta/`` says of it true, its features ours."""
+        """Before anything is appended: what is stored is whole, what ``meta/`` says of it true, its
+        features ours.
+        """
         info, root = self._info, self.root
         frames, episodes = (
-            sum(pq.ParquetFile(root / file).metadata.num_rows for file in self._files if file.startswith(folder))
+            sum(
+                pq.ParquetFile(root / file).metadata.num_rows
+                for file in self._files
+                if file.startswith(folder)
+            )
             for folder in ("data/", "meta/episodes/")
         )
-        # `fps`, the template and the size are those that this writer and LeRobot's readers work with.
+        # `fps`, the template and the size are those that this writer and LeRobot's readers work
+        # with.
         for name, found, expected in (
             ("total_frames", info.total_frames, frames),
             ("total_episodes", info.total_episodes, commits.read_progress(root)["total_episodes"]),
@@ -96,24 +129,41 @@ class DatasetWriter:
         ):
             if found != expected:
                 raise DatasetError(
-                    f"{root}: {name} is {str(found)[:100]!r}, the stored files and this version give "
-                    f"{str(expected)[:100]!r}. Copy it again, or record into a new root."
+                    f"{root}: {name} is {str(found)[:100]!r}, the stored files and this version "
+                    f"give {str(expected)[:100]!r}. Copy it again, or record into a new root."
                 )
         if info.total_episodes:
             aggregate_stats([self._stats, self._stats])  # raises if the next commit's would
-            values = [np.asarray(v, dtype=np.float64) for stats in self._stats.values() for v in stats.values()]
-            if set(self._stats) != set(info.features) or not all(np.isfinite(v).all() for v in values):
-                raise DatasetError(f"{root}/meta/stats.json lacks features or is not finite; record into a new root.")
-        own = {name: feature for name, feature in info.features.items() if name not in DEFAULT_FEATURES}
+            values = [
+                np.asarray(v, dtype=np.float64)
+                for stats in self._stats.values()
+                for v in stats.values()
+            ]
+            if set(self._stats) != set(info.features) or not all(
+                np.isfinite(v).all() for v in values
+            ):
+                raise DatasetError(
+                    f"{root}/meta/stats.json lacks features or is not finite; record into a new "
+                    "root."
+                )
+        own = {
+            name: feature for name, feature in info.features.items() if name not in DEFAULT_FEATURES
+        }
         stored, wanted = (
-            {name: (feature["dtype"], tuple(feature["shape"])) for name, feature in features.items()}
+            {
+                name: (feature["dtype"], tuple(feature["shape"]))
+                for name, feature in features.items()
+            }
             for features in (own, self._features)
         )
         if stored != wanted:
-            raise DatasetError(f"{root} stores {stored}; this recording writes {wanted}. Use a new root")
+            raise DatasetError(
+                f"{root} stores {stored}; this recording writes {wanted}. Use a new root"
+            )
 
     def _start_batch(self) -> None:
-        self._pending: list[tuple[int, list[str], dict[str, Statistics]]] = []  # (length, tasks, statistics)
+        # (length, tasks, statistics)
+        self._pending: list[tuple[int, list[str], dict[str, Statistics]]] = []
         self.pending_frames = 0
         self._parquet: pq.ParquetWriter | None = None
 
@@ -143,11 +193,13 @@ class DatasetWriter:
     def add_episode(self, frames: Sequence[Frame]) -> None:
         """Append one episode to the pending file: every feature and the `task` of each frame.
 
-        `DatasetError` if frames do not fit. After an `OSError` (full disk), `rollback()` returns to the last commit.
+        `DatasetError` if frames do not fit. After an `OSError` (full disk), `rollback()` returns to
+        the last commit.
         """
         if not frames:
             raise DatasetError("an episode needs at least one frame")
-        columns, steps = self._stack(frames), np.arange(len(frames))
+        columns = self._stack(frames)
+        steps = np.arange(len(frames))
         tasks = [frame["task"] for frame in frames]
         for task in tasks:
             self._task_ids.setdefault(task, len(self._task_ids))
@@ -160,7 +212,8 @@ class DatasetWriter:
         }
         plain = [name for name in columns if self._info.features[name]["dtype"] != "image"]
         statistics = {
-            name: (vector_statistics if name in plain else image_statistics)(values) for name, values in columns.items()
+            name: (vector_statistics if name in plain else image_statistics)(values)
+            for name, values in columns.items()
         }
         if self._parquet is None:
             self._pending_file.parent.mkdir(exist_ok=True)
@@ -172,7 +225,8 @@ class DatasetWriter:
         self.pending_frames += len(frames)
 
     def commit(self, progress: Mapping[str, Any]) -> None:
-        """Make the pending episodes part of the data set, together with the caller's `progress` (JSON).
+        """Make the pending episodes part of the data set, together with the caller's `progress`
+        (JSON).
 
         After an `OSError` (full disk), `rollback()` returns to the last commit.
         """
@@ -231,19 +285,26 @@ class DatasetWriter:
 
     def _stack(self, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
         """Check and stack the caller's features: name -> (T, ...)."""
-        names, columns = {*self._features, "task"}, {}
+        names = {*self._features, "task"}
+        columns = {}
         for frame in frames:
             if set(frame) != names or not frame["task"]:
-                raise DatasetError(f"a frame has {sorted(frame)}; this data set stores {sorted(names)}")
+                raise DatasetError(
+                    f"a frame has {sorted(frame)}; this data set stores {sorted(names)}"
+                )
         for name, feature in self._features.items():
             shape = tuple(feature["shape"])
             dtype = np.dtype("uint8" if feature["dtype"] == "image" else feature["dtype"])
             for value in (frame[name] for frame in frames):
                 if value.shape != shape or value.dtype != dtype:
-                    raise DatasetError(f"{name} is {value.dtype}{value.shape}; this data set stores {dtype}{shape}")
+                    raise DatasetError(
+                        f"{name} is {value.dtype}{value.shape}; this data set stores {dtype}{shape}"
+                    )
             columns[name] = np.stack([frame[name] for frame in frames])
             if dtype.kind == "f" and not np.isfinite(columns[name]).all():
-                raise DatasetError(f"{name} holds NaN or infinite values; this episode is not stored")
+                raise DatasetError(
+                    f"{name} holds NaN or infinite values; this episode is not stored"
+                )
         return columns
 
     def _table(self, columns: Mapping[str, np.ndarray]) -> pa.Table:
@@ -251,9 +312,13 @@ class DatasetWriter:
         for field in self._schema:
             values = columns[field.name]
             if self._info.features[field.name]["dtype"] == "image":
-                cells[field.name] = [{"bytes": _png(v), "path": f"frame-{i:06d}.png"} for i, v in enumerate(values)]
+                cells[field.name] = [
+                    {"bytes": _png(v), "path": f"frame-{i:06d}.png"} for i, v in enumerate(values)
+                ]
             else:  # LeRobot keeps vectors of one number as numbers
-                cells[field.name] = list(values) if pa.types.is_fixed_size_list(field.type) else values.reshape(-1)
+                cells[field.name] = (
+                    list(values) if pa.types.is_fixed_size_list(field.type) else values.reshape(-1)
+                )
         return pa.Table.from_pydict(cells, schema=self._schema)
 
 

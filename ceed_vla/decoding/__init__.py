@@ -1,7 +1,7 @@
 """Decoding of action blocks: greedy autoregressive, and Jacobi with early exit; one file a decoder.
 
-prefix = backbone.prefill(observation)
-result = decode_block(backbone, prefix, tokens, "cap2", previous=last.tokens, shift_steps=4, executed_steps=4)
+prefix = backbone.prefill(observation) result = decode_block(backbone, prefix, tokens, "cap2",
+previous=last.tokens, shift_steps=4, executed_steps=4)
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.exits import ExitRule, Seen
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.names import named_config
-from ceed_vla.decoding.registry import decoder_ladders, exit_ladders, find_decoder, register_decoder, register_exit
+from ceed_vla.decoding.registry import (
+    decoder_ladders,
+    exit_ladders,
+    find_decoder,
+    register_decoder,
+    register_exit,
+)
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError
@@ -29,15 +35,20 @@ from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 from ceed_vla.tokens.grammar import GrammarBackbone
 
-for _file in pkgutil.iter_modules(__path__):  # each registers what it holds; another can be added, or deleted
+# each registers what it holds; another can be added, or deleted
+for _file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_file.name}")
 
 
 def prefill(backbone: Backbone, batch: dict[str, Tensor], config: DecodingConfig) -> Prefix:
-    """Run the prefix, as the decoder has it made: by its ``prefill(backbone, batch, options)``, or whole."""
+    """Run the prefix, as the decoder has it made: by its ``prefill(backbone, batch, options)``, or
+    whole.
+    """
     entry, options = find_decoder(config.method)
     if getattr(entry.make, "eager_only", False) and hasattr(backbone, "compile_now"):
-        raise ConfigError(f"{config.method} runs eagerly only; use the backbone that was not compiled.")
+        raise ConfigError(
+            f"{config.method} runs eagerly only; use the backbone that was not compiled."
+        )
     own = getattr(entry.make, "prefill", None)
     return backbone.prefill(batch) if own is None else cast("Prefix", own(backbone, batch, options))
 
@@ -57,11 +68,13 @@ def decode_block(
     on_proven: Callable[[Tensor, int, int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> DecodeResult:
-    """Make the guess that a decoding names (`ceed_vla.decoding.names`) and decode one block from it.
+    """Make the guess that a decoding names (`ceed_vla.decoding.names`) and decode one block from
+    it.
 
-    The `prefix`, of ``backbone.prefill``, may be decoded several times. `previous` are tokens (B, n) of the last chunk
-    (rows of -1 have none), of which `shift_steps` were executed since. Random guesses are drawn from `generator`; a new
-    one from ``config.seed`` if None, so that equal calls give equal guesses; see `BlockRequest`. No actions come.
+    The `prefix`, of ``backbone.prefill``, may be decoded several times. `previous` are tokens (B,
+    n) of the last chunk (rows of -1 have none), of which `shift_steps` were executed since. Random
+    guesses are drawn from `generator`; a new one from ``config.seed`` if None, so that equal calls
+    give equal guesses; see `BlockRequest`. No actions come.
 
     Raises:
         ConfigError: Settings that do not fit the block.
@@ -98,7 +111,9 @@ def decode_block(
     )
     result = entry.make(backbone, prefix, request)
     if not isinstance(result, DecodeResult):
-        raise ConfigError(f"The decoder {config.method!r} returned a {type(result).__name__}, not a DecodeResult.")
+        raise ConfigError(
+            f"The decoder {config.method!r} returned a {type(result).__name__}, not a DecodeResult."
+        )
     if result.layer_forwards is None:
         result.layer_forwards = result.iterations * backbone.num_layers
     if result.prefix_layers is None:

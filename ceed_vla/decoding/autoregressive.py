@@ -1,4 +1,6 @@
-"""Greedy autoregressive decoding: the reference. Cached, one token a forward, no look at the host."""
+"""Greedy autoregressive decoding: the reference. Cached, one token a forward, no look at the
+host.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +16,31 @@ from ceed_vla.decoding.result import DecodeResult
 
 @register_decoder("ar", "ar", "token by token; ar_h: the executed steps")
 @torch.no_grad()
-def decode_autoregressive(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
+def decode_autoregressive(
+    backbone: Backbone, prefix: Prefix, request: BlockRequest
+) -> DecodeResult:
     """Decode a block token by token.
 
-    With ``watch="executed"`` only the tokens of the executed steps are decoded: a causal decoder owes no more before
-    the next replan. The rest is then the guess, and `DecodeResult.exact_tokens` says where it starts. All frozen tokens
-    together take one forward; without any, the prefill gives the first token.
+    With ``watch="executed"`` only the tokens of the executed steps are decoded: a causal decoder
+    owes no more before the next replan. The rest is then the guess, and `DecodeResult.exact_tokens`
+    says where it starts. All frozen tokens together take one forward; without any, the prefill
+    gives the first token.
 
     Raises:
         TokenError: No guess where one is needed, or a guess or frozen tokens that do not fit.
         ConfigError: More executed steps than the block has.
         NotFiniteError: Scores of a row are NaN or infinite.
     """
-    started, stop = request.clock(), request.stop
-    batch, n = prefix.logits.shape[0], backbone.block_length
+    started = request.clock()
+    stop = request.stop
+    batch = prefix.logits.shape[0]
+    n = backbone.block_length
     tokens, given, wanted = request.begin(backbone, prefix, guessed=False)  # (B, n)
 
     # Scores (B, V) of the first slot that is free.
     first = _next_scores(backbone, prefix, tokens[:, :given]) if given else prefix.logits
-    best = torch.empty(batch, n, dtype=first.dtype, device=first.device)  # scores, looked at once, at the end
+    # scores, looked at once, at the end
+    best = torch.empty(batch, n, dtype=first.dtype, device=first.device)
     torch.max(first, -1, out=(best[:, given], tokens[:, given]))
     states = [tokens.clone()] if request.record_states else None
     slot = given + 1

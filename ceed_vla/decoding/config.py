@@ -14,25 +14,30 @@ from ceed_vla.tokens.base import GUESSES
 class DecodingConfig:
     """Decoding of one block of ``n`` tokens.
 
-    The defaults are strict Jacobi decoding: exactly the autoregressive greedy tokens. Every other field relaxes that,
-    and says so in the result. `ceed_vla.decoding.names` writes one as a short name, such as ``conf0.2_cap2``.
+    The defaults are strict Jacobi decoding: exactly the autoregressive greedy tokens. Every other
+    field relaxes that, and says so in the result. `ceed_vla.decoding.names` writes one as a short
+    name, such as ``conf0.2_cap2``.
 
     Attributes:
-        method: The decoder: "ar" (one token a forward), "jacobi" (the whole block a forward), or another's name.
-        guess: First state: "previous" (the previous chunk, shifted; "mid" in rows that have none), "mid" (the block
-            nearest "do not move"), or "random" (uniform tokens).
-        watch: Slots that must be right: the whole "block", or those of the steps that are "executed" before the next
-            replan. Exit rules look at these only.
-        tail: Of the slots behind the watched ones, after the first iteration: "kept" as it left them, or "fresh",
-            computed again with every iteration. The tail is the next chunk's warm start.
+        method: The decoder: "ar" (one token a forward), "jacobi" (the whole block a forward), or
+            another's name.
+        guess: First state: "previous" (the previous chunk, shifted; "mid" in rows that have none),
+            "mid" (the block nearest "do not move"), or "random" (uniform tokens).
+        watch: Slots that must be right: the whole "block", or those of the steps that are
+            "executed" before the next replan. Exit rules look at these only.
+        tail: Of the slots behind the watched ones, after the first iteration: "kept" as it left
+            them, or "fresh", computed again with every iteration. The tail is the next chunk's warm
+            start.
         max_iterations: Hard cap, the paper's sigma; None for no cap.
-        confidence: Stop when the least probability mass within +-2 bins of a watched slot's argmax exceeds this.
+        confidence: Stop when the least probability mass within +-2 bins of a watched slot's argmax
+            exceeds this.
         exits: Exit rules that have no field here, by their names.
-        deadline_s: Time for the block, counted from the start of decoding, after the prefill [s]. No further
-            iteration starts when it would end later, judged by the last one. The first is always run.
+        deadline_s: Time for the block, counted from the start of decoding, after the prefill [s].
+            No further iteration starts when it would end later, judged by the last one. The first
+            is always run.
         seed: Seed of random guesses.
-        window: Most slots that one forward computes; None for the whole block. A window slides over blocks that are
-            mostly longer than what is decoded, as those with a stop token.
+        window: Most slots that one forward computes; None for the whole block. A window slides over
+            blocks that are mostly longer than what is decoded, as those with a stop token.
     """
 
     method: str = "jacobi"
@@ -56,13 +61,14 @@ class DecodingConfig:
                 raise ConfigError(f"exits has {name!r}, whose place is {field}; set that.")
         if self.window is not None and (self.confidence is not None or self.exits):
             raise ConfigError(
-                f"window = {self.window} computes a part of the block a forward, but confidence {self.confidence} and "
-                f"exits {list(self.exits)} judge the whole; set only one of the two."
+                f"window = {self.window} computes a part of the block a forward, but confidence "
+                f"{self.confidence} and exits {list(self.exits)} judge the whole; set only one of "
+                "the two."
             )
         if self.method == "ar" and self.relaxations:
             raise ConfigError(
-                f'method "ar" has no iterations to end early, but {", ".join(self.relaxations)} is set. '
-                'Use watch "executed" to decode fewer tokens, or method "jacobi".'
+                f'method "ar" has no iterations to end early, but {", ".join(self.relaxations)} is '
+                'set. Use watch "executed" to decode fewer tokens, or method "jacobi".'
             )
 
     @property
@@ -73,7 +79,9 @@ class DecodingConfig:
 
     @property
     def strict(self) -> bool:
-        """Whether the result is the autoregressive greedy block for certain: nothing relaxes anything."""
+        """Whether the result is the autoregressive greedy block for certain: nothing relaxes
+        anything.
+        """
         entry, options = find_decoder(self.method)
         relaxes = getattr(entry.make, "relaxes", None)
         return not self.relaxations and self.watch == "block" and not (relaxes and relaxes(options))

@@ -1,12 +1,15 @@
-"""Depth: first forwards of a few layers, whose tokens Jacobi decoding starts from, or which are enough.
+"""Depth: first forwards of a few layers, whose tokens Jacobi decoding starts from, or which are
+enough.
 
-    depth2_cap2             2 layers, then a full forward from their tokens (ASE's schedule: the last is full)
+    depth2_cap2             2 layers, then a full forward from their tokens (as in ASE)
     depth1-2_cap3           1 layer, then 2, then a full forward
-    deer3t0.7_conf0.2_cap2  rows whose exits behind 2 and 3 layers agree are done (DeeR-VLA); others run the other
+    deer3t0.7_conf0.2_cap2 rows whose exits behind 2 and 3 layers agree are done (DeeR-VLA); others
+    run the other
                             layers too, and go on
     sure3p0.3_conf0.2_cap2  the same for rows whose exit behind 3 layers is confident (DSSD)
 
-A shallow forward proves nothing and commits nothing: the next writes all again. So `depth` without an exit is exact.
+A shallow forward proves nothing and commits nothing: the next writes all again. So `depth` without
+an exit is exact.
 """
 
 from __future__ import annotations
@@ -29,35 +32,44 @@ from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError
 
 
-@register_decoder(r"depth(?P<depths>\d+(-\d+)*)", "depth<K>", "K layers, then Jacobi; K-L: K, L", ("depth{exit}",))
+@register_decoder(
+    r"depth(?P<depths>\d+(-\d+)*)", "depth<K>", "K layers, then Jacobi; K-L: K, L", ("depth{exit}",)
+)
 @torch.no_grad()
 def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """Jacobi decoding whose first forwards run ``K``, ... layers and their exits; a cap counts them.
+    """Jacobi decoding whose first forwards run ``K``, ... layers and their exits; a cap counts
+    them.
 
-    Raises as `decode_jacobi`, and `ConfigError` for a backbone of fewer layers or a cap that leaves no full forward.
+    Raises as `decode_jacobi`, and `ConfigError` for a backbone of fewer layers or a cap that leaves
+    no full forward.
     """
     depths = [int(depth) for depth in request.options["depths"].split("-")]
     _check_layers(backbone, request, min(depths), max(depths))
     exits = getattr(backbone, "exits", {})
-    own = sum(depth in exits and exits[depth].layer is not None for depth in depths)  # layers of the exits
+    # layers of the exits
+    own = sum(depth in exits and exits[depth].layer is not None for depth in depths)
     forwards = [partial(backbone.block_logits, prefix, depth=depth) for depth in depths]
     return first_then_jacobi(backbone, prefix, request, forwards, sum(depths) + own)
 
 
 @register_decoder(
-    r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)", "deer<K>t<D>", "or two exits agree",
+    r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)",
+    "deer<K>t<D>",
+    "or two exits agree",
     ("deer{exit}t0.5", "deer{exit}t1", "deer{exit}t2", "deer{exit}t3"),
-)  # fmt: skip
+)
 @torch.no_grad()
 def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """One forward of ``K`` layers; where two exits agree on the watched slots, that is all (arXiv 2411.02359).
+    """One forward of ``K`` layers; where two exits agree on the watched slots, that is all (arXiv
+    2411.02359).
 
-    The prefix has only run that far too, and rows that go on continue prefix and forward, where the backbone can;
-    elsewhere the prefix is whole, and their forward begins again.
+    The prefix has only run that far too, and rows that go on continue prefix and forward, where the
+    backbone can; elsewhere the prefix is whole, and their forward begins again.
 
     Raises as `decode_jacobi`, and `ConfigError` for a backbone of fewer layers.
     """
-    depth, most = int(request.options["depth"]), float(request.options["bins"])
+    depth = int(request.options["depth"])
+    most = float(request.options["bins"])
 
     def agree(tokens: Tensor, scores: Sequence[Tensor], given: int, watched: int) -> Tensor:
         lower, upper = (after(tokens, logits, given)[:, given:watched] for logits in scores)
@@ -67,13 +79,25 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
 
 
 @register_decoder(
-    r"sure(?P<depth>\d+)p(?P<confidence>0?\.\d+|0|1(?:\.0*)?)", "sure<K>p<P>", "or an exit is sure",
-    ("sure{exit}p0.7", "sure{exit}p0.5", "sure{exit}p0.4", "sure{exit}p0.3", "sure{exit}p0.2", "sure{exit}p0.1"),
-)  # fmt: skip
+    r"sure(?P<depth>\d+)p(?P<confidence>0?\.\d+|0|1(?:\.0*)?)",
+    "sure<K>p<P>",
+    "or an exit is sure",
+    (
+        "sure{exit}p0.7",
+        "sure{exit}p0.5",
+        "sure{exit}p0.4",
+        "sure{exit}p0.3",
+        "sure{exit}p0.2",
+        "sure{exit}p0.1",
+    ),
+)
 @torch.no_grad()
 def decode_sure(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """As `decode_deer`, for rows whose exit behind ``K`` layers is as confident as ``conf<P>`` asks of all layers."""
-    depth, least = int(request.options["depth"]), float(request.options["confidence"])
+    """As `decode_deer`, for rows whose exit behind ``K`` layers is as confident as ``conf<P>`` asks
+    of all layers.
+    """
+    depth = int(request.options["depth"])
+    least = float(request.options["confidence"])
 
     def sure(tokens: Tensor, scores: Sequence[Tensor], given: int, watched: int) -> Tensor:
         first = max(given, 1)
@@ -81,7 +105,11 @@ def decode_sure(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
         mass = mass_near(logits, logits.argmax(-1))  # (B, watched - first)
         if not given:
             mass = torch.cat([mass_near(prefix.logits[:, None], tokens[:, :1]), mass], dim=1)
-        return mass.amin(1) > least if mass.shape[1] else torch.ones_like(tokens[:, 0], dtype=torch.bool)
+        return (
+            mass.amin(1) > least
+            if mass.shape[1]
+            else torch.ones_like(tokens[:, 0], dtype=torch.bool)
+        )
 
     return _first_or_more(backbone, prefix, request, (depth,), sure, "depth_sure")
 
@@ -94,24 +122,40 @@ def _first_or_more(
     ends: Callable[[Tensor, Sequence[Tensor], int, int], Tensor],
     reason: str,
 ) -> DecodeResult:
-    """A forward of the deepest of `depths`, then Jacobi decoding for rows where `ends` (B,) says no, of the state, the
-    scores (B, n - 1, V) of every depth, the slots that are given and those that are watched.
+    """A forward of the deepest of `depths`, then Jacobi decoding for rows where `ends` (B,) says
+    no, of the state, the scores (B, n - 1, V) of every depth, the slots that are given and those
+    that are watched.
     """
-    started, depth = request.clock(), depths[-1]
+    started = request.clock()
+    depth = depths[-1]
     _check_layers(backbone, request, depths[0], depth)
     if request.tokens_per_step is None or not request.ordered or request.record_states:
-        raise ConfigError("deer and sure keep no states, and need tokens that are bins, a fixed number; use jacobi.")
+        raise ConfigError(
+            "deer and sure keep no states, and need tokens that are bins, a fixed number; use "
+            "jacobi."
+        )
     tokens, given, watched = request.begin(backbone, prefix)
     scores, hidden = cast("Any", backbone).depth_logits(prefix, tokens[:, :-1], depths)
-    best = torch.cat([prefix.logits.amax(-1, keepdim=True), *(found.amax(-1) for found in scores)], dim=1)
+    best = torch.cat(
+        [prefix.logits.amax(-1, keepdim=True), *(found.amax(-1) for found in scores)], dim=1
+    )
     check_rows(row_sums(best, backbone).cpu().numpy())
-    state, batch, cut = after(tokens, scores[-1], given), len(tokens), isinstance(prefix, CutPrefix)
+    state = after(tokens, scores[-1], given)
+    batch = len(tokens)
+    cut = isinstance(prefix, CutPrefix)
     done = ends(tokens, scores, given, watched).cpu()  # (B,)
-    proven, ran = torch.full((batch,), given if cut else max(given, 1)), depth if cut else backbone.num_layers
+    proven = torch.full((batch,), given if cut else max(given, 1))
+    ran = depth if cut else backbone.num_layers
     result = DecodeResult(
-        state, 1, torch.ones(batch, dtype=torch.int64), [reason] * batch, proven, torch.zeros_like(done),
-        torch.full((batch,), depth), torch.full((batch,), ran),
-    )  # fmt: skip
+        state,
+        1,
+        torch.ones(batch, dtype=torch.int64),
+        [reason] * batch,
+        proven,
+        torch.zeros_like(done),
+        torch.full((batch,), depth),
+        torch.full((batch,), ran),
+    )
     if not done.all():
         whole = cast("Any", backbone).extend(prefix) if cut else prefix
         going = _Continued(backbone, tokens[:, :-1], hidden, depth, cut)
@@ -130,7 +174,10 @@ def _first_or_more(
 
 def _cut_prefill(backbone: Any, batch: dict[str, Tensor], options: Mapping[str, Any]) -> Prefix:
     cuts = getattr(backbone, "cuts", False)
-    return cast("Prefix", backbone.prefill_to(batch, int(options["depth"])) if cuts else backbone.prefill(batch))
+    return cast(
+        "Prefix",
+        backbone.prefill_to(batch, int(options["depth"])) if cuts else backbone.prefill(batch),
+    )
 
 
 for _decoder in (cast("Any", decode_deer), cast("Any", decode_sure)):
@@ -143,11 +190,16 @@ class _Continued:
     """A backbone whose next forward of the same tokens goes on where a shallow one ended.
 
     Attributes:
-        again: (B,) 1 for rows whose forward begins again: the exit's first token was not the prefix's.
+        again: (B,) 1 for rows whose forward begins again: the exit's first token was not the
+            prefix's.
     """
 
-    def __init__(self, backbone: Backbone, tokens: Tensor, hidden: Tensor, depth: int, cut: bool) -> None:
-        self._backbone, self._depth, self._cut = backbone, depth, cut
+    def __init__(
+        self, backbone: Backbone, tokens: Tensor, hidden: Tensor, depth: int, cut: bool
+    ) -> None:
+        self._backbone = backbone
+        self._depth = depth
+        self._cut = cut
         self._first: tuple[Tensor, Tensor] | None = (tokens.clone(), hidden)
         self.again = torch.ones(len(tokens), dtype=torch.int64)
 
@@ -157,14 +209,24 @@ class _Continued:
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         if self._first is not None:
             (shown, hidden), self._first = self._first, None
-            same = (shown == tokens).all(1) & self._cut if shown.shape == tokens.shape else self.again.bool() & False
+            same = (
+                (shown == tokens).all(1) & self._cut
+                if shown.shape == tokens.shape
+                else self.again.bool() & False
+            )
             self.again = (~same).long().cpu()
             if same.all():
-                return cast("Tensor", cast("Any", self._backbone).continue_block(prefix, hidden, self._depth))
+                return cast(
+                    "Tensor",
+                    cast("Any", self._backbone).continue_block(prefix, hidden, self._depth),
+                )
         return self._backbone.block_logits(prefix, tokens, depth)
 
 
 def _check_layers(backbone: Backbone, request: BlockRequest, lowest: int, deepest: int) -> None:
     layers = backbone.num_layers
     if not 1 <= lowest <= deepest < layers:
-        raise ConfigError(f"{request.config.method} reads layers {lowest} to {deepest}; allowed are [1, {layers - 1}].")
+        raise ConfigError(
+            f"{request.config.method} reads layers {lowest} to {deepest}; allowed are [1, "
+            f"{layers - 1}]."
+        )

@@ -1,4 +1,5 @@
-"""Exit rules: what ends a row of a Jacobi block before its fixed point. Each is a small class, found by its name.
+"""Exit rules: what ends a row of a Jacobi block before its fixed point. Each is a small class,
+found by its name.
 
 The fixed point itself is no rule; `ceed_vla.decoding.jacobi` proves it.
 """
@@ -31,7 +32,9 @@ class Seen:
     iteration: int  # iterations done, from 1
     exact: np.ndarray  # (B,) leading tokens proven equal to greedy AR
     watched: int  # end ``M`` of the slots that must be right
-    moved: np.ndarray  # (B, M) by how many bins the last iteration moved the watched tokens; 0 where it did not compute
+    # (B, M) by how many bins the last iteration moved the watched tokens; 0 where it did not
+    # compute
+    moved: np.ndarray
     elapsed_s: float  # since decoding began [s]
     iteration_s: float  # of the last iteration [s]
     readable: Callable[[], np.ndarray]  # gives (B,) bool, the rows whose tokens stand for a chunk
@@ -41,14 +44,16 @@ class ExitRule(abc.ABC):
     """Ends rows early."""
 
     reason: ClassVar[str]  # what `DecodeResult.exit_reason` says of rows that it ended
-    # Setting of `DecodingConfig` that holds its option, made by `kind`; rules without are in `exits`.
+    # Setting of `DecodingConfig` that holds its option, made by `kind`; rules without are in
+    # `exits`.
     field: ClassVar[str] = ""
     kind: ClassVar[Callable[..., Any]] = float
     # Whether it compares neighbouring tokens, which must then stand for neighbouring actions.
     ordered: ClassVar[bool] = False
 
     def measure(self, logits: Tensor, tokens: Tensor) -> Tensor | None:
-        """What it needs of the watched slots: (B, k) of `logits` (B, k, V) and their `tokens` (B, k); None for nothing.
+        """What it needs of the watched slots: (B, k) of `logits` (B, k, V) and their `tokens` (B,
+        k); None for nothing.
 
         It travels to the host with the tokens, in the one transfer of an iteration.
         """
@@ -56,17 +61,23 @@ class ExitRule(abc.ABC):
 
     @abc.abstractmethod
     def ends(self, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
-        """Which rows end after this iteration: (B,) bool, or one for all; `measured` is (B, M - f)."""
+        """Which rows end after this iteration: (B,) bool, or one for all; `measured` is (B, M -
+        f).
+        """
 
 
 @register_exit(
-    r"conf(?P<confidence>\d*\.?\d+)", "conf<P>", "or until confident",
+    r"conf(?P<confidence>\d*\.?\d+)",
+    "conf<P>",
+    "or until confident",
     ["conf0.9", "conf0.7", "conf0.55", "conf0.4", "conf0.3", "conf0.2", "conf0.1"],
-)  # fmt: skip
+)
 class Confidence(ExitRule):
     """The least certain watched slot has more than this mass within `NEAR` bins of its argmax."""
 
-    reason, field, ordered = "confidence", "confidence", True
+    reason = "confidence"
+    field = "confidence"
+    ordered = True
 
     def __init__(self, confidence: float | str) -> None:
         self.least = float(confidence)
@@ -80,13 +91,19 @@ class Confidence(ExitRule):
 
 
 @register_exit(
-    r"gap(?P<confidence>0?\.\d+|0|1(?:\.0*)?)", "gap<P>", "or a lead of P",
+    r"gap(?P<confidence>0?\.\d+|0|1(?:\.0*)?)",
+    "gap<P>",
+    "or a lead of P",
     ["gap0.5", "gap0.3", "gap0.2", "gap0.1", "gap0.05", "gap0.02"],
-)  # fmt: skip
+)
 class Gap(Confidence):
-    """In every watched slot the best token's probability exceeds the next one's by more than this (DSSD's signal)."""
+    """In every watched slot the best token's probability exceeds the next one's by more than this
+    (DSSD's signal).
+    """
 
-    reason, field, ordered = "gap", "", False
+    reason = "gap"
+    field = ""
+    ordered = False
 
     def measure(self, logits: Tensor, tokens: Tensor) -> Tensor:
         best, second = logits.float().topk(2, dim=-1).values.unbind(-1)  # (B, k)
@@ -95,11 +112,26 @@ class Gap(Confidence):
 
 
 @register_exit(
-    r"agree(?P<most>\d+)", "agree<D>", "or D bins apart",
-    ["agree0", "agree1", "agree2", "agree4", "agree8", "agree16", "agree32", "agree48", "agree64", "agree96"],
-)  # fmt: skip
+    r"agree(?P<most>\d+)",
+    "agree<D>",
+    "or D bins apart",
+    [
+        "agree0",
+        "agree1",
+        "agree2",
+        "agree4",
+        "agree8",
+        "agree16",
+        "agree32",
+        "agree48",
+        "agree64",
+        "agree96",
+    ],
+)
 class Agreement(ExitRule):
-    """The last two states are nowhere further apart in the watched slots than so many bins (DeeR's criterion)."""
+    """The last two states are nowhere further apart in the watched slots than so many bins (DeeR's
+    criterion).
+    """
 
     reason, ordered = "agreement", True
 
@@ -111,9 +143,11 @@ class Agreement(ExitRule):
 
 
 @register_exit(
-    r"changed(?P<most>\d+)", "changed<K>", "or until K tokens change",
+    r"changed(?P<most>\d+)",
+    "changed<K>",
+    "or until K tokens change",
     ["changed0", "changed1", "changed2", "changed4", "changed8", "changed14"],
-)  # fmt: skip
+)
 class Changed(Agreement):
     """The last iteration changed no more than so many watched tokens."""
 
@@ -127,7 +161,9 @@ class Changed(Agreement):
 class Cap(ExitRule):
     """So many iterations are done. Rows that cannot be read then go on to their fixed point."""
 
-    reason, field, kind = "max_iterations", "max_iterations", int
+    reason = "max_iterations"
+    field = "max_iterations"
+    kind = int
 
     def __init__(self, max_iterations: int | str) -> None:
         self.most = int(max_iterations)
@@ -140,7 +176,12 @@ class Cap(ExitRule):
 class Deadline(ExitRule):
     """Another iteration as long as the last one would end too late."""
 
-    reason, field, kind = "deadline", "deadline_s", lambda milliseconds: float(milliseconds) / 1000
+    reason = "deadline"
+    field = "deadline_s"
+
+    @staticmethod
+    def kind(milliseconds: float | str) -> float:
+        return float(milliseconds) / 1000
 
     def __init__(self, deadline_s: float) -> None:
         self.deadline_s = deadline_s
@@ -161,33 +202,45 @@ def exit_rules(config: DecodingConfig, ordered: bool = True) -> list[ExitRule]:
     wrong = [rule.reason for rule in rules if rule.ordered]
     if wrong and not ordered:
         raise ConfigError(
-            f"The exit rule {wrong[0]!r} compares neighbouring tokens, but those of this vocabulary are no bins; "
-            "max_iterations and deadline_s work."
+            f"The exit rule {wrong[0]!r} compares neighbouring tokens, but those of this "
+            "vocabulary are no bins; max_iterations and deadline_s work."
         )
     return rules
 
 
 def measure(rule: ExitRule, logits: Tensor, tokens: Tensor) -> Tensor | None:
     """What `rule` measures (B, k), or None; `ConfigError` if it fails, or gives something else."""
-    with raised_as(ConfigError, f"The exit rule {type(rule).__name__} does not work: measure", "correct it."):
+    with raised_as(
+        ConfigError, f"The exit rule {type(rule).__name__} does not work: measure", "correct it."
+    ):
         measured = rule.measure(logits, tokens)
         if measured is not None and getattr(measured, "shape", None) != tokens.shape:
-            raise TypeError(f"it gave {type(measured).__name__}, not a tensor {tuple(tokens.shape)}")
+            raise TypeError(
+                f"it gave {type(measured).__name__}, not a tensor {tuple(tokens.shape)}"
+            )
     return measured
 
 
 def ended(rule: ExitRule, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
-    """Which rows `rule` ends: (B,) bool, or one answer; `ConfigError` if it fails, or gives something else."""
-    with raised_as(ConfigError, f"The exit rule {type(rule).__name__} does not work: ends", "correct it."):
-        rows, shape = rule.ends(seen, measured), seen.exact.shape
-        if not isinstance(rows, bool) and not (isinstance(rows, np.ndarray) and rows.shape == shape):
+    """Which rows `rule` ends: (B,) bool, or one answer; `ConfigError` if it fails, or gives
+    something else.
+    """
+    with raised_as(
+        ConfigError, f"The exit rule {type(rule).__name__} does not work: ends", "correct it."
+    ):
+        rows = rule.ends(seen, measured)
+        shape = seen.exact.shape
+        if not isinstance(rows, bool) and not (
+            isinstance(rows, np.ndarray) and rows.shape == shape
+        ):
             raise TypeError(f"it gave {type(rows).__name__}, not a bool or a numpy array {shape}")
     return rows
 
 
 def mass_near(logits: Tensor, tokens: Tensor) -> Tensor:
     """Probability mass (B, k) within `NEAR` bins of `tokens` (B, k), under `logits` (B, k, V)."""
-    padded = F.pad(logits.float(), (NEAR, NEAR), value=-torch.inf)  # (B, k, V + 4): no mass past the ends
+    # (B, k, V + 4): no mass past the ends
+    padded = F.pad(logits.float(), (NEAR, NEAR), value=-torch.inf)
     near = tokens.unsqueeze(-1) + torch.arange(2 * NEAR + 1, device=tokens.device)  # (B, k, 5)
     mass = (padded.gather(-1, near) - padded.logsumexp(-1, keepdim=True)).exp().sum(-1)  # (B, k)
     return mass.clamp(max=1)  # rounding

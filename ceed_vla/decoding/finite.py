@@ -1,6 +1,8 @@
-"""Scores that are no numbers end decoding: their argmax would be bin 0, a full action in every dimension.
+"""Scores that are no numbers end decoding: their argmax would be bin 0, a full action in every
+dimension.
 
-The sum of the largest scores of a row tells it, and travels with the tokens in a transfer that is made anyway.
+The sum of the largest scores of a row tells it, and travels with the tokens in a transfer that is
+made anyway.
 """
 
 from __future__ import annotations
@@ -24,20 +26,24 @@ def row_sums(best: Tensor, backbone: Backbone) -> Tensor:
 
 
 def check_rows(sums: np.ndarray, running: np.ndarray | None = None) -> None:
-    """Raise `NotFiniteError` if one of the `row_sums` (B, 1) is not finite in a row that is still running."""
+    """Raise `NotFiniteError` if one of the `row_sums` (B, 1) is not finite in a row that is still
+    running.
+    """
     finite = np.isfinite(sums)
     if finite.all():
         return
     wrong = ~finite[:, 0] if running is None else ~finite[:, 0] & running
     if wrong.any():
         raise NotFiniteError(
-            f"The scores are NaN or infinite in row {int(wrong.argmax())} ({int(wrong.sum())} of {len(wrong)}); "
-            "its weights or activations are broken, or its type is too small. Hold the robot; load it in float32."
+            f"The scores are NaN or infinite in row {int(wrong.argmax())} ({int(wrong.sum())} of "
+            f"{len(wrong)}); its weights or activations are broken, or its type is too small. Hold "
+            "the robot; load it in float32."
         )
 
 
 def to_host(tokens: Tensor, *more: Tensor) -> list[np.ndarray]:
-    """Tokens (B, k) int64 and `more` (B, ...) float32 as arrays, in one transfer; on the CPU they share memory.
+    """Tokens (B, k) int64 and `more` (B, ...) float32 as arrays, in one transfer; on the CPU they
+    share memory.
 
     Token ids travel as float32, which holds those below 2^24.
     """
@@ -45,5 +51,7 @@ def to_host(tokens: Tensor, *more: Tensor) -> list[np.ndarray]:
     if tokens.device.type == "cpu":
         return [tokens.numpy(), *(part.numpy() for part in parts)]
     widths = np.cumsum([tokens.shape[1], *(part.shape[1] for part in parts)])
-    first, *rest = np.split(torch.cat([tokens.float(), *parts], dim=1).cpu().numpy(), widths[:-1], axis=1)
+    first, *rest = np.split(
+        torch.cat([tokens.float(), *parts], dim=1).cpu().numpy(), widths[:-1], axis=1
+    )
     return [first.astype(np.int64), *rest]

@@ -1,4 +1,6 @@
-"""Forwards in front of Jacobi decoding, of some layers or in another order: they prove and commit nothing."""
+"""Forwards in front of Jacobi decoding, of some layers or in another order: they prove and commit
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +23,31 @@ def first_then_jacobi(
     forwards: Sequence[Callable[[Tensor], Tensor]],
     layers: int,
 ) -> DecodeResult:
-    """Jacobi decoding behind `forwards`, tokens (B, n - 1) to logits (B, n - 1, V), of so many `layers` in all.
+    """Jacobi decoding behind `forwards`, tokens (B, n - 1) to logits (B, n - 1, V), of so many
+    `layers` in all.
 
-    They prove and commit nothing. Raises as `decode_jacobi`, and `ConfigError` for a cap that leaves no full forward.
+    They prove and commit nothing. Raises as `decode_jacobi`, and `ConfigError` for a cap that
+    leaves no full forward.
     """
-    started, config, first = request.clock(), request.config, len(forwards)
+    started = request.clock()
+    config = request.config
+    first = len(forwards)
     if config.max_iterations is not None:
         if config.max_iterations <= first:
             raise ConfigError(
-                f"{config.method} with a cap of {config.max_iterations} proves nothing: the last forward is full; use "
-                f"cap{first + 1}."
+                f"{config.method} with a cap of {config.max_iterations} proves nothing: the last "
+                f"forward is full; use cap{first + 1}."
             )
         config = replace(config, max_iterations=config.max_iterations - first)
     tokens, given, _ = request.begin(backbone, prefix)
     for forward in forwards:
         tokens = after(tokens, forward(tokens[:, :-1]), given)
-    result = decode_jacobi(backbone, prefix, rest(replace(request, config=config, guess=tokens), started))
+    result = decode_jacobi(
+        backbone, prefix, rest(replace(request, config=config, guess=tokens), started)
+    )
     result.layer_forwards = layers + result.iterations * backbone.num_layers
-    result.forwards, result.iterations = result.forwards + first, result.iterations + first
+    result.forwards = result.forwards + first
+    result.iterations = result.iterations + first
     return result
 
 
@@ -52,6 +61,7 @@ def rest(request: BlockRequest, started: float) -> BlockRequest:
 
 def after(tokens: Tensor, logits: Tensor, given: int) -> Tensor:
     """The state (B, n) that a forward with `logits` (B, n - 1, V) makes of `tokens` (B, n)."""
-    state, first = tokens.clone(), max(given, 1)
+    state = tokens.clone()
+    first = max(given, 1)
     state[:, first:] = logits[:, first - 1 :].argmax(-1)
     return state

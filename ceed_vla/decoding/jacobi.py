@@ -2,9 +2,10 @@
 
     y_0 = argmax p(. | x),    y_i(j + 1) = argmax p(. | y_<i(j), x)    for all i > 0 at once
 
-In a causal model the first slot that an iteration changes is itself right afterwards: everything before it
-was a fixed point already. So every iteration proves at least one more token, the proven ones are committed to
-the cache and never computed again, and the fixed point, in fewer than ``n`` iterations, is AR's greedy block.
+In a causal model the first slot that an iteration changes is itself right afterwards: everything
+before it was a fixed point already. So every iteration proves at least one more token, the proven
+ones are committed to the cache and never computed again, and the fixed point, in fewer than ``n``
+iterations, is AR's greedy block.
 """
 
 from __future__ import annotations
@@ -26,44 +27,57 @@ from ceed_vla.decoding.result import DecodeResult
 def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode a block from its guess until every row is at its fixed point or meets an exit rule.
 
-    The first iteration computes the whole block, so its tail is a useful warm start; the next ones stop at
-    the slots that are watched, unless the tail is to be fresh. Rows that are done stay as they are while the others
-    go on. The only look at the host is the convergence test, once an iteration. Several blocks may be decoded behind
-    one prefix: the cache is rolled back at the start. A frozen prefix costs no forward of its own: the first iteration
-    reads it together with the guess behind it, keeps it, and proves the first free token.
+    The first iteration computes the whole block, so its tail is a useful warm start; the next ones
+    stop at the slots that are watched, unless the tail is to be fresh. Rows that are done stay as
+    they are while the others go on. The only look at the host is the convergence test, once an
+    iteration. Several blocks may be decoded behind one prefix: the cache is rolled back at the
+    start. A frozen prefix costs no forward of its own: the first iteration reads it together with
+    the guess behind it, keeps it, and proves the first free token.
 
     Raises:
-        TokenError: No guess, or a guess or frozen tokens of another shape or with tokens outside the vocabulary.
+        TokenError: No guess, or a guess or frozen tokens of another shape or with tokens outside
+            the vocabulary.
         ConfigError: Executed steps or exit rules that do not fit the block.
         NotFiniteError: Scores of a running row are NaN or infinite.
     """
     started = last = request.clock()
-    batch, n = prefix.logits.shape[0], backbone.block_length
+    batch = prefix.logits.shape[0]
+    n = backbone.block_length
     rules = exit_rules(request.config, ordered=request.ordered and request.stop is None)
     tokens, given, watched = request.begin(backbone, prefix)  # (B, n)
     best = prefix.logits.amax(-1, keepdim=True)
-    sums = row_sums(best, backbone)  # (B, 1), of all scores so far; the first ones travel with those of an iteration
+    # (B, 1), of all scores so far; the first ones travel with those of an iteration
+    sums = row_sums(best, backbone)
     host = tokens.cpu().numpy().copy()  # (B, n), the state that the convergence test compares with
     measured = _first_measures(rules, prefix.logits, tokens[:, :1], watched, given)
     states = [tokens.clone()] if request.record_states else None
-    # Without frozen tokens the prefix gives token 0; behind them the first free token takes a forward.
+    # Without frozen tokens the prefix gives token 0; behind them the first free token takes a
+    # forward.
     rows = Rows(batch, n, max(given, 1))
     if request.stop is not None:
         rows.end(host[:, 0] == request.stop, "stop", 0)
 
     def readable() -> np.ndarray:
-        return np.ones(batch, dtype=bool) if request.readable is None else request.readable(tokens).cpu().numpy()
+        return (
+            np.ones(batch, dtype=bool)
+            if request.readable is None
+            else request.readable(tokens).cpu().numpy()
+        )
 
     last_slot = n if request.config.tail == "fresh" else watched
     window = request.config.window or n
-    end, forwards = min(n, max(given, 1) + window), 0  # slots [0, end) are computed
+    # slots [0, end) are computed
+    end = min(n, max(given, 1) + window)
+    forwards = 0
     while end > max(given, 1) and rows.running.any():
         start = prefix.cache.committed  # slots [0, start] are right in every running row
         first = max(start + 1, given)
         logits, best, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows.running)
         forwards += 1
         sums = sums + row_sums(best, backbone)
-        wanted = [measure(rule, logits[:, : watched - first], new[:, : watched - first]) for rule in rules]
+        wanted = [
+            measure(rule, logits[:, : watched - first], new[:, : watched - first]) for rule in rules
+        ]
         # The one host synchronisation. `fresh` is (B, k).
         fresh, found, *values = to_host(new, sums, *(m for m in wanted if m is not None))
         check_rows(found, rows.running if forwards > 1 else None)
@@ -110,16 +124,21 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
 def jacobi_iteration(
     backbone: Backbone, prefix: Prefix, tokens: Tensor, first: int, end: int, running: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Recompute the slots ``first .. end - 1`` of `tokens` (B, n) from all that are not committed, in place.
+    """Recompute the slots ``first .. end - 1`` of `tokens` (B, n) from all that are not committed,
+    in place.
 
-    Returns logits (B, k, V), their largest (B, k), and tokens (B, k) of those slots; rows that are done keep theirs.
+    Returns logits (B, k, V), their largest (B, k), and tokens (B, k) of those slots; rows that are
+    done keep theirs.
     """
     start = prefix.cache.committed
-    logits = backbone.block_logits(prefix, tokens[:, start : end - 1])  # of slots start + 1 .. end - 1
+    # of slots start + 1 .. end - 1
+    logits = backbone.block_logits(prefix, tokens[:, start : end - 1])
     logits = logits[:, first - start - 1 :]  # (B, k, V)
     best, new = logits.max(-1)  # (B, k)
     if not running.all():
-        new = torch.where(torch.from_numpy(running).to(new.device).unsqueeze(1), new, tokens[:, first:end])
+        new = torch.where(
+            torch.from_numpy(running).to(new.device).unsqueeze(1), new, tokens[:, first:end]
+        )
     tokens[:, first:end] = new
     return logits, best, new
 
@@ -142,23 +161,28 @@ class Rows:
         self.reasons: list[str | None] = [None] * batch
 
     def accept(self, old: np.ndarray, new: np.ndarray, first: int) -> None:
-        """Prove tokens of the running rows: `new` (B, k) was computed from `old` (B, k), from slot `first` on.
+        """Prove tokens of the running rows: `new` (B, k) was computed from `old` (B, k), from slot
+        `first` on.
 
-        The first changed slot is right now, as all slots before it were; no change proves every slot. A window that
-        ends before what a row has proven already takes nothing back.
+        The first changed slot is right now, as all slots before it were; no change proves every
+        slot. A window that ends before what a row has proven already takes nothing back.
         """
         changed = new != old  # (B, k)
         proven = np.where(changed.any(1), changed.argmax(1) + 1, new.shape[1])  # (B,)
         self.exact = np.where(self.running, np.maximum(self.exact, first + proven), self.exact)
 
     def end(self, rows: np.ndarray | bool, reason: str, iteration: int) -> None:
-        """End those of `rows` (B,) bool that run. Behind a stop token there is nothing left to prove."""
+        """End those of `rows` (B,) bool that run. Behind a stop token there is nothing left to
+        prove.
+        """
         for row in np.flatnonzero(self.running & rows):
             self.reasons[row], self.iterations[row], self.running[row] = reason, iteration, False
             if reason == "stop":
                 self.exact[row] = self.block_length
 
-    def result(self, tokens: Tensor, forwards: int, states: list[Tensor] | None, seconds: float) -> DecodeResult:
+    def result(
+        self, tokens: Tensor, forwards: int, states: list[Tensor] | None, seconds: float
+    ) -> DecodeResult:
         return DecodeResult(
             tokens=tokens,
             forwards=forwards,

@@ -1,4 +1,5 @@
-"""An exit rule that was learnt from what became of episodes (`ceed-vla reinforce`, after S-GRPO, arXiv 2505.07686).
+"""An exit rule that was learnt from what became of episodes (`ceed-vla reinforce`, after S-GRPO,
+arXiv 2505.07686).
 
     head2.5x1x0x0.3x-1_cap3    the weights of its features, and the bias, are its name
 
@@ -26,15 +27,17 @@ class Group:
 
     seed: int  # the episode's
     features: NDArray[np.float64]  # what a head sees after each of K forwards: (K, F)
-    # (K,) whether the episode was solved from that state; None throughout where all execute the same.
+    # (K,) whether the episode was solved from that state; None throughout where all execute the
+    # same.
     solved: list[bool | None]
 
 
 def features(seen: Seen, mass: NDArray[np.float64]) -> NDArray[np.float64]:
     """What the rule sees of every row: (B, F).
 
-    Log-odds of the `mass` (B, M) near the tokens, in the least certain watched slot and in the mean one; the share of
-    watched tokens that the last iteration moved; and whether it was the first iteration.
+    Log-odds of the `mass` (B, M) near the tokens, in the least certain watched slot and in the mean
+    one; the share of watched tokens that the last iteration moved; and whether it was the first
+    iteration.
     """
     odds = np.log(np.clip(mass, 1e-3, 1 - 1e-3)) - np.log1p(-np.clip(mass, 1e-3, 1 - 1e-3))
     moved = seen.moved[:, -mass.shape[1] :] > 0  # not the frozen slots
@@ -42,18 +45,21 @@ def features(seen: Seen, mass: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([odds.min(1), odds.mean(1), moved.mean(1), first], axis=1)
 
 
-@register_exit(
-    rf"head(?P<weights>{_NUMBER}(?:x{_NUMBER})*)", "head<W>", "or as a learnt head says"
-)  # fmt: skip
+@register_exit(rf"head(?P<weights>{_NUMBER}(?:x{_NUMBER})*)", "head<W>", "or as a learnt head says")
 class Learned(Confidence):
     """A weighted sum of `features` and a bias is positive."""
 
-    reason, field, ordered = "learned", "", True
+    reason = "learned"
+    field = ""
+    ordered = True
 
     def __init__(self, weights: str) -> None:
         *self.weights, self.bias = (float(number) for number in weights.split("x"))
         if len(self.weights) != len(FEATURES):
-            raise ConfigError(f"head{weights} has {len(self.weights)} weights and a bias; {FEATURES} need one each.")
+            raise ConfigError(
+                f"head{weights} has {len(self.weights)} weights and a bias; {FEATURES} need one "
+                "each."
+            )
 
     def ends(self, seen: Seen, measured: np.ndarray | None) -> NDArray[np.bool_]:
         assert measured is not None

@@ -1,8 +1,10 @@
-"""One name says a whole decoding, everywhere: ``ar``, ``jacobi``, ``ceed``, ``cap2``, ``conf0.2_cap2_mid``, ``ar_h``.
+"""One name says a whole decoding, everywhere: ``ar``, ``jacobi``, ``ceed``, ``cap2``,
+``conf0.2_cap2_mid``, ``ar_h``.
 
-A name is ``ceed`` (the checkpoint's own), a decoder, or exit rules of the Jacobi decoder, joined by underscores; then
-``h`` if only the executed steps must be right (exit rules imply it), ``fresh`` if the tail behind them is computed with
-every iteration, then the guess. A checkpoint may have names of its own, for what was measured on it: ``risk0.05``.
+A name is ``ceed`` (the checkpoint's own), a decoder, or exit rules of the Jacobi decoder, joined by
+underscores; then ``h`` if only the executed steps must be right (exit rules imply it), ``fresh`` if
+the tail behind them is computed with every iteration, then the guess. A checkpoint may have names
+of its own, for what was measured on it: ``risk0.05``.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from ceed_vla.decoding.registry import LONGEST_NAME, match_decoder, match_exit, 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import short
 
-CEED, EXECUTED, FRESH = "ceed", "h", "fresh"
+CEED = "ceed"
+EXECUTED = "h"
+FRESH = "fresh"
 _GUESSES = ("mid", "random")
 _STRICT = DecodingConfig()
-# What commands write into a checkpoint; a digit is matched in one way only, so that no text takes long.
+# What commands write into a checkpoint; a digit is matched in one way only, so that no text takes
+# long.
 OWN = re.compile(r"(risk|plan)(\d+(\.\d+)?|\.\d+)|plan|learned", re.ASCII)
 MOST_OWN = 256  # names of its own that a checkpoint may have
 
@@ -29,18 +34,23 @@ MOST_OWN = 256  # names of its own that a checkpoint may have
 def names_help() -> str:
     """What a decoding's name may be."""
     return (
-        f"{CEED} (the checkpoint's), {meanings()}; rules can be joined (conf<P>_cap<K>); Jacobi ones also with "
-        "_fresh (the tail), _mid or _random (the guess); of a checkpoint: risk<E>, plan<MS>, learned"
+        f"{CEED} (the checkpoint's), {meanings()}; rules can be joined (conf<P>_cap<K>); Jacobi "
+        "ones also with _fresh (the tail), _mid or _random (the guess); of a checkpoint: risk<E>, "
+        "plan<MS>, learned"
     )
 
 
 def named_config(
-    decoding: str | DecodingConfig, ceed: DecodingConfig = _STRICT, own: Mapping[str, str] | None = None
+    decoding: str | DecodingConfig,
+    ceed: DecodingConfig = _STRICT,
+    own: Mapping[str, str] | None = None,
 ) -> DecodingConfig:
-    """The decoding that a name stands for; `ConfigError` if it is unknown, or has values outside their range.
+    """The decoding that a name stands for; `ConfigError` if it is unknown, or has values outside
+    their range.
 
-    "ceed" stands for `ceed`, the decoding of a checkpoint (strict without one), and the checkpoint's own names for what
-    `own` says; where that is None, no checkpoint is known, and they are only checked.
+    "ceed" stands for `ceed`, the decoding of a checkpoint (strict without one), and the
+    checkpoint's own names for what `own` says; where that is None, no checkpoint is known, and they
+    are only checked.
     """
     if isinstance(decoding, DecodingConfig):
         return decoding
@@ -49,8 +59,9 @@ def named_config(
     if OWN.fullmatch(decoding):
         if own is not None and decoding not in own:
             raise ConfigError(
-                f"The checkpoint has no decoding {decoding!r}; it has {', '.join(sorted(own)) or 'none of its own'}. "
-                "`ceed-vla calibrate` measures risk<E>, `tune` finds plan<MS>, `reinforce` learned."
+                f"The checkpoint has no decoding {decoding!r}; it has "
+                f"{', '.join(sorted(own)) or 'none of its own'}. `ceed-vla calibrate` measures "
+                "risk<E>, `tune` finds plan<MS>, `reinforce` learned."
             )
         return ceed if own is None else _parse(own[decoding], ceed)
     return _parse(decoding, ceed)
@@ -90,12 +101,21 @@ def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
     try:
         return DecodingConfig(**changes)
     except ConfigError as error:
-        reason = str(error).replace("max_iterations", "its cap K").replace("confidence", "its confidence P")
+        reason = (
+            str(error)
+            .replace("max_iterations", "its cap K")
+            .replace("confidence", "its confidence P")
+        )
         raise ConfigError(f"Decoder {decoding!r}: {reason}") from error
 
 
 def _unknown(decoding: object) -> ConfigError:
-    shown = repr(decoding[:30]) if isinstance(decoding, str) and len(decoding) > LONGEST_NAME else short(decoding)
+    shown = (
+        repr(decoding[:30])
+        if isinstance(decoding, str) and len(decoding) > LONGEST_NAME
+        else short(decoding)
+    )
     return ConfigError(
-        f"Unknown decoder {shown}; choose from {names_help()}. One of another package needs --discover_packages_path."
+        f"Unknown decoder {shown}; choose from {names_help()}. One of another package needs "
+        "--discover_packages_path."
     )

@@ -1,8 +1,10 @@
-"""Drafts without a model: what followed the last two tokens before is tried again, and verified in one forward.
+"""Drafts without a model: what followed the last two tokens before is tried again, and verified in
+one forward.
 
-Prompt lookup (an n-gram draft, as in lookahead decoding, arXiv 2402.02057) for action blocks: the text that is searched
-is the newest state of the block, which begins as the shifted chunk before, and the tokens that are proven. Tokens only
-follow one another where the same dimension of an action follows. The result is exact: every token is the greedy one.
+Prompt lookup (an n-gram draft, as in lookahead decoding, arXiv 2402.02057) for action blocks: the
+text that is searched is the newest state of the block, which begins as the shifted chunk before,
+and the tokens that are proven. Tokens only follow one another where the same dimension of an action
+follows. The result is exact: every token is the greedy one.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from ceed_vla.errors import ConfigError
 DRAFT = 8  # tokens, where the name says no number
 
 
-@register_decoder(r"ngram(?P<length>\d*)", "ngram<L>", "drafts of L, verified", ("ngram4", "ngram8"))
+@register_decoder(
+    r"ngram(?P<length>\d*)", "ngram<L>", "drafts of L, verified", ("ngram4", "ngram8")
+)
 def decode_ngram(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """Decode a block by drafting up to ``L`` tokens behind the proven ones and verifying them in one forward.
+    """Decode a block by drafting up to ``L`` tokens behind the proven ones and verifying them in
+    one forward.
 
-    As in Jacobi decoding, the first forward computes the whole block, so that its tail is a warm start. Raises as
-    `decode_drafts`, and `ConfigError` for drafts of no tokens.
+    As in Jacobi decoding, the first forward computes the whole block, so that its tail is a warm
+    start. Raises as `decode_drafts`, and `ConfigError` for drafts of no tokens.
     """
     length = int(request.options["length"] or DRAFT)
     if length < 1:
@@ -42,9 +47,12 @@ class _Lookup(Drafter):
         self.length, self.period = length, period
         self.read: np.ndarray | None = None  # (B, n), what the last forward was given
 
-    def draft(self, backbone: Backbone, prefix: Prefix, tokens: Tensor, rows: Rows, exact: int, end: int) -> int:
+    def draft(
+        self, backbone: Backbone, prefix: Prefix, tokens: Tensor, rows: Rows, exact: int, end: int
+    ) -> int:
         text = tokens.cpu().numpy()  # (B, n)
-        read, self.read = text if self.read is None else self.read, text.copy()
+        read = text if self.read is None else self.read
+        self.read = text.copy()
         for row in np.flatnonzero(rows.running):
             known = int(rows.exact[row])
             guess = np.concatenate([read[row, :known], text[row, known:]])
@@ -54,11 +62,14 @@ class _Lookup(Drafter):
 
 
 def draft(guess: np.ndarray, proven: np.ndarray, count: int, period: int) -> np.ndarray:
-    """The next `count` tokens behind the `proven` ones (k,), from where their last two stood before.
+    """The next `count` tokens behind the `proven` ones (k,), from where their last two stood
+    before.
 
-    The `guess` (n,) as it stands comes first if it agrees, then the newest place in the proven tokens, then in it.
+    The `guess` (n,) as it stands comes first if it agrees, then the newest place in the proven
+    tokens, then in it.
     """
-    k, n = len(proven), len(guess)
+    k = len(proven)
+    n = len(guess)
     places = [(guess, k)]
     places += [(proven, end) for end in range(k - period, 1, -period)]
     places += [(guess, end) for end in range(k + (n - 1 - k) // period * period, 1, -period)]

@@ -1,4 +1,6 @@
-"""Decoders and exit rules by the pattern of their names; each registers itself where it is written."""
+"""Decoders and exit rules by the pattern of their names; each registers itself where it is
+written.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class Entry:
     shown: str  # its name in messages: "cap<K>"
     meaning: str  # in a few words; none for what is not shown
     make: Any  # the decoder, or the class of the rule
-    # Names of it that calibration and search try, from the strictest on; "{exit}" is an exit's depth.
+    # Names of it that calibration and search try, from the strictest on; "{exit}" is an exit's
+    # depth.
     ladder: tuple[str, ...] = ()
 
 
@@ -41,27 +44,36 @@ class _Registry(dict[str, Entry]):
     ) -> Callable[[F], F]:
         """Register what is decorated for names that match `pattern`.
 
-        A decoder is a function ``decode(backbone, prefix, request) -> DecodeResult``. An `ExitRule` is made with the
-        named groups of `pattern`, texts, as keyword arguments. `ceed-vla tune`, and for rules `ceed-vla calibrate`, try
-        the names of its `ladder`, from the strictest to the loosest.
+        A decoder is a function ``decode(backbone, prefix, request) -> DecodeResult``. An `ExitRule`
+        is made with the named groups of `pattern`, texts, as keyword arguments. `ceed-vla tune`,
+        and for rules `ceed-vla calibrate`, try the names of its `ladder`, from the strictest to the
+        loosest.
         """
-        if wrong := [name for name in ladder if not re.fullmatch(pattern, name.format(exit=1), re.ASCII)]:
+        if wrong := [
+            name for name in ladder if not re.fullmatch(pattern, name.format(exit=1), re.ASCII)
+        ]:
             raise ConfigError(
-                f"The ladder of {shown!r} has {wrong[0]!r}, which its pattern {pattern!r} does not match."
+                f"The ladder of {shown!r} has {wrong[0]!r}, which its pattern {pattern!r} does not "
+                "match."
             )
         if "_" in shown or shown in _RESERVED:
             raise ConfigError(
-                f"The name {shown!r} cannot be registered: underscores join the parts of a decoding's name, and "
-                f"{', '.join(_RESERVED)} are taken."
+                f"The name {shown!r} cannot be registered: underscores join the parts of a "
+                f"decoding's name, and {', '.join(_RESERVED)} are taken."
             )
 
         def add(made: F) -> F:
             if self.setting == "exits" and not isinstance(getattr(made, "reason", None), str):
-                raise ConfigError(f"The exit rule {made.__name__} has no reason, the text that results give; set one.")
+                raise ConfigError(
+                    f"The exit rule {made.__name__} has no reason, the text that results give; set "
+                    "one."
+                )
             for entry in (*_DECODERS.values(), *_EXITS.values()):
                 taken = shown.partition("<")[0] == entry.shown.partition("<")[0]
                 if taken and entry.make.__module__ != made.__module__:
-                    raise ConfigError(f"The name {shown!r} is {entry.make.__module__}'s; choose another.")
+                    raise ConfigError(
+                        f"The name {shown!r} is {entry.make.__module__}'s; choose another."
+                    )
             self[pattern] = Entry(pattern, shown, meaning, made, tuple(ladder))
             return made
 
@@ -81,28 +93,37 @@ class _Registry(dict[str, Entry]):
             return found
         known = ", ".join(entry.shown for entry in self.values()) or "none is installed"
         raise ConfigError(
-            f"decoding.{self.setting} is {name[:LONGEST_NAME]!r}; known: {known}. One of another package needs "
-            "--discover_packages_path."
+            f"decoding.{self.setting} is {name[:LONGEST_NAME]!r}; known: {known}. One of another "
+            "package needs --discover_packages_path."
         )
 
     def ladders(self, exits: Sequence[int] = ()) -> dict[str, tuple[str, ...]]:
-        """What can be tried of every entry that has a ladder: "conf" -> ("conf0.9", ..., "conf0.1").
+        """What can be tried of every entry that has a ladder: "conf" -> ("conf0.9", ...,
+        "conf0.1").
 
-        One that needs an exit has a ladder for every depth of `exits`: "deer3" -> ("deer3t0.5", ..., "deer3t3").
+        One that needs an exit has a ladder for every depth of `exits`: "deer3" -> ("deer3t0.5",
+        ..., "deer3t3").
         """
         found: dict[str, tuple[str, ...]] = {}
         for entry in self.values():
             name = entry.shown.partition("<")[0]
             if "{exit}" in "".join(entry.ladder):
-                found |= {f"{name}{k}": tuple(rung.format(exit=k) for rung in entry.ladder) for k in exits}
+                found |= {
+                    f"{name}{k}": tuple(rung.format(exit=k) for rung in entry.ladder) for k in exits
+                }
             elif entry.ladder:
                 found[name] = entry.ladder
         return found
 
 
-_DECODERS, _EXITS = _Registry("method"), _Registry("exits")
-register_decoder, match_decoder, find_decoder = _DECODERS.register, _DECODERS.match, _DECODERS.find
-register_exit, match_exit, find_exit = _EXITS.register, _EXITS.match, _EXITS.find
+_DECODERS = _Registry("method")
+_EXITS = _Registry("exits")
+register_decoder = _DECODERS.register
+match_decoder = _DECODERS.match
+find_decoder = _DECODERS.find
+register_exit = _EXITS.register
+match_exit = _EXITS.match
+find_exit = _EXITS.find
 decoder_ladders, exit_ladders = _DECODERS.ladders, _EXITS.ladders
 
 

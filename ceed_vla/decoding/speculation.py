@@ -1,8 +1,9 @@
 """Self-speculation: the policy's first layers draft the next tokens. The result is exact.
 
     spec2x4   drafts of 4 tokens from the exit behind 2 layers (LayerSkip)
-    spec2x4r3 the same, and a drafted token counts as right within 3 bins, but for grippers: not exact (Spec-VLA)
-    del       depth and length chosen before every draft, by expected tokens a layer call (DEL, arXiv 2504.05598)
+    spec2x4r3 the same, and a drafted token counts as right within 3 bins, but for grippers: not
+    exact (Spec-VLA)
+    del       depth and length by expected tokens a layer call (DEL, arXiv 2504.05598)
 
 Drafts of layers are not committed, so each reads those before it again.
 """
@@ -32,20 +33,26 @@ class _Layers(Drafter):
     def __init__(self, depth: int, length: int) -> None:
         self.depth, self.length = depth, length
 
-    def draft(self, backbone: Backbone, prefix: Prefix, tokens: Tensor, rows: Rows, exact: int, end: int) -> int:
+    def draft(
+        self, backbone: Backbone, prefix: Prefix, tokens: Tensor, rows: Rows, exact: int, end: int
+    ) -> int:
         depth, start = self.depth, prefix.cache.committed
         for slot in range(exact, end - 1):
-            drafted = backbone.block_logits(prefix, tokens[:, start:slot], depth)[:, -1].argmax(-1)  # (B,)
+            # (B,)
+            drafted = backbone.block_logits(prefix, tokens[:, start:slot], depth)[:, -1].argmax(-1)
             mine = torch.from_numpy(rows.running & (rows.exact <= slot)).to(drafted.device)
             tokens[:, slot] = torch.where(mine, drafted, tokens[:, slot])
         return (end - 1 - exact) * depth
 
 
 class _Online(_Layers):
-    """DEL's choice: with acceptance p, a draft of L tokens gives (1 - p^(L + 1)) / (1 - p) for L * K + all layers."""
+    """DEL's choice: with acceptance p, a draft of L tokens gives (1 - p^(L + 1)) / (1 - p) for L *
+    K + all layers.
+    """
 
     def __init__(self, depths: Sequence[int], layers: int) -> None:
-        self.depths, self.layers = sorted(depths), layers
+        self.depths = sorted(depths)
+        self.layers = layers
         self.counts = {depth: list(PRIOR) for depth in depths}
         self._choose()
 
@@ -58,25 +65,36 @@ class _Online(_Layers):
         def rate(pair: tuple[int, int]) -> float:
             depth, length = pair
             right, total = self.counts[depth]
-            return sum((right / total) ** i for i in range(length + 1)) / (length * depth + self.layers)
+            return sum((right / total) ** i for i in range(length + 1)) / (
+                length * depth + self.layers
+            )
 
         pairs = ((depth, length) for depth in self.depths for length in range(1, LONGEST + 1))
         self.depth, self.length = max(pairs, key=rate)
 
 
 @register_decoder(
-    r"spec(?P<depth>\d+)x(?P<length>\d+)(r(?P<near>\d+))?", "spec<K>x<L>", "drafts of K layers; r<R>: within R bins",
+    r"spec(?P<depth>\d+)x(?P<length>\d+)(r(?P<near>\d+))?",
+    "spec<K>x<L>",
+    "drafts of K layers; r<R>: within R bins",
     ("spec{exit}x4", "spec{exit}x4r2"),
-)  # fmt: skip
+)
 def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """Greedy tokens, drafted ``L`` at a time by ``K`` layers and their exit; with ``r<R>`` not exact.
+    """Greedy tokens, drafted ``L`` at a time by ``K`` layers and their exit; with ``r<R>`` not
+    exact.
 
-    Raises as `decode_drafts`, and `ConfigError` for a backbone of fewer layers or drafts of no tokens.
+    Raises as `decode_drafts`, and `ConfigError` for a backbone of fewer layers or drafts of no
+    tokens.
     """
-    depth, length = int(request.options["depth"]), int(request.options["length"])
+    depth = int(request.options["depth"])
+    length = int(request.options["length"])
     if not (1 <= depth < backbone.num_layers and length >= 1):
-        raise ConfigError(f"spec{depth}x{length}: a token or more, by some of {backbone.num_layers} layers.")
-    return decode_drafts(backbone, prefix, request, _Layers(depth, length), int(request.options["near"] or 0))
+        raise ConfigError(
+            f"spec{depth}x{length}: a token or more, by some of {backbone.num_layers} layers."
+        )
+    return decode_drafts(
+        backbone, prefix, request, _Layers(depth, length), int(request.options["near"] or 0)
+    )
 
 
 decode_spec.relaxes = lambda options: bool(int(options["near"] or 0))  # type: ignore[attr-defined]
@@ -84,14 +102,19 @@ decode_spec.relaxes = lambda options: bool(int(options["near"] or 0))  # type: i
 
 @register_decoder("del", "del", "as spec, K and L chosen online", ("del",))
 def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """Greedy tokens; depth and length of every draft are those that promise most tokens a layer call.
+    """Greedy tokens; depth and length of every draft are those that promise most tokens a layer
+    call.
 
-    A verifying forward shows, beside its own tokens, what every exit would have drafted in its place.
+    A verifying forward shows, beside its own tokens, what every exit would have drafted in its
+    place.
 
     Raises as `decode_drafts`, and `ConfigError` for a backbone without exits to choose from.
     """
     exits = getattr(backbone, "exits", {})
     depths = [depth for depth, own in exits.items() if own.layer is None]
     if not depths:
-        raise ConfigError("del chooses among linear exits, and this policy has none; train them with `ceed-vla exits`.")
+        raise ConfigError(
+            "del chooses among linear exits, and this policy has none; train them with `ceed-vla "
+            "exits`."
+        )
     return decode_drafts(backbone, prefix, request, _Online(depths, backbone.num_layers))

@@ -1,6 +1,8 @@
-"""What the child of `process.run_limited` runs: a job from standard input, whose answer goes to standard output.
+"""What the child of `process.run_limited` runs: a job from standard input, whose answer goes to
+standard output.
 
-The limits are set before any library of others is imported. Nothing of this package is: a child starts in some 50 ms.
+The limits are set before any library of others is imported. Nothing of this package is: a child
+starts in some 50 ms.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def main() -> None:
 
 
 def _limit(cpu_s: int, memory: int) -> None:
-    """Bound computation [s] and address space [bytes], and allow neither files nor dumps of memory."""
+    """Bound computation [s] and address space [bytes], and allow neither files nor dumps of
+    memory.
+    """
     with contextlib.suppress(ImportError):  # on other systems the limit of wall time is what holds
         import resource
 

@@ -22,14 +22,16 @@ class LimitError(Exception):
 
 
 def run_limited(work: str, job: Mapping[str, Any]) -> dict[str, Any]:
-    """What the function ``work(job)`` in ``<work>.py`` of this folder returns, run in a process of its own.
+    """What the function ``work(job)`` in ``<work>.py`` of this folder returns, run in a process of
+    its own.
 
     Args:
         work: Name of the file, which imports nothing of this package.
         job: Its argument; JSON.
 
     Raises:
-        LimitError: It raised, wrote no JSON, crashed, or took more than `CPU_S`, `WALL_S` or `MEMORY`.
+        LimitError: It raised, wrote no JSON, crashed, or took more than `CPU_S`, `WALL_S` or
+            `MEMORY`.
     """
     sent = {
         "work": str(_HERE / f"{work}.py"),
@@ -38,10 +40,15 @@ def run_limited(work: str, job: Mapping[str, Any]) -> dict[str, Any]:
         "cpu_s": CPU_S,
         "memory": MEMORY,
     }
-    one_thread = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # each takes address space
+    # each takes address space
+    one_thread = {
+        "RAYON_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     try:
         done = subprocess.run(
-            # Neither site nor the environment's paths are read: the child gets this process's path, and starts sooner.
+            # Neither site nor the environment's paths are read: the child gets this process's path,
+            # and starts sooner.
             [sys.executable, "-I", "-S", str(_HERE / "child.py")],
             input=json.dumps(sent),
             capture_output=True,

@@ -13,13 +13,17 @@ _LONGEST = 10_000_000  # characters of a rendered prompt
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """The text of the job's messages up to where the model answers, or what is wrong with the template."""
+    """The text of the job's messages up to where the model answers, or what is wrong with the
+    template.
+    """
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}`` marks what a model is trained to write; here it is text as any other."""
+        """``{% generation %}`` marks what a model is trained to write; here it is text as any
+        other.
+        """
 
         tags = {"generation"}  # noqa: RUF012  (jinja's name and type)
 
@@ -33,7 +37,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    environment.filters["tojson"] = lambda value, **options: json.dumps(
+        value, **{"ensure_ascii": False, **options}
+    )
     environment.globals |= {
         "raise_exception": fail,
         "strftime_now": lambda form: datetime.now().strftime(form),

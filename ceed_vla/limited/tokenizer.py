@@ -1,7 +1,7 @@
 """Open tokenizer files and use them on texts that find out what they cost, in a limited child.
 
-The texts are ordinary ones, and long runs of what the file's own patterns and replacements match: these are where a
-pattern backtracks without end, and where replacements double.
+The texts are ordinary ones, and long runs of what the file's own patterns and replacements match:
+these are where a pattern backtracks without end, and where replacements double.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _MOST_TEXT = 2**24  # characters that ids are decoded to
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Use every file of the job, tokenizer.json or SentencePiece's, on ordinary texts and the job's own."""
+    """Use every file of the job, tokenizer.json or SentencePiece's, on ordinary texts and the job's
+    own.
+    """
     for name in job["files"]:
         texts = [*ORDINARY, *job["texts"]]
         if name.endswith(".json"):
@@ -36,14 +38,18 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def runs(marks: str) -> Iterator[str]:
-    """Texts of one mark again and again, with another at the end, which makes a pattern try all it has tried."""
+    """Texts of one mark again and again, with another at the end, which makes a pattern try all it
+    has tried.
+    """
     for mark in marks:
         yield mark * LONG + ("!" if mark != "!" else "?")
     yield marks * (LONG // max(len(marks), 1)) + "!"
 
 
 def marks_of(values: Any) -> str:
-    """Characters in the patterns and replacements of what tokenizer.json holds besides its vocabulary."""
+    """Characters in the patterns and replacements of what tokenizer.json holds besides its
+    vocabulary.
+    """
     found: dict[str, None] = dict.fromkeys("a 0.\n")
     waiting = [values.get(stage) for stage in _STAGES]
     while waiting:

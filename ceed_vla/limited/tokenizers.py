@@ -1,4 +1,6 @@
-"""Tokenizers of checkpoints: they are opened here only after a limited child has opened and used them."""
+"""Tokenizers of checkpoints: they are opened here only after a limited child has opened and used
+them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ _checked: set[str] = set()  # hashes of what a child of this process has used
 
 
 def check_tokenizers(folder: Path, texts: Iterable[str] = ()) -> None:
-    """Refuse a folder whose tokenizer crashes, does not end or fills the memory when it is opened or used.
+    """Refuse a folder whose tokenizer crashes, does not end or fills the memory when it is opened
+    or used.
 
     Args:
         folder: Where tokenizer.json, or files of SentencePiece (``*.model``), are.
@@ -45,11 +48,15 @@ def check_tokenizers(folder: Path, texts: Iterable[str] = ()) -> None:
 
 
 def check_tokenizer_text(text: str, what: str, error: type[CeedVLAError]) -> None:
-    """As `check_tokenizers`, of the content of a tokenizer.json, which is called `what`; raises `error`."""
+    """As `check_tokenizers`, of the content of a tokenizer.json, which is called `what`; raises
+    `error`.
+    """
     _check(text.encode("utf-8", "surrogatepass"), ".json", what, [], error)
 
 
-def _check(content: bytes, suffix: str, what: str, texts: list[str], error: type[CeedVLAError]) -> None:
+def _check(
+    content: bytes, suffix: str, what: str, texts: list[str], error: type[CeedVLAError]
+) -> None:
     digest = hashlib.sha256(content)
     for text in texts:
         digest.update(b"\0" + text.encode("utf-8", "surrogatepass"))
@@ -63,7 +70,8 @@ def _check(content: bytes, suffix: str, what: str, texts: list[str], error: type
             run_limited("tokenizer", {"files": [str(copy)], "texts": texts})
     except LimitError as problem:
         raise error(
-            f"{what} cannot be read ({problem}), as a trial in another process shows; copy it again."
+            f"{what} cannot be read ({problem}), as a trial in another process shows; copy it "
+            "again."
         ) from problem
     _checked.add(key)
 

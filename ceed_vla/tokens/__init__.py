@@ -1,1 +1,3 @@
-"""Action vocabularies, one file each; a user's own registers itself the same way (docs/extending.md)."""
+"""Action vocabularies, one file each; a user's own registers itself the same way
+(docs/extending.md).
+"""

@@ -1,4 +1,6 @@
-"""What an action vocabulary is: the settings that ``--policy.action_tokens.type`` chooses, and what these build."""
+"""What an action vocabulary is: the settings that ``--policy.action_tokens.type`` chooses, and what
+these build.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ GUESSES = ("previous", "mid", "random")
 def check_ends(low: Sequence[float], high: Sequence[float]) -> None:
     """Refuse `action_low` and `action_high` of two lengths."""
     if len(low) != len(high):
-        raise ConfigError(f"action_low has {len(low)} values, action_high {len(high)}; give one of each a dimension.")
+        raise ConfigError(
+            f"action_low has {len(low)} values, action_high {len(high)}; give one of each a "
+            "dimension."
+        )
 
 
 def from_front(gripper_dims: Sequence[int], action_dim: int) -> tuple[int, ...]:
@@ -39,28 +44,39 @@ def from_front(gripper_dims: Sequence[int], action_dim: int) -> tuple[int, ...]:
 
 
 class ActionTokens(abc.ABC):
-    """Writes chunks of ``m`` actions of ``A`` dimensions as blocks of ``n`` tokens, and reads them."""
+    """Writes chunks of ``m`` actions of ``A`` dimensions as blocks of ``n`` tokens, and reads
+    them.
+    """
 
     action_dim: int  # action dimensions ``A``
     chunk_steps: int  # steps ``m`` of a chunk
     block_length: int  # tokens ``n`` of a block
     vocabulary_size: int  # values ``V`` of one token
-    # Tokens of one step, in order of time; None where a token belongs to no step. Then nothing can be frozen, and a
-    # block is executed as a whole or not at all.
+    # Tokens of one step, in order of time; None where a token belongs to no step. Then nothing can
+    # be frozen, and a block is executed as a whole or not at all.
     tokens_per_step: int | None
-    ordered: bool = True  # whether neighbouring tokens stand for neighbouring actions, as the settings say
-    normalised: bool = False  # whether it writes what the pre-processor makes of a data set's actions
-    stop: int | None = None  # token behind which a block holds nothing; None where every block is full
+    ordered: bool = (
+        True  # whether neighbouring tokens stand for neighbouring actions, as the settings say
+    )
+    normalised: bool = (
+        False  # whether it writes what the pre-processor makes of a data set's actions
+    )
+    stop: int | None = (
+        None  # token behind which a block holds nothing; None where every block is full
+    )
     zero: Tensor  # (n,) int64, the block nearest "do not move"
     gripper_dims: tuple[int, ...] = ()  # two-valued dimensions, as non-negative indices
     low: Tensor  # (A,) float64, smallest action [action units]
     high: Tensor  # (A,) float64, largest action [action units]
-    grammar: Grammar | None = None  # which tokens can complete a chunk; None where all can, or nobody knows
+    grammar: Grammar | None = (
+        None  # which tokens can complete a chunk; None where all can, or nobody knows
+    )
     clipped: int = 0  # values outside [low, high] that `encode` has clipped since construction
 
     @abc.abstractmethod
     def encode(self, actions: Tensor) -> Tensor:
-        """Tokens (B, n) int64 of finite `actions` (B, m, A); values out of range are clipped and counted.
+        """Tokens (B, n) int64 of finite `actions` (B, m, A); values out of range are clipped and
+        counted.
 
         `TokenError` for another shape, NaN or infinity, or a chunk that no block can hold.
         """
@@ -69,19 +85,27 @@ class ActionTokens(abc.ABC):
     def decode(self, tokens: Tensor) -> Tensor:
         """Actions (B, m, A) float32 [action units] of `tokens` (B, n).
 
-        `TokenError` for another shape or what lies outside the vocabulary, `MalformedChunkError` for rows of no chunk.
+        `TokenError` for another shape or what lies outside the vocabulary, `MalformedChunkError`
+        for rows of no chunk.
         """
 
     def readable(self, tokens: Tensor) -> Tensor:
-        """Which rows (B,) bool of `tokens` (B, n) stand for a chunk: all, unless a vocabulary says otherwise."""
+        """Which rows (B,) bool of `tokens` (B, n) stand for a chunk: all, unless a vocabulary says
+        otherwise.
+        """
         check_tokens(tokens, "tokens", (None, self.block_length), 0)
         return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
 
     def weight(self, tokens: Tensor, padded: Tensor | None = None) -> Tensor:
-        """Weights (B, n) float32 of `tokens` (B, n) in a loss: 0 in steps that are `padded` (B, m)."""
+        """Weights (B, n) float32 of `tokens` (B, n) in a loss: 0 in steps that are `padded` (B,
+        m).
+        """
         check_tokens(tokens, "tokens", (None, self.block_length), 0)
         if padded is not None and getattr(padded, "shape", None) != (len(tokens), self.chunk_steps):
-            raise TokenError(f"padded is {short(padded)}; expected ({len(tokens)}, {self.chunk_steps}) true or false.")
+            raise TokenError(
+                f"padded is {short(padded)}; expected ({len(tokens)}, {self.chunk_steps}) true or "
+                "false."
+            )
         if padded is None or self.tokens_per_step is None:
             return torch.ones_like(tokens, dtype=torch.float32)
         return (~padded.bool()).repeat_interleave(self.tokens_per_step, dim=1).float()
@@ -97,24 +121,33 @@ class ActionTokens(abc.ABC):
         """First states (B, n) int64 of Jacobi decoding.
 
         Args:
-            kind: "random" (uniform tokens), "mid" (`zero`), or "previous" (the previous chunk without the steps that
-                were executed, its last step repeated; "mid" in rows that have none).
+            kind: "random" (uniform tokens), "mid" (`zero`), or "previous" (the previous chunk
+                without the steps that were executed, its last step repeated; "mid" in rows that
+                have none).
             rows: Rows ``B``.
             previous: Tokens (B, n) of the previous chunk; rows of -1 have none.
             shift_steps: Steps of it that were executed.
-            generator: Random source, on the CPU so that a seed means the same tokens on every device; torch's if None.
+            generator: Random source, on the CPU so that a seed means the same tokens on every
+                device; torch's if None.
         """
         if not isinstance(kind, str) or kind not in GUESSES:
             raise ConfigError(f"The guess is {short(kind)}; choose one of {', '.join(GUESSES)}.")
         if type(rows) is not int or not 0 <= rows <= MOST_ROWS:
-            raise TokenError(f"rows is {short(rows)}; it must be a whole number in [0, {MOST_ROWS}].")
+            raise TokenError(
+                f"rows is {short(rows)}; it must be a whole number in [0, {MOST_ROWS}]."
+            )
         if not isinstance(generator, torch.Generator | None):
-            raise ConfigError(f"generator is a {type(generator).__name__}; pass a torch.Generator or None.")
+            raise ConfigError(
+                f"generator is a {type(generator).__name__}; pass a torch.Generator or None."
+            )
         if previous is not None:
             shape = (rows, self.block_length)
             check_tokens(previous, "The previous chunk", shape, self.vocabulary_size, none=True)
         if type(shift_steps) is not int or not 0 <= shift_steps <= self.chunk_steps:
-            raise TokenError(f"shift_steps is {short(shift_steps)}; it must be whole steps in [0, {self.chunk_steps}].")
+            raise TokenError(
+                f"shift_steps is {short(shift_steps)}; it must be whole steps in [0, "
+                f"{self.chunk_steps}]."
+            )
         if kind == "random":
             return self.random_block(rows, generator)
         mid = self.zero.repeat(rows, 1)  # (B, n)
@@ -127,11 +160,15 @@ class ActionTokens(abc.ABC):
         return torch.randint(self.vocabulary_size, (rows, self.block_length), generator=generator)
 
     def shifted(self, previous: Tensor, mid: Tensor, steps: int) -> Tensor:
-        """`previous` (B, n) without its first `steps`, its last step repeated; `mid` (B, n) in rows of -1."""
+        """`previous` (B, n) without its first `steps`, its last step repeated; `mid` (B, n) in rows
+        of -1.
+        """
         assert self.tokens_per_step is not None
         width = self.tokens_per_step
         repeated = previous[:, self.block_length - width :].repeat(1, steps)
-        return torch.where(previous[:, :1] < 0, mid, torch.cat([previous[:, steps * width :], repeated], dim=1))
+        return torch.where(
+            previous[:, :1] < 0, mid, torch.cat([previous[:, steps * width :], repeated], dim=1)
+        )
 
 
 @dataclass
@@ -139,13 +176,16 @@ class ActionTokensConfig(Choice, Checked, draccus.ChoiceRegistry, abc.ABC):
     """Base of the settings of all vocabularies.
 
     Attributes:
-        listed: Settings that have one value for every action dimension, or are empty until they are filled.
+        listed: Settings that have one value for every action dimension, or are empty until they are
+            filled.
         gripper_dims: Two-valued action dimensions, which decode to their two values exactly.
     """
 
     setting: ClassVar[str] = "action_tokens"
     usual: ClassVar[str] = "uniform"
-    ordered: ClassVar[bool] = True  # neighbouring tokens stand for neighbouring actions: soft labels make sense
+    ordered: ClassVar[bool] = (
+        True  # neighbouring tokens stand for neighbouring actions: soft labels make sense
+    )
 
     listed: ClassVar[tuple[str, ...]] = ()
 
@@ -165,7 +205,9 @@ class ActionTokensConfig(Choice, Checked, draccus.ChoiceRegistry, abc.ABC):
         return chunk_steps * action_dim
 
     def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
-        """Fill what the data define, once, when a policy is new; `action_stats` are LeRobot's, or None."""
+        """Fill what the data define, once, when a policy is new; `action_stats` are LeRobot's, or
+        None.
+        """
 
     def validate_features(self, action_dim: int) -> None:
         """Raise `ConfigError` if the settings do not fit the action."""

@@ -1,4 +1,6 @@
-"""FAST tokens fitted on own data (``--policy.action_tokens.type=fast``): the ids of a `FastCodec`, and a stop token."""
+"""FAST tokens fitted on own data (``--policy.action_tokens.type=fast``): the ids of a `FastCodec`,
+and a stop token.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,17 @@ _HEADROOM = 1.25  # data recorded later, such as takeovers, may take a little lo
 @ActionTokensConfig.register_subclass("fast")
 @dataclass
 class FastTokensConfig(ActionTokensConfig):
-    """FAST (DCT + BPE, arXiv 2501.09747) fitted on the training data; a chunk takes as many tokens as it needs.
+    """FAST (DCT + BPE, arXiv 2501.09747) fitted on the training data; a chunk takes as many tokens
+    as it needs.
 
-    `ceed-vla train` fits the tokens when it starts, `ceed-vla fit-tokens` writes them to a file for other trainers.
-    A checkpoint holds them in its configuration.
+    `ceed-vla train` fits the tokens when it starts, `ceed-vla fit-tokens` writes them to a file for
+    other trainers. A checkpoint holds them in its configuration.
 
     Attributes:
         path: File of `ceed-vla fit-tokens`; it replaces the fields below.
         most_ids: Most FAST ids; the data may need fewer.
-        scale: Quantisation: a DCT coefficient is rounded to ``1 / scale`` of half a range. Larger is finer and longer.
+        scale: Quantisation: a DCT coefficient is rounded to ``1 / scale`` of half a range. Larger
+            is finer and longer.
         action_low: Lower end of every action dimension [the data set's units]; the data's if empty.
         action_high: Upper end of every action dimension [the data set's units].
         gripper_dims: Two-valued action dimensions; they decode to the nearer range end exactly.
@@ -64,7 +68,10 @@ class FastTokensConfig(ActionTokensConfig):
         if self.path and not self.fitted:
             self._read(Path(self.path))
         if self.symbols and not (len(self.symbols) == 2 and self.symbols[0] <= self.symbols[1]):
-            raise ConfigError(f"symbols is {self.symbols[:5]}; it must be the smallest and the largest coefficient.")
+            raise ConfigError(
+                f"symbols is {self.symbols[:5]}; it must be the smallest and the largest "
+                "coefficient."
+            )
 
     @property
     def fitted(self) -> bool:
@@ -85,20 +92,27 @@ class FastTokensConfig(ActionTokensConfig):
         self._check_fitted()
 
     def fit_chunks(self, chunks: Tensor) -> None:
-        """Fit the tokens on every chunk (N, m, A) of the training data; does nothing if they are known."""
+        """Fit the tokens on every chunk (N, m, A) of the training data; does nothing if they are
+        known.
+        """
         if self.fitted:
             return
         dim = int(chunks.shape[-1])
         if not self.action_low:
             flat = chunks.flatten(0, 1).double()
             stats = {"min": flat.amin(0), "max": flat.amax(0)}
-            self.action_low, self.action_high = ranges_from_stats(stats, "min_max", self.gripper_indices(dim))
+            self.action_low, self.action_high = ranges_from_stats(
+                stats, "min_max", self.gripper_indices(dim)
+            )
         self.validate_features(dim)
-        low, high = (torch.tensor(ends, dtype=torch.float64) for ends in (self.action_low, self.action_high))
+        low, high = (
+            torch.tensor(ends, dtype=torch.float64) for ends in (self.action_low, self.action_high)
+        )
         scaled = normalise(chunks.cpu().double().clamp(low, high), low, high)
         codec = FastCodec.fit(scaled, self.most_ids, self.scale)
         assert codec.most is not None
-        self.symbols, self.chunk_steps = [codec.least, codec.most], int(chunks.shape[1])
+        self.symbols = [codec.least, codec.most]
+        self.chunk_steps = int(chunks.shape[1])
         self.merges = " ".join(f"{left}+{right}" for left, right in codec.merges)
         longest = max(map(len, codec.encode(scaled)))
         most = self.chunk_steps * dim  # a token stands for one coefficient at least
@@ -108,18 +122,23 @@ class FastTokensConfig(ActionTokensConfig):
         self._check_fitted()
         if chunk_steps != self.chunk_steps:
             raise ConfigError(
-                f"The FAST tokens were fitted on chunks of {self.chunk_steps} steps, the policy's have {chunk_steps}; "
-                "fit them again."
+                f"The FAST tokens were fitted on chunks of {self.chunk_steps} steps, the policy's "
+                f"have {chunk_steps}; fit them again."
             )
         with raised_as(ConfigError, "merges holds no pairs of ids", "fit the tokens again."):
-            pairs = [(int(a), int(b)) for a, _, b in (merge.partition("+") for merge in self.merges.split())]
+            pairs = [
+                (int(a), int(b))
+                for a, _, b in (merge.partition("+") for merge in self.merges.split())
+            ]
         codec = FastCodec.from_merges(pairs, self.scale, *self.symbols)
         return FastTokenizer(self, codec)
 
     def write(self, file: str | Path) -> Path:
         """Write the fitted tokens to a JSON file that `path` reads."""
         self._check_fitted()
-        write_text(Path(file), json.dumps({name: getattr(self, name) for name in self._stored()}) + "\n")
+        write_text(
+            Path(file), json.dumps({name: getattr(self, name) for name in self._stored()}) + "\n"
+        )
         return Path(file)
 
     def _stored(self) -> list[str]:
@@ -136,23 +155,27 @@ class FastTokensConfig(ActionTokensConfig):
             raise CheckpointError(f"{file} holds no fitted tokens: it lacks {', '.join(lacking)}.")
         for name in self._stored():
             setattr(self, name, values[name])
-        with raised_as(CheckpointError, f"{file} holds no fitted tokens", "fit them again.", CheckpointError):
+        with raised_as(
+            CheckpointError, f"{file} holds no fitted tokens", "fit them again.", CheckpointError
+        ):
             check_fields(self)
 
     def _check_fitted(self) -> None:
         if not self.fitted:
             raise ConfigError(
-                "The FAST tokens are not fitted yet: `ceed-vla train` does it when it starts; for other trainers run "
-                "`ceed-vla fit-tokens` on the data, then set --policy.action_tokens.path to its file."
+                "The FAST tokens are not fitted yet: `ceed-vla train` does it when it starts; for "
+                "other trainers run `ceed-vla fit-tokens` on the data, then set "
+                "--policy.action_tokens.path to its file."
             )
 
 
 class FastTokenizer(VariableLengthTokens):
     """FAST ids of a fitted `FastCodec`, and the stop token behind them.
 
-    The range [low, high] of every dimension [action units] maps to [-1, 1] before the cosine transform; values outside
-    are clipped and counted. Grippers decode to the nearer range end exactly. `ConfigError` for ranges that define
-    no scale, or a block too short for the chunk of zeros.
+    The range [low, high] of every dimension [action units] maps to [-1, 1] before the cosine
+    transform; values outside are clipped and counted. Grippers decode to the nearer range end
+    exactly. `ConfigError` for ranges that define no scale, or a block too short for the chunk of
+    zeros.
     """
 
     def __init__(self, settings: FastTokensConfig, codec: FastCodec) -> None:
@@ -160,21 +183,30 @@ class FastTokenizer(VariableLengthTokens):
         self.low = torch.tensor([float(v) for v in low], dtype=torch.float64)  # (A,)
         self.high = torch.tensor([float(v) for v in high], dtype=torch.float64)  # (A,)
         if len(low) != len(high) or not len(low) or not bool((self.low < self.high).all()):
-            raise ConfigError(f"low {list(low)} must be below high {list(high)} in every dimension.")
-        self.action_dim, self.chunk_steps, self.block_length = len(low), settings.chunk_steps, settings.max_tokens
+            raise ConfigError(
+                f"low {list(low)} must be below high {list(high)} in every dimension."
+            )
+        self.action_dim = len(low)
+        self.chunk_steps = settings.chunk_steps
+        self.block_length = settings.max_tokens
         self.gripper_dims = from_front(settings.gripper_dims, self.action_dim)
         self.codec = codec
-        self.stop, self.vocabulary_size = codec.vocabulary_size, codec.vocabulary_size + 1
+        self.stop = codec.vocabulary_size
+        self.vocabulary_size = codec.vocabulary_size + 1
         self.speculative = torch.arange(self.vocabulary_size)
         lengths = torch.cat([codec.id_lengths(), torch.zeros(1, dtype=torch.int64)])  # (V,)
         total = self.chunk_steps * self.action_dim
-        self.grammar = Grammar(lengths, self.stop, total, self.block_length)  # under it a chunk is always whole
-        self.smoothed = 0  # chunks that lost their highest frequencies because they would have overfilled a block
+        # under it a chunk is always whole
+        self.grammar = Grammar(lengths, self.stop, total, self.block_length)
+        # chunks that lost their highest frequencies because they would have overfilled a block
+        self.smoothed = 0
         zero = torch.zeros(1, self.chunk_steps, self.action_dim, dtype=torch.float64)
         try:
             self.zero = self.encode(zero.clamp(self.low, self.high))[0]
         except TokenError as error:
-            raise ConfigError(f"block_length {self.block_length} does not even hold the chunk of zeros.") from error
+            raise ConfigError(
+                f"block_length {self.block_length} does not even hold the chunk of zeros."
+            ) from error
         self.clipped = 0
 
     def _write(self, actions: Tensor) -> list[list[int]]:

@@ -1,9 +1,12 @@
-"""FAST (arXiv 2501.09747): a chunk of actions as the byte-pair-encoded string of its rounded cosine coefficients.
+"""FAST (arXiv 2501.09747): a chunk of actions as the byte-pair-encoded string of its rounded cosine
+coefficients.
 
-    (m, A) normalised --DCT over time--> (m, A) coefficients --x scale, round--> integers, low frequencies first
+    (m, A) normalised --DCT over time--> (m, A) coefficients --x scale, round--> integers, low
+    frequencies first
            --one character each--> text of m * A characters --BPE--> a few ids
 
-The text is the one of the published tokenizers, so `FastCodec` reads their folders too, without running their code.
+The text is the one of the published tokenizers, so `FastCodec` reads their folders too, without
+running their code.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ class FastCodec:
 
     Args:
         bpe: Byte-pair encoding of coefficient texts.
-        scale: Coefficients are multiplied by this before rounding; the step of a coefficient is ``1 / scale``.
+        scale: Coefficients are multiplied by this before rounding; the step of a coefficient is ``1
+            / scale``.
         least: Coefficient of character 0; smaller ones are clipped.
         most: Largest coefficient that the encoding knows; None if it knows every character.
     """
@@ -40,27 +44,37 @@ class FastCodec:
     def __init__(self, bpe: Tokenizer, scale: float, least: int, most: int | None = None) -> None:
         if not (math.isfinite(scale) and scale > 0):
             raise ConfigError(f"scale is {scale}; it must be a positive number.")
-        self.bpe, self.scale, self.least, self.most = bpe, float(scale), int(least), most
+        self.bpe = bpe
+        self.scale = float(scale)
+        self.least = int(least)
+        self.most = most
         self.vocabulary_size = int(bpe.get_vocab_size())
         # (vocabulary_size,) characters of the entries; a byte of a coefficient takes one
         self._lengths = [len(bpe.id_to_token(i) or "") for i in range(self.vocabulary_size)]
-        self.merges: list[tuple[int, int]] = []  # the pairs of ids that a fitted codec joins; empty for a folder's
+        # the pairs of ids that a fitted codec joins; empty for a folder's
+        self.merges: list[tuple[int, int]] = []
 
     @classmethod
     def fit(cls, chunks: Tensor, vocabulary_size: int, scale: float) -> FastCodec:
-        """Learn the encoding of `chunks` (N, m, A), normalised to about [-1, 1]; `ConfigError` if they need more ids.
+        """Learn the encoding of `chunks` (N, m, A), normalised to about [-1, 1]; `ConfigError` if
+        they need more ids.
 
-        Every character is one id and merges join whole characters, so an id stands for `id_lengths` coefficients.
+        Every character is one id and merges join whole characters, so an id stands for `id_lengths`
+        coefficients.
         """
         if chunks.ndim != 3 or not chunks.numel():
-            raise ConfigError(f"Chunks of shape {tuple(chunks.shape)} cannot be fitted; expected (N, m, A).")
+            raise ConfigError(
+                f"Chunks of shape {tuple(chunks.shape)} cannot be fitted; expected (N, m, A)."
+            )
         rounded = _coefficients(chunks, scale)  # (N, m * A)
-        least, most = int(rounded.min()), int(rounded.max())
+        least = int(rounded.min())
+        most = int(rounded.max())
         symbols = most - least + 1
         if symbols > min(vocabulary_size, _MOST_SYMBOLS):
             raise ConfigError(
-                f"The data have coefficients from {least} to {most}, {symbols} symbols, but most_ids is "
-                f"{vocabulary_size}; raise it, lower the scale ({scale}), or widen the action ranges."
+                f"The data have coefficients from {least} to {most}, {symbols} symbols, but "
+                f"most_ids is {vocabulary_size}; raise it, lower the scale ({scale}), or widen the "
+                "action ranges."
             )
         tokenizer = Tokenizer(models.BPE())
         trainer = trainers.BpeTrainer(
@@ -79,23 +93,39 @@ class FastCodec:
         return cls.from_merges(pairs, scale, least, most)
 
     @classmethod
-    def from_merges(cls, merges: Sequence[tuple[int, int]], scale: float, least: int, most: int) -> FastCodec:
-        """The codec whose id ``S + i`` joins the two earlier ids ``merges[i]``; ids below ``S`` are coefficients."""
+    def from_merges(
+        cls, merges: Sequence[tuple[int, int]], scale: float, least: int, most: int
+    ) -> FastCodec:
+        """The codec whose id ``S + i`` joins the two earlier ids ``merges[i]``; ids below ``S`` are
+        coefficients.
+        """
         symbols = most - least + 1
         if not 1 <= symbols <= _MOST_SYMBOLS:
-            raise ConfigError(f"The coefficients {least} to {most} are no range of 1 to {_MOST_SYMBOLS}.")
-        texts, total = [chr(i) for i in range(symbols)], symbols
+            raise ConfigError(
+                f"The coefficients {least} to {most} are no range of 1 to {_MOST_SYMBOLS}."
+            )
+        texts = [chr(i) for i in range(symbols)]
+        total = symbols
         for i, (left, right) in enumerate(merges):
             if not (0 <= left < len(texts) and 0 <= right < len(texts)):
-                raise ConfigError(f"Merge {i} joins the ids {left} and {right}, of {len(texts)} before; fit again.")
+                raise ConfigError(
+                    f"Merge {i} joins the ids {left} and {right}, of {len(texts)} before; fit "
+                    "again."
+                )
             texts.append(texts[left] + texts[right])
             total += len(texts[-1])
             if total > _MOST_CHARACTERS:
-                raise ConfigError(f"The ids up to merge {i} stand for {total} coefficients; fit them again.")
+                raise ConfigError(
+                    f"The ids up to merge {i} stand for {total} coefficients; fit them again."
+                )
         if len(set(texts)) < len(texts):
             raise ConfigError("Two merges make the same text; fit the tokens again.")
         vocabulary = {text: i for i, text in enumerate(texts)}
-        bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[(texts[left], texts[right]) for left, right in merges]))
+        bpe = Tokenizer(
+            models.BPE(
+                vocab=vocabulary, merges=[(texts[left], texts[right]) for left, right in merges]
+            )
+        )
         bpe.decoder = decoders.Fuse()
         codec = cls(bpe, scale, least, most)
         codec.merges = list(merges)
@@ -110,17 +140,27 @@ class FastCodec:
         files = [folder / "tokenizer.json", folder / "bpe_tokenizer" / "tokenizer.json"]
         file = next((f for f in files if f.is_file()), None)
         if file is None:
-            raise CheckpointError(f"The FAST tokenizer {folder} lacks tokenizer.json; copy the whole folder.")
-        needed = "processor_config.json must name scale and min_token, and tokenizer.json hold a BPE."
-        with raised_as(CheckpointError, f"The FAST tokenizer {folder} cannot be used", needed, CheckpointError):
+            raise CheckpointError(
+                f"The FAST tokenizer {folder} lacks tokenizer.json; copy the whole folder."
+            )
+        needed = (
+            "processor_config.json must name scale and min_token, and tokenizer.json hold a BPE."
+        )
+        with raised_as(
+            CheckpointError, f"The FAST tokenizer {folder} cannot be used", needed, CheckpointError
+        ):
             text = read_text(file, most=MOST_BYTES)
             return cls.from_json(text, float(settings["scale"]), int(settings["min_token"]))
 
     @classmethod
     def from_json(cls, bpe: str, scale: float, least: int) -> FastCodec:
-        """The codec of a published tokenizer: the content of its tokenizer.json, and its numbers."""
+        """The codec of a published tokenizer: the content of its tokenizer.json, and its
+        numbers.
+        """
         check_tokenizer_text(bpe, "The FAST tokenizer's BPE", ConfigError)
-        with raised_as(ConfigError, "The FAST tokenizer's BPE cannot be read", "copy its folder again."):
+        with raised_as(
+            ConfigError, "The FAST tokenizer's BPE cannot be read", "copy its folder again."
+        ):
             return cls(Tokenizer.from_str(bpe), scale, least)
 
     def id_lengths(self) -> Tensor:
@@ -130,7 +170,8 @@ class FastCodec:
     def encode(self, chunks: Tensor, frequencies: int | None = None) -> list[list[int]]:
         """Ids of every chunk of `chunks` (B, m, A), normalised to about [-1, 1].
 
-        With `frequencies` only so many of the ``m`` are kept, the low ones: a smoother and shorter chunk.
+        With `frequencies` only so many of the ``m`` are kept, the low ones: a smoother and shorter
+        chunk.
         """
         rounded = _coefficients(chunks, self.scale)  # (B, m * A)
         if frequencies is not None:
@@ -140,30 +181,39 @@ class FastCodec:
             return [encoding.ids for encoding in self.bpe.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int], steps: int, action_dim: int) -> Tensor:
-        """The chunk (m, A) float64 that `ids` stand for, in normalised units, or `MalformedChunkError`."""
+        """The chunk (m, A) float64 that `ids` stand for, in normalised units, or
+        `MalformedChunkError`.
+        """
         unknown = [i for i in ids if not 0 <= i < self.vocabulary_size]
         if unknown:
-            raise MalformedChunkError(f"{unknown[0]} is no FAST id; they lie in [0, {self.vocabulary_size - 1}].")
-        longest = _BYTES * steps * action_dim
-        if sum(self._lengths[i] for i in ids) > longest:  # refused before a text of any length is made
             raise MalformedChunkError(
-                f"{len(ids)} FAST ids stand for more than {longest} bytes, too many for a chunk of {steps} steps of "
-                f"{action_dim} dimensions."
+                f"{unknown[0]} is no FAST id; they lie in [0, {self.vocabulary_size - 1}]."
             )
-        with raised_as(MalformedChunkError, "The FAST tokenizer cannot decode them", "copy its folder again."):
+        longest = _BYTES * steps * action_dim
+        # refused before a text of any length is made
+        if sum(self._lengths[i] for i in ids) > longest:
+            raise MalformedChunkError(
+                f"{len(ids)} FAST ids stand for more than {longest} bytes, too many for a chunk of "
+                f"{steps} steps of {action_dim} dimensions."
+            )
+        with raised_as(
+            MalformedChunkError, "The FAST tokenizer cannot decode them", "copy its folder again."
+        ):
             text = self.bpe.decode(list(ids), skip_special_tokens=False)
         if UNDECODABLE in text or len(text) != steps * action_dim:
             broken = " with bytes that are no character" if UNDECODABLE in text else ""
             raise MalformedChunkError(
-                f"{len(ids)} FAST ids give {len(text)} coefficients{broken}, a chunk of {steps} steps of "
-                f"{action_dim} dimensions has {steps * action_dim}."
+                f"{len(ids)} FAST ids give {len(text)} coefficients{broken}, a chunk of {steps} "
+                f"steps of {action_dim} dimensions has {steps * action_dim}."
             )
         rounded = torch.tensor([ord(c) for c in text], dtype=torch.float64) + self.least  # (m * A,)
         return cosine_basis(steps).T @ (rounded.view(steps, action_dim) / self.scale)
 
 
 def cosine_basis(steps: int) -> Tensor:
-    """The orthonormal DCT-II (m, m) float64: coefficients = basis @ chunk, chunk = basis.T @ coefficients."""
+    """The orthonormal DCT-II (m, m) float64: coefficients = basis @ chunk, chunk = basis.T @
+    coefficients.
+    """
     k = torch.arange(steps, dtype=torch.float64).unsqueeze(1)  # frequency
     t = torch.arange(steps, dtype=torch.float64) + 0.5  # middle of every step
     basis = torch.cos(math.pi / steps * k * t) * math.sqrt(2 / steps)

@@ -1,4 +1,6 @@
-"""OpenVLA's action tokens: 256 ids, 255 bin centres, and quantiles of a data set to un-normalise with."""
+"""OpenVLA's action tokens: 256 ids, 255 bin centres, and quantiles of a data set to un-normalise
+with.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class OpenVLATokensConfig(ActionTokensConfig):
         unnorm_key: Data set the quantiles come from; a name only.
         q01: Lower quantile of every action dimension; filled from the data if empty.
         q99: Upper quantile of every action dimension; filled from the data if empty.
-        mask: Dimensions that are normalised; filled with all but `gripper_dims` within [-1, 1] if empty.
+        mask: Dimensions that are normalised; filled with all but `gripper_dims` within [-1, 1] if
+            empty.
     """
 
     listed = ("q01", "q99", "mask")
@@ -46,8 +49,12 @@ class OpenVLATokensConfig(ActionTokensConfig):
         grippers = self.gripper_indices(action_dim)
         if not self.q01:
             if action_stats is None:
-                raise ConfigError("q01 and q99 are empty, and there are no action statistics to take them from.")
-            self.q01, self.q99 = ranges_from_stats(action_stats, "quantile", grippers, self.n_action_bins)
+                raise ConfigError(
+                    "q01 and q99 are empty, and there are no action statistics to take them from."
+                )
+            self.q01, self.q99 = ranges_from_stats(
+                action_stats, "quantile", grippers, self.n_action_bins
+            )
         inside = [low >= -1 and high <= 1 for low, high in zip(self.q01, self.q99, strict=True)]
         self.mask = self.mask or [d not in grippers or not inside[d] for d in range(action_dim)]
 
@@ -58,17 +65,25 @@ class OpenVLATokensConfig(ActionTokensConfig):
 class OpenVLATokenizer(ActionTokens):
     """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
 
-    Dimensions in `mask` are normalised, ``x = 2 (a - q01) / (q99 - q01) - 1``, the others (the gripper) stay. `x` in
-    [-1, 1] falls between two of ``V`` equidistant edges; token ``v`` decodes to the middle of edges ``v`` and ``v +
-    1``, and the last token, which only ``x = 1`` gets, to the last middle. `ConfigError` for quantiles of no action.
+    Dimensions in `mask` are normalised, ``x = 2 (a - q01) / (q99 - q01) - 1``, the others (the
+    gripper) stay. `x` in [-1, 1] falls between two of ``V`` equidistant edges; token ``v`` decodes
+    to the middle of edges ``v`` and ``v + 1``, and the last token, which only ``x = 1`` gets, to
+    the last middle. `ConfigError` for quantiles of no action.
     """
 
     def __init__(self, settings: OpenVLATokensConfig, chunk_steps: int) -> None:
-        q01, q99, mask = settings.q01, settings.q99, settings.mask
+        q01 = settings.q01
+        q99 = settings.q99
+        mask = settings.mask
         if not len(q01) == len(q99) == len(mask) > 0:
-            raise ConfigError(f"q01 has {len(q01)} values, q99 {len(q99)}, mask {len(mask)}; give one of each.")
-        self.action_dim, self.chunk_steps, self.vocabulary_size = len(q01), chunk_steps, settings.n_action_bins
-        self.tokens_per_step, self.block_length = self.action_dim, chunk_steps * self.action_dim
+            raise ConfigError(
+                f"q01 has {len(q01)} values, q99 {len(q99)}, mask {len(mask)}; give one of each."
+            )
+        self.action_dim = len(q01)
+        self.chunk_steps = chunk_steps
+        self.vocabulary_size = settings.n_action_bins
+        self.tokens_per_step = self.action_dim
+        self.block_length = chunk_steps * self.action_dim
         self.gripper_dims = settings.gripper_indices(self.action_dim)
         self.mask = torch.tensor(mask)  # (A,)
         ones = torch.ones(self.action_dim, dtype=torch.float64)
@@ -77,11 +92,15 @@ class OpenVLATokenizer(ActionTokens):
         wrong = (self.low > self.high).nonzero()
         if len(wrong):
             d = int(wrong[0])
-            raise ConfigError(f"Dimension {d} has the quantiles [{q01[d]}, {q99[d]}]; they must be in order.")
+            raise ConfigError(
+                f"Dimension {d} has the quantiles [{q01[d]}, {q99[d]}]; they must be in order."
+            )
         # numpy's grid, not torch's: they differ in the last bit, and so would decoded actions.
         self._edges = torch.from_numpy(np.linspace(-1.0, 1.0, self.vocabulary_size))  # (V,)
         self._centres = (self._edges[:-1] + self._edges[1:]) / 2  # (V - 1,)
-        self.zero = self._bins(torch.zeros(1, self.chunk_steps, self.action_dim, dtype=torch.float64)).flatten()
+        self.zero = self._bins(
+            torch.zeros(1, self.chunk_steps, self.action_dim, dtype=torch.float64)
+        ).flatten()
         self.clipped = 0
 
     def encode(self, actions: Tensor) -> Tensor:
@@ -90,8 +109,10 @@ class OpenVLATokenizer(ActionTokens):
 
     def _bins(self, actions: Tensor) -> Tensor:
         """Bins (B, m, A) of float64 actions."""
-        low, high = self.low.to(actions.device), self.high.to(actions.device)
-        normalised = 2 * (actions - low) / (high - low).clamp(min=1e-8) - 1  # unmasked ones have [-1, 1]
+        low = self.low.to(actions.device)
+        high = self.high.to(actions.device)
+        # unmasked ones have [-1, 1]
+        normalised = 2 * (actions - low) / (high - low).clamp(min=1e-8) - 1
         self.clipped += int((normalised.abs() > 1 + 1e-6).sum())
         edges = self._edges.to(actions.device)
         return torch.bucketize(normalised.clamp(-1, 1), edges, right=True) - 1
@@ -103,7 +124,14 @@ class OpenVLATokenizer(ActionTokens):
         """Actions (B, m, A) float64 [action units] of tokens (B, n)."""
         check_tokens(tokens, "tokens", (None, self.block_length), self.vocabulary_size)
         device = tokens.device
-        index = tokens.long().clamp(max=self.vocabulary_size - 2).view(-1, self.chunk_steps, self.action_dim)
+        index = (
+            tokens.long()
+            .clamp(max=self.vocabulary_size - 2)
+            .view(-1, self.chunk_steps, self.action_dim)
+        )
         normalised = self._centres.to(device)[index]  # (B, m, A)
-        low, high = self.low.to(device), self.high.to(device)
-        return torch.where(self.mask.to(device), 0.5 * (normalised + 1) * (high - low) + low, normalised)
+        low = self.low.to(device)
+        high = self.high.to(device)
+        return torch.where(
+            self.mask.to(device), 0.5 * (normalised + 1) * (high - low) + low, normalised
+        )

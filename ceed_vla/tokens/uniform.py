@@ -1,4 +1,6 @@
-"""Continuous actions to tokens and back: one uniform grid of bin centres for every action dimension."""
+"""Continuous actions to tokens and back: one uniform grid of bin centres for every action
+dimension.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from ceed_vla.fields import chosen, ranged, short
 from ceed_vla.tensors import check_actions, check_tokens, numbers, whole
 from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, check_ends, from_front
 
-RANGE_MODES = {"quantile": ("q01", "q99"), "min_max": ("min", "max")}  # by what of the data's statistics
+# by what of the data's statistics
+RANGE_MODES = {
+    "quantile": ("q01", "q99"),
+    "min_max": ("min", "max"),
+}
 ACTION_RANGES = (*RANGE_MODES, "fixed")
 MOST_BINS, MOST_STEPS = 65_536, 4096
 LARGEST = 1e30  # end of a range [action units]
@@ -29,9 +35,11 @@ class UniformTokensConfig(ActionTokensConfig):
 
     Attributes:
         num_bins: Values of one action token. Odd numbers put zero exactly on a bin centre.
-        action_range: Where the bins end: "quantile" (1 % and 99 %), "min_max" (of the data), or "fixed"
-            (`action_low`, `action_high`). Quantiles break dimensions that are nearly always zero.
-        action_low: Lower end of every action dimension [the data set's units]; filled from the data unless fixed.
+        action_range: Where the bins end: "quantile" (1 % and 99 %), "min_max" (of the data), or
+            "fixed" (`action_low`, `action_high`). Quantiles break dimensions that are nearly always
+            zero.
+        action_low: Lower end of every action dimension [the data set's units]; filled from the data
+            unless fixed.
         action_high: Upper end of every action dimension [the data set's units].
         gripper_dims: Two-valued action dimensions; always min/max, decoded exactly.
     """
@@ -47,7 +55,9 @@ class UniformTokensConfig(ActionTokensConfig):
         super().__post_init__()
         check_ends(self.action_low, self.action_high)
         if self.action_range == "fixed" and not self.action_low:
-            raise ConfigError('action_range "fixed" needs action_low and action_high, one value a dimension.')
+            raise ConfigError(
+                'action_range "fixed" needs action_low and action_high, one value a dimension.'
+            )
 
     @property
     def vocabulary_size(self) -> int:
@@ -58,24 +68,27 @@ class UniformTokensConfig(ActionTokensConfig):
             return
         if action_stats is None:
             raise ConfigError(
-                f'action_range "{self.action_range}" needs the data set\'s action statistics, or set '
-                'action_range="fixed" with action_low and action_high.'
+                f'action_range "{self.action_range}" needs the data set\'s action statistics, or '
+                'set action_range="fixed" with action_low and action_high.'
             )
         grippers = self.gripper_indices(action_dim)
         ranges = ranges_from_stats(action_stats, self.action_range, grippers, self.num_bins)
         self.action_low, self.action_high = ranges
 
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
-        return ActionTokenizer(self.action_low, self.action_high, chunk_steps, self.num_bins, self.gripper_dims)
+        return ActionTokenizer(
+            self.action_low, self.action_high, chunk_steps, self.num_bins, self.gripper_dims
+        )
 
 
 class ActionTokenizer(ActionTokens):
     """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
 
-    Token ``v`` of dimension ``d`` stands for ``low[d] + v * (high[d] - low[d]) / (num_bins - 1)`` [action units]: the
-    tokens are bin centres and both ends are exact. With an odd `num_bins` and a range symmetric about zero, zero is
-    exactly the middle bin, so "do not move" costs no error. Values outside a range are clipped and counted.
-    `gripper_dims` have two values, which should be range ends. `ConfigError` for ranges that define no grid.
+    Token ``v`` of dimension ``d`` stands for ``low[d] + v * (high[d] - low[d]) / (num_bins - 1)``
+    [action units]: the tokens are bin centres and both ends are exact. With an odd `num_bins` and a
+    range symmetric about zero, zero is exactly the middle bin, so "do not move" costs no error.
+    Values outside a range are clipped and counted. `gripper_dims` have two values, which should be
+    range ends. `ConfigError` for ranges that define no grid.
     """
 
     def __init__(
@@ -86,17 +99,26 @@ class ActionTokenizer(ActionTokens):
         num_bins: int = 255,
         gripper_dims: Sequence[int] = (),
     ) -> None:
-        low, high, gripper_dims = numbers(low, "low"), numbers(high, "high"), whole(gripper_dims, "gripper_dims")
+        low = numbers(low, "low")
+        high = numbers(high, "high")
+        gripper_dims = whole(gripper_dims, "gripper_dims")
         if len(low) != len(high) or len(low) == 0:
-            raise ConfigError(f"low has {len(low)} values and high {len(high)}; give one for every dimension.")
-        (chunk_steps, num_bins) = whole((chunk_steps, num_bins), "chunk_steps and num_bins")
-        if not 1 <= chunk_steps <= MOST_STEPS or not 2 <= num_bins <= MOST_BINS or len(low) > MOST_STEPS:
             raise ConfigError(
-                f"chunk_steps is {chunk_steps} (1 to {MOST_STEPS}), num_bins {num_bins} (2 to {MOST_BINS}), and there "
-                f"are {len(low)} dimensions (1 to {MOST_STEPS})."
+                f"low has {len(low)} values and high {len(high)}; give one for every dimension."
+            )
+        chunk_steps, num_bins = whole((chunk_steps, num_bins), "chunk_steps and num_bins")
+        if (
+            not 1 <= chunk_steps <= MOST_STEPS
+            or not 2 <= num_bins <= MOST_BINS
+            or len(low) > MOST_STEPS
+        ):
+            raise ConfigError(
+                f"chunk_steps is {chunk_steps} (1 to {MOST_STEPS}), num_bins {num_bins} (2 to "
+                f"{MOST_BINS}), and there are {len(low)} dimensions (1 to {MOST_STEPS})."
             )
         self.action_dim = self.tokens_per_step = len(low)
-        self.chunk_steps, self.block_length = chunk_steps, chunk_steps * len(low)
+        self.chunk_steps = chunk_steps
+        self.block_length = chunk_steps * len(low)
         self.vocabulary_size = num_bins
         self.gripper_dims = from_front(gripper_dims, self.action_dim)
         # float64: rounding to a bin must not depend on how a float32 grid rounds.
@@ -107,16 +129,20 @@ class ActionTokenizer(ActionTokens):
         if not bool(ordered.all()):
             d = int((~ordered).nonzero()[0])
             raise ConfigError(
-                f"Dimension {d} has the range [{low[d]}, {high[d]}]; low must be below high, both within "
-                f"{LARGEST:g}. Widen it by hand if the dimension never moves."
+                f"Dimension {d} has the range [{low[d]}, {high[d]}]; low must be below high, both "
+                f"within {LARGEST:g}. Widen it by hand if the dimension never moves."
             )
         self.step = width  # (A,) distance of two bin centres
-        v, top = torch.arange(num_bins, dtype=torch.float64).unsqueeze(1), num_bins - 1  # (V, 1)
-        # A weighted mean of the ends is symmetric: v and top - v of a symmetric range are exactly opposite.
+        # (V, 1)
+        v = torch.arange(num_bins, dtype=torch.float64).unsqueeze(1)
+        top = num_bins - 1
+        # A weighted mean of the ends is symmetric: v and top - v of a symmetric range are exactly
+        # opposite.
         self._centres = (((top - v) * self.low + v * self.high) / top).float()  # (V, A)
         if not bool((self._centres[1:] > self._centres[:-1]).all()):
             raise ConfigError(
-                f"{num_bins} bins in the ranges {short(list(zip(low, high, strict=True)))} are not distinct."
+                f"{num_bins} bins in the ranges {short(list(zip(low, high, strict=True)))} are not "
+                "distinct."
             )
         nearest = (-self.low / self.step).round().clamp(0, self.vocabulary_size - 1).long()  # (A,)
         self.zero = nearest.repeat(self.chunk_steps)
@@ -124,7 +150,8 @@ class ActionTokenizer(ActionTokens):
     def encode(self, actions: Tensor) -> Tensor:
         check_actions(actions, self.chunk_steps, self.action_dim)
         actions = actions.double()
-        bins = (actions - self.low.to(actions.device)) / self.step.to(actions.device)  # (B, m, A), in bins
+        # (B, m, A), in bins
+        bins = (actions - self.low.to(actions.device)) / self.step.to(actions.device)
         slack = 1e-3  # a float32 value at a range end must not count as out of range
         self.clipped += int(((bins < -slack) | (bins > self.vocabulary_size - 1 + slack)).sum())
         return bins.round().clamp(0, self.vocabulary_size - 1).long().flatten(1)
@@ -132,27 +159,37 @@ class ActionTokenizer(ActionTokens):
     def decode(self, tokens: Tensor) -> Tensor:
         check_tokens(tokens, "tokens", (None, self.block_length), self.vocabulary_size)
         steps = tokens.long().view(-1, self.chunk_steps, self.action_dim)  # (B, m, A)
-        return self._centres.to(tokens.device).gather(0, steps.reshape(-1, self.action_dim)).view(steps.shape)
+        return (
+            self._centres.to(tokens.device)
+            .gather(0, steps.reshape(-1, self.action_dim))
+            .view(steps.shape)
+        )
 
 
 def ranges_from_stats(
     stats: Mapping[str, Any], mode: str, gripper_dims: Sequence[int] = (), num_bins: int = 255
 ) -> tuple[list[float], list[float]]:
-    """Lows and highs (A,) [action units] of an `ActionTokenizer` from the action statistics of a data set.
+    """Lows and highs (A,) [action units] of an `ActionTokenizer` from the action statistics of a
+    data set.
 
-    With an odd `num_bins` the ranges of values on both sides of zero are made symmetric about it, so zero is a bin
-    centre; where it is the least or largest value it is an end. Gripper dimensions keep their minimum and maximum,
-    which decode exactly. Dimensions that never move get a small range around their value.
+    With an odd `num_bins` the ranges of values on both sides of zero are made symmetric about it,
+    so zero is a bin centre; where it is the least or largest value it is an end. Gripper dimensions
+    keep their minimum and maximum, which decode exactly. Dimensions that never move get a small
+    range around their value.
 
-    `stats` is ``dataset.meta.stats["action"]``, (A,) each: "min" and "max", and for `mode` "quantile" (1 % to 99 %;
-    robust, but wrong for dimensions that are nearly always zero) "q01" and "q99"; the other mode is "min_max".
+    `stats` is ``dataset.meta.stats["action"]``, (A,) each: "min" and "max", and for `mode`
+    "quantile" (1 % to 99 %; robust, but wrong for dimensions that are nearly always zero) "q01" and
+    "q99"; the other mode is "min_max".
     """
     if not isinstance(stats, Mapping):
-        raise ConfigError(f"The action statistics are {short(stats)}; pass those of a LeRobot data set.")
+        raise ConfigError(
+            f"The action statistics are {short(stats)}; pass those of a LeRobot data set."
+        )
     if mode not in RANGE_MODES:
         raise ConfigError(f"The range mode is {mode!r}; choose one of {', '.join(RANGE_MODES)}.")
     low, high = (_statistic(stats, key) for key in RANGE_MODES[mode])
-    least, most = _statistic(stats, "min"), _statistic(stats, "max")
+    least = _statistic(stats, "min")
+    most = _statistic(stats, "max")
     if not len(low) == len(high) == len(least) == len(most):
         raise ConfigError("The action statistics have different lengths; recompute the data set's.")
     grippers = from_front(gripper_dims, len(low))
@@ -175,8 +212,9 @@ def ranges_from_stats(
 def _statistic(stats: Mapping[str, Any], key: str) -> list[float]:
     if key not in stats:
         raise ConfigError(
-            f"The action statistics lack {key!r} (they have {', '.join(sorted(stats)) or 'nothing'}); "
-            'recompute the statistics of the data set, or use action_range "fixed".'
+            f"The action statistics lack {key!r} (they have "
+            f"{', '.join(sorted(stats)) or 'nothing'}); recompute the statistics of the data set, "
+            'or use action_range "fixed".'
         )
     values = numbers(stats[key], f"The action statistic {key!r}")
     if not all(map(math.isfinite, values)):

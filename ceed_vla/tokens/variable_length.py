@@ -1,4 +1,6 @@
-"""Action vocabularies of variable length: a chunk takes as many tokens as it needs, then a stop token."""
+"""Action vocabularies of variable length: a chunk takes as many tokens as it needs, then a stop
+token.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from ceed_vla.tokens.base import ActionTokens
 class VariableLengthTokens(ActionTokens):
     """Chunks that take as many tokens as they need.
 
-    A block has ``n`` slots: the tokens of the chunk, then the stop token in every slot that is left. A slot belongs to
-    no step and tokens have no order, so nothing can be relaxed by bins, frozen by steps or shifted by slots.
+    A block has ``n`` slots: the tokens of the chunk, then the stop token in every slot that is
+    left. A slot belongs to no step and tokens have no order, so nothing can be relaxed by bins,
+    frozen by steps or shifted by slots.
     """
 
     tokens_per_step = None
@@ -30,32 +33,39 @@ class VariableLengthTokens(ActionTokens):
 
     @abc.abstractmethod
     def _read(self, tokens: list[int]) -> Tensor:
-        """The chunk (m, A) float64 that `tokens` before the stop token stand for, or `MalformedChunkError`."""
+        """The chunk (m, A) float64 that `tokens` before the stop token stand for, or
+        `MalformedChunkError`.
+        """
 
     def encode(self, actions: Tensor) -> Tensor:
-        """Tokens (B, n) int64 of `actions` (B, m, A); `TokenError` for a chunk of more tokens than a block has."""
+        """Tokens (B, n) int64 of `actions` (B, m, A); `TokenError` for a chunk of more tokens than
+        a block has.
+        """
         check_actions(actions, self.chunk_steps, self.action_dim)
         rows = self._write(actions)
         longest = max(map(len, rows), default=0)
         if longest > self.block_length:
             raise TokenError(
-                f"A chunk takes {longest} tokens, a block has {self.block_length}. Fit the tokens on these data "
-                "too, or with a longer block."
+                f"A chunk takes {longest} tokens, a block has {self.block_length}. Fit the tokens "
+                "on these data too, or with a longer block."
             )
         padded = [row + [self.stop] * (self.block_length - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64, device=actions.device).view(-1, self.block_length)
+        return torch.tensor(padded, dtype=torch.int64, device=actions.device).view(
+            -1, self.block_length
+        )
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Actions (B, m, A) float32 of `tokens` (B, n); what is behind a stop token is not read. `MalformedChunkError`
-        for rows that stand for no chunk, which are counted in `malformed`.
+        """Actions (B, m, A) float32 of `tokens` (B, n); what is behind a stop token is not read.
+        `MalformedChunkError` for rows that stand for no chunk, which are counted in `malformed`.
         """
         chunks, errors = self._chunks(tokens)
         self.malformed += len(errors)
         if errors:
             row, reason = next(iter(errors.items()))
             raise MalformedChunkError(
-                f"{len(errors)} of {len(tokens)} chunks are malformed, the first in row {row}: {reason} "
-                f"({self.malformed} so far.) Hold the robot; strict decoding and more training make this rarer."
+                f"{len(errors)} of {len(tokens)} chunks are malformed, the first in row {row}: "
+                f"{reason} ({self.malformed} so far.) Hold the robot; strict decoding and more "
+                "training make this rarer."
             )
         empty = torch.empty(0, self.chunk_steps, self.action_dim)
         return (torch.stack(chunks).float() if chunks else empty).to(tokens.device)
@@ -63,10 +73,16 @@ class VariableLengthTokens(ActionTokens):
     def readable(self, tokens: Tensor) -> Tensor:
         """Which rows (B,) of `tokens` (B, n) stand for a chunk; nothing is counted."""
         _, errors = self._chunks(tokens)
-        return torch.tensor([row not in errors for row in range(len(tokens))], dtype=torch.bool, device=tokens.device)
+        return torch.tensor(
+            [row not in errors for row in range(len(tokens))],
+            dtype=torch.bool,
+            device=tokens.device,
+        )
 
     def _chunks(self, tokens: Tensor) -> tuple[list[Tensor], dict[int, MalformedChunkError]]:
-        """The chunks (m, A) that `tokens` (B, n) stand for, and by row what is wrong with the others."""
+        """The chunks (m, A) that `tokens` (B, n) stand for, and by row what is wrong with the
+        others.
+        """
         check_tokens(tokens, "tokens", (None, self.block_length), 0)
         chunks, errors = [], {}
         for row, ids in enumerate(tokens.tolist()):
@@ -81,7 +97,9 @@ class VariableLengthTokens(ActionTokens):
         return self._read(ids[: ids.index(self.stop)] if self.stop in ids else ids)
 
     def weight(self, tokens: Tensor, padded: Tensor | None = None) -> Tensor:
-        """(B, n) float32: 1 up to and including the first stop token of every row of `tokens`, 0 behind it."""
+        """(B, n) float32: 1 up to and including the first stop token of every row of `tokens`, 0
+        behind it.
+        """
         ends = (tokens == self.stop).int()
         return (ends.cumsum(1) - ends == 0).float()
 
@@ -90,8 +108,11 @@ class VariableLengthTokens(ActionTokens):
         return self.speculative[drawn]
 
     def shifted(self, previous: Tensor, mid: Tensor, steps: int) -> Tensor:
-        """`previous` (B, n) shifted in time and encoded again; `mid` (B, n) in rows that cannot be."""
-        order = torch.arange(steps, steps + self.chunk_steps).clamp(max=self.chunk_steps - 1)  # the last one repeated
+        """`previous` (B, n) shifted in time and encoded again; `mid` (B, n) in rows that cannot
+        be.
+        """
+        # the last one repeated
+        order = torch.arange(steps, steps + self.chunk_steps).clamp(max=self.chunk_steps - 1)
         for row, tokens in enumerate(previous.cpu()):
             if not steps and tokens[0] >= 0:
                 mid[row] = tokens

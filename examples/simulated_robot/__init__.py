@@ -1,9 +1,13 @@
-"""The simulated arm as a LeRobot robot, for `lerobot-rollout`: one control step a tick, held where no action comes.
+"""The simulated arm as a LeRobot robot, for `lerobot-rollout`: one control step a tick, held where
+no action comes.
 
-PYTHONPATH=examples lerobot-rollout --discover_packages_path=simulated_robot --robot.type=simulated_arm \
-  --policy.path=ceed_vla/pretrained/student --task="move the red cube into the bin" --inference.type=rtc
+PYTHONPATH=examples lerobot-rollout --discover_packages_path=simulated_robot
+--robot.type=simulated_arm \
+  --policy.path=ceed_vla/pretrained/student --task="move the red cube into the bin"
+  --inference.type=rtc
 
-A robot plugin is a package: LeRobot imports it, and looks in it for the class that the configuration is named after.
+A robot plugin is a package: LeRobot imports it, and looks in it for the class that the
+configuration is named after.
 """
 
 from dataclasses import dataclass
@@ -12,8 +16,8 @@ from typing import Any
 import numpy as np
 from lerobot.robots import Robot, RobotConfig
 
-from sim.environment import VALIDATION_SEED, Environment
-from sim.tabletop.lerobot_env import CeedTabletopEnv
+from ceed_vla.sim.environment import VALIDATION_SEED, Environment
+from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 
 STATE = [f"state_{i}.pos" for i in range(14)]  # LeRobot takes numbers named .pos or .vel only
 ACTION = [f"{name}.pos" for name in ("x", "y", "z", "roll", "pitch", "yaw", "gripper")]
@@ -38,7 +42,9 @@ class SimulatedArm(Robot):
         super().__init__(config)
         self.config = config
         self._env: Environment | None = None
-        self._steps, self._solved, self._idle = 0, 0, False
+        self._steps = 0
+        self._solved = 0
+        self._idle = False
 
     @property
     def observation_features(self) -> dict[str, Any]:
@@ -82,7 +88,9 @@ class SimulatedArm(Robot):
     def disconnect(self) -> None:
         if self._env is not None:
             print(
-                f"Solved after {self._solved} control steps." if self._solved else f"{self._steps} steps, not solved."
+                f"Solved after {self._solved} control steps."
+                if self._solved
+                else f"{self._steps} steps, not solved."
             )
             self._env.close()
         self._env = None

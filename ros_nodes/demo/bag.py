@@ -1,4 +1,6 @@
-"""Records topics as an MCAP bag, which Foxglove and rosbags open: messages as they came, with their definitions."""
+"""Records topics as an MCAP bag, which Foxglove and rosbags open: messages as they came, with their
+definitions.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from ceed_vla.outputs import MADE_BY
 if TYPE_CHECKING:
     from rclpy.node import Node
 
-_FIELD = re.compile(r"^([a-z]\w*/)?(?:msg/)?([A-Z]\w*)(?:<=\d+)?(?:\[.*?\])?\s")  # a field of a message type
+# a field of a message type
+_FIELD = re.compile(r"^([a-z]\w*/)?(?:msg/)?([A-Z]\w*)(?:<=\d+)?(?:\[.*?\])?\s")
 
 
 class BagWriter:
@@ -35,25 +38,32 @@ class BagWriter:
         self._schema = cache(self._writer.register_schema)  # one a type
 
     def write(self, topic: str, kind: str, data: bytes, published: int, received: int) -> None:
-        """Append a message of type `kind`, "sensor_msgs/msg/Image": CDR with its header; times in [ns] since 1970."""
+        """Append a message of type `kind`, "sensor_msgs/msg/Image": CDR with its header; times in
+        [ns] since 1970.
+        """
         if topic not in self._channels:
             schema = self._schema(kind, "ros2msg", message_definition(kind).encode())
             self._channels[topic] = self._writer.register_channel(topic, "cdr", schema)
         self._writer.add_message(self._channels[topic], received, data, published)
 
     def close(self) -> None:
-        """Write the index; a bag that was not closed must be repaired before it is read. May be called twice."""
+        """Write the index; a bag that was not closed must be repaired before it is read. May be
+        called twice.
+        """
         if not self._file.closed:
             self._writer.finish()
             self._file.close()
 
 
 def record(node: Node, bag: BagWriter, topic: str, message_type: Any, qos: Any) -> Any:
-    """Write all messages of a topic that `qos` keeps, while the caller spins the node; returns the subscription.
+    """Write all messages of a topic that `qos` keeps, while the caller spins the node; returns the
+    subscription.
 
-    The time of sending is the one that the middleware took in the sender, so a slow recorder does not blur it.
+    The time of sending is the one that the middleware took in the sender, so a slow recorder does
+    not blur it.
     """
-    name, kind = node.resolve_topic_name(topic), type_name(message_type)
+    name = node.resolve_topic_name(topic)
+    kind = type_name(message_type)
 
     def write(data: bytes, info: dict[str, int]) -> None:
         now = time.time_ns()
@@ -64,7 +74,9 @@ def record(node: Node, bag: BagWriter, topic: str, message_type: Any, qos: Any) 
 
 
 def read_messages(path: str | Path, topics: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
-    """(topic, time of sending [ns], message) of every message on `topics`, in the order they came."""
+    """(topic, time of sending [ns], message) of every message on `topics`, in the order they
+    came.
+    """
     from mcap.reader import make_reader
     from mcap_ros2.decoder import DecoderFactory
 
@@ -81,7 +93,8 @@ def type_name(message_type: Any) -> str:
 
 
 def message_definition(kind: str) -> str:
-    """The text of a message type, "package/msg/Name", and of all types it contains, as a bag stores them.
+    """The text of a message type, "package/msg/Name", and of all types it contains, as a bag stores
+    them.
 
     `ConfigError` for a name of another form, or a type whose ``.msg`` file is not installed.
     """
@@ -110,9 +123,15 @@ def _definition_file(package: str, name: str) -> Path:
         module = importlib.import_module(package)
     except ImportError as error:
         raise ConfigError(f"The message package {package} is not installed ({error}).") from error
-    ament = [Path(prefix) for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep) if prefix]
+    ament = [
+        Path(prefix)
+        for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep)
+        if prefix
+    ]
     for prefix in [*ament, *Path(str(module.__file__)).parents]:
         path = prefix / "share" / package / "msg" / f"{name}.msg"
         if path.is_file():
             return path
-    raise ConfigError(f"The definition {package}/msg/{name}.msg is not installed beside the package.")
+    raise ConfigError(
+        f"The definition {package}/msg/{name}.msg is not installed beside the package."
+    )

@@ -1,4 +1,4 @@
-"""Measures whether a policy node is on time: ``python -m ros_nodes.demo.camera_load``.
+"""Measures whether a policy node is on time: ``python -m ceed_vla.ros_nodes.demo.camera_load``.
 
 A process of its own replays prepared images of two cameras to a real policy node with the shipped
 student. This one publishes joint states that follow the commands, and tells from the times at which
@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
 from ceed_vla.errors import CeedVLAError, NodeError
-from ros_nodes.demo.report import status_values
-from ros_nodes.robot.loop_statistics import MISSED
-from ros_nodes.robot.robot_file import load_robot_config, packaged_config
+from ceed_vla.ros_nodes.demo.report import status_values
+from ceed_vla.ros_nodes.robot.loop_statistics import MISSED
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
 
 CAMERAS = ("front", "wrist")
 COMMANDS = "/forward_position_controller/commands"
@@ -96,7 +96,7 @@ def replay(load: Load) -> None:
     import rclpy
     from sensor_msgs.msg import CompressedImage, Image
 
-    from ros_nodes.robot.messages import SENSOR
+    from ceed_vla.ros_nodes.robot.messages import SENSOR
 
     messages = prepared(load)
     rclpy.init(args=[])
@@ -155,7 +155,7 @@ class Arm:
         from sensor_msgs.msg import JointState
         from std_msgs.msg import Float64MultiArray
 
-        from ros_nodes.robot.messages import COMMAND, JOINT_STATES
+        from ceed_vla.ros_nodes.robot.messages import COMMAND, JOINT_STATES
 
         robot = load_robot_config()
         assert robot.gripper is not None
@@ -252,7 +252,7 @@ def measure(load: Load, seconds: float, parameters: Sequence[str] = ()) -> dict[
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         arguments = [f"robot_config:={robot_file(folder, load)}", *given]
-        command = [sys.executable, "-m", "ros_nodes.robot.policy_node", "--ros-args"]
+        command = [sys.executable, "-m", "ceed_vla.ros_nodes.robot.policy_node", "--ros-args"]
         command += [part for argument in arguments for part in ("-p", argument)]
         context = multiprocessing.get_context("spawn")
         cameras = context.Process(target=replay, args=(load,), name="cameras", daemon=True)
@@ -296,7 +296,7 @@ def _told(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what `measure` finds as JSON, a line for every time that it measures."""
-    from ros_nodes.demo.ros_demo import free_domain
+    from ceed_vla.ros_nodes.demo.ros_demo import free_domain
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     about = str(__doc__).partition("\n")[0]

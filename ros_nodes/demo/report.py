@@ -1,6 +1,7 @@
 """The numbers of ``ceed-vla ros-demo``: ros.json, details.json and the table on the terminal.
 
-How steadily commands came is told from the times at which they were sent; the rest is from the node's diagnostics.
+How steadily commands came is told from the times at which they were sent; the rest is from the
+node's diagnostics.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import numpy as np
 from rich.table import Table
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.demo.bag import read_messages
-from ros_nodes.robot.loop_statistics import MISSED
-from sim.rollout import success_entry
+from ceed_vla.ros_nodes.demo.bag import read_messages
+from ceed_vla.ros_nodes.robot.loop_statistics import MISSED
+from ceed_vla.sim.rollout import success_entry
 
 COMMAND_RATE = 100.0  # of the policy node [Hz]
 _RESTING = 0.05  # speed of the fastest joint [rad/s]
@@ -35,21 +36,29 @@ class Episode:
     window: Window  # when the command stream counts [ns]
 
 
-def command_timing(sent: Sequence[int], windows: Sequence[Window]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ros.json and details.json say of commands `sent` in windows [ns]; pauses between windows do not count.
+def command_timing(
+    sent: Sequence[int], windows: Sequence[Window]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ros.json and details.json say of commands `sent` in windows [ns]; pauses between windows
+    do not count.
 
-    Jitter is |interval - period|; one longer than `MISSED` periods is a missed tick. `ConfigError`: no window of two.
+    Jitter is |interval - period|; one longer than `MISSED` periods is a missed tick. `ConfigError`:
+    no window of two.
     """
     times = np.sort(np.asarray(sent, dtype=np.int64))
     parts = [times[(times >= start) & (times <= end)] for start, end in windows]
     intervals = np.concatenate([np.diff(part) for part in parts]) * 1e-9 if parts else np.zeros(0)
     if not len(intervals):
-        raise ConfigError(f"{len(times)} commands in {len(windows)} windows make no interval to measure.")
+        raise ConfigError(
+            f"{len(times)} commands in {len(windows)} windows make no interval to measure."
+        )
     jitter = np.abs(intervals - 1.0 / COMMAND_RATE)
     report = {
         "command_rate_hz": round(float(len(intervals) / intervals.sum()), 2),
         "missed_ticks_fraction": round(float(np.mean(intervals > MISSED / COMMAND_RATE)), 5),
-        "jitter_ms": {f"p{share}": round(1e3 * float(np.percentile(jitter, share)), 3) for share in (50, 99)},
+        "jitter_ms": {
+            f"p{share}": round(1e3 * float(np.percentile(jitter, share)), 3) for share in (50, 99)
+        },
     }
     longest = round(1e3 * float(intervals.max()), 2)
     return report, {"commands": sum(len(part) for part in parts), "longest_gap_ms": longest}
@@ -66,21 +75,25 @@ def build_report(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ``ros.json`` and ``details.json`` contain.
 
-    Times come from the bag, latencies and interventions from `policy`, the node's last diagnostics. The commands, on
-    `topic`, ran in `windows` [ns]; the policy node was killed at `killed` [ns].
+    Times come from the bag, latencies and interventions from `policy`, the node's last diagnostics.
+    The commands, on `topic`, ran in `windows` [ns]; the policy node was killed at `killed` [ns].
     """
     sent = [moment for _, moment, _ in read_messages(bag, [topic])]
     timing, more_timing = command_timing(sent, windows)
     outcome = success_entry(episode.success for episode in episodes)
-    seam, inner = number(policy, "seam_step_max"), number(policy, "inner_step_max")
-    holds, clamps = counts(policy, "holds"), counts(policy, "clamps")
+    seam = number(policy, "seam_step_max")
+    inner = number(policy, "inner_step_max")
+    holds = counts(policy, "holds")
+    clamps = counts(policy, "clamps")
     holds.pop("disabled", None)  # between episodes, on request
     states = ((moment, state) for _, moment, state in read_messages(bag, ["/joint_states"]))
     report = {
         **timing,
         **{key: outcome[key] for key in ("episodes", "success_rate", "success_ci95")},
         "seam_step_ratio": round(seam / inner, 3) if seam is not None and inner else None,
-        "observation_to_command_ms": _percentiles(policy, "observation_to_command_ms", ("p50", "p99")),
+        "observation_to_command_ms": _percentiles(
+            policy, "observation_to_command_ms", ("p50", "p99")
+        ),
         "decode_ms": _percentiles(policy, "decode_ms", ("p50", "p95", "p99")),
         "holds": sum(holds.values()),
         "clamps": sum(clamps.values()),
@@ -90,18 +103,24 @@ def build_report(
         "clamps_by_kind": clamps,
         **more_timing,
         "beyond_decode_ms": _percentiles(policy, "beyond_decode_ms", ("p50", "p99")),
-        **{key: number(policy, key) for key in ("forwards_mean", "deadline_misses", "late_chunks", "starved")},
+        **{
+            key: number(policy, key)
+            for key in ("forwards_mean", "deadline_misses", "late_chunks", "starved")
+        },
         **{key: policy.get(key, "") for key in ("exit_reasons", "scheduling")},
         "load": os.getloadavg()[0],
         "rest_after_kill_ms": None if killed is None else rest_after(states, killed),
         "config": dict(options),
-        "per_episode": [{k: v for k, v in asdict(one).items() if k != "window"} for one in episodes],
+        "per_episode": [
+            {k: v for k, v in asdict(one).items() if k != "window"} for one in episodes
+        ],
     }
     return report, details
 
 
 def rest_after(states: Iterable[tuple[int, Any]], moment: int) -> float | None:
-    """Time from `moment` [ns] to the last joint state in which an arm joint still moves [ms]; None if it never rests.
+    """Time from `moment` [ns] to the last joint state in which an arm joint still moves [ms]; None
+    if it never rests.
 
     `states` are (time of sending [ns], joint state) in order.
     """
@@ -133,11 +152,17 @@ def number(values: Mapping[str, str], key: str) -> float | None:
 def counts(values: Mapping[str, str], name: str) -> dict[str, int]:
     """The counters ``<name>.<kind>`` that are not 0, by kind."""
     prefix = f"{name}."
-    found = {key.removeprefix(prefix): int(value) for key, value in values.items() if key.startswith(prefix)}
+    found = {
+        key.removeprefix(prefix): int(value)
+        for key, value in values.items()
+        if key.startswith(prefix)
+    }
     return {kind: count for kind, count in found.items() if count}
 
 
-def _percentiles(policy: Mapping[str, str], name: str, shares: Sequence[str]) -> dict[str, float | None]:
+def _percentiles(
+    policy: Mapping[str, str], name: str, shares: Sequence[str]
+) -> dict[str, float | None]:
     return {share: number(policy, f"{name}_{share}") for share in shares}
 
 
@@ -154,8 +179,14 @@ def console_table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Tabl
         ("observation to command p50 / p99", f"{_ms(report['observation_to_command_ms'])} ms"),
         ("the same without decoding", f"{_ms(details['beyond_decode_ms'])} ms"),
         ("joint step at seams / inside chunks", f"{report['seam_step_ratio'] or '-'}"),
-        ("ticks held, by reason", ", ".join(f"{k} {v}" for k, v in details["holds_by_reason"].items()) or "0"),
-        ("commands clamped", ", ".join(f"{k} {v}" for k, v in details["clamps_by_kind"].items()) or "0"),
+        (
+            "ticks held, by reason",
+            ", ".join(f"{k} {v}" for k, v in details["holds_by_reason"].items()) or "0",
+        ),
+        (
+            "commands clamped",
+            ", ".join(f"{k} {v}" for k, v in details["clamps_by_kind"].items()) or "0",
+        ),
         ("scheduling of the command stream", details["scheduling"]),
         ("load of the machine, last minute", f"{details['load']:.1f} on {os.cpu_count()} cores"),
     ]

@@ -1,4 +1,6 @@
-"""``ceed-vla ros-demo``: episodes of the simulated robot under the policy node, two processes, without ROS tools."""
+"""``ceed-vla ros-demo``: episodes of the simulated robot under the policy node, two processes,
+without ROS tools.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,15 @@ from ceed_vla.fields import SEEDS, Checked, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.folders import resolve_checkpoint
 from ceed_vla.outputs import claimed_folder, default_console
-from ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
-from sim.environment import EVALUATION_SEEDS
-from sim.recording.interrupts import handled_by
-from sim.tabletop import MAX_EPISODE_STEPS
-from sim.tabletop.env import CTRL_DT
-from sim.tabletop.tasks import SPLITS, TASKS
+from ceed_vla.ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
+from ceed_vla.sim.environment import EVALUATION_SEEDS
+from ceed_vla.sim.recording.interrupts import handled_by
+from ceed_vla.sim.tabletop import MAX_EPISODE_STEPS
+from ceed_vla.sim.tabletop.env import CTRL_DT
+from ceed_vla.sim.tabletop.tasks import SPLITS, TASKS
 
 if TYPE_CHECKING:
-    from ros_nodes.demo.session import Session
+    from ceed_vla.ros_nodes.demo.session import Session
 
 
 _DIAGNOSED = 1.2  # until the next diagnostics, which come once a second [s]
@@ -37,9 +39,11 @@ _DECAY = 1.5  # after the policy node was killed, until the arm must have come t
 
 @dataclass
 class RosDemoConfig(Checked, prefix="--"):
-    """Run the simulated robot and the policy node as two processes and measure what passes between them.
+    """Run the simulated robot and the policy node as two processes and measure what passes between
+    them.
 
-    Writes ros.json, details.json (more numbers and every episode), bag.mcap (for Foxglove) and both nodes' output.
+    Writes ros.json, details.json (more numbers and every episode), bag.mcap (for Foxglove) and both
+    nodes' output.
 
     Attributes:
         episodes: Number of episodes.
@@ -53,15 +57,17 @@ class RosDemoConfig(Checked, prefix="--"):
         replan_steps: Steps after which the next chunk is due, as the parameter of the node.
         inference_delay: Slows every chunk, to see that the command rate does not depend on it [s].
         stream_seconds: Afterwards the command stream is measured for so long without a pause [s].
-        kill: At the end, kill the policy node (SIGKILL) in mid-motion and measure how soon the arm rests.
-        simulated_time: Instead, in one process and simulated time, `rivals` at `latencies_ms` on the same episodes:
-            success against latency, whatever this machine's load; writes simulated_time.json and a plot.
+        kill: At the end, kill the policy node (SIGKILL) in mid-motion and measure how soon the arm
+            rests.
+        simulated_time: Instead, in one process and simulated time, `rivals` at `latencies_ms` on
+            the same episodes: success against latency, whatever this machine's load; writes
+            simulated_time.json and a plot.
         rivals: Checkpoints with their decodings.
         latencies_ms: Times from request to answer [ms].
         camera_rate: Of both cameras in simulated time [Hz].
         camera_jitter_ms: Images come up to so much late in simulated time [ms].
-        reaction: In simulated time, run every episode once more with the object pushed aside on the way: the time from
-            that to the first command that it changes.
+        reaction: In simulated time, run every episode once more with the object pushed aside on the
+            way: the time from that to the first command that it changes.
         max_episode_steps: Control steps of 0.1 s after which an episode counts as failed.
         domain: ROS domain; -1 picks one, so that runs side by side do not meet.
     """
@@ -79,7 +85,9 @@ class RosDemoConfig(Checked, prefix="--"):
     stream_seconds: float = ranged(0.0, "[0, 3600]")
     kill: bool = False
     simulated_time: bool = False
-    rivals: list[str] = field(default_factory=lambda: ["teacher:ar", "teacher:cap4", "student:ceed"])
+    rivals: list[str] = field(
+        default_factory=lambda: ["teacher:ar", "teacher:cap4", "student:ceed"]
+    )
     latencies_ms: list[float] = ranged([0.0, 16.0, 50.0, 100.0, 200.0, 400.0], "[0, 10000]")
     camera_rate: float = ranged(30.0, "[1, 120]")
     camera_jitter_ms: float = ranged(0.0, "[0, 1000]")
@@ -94,16 +102,21 @@ SIMULATED_TIME = ("rivals", "latencies_ms", "camera_rate", "camera_jitter_ms", "
 
 
 def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str, Any]:
-    """Run the demonstration; returns ``ros.json``, or simulated_time.json. Without a `console` the terminal is used.
+    """Run the demonstration; returns ``ros.json``, or simulated_time.json. Without a `console` the
+    terminal is used.
 
-    `ConfigError` where the robot has no such action interface, `CheckpointError` for no checkpoint, `NodeError` for a
-    node that ended, refused a request or did not answer.
+    `ConfigError` where the robot has no such action interface, `CheckpointError` for no checkpoint,
+    `NodeError` for a node that ended, refused a request or did not answer.
     """
-    from ros_nodes.demo.simulated_time import simulated_time
+    from ceed_vla.ros_nodes.demo.simulated_time import simulated_time
 
     unread = REAL_TIME if config.simulated_time else SIMULATED_TIME
-    if given := [name for name in unread if getattr(config, name) != getattr(RosDemoConfig(), name)]:
-        raise ConfigError(f"--{given[0]} is not read with --simulated_time {config.simulated_time}; leave it out.")
+    if given := [
+        name for name in unread if getattr(config, name) != getattr(RosDemoConfig(), name)
+    ]:
+        raise ConfigError(
+            f"--{given[0]} is not read with --simulated_time {config.simulated_time}; leave it out."
+        )
     console = console or default_console()
     own = ("bag.mcap", "simulated_time.json")
     with claimed_folder("output_dir", config.output_dir, own, own, unmarked=UNMARKED) as folder:
@@ -114,8 +127,8 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
 
 def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict[str, Any]:
     """As `ros_demo`, with two processes, into a folder of its own."""
-    from ros_nodes.demo.session import Session
-    from ros_nodes.robot.robot_file import load_robot_config
+    from ceed_vla.ros_nodes.demo.session import Session
+    from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 
     interface = load_robot_config().interface(config.action_interface)
     policy = {
@@ -129,13 +142,17 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
     }
     domain = config.domain if config.domain >= 0 else free_domain()
     reach = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    console.print(f"Starting simulated robot and policy node (ROS domain {domain}, discovery {reach}).")
+    console.print(
+        f"Starting simulated robot and policy node (ROS domain {domain}, discovery {reach})."
+    )
     arguments = ros_arguments(policy), ros_arguments({"split": config.split})
     with handled_by(), closing(Session(folder, domain, interface, *arguments)) as session:
         session.wait_until_ready()
         episodes = []
         for seed in range(config.seed, config.seed + config.episodes):
-            one = _act(session, config, seed, config.max_episode_steps * CTRL_DT, lambda: session.solved)
+            one = _act(
+                session, config, seed, config.max_episode_steps * CTRL_DT, lambda: session.solved
+            )
             result = "solved" if one.success else "failed"
             console.print(f"  {seed}  {result:<7}{one.seconds:5.1f} s  {one.instruction}")
             episodes.append(one)
@@ -147,7 +164,9 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
         values = dict(session.policy)
         killed = _kill_in_motion(session, config, console) if config.kill else None
     bag = folder / "bag.mcap"
-    report, details = build_report(asdict(config), episodes, windows, values, bag, f"/{interface.topic}", killed)
+    report, details = build_report(
+        asdict(config), episodes, windows, values, bag, f"/{interface.topic}", killed
+    )
     for name, content in (("ros", report), ("details", details)):
         write_text(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
     console.print(console_table(report, details))
@@ -156,7 +175,9 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
 
 
 def free_domain() -> int:
-    """A ROS domain for this process, in [1, 99], that is not the environment's: a real arm may be there."""
+    """A ROS domain for this process, in [1, 99], that is not the environment's: a real arm may be
+    there.
+    """
     domain = 1 + os.getpid() % 99
     taken = os.environ.get("ROS_DOMAIN_ID", "").strip()
     return domain if str(domain) != taken else 1 + domain % 99
@@ -179,9 +200,15 @@ def _begin(session: Session, config: RosDemoConfig, seed: int) -> str:
 
 
 def _act(
-    session: Session, config: RosDemoConfig, seed: int, seconds: float, until: Callable[[], bool] = lambda: False
+    session: Session,
+    config: RosDemoConfig,
+    seed: int,
+    seconds: float,
+    until: Callable[[], bool] = lambda: False,
 ) -> Episode:
-    """Let the policy act for so many `seconds`, or until a condition holds: then it is a success."""
+    """Let the policy act for so many `seconds`, or until a condition holds: then it is a
+    success.
+    """
     session.enable(False)
     instruction = _begin(session, config, seed)
     began = time.time_ns()

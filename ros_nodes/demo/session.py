@@ -1,4 +1,6 @@
-"""Simulated robot and policy node as two processes, driven through their topics and services alone."""
+"""Simulated robot and policy node as two processes, driven through their topics and services
+alone.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
 from ceed_vla.errors import NodeError
-from ros_nodes.demo.bag import BagWriter, record
-from ros_nodes.demo.report import status_values
-from ros_nodes.robot.interfaces.base import ActionInterface
-from ros_nodes.robot.messages import COMMAND, LATCHED
+from ceed_vla.ros_nodes.demo.bag import BagWriter, record
+from ceed_vla.ros_nodes.demo.report import status_values
+from ceed_vla.ros_nodes.robot.interfaces.base import ActionInterface
+from ceed_vla.ros_nodes.robot.messages import COMMAND, LATCHED
 
 START_TIMEOUT = 90.0  # until both nodes answer; the policy loads its weights meanwhile [s]
 CALL_TIMEOUT = 10.0  # [s]
@@ -37,7 +39,8 @@ _KEPT = 1000  # messages that a slow recorder may fall behind
 class Session:
     """Two node processes in a ROS domain of their own, and a bag of what they say.
 
-    They stay on this machine unless the environment says otherwise. Every method may raise `NodeError`.
+    They stay on this machine unless the environment says otherwise. Every method may raise
+    `NodeError`.
 
     Args:
         folder: Where their output ("sim.log", "policy.log") and "bag.mcap" go.
@@ -70,9 +73,9 @@ class Session:
         self._executor.add_node(self._node)
         self.bag = BagWriter(folder / "bag.mcap")
         self._subscribe(interface)
-        self._start("sim", "ros_nodes.simulated.sim_node", sim_arguments)
+        self._start("sim", "ceed_vla.ros_nodes.simulated.sim_node", sim_arguments)
         arguments = ["-p", "autostart:=true", "-p", "start_enabled:=false", *policy_arguments]
-        self._start("policy", "ros_nodes.robot.policy_node", arguments)
+        self._start("policy", "ceed_vla.ros_nodes.robot.policy_node", arguments)
 
     def _subscribe(self, interface: ActionInterface) -> None:
         sensor = QoSProfile(depth=_KEPT, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -91,7 +94,9 @@ class Session:
             record(self._node, self.bag, name, kind, qos)
         self._node.create_subscription(Bool, "/sim/success", self._on_success, LATCHED)
         self._node.create_subscription(JointState, "/joint_states", self._on_joint_states, COMMAND)
-        self._node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, COMMAND)
+        self._node.create_subscription(
+            DiagnosticArray, "/diagnostics", self._on_diagnostics, COMMAND
+        )
 
     def _on_success(self, message: Bool) -> None:
         self.solved = message.data  # true once; false again with every reset
@@ -111,7 +116,8 @@ class Session:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches this process only, which ends them in order
+                # Ctrl-C reaches this process only, which ends them in order
+                start_new_session=True,
             )
 
     def wait_until_ready(self) -> None:
@@ -121,19 +127,26 @@ class Session:
 
     def enable(self, on: bool) -> None:
         """Let the policy move the arm, or make it hold."""
-        end, request = time.monotonic() + CALL_TIMEOUT, SetBool.Request(data=on)
+        end = time.monotonic() + CALL_TIMEOUT
+        request = SetBool.Request(data=on)
         response = self._call("/policy/enable", SetBool, request)
         passing = ("stale", "unsettled_pose")  # on a busy machine, or after a new episode
         while response.message.startswith(passing) and time.monotonic() < end:
             self.spin(0.1)
             response = self._call("/policy/enable", SetBool, request)
         if not response.success:
-            raise NodeError(f"The policy node does not {'enable' if on else 'disable'}: {response.message}")
+            raise NodeError(
+                f"The policy node does not {'enable' if on else 'disable'}: {response.message}"
+            )
 
     def reset_episode(self, seed: int, task: str) -> str:
-        """Draw a scene in the simulation, and accept the arm's new pose; returns the instruction."""
+        """Draw a scene in the simulation, and accept the arm's new pose; returns the
+        instruction.
+        """
         parameters = [Parameter("seed", value=seed), Parameter("task", value=task)]
-        request = SetParameters.Request(parameters=[parameter.to_parameter_msg() for parameter in parameters])
+        request = SetParameters.Request(
+            parameters=[parameter.to_parameter_msg() for parameter in parameters]
+        )
         for result in self._call("/sim/set_parameters", SetParameters, request).results:
             if not result.successful:
                 raise NodeError(f"The simulation refuses the episode: {result.reason}")
@@ -168,7 +181,8 @@ class Session:
     def close(self) -> None:
         """End both nodes, then the bag. May be called twice."""
         try:
-            for process in reversed(self._processes.values()):  # the policy first: the arm comes to rest
+            # the policy first: the arm comes to rest
+            for process in reversed(self._processes.values()):
                 process.terminate()  # does nothing to one that has ended
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(5.0)

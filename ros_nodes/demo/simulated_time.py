@@ -1,10 +1,13 @@
-"""``ceed-vla ros-demo --simulated_time true``: success against the latency of decoding, whatever the machine's load.
+"""``ceed-vla ros-demo --simulated_time true``: success against the latency of decoding, whatever
+the machine's load.
 
-The node's own controller, stream, safety filter and interfaces drive the simulated robot in one process, on one
-simulated clock. The policy decodes for real; its answer comes after a prescribed time.
+The node's own controller, stream, safety filter and interfaces drive the simulated robot in one
+process, on one simulated clock. The policy decodes for real; its answer comes after a prescribed
+time.
 
-An episode repeats itself to the last bit. So for the reaction time, from an event to the first command that it changes,
-it runs twice, the second time with the object pushed aside on the way: until then both send the same commands.
+An episode repeats itself to the last bit. So for the reaction time, from an event to the first
+command that it changes, it runs twice, the second time with the object pushed aside on the way:
+until then both send the same commands.
 """
 
 from __future__ import annotations
@@ -30,21 +33,27 @@ from sensor_msgs.msg import JointState
 
 from ceed_vla.kinematics import Array
 from ceed_vla.outputs import MADE_BY
-from ros_nodes.robot.inference import decoded
-from ros_nodes.robot.messages import array_to_image
-from ros_nodes.robot.parameters import defaults
-from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.policy_setup import PolicySetup, make_setup
-from ros_nodes.robot.pose_trust import TRUST_TIME
-from ros_nodes.robot.predictor import PolicySpec, Predictor, PredictorSettings, Request, Response
-from ros_nodes.robot.safety import Decision
-from ros_nodes.robot.step_grid import SLEW
-from ros_nodes.robot.streaming import GRIPPER_PERIOD, command_message
-from ros_nodes.simulated.commands import obey
-from ros_nodes.simulated.robot import JOINTS, SimRobot
-from sim.plots import save_figure
-from sim.rollout import success_entry
-from sim.tabletop.env import CTRL_DT
+from ceed_vla.ros_nodes.robot.inference import decoded
+from ceed_vla.ros_nodes.robot.messages import array_to_image
+from ceed_vla.ros_nodes.robot.parameters import defaults
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup, make_setup
+from ceed_vla.ros_nodes.robot.pose_trust import TRUST_TIME
+from ceed_vla.ros_nodes.robot.predictor import (
+    PolicySpec,
+    Predictor,
+    PredictorSettings,
+    Request,
+    Response,
+)
+from ceed_vla.ros_nodes.robot.safety import Decision
+from ceed_vla.ros_nodes.robot.step_grid import SLEW
+from ceed_vla.ros_nodes.robot.streaming import GRIPPER_PERIOD, command_message
+from ceed_vla.ros_nodes.simulated.commands import obey
+from ceed_vla.ros_nodes.simulated.robot import JOINTS, SimRobot
+from ceed_vla.sim.plots import save_figure
+from ceed_vla.sim.rollout import success_entry
+from ceed_vla.sim.tabletop.env import CTRL_DT
 
 TRANSPORT = 0.002  # from an image's stamp to its arrival, as between the processes [s]
 DISTANCE = 0.04  # that the object moves [m]
@@ -54,25 +63,37 @@ Event = tuple[float, Array]  # the object moves so long [s] after `enable` by (2
 _STATES = 0.01  # between joint states [s]
 TIE = 1e-9  # an answer that is due at a tick, but for rounding, comes before it [s]
 _PREFILL = 2  # forwards that the prefill takes as long as
-_TIMES = {"observation_to_command_ms": (50, 99), "first_action_ms": (50, 95), "reaction_ms": (50, 95)}  # percentiles
+# percentiles
+_TIMES = {
+    "observation_to_command_ms": (50, 99),
+    "first_action_ms": (50, 95),
+    "reaction_ms": (50, 95),
+}
 
 
 def draw_event(seed: int) -> Event:
     """The event of an episode: the same for all policies."""
     random = np.random.default_rng([seed, 1])
-    after, angle = random.uniform(*WHEN), random.uniform(0.0, 2.0 * np.pi)
+    after = random.uniform(*WHEN)
+    angle = random.uniform(0.0, 2.0 * np.pi)
     return after, DISTANCE * np.array([np.cos(angle), np.sin(angle)])
 
 
 def first_change(calm: Sequence[Any], stirred: Sequence[Any]) -> float:
-    """When the run with the event first sent what the other did not [s]; both are of (time, ...). inf: never."""
-    return next((ours[0] for theirs, ours in zip(calm, stirred, strict=False) if theirs != ours), np.inf)
+    """When the run with the event first sent what the other did not [s]; both are of (time, ...).
+    inf: never.
+    """
+    return next(
+        (ours[0] for theirs, ours in zip(calm, stirred, strict=False) if theirs != ours), np.inf
+    )
 
 
 class TimedWorker:
-    """A policy whose answers take `latency` [s] of simulated time, in the place of an `InferenceWorker`.
+    """A policy whose answers take `latency` [s] of simulated time, in the place of an
+    `InferenceWorker`.
 
-    First steps that are certain come earlier, by the forwards that they take; the prefill counts as `_PREFILL`.
+    First steps that are certain come earlier, by the forwards that they take; the prefill counts as
+    `_PREFILL`.
     """
 
     failed: str | None = None
@@ -80,7 +101,9 @@ class TimedWorker:
 
     def __init__(self, predictor: Predictor, latency: float) -> None:
         self.spec: PolicySpec = replace(predictor.spec, warmup_s=latency)
-        self.now, self._predictor, self._latency = 0.0, predictor, latency
+        self.now = 0.0
+        self._predictor = predictor
+        self._latency = latency
         self._answers: list[Response] = []  # in the order in which they come
         self._asked = 0.0
 
@@ -114,7 +137,8 @@ class SimulatedLoop:
 
     Attributes:
         sent: Of every tick, when [s], the arm's message and the gripper's opening [m].
-        enabled, moving, stirred: When motion was enabled, the first command in motion sent, the `event` [s].
+        enabled, moving, stirred: When motion was enabled, the first command in motion sent, the
+            `event` [s].
     """
 
     def __init__(self, robot: SimRobot, worker: TimedWorker, values: dict[str, Any]) -> None:
@@ -125,13 +149,24 @@ class SimulatedLoop:
         self.sent: list[tuple[float, Any, Any]] = []
         self.enabled = self.moving = self.stirred = np.inf
 
-    def episode(self, seconds: float, camera_rate: float, jitter: float, seed: int, event: Event | None = None) -> bool:
-        """Let the policy act for so long [s]; whether the task was solved. Images come up to `jitter` [s] late."""
+    def episode(
+        self,
+        seconds: float,
+        camera_rate: float,
+        jitter: float,
+        seed: int,
+        event: Event | None = None,
+    ) -> bool:
+        """Let the policy act for so long [s]; whether the task was solved. Images come up to
+        `jitter` [s] late.
+        """
         controller, cameras = self.setup.controller, self.setup.observations.cameras
         random = np.random.default_rng(seed)
         start = self.robot.time
-        state, tick = start, start + 0.004
-        # The episode begins when the pose is trusted: then the first image comes, and motion is enabled.
+        state = start
+        tick = start + 0.004
+        # The episode begins when the pose is trusted: then the first image comes, and motion is
+        # enabled.
         image = start + TRUST_TIME + random.uniform(0.0, 1.0 / camera_rate)
         arriving: list[tuple[float, int, dict[str, Any], float]] = []
         serial = itertools.count()
@@ -180,7 +215,8 @@ class SimulatedLoop:
             self.moving = min(self.moving, now)
         if message is not None:
             obey(self.robot, message, now)
-            if decision is not None and (opening := decision.gripper) is not None:  # sent as `Streaming` does
+            # sent as `Streaming` does
+            if decision is not None and (opening := decision.gripper) is not None:
                 last, at = self._gripped
                 if opening != last or now - at >= GRIPPER_PERIOD:
                     self._gripped = opening, now
@@ -189,23 +225,33 @@ class SimulatedLoop:
 
 
 def simulated_time(config: Any, folder: Path, console: Console) -> dict[str, Any]:
-    """Every rival of a `RosDemoConfig` at every latency; writes simulated_time.json and a plot, returns the former."""
+    """Every rival of a `RosDemoConfig` at every latency; writes simulated_time.json and a plot,
+    returns the former.
+    """
     rows = []
     with closing(SimRobot(config.split)) as robot:
         for rival in config.rivals:
             checkpoint, _, decoding = rival.partition(":")
             settings: dict[str, Any] = {"replan_steps": config.replan_steps or None, "warmup": 1}
-            predictor = Predictor(PredictorSettings(checkpoint, decoding=decoding or "ceed", **settings))
+            predictor = Predictor(
+                PredictorSettings(checkpoint, decoding=decoding or "ceed", **settings)
+            )
             for latency in config.latencies_ms:
-                seeds, title = range(config.seed, config.seed + config.episodes), f"{rival} {latency:g} ms"
+                seeds = range(config.seed, config.seed + config.episodes)
+                title = f"{rival} {latency:g} ms"
                 shown = track(seeds, title, console=console, transient=True)
-                episodes = [_episode(config, robot, predictor, 1e-3 * latency, seed) for seed in shown]
+                episodes = [
+                    _episode(config, robot, predictor, 1e-3 * latency, seed) for seed in shown
+                ]
                 rows.append(
                     {
                         "rival": rival,
                         "latency_ms": latency,
                         **success_entry(one["success"] for one in episodes),
-                        **{key: _percentiles([one[key] for one in episodes], of) for key, of in _TIMES.items()},
+                        **{
+                            key: _percentiles([one[key] for one in episodes], of)
+                            for key, of in _TIMES.items()
+                        },
                         "reactions": sum(len(one["reaction_ms"]) for one in episodes),
                         "seconds": [one["seconds"] for one in episodes],
                         "failed": [one["seed"] for one in episodes if not one["success"]],
@@ -213,7 +259,9 @@ def simulated_time(config: Any, folder: Path, console: Console) -> dict[str, Any
                 )
     report = {"program": MADE_BY, "config": asdict(config), "rows": rows}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "simulated_time.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "simulated_time.json").write_text(
+        json.dumps(report, indent=2) + "\n", encoding="utf-8"
+    )
     save_figure(_figure(rows), folder / "simulated_time.png")
     titles = (f"{key[:-3].replace('_', ' ')} {' / '.join(rows[0][key])}, ms" for key in _TIMES)
     table = Table("policy", "latency, ms", "solved", "95 %", *titles)
@@ -227,7 +275,9 @@ def simulated_time(config: Any, folder: Path, console: Console) -> dict[str, Any
     return report
 
 
-def _episode(config: Any, robot: SimRobot, predictor: Predictor, latency: float, seed: int) -> dict[str, Any]:
+def _episode(
+    config: Any, robot: SimRobot, predictor: Predictor, latency: float, seed: int
+) -> dict[str, Any]:
     """What one episode was like; times in lists [s], empty if there is none."""
     began = robot.time
     loop, success = _run(config, robot, predictor, latency, seed)
@@ -235,7 +285,8 @@ def _episode(config: Any, robot: SimRobot, predictor: Predictor, latency: float,
     if config.reaction:
         robot.time = began  # the same times, to the last bit
         stirred, _ = _run(config, robot, predictor, latency, seed, draw_event(seed))
-        answered, robot.time = first_change(loop.sent, stirred.sent) - stirred.stirred, ended
+        answered = first_change(loop.sent, stirred.sent) - stirred.stirred
+        robot.time = ended
     times = {"first_action_ms": [loop.moving - loop.enabled], "reaction_ms": [answered]}
     times = {key: [one for one in of if one < np.inf] for key, of in times.items()}
     times["observation_to_command_ms"] = list(loop.setup.controller.statistics.to_command)
@@ -243,21 +294,37 @@ def _episode(config: Any, robot: SimRobot, predictor: Predictor, latency: float,
 
 
 def _run(
-    config: Any, robot: SimRobot, predictor: Predictor, latency: float, seed: int, event: Event | None = None
+    config: Any,
+    robot: SimRobot,
+    predictor: Predictor,
+    latency: float,
+    seed: int,
+    event: Event | None = None,
 ) -> tuple[SimulatedLoop, bool]:
     """One episode, or what follows an `event`; whether it was solved."""
     given = {name: getattr(config, name) for name in ("action_interface", "replan_steps")}
-    given |= {"checkpoint": predictor.spec.checkpoint, "instruction": robot.reset(seed, config.task)}
-    loop = SimulatedLoop(robot, TimedWorker(predictor, latency), {**defaults(POLICY_PARAMETERS), **given})
+    given |= {
+        "checkpoint": predictor.spec.checkpoint,
+        "instruction": robot.reset(seed, config.task),
+    }
+    loop = SimulatedLoop(
+        robot, TimedWorker(predictor, latency), {**defaults(POLICY_PARAMETERS), **given}
+    )
     # The time until the pose is trusted is not part of the episode.
-    limit = TRUST_TIME + (config.max_episode_steps * CTRL_DT if event is None else event[0] + PATIENCE)
-    return loop, loop.episode(limit, config.camera_rate, 1e-3 * config.camera_jitter_ms, seed, event)
+    limit = TRUST_TIME + (
+        config.max_episode_steps * CTRL_DT if event is None else event[0] + PATIENCE
+    )
+    return loop, loop.episode(
+        limit, config.camera_rate, 1e-3 * config.camera_jitter_ms, seed, event
+    )
 
 
 def _percentiles(lists: list[list[float]], shares: tuple[int, ...]) -> dict[str, float | None]:
     """Of all times [s], in milliseconds; None without any."""
     times = list(itertools.chain(*lists))
-    return {f"p{s}": round(1e3 * float(np.percentile(times, s)), 1) if times else None for s in shares}
+    return {
+        f"p{s}": round(1e3 * float(np.percentile(times, s)), 1) if times else None for s in shares
+    }
 
 
 def _figure(rows: list[dict[str, Any]]) -> Figure:
@@ -265,7 +332,8 @@ def _figure(rows: list[dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     for rival in dict.fromkeys(row["rival"] for row in rows):
         own = [row for row in rows if row["rival"] == rival]
-        latency, share = [r["latency_ms"] for r in own], np.array([100 * r["success_rate"] for r in own])
+        latency = [r["latency_ms"] for r in own]
+        share = np.array([100 * r["success_rate"] for r in own])
         bounds = 100 * np.array([row["success_ci95"] for row in own]).T
         axes.errorbar(latency, share, np.abs(bounds - share), label=rival, marker="o", capsize=3)
     axes.set(xlabel="latency of a chunk [ms]", ylabel="solved [%]", ylim=(0, 102))

@@ -1,1 +1,3 @@
-"""What drives a robot: the policy node, its safety and interfaces. Imports nothing of the simulator."""
+"""What drives a robot: the policy node, its safety and interfaces. Imports nothing of the
+simulator.
+"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from ceed_vla.errors import ObservationError
-from ros_nodes.robot.images import (
+from ceed_vla.ros_nodes.robot.images import (
     CameraImage,
     Shown,
     View,
@@ -13,7 +13,7 @@ from ros_nodes.robot.images import (
     read_compressed,
     read_image,
 )
-from ros_nodes.robot.robot_file import ImageSource
+from ceed_vla.ros_nodes.robot.robot_file import ImageSource
 
 CALM = 1.0  # without a bad image, before a camera that sends bad ones among good ones is used [s]
 _LOOKED_BACK = 30  # images whose verdicts are counted

@@ -1,7 +1,8 @@
-"""``ceed-vla robot check FILE --checkpoint C``: whether a robot's file and a checkpoint fit, before anything runs.
+"""``ceed-vla robot check FILE --checkpoint C``: whether a robot's file and a checkpoint fit, before
+anything runs.
 
-A checkpoint may bring the robot's file that it was made with. It is a template, printed and compared here alone: what
-moves an arm comes from the file that the user names.
+A checkpoint may bring the robot's file that it was made with. It is a template, printed and
+compared here alone: what moves an arm comes from the file that the user names.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from rich.text import Text
 
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.folders import resolve_checkpoint
-from ros_nodes.robot import policy_setup
-from ros_nodes.robot.data_ranges import ACTION, Range, read_ranges
-from ros_nodes.robot.findings import explained, split, verdict
-from ros_nodes.robot.observations import Observations
-from ros_nodes.robot.parameters import defaults
-from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.predictor import PolicySpec, declared_spec
-from ros_nodes.robot.review import feature_lengths, review
-from ros_nodes.robot.robot_file import RobotConfig, load_robot_config
-from ros_nodes.robot.safety import SafetyLimits
-from ros_nodes.robot.texts import short
-from ros_nodes.robot.yaml_fields import Fields
+from ceed_vla.ros_nodes.robot import policy_setup
+from ceed_vla.ros_nodes.robot.data_ranges import ACTION, Range, read_ranges
+from ceed_vla.ros_nodes.robot.findings import explained, split, verdict
+from ceed_vla.ros_nodes.robot.observations import Observations
+from ceed_vla.ros_nodes.robot.parameters import defaults
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.robot.predictor import PolicySpec, declared_spec
+from ceed_vla.ros_nodes.robot.review import feature_lengths, review
+from ceed_vla.ros_nodes.robot.robot_file import RobotConfig, load_robot_config
+from ceed_vla.ros_nodes.robot.safety import SafetyLimits
+from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 
 TEMPLATE = "robot.yaml"  # beside a checkpoint's config.json
 
@@ -39,7 +40,8 @@ class RobotCheckConfig:
     """Compare a robot's file with a checkpoint and the arm's model; the exit code is 0 if they fit.
 
     Attributes:
-        file: The robot's YAML file; without it the template that the checkpoint brings is printed, if it brings one.
+        file: The robot's YAML file; without it the template that the checkpoint brings is printed,
+            if it brings one.
         checkpoint: LeRobot checkpoint folder, or student or teacher for the shipped ones.
     """
 
@@ -66,7 +68,10 @@ def robot_check(config: RobotCheckConfig) -> str | None:
     template = resolve_checkpoint(config.checkpoint) / TEMPLATE
     if not config.file:
         if not template.exists():
-            raise ConfigError(f"{config.checkpoint} brings no {TEMPLATE}; name a robot's file, see docs/robots.md.")
+            raise ConfigError(
+                f"{config.checkpoint} brings no {TEMPLATE}; name a robot's file, see "
+                "docs/robots.md."
+            )
         Fields.read(template)  # plain YAML of a limited size, which has no control characters
         return template.read_text(encoding="utf-8")
     console = Console(width=None if Console().is_terminal else 140)
@@ -144,7 +149,9 @@ def _joints(
         ends = limits.position_low, limits.position_high
         low, high = (float(end[place]) for end in ends)
         own = " to ".join(f"{robot.arm.units.theirs(end)[place]:.4g}" for end in ends)
-        table.add_row(joint, own, f"[{low:.3f}, {high:.3f}] rad, {limits.max_velocity[place]:g} rad/s")
+        table.add_row(
+            joint, own, f"[{low:.3f}, {high:.3f}] rad, {limits.max_velocity[place]:g} rad/s"
+        )
     table.add_section()
     model = "compared" if has_model else "not checked: the file names no arm.model"
     table.add_row("the model's limits", "", model)
@@ -157,7 +164,8 @@ def _joints(
 
 def _differences(own: Fields, template: Fields) -> Table:
     """The keys in which a robot's file differs from the template that a checkpoint brings."""
-    here, there = own.flat(), template.flat()
+    here = own.flat()
+    there = template.flat()
     table = Table("key that differs", "the file", "the checkpoint (a template, not used)")
     for key in dict.fromkeys([*here, *there]):
         if key not in here or key not in there or here[key] != there[key]:

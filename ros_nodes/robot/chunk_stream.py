@@ -1,16 +1,17 @@
-"""Joins action chunks into one stream of steps: token real-time chunking, free of clocks, threads and ROS.
+"""Joins action chunks into one stream of steps: token real-time chunking, free of clocks, threads
+and ROS.
 
-While a chunk runs, the next one is decoded, from the newest observation that is still in time for the step at which it
-shall take over. The steps that are consumed before it is ready are its *frozen prefix*, so the new chunk agrees with
-the running one up to there:
+While a chunk runs, the next one is decoded, from the newest observation that is still in time for
+the step at which it shall take over. The steps that are consumed before it is ready are its *frozen
+prefix*, so the new chunk agrees with the running one up to there:
 
     running chunk     | 0 1 2 3 4 5 6 7 |
     request in step 1       ^                    the answer is expected to take 2.3 steps
     next chunk                | 0 1 2 3 4 5 6 7 |      0, 1 = steps 2, 3 of the running one
                                     ^ takes over here, after `replan_steps` 4; the rest is decoded
 
-An answer that takes less than the rest of the running step freezes nothing. The delay is measured on the step grid, in
-steps that were consumed between request and answer, so it needs no clock.
+An answer that takes less than the rest of the running step freezes nothing. The delay is measured
+on the step grid, in steps that were consumed between request and answer, so it needs no clock.
 """
 
 from __future__ import annotations
@@ -33,20 +34,22 @@ class Plan:
     """A chunk to ask for."""
 
     id: int  # the answer repeats it
-    previous: NDArray[np.int64] | None  # tokens (n,) of the running chunk for the warm start; None without one
+    # tokens (n,) of the running chunk for the warm start; None without one
+    previous: NDArray[np.int64] | None
     shift_steps: int  # steps of `previous` that are consumed
-    # Steps that will be consumed before the answer is expected: the first ones of the new chunk, equal to the next ones
-    # of `previous`. 0 if nothing runs.
+    # Steps that will be consumed before the answer is expected: the first ones of the new chunk,
+    # equal to the next ones of `previous`. 0 if nothing runs.
     frozen_steps: int
-    deadline_s: float | None  # time until the answer is needed, from the request on [s]; None if nothing runs
+    # time until the answer is needed, from the request on [s]; None if nothing runs
+    deadline_s: float | None
 
 
 @dataclass(frozen=True)
 class Target:
     """What one step of the grid does."""
 
-    # "chunk", or why there is no action and the arm holds: "stopped" (not started), "waiting" (for the first chunk) or
-    # "starved" (the running chunk ended before the next one came).
+    # "chunk", or why there is no action and the arm holds: "stopped" (not started), "waiting" (for
+    # the first chunk) or "starved" (the running chunk ended before the next one came).
     source: str
     action: NDArray[np.float32] | None = None  # (A,)
     chunk_id: int | None = None  # the plan that the action comes from
@@ -67,25 +70,30 @@ class StreamCounters:
 class ChunkStream:
     """Which action each step executes, when the next chunk is due, and how many steps it will take.
 
-    `plan` is asked whenever a request could be sent; `offer` or `cancel` follows. `target` takes a step at a boundary.
+    `plan` is asked whenever a request could be sent; `offer` or `cancel` follows. `target` takes a
+    step at a boundary.
 
     Args:
         chunk_steps: ``m``.
         replan_steps: Steps ``h`` after which the next chunk is due, in [1, m].
         action_dt: Duration of a step [s].
-        delay_steps: First estimate of the steps consumed between a request and its answer, at least 0.
+        delay_steps: First estimate of the steps consumed between a request and its answer, at least
+            0.
         least_lead: Steps before a boundary after which no request can be sent for it any more.
 
     Attributes:
         started: Whether it runs.
-        grace: Share of a step that an answer may come too late and still replace it (`redo`), in [0, 1).
+        grace: Share of a step that an answer may come too late and still replace it (`redo`), in
+            [0, 1).
         margin: Time between an answer and the boundary that needs it [s].
         quantile: Of the delays of the last answers, which is expected of the next one, in (0, 1].
 
     `ConfigError`: More steps than a chunk has, or none.
     """
 
-    grace, margin, quantile = 0.3, 0.001, 0.5
+    grace = 0.3
+    margin = 0.001
+    quantile = 0.5
 
     def __init__(
         self,
@@ -104,13 +112,17 @@ class ChunkStream:
         self.stop()
 
     def fit(self, chunk_steps: int, replan_steps: int, delay_steps: float) -> None:
-        """Take chunks of another length from now on; the arguments are the constructor's, before `start`."""
+        """Take chunks of another length from now on; the arguments are the constructor's, before
+        `start`.
+        """
         if chunk_steps < 1 or not 1 <= replan_steps <= chunk_steps:
             raise ConfigError(
                 f"replan_steps is {replan_steps} for chunks of {chunk_steps} steps; "
                 f"it must lie in [1, {max(chunk_steps, 1)}]."
             )
-        self.chunk_steps, self.replan_steps, self._first_delay = chunk_steps, replan_steps, delay_steps
+        self.chunk_steps = chunk_steps
+        self.replan_steps = replan_steps
+        self._first_delay = delay_steps
 
     @property
     def pending(self) -> int | None:
@@ -133,7 +145,8 @@ class ChunkStream:
         if not self._delays:
             return self._first_delay
         ordered = sorted(self._delays)
-        return ordered[math.ceil(self.quantile * len(ordered)) - 1]  # the smallest that covers the quantile
+        # the smallest that covers the quantile
+        return ordered[math.ceil(self.quantile * len(ordered)) - 1]
 
     @property
     def lead(self) -> float:
@@ -147,7 +160,9 @@ class ChunkStream:
 
     def stop(self) -> None:
         """Forget the running chunk and any answer under way; hold until `start`."""
-        self.started = self._replan_now = self._seam = self._moving = False  # the last: in a step of a chunk
+        self.started = self._replan_now = self._seam = self._moving = (
+            False  # the last: in a step of a chunk
+        )
         self._running: _Chunk | None = None
         self._next: _Chunk | None = None
         self._consumed = 0  # steps taken from chunks
@@ -160,14 +175,16 @@ class ChunkStream:
     def plan(self, remaining: float = 0.0, wait: float = 0.0) -> Plan | None:
         """The chunk to ask for now, or None if none is due.
 
-        `remaining` are the steps until the next one is consumed, at most 1 as a rule; `wait` those until the next
-        chance to ask, with a newer observation.
+        `remaining` are the steps until the next one is consumed, at most 1 as a rule; `wait` those
+        until the next chance to ask, with a newer observation.
         """
         if not self.started or self._next is not None:
             return None
         index, left = self._position()
-        lead, runs = self.lead, left > 0 or self._moving
-        frozen = max(math.ceil(lead - remaining - 1e-9), 0)  # steps that are consumed until it is ready
+        lead = self.lead
+        runs = left > 0 or self._moving
+        # steps that are consumed until it is ready
+        frozen = max(math.ceil(lead - remaining - 1e-9), 0)
         if runs and not self._replan_now:
             frozen = max(frozen, self.replan_steps - index)
             # What is frozen must be there, and the answer must come before the running chunk ends.
@@ -181,7 +198,9 @@ class ChunkStream:
             previous=running.tokens if running else None,
             shift_steps=index,
             frozen_steps=frozen if running and running.tokens is not None else 0,
-            deadline_s=(frozen + remaining + self.grace) * self.action_dt - self.margin if runs else None,
+            deadline_s=(
+                (frozen + remaining + self.grace) * self.action_dt - self.margin if runs else None
+            ),
         )
         self._next = _Chunk(plan, self._consumed, self._boundaries + 1 - remaining, frozen)
         self._replan_now = False
@@ -201,12 +220,16 @@ class ChunkStream:
         *,
         whole: bool = True,
     ) -> bool:
-        """Take an answer to a plan: actions (m, A), tokens (n,), None for policies without; `remaining` as in `plan`.
+        """Take an answer to a plan: actions (m, A), tokens (n,), None for policies without;
+        `remaining` as in `plan`.
 
-        It takes over at the next boundary. Of an answer that is not `whole` these are the first actions (k, A); the
-        others follow. Returns False if nobody waits for it any more. `ConfigError`: Actions that are no finite (m, A).
+        It takes over at the next boundary. Of an answer that is not `whole` these are the first
+        actions (k, A); the others follow. Returns False if nobody waits for it any more.
+        `ConfigError`: Actions that are no finite (m, A).
         """
-        fits = actions.ndim == 2 and (len(actions) == self.chunk_steps if whole else len(actions) < self.chunk_steps)
+        fits = actions.ndim == 2 and (
+            len(actions) == self.chunk_steps if whole else len(actions) < self.chunk_steps
+        )
         if not fits or not np.isfinite(actions).all():
             raise ConfigError(
                 f"The chunk has shape {actions.shape}, finite: {bool(np.isfinite(actions).all())}; "
@@ -215,7 +238,9 @@ class ChunkStream:
         chunk = self._next or self._running
         if chunk is None or chunk.plan.id != plan_id or chunk.whole:
             return False
-        chunk.actions, chunk.tokens, chunk.whole = actions, tokens, whole
+        chunk.actions = actions
+        chunk.tokens = tokens
+        chunk.whole = whole
         if whole and chunk is self._next:  # otherwise its first steps have moved the grid
             self._delays.append(max(self._boundaries + 1 - remaining - chunk.position, 0.0))
         return True
@@ -239,7 +264,9 @@ class ChunkStream:
         return Target("chunk", self._running.actions[index], self._running.plan.id, index, seam)
 
     def redo(self) -> Target | None:
-        """The step that began last, from a chunk that came too late for it by less than `grace`; None if none did."""
+        """The step that began last, from a chunk that came too late for it by less than `grace`;
+        None if none did.
+        """
         chunk = self._next
         if chunk is None or chunk.actions is None or self._running is None:
             return None
@@ -269,7 +296,8 @@ class ChunkStream:
         chunk = self._next
         if chunk is None or chunk.actions is None:
             return
-        self._next, taken = None, self._consumed - chunk.start
+        self._next = None
+        taken = self._consumed - chunk.start
         if taken >= self.chunk_steps:
             self.counters.missed += 1
             return
@@ -285,7 +313,9 @@ class _Chunk:
     plan: Plan
     start: int  # steps consumed until then: steps that are held move nothing, so they do not count
     position: float  # then, on the step grid
-    frozen_steps: int  # steps that are consumed until the answer is expected, whether the policy can freeze them or not
+    # steps that are consumed until the answer is expected, whether the policy can freeze them or
+    # not
+    frozen_steps: int
     actions: NDArray[np.float32] | None = None  # None until the answer is here
     tokens: NDArray[np.int64] | None = None
     whole: bool = False  # whether these are all of them

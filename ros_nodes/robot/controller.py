@@ -1,11 +1,13 @@
-"""From observations to commands at a fixed rate, free of ROS and of clocks: the policy node's whole behaviour.
+"""From observations to commands at a fixed rate, free of ROS and of clocks: the policy node's whole
+behaviour.
 
-Time is a grid of steps of ``action_dt``, each ``N`` ticks long. A step has one end target; the command of tick i of N
-lies on the straight line from the target before to this one, so commands stay continuous where one chunk follows
-another. As soon as `SafetyFilter` or an input objects, the arm holds and everything the policy had planned is dropped;
-it goes on from where it was held, or from where it is if that was unknown meanwhile. After a long outage, a restart of
-the robot or a conflict it waits for an operator instead. A chunk is asked for with the last images that can still make
-the step at which it takes over, and `StepGrid` sees to it that these are fresh.
+Time is a grid of steps of ``action_dt``, each ``N`` ticks long. A step has one end target; the
+command of tick i of N lies on the straight line from the target before to this one, so commands
+stay continuous where one chunk follows another. As soon as `SafetyFilter` or an input objects, the
+arm holds and everything the policy had planned is dropped; it goes on from where it was held, or
+from where it is if that was unknown meanwhile. After a long outage, a restart of the robot or a
+conflict it waits for an operator instead. A chunk is asked for with the last images that can still
+make the step at which it takes over, and `StepGrid` sees to it that these are fresh.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.chunk_stream import Target
-from ros_nodes.robot.mode import WAITING, Mode, State
-from ros_nodes.robot.motion import Motion, toward
-from ros_nodes.robot.observations import Observations
-from ros_nodes.robot.outage import RESUME_WITHIN, Outage
-from ros_nodes.robot.policy_stream import PolicyStream
-from ros_nodes.robot.safety import (
+from ceed_vla.ros_nodes.robot.chunk_stream import Target
+from ceed_vla.ros_nodes.robot.mode import WAITING, Mode, State
+from ceed_vla.ros_nodes.robot.motion import Motion, toward
+from ceed_vla.ros_nodes.robot.observations import Observations
+from ceed_vla.ros_nodes.robot.outage import RESUME_WITHIN, Outage
+from ceed_vla.ros_nodes.robot.policy_stream import PolicyStream
+from ceed_vla.ros_nodes.robot.safety import (
     JOINT_STATES,
     MAX_DT,
     MOVED,
@@ -32,8 +34,8 @@ from ros_nodes.robot.safety import (
     SafetyFilter,
 )
 
-# How long the last command is repeated while the arm's pose is unknown [s]. Nobody can move the arm by hand and restart
-# it faster than this; afterwards it would leap back as its drives come on.
+# How long the last command is repeated while the arm's pose is unknown [s]. Nobody can move the arm
+# by hand and restart it faster than this; afterwards it would leap back as its drives come on.
 BLIND_HOLD = 5.0
 STALLED = 1.0  # real time without a tick after which a simulation's clock counts as stopped [s]
 HOME_SPEED = 0.2  # of the fastest joint on the way home [rad/s]
@@ -44,7 +46,8 @@ NOT_BY_WAITING = ("estop", "conflict", MOVED)  # refusals of `enable` that an op
 class PolicyController:
     """Sends the actions of a `stream` through the `safety` filter, at the rate of its grid.
 
-    Motion begins gently: for `blend_in` [s] after `enable` commands lie between the pose then and what is wanted.
+    Motion begins gently: for `blend_in` [s] after `enable` commands lie between the pose then and
+    what is wanted.
 
     Attributes:
         ages: `Observations.ages`.
@@ -61,8 +64,13 @@ class PolicyController:
         blend_in: float,
         resume_within: float = RESUME_WITHIN,
     ) -> None:
-        self._observations, self._motion, self._safety, self.stream = observations, motion, safety, stream
-        self.ages, self.grid, self.statistics = observations.ages, stream.grid, stream.statistics
+        self._observations = observations
+        self._motion = motion
+        self._safety = safety
+        self.stream = stream
+        self.ages = observations.ages
+        self.grid = stream.grid
+        self.statistics = stream.statistics
         self.hold = safety.forbidden
         self.outage = Outage(resume_within)
         self._conflict: str | None = None
@@ -73,11 +81,15 @@ class PolicyController:
         self._enabled_at = -math.inf  # images from before are of another situation
         self._silent = True
         self._not_yet: Hold | None = None  # why motion does not restart, though the pose is known
-        self._anchor: Array | None = None  # the pose (J,) at which the hold that lasts began [rad]; None in motion
+        self._anchor: Array | None = (
+            None  # the pose (J,) at which the hold that lasts began [rad]; None in motion
+        )
         self._blind_since: float | None = None  # steady time since which the arm's pose is unknown
         self._clock_fault: Hold | None = None
         self._last_tick: float | None = None
-        self._boundary = False  # the step that runs is done, the next one waits for the answer that is due
+        self._boundary = (
+            False  # the step that runs is done, the next one waits for the answer that is due
+        )
         self._start: Array = motion.joints  # where the step that runs starts, ...
         self._start_part = 0.0  # ... and at which of its ticks
         self._wanted: Array = motion.joints  # the last command before it was judged, ...
@@ -86,13 +98,17 @@ class PolicyController:
         self._step_hold: Hold | None = None
         self._seam = False
 
-    # ---- what operators do --------------------------------------------------------------------------------------
+    # ---- what operators do -----------------------------------------------------------------------
 
-    def enable(self, now: float, *, insist: bool = False, home: Sequence[float] = ()) -> Hold | None:
-        """Allow motion from the measured pose on, with nothing planned; `now` is the clock's time [s].
+    def enable(
+        self, now: float, *, insist: bool = False, home: Sequence[float] = ()
+    ) -> Hold | None:
+        """Allow motion from the measured pose on, with nothing planned; `now` is the clock's time
+        [s].
 
-        With `home` (J,) [rad] it moves there slowly, without the policy; then motion is disabled. Returns why not, or
-        None; then motion is disabled at once. With `insist` it is tried again at every tick until joint states come.
+        With `home` (J,) [rad] it moves there slowly, without the policy; then motion is disabled.
+        Returns why not, or None; then motion is disabled at once. With `insist` it is tried again
+        at every tick until joint states come.
         """
         moving = self._safety.enabled and (self.hold is None or self.hold.code == WAITING)
         moving = moving and not self._silent and self._pose_fault(now) is None
@@ -102,7 +118,11 @@ class PolicyController:
         if refused is None and self.stream.broken is not None and not home:
             refused = self.stream.objection()
         limits = self._safety.limits
-        if refused is None and home and np.any(np.clip(home, limits.position_low, limits.position_high) != home):
+        if (
+            refused is None
+            and home
+            and np.any(np.clip(home, limits.position_low, limits.position_high) != home)
+        ):
             refused = Hold("no_home", "arm.home lies outside the position limits")
         self._enable_asked = insist and refused is not None and refused.code not in NOT_BY_WAITING
         self._home = np.array(home) if home and refused is None else None
@@ -140,7 +160,9 @@ class PolicyController:
         self._conflict = reason
 
     def interrupt(self, why: str) -> None:
-        """Forbid motion until an operator allows it again; nothing changes if it is not allowed now."""
+        """Forbid motion until an operator allows it again; nothing changes if it is not allowed
+        now.
+        """
         if self._safety.enabled or self._enable_asked:
             self._forbid(f"{why}; see where the arm is, then call ~/enable")
 
@@ -173,15 +195,18 @@ class PolicyController:
         self._enable_asked = False
         return self._safety.reset()
 
-    # ---- the loop -----------------------------------------------------------------------------------------------
+    # ---- the loop --------------------------------------------------------------------------------
 
     def tick(self, now: float, clock: float) -> Decision | None:
-        """The command at steady time `now` [s], which is `clock` in the messages' stamps [s]; None to send nothing."""
+        """The command at steady time `now` [s], which is `clock` in the messages' stamps [s]; None
+        to send nothing.
+        """
         dt = now - self._last_tick if self._last_tick is not None else self.grid.nominal
         self._last_tick = now
         self._watch_clock(dt, clock)
         self.grid.count(now, dt)
-        dt = max(dt, self.grid.nominal)  # a tick that only makes up for a late one is no faster motion
+        # a tick that only makes up for a late one is no faster motion
+        dt = max(dt, self.grid.nominal)
         self.receive(now)
         refused = self.enable(clock, insist=True) if self._enable_asked else None
         self._watch_faults(now, clock)
@@ -191,7 +216,9 @@ class PolicyController:
         if self._home is not None:
             decision = self._step_home(dt, clock, self._home)
         else:
-            decision = self._move(dt, clock, hold) if self.stream.started else self._wait(dt, clock, hold)
+            decision = (
+                self._move(dt, clock, hold) if self.stream.started else self._wait(dt, clock, hold)
+            )
         self.hold = self._cause(decision.hold)
         if decision.hold is None:
             self._anchor = None
@@ -205,7 +232,9 @@ class PolicyController:
         return decision
 
     def after_tick(self, now: float) -> None:
-        """What takes time and can wait until the command is sent: the next step, and asking for a chunk."""
+        """What takes time and can wait until the command is sent: the next step, and asking for a
+        chunk.
+        """
         if not self.stream.started:
             return
         if self.grid.at_end and not self._boundary:
@@ -219,14 +248,17 @@ class PolicyController:
 
     def planned(self) -> list[tuple[Array, float | None]]:
         """Where the steps to come of the running chunk end: joints (J,) [rad], opening [m]."""
-        motion, steps = self._motion.copy(), []
+        motion = self._motion.copy()
+        steps = []
         for action in self.stream.upcoming[1]:
             motion.advance(np.asarray(action, dtype=np.float64))
             steps.append((motion.joints, motion.gripper))
         return steps
 
     def observed(self, now: float) -> None:
-        """An image has come; asks for the next chunk if the next images would come too late for it."""
+        """An image has come; asks for the next chunk if the next images would come too late for
+        it.
+        """
         if not self._observations.renewed():
             return
         self.grid.images.append(now)
@@ -238,13 +270,16 @@ class PolicyController:
             self.grid.align(slack * self.grid.action_dt, self.grid.until_images(now))
 
     def receive(self, now: float) -> None:
-        """Take the policy's answer if there is one; called as soon as it comes, so that its step begins in time."""
+        """Take the policy's answer if there is one; called as soon as it comes, so that its step
+        begins in time.
+        """
         partial = self.stream.partial
         if self.stream.receive(now) and self._step_hold is not None:
             self.grid.begin_now()  # nothing moves: the next step need not wait for its boundary
             self._boundary = True
         elif partial and not self.stream.partial:
-            # The rest is there: steps begin when answers to images come, so the one that runs takes longer.
+            # The rest is there: steps begin when answers to images come, so the one that runs takes
+            # longer.
             self.grid.begin_now()
             self.grid.begin_step()
             self._start, self._start_part = self._wanted, 0.0
@@ -252,17 +287,23 @@ class PolicyController:
             return
         if self._boundary:
             self._begin_step()
-        elif self.grid.part <= self.stream.grace * self.grid.ticks_per_step and (target := self.stream.redo()):
+        elif self.grid.part <= self.stream.grace * self.grid.ticks_per_step and (
+            target := self.stream.redo()
+        ):
             # It came just after the step had begun, and decides on the rest of it.
             self._motion.restore(self._before_step)
             self._start, self._start_part = self._wanted, self.grid.part
             self._execute(target)
 
     def _watch_clock(self, dt: float, clock: float) -> None:
-        """After a step back, the stamps of the inputs are of a time that is still to come: wait for new ones."""
+        """After a step back, the stamps of the inputs are of a time that is still to come: wait for
+        new ones.
+        """
         self._enabled_at = min(self._enabled_at, clock)
         if dt <= 0.0:
-            self._clock_fault = Hold("clock", f"the clock went back by {-dt:.2f} s; waiting for new inputs")
+            self._clock_fault = Hold(
+                "clock", f"the clock went back by {-dt:.2f} s; waiting for new inputs"
+            )
             self._observations.forget()
             self.stream.try_again()
             self._blind_since = None
@@ -277,7 +318,9 @@ class PolicyController:
             self.hold = Hold("clock", detail)
 
     def _watch_faults(self, now: float, clock: float) -> None:
-        """Forbid motion where it must not resume by itself: after a long outage, or from another pose than before."""
+        """Forbid motion where it must not resume by itself: after a long outage, or from another
+        pose than before.
+        """
         if not self._safety.enabled:
             return
         fault = self._safety.pose_fault(self.ages(clock)[JOINT_STATES])
@@ -298,9 +341,11 @@ class PolicyController:
         return self._cause(self._safety.pose_fault(self.ages(clock)[JOINT_STATES]))
 
     def _stays_silent(self, now: float, clock: float) -> bool:
-        """Whether nothing is sent. Out of silence, motion starts from wherever others moved the arm meanwhile.
+        """Whether nothing is sent. Out of silence, motion starts from wherever others moved the arm
+        meanwhile.
 
-        So it does when joint states come back after a hold: no command follows from a pose of before.
+        So it does when joint states come back after a hold: no command follows from a pose of
+        before.
         """
         known = self._pose_fault(clock) is None
         blind_since = self._blind_since
@@ -339,7 +384,9 @@ class PolicyController:
         self.statistics.paused()
 
     def _start_here(self, clock: float, *, resumed: bool) -> None:
-        """Plan nothing, and start from the measured pose; what the gripper was told stays true if it is `resumed`."""
+        """Plan nothing, and start from the measured pose; what the gripper was told stays true if
+        it is `resumed`.
+        """
         self._drop_plans()
         self.statistics.paused()
         measured = self._safety.measured
@@ -357,7 +404,9 @@ class PolicyController:
             self.hold = hold or forbidden
             return None
         self._go_silent()
-        decision = self._safety.command(None, None, dt=dt, ages=self.ages(clock), hold=hold or Hold("disabled", ""))
+        decision = self._safety.command(
+            None, None, dt=dt, ages=self.ages(clock), hold=hold or Hold("disabled", "")
+        )
         self.hold = self._cause(decision.hold)
         if decision.positions is None or self._conflict is not None:
             return None
@@ -385,7 +434,11 @@ class PolicyController:
         self._wanted = self._start + share * (self._motion.joints - self._start)
         blended = self._held + self._blend * (self._wanted - self._held)
         decision = self._safety.command(
-            blended, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
+            blended,
+            self._motion.gripper,
+            dt=dt,
+            ages=self.ages(clock),
+            hold=hold or self._step_hold,
         )
         if decision.hold is None:
             assert decision.positions is not None
@@ -401,7 +454,10 @@ class PolicyController:
         assert last is not None
         dt = min(dt, MAX_DT)
         wanted = toward(last, home, HOME_SPEED, dt, self._safety.limits.max_acceleration)
-        ages = {**dict.fromkeys(self.ages(clock), 0.0), JOINT_STATES: self.ages(clock)[JOINT_STATES]}
+        ages = {
+            **dict.fromkeys(self.ages(clock), 0.0),
+            JOINT_STATES: self.ages(clock)[JOINT_STATES],
+        }
         decision = self._safety.command(wanted, None, dt=dt, ages=ages, hold=None)
         if decision.positions is None:
             return decision
@@ -414,29 +470,40 @@ class PolicyController:
         self._boundary = False
         self.statistics.slips += self.grid.begin_step()
         held = self._safety.last_command if self._step_hold is not None else None
-        self._start, self._start_part = self._motion.joints if held is None else held, 0.0
+        self._start = self._motion.joints if held is None else held
+        self._start_part = 0.0
         self._held = self._held if held is None else held
         self._before_step = self._motion.copy()
         self._execute(self.stream.target())
 
     def _execute(self, target: Target) -> None:
         if target.action is None:
-            detail = "for the first chunk" if target.source == WAITING else "the chunk ended before the next one came"
+            detail = (
+                "for the first chunk"
+                if target.source == WAITING
+                else "the chunk ended before the next one came"
+            )
             error = self.statistics.last_error
             code = self.stream.failure or target.source
             self._step_hold = Hold(code, f"{detail} (last error: {error})" if error else detail)
             return
         self._step_hold, self._seam = None, target.seam
-        # Increments run away from an arm that cannot follow: they end where a step at full speed does, and a stop.
-        limits, base, stop = self._safety.limits, self._motion.joints - self._lag, self._safety.stopping_distance
+        # Increments run away from an arm that cannot follow: they end where a step at full speed
+        # does, and a stop.
+        limits = self._safety.limits
+        base = self._motion.joints - self._lag
+        stop = self._safety.stopping_distance
         reach = limits.max_velocity * self.grid.action_dt + stop
-        self._motion.advance(np.asarray(target.action), base, reach, limits.position_low, limits.position_high)
+        self._motion.advance(
+            np.asarray(target.action), base, reach, limits.position_low, limits.position_high
+        )
 
     def _objection(self) -> Hold | None:
         """Why the arm must hold though the safety filter has no reason."""
         if self._conflict is not None:
             return self._conflict_hold()
-        objection, taken = self.stream.objection(), self._observations.image_stamp
+        objection = self.stream.objection()
+        taken = self._observations.image_stamp
         if objection is None and taken is not None and taken < self._enabled_at:
             return Hold(WAITING, "for images taken after motion was enabled")
         return objection

@@ -18,7 +18,7 @@ from ceed_vla.errors import CheckpointError
 from ceed_vla.files import plain_name, read_json, regular
 from ceed_vla.folders import POSTPROCESSOR, PREPROCESSOR, resolve_checkpoint
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.texts import short
+from ceed_vla.ros_nodes.robot.texts import short
 
 ACTION = "action"
 _MOST_HEADER = 1_000_000  # [bytes]
@@ -77,7 +77,8 @@ def _steps(folder: Path, name: str) -> dict[str, tuple[dict[str, Any], Path | No
         raise CheckpointError(f"{file} is no processor's file: it needs 'steps'; copy it again.")
     found = {}
     for entry in entries:
-        settings, state = entry.get("config"), entry.get("state_file")
+        settings = entry.get("config")
+        state = entry.get("state_file")
         path = None
         if state is not None:
             path = folder / plain_name(state, f"{file}: a state_file")
@@ -96,10 +97,12 @@ def _normalised_by(file: Path, feature: str, length: int) -> Range | None:
         return values if fits else None
 
     for lowest, highest in _PAIRS:
-        low, high = get(lowest), get(highest)
+        low = get(lowest)
+        high = get(highest)
         if low is not None and high is not None and (low <= high).all():
             return Range(low, high, f"{lowest} to {highest}")
-    mean, std = get("mean"), get("std")
+    mean = get("mean")
+    std = get("std")
     if mean is None or std is None or (std < 0.0).any():
         return None
     return Range(mean - std, mean + std, "mean -+ std")
@@ -110,7 +113,8 @@ def _bins(settings: Any, length: int) -> Range | None:
     if not isinstance(settings, dict):
         return None
     for lowest, highest in (("action_low", "action_high"), ("q01", "q99")):
-        low, high = settings.get(lowest), settings.get(highest)
+        low = settings.get(lowest)
+        high = settings.get(highest)
         if isinstance(low, list) and isinstance(high, list) and len(low) == len(high) == length:
             try:
                 ends = np.array([low, high], dtype=np.float64)

@@ -1,4 +1,6 @@
-"""What the policy node tells an operator once a second on /diagnostics. docs/robots.md explains the keys."""
+"""What the policy node tells an operator once a second on /diagnostics. docs/robots.md explains the
+keys.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ from typing import Any
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
-from ros_nodes.robot.controller import PolicyController
-from ros_nodes.robot.mode import HARMLESS, LOADING, Mode, State
-from ros_nodes.robot.safety import SafetyFilter
-from ros_nodes.robot.texts import short
+from ceed_vla.ros_nodes.robot.controller import PolicyController
+from ceed_vla.ros_nodes.robot.mode import HARMLESS, LOADING, Mode, State
+from ceed_vla.ros_nodes.robot.safety import SafetyFilter
+from ceed_vla.ros_nodes.robot.texts import short
 
 SUSTAINED = 3  # seconds over which clamps count as sustained, one publication each
 MOST_CLAMPED = 0.5  # share of the commands of that time that may be clamped
@@ -22,7 +24,8 @@ class ClampWatch:
     """Finds clamping that lasts: limits, units or the scale of the actions do not fit then."""
 
     def __init__(self) -> None:
-        self._seconds: deque[tuple[int, int]] = deque(maxlen=SUSTAINED + 1)  # commands, clamps so far
+        # commands, clamps so far
+        self._seconds: deque[tuple[int, int]] = deque(maxlen=SUSTAINED + 1)
 
     def look(self, commands: int, safety: SafetyFilter) -> str:
         """What to warn of, "" if nothing; call it once a second with the commands sent so far."""
@@ -48,7 +51,9 @@ def level_of(state: State, *, warn: bool) -> bytes:
     return DiagnosticStatus.WARN if harmless else DiagnosticStatus.ERROR
 
 
-def running_values(controller: PolicyController, safety: SafetyFilter, now: float) -> dict[str, Any]:
+def running_values(
+    controller: PolicyController, safety: SafetyFilter, now: float
+) -> dict[str, Any]:
     """What an active node counts and measures; `now` is steady time [s]."""
     stream, numbers = controller.stream, controller.statistics
     return {
@@ -60,10 +65,18 @@ def running_values(controller: PolicyController, safety: SafetyFilter, now: floa
         **{f"jitter_p{share}_ms": 1e3 * numbers.jitter.percentile(share) for share in (50, 99)},
         **{f"decode_ms_p{share}": 1e3 * numbers.decode.percentile(share) for share in (50, 95, 99)},
         **{f"images_ms_p{share}": 1e3 * numbers.images.percentile(share) for share in (50, 95, 99)},
-        **{f"observation_to_command_ms_p{share}": 1e3 * numbers.to_command.percentile(share) for share in (50, 99)},
-        **{f"beyond_decode_ms_p{share}": 1e3 * numbers.beyond_decode.percentile(share) for share in (50, 99)},
+        **{
+            f"observation_to_command_ms_p{share}": 1e3 * numbers.to_command.percentile(share)
+            for share in (50, 99)
+        },
+        **{
+            f"beyond_decode_ms_p{share}": 1e3 * numbers.beyond_decode.percentile(share)
+            for share in (50, 99)
+        },
         "forwards_mean": numbers.forwards.mean,
-        "exit_reasons": " ".join(f"{reason}={count}" for reason, count in numbers.exit_reasons.items()),
+        "exit_reasons": " ".join(
+            f"{reason}={count}" for reason, count in numbers.exit_reasons.items()
+        ),
         "deadline_misses": numbers.deadline_misses,
         "inference_errors": numbers.errors,
         "last_inference_error": numbers.last_error,

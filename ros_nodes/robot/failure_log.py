@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from ceed_vla.errors import CeedVLAError
-from ros_nodes.robot.texts import short
+from ceed_vla.ros_nodes.robot.texts import short
 
 _PERIOD = 10.0  # between two lines about failures of a known kind [s]
 _MOST_KINDS = 20  # kinds that get a line of their own
@@ -16,7 +16,8 @@ _FRAMES = 12  # innermost calls of a traceback that are shown
 
 
 class FailureLog:
-    """One line for a `CeedVLAError`, a traceback for the first failure of any other kind, then a line now and then.
+    """One line for a `CeedVLAError`, a traceback for the first failure of any other kind, then a
+    line now and then.
 
     A kind is a type of exception at a line of code; `clock` gives steady time [s].
     """
@@ -24,7 +25,8 @@ class FailureLog:
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._logger, self._clock = logger, clock
         self._kinds: set[tuple[object, ...]] = set()
-        self._told, self._untold = float("-inf"), 0
+        self._told = float("-inf")
+        self._untold = 0
 
     def add(self, error: Exception) -> None:
         ours = isinstance(error, CeedVLAError)
@@ -38,7 +40,8 @@ class FailureLog:
         if fresh:
             self._kinds.add(kind)
         before = f" ({self._untold} more since the last line)" if self._untold else ""
-        self._told, self._untold = self._clock(), 0
+        self._told = self._clock()
+        self._untold = 0
         if fresh and not ours:
             calls = "".join(traceback.format_list(frames[-_FRAMES:])).rstrip()
             self._logger.error("Inference failed: %s%s\n%s", text, before, calls)

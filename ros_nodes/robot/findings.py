@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.robot_file import RobotConfig
-from ros_nodes.robot.texts import short
+from ceed_vla.ros_nodes.robot.robot_file import RobotConfig
+from ceed_vla.ros_nodes.robot.texts import short
 
 PROBLEM, WARNING = "problem", "warning"
 LONGEST_TEXT = 1200  # characters of all problems in one message

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ObservationError
-from ros_nodes.robot.texts import short, shown
+from ceed_vla.ros_nodes.robot.texts import short, shown
 
 if TYPE_CHECKING:
     from PIL import Image as PillowImage
@@ -55,7 +55,10 @@ class View:
         `ObservationError`: It does not fit.
         """
         if not self.crop:
-            top, left, kept_height, kept_width = 0, 0, height, width
+            top = 0
+            left = 0
+            kept_height = height
+            kept_width = width
         else:
             top, left, kept_height, kept_width = self.crop
         if top + kept_height > height or left + kept_width > width:
@@ -72,11 +75,13 @@ class View:
     def distortion(self, height: int, width: int) -> str:
         """What scaling does to an image of that size where it changes the aspect ratio, or ""."""
         _, _, kept_height, kept_width = self.box(height, width)
-        aspect, wanted = kept_width / kept_height, self.width / self.height
+        aspect = kept_width / kept_height
+        wanted = self.width / self.height
         if abs(aspect / wanted - 1.0) <= SQUEEZED:
             return ""
         side = min(kept_height * self.width, kept_width * self.height)
-        height, width = side // self.width, side // self.height
+        height = side // self.width
+        width = side // self.height
         return (
             f"resize squeezes {kept_width} x {kept_height} pixels (aspect {aspect:.2f}) into "
             f"the policy's {self.width} x {self.height} ({wanted:.2f}); "
@@ -176,7 +181,8 @@ def _scaled(image: PillowImage.Image, view: View, box: Box, scale: float) -> NDA
     from PIL import Image as PillowImage
 
     top, left, height, width = box
-    right, bottom = left + width, top + height
+    right = left + width
+    bottom = top + height
     part = (left * scale, top * scale, right * scale, bottom * scale)
     if scale == 1.0 and image.size != (width, height):  # `resize` would look beyond its box
         image = image.crop((left, top, right, bottom))
@@ -305,7 +311,8 @@ def read_image(message: bytes) -> CameraImage:
     """
     reader = _Reader(message)
     stamp = reader.stamp()
-    height, width = reader.number(), reader.number()
+    height = reader.number()
+    width = reader.number()
     encoding = reader.text()
     reader.number("B")  # is_bigendian: single bytes have no order
     step = reader.number()
@@ -338,7 +345,8 @@ def read_compressed(message: bytes) -> CameraImage:
     data = memoryview(message)[begin:end]
     kind, size = "", None
     if data[:2] == b"\xff\xd8":
-        kind, size = JPEG, _jpeg_size(data)
+        kind = JPEG
+        size = _jpeg_size(data)
     elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = struct.unpack_from(">II", data, 16)
         kind, size = PNG, (height, width)

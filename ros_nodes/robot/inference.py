@@ -1,11 +1,13 @@
 """Runs a policy beside the control loop, in a process of its own or in a thread, behind one class.
 
-A thread decodes the images of the newest request, takes it to wherever the policy runs and brings the answer back, so
-`submit` and `poll` never block, whatever the size of the images, and a policy that crashes is an answer too.
+A thread decodes the images of the newest request, takes it to wherever the policy runs and brings
+the answer back, so `submit` and `poll` never block, whatever the size of the images, and a policy
+that crashes is an answer too.
 
-The process is the default because a thread shares the interpreter lock with the control loop: decoding all the time
-beside a 100 Hz loop of real-time priority on two cores, a thread makes its p99 tick 2 to 4 ms late, a process 0.1 ms
-(0.1 without any policy). A thread is for debuggers, and where a second process does not fit into memory.
+The process is the default because a thread shares the interpreter lock with the control loop:
+decoding all the time beside a 100 Hz loop of real-time priority on two cores, a thread makes its
+p99 tick 2 to 4 ms late, a process 0.1 ms (0.1 without any policy). A thread is for debuggers, and
+where a second process does not fit into memory.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
-from ros_nodes.robot.images import Seen, decode
-from ros_nodes.robot.predictor import (
+from ceed_vla.ros_nodes.robot.images import Seen, decode
+from ceed_vla.ros_nodes.robot.predictor import (
     BAD_IMAGE,
     LOOK,
     PolicySpec,
@@ -54,9 +56,11 @@ def decoded(request: Request) -> tuple[Request, Seen]:
 
 
 class InferenceWorker:
-    """One policy, one request at a time, with the other fields of `PredictorSettings` as `settings`.
+    """One policy, one request at a time, with the other fields of `PredictorSettings` as
+    `settings`.
 
-    `python` runs the process of mode "process", this Python if it is empty; it needs ceed_vla, torch and lerobot.
+    `python` runs the process of mode "process", this Python if it is empty; it needs ceed_vla,
+    torch and lerobot.
 
     `notify` is called in the thread that carries the answers when one can be polled.
     `ConfigError`: An unknown mode, or a number outside its range.
@@ -74,8 +78,12 @@ class InferenceWorker:
         if mode not in MODES:
             raise ConfigError(f"The inference mode is {mode!r}; choose one of {', '.join(MODES)}.")
         chosen = PredictorSettings(str(checkpoint), **settings)
-        if mode == "thread" and (python or chosen.engine == "compiled"):  # it may crash beside other threads
-            raise ConfigError(f"inference_python and the engine compiled need the inference mode process, not {mode}.")
+        # it may crash beside other threads
+        if mode == "thread" and (python or chosen.engine == "compiled"):
+            raise ConfigError(
+                "inference_python and the engine compiled need the inference mode process, not "
+                f"{mode}."
+            )
         self._policy = _OwnProcess(chosen, python) if mode == "process" else _SameProcess(chosen)
         self._spec: PolicySpec | None = None
         self._notify = notify
@@ -86,7 +94,8 @@ class InferenceWorker:
         self._thread = threading.Thread(target=self._infer, name="inference", daemon=True)
 
     def begin(self) -> None:
-        """Load the policy and warm it up meanwhile; then `ready`, or `failed` says why not, and `notify` is called.
+        """Load the policy and warm it up meanwhile; then `ready`, or `failed` says why not, and
+        `notify` is called.
 
         A worker begins once.
         """
@@ -110,11 +119,15 @@ class InferenceWorker:
 
     @property
     def idle(self) -> bool:
-        """Whether `submit` would take a request: the policy is there, the last answer was polled."""
+        """Whether `submit` would take a request: the policy is there, the last answer was
+        polled.
+        """
         return self.ready and not (self._busy or self._closed or self.failed)
 
     def submit(self, request: Request) -> bool:
-        """Hand a request over; False, and it is dropped, if the worker is busy, failed or closed."""
+        """Hand a request over; False, and it is dropped, if the worker is busy, failed or
+        closed.
+        """
         if not self.idle:
             return False
         self._busy = True
@@ -132,7 +145,9 @@ class InferenceWorker:
         return response
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Stop, wherever the policy is; a process that does not end in time is killed. May be called twice."""
+        """Stop, wherever the policy is; a process that does not end in time is killed. May be
+        called twice.
+        """
         self._closed = True
         self._inbox.put(None)
         self._policy.stop(timeout_s)
@@ -158,7 +173,9 @@ class InferenceWorker:
             self._answer(response)
 
     def _respond(self, request: Request, deadline: float | None) -> Response:
-        """Decode the images, which is this thread's part: Pillow does it without the interpreter's lock."""
+        """Decode the images, which is this thread's part: Pillow does it without the interpreter's
+        lock.
+        """
         request, seen = decoded(request)
         if seen.problem:
             return Response(request.id, error=seen.problem, code=BAD_IMAGE, seen=seen)
@@ -205,7 +222,8 @@ class _OwnProcess:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         if self._python:
             environment = dict(os.environ)
-            if environment.pop("_ROS_WHEELS_BOOTSTRAP_COMPLETE", None):  # ROS's wheels set both for this Python alone
+            # ROS's wheels set both for this Python alone
+            if environment.pop("_ROS_WHEELS_BOOTSTRAP_COMPLETE", None):
                 environment.pop("LD_LIBRARY_PATH", None)
         command = [self._python or sys.executable, "-m", __name__, str(theirs.fileno())]
         with self._lock:
@@ -220,7 +238,9 @@ class _OwnProcess:
             raise CheckpointError(spec)
         return spec
 
-    def predict(self, request: Request, deadline: float | None, early: Callable[[Response], None]) -> Response:
+    def predict(
+        self, request: Request, deadline: float | None, early: Callable[[Response], None]
+    ) -> Response:
         response: Response = self._ask((request, deadline), early)
         return response
 
@@ -247,7 +267,9 @@ class _OwnProcess:
             assert self._process is not None
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(1.0)
-            raise _PolicyDied(f"The inference process ended (exit code {self._process.returncode}).") from error
+            raise _PolicyDied(
+                f"The inference process ended (exit code {self._process.returncode})."
+            ) from error
 
 
 def _serve(number: int) -> None:

@@ -1,8 +1,9 @@
-"""Who publishes a joint: from the numbers that publishers give their messages. Free of ROS and of clocks.
+"""Who publishes a joint: from the numbers that publishers give their messages. Free of ROS and of
+clocks.
 
-A publisher counts its messages up, so the numbers under which a joint arrives grow. They fall back once when its driver
-restarts, and again and again when two publishers send the same joint. An arm's driver and a gripper's have no joint in
-common, so neither disturbs the other.
+A publisher counts its messages up, so the numbers under which a joint arrives grow. They fall back
+once when its driver restarts, and again and again when two publishers send the same joint. An arm's
+driver and a gripper's have no joint in common, so neither disturbs the other.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ OVERLAPS = 3  # numbers that fell back within `MEMORY`, from which on two publis
 @dataclass
 class _Joint:
     number: int = 0  # of its newest message
-    fallen: deque[float] = field(default_factory=lambda: deque(maxlen=OVERLAPS))  # when it fell back [s]
+    # when it fell back [s]
+    fallen: deque[float] = field(default_factory=lambda: deque(maxlen=OVERLAPS))
 
 
 class JointSources:
     """Follows the message numbers of the joints `wanted`.
 
     Attributes:
-        numbered: Whether the middleware numbers messages; without numbers, only the joint sets tell publishers apart.
+        numbered: Whether the middleware numbers messages; without numbers, only the joint sets tell
+            publishers apart.
     """
 
     def __init__(self, wanted: Iterable[str]) -> None:
@@ -36,7 +39,8 @@ class JointSources:
         self._sets: dict[frozenset[str], float] = {}  # joint set -> when it came last [s]
 
     def take(self, names: Iterable[str], number: int | None, now: float) -> str:
-        """Note a message that came at `now` [s], steady, with its publisher's `number` (None without).
+        """Note a message that came at `now` [s], steady, with its publisher's `number` (None
+        without).
 
         Returns the first joint whose publisher began anew; "" if none did.
         """
@@ -63,7 +67,9 @@ class JointSources:
         if not self.numbered:
             recent = [names for names, came in self._sets.items() if now - came < MEMORY]
             disjoint = sum(map(len, recent)) == len(frozenset().union(*recent))
-            return [] if disjoint and len(recent) >= publishers else sorted(frozenset().union(*recent))
+            return (
+                [] if disjoint and len(recent) >= publishers else sorted(frozenset().union(*recent))
+            )
         return [
             name
             for name, joint in sorted(self._joints.items())

@@ -1,4 +1,6 @@
-"""The newest value and stamp of every joint: an arm's driver and a gripper's may publish messages of their own."""
+"""The newest value and stamp of every joint: an arm's driver and a gripper's may publish messages
+of their own.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from dataclasses import dataclass, field
 
 from sensor_msgs.msg import JointState
 
-from ros_nodes.robot.messages import seconds
-from ros_nodes.robot.texts import short
+from ceed_vla.ros_nodes.robot.messages import seconds
+from ceed_vla.ros_nodes.robot.texts import short
 
 _FIELDS = ("position", "velocity", "effort")
 
@@ -20,16 +22,19 @@ class JointTable:
 
     wanted: Sequence[str]
     lacks: str = ""  # what the newest message lacked, though one before had it; "" if nothing
-    _rows: dict[str, tuple[JointState, int]] = field(default_factory=dict)  # joint -> its newest message, and where
+    # joint -> its newest message, and where
+    _rows: dict[str, tuple[JointState, int]] = field(default_factory=dict)
 
     def forget(self) -> None:
         self._rows.clear()
         self.lacks = ""
 
     def take(self, message: JointState) -> tuple[JointState, list[float]]:
-        """The joints that are known now, and the stamp of each [s]; the message's own is the oldest.
+        """The joints that are known now, and the stamp of each [s]; the message's own is the
+        oldest.
 
-        A message that contradicts itself, or has none of the joints while none are known, comes back as it is.
+        A message that contradicts itself, or has none of the joints while none are known, comes
+        back as it is.
         """
         names = list(message.name)
         places = {name: names.index(name) for name in self.wanted if name in names}
@@ -50,7 +55,11 @@ class JointTable:
             given = [getattr(row, values) for row, _ in rows]
             if any(given):  # a gripper's driver may tell positions alone
                 found = zip(given, rows, strict=True)
-                setattr(merged, values, [values[place] if values else math.nan for values, (_, place) in found])
+                setattr(
+                    merged,
+                    values,
+                    [values[place] if values else math.nan for values, (_, place) in found],
+                )
         stamps = [seconds(row.header.stamp) for row, _ in rows]
         merged.header.stamp = rows[stamps.index(min(stamps))][0].header.stamp
         return merged, stamps

@@ -12,8 +12,8 @@ import numpy as np
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import ArmKinematics, Array
-from ros_nodes.robot.model_file import read_model, text_of, urdf_velocities
-from ros_nodes.robot.texts import short
+from ceed_vla.ros_nodes.robot.model_file import read_model, text_of, urdf_velocities
+from ceed_vla.ros_nodes.robot.texts import short
 
 
 class ModelArm(ArmKinematics):
@@ -28,7 +28,8 @@ class ModelArm(ArmKinematics):
         low, high: (J,) [rad], from the model; infinite without a limit.
         velocity: (J,) [rad/s], of a URDF; NaN where the model has no limit, as every MJCF.
 
-    `ConfigError`: An unreadable model, or names that are not in it (the message lists those that are).
+    `ConfigError`: An unreadable model, or names that are not in it (the message lists those that
+    are).
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class ModelArm(ArmKinematics):
         self._model = _arm_model(Path(model_path), kinematics, joint_names)
         self._data = mujoco.MjData(self._model)
         self._tcp, self._body = _frame(self._model, self._data, tcp, model_path)
-        joints = [self._model.joint(name) for name in joint_names]  # of one position and one velocity each
+        # of one position and one velocity each
+        joints = [self._model.joint(name) for name in joint_names]
         self._positions = np.array([joint.qposadr[0] for joint in joints])
         self._velocities = np.array([joint.dofadr[0] for joint in joints])
         limited = self._model.jnt_limited.astype(bool)[:, None]
@@ -109,11 +111,15 @@ def _arm_model(
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"The robot model {path} cannot be used ({short(error)}).") from error
     if model.nq != len(joint_names):
-        raise ConfigError(f"The joints {list(joint_names)} of {path.name} must have one position each.")
+        raise ConfigError(
+            f"The joints {list(joint_names)} of {path.name} must have one position each."
+        )
     return model
 
 
-def _frame(model: mujoco.MjModel, data: mujoco.MjData, name: str, path: str | Path) -> tuple[Any, int]:
+def _frame(
+    model: mujoco.MjModel, data: mujoco.MjData, name: str, path: str | Path
+) -> tuple[Any, int]:
     """The site or body called `name`: its pose, and the body that it moves with."""
     sites = [model.site(i).name for i in range(model.nsite)]
     bodies = [model.body(i).name for i in range(1, model.nbody)]

@@ -8,7 +8,7 @@ from collections import Counter, deque
 import numpy as np
 from numpy.typing import NDArray
 
-from ros_nodes.robot.predictor import Response
+from ceed_vla.ros_nodes.robot.predictor import Response
 
 MISSED = 1.5  # periods without a command that count as a missed tick
 
@@ -30,7 +30,9 @@ class Window(deque[float]):
 
 
 class LoopStatistics:
-    """What the loop did since activation, in the last 20 s of commands and the last 200 chunks where it is a window."""
+    """What the loop did since activation, in the last 20 s of commands and the last 200 chunks
+    where it is a window.
+    """
 
     def __init__(self, period: float) -> None:
         self.period = period  # nominal time between commands [s]
@@ -40,14 +42,17 @@ class LoopStatistics:
         self.jitter = Window(2000)  # |period - nominal| of every command [s]
         self.decode = Window(200)  # time of every chunk, as the policy's side measured it [s]
         self.images = Window(200)  # time of decoding and scaling the images of every chunk [s]
-        self.to_command = Window(200)  # from the oldest image shown to the first command computed from it [s]
+        # from the oldest image shown to the first command computed from it [s]
+        self.to_command = Window(200)
         self.beyond_decode = Window(200)  # the same without the chunk's decoding [s]
         self.forwards = Window(200)  # model calls of every chunk
         self.exit_reasons: Counter[str] = Counter()  # rule -> chunks that it ended
         self.deadline_misses = 0  # chunks that came after their deadline
         self.errors = 0  # requests that ended in an error
         self.last_error = ""
-        self.seam_step = 0.0  # largest change of a joint between two commands where a new chunk took over [rad]
+        self.seam_step = (
+            0.0  # largest change of a joint between two commands where a new chunk took over [rad]
+        )
         self.inner_step = 0.0  # the same elsewhere [rad]
         self._last_sent: float | None = None
         self._last_positions: NDArray[np.float64] | None = None

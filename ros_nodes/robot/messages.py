@@ -1,4 +1,6 @@
-"""ROS messages to NumPy arrays and back, and the quality-of-service profiles that every node here uses."""
+"""ROS messages to NumPy arrays and back, and the quality-of-service profiles that every node here
+uses.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ObservationError
-from ros_nodes.robot.images import read_compressed, read_image
+from ceed_vla.ros_nodes.robot.images import read_compressed, read_image
 
 try:
     from builtin_interfaces.msg import Time
@@ -20,39 +22,51 @@ try:
     from sensor_msgs.msg import CompressedImage, Image
 except ImportError as error:
     raise ImportError(
-        "ROS 2 is not importable here: install the extra 'ros2' (pip install 'ceed_vla[ros2]', x86_64 Linux), "
-        "or source a ROS 2 installation that has rclpy and the packages of package.xml."
+        "ROS 2 is not importable here: install the extra 'ros2' (pip install 'ceed_vla[ros2]', "
+        "x86_64 Linux), or source a ROS 2 installation that has rclpy and the packages of "
+        "package.xml."
     ) from error
 
-# Cameras: the newest image wins, an old one in a queue only adds latency. Joint states queue: an arm's and a gripper's
-# come on one topic, often within a millisecond, and with a depth of 1 the second would always replace the first.
+# Cameras: the newest image wins, an old one in a queue only adds latency. Joint states queue: an
+# arm's and a gripper's come on one topic, often within a millisecond, and with a depth of 1 the
+# second would always replace the first.
 SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 JOINT_STATES = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
 # Values that a late subscriber must get too: the instruction, success.
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-# Commands to controllers; ros2_control subscribes to them with the system's default, which this matches.
+# Commands to controllers; ros2_control subscribes to them with the system's default, which this
+# matches.
 COMMAND = QoSProfile(depth=10)
 
 _UNNUMBERED = 2**64 - 1  # what a middleware without message numbers puts there
 
 
 def image_to_array(message: Image) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of an image, red first, without the padding of its rows; raises as `read_image`."""
+    """Pixels (H, W, 3) of an image, red first, without the padding of its rows; raises as
+    `read_image`.
+    """
     return read_image(serialize_message(message)).pixels()
 
 
 def compressed_to_array(message: CompressedImage) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of a JPEG or PNG image, red first; `ObservationError` if the data are none."""
+    """Pixels (H, W, 3) of a JPEG or PNG image, red first; `ObservationError` if the data are
+    none.
+    """
     return read_compressed(serialize_message(message)).pixels()
 
 
 def array_to_image(pixels: NDArray[np.uint8], stamp: Time, frame_id: str) -> Image:
     """An rgb8 image message of pixels (H, W, 3) uint8."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ObservationError(f"Pixels of shape {pixels.shape} and type {pixels.dtype}; give (H, W, 3) uint8.")
-    message = Image(height=pixels.shape[0], width=pixels.shape[1], encoding="rgb8", step=3 * pixels.shape[1])
+        raise ObservationError(
+            f"Pixels of shape {pixels.shape} and type {pixels.dtype}; give (H, W, 3) uint8."
+        )
+    message = Image(
+        height=pixels.shape[0], width=pixels.shape[1], encoding="rgb8", step=3 * pixels.shape[1]
+    )
     message.header.stamp, message.header.frame_id = stamp, frame_id
-    message.data = array.array("B", pixels.tobytes())  # any other sequence is copied element by element
+    # any other sequence is copied element by element
+    message.data = array.array("B", pixels.tobytes())
     return message
 
 
@@ -62,7 +76,9 @@ def seconds(stamp: Any) -> float:
 
 
 def message_number(information: Mapping[str, Any]) -> int | None:
-    """The number that its publisher gave a message, from rclpy's message information; None if it gives none."""
+    """The number that its publisher gave a message, from rclpy's message information; None if it
+    gives none.
+    """
     number = information.get("publication_sequence_number")
     return number if isinstance(number, int) and 0 < number < _UNNUMBERED else None
 

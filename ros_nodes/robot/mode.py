@@ -1,12 +1,14 @@
-"""What a policy node does at a moment: every answer, diagnostic and ``~/state`` is a function of it. Free of ROS."""
+"""What a policy node does at a moment: every answer, diagnostic and ``~/state`` is a function of
+it. Free of ROS.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ros_nodes.robot.safety import Hold
-from ros_nodes.robot.texts import short
+from ceed_vla.ros_nodes.robot.safety import Hold
+from ceed_vla.ros_nodes.robot.texts import short
 
 WAITING, STARVED = "waiting", "starved"
 LOADING = "the policy is being loaded"

@@ -13,7 +13,7 @@ from xml.parsers import expat
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.files import regular
-from ros_nodes.robot.texts import short
+from ceed_vla.ros_nodes.robot.texts import short
 
 MOST_BYTES = 5_000_000  # of a model and all that it includes
 MOST_FILES = 50
@@ -79,7 +79,9 @@ class _Reader:
         self.builder = ElementTree.TreeBuilder()
         self._path = path
         self._open: list[str] = []  # names of the kept elements that are open
-        self._bytes, self._files, self._parts = 0, 0, 0
+        self._bytes = 0
+        self._files = 0
+        self._parts = 0
 
     def read(self, file: Path) -> None:
         """Copy one file; an include's own root element is left out."""

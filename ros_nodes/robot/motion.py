@@ -1,4 +1,6 @@
-"""From a policy's actions to the arm's joint targets and the gripper's opening, one step of the policy at a time."""
+"""From a policy's actions to the arm's joint targets and the gripper's opening, one step of the
+policy at a time.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import ArmKinematics, Array, CommandedPose, PoseLimits
-from ros_nodes.robot.robot_file import RobotConfig
+from ceed_vla.ros_nodes.robot.robot_file import RobotConfig
 
 type Bound = Array | float  # of every joint [rad]
 INF = np.inf
@@ -36,7 +38,8 @@ def toward(last: Array, goal: Array, speed: float, dt: float, braking: Array | N
 
 
 class Motion:
-    """Where the arm shall be at the end of the step that runs; actions do what ``robot.action.kind`` says.
+    """Where the arm shall be at the end of the step that runs; actions do what
+    ``robot.action.kind`` says.
 
     Attributes:
         joints: (J,) targets [rad].
@@ -50,10 +53,16 @@ class Motion:
         self._open = True
         limits = robot.action.pose
         # The commanded TCP pose; inverse kinematics moves the joints after it.
-        self._pose = CommandedPose(limits, 0.5 * (limits.workspace_low + limits.workspace_high)) if limits else None
+        self._pose = (
+            CommandedPose(limits, 0.5 * (limits.workspace_low + limits.workspace_high))
+            if limits
+            else None
+        )
 
     def restart(self, joints: Array, opening: float | None) -> None:
-        """Start from joints (J,) [rad] and a gripper's opening [m] as measured; nothing is commanded yet."""
+        """Start from joints (J,) [rad] and a gripper's opening [m] as measured; nothing is
+        commanded yet.
+        """
         self.gripper = None
         if self._robot.gripper is not None and opening is not None:
             self._open = opening > 0.5 * (self._robot.gripper.closed + self._robot.gripper.open)
@@ -67,13 +76,20 @@ class Motion:
             self._pose.limits = self._fence(self._pose)
 
     def _fence(self, pose: CommandedPose, old: PoseLimits | None = None) -> PoseLimits:
-        """The robot's limits, and as far as a commanded `pose` is outside: it may stay, or come; `old` ones hold."""
-        limits, low, high = self._robot.action.pose, pose.position, pose.position
-        tilt, yaw = float(np.abs(pose.rpy[:2]).max()), float(abs(pose.rpy[2]))
+        """The robot's limits, and as far as a commanded `pose` is outside: it may stay, or come;
+        `old` ones hold.
+        """
+        limits = self._robot.action.pose
+        low = pose.position
+        high = pose.position
+        tilt = float(np.abs(pose.rpy[:2]).max())
+        yaw = float(abs(pose.rpy[2]))
         assert limits is not None
         if old is not None:
-            low, high = np.maximum(low, old.workspace_low), np.minimum(high, old.workspace_high)
-            tilt, yaw = min(tilt, old.max_tilt), min(yaw, old.max_yaw)
+            low = np.maximum(low, old.workspace_low)
+            high = np.minimum(high, old.workspace_high)
+            tilt = min(tilt, old.max_tilt)
+            yaw = min(yaw, old.max_yaw)
         return replace(
             limits,
             workspace_low=np.minimum(limits.workspace_low, low),
@@ -93,18 +109,27 @@ class Motion:
         vars(self).update(vars(other.copy()))
 
     def advance(
-        self, action: Array, base: Array | None = None, reach: Bound = INF, low: Bound = -INF, high: Bound = INF
+        self,
+        action: Array,
+        base: Array | None = None,
+        reach: Bound = INF,
+        low: Bound = -INF,
+        high: Bound = INF,
     ) -> None:
-        """Execute one action (A,); an increment ends within `reach` of the joints `base`, and of `low` to `high` [rad].
+        """Execute one action (A,); an increment ends within `reach` of the joints `base`, and of
+        `low` to `high` [rad].
 
         `ConfigError`: Another length, or not finite.
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (self._robot.action_dim,) or not np.isfinite(action).all():
-            raise ConfigError(f"The action is {action.tolist()}; give {self._robot.action_dim} finite numbers.")
+            raise ConfigError(
+                f"The action is {action.tolist()}; give {self._robot.action_dim} finite numbers."
+            )
         gripper = self._robot.gripper
         if gripper is not None and gripper.action != "none":
-            value, action = float(action[-1]), action[:-1]
+            value = float(action[-1])
+            action = action[:-1]
             if gripper.action == "binary":
                 self.gripper = gripper.open if value > 0.0 else gripper.closed
             else:

@@ -1,4 +1,6 @@
-"""The newest image of every camera and the newest joint state, how old they are, and what a policy is shown of them."""
+"""The newest image of every camera and the newest joint state, how old they are, and what a policy
+is shown of them.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,25 @@ from sensor_msgs.msg import JointState
 
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.camera import Camera
-from ros_nodes.robot.images import Seen, Shown
-from ros_nodes.robot.joint_table import JointTable
-from ros_nodes.robot.messages import seconds
-from ros_nodes.robot.motion import Motion
-from ros_nodes.robot.pose_trust import by_name
-from ros_nodes.robot.robot_file import POSE_COMPONENTS, RobotConfig
-from ros_nodes.robot.safety import JOINT_STATES, SYNCHRONIZE, Hold
+from ceed_vla.ros_nodes.robot.camera import Camera
+from ceed_vla.ros_nodes.robot.images import Seen, Shown
+from ceed_vla.ros_nodes.robot.joint_table import JointTable
+from ceed_vla.ros_nodes.robot.messages import seconds
+from ceed_vla.ros_nodes.robot.motion import Motion
+from ceed_vla.ros_nodes.robot.pose_trust import by_name
+from ceed_vla.ros_nodes.robot.robot_file import POSE_COMPONENTS, RobotConfig
+from ceed_vla.ros_nodes.robot.safety import JOINT_STATES, SYNCHRONIZE, Hold
 
 if TYPE_CHECKING:
-    from ros_nodes.robot.kinematics import ModelArm
+    from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
 MOVED = 0.05  # a joint moves so far, and an image must have changed [rad]
 AT_ONCE = 0.1  # between stamps of an image and of the pose that it shows [s]
-_MEASURED = {"joint_positions": "position", "joint_velocities": "velocity", "joint_efforts": "effort"}
+_MEASURED = {
+    "joint_positions": "position",
+    "joint_velocities": "velocity",
+    "joint_efforts": "effort",
+}
 
 
 @dataclass
@@ -41,15 +47,18 @@ class _Look:
 
 
 class Observations:
-    """Takes messages, keeps the newest, and answers with a policy's observation; `PolicySpec` has its features.
+    """Takes messages, keeps the newest, and answers with a policy's observation; `PolicySpec` has
+    its features.
 
-    A camera that repeats one image for longer than `frozen_after` [s] while the arm moves is a fault; 0: it never is.
+    A camera that repeats one image for longer than `frozen_after` [s] while the arm moves is a
+    fault; 0: it never is.
 
     Attributes:
         table: The newest of every joint.
         opening: Measured opening of the gripper [m]; None without.
 
-    `ConfigError`: The policy wants a camera or a state that the robot does not have, or of another length.
+    `ConfigError`: The policy wants a camera or a state that the robot does not have, or of another
+    length.
     """
 
     def __init__(
@@ -68,43 +77,59 @@ class Observations:
         for feature, length in states.items():
             if robot.state_dim(feature) != length:
                 raise ConfigError(
-                    f"The policy's {feature} has {length} values; {', '.join(robot.states[feature])} of {robot.source} "
-                    f"make {robot.state_dim(feature)} (arm joints: {', '.join(robot.arm.joints)})."
+                    f"The policy's {feature} has {length} values; "
+                    f"{', '.join(robot.states[feature])} of {robot.source} make "
+                    f"{robot.state_dim(feature)} (arm joints: {', '.join(robot.arm.joints)})."
                 )
         self.cameras = [Camera(images[feature], shape) for feature, shape in cameras.items()]
         self._features = tuple(states)
-        # Component of a state -> the values of a joint state that are read for it: some drivers send NaN as velocities.
+        # Component of a state -> the values of a joint state that are read for it: some drivers
+        # send NaN as velocities.
         parts = {"joint_positions", *(part for feature in states for part in robot.states[feature])}
         self._measured = {part: values for part, values in _MEASURED.items() if part in parts}
-        self.table = JointTable((*robot.arm.joints, *(robot.gripper.joints if robot.gripper else ())))
+        self.table = JointTable(
+            (*robot.arm.joints, *(robot.gripper.joints if robot.gripper else ()))
+        )
         self._looks: dict[str, _Look] = {}  # of every camera
-        self._joints: dict[str, Array] = {}  # component -> (J,) of the arm [rad], [rad/s], [N m]; empty at first
+        # component -> (J,) of the arm [rad], [rad/s], [N m]; empty at first
+        self._joints: dict[str, Array] = {}
         self.opening: float | None = None
         self._delays: dict[str, float | None] = {}  # input -> age of its newest message on arrival
         self._joint_stamp: float | None = None
         self._joint_fault: str | None = None
 
     def renewed(self) -> bool:
-        """Whether every camera has a new image since this was last true, all as near in time as their rate allows."""
+        """Whether every camera has a new image since this was last true, all as near in time as
+        their rate allows.
+        """
         if not self.cameras or not all(camera.renewed for camera in self.cameras):
             return False
         stamps = [camera.stamp or 0.0 for camera in self.cameras]
         newest = self.cameras[stamps.index(max(stamps))]
         together = max(stamps) - min(stamps) <= 0.5 * min(newest.gaps, default=math.inf)
-        for camera in self.cameras:  # sooner together again with the next image of the one that is behind?
+        # sooner together again with the next image of the one that is behind?
+        for camera in self.cameras:
             camera.renewed = not together and camera is newest
         return together
 
-    def take_joints(self, message: JointState) -> tuple[Sequence[str], Sequence[float], list[float]]:
+    def take_joints(
+        self, message: JointState
+    ) -> tuple[Sequence[str], Sequence[float], list[float]]:
         """Take a joint state; a malformed one is a fault until a good one comes.
 
-        Returns what `SafetyFilter.measure` takes: names, positions and stamps of all joints that are known.
+        Returns what `SafetyFilter.measure` takes: names, positions and stamps of all joints that
+        are known.
         """
         merged, stamps = self.table.take(message)
         gripper, opening = self._robot.gripper, None
         try:
             joints = {
-                part: by_name(merged.name, getattr(merged, values), self._robot.arm.joints, part.removeprefix("joint_"))
+                part: by_name(
+                    merged.name,
+                    getattr(merged, values),
+                    self._robot.arm.joints,
+                    part.removeprefix("joint_"),
+                )
                 for part, values in self._measured.items()
             }
             if gripper is not None and gripper.joints:
@@ -113,7 +138,8 @@ class Observations:
         except ObservationError as error:
             self._joint_fault = str(error)
         else:
-            self._joint_fault, self._joint_stamp = None, seconds(merged.header.stamp)
+            self._joint_fault = None
+            self._joint_stamp = seconds(merged.header.stamp)
             self._joints, self.opening = joints, opening
         return merged.name, merged.position, stamps
 
@@ -128,14 +154,20 @@ class Observations:
         return self._frozen()
 
     def look_anew(self) -> None:
-        """An operator has seen the arm: what moved before says nothing about the images that are there now."""
+        """An operator has seen the arm: what moved before says nothing about the images that are
+        there now.
+        """
         self._looks.clear()
 
     def _frozen(self) -> Hold | None:
-        """A camera that goes on sending the image that it sent before the arm moved. One that stops is stale."""
+        """A camera that goes on sending the image that it sent before the arm moved. One that stops
+        is stale.
+        """
         for camera in self.cameras if self._frozen_after and self._joints else ():
-            name, pose = camera.source.name, self._joints["joint_positions"]
-            taken, state = camera.stamp or 0.0, self._joint_stamp or 0.0
+            name = camera.source.name
+            pose = self._joints["joint_positions"]
+            taken = camera.stamp or 0.0
+            state = self._joint_stamp or 0.0
             known = abs(state - taken) < AT_ONCE
             look = self._looks.get(name)
             if look is None or look.changed != camera.changed or look.pose is None:
@@ -158,7 +190,9 @@ class Observations:
         self._delays[name] = self.ages(now)[name]
 
     def explain(self, stale: Hold, timeouts: Mapping[str, float]) -> Hold:
-        """What made an input `stale`, as far as the messages show it; `timeouts` are the inputs' [s]."""
+        """What made an input `stale`, as far as the messages show it; `timeouts` are the inputs'
+        [s].
+        """
         if self.table.lacks and stale.detail.startswith(JOINT_STATES):
             return Hold("bad_joint_states", self.table.lacks)
         if self.fault is not None:
@@ -170,13 +204,17 @@ class Observations:
         return Hold(stale.code, f"{stale.detail}; it arrives with such stamps. {SYNCHRONIZE}")
 
     def ages(self, now: float) -> dict[str, float | None]:
-        """Input -> age of its newest good message at the clock's time `now` [s]; None if none came."""
+        """Input -> age of its newest good message at the clock's time `now` [s]; None if none
+        came.
+        """
         stamps = {JOINT_STATES: self._joint_stamp, **{c.source.name: c.stamp for c in self.cameras}}
         return {name: None if stamp is None else now - stamp for name, stamp in stamps.items()}
 
     @property
     def image_stamp(self) -> float | None:
-        """When the oldest of the newest images was taken [s]; None if one is missing or there are no cameras."""
+        """When the oldest of the newest images was taken [s]; None if one is missing or there are
+        no cameras.
+        """
         known = [camera.stamp for camera in self.cameras if camera.stamp is not None]
         return min(known) if known and len(known) == len(self.cameras) else None
 
@@ -190,9 +228,11 @@ class Observations:
             camera.forget()
 
     def snapshot(self, motion: Motion) -> dict[str, Shown | NDArray[np.generic]]:
-        """What the policy is shown now: images that `images.decode` turns into pixels, states (D,) float32.
+        """What the policy is shown now: images that `images.decode` turns into pixels, states (D,)
+        float32.
 
-        `judge` is then told what decoding has found. `ObservationError`: An input is missing or malformed.
+        `judge` is then told what decoding has found. `ObservationError`: An input is missing or
+        malformed.
         """
         if not self._joints:
             raise ObservationError("There is no joint state yet.")
@@ -200,7 +240,9 @@ class Observations:
         return {**images, **{feature: self._state(feature, motion) for feature in self._features}}
 
     def suspects(self) -> dict[str, Shown]:
-        """Images that must be decoded to know whether a camera's fault is over; `judge` is told of them too."""
+        """Images that must be decoded to know whether a camera's fault is over; `judge` is told of
+        them too.
+        """
         return {camera.source.feature: camera.show() for camera in self.cameras if camera.suspect}
 
     def judge(self, seen: Seen) -> None:
@@ -211,9 +253,15 @@ class Observations:
                 camera.judge(seen.problems[feature], blank=feature in seen.blank)
 
     def _state(self, feature: str, motion: Motion) -> NDArray[np.float32]:
-        parts, units, gripper = self._robot.states[feature], self._robot.arm.units, self._robot.gripper
+        parts = self._robot.states[feature]
+        units = self._robot.arm.units
+        gripper = self._robot.gripper
         positions = self._joints["joint_positions"]
-        values: dict[str, Any] = {**self._joints, **motion.commanded, "joint_positions": units.theirs(positions)}
+        values: dict[str, Any] = {
+            **self._joints,
+            **motion.commanded,
+            "joint_positions": units.theirs(positions),
+        }
         if "joint_velocities" in values:
             values["joint_velocities"] = values["joint_velocities"] / units.scale
         if "joint_efforts" in values:  # [N m], whatever angles are counted in
@@ -231,4 +279,6 @@ def _check(robot: RobotConfig, wanted: Iterable[str], have: Mapping[str, Any], k
     for feature in wanted:
         if feature not in have:
             has = ", ".join(have) or "none"
-            raise ConfigError(f"The policy wants {feature!r}; {robot.source} has {has}. Add it under {key}.")
+            raise ConfigError(
+                f"The policy wants {feature!r}; {robot.source} has {has}. Add it under {key}."
+            )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ros_nodes.robot.mode import HARMLESS
-from ros_nodes.robot.safety import Hold
+from ceed_vla.ros_nodes.robot.mode import HARMLESS
+from ceed_vla.ros_nodes.robot.safety import Hold
 
 RESUME_WITHIN = 5.0  # default of the longest outage after which motion resumes by itself [s]
 

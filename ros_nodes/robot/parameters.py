@@ -7,16 +7,25 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rcl_interfaces.msg import (
+    FloatingPointRange,
+    IntegerRange,
+    ParameterDescriptor,
+    SetParametersResult,
+)
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import Allowed, Interval, describe, fits
-from ros_nodes.robot.texts import short, shown
+from ceed_vla.ros_nodes.robot.texts import short, shown
 
-START, SETUP, LIVE = "start", "setup", "live"
-"""When a parameter may change: only at the start (read-only), while a lifecycle node is unconfigured, or always."""
+START = "start"
+SETUP = "setup"
+LIVE = "live"
+"""When a parameter may change: only at the start (read-only), while a lifecycle node is
+unconfigured, or always.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,12 +36,15 @@ class NodeParameter:
     when: str = SETUP
     within: tuple[float, float] = (0, 0)  # smallest and largest number
     choices: Collection[str] = ()  # allowed texts; any if empty
-    check: Callable[[str], str | None] = lambda _: None  # what else is wrong with a text; None if nothing is
+    # what else is wrong with a text; None if nothing is
+    check: Callable[[str], str | None] = lambda _: None
 
     @property
     def values(self) -> Allowed | None:
         """The texts or numbers that it may be; None for all of its type."""
-        numbers = Interval(f"[{self.within[0]:g}, {self.within[1]:.10g}]") if any(self.within) else None
+        numbers = (
+            Interval(f"[{self.within[0]:g}, {self.within[1]:.10g}]") if any(self.within) else None
+        )
         return tuple(self.choices) or numbers
 
     @property
@@ -44,7 +56,8 @@ class NodeParameter:
     def descriptor(self) -> ParameterDescriptor:
         """The same for ROS.
 
-        Typing is dynamic because ROS would refuse `command_rate:=100` for a float; `problem` checks types instead.
+        Typing is dynamic because ROS would refuse `command_rate:=100` for a float; `problem` checks
+        types instead.
         """
         kind = type(self.default)
         ends = dict(zip(("from_value", "to_value"), map(kind, self.within), strict=True))
@@ -74,15 +87,19 @@ def declare_parameters(node: Node, table: Table) -> None:
     `ConfigError`: A value given at the start is not allowed.
     """
     for parameter in table:
-        untyped = ParameterDescriptor(dynamic_typing=True)  # with its ranges, rclpy would word the refusal
-        problem = parameter.problem(node.declare_parameter(parameter.name, parameter.default, untyped).value)
+        # with its ranges, rclpy would word the refusal
+        untyped = ParameterDescriptor(dynamic_typing=True)
+        problem = parameter.problem(
+            node.declare_parameter(parameter.name, parameter.default, untyped).value
+        )
         if problem:
             raise ConfigError(f"Parameter {problem}")
         node.set_descriptor(parameter.name, parameter.descriptor)
 
 
 def refuse_unknown(node: Node) -> None:
-    """Refuse values for parameters that the node does not have; call it when all of them are declared.
+    """Refuse values for parameters that the node does not have; call it when all of them are
+    declared.
 
     `ConfigError`: Names the unknown parameter, and the closest ones that exist.
     """
@@ -107,7 +124,10 @@ def refusal(table: Table, changes: Iterable[Parameter], *, configured: bool) -> 
         if change.name == "use_sim_time":
             reason = "use_sim_time can be set only at the start."
         elif reason is None and known is not None and configured and known.when == SETUP:
-            reason = f"{known.name} can change only while the node is unconfigured: deactivate and clean up first."
+            reason = (
+                f"{known.name} can change only while the node is unconfigured: deactivate and "
+                "clean up first."
+            )
         if reason is not None:
             return SetParametersResult(successful=False, reason=reason)
     return SetParametersResult(successful=True)

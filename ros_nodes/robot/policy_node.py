@@ -1,9 +1,12 @@
-"""A lifecycle node that drives an arm with a LeRobot policy: topics in, commands at a fixed rate out.
+"""A lifecycle node that drives an arm with a LeRobot policy: topics in, commands at a fixed rate
+out.
 
-Behaviour is in `PolicyController`; this file is its connection to ROS. docs/robots.md lists topics and parameters.
+Behaviour is in `PolicyController`; this file is its connection to ROS. docs/robots.md lists topics
+and parameters.
 """
 
-from __future__ import annotations  # noqa: I001 - ros_nodes.robot.messages comes first: it explains absent ROS
+# Import order: ceed_vla.ros_nodes.robot.messages comes first, as it explains absent ROS.
+from __future__ import annotations  # noqa: I001
 
 import gc
 import os
@@ -13,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ros_nodes.robot.messages import (
+from ceed_vla.ros_nodes.robot.messages import (
     COMMAND,
     JOINT_STATES,
     LATCHED,
@@ -33,18 +36,23 @@ from std_srvs.srv import SetBool, Trigger
 
 from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, NodeError
-from ros_nodes.robot import parameters
-from ros_nodes.robot.diagnostics import ClampWatch, level_of, running_values, status_message
-from ros_nodes.robot.mode import LOADING, Mode, State
-from ros_nodes.robot.observations import Camera
-from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.policy_setup import PolicySetup, make_setup
-from ros_nodes.robot.safety import JOINT_STATES as JOINT_STATES_INPUT
-from ros_nodes.robot.safety import NOT_ENABLED, Hold
-from ros_nodes.robot.spinning import keep_memory, raise_priority, run
-from ros_nodes.robot.step_grid import SLEW
-from ros_nodes.robot.streaming import Streaming
-from ros_nodes.robot.texts import instruction_problem, short, shown
+from ceed_vla.ros_nodes.robot import parameters
+from ceed_vla.ros_nodes.robot.diagnostics import (
+    ClampWatch,
+    level_of,
+    running_values,
+    status_message,
+)
+from ceed_vla.ros_nodes.robot.mode import LOADING, Mode, State
+from ceed_vla.ros_nodes.robot.observations import Camera
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup, make_setup
+from ceed_vla.ros_nodes.robot.safety import JOINT_STATES as JOINT_STATES_INPUT
+from ceed_vla.ros_nodes.robot.safety import NOT_ENABLED, Hold
+from ceed_vla.ros_nodes.robot.spinning import keep_memory, raise_priority, run
+from ceed_vla.ros_nodes.robot.step_grid import SLEW
+from ceed_vla.ros_nodes.robot.streaming import Streaming
+from ceed_vla.ros_nodes.robot.texts import instruction_problem, short, shown
 
 LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to do
 _LOAD_TIMEOUT = 900.0  # of a start by itself: billions of weights from a slow disk, or compiled [s]
@@ -61,7 +69,9 @@ class PolicyNode(LifecycleNode):
         parameters.declare_parameters(self, POLICY_PARAMETERS[1:])
         parameters.refuse_unknown(self)
         self.add_on_set_parameters_callback(
-            lambda changes: parameters.refusal(POLICY_PARAMETERS, changes, configured=self._setup is not None)
+            lambda changes: parameters.refusal(
+                POLICY_PARAMETERS, changes, configured=self._setup is not None
+            )
         )
         self.add_post_set_parameters_callback(self._take_parameters)
         self._setup: PolicySetup | None = None
@@ -76,7 +86,8 @@ class PolicyNode(LifecycleNode):
         self._stopped_early: str | None = None  # an emergency stop while there was nothing to stop
         self._inputs: list[Any] = []
         self._image_warnings: list[str] = []  # that the diagnostics have not said yet
-        self._steady = Clock(clock_type=ClockType.STEADY_TIME)  # runs on when the system's time is set
+        # runs on when the system's time is set
+        self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._answered = self.create_guard_condition(self._on_answer)
         self._diagnostics = self.create_publisher(DiagnosticArray, "diagnostics", COMMAND)
         self._states = self.create_publisher(String, "~/state", LATCHED)
@@ -94,11 +105,15 @@ class PolicyNode(LifecycleNode):
             self._autostart = self.create_timer(_LOOK, self._start, clock=self._steady)
         self.show_state()
 
-    # ---- lifecycle ----------------------------------------------------------------------------------------------
+    # ---- lifecycle -------------------------------------------------------------------------------
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Begin to load the checkpoint; stays unconfigured, and says why, if robot and config.json do not fit."""
-        self._failure, self._begun, self._announced = "", time.monotonic(), False
+        """Begin to load the checkpoint; stays unconfigured, and says why, if robot and config.json
+        do not fit.
+        """
+        self._failure = ""
+        self._begun = time.monotonic()
+        self._announced = False
         try:
             setup = make_setup(
                 parameters.values(self, POLICY_PARAMETERS),
@@ -112,7 +127,8 @@ class PolicyNode(LifecycleNode):
             self.get_logger().warning(warning)
         if self._stopped_early is not None:
             setup.controller.estop(self._stopped_early)
-        take_joints: Any = self._on_joint_states  # with the message's information, which rclpy does not declare
+        # with the message's information, which rclpy does not declare
+        take_joints: Any = self._on_joint_states
         states = setup.robot.joint_states
         self._inputs = [self.create_subscription(JointState, states, take_joints, JOINT_STATES)]
         keep_memory()
@@ -120,7 +136,9 @@ class PolicyNode(LifecycleNode):
             kind = CompressedImage if camera.source.transport == "compressed" else Image
             take = partial(self._on_image, camera)
             # raw: as bytes, for this thread has no time for pixels
-            self._inputs.append(self.create_subscription(kind, camera.source.topic, take, SENSOR, raw=True))
+            self._inputs.append(
+                self.create_subscription(kind, camera.source.topic, take, SENSOR, raw=True)
+            )
         self.show_state()
         return TransitionCallbackReturn.SUCCESS
 
@@ -128,7 +146,9 @@ class PolicyNode(LifecycleNode):
         """Hold the measured pose, then stream; waits while the policy loads."""
         assert self._setup is not None
         if self._setup.worker.failed is not None:
-            return self._fail("activate", NodeError(f"{self._setup.worker.failed} Clean up and configure again."))
+            return self._fail(
+                "activate", NodeError(f"{self._setup.worker.failed} Clean up and configure again.")
+            )
         self._active = Streaming(self, self._setup, self._steady, self.show_state)
         if self.get_parameter("start_enabled").value:
             self._setup.controller.enable(clock_time(self), insist=True)
@@ -141,7 +161,8 @@ class PolicyNode(LifecycleNode):
         )
         if "(" in self._scheduling:
             self.get_logger().warning(
-                f"Scheduling is {self._scheduling}: commands may be late on a busy machine; see docs/robots.md."
+                f"Scheduling is {self._scheduling}: commands may be late on a busy machine; see "
+                "docs/robots.md."
             )
         return super().on_activate(state)
 
@@ -168,13 +189,16 @@ class PolicyNode(LifecycleNode):
         self._release()
         super().destroy_node()
 
-    # rclpy has no hook for this: an impossible transition raises RCLError out of its service, and the node would end.
+    # rclpy has no hook for this: an impossible transition raises RCLError out of its service, and
+    # the node would end.
     def _LifecycleNodeMixin__on_change_state(  # noqa: N802 - overrides rclpy's private method
         self, request: ChangeState.Request, response: ChangeState.Response
     ) -> ChangeState.Response:
         """Answer ~/change_state; a transition that this state does not have is refused."""
         wanted = request.transition.label or request.transition.id
-        possible = {label: number for number, label, *_ in self._state_machine.available_transitions}
+        possible = {
+            label: number for number, label, *_ in self._state_machine.available_transitions
+        }
         if wanted not in possible and wanted not in possible.values():
             current = self._state_machine.current_state[1]
             self.get_logger().warning(
@@ -183,13 +207,19 @@ class PolicyNode(LifecycleNode):
             )
             response.success = False
             return response
-        answer: ChangeState.Response = super()._LifecycleNodeMixin__on_change_state(request, response)  # type: ignore[misc]
+        inherited: Any = super()
+        answer: ChangeState.Response = inherited._LifecycleNodeMixin__on_change_state(
+            request, response
+        )
         return answer
 
     def _start(self) -> None:
-        """Configure, and activate when the policy is there; if that fails, a launch file sees the node gone."""
+        """Configure, and activate when the policy is there; if that fails, a launch file sees the
+        node gone.
+        """
         self._starting, setup = True, self._setup
-        if self._active is not None or (setup is None and self._begun):  # a lifecycle manager has taken over
+        # a lifecycle manager has taken over
+        if self._active is not None or (setup is None and self._begun):
             self._autostart.cancel()
             self._starting = False
         elif setup is None:
@@ -232,7 +262,7 @@ class PolicyNode(LifecycleNode):
             self._setup.worker.close()
             self._setup = None
 
-    # ---- inputs -------------------------------------------------------------------------------------------------
+    # ---- inputs ----------------------------------------------------------------------------------
 
     def _on_joint_states(self, message: JointState, information: Mapping[str, Any]) -> None:
         assert self._setup is not None
@@ -260,8 +290,12 @@ class PolicyNode(LifecycleNode):
         if not self._announced:  # it is loaded, or never will be
             self._announced = True
             if worker.failed is None:
-                spec, decoding = worker.spec, f" ({worker.spec.decoding})" if worker.spec.decoding else ""
-                chunk = f"chunks of {spec.chunk_steps} steps, {1e3 * spec.warmup_s:.0f} ms for one{decoding}"
+                spec = worker.spec
+                decoding = f" ({worker.spec.decoding})" if worker.spec.decoding else ""
+                chunk = (
+                    f"chunks of {spec.chunk_steps} steps, {1e3 * spec.warmup_s:.0f} ms for "
+                    f"one{decoding}"
+                )
                 self.get_logger().info(f"{spec.checkpoint}: {spec.policy_type}, {chunk}")
             elif not self._starting:
                 self.get_logger().error(worker.failed)
@@ -287,7 +321,9 @@ class PolicyNode(LifecycleNode):
             self._setup.controller.estop("~/estop")
         else:
             self._stopped_early = "~/estop"
-        self.get_logger().error("Emergency stop; ~/reset unlatches it, then ~/enable allows motion.")
+        self.get_logger().error(
+            "Emergency stop; ~/reset unlatches it, then ~/enable allows motion."
+        )
         return self._answer(response, True)
 
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -303,32 +339,40 @@ class PolicyNode(LifecycleNode):
             return self._answer(response, not request.data)
         controller = self._setup.controller
         if request.data:
-            return self._answer(response, (refused := controller.enable(clock_time(self))) is None, refused)
+            return self._answer(
+                response, (refused := controller.enable(clock_time(self))) is None, refused
+            )
         controller.disable()
         return self._answer(response, True)
 
     def _on_go_home(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self._setup is None or self._active is None:
             return self._answer(response, False)
-        home, nowhere = self._setup.robot.arm.home, Hold("no_home", "the robot's file has no arm.home")
+        home = self._setup.robot.arm.home
+        nowhere = Hold("no_home", "the robot's file has no arm.home")
         refused = self._setup.controller.enable(clock_time(self), home=home) if home else nowhere
         return self._answer(response, refused is None, refused)
 
     def _answer(self, response: Any, success: bool, refused: Hold | None = None) -> Any:
         """Every service says what is true after it, and why it did not do what it was asked for."""
         state = self._state()
-        response.success, response.message = success, str(state)
+        response.success = success
+        response.message = str(state)
         if refused is not None:
             response.message = f"{refused.code}: {refused.detail} ({state.mode})"
         elif not success:
-            response.message = f"{state.mode}: the node is not active; configure and activate it first"
+            response.message = (
+                f"{state.mode}: the node is not active; configure and activate it first"
+            )
         self.show_state()
         return response
 
-    # ---- diagnostics --------------------------------------------------------------------------------------------
+    # ---- diagnostics -----------------------------------------------------------------------------
 
     def _publish_diagnostics(self) -> None:
-        state, setup, clock = self._state(), self._setup, clock_time(self)
+        state = self._state()
+        setup = self._setup
+        clock = clock_time(self)
         values: dict[str, Any] = {"state": state.mode, "hold_reason": state.reason}
         blank: list[str] = []
         if setup is not None:
@@ -349,14 +393,19 @@ class PolicyNode(LifecycleNode):
             message = f"dry run, nothing is sent to the arm: {message}"
         values["scheduling"] = self._scheduling
         hardware = self.get_parameter("robot_config").value or "tabletop"
-        level, name = level_of(state, warn=bool(warning)), f"{self.get_fully_qualified_name()}: policy"
+        level = level_of(state, warn=bool(warning))
+        name = f"{self.get_fully_qualified_name()}: policy"
         stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(status_message(name, hardware, level, message, values, stamp))
 
     def _state(self) -> State:
         if self._setup is None:
             mode = State(Mode.UNCONFIGURED, detail=self._failure)
-            return State(Mode.STOPPED, "estop", "before the node was configured") if self._stopped_early else mode
+            return (
+                State(Mode.STOPPED, "estop", "before the node was configured")
+                if self._stopped_early
+                else mode
+            )
         if self._active is not None or self._setup.safety.stopped is not None:
             return self._setup.controller.state
         loading = "" if self._setup.worker.ready else LOADING
@@ -371,7 +420,9 @@ class PolicyNode(LifecycleNode):
         self._told = key
         self._states.publish(String(data=str(state)))
         forbidden = state.mode == Mode.DISABLED and state.detail != NOT_ENABLED
-        faulty = state.mode == Mode.HOLDING and level_of(state, warn=False) == DiagnosticStatus.ERROR
+        faulty = (
+            state.mode == Mode.HOLDING and level_of(state, warn=False) == DiagnosticStatus.ERROR
+        )
         if forbidden or faulty or state.mode == Mode.STOPPED:
             self.get_logger().warning(f"State: {state}")
         else:
@@ -379,7 +430,9 @@ class PolicyNode(LifecycleNode):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; the console script ``policy_node``. Arguments and result as in `run`."""
+    """Run the node until SIGINT or SIGTERM; the console script ``policy_node``. Arguments and
+    result as in `run`.
+    """
     return run(PolicyNode, "policy_node", arguments)
 
 

@@ -1,4 +1,6 @@
-"""Builds what a policy node runs from its parameters, and checks that checkpoint and robot fit; free of ROS nodes."""
+"""Builds what a policy node runs from its parameters, and checks that checkpoint and robot fit;
+free of ROS nodes.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +12,24 @@ import numpy as np
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.controller import PolicyController
-from ros_nodes.robot.data_ranges import read_ranges
-from ros_nodes.robot.findings import explained, split
-from ros_nodes.robot.inference import InferenceWorker
-from ros_nodes.robot.interfaces.base import ActionInterface, CommandedArm
-from ros_nodes.robot.joint_sources import JointSources
-from ros_nodes.robot.motion import Motion
-from ros_nodes.robot.observations import Camera, Observations
-from ros_nodes.robot.policy_stream import PolicyStream
-from ros_nodes.robot.pose_trust import PHYSICAL_VELOCITY
-from ros_nodes.robot.predictor import PolicySpec, declared_spec
-from ros_nodes.robot.review import feature_lengths, review
-from ros_nodes.robot.robot_file import RobotConfig, load_robot_config, with_topics
-from ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
-from ros_nodes.robot.step_grid import StepGrid
+from ceed_vla.ros_nodes.robot.controller import PolicyController
+from ceed_vla.ros_nodes.robot.data_ranges import read_ranges
+from ceed_vla.ros_nodes.robot.findings import explained, split
+from ceed_vla.ros_nodes.robot.inference import InferenceWorker
+from ceed_vla.ros_nodes.robot.interfaces.base import ActionInterface, CommandedArm
+from ceed_vla.ros_nodes.robot.joint_sources import JointSources
+from ceed_vla.ros_nodes.robot.motion import Motion
+from ceed_vla.ros_nodes.robot.observations import Camera, Observations
+from ceed_vla.ros_nodes.robot.policy_stream import PolicyStream
+from ceed_vla.ros_nodes.robot.pose_trust import PHYSICAL_VELOCITY
+from ceed_vla.ros_nodes.robot.predictor import PolicySpec, declared_spec
+from ceed_vla.ros_nodes.robot.review import feature_lengths, review
+from ceed_vla.ros_nodes.robot.robot_file import RobotConfig, load_robot_config, with_topics
+from ceed_vla.ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
+from ceed_vla.ros_nodes.robot.step_grid import StepGrid
 
 if TYPE_CHECKING:
-    from ros_nodes.robot.kinematics import ModelArm
+    from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ def make_setup(
 ) -> PolicySetup:
     """Check robot and checkpoint, and build the controller; `values` are of `POLICY_PARAMETERS`.
 
-    The checkpoint loads in the background; until then the controller waits. `notify` is called, in another thread, when
-    it is there (or cannot be) and when the policy has answered. `CheckpointError`: No checkpoint, or a config.json that
-    is not read. `ConfigError`: Parameters, robot and checkpoint that do not fit each other.
+    The checkpoint loads in the background; until then the controller waits. `notify` is called, in
+    another thread, when it is there (or cannot be) and when the policy has answered.
+    `CheckpointError`: No checkpoint, or a config.json that is not read. `ConfigError`: Parameters,
+    robot and checkpoint that do not fit each other.
     """
     robot = with_topics(load_robot_config(values["robot_config"]), values["topics"])
     interface = robot.interface(values["action_interface"])
@@ -64,8 +67,13 @@ def make_setup(
     spec = declared_spec(values["checkpoint"])
     check_fit(robot, spec)
     if replan_steps and spec.chunk_steps and replan_steps > spec.chunk_steps:
-        raise ConfigError(f"replan_steps is {replan_steps}; chunks of {spec.checkpoint} have {spec.chunk_steps} steps.")
-    observations = Observations(robot, spec.cameras, spec.states, model, values["frozen_image_timeout"])
+        raise ConfigError(
+            f"replan_steps is {replan_steps}; chunks of {spec.checkpoint} have {spec.chunk_steps} "
+            "steps."
+        )
+    observations = Observations(
+        robot, spec.cameras, spec.states, model, values["frozen_image_timeout"]
+    )
     warnings = check_review(robot, model, spec)
     limits = safety_limits(robot, interface, model, observations.cameras, values)
     low, high = limits.position_low, limits.position_high
@@ -87,39 +95,50 @@ def make_setup(
         delay_s=values["inference_delay"],
         notify=notify,
     )
-    motion, grid = Motion(robot, model), StepGrid(values["command_rate"], robot.action.dt, slew)
+    motion = Motion(robot, model)
+    grid = StepGrid(values["command_rate"], robot.action.dt, slew)
     instruction = values["instruction"]
-    stream = PolicyStream(observations, motion, worker, grid, replan_steps=replan_steps, instruction=instruction)
+    stream = PolicyStream(
+        observations, motion, worker, grid, replan_steps=replan_steps, instruction=instruction
+    )
     resume = values["resume_within"]
     controller = PolicyController(observations, motion, safety, stream, values["blend_in"], resume)
     worker.begin()
     sources = JointSources(observations.table.wanted)
-    return PolicySetup(robot, interface, arm, worker, observations, sources, safety, controller, tuple(warnings))
+    return PolicySetup(
+        robot, interface, arm, worker, observations, sources, safety, controller, tuple(warnings)
+    )
 
 
 def arm_model(robot: RobotConfig) -> ModelArm | None:
     """The arm's kinematics; None if nothing needs them."""
     if robot.arm.model is None:
         return None
-    from ros_nodes.robot.kinematics import ModelArm
+    from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
     arm, step = robot.arm, robot.action.max_joint_step
     return ModelArm(robot.arm.model, arm.tcp, arm.joints, home=arm.home, max_joint_step=step)
 
 
 def check_fit(robot: RobotConfig, spec: PolicySpec) -> None:
-    """Raise `ConfigError` where a checkpoint's actions are not the robot's; `Observations` checks what it sees."""
+    """Raise `ConfigError` where a checkpoint's actions are not the robot's; `Observations` checks
+    what it sees.
+    """
     if spec.action_dim != robot.action_dim:
         gripper = robot.gripper.action if robot.gripper else "absent"
         raise ConfigError(
-            f"The checkpoint {spec.checkpoint} has actions of {spec.action_dim} values; {robot.action.kind} of "
-            f"{robot.source} takes {robot.action_dim} (joints {', '.join(robot.arm.joints)}; gripper {gripper})."
+            f"The checkpoint {spec.checkpoint} has actions of {spec.action_dim} values; "
+            f"{robot.action.kind} of {robot.source} takes {robot.action_dim} (joints "
+            f"{', '.join(robot.arm.joints)}; gripper {gripper})."
         )
 
-    if robot.action.kind == "joint_position" and any(dim < len(robot.arm.joints) for dim in spec.delta_dims):
+    if robot.action.kind == "joint_position" and any(
+        dim < len(robot.arm.joints) for dim in spec.delta_dims
+    ):
         raise ConfigError(
-            f"The checkpoint {spec.checkpoint} gives increments (delta_dims {list(spec.delta_dims)}), and "
-            f"{robot.source} takes positions (joint_position); give it an action of kind joint_delta."
+            f"The checkpoint {spec.checkpoint} gives increments (delta_dims "
+            f"{list(spec.delta_dims)}), and {robot.source} takes positions (joint_position); give "
+            "it an action of kind joint_delta."
         )
 
 
@@ -154,7 +173,8 @@ def safety_limits(
 ) -> SafetyLimits:
     """The robot's limits, or the lower ones of the parameters' `values`."""
     limits, gripper = robot.limits, robot.gripper
-    low, high = np.array(limits.low), np.array(limits.high)
+    low = np.array(limits.low)
+    high = np.array(limits.high)
     if model is not None and not limits.low:
         low, high = model.low, model.high
     step = np.minimum(limits.step, values["max_joint_step"])

@@ -1,4 +1,6 @@
-"""The chunk stream of a policy: asks for the chunks that are due, takes the answers, and times images to commands."""
+"""The chunk stream of a policy: asks for the chunks that are due, takes the answers, and times
+images to commands.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +8,29 @@ import math
 from dataclasses import dataclass, replace
 
 from ceed_vla.errors import ConfigError, ObservationError
-from ros_nodes.robot.chunk_stream import ChunkStream, Plan, Target
-from ros_nodes.robot.inference import InferenceWorker
-from ros_nodes.robot.loop_statistics import LoopStatistics
-from ros_nodes.robot.mode import WAITING
-from ros_nodes.robot.motion import Motion
-from ros_nodes.robot.observations import Observations
-from ros_nodes.robot.predictor import BAD_IMAGE, BAD_INSTRUCTION, LOOK, Request, Response
-from ros_nodes.robot.safety import Hold
-from ros_nodes.robot.step_grid import UNSURE, StepGrid
-from ros_nodes.robot.texts import instruction_problem
+from ceed_vla.ros_nodes.robot.chunk_stream import ChunkStream, Plan, Target
+from ceed_vla.ros_nodes.robot.inference import InferenceWorker
+from ceed_vla.ros_nodes.robot.loop_statistics import LoopStatistics
+from ceed_vla.ros_nodes.robot.mode import WAITING
+from ceed_vla.ros_nodes.robot.motion import Motion
+from ceed_vla.ros_nodes.robot.observations import Observations
+from ceed_vla.ros_nodes.robot.predictor import BAD_IMAGE, BAD_INSTRUCTION, LOOK, Request, Response
+from ceed_vla.ros_nodes.robot.safety import Hold
+from ceed_vla.ros_nodes.robot.step_grid import UNSURE, StepGrid
+from ceed_vla.ros_nodes.robot.texts import instruction_problem
 
-_FIRST_RETRY, _LAST_RETRY = 0.1, 2.0  # between a failure and the next request; doubled each time [s]
+# between a failure and the next request; doubled each time [s]
+_FIRST_RETRY = 0.1
+_LAST_RETRY = 2.0
 _SLOW = 1.5  # steps that an answer takes
-_SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
+# policies that no instruction reaches
+_SPEECHLESS = (
+    "act",
+    "diffusion",
+    "multi_task_dit",
+    "tdmpc",
+    "vqbet",
+)
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,11 @@ class _Asked:
 
 
 class PolicyStream(ChunkStream):
-    """Asks a `worker` that has begun, one request at a time, from the newest observation, as soon as it is ready.
+    """Asks a `worker` that has begun, one request at a time, from the newest observation, as soon
+    as it is ready.
 
-    `replan_steps` is as in `ChunkStream`; with None the checkpoint decides. Times `now` are the grid's, steady [s].
+    `replan_steps` is as in `ChunkStream`; with None the checkpoint decides. Times `now` are the
+    grid's, steady [s].
 
     Attributes:
         instruction: What the policy is told.
@@ -55,8 +68,11 @@ class PolicyStream(ChunkStream):
         replan_steps: int | None = None,
         instruction: str = "",
     ) -> None:
-        self.grid, self.statistics = grid, LoopStatistics(grid.nominal)
-        self._observations, self._motion, self._worker = observations, motion, worker
+        self.grid = grid
+        self.statistics = LoopStatistics(grid.nominal)
+        self._observations = observations
+        self._motion = motion
+        self._worker = worker
         self._asked: dict[int, _Asked] = {}
         self._replan_steps, self._loaded = replan_steps, False
         super().__init__(1, 1, grid.action_dt, least_lead=1.01 / grid.ticks_per_step)
@@ -86,7 +102,9 @@ class PolicyStream(ChunkStream):
         """Forget all chunks and what was asked; hold until `start`."""
         super().stop()
         self._asked.clear()
-        self._fresh: _Asked | None = None  # the next command is the first computed from this request
+        self._fresh: _Asked | None = (
+            None  # the next command is the first computed from this request
+        )
 
     def instruct(self, instruction: str) -> None:
         """Ask for a chunk that does something else, at once."""
@@ -97,7 +115,9 @@ class PolicyStream(ChunkStream):
 
     def try_again(self) -> None:
         """Forget what failed: the next request waits for nothing."""
-        self._failures, self._retry_at, self.failure = 0, -math.inf, ""
+        self._failures = 0
+        self._retry_at = -math.inf
+        self.failure = ""
         self._refusal = instruction_problem(self.instruction)  # why the policy does not take it
 
     def objection(self) -> Hold | None:
@@ -109,19 +129,30 @@ class PolicyStream(ChunkStream):
         if not self._loaded:
             return Hold(WAITING, "for the policy, which is being loaded")
         if not self.instruction.strip() and self._worker.spec.policy_type not in _SPEECHLESS:
-            return Hold("no_instruction", "publish one on ~/instruction or set the parameter instruction")
+            return Hold(
+                "no_instruction", "publish one on ~/instruction or set the parameter instruction"
+            )
         return Hold("bad_instruction", self._refusal) if self._refusal is not None else None
 
     def ask_if_due(self, now: float) -> Plan | None:
-        """Ask for the next chunk unless images that are still to come will do; the plan that was sent, if any."""
-        if not self._loaded or not self._worker.idle or now < self._retry_at or self._refusal is not None:
+        """Ask for the next chunk unless images that are still to come will do; the plan that was
+        sent, if any.
+        """
+        if (
+            not self._loaded
+            or not self._worker.idle
+            or now < self._retry_at
+            or self._refusal is not None
+        ):
             return None
         if self._replan_steps is None:
-            # One sooner than in the policy's own loop, where observations are new when they are acted on; but behind a
-            # slow policy frozen steps would be most of a chunk.
+            # One sooner than in the policy's own loop, where observations are new when they are
+            # acted on; but behind a slow policy frozen steps would be most of a chunk.
             own = self._worker.spec.n_action_steps
             self.replan_steps = own if self.delay_steps > _SLOW else max(own - 1, 1)
-        plan = self.plan(self.grid.remaining(now), (self.grid.until_images(now) + UNSURE) / self.action_dt)
+        plan = self.plan(
+            self.grid.remaining(now), (self.grid.until_images(now) + UNSURE) / self.action_dt
+        )
         if plan is None or self._ask(plan, now):
             return plan
         self.cancel(plan.id)
@@ -134,14 +165,18 @@ class PolicyStream(ChunkStream):
             self._look_again()
             return False
         self._observations.judge(response.seen)
-        asked, accepted = self._asked.pop(response.id, None), False
+        asked = self._asked.pop(response.id, None)
+        accepted = False
         if response.id == LOOK or response.code == BAD_IMAGE:
             self.cancel(response.id)  # the next tick holds, without a failure of the policy
             return False
         if response.error is None:
             try:
-                remaining, whole = self.grid.remaining(now), response.whole
-                accepted = self.offer(response.id, response.actions, response.tokens, remaining, whole=whole)
+                remaining = self.grid.remaining(now)
+                whole = response.whole
+                accepted = self.offer(
+                    response.id, response.actions, response.tokens, remaining, whole=whole
+                )
             except ConfigError as error:
                 response = Response(response.id, error=str(error))
         if response.whole:
@@ -168,7 +203,9 @@ class PolicyStream(ChunkStream):
         return target
 
     def commanded(self, clock: float) -> None:
-        """A command of the running step was sent in motion; `clock` is the time of the messages' stamps [s]."""
+        """A command of the running step was sent in motion; `clock` is the time of the messages'
+        stamps [s].
+        """
         if self._fresh is None:
             return
         latency = clock - self._fresh.taken
@@ -185,7 +222,9 @@ class PolicyStream(ChunkStream):
         taken = self._observations.image_stamp
         deadline = None if plan.deadline_s is None else plan.deadline_s * self.pace
         work = plan.previous, plan.shift_steps, plan.frozen_steps, deadline
-        request = Request(plan.id, observation, self.instruction, *work, stream=plan.deadline_s is None)
+        request = Request(
+            plan.id, observation, self.instruction, *work, stream=plan.deadline_s is None
+        )
         if not self._worker.submit(request):
             return False
         self._told = self.instruction

@@ -1,9 +1,10 @@
-"""Which joint states are trusted as the arm's pose. Free of ROS and of clocks; `safety.py` states the rule.
+"""Which joint states are trusted as the arm's pose. Free of ROS and of clocks; `safety.py` states
+the rule.
 
 A pose is trusted once the joint states have agreed with each other for `TRUST_TIME`. From then on
-every state that follows without a gap is trusted too. A gap, a jump or a position outside the limits
-ends that, and the states must agree anew. The last trusted pose outlives the gap: a new one that
-lies elsewhere is not trusted before an operator accepts it.
+every state that follows without a gap is trusted too. A gap, a jump or a position outside the
+limits ends that, and the states must agree anew. The last trusted pose outlives the gap: a new one
+that lies elsewhere is not trusted before an operator accepts it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from ceed_vla.errors import ObservationError
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.texts import short
+from ceed_vla.ros_nodes.robot.texts import short
 
 TRUST_TIME = 0.2  # for which joint states must agree before their pose is trusted [s]
 TRUST_STATES = 3  # that must agree, at least
@@ -43,8 +44,8 @@ class JointBounds:
 def by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str) -> Array:
     """The `values` of `names` (J,) among those that a joint state has, in any order.
 
-    Errors call the values `what`. `ObservationError`: Joints missing or named twice, another number of
-    values than of names, values that are not finite.
+    Errors call the values `what`. `ObservationError`: Joints missing or named twice, another number
+    of values than of names, values that are not finite.
     """
     if len(values) != len(have):
         raise ObservationError(f"The joint state has {len(have)} names and {len(values)} {what}.")
@@ -79,14 +80,16 @@ class PoseTrust:
         self._bounds = bounds
         self._stamps: Array | None = None  # (J,) of `newest` [s]
         self._slack = np.minimum(_SLACK, 0.5 * bounds.step)  # (J,) [rad]
-        # The states of the last `TRUST_TIME`: stamp [s], lowest and highest positions (J,) of that moment.
+        # The states of the last `TRUST_TIME`: stamp [s], lowest and highest positions (J,) of that
+        # moment.
         self._agreeing: deque[tuple[float, Array, Array]] = deque()
 
     def take(self, positions: Array, stamps: Array) -> tuple[str, str]:
         """Take a state (J,) [rad], and when each of its joints was measured (J,) [s].
 
         Returns:
-            Which joint lies where none can be, and which one jumped out of a trusted pose; "" each if none did.
+            Which joint lies where none can be, and which one jumped out of a trusted pose; "" each
+            if none did.
         """
         outside = self._outside(positions)
         jump = self._jump(positions, stamps)
@@ -104,7 +107,9 @@ class PoseTrust:
 
     @property
     def settled(self) -> bool:
-        """Whether the states of the last `TRUST_TIME` agree, so that motion may start from `newest`."""
+        """Whether the states of the last `TRUST_TIME` agree, so that motion may start from
+        `newest`.
+        """
         if len(self._agreeing) < TRUST_STATES:
             return False
         if self._agreeing[-1][0] - self._agreeing[0][0] < TRUST_TIME - _MOMENT:
@@ -121,8 +126,9 @@ class PoseTrust:
         if way[joint] <= _EXACT:
             return ""
         return (
-            f"{self._bounds.names[joint]} is at {self.newest[joint]:.4g} rad, the last trusted pose has it at "
-            f"{self.pose[joint]:.4g}, further than limits.step ({self._bounds.step[joint]:.3g})"
+            f"{self._bounds.names[joint]} is at {self.newest[joint]:.4g} rad, the last trusted "
+            f"pose has it at {self.pose[joint]:.4g}, further than limits.step "
+            f"({self._bounds.step[joint]:.3g})"
         )
 
     @property
@@ -137,8 +143,9 @@ class PoseTrust:
                 f"({self._bounds.step[joint]:.3g} rad) within {TRUST_TIME:g} s"
             )
         return (
-            f"the joint states agree for {span:.2f} s ({len(self._agreeing)} states); motion starts after "
-            f"{TRUST_TIME:g} s and {TRUST_STATES} states within limits.step of each other"
+            f"the joint states agree for {span:.2f} s ({len(self._agreeing)} states); motion "
+            f"starts after {TRUST_TIME:g} s and {TRUST_STATES} states within limits.step of each "
+            "other"
         )
 
     def accept(self) -> None:
@@ -159,7 +166,8 @@ class PoseTrust:
     def _remember(self, positions: Array, stamp: float) -> None:
         """Keep a state, and of the older ones no more than `TRUST_TIME` needs."""
         states = self._agreeing
-        if states and stamp <= states[-1][0]:  # of another joint's driver, or late: no time has passed
+        # of another joint's driver, or late: no time has passed
+        if states and stamp <= states[-1][0]:
             last, low, high = states[-1]
             states[-1] = (last, np.minimum(low, positions), np.maximum(high, positions))
             return
@@ -169,7 +177,9 @@ class PoseTrust:
 
     def _judge(self, positions: Array) -> None:
         """Decide whether `positions`, the newest state, are trusted."""
-        near = self.pose is None or bool((np.abs(positions - self.pose) <= self._bounds.step + _EXACT).all())
+        near = self.pose is None or bool(
+            (np.abs(positions - self.pose) <= self._bounds.step + _EXACT).all()
+        )
         self.trusted = near and (self.trusted or self.settled)
         if self.trusted:
             self.pose = positions
@@ -177,13 +187,14 @@ class PoseTrust:
     def _outside(self, positions: Array) -> str:
         bounds = self._bounds
         beyond = np.maximum(bounds.low - positions, positions - bounds.high)
-        excess = beyond - np.minimum(_OUTSIDE, bounds.step)  # or the first command would be a larger step
+        # or the first command would be a larger step
+        excess = beyond - np.minimum(_OUTSIDE, bounds.step)
         joint = int(excess.argmax())
         if excess[joint] <= _EXACT:
             return ""
         return (
-            f"{bounds.names[joint]} is at {positions[joint]:.6g} rad, {beyond[joint]:.3g} outside its "
-            f"limits [{bounds.low[joint]:.4g}, {bounds.high[joint]:.4g}]"
+            f"{bounds.names[joint]} is at {positions[joint]:.6g} rad, {beyond[joint]:.3g} outside "
+            f"its limits [{bounds.low[joint]:.4g}, {bounds.high[joint]:.4g}]"
         )
 
     def _jump(self, positions: Array, stamps: Array) -> str:
@@ -200,8 +211,12 @@ class PoseTrust:
         joint = int(excess.argmax())
         if excess[joint] <= 0.0 or seconds[joint] > bounds.longest_gap:  # then it is a gap
             return ""
-        way = f"from {self.newest[joint]:.4g} to {positions[joint]:.4g} rad in {seconds[joint]:.3f} s"
-        return f"{bounds.names[joint]} went {way}; it moves at most {bounds.velocity[joint]:.3g} rad/s"
+        way = (
+            f"from {self.newest[joint]:.4g} to {positions[joint]:.4g} rad in {seconds[joint]:.3f} s"
+        )
+        return (
+            f"{bounds.names[joint]} went {way}; it moves at most {bounds.velocity[joint]:.3g} rad/s"
+        )
 
     def _gap(self, stamps: Array) -> bool:
         """Whether a joint was not heard of for too long, or the clock went back."""

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.data_ranges import ACTION, Range
-from ros_nodes.robot.findings import PROBLEM, WARNING, Finding, worst
-from ros_nodes.robot.review_data import (
+from ceed_vla.ros_nodes.robot.data_ranges import ACTION, Range
+from ceed_vla.ros_nodes.robot.findings import PROBLEM, WARNING, Finding, worst
+from ceed_vla.ros_nodes.robot.review_data import (
     FASTEST,
     LARGEST_ANGLE,
     WIDEST,
@@ -23,10 +23,10 @@ from ros_nodes.robot.review_data import (
     action_findings,
     state_findings,
 )
-from ros_nodes.robot.robot_file import Gripper, RobotConfig
+from ceed_vla.ros_nodes.robot.robot_file import Gripper, RobotConfig
 
 if TYPE_CHECKING:
-    from ros_nodes.robot.kinematics import ModelArm
+    from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
 LONGEST_STEP = 0.5  # [rad]
 _MODEL_SLACK = 0.02  # between the file's limits and the model's [rad]
@@ -77,7 +77,8 @@ def _judged(finding: Finding, allowed: Sequence[str]) -> Finding:
 
 def _limits(robot: RobotConfig, model: ModelArm | None) -> Iterator[Finding]:
     names, limits = robot.arm.joints, robot.limits
-    velocity, step = np.array(limits.velocity), np.array(limits.step)
+    velocity = np.array(limits.velocity)
+    step = np.array(limits.step)
     if (velocity > FASTEST).any():
         joint, who = worst(names, velocity - FASTEST)
         yield Finding(
@@ -122,7 +123,8 @@ def _limits(robot: RobotConfig, model: ModelArm | None) -> Iterator[Finding]:
 
 def _positions(robot: RobotConfig, model: ModelArm | None) -> Iterator[Finding]:
     names = robot.arm.joints
-    low, high = np.array(robot.limits.low), np.array(robot.limits.high)
+    low = np.array(robot.limits.low)
+    high = np.array(robot.limits.high)
     far = np.maximum(np.abs(low), np.abs(high)) - LARGEST_ANGLE
     if (far > 0.0).any():
         joint, who = worst(names, far)

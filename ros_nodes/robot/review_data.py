@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.data_ranges import ACTION, Range
-from ros_nodes.robot.findings import PROBLEM, WARNING, Finding, worst
-from ros_nodes.robot.robot_file import Gripper, RobotConfig
+from ceed_vla.ros_nodes.robot.data_ranges import ACTION, Range
+from ceed_vla.ros_nodes.robot.findings import PROBLEM, WARNING, Finding, worst
+from ceed_vla.ros_nodes.robot.robot_file import Gripper, RobotConfig
 
 if TYPE_CHECKING:
-    from ros_nodes.robot.kinematics import ModelArm
+    from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
 FASTEST = 12.0  # [rad/s]: no joint of an arm is faster
 WIDEST = 0.5  # opening of a gripper [m]
@@ -39,11 +39,13 @@ class Joints:
     def of(cls, robot: RobotConfig, model: ModelArm | None, physical: Array) -> Joints:
         """The file's position limits, or the model's where the file has none."""
         if robot.limits.low:
-            low, high = np.array(robot.limits.low), np.array(robot.limits.high)
+            low = np.array(robot.limits.low)
+            high = np.array(robot.limits.high)
         elif model is not None:
             low, high = model.low, model.high
         else:  # `robot_file` has refused this already
-            low, high = np.full(len(physical), -np.inf), np.full(len(physical), np.inf)
+            low = np.full(len(physical), -np.inf)
+            high = np.full(len(physical), np.inf)
         return cls(robot.arm.joints, low, high, physical)
 
     def beyond(self, low: Array, high: Array) -> Array:
@@ -128,8 +130,8 @@ def _angles(
         return
     joint, who = worst(joints.names, excess)
     told = (
-        f"{feature} of {who} goes from {values.low[joint]:.4g} to {values.high[joint]:.4g} in the"
-        f" data ({values.source}), which is {low[joint]:.4g} to {high[joint]:.4g} rad by this file"
+        f"{feature} of {who} goes from {values.low[joint]:.4g} to {values.high[joint]:.4g} in the "
+        f"data ({values.source}), which is {low[joint]:.4g} to {high[joint]:.4g} rad by this file"
     )
     rule = f"its limits are {joints.low[joint]:.4g} to {joints.high[joint]:.4g} rad"
     key, allow, remedy = _cause(robot, joints, low, high, wrong)
@@ -227,9 +229,11 @@ def _speeds(
             "arm.scale" if robot.arm.scale else "arm.unit",
             f"{feature} of {who} needs {speed[joint]:.4g} rad/s by this file ({values.source})",
             f"the joint reaches {joints.physical_velocity[joint]:.4g} rad/s",
-            "The data may be in degrees: arm.unit: deg."
-            if degrees
-            else "Correct arm.unit, arm.scale, action.fps or the kind of action.",
+            (
+                "The data may be in degrees: arm.unit: deg."
+                if degrees
+                else "Correct arm.unit, arm.scale, action.fps or the kind of action."
+            ),
             "units",
             PROBLEM if values.measured else WARNING,
         )
@@ -256,9 +260,11 @@ def _pose_steps(values: Range) -> Iterator[Finding]:
         "action.kind",
         told,
         rule,
-        "Larger ones are clipped: every step would be a full one."
-        if reach > 1.0
-        else "The arm will hardly move: the data may be in metres and radians.",
+        (
+            "Larger ones are clipped: every step would be a full one."
+            if reach > 1.0
+            else "The arm will hardly move: the data may be in metres and radians."
+        ),
         "statistics",
         PROBLEM if refused else WARNING,
     )
@@ -266,13 +272,15 @@ def _pose_steps(values: Range) -> Iterator[Finding]:
 
 def _opening(gripper: Gripper, feature: str, values: Range) -> Iterator[Finding]:
     """Openings of the data, through the file's mapping, against `closed` and `open`."""
-    first, last = gripper.policy.ours(values.low[0]), gripper.policy.ours(values.high[0])
-    low, high = min(first, last), max(first, last)
+    first = gripper.policy.ours(values.low[0])
+    last = gripper.policy.ours(values.high[0])
+    low = min(first, last)
+    high = max(first, last)
     stroke = gripper.open - gripper.closed
     slack = max(0.25 * stroke, 0.01)
     told = (
-        f"{feature} of the gripper goes from {values.low[0]:.4g} to {values.high[0]:.4g} in the"
-        f" data ({values.source}), which is {low:.4g} to {high:.4g} m by this file"
+        f"{feature} of the gripper goes from {values.low[0]:.4g} to {values.high[0]:.4g} in the "
+        f"data ({values.source}), which is {low:.4g} to {high:.4g} m by this file"
     )
     rule = f"it opens from {gripper.closed:g} to {gripper.open:g} m"
     middle = 0.5 * (low + high)
@@ -288,7 +296,8 @@ def _opening(gripper: Gripper, feature: str, values: Range) -> Iterator[Finding]
 
 
 def _binary(values: Range) -> Iterator[Finding]:
-    low, high = float(values.low[0]), float(values.high[0])
+    low = float(values.low[0])
+    high = float(values.high[0])
     told = f"the last action goes from {low:.4g} to {high:.4g} in the data ({values.source})"
     if max(abs(low), abs(high)) > 2.0:
         yield Finding(

@@ -1,5 +1,5 @@
-"""What a policy must know of a robot: its topics as LeRobot features, its actions as commands; read from a YAML file,
-such as launch/config/tabletop_robot.yaml, which is refused if it cannot work.
+"""What a policy must know of a robot: its topics as LeRobot features, its actions as commands; read
+from a YAML file, such as launch/config/tabletop_robot.yaml, which is refused if it cannot work.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import PoseLimits
-from ros_nodes.robot.interfaces.base import INTERFACES, ActionInterface
-from ros_nodes.robot.texts import short, shown
-from ros_nodes.robot.yaml_fields import TOPIC, Fields
+from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES, ActionInterface
+from ceed_vla.ros_nodes.robot.texts import short, shown
+from ceed_vla.ros_nodes.robot.yaml_fields import TOPIC, Fields
 
 INVERSE = 1e-9  # part of its range that a mapping may lose there and back
 PACKAGED = "launch/config/tabletop_robot.yaml"
@@ -26,7 +26,13 @@ POSE_COMPONENTS = ("tcp_position", "tcp_quaternion")
 COMMAND_COMPONENTS = ("commanded_position", "commanded_yaw_cos_sin")
 # Component of a state -> its length; 0 stands for a value of each arm joint.
 COMPONENTS = {
-    **{"joint_positions": 0, "joint_velocities": 0, "joint_efforts": 0, "finger_opening": 1, "commanded_gripper": 1},
+    **{
+        "joint_positions": 0,
+        "joint_velocities": 0,
+        "joint_efforts": 0,
+        "finger_opening": 1,
+        "commanded_gripper": 1,
+    },
     **{"tcp_position": 3, "tcp_quaternion": 4, "commanded_position": 3, "commanded_yaw_cos_sin": 2},
 }
 
@@ -39,7 +45,8 @@ class ImageSource:
     topic: str
     transport: str  # "raw" (sensor_msgs/Image) or "compressed" (sensor_msgs/CompressedImage)
     resize: bool  # scale images to the policy's size; otherwise another size is a fault
-    crop: tuple[int, ...] = ()  # top, left, height, width [px] of what is kept, before resizing; empty for all
+    # top, left, height, width [px] of what is kept, before resizing; empty for all
+    crop: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -49,7 +56,9 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class Linear:
-    """From a unit of others to ours, ours = scale * theirs + offset, and back; numbers or arrays of joints."""
+    """From a unit of others to ours, ours = scale * theirs + offset, and back; numbers or arrays of
+    joints.
+    """
 
     scale: Any = 1.0
     offset: Any = 0.0
@@ -68,9 +77,11 @@ class Arm:
     model: Path | None  # MJCF or URDF file; None if nothing needs kinematics
     tcp: str  # site or body of the tool centre point; "" without a model
     joints: tuple[str, ...]  # in the order of states, actions and commands
-    home: tuple[float, ...]  # posture of inverse kinematics and of ~/go_home [rad]; empty for the model's own
+    # posture of inverse kinematics and of ~/go_home [rad]; empty for the model's own
+    home: tuple[float, ...]
     unit: str  # of the policy's joint positions and velocities: "rad" or "deg"
-    # Of every joint, empty for 1 and 0: radians = sign * scale * policy's value + offset, instead of `unit`.
+    # Of every joint, empty for 1 and 0: radians = sign * scale * policy's value + offset, instead
+    # of `unit`.
     sign: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     offset: tuple[float, ...] = ()  # [rad]
@@ -85,16 +96,20 @@ class Arm:
 
 @dataclass(frozen=True)
 class Gripper:
-    """In the middle is the opening [m]: joints, policies and drivers each have a unit of their own."""
+    """In the middle is the opening [m]: joints, policies and drivers each have a unit of their
+    own.
+    """
 
     joints: tuple[str, ...]  # of the joint states
     measured: Linear  # from the sum of these joints to the opening [m]
     closed: float  # opening [m]
     open: float  # opening [m]
-    action: str  # what the last action dimension says: "binary" (> 0 opens), "opening" [m], "none" (no such one)
+    # what the last action dimension says: "binary" (> 0 opens), "opening" [m], "none" (no such one)
+    action: str
     topic: str  # where the command is sent (std_msgs/Float64MultiArray)
     command: str = "opening"  # [opening in metres], or "joint": what each of `joints` shall be
-    policy: Linear = Linear()  # from the value of action "opening", and of states, to the opening [m]
+    # from the value of action "opening", and of states, to the opening [m]
+    policy: Linear = Linear()
 
     def told(self, opening: float) -> float:
         """What the driver is sent for an opening [m]."""
@@ -106,9 +121,12 @@ class Gripper:
 class Action:
     """What a policy's action does to the arm."""
 
-    kind: str  # "ee_delta" (TCP translation and rotation vector in the base frame), "joint_position" or "joint_delta"
+    # "ee_delta" (TCP translation and rotation vector in the base frame), "joint_position" or
+    # "joint_delta"
+    kind: str
     dt: float  # duration of a step [s]
-    # Of "ee_delta": how the commanded TCP pose moves, and the largest change of a joint in one step [rad].
+    # Of "ee_delta": how the commanded TCP pose moves, and the largest change of a joint in one step
+    # [rad].
     pose: PoseLimits | None = None
     max_joint_step: float = 0.6
 
@@ -121,7 +139,8 @@ class Limits:
     high: tuple[float, ...]
     velocity: tuple[float, ...]  # [rad/s]
     step: tuple[float, ...]  # largest distances of a command from the measured position [rad]
-    # What the joints reach [rad/s], to tell joint states that cannot be true; empty for the model's.
+    # What the joints reach [rad/s], to tell joint states that cannot be true; empty for the
+    # model's.
     physical_velocity: tuple[float, ...] = ()
     acceleration: tuple[float, ...] = ()  # of commands [rad/s^2]; empty for none
 
@@ -133,7 +152,8 @@ class RobotConfig:
     source: Path
     images: tuple[ImageSource, ...]
     joint_states: str  # topic of sensor_msgs/JointState
-    states: dict[str, tuple[str, ...]]  # feature ("observation.state") -> its `COMPONENTS`, one after the other
+    # feature ("observation.state") -> its `COMPONENTS`, one after the other
+    states: dict[str, tuple[str, ...]]
     arm: Arm
     gripper: Gripper | None
     action: Action
@@ -159,7 +179,9 @@ class RobotConfig:
         `ConfigError`: The robot has no such one, or one that needs a model of the arm without it.
         """
         if name not in self.interfaces:
-            raise ConfigError(f"{self.source} has no interface {name!r}; it has {', '.join(self.interfaces)}.")
+            raise ConfigError(
+                f"{self.source} has no interface {name!r}; it has {', '.join(self.interfaces)}."
+            )
         if self.interfaces[name].needs_model and self.arm.model is None:
             raise ConfigError(f"{self.source}: {name} needs arm.model and arm.tcp.")
         return self.interfaces[name]
@@ -210,16 +232,29 @@ def with_topics(robot: RobotConfig, topics: str) -> RobotConfig:
 
     `ConfigError`: Not of that form, or a name that is no camera of the robot.
     """
-    entries = [entry.partition("=") for entry in topics.replace(" ", "").split(",") if entry.strip()]
-    wrong = ["".join(entry) for entry in entries if not entry[1] or (entry[2] and not TOPIC.fullmatch(entry[2]))]
+    entries = [
+        entry.partition("=") for entry in topics.replace(" ", "").split(",") if entry.strip()
+    ]
+    wrong = [
+        "".join(entry)
+        for entry in entries
+        if not entry[1] or (entry[2] and not TOPIC.fullmatch(entry[2]))
+    ]
     if wrong:
         raise ConfigError(f"topics has {shown(wrong[0])}; write camera=topic, separated by commas.")
-    chosen, names = {n: topic for n, _, topic in entries if topic}, ["joint_states", *(i.name for i in robot.images)]
+    chosen = {n: topic for n, _, topic in entries if topic}
+    names = ["joint_states", *(i.name for i in robot.images)]
     unknown = [name for name in chosen if name not in names]
     if unknown:
-        raise ConfigError(f"topics names {shown(unknown[0])}; {robot.source} has {', '.join(names)}.")
-    images = tuple(replace(image, topic=chosen.get(image.name, image.topic)) for image in robot.images)
-    return replace(robot, images=images, joint_states=chosen.get("joint_states", robot.joint_states))
+        raise ConfigError(
+            f"topics names {shown(unknown[0])}; {robot.source} has {', '.join(names)}."
+        )
+    images = tuple(
+        replace(image, topic=chosen.get(image.name, image.topic)) for image in robot.images
+    )
+    return replace(
+        robot, images=images, joint_states=chosen.get("joint_states", robot.joint_states)
+    )
 
 
 def _images(fields: Fields) -> tuple[ImageSource, ...]:
@@ -231,10 +266,14 @@ def _images(fields: Fields) -> tuple[ImageSource, ...]:
         crop = tuple(int(value) for value in image.numbers("crop", 4, 0, 1e5, optional=True))
         if 0 in crop[2:]:
             raise image.error("crop", "is empty; give [top, left, height, width] in pixels")
-        sources.append(ImageSource(feature, image.topic("topic"), transport, image.flag("resize", False), crop))
+        sources.append(
+            ImageSource(feature, image.topic("topic"), transport, image.flag("resize", False), crop)
+        )
     names = [source.name for source in sources]
     if len(set(names)) != len(names) or "joint_states" in names:
-        raise ConfigError(f"{fields.source}: the cameras {names} need different last parts, none 'joint_states'.")
+        raise ConfigError(
+            f"{fields.source}: the cameras {names} need different last parts, none 'joint_states'."
+        )
     return tuple(sources)
 
 
@@ -251,14 +290,20 @@ def _arm(fields: Fields) -> Arm:
         except (OSError, RuntimeError, ValueError) as error:  # too long, no such home
             raise fields.error("model", f"is {shown(named)}: {short(error)}") from error
         if not there:
-            raise fields.error("model", f"is {short(model)!r}, no file; paths start at this file's folder")
+            raise fields.error(
+                "model", f"is {short(model)!r}, no file; paths start at this file's folder"
+            )
     tcp = fields.text("tcp") if model else ""
     each = partial(fields.numbers, length=len(joints), optional=True)
-    home, sign, scale = each("home"), each("sign", low=-1.0, high=1.0), each("scale", low=1e-6, high=100.0)
+    home = each("home")
+    sign = each("sign", low=-1.0, high=1.0)
+    scale = each("scale", low=1e-6, high=100.0)
     if not {abs(value) for value in sign} <= {1.0}:
         raise fields.error("sign", f"is {list(sign)}; give 1 or -1 for every joint")
     if scale and "unit" in fields:
-        raise fields.error("unit", "and scale exclude each other; scale is radians per unit of the policy")
+        raise fields.error(
+            "unit", "and scale exclude each other; scale is radians per unit of the policy"
+        )
     unit = fields.text("unit", "rad", ("rad", "deg"))
     return Arm(model, tcp, joints, home, unit, sign, scale, each("offset", low=-100.0, high=100.0))
 
@@ -275,7 +320,9 @@ def _gripper(fields: Fields) -> Gripper:
         topic=fields.topic("topic"),
     )
     if not gripper.closed < gripper.open:
-        raise fields.error("open", f"is {gripper.open}; it must be more than closed ({gripper.closed})")
+        raise fields.error(
+            "open", f"is {gripper.open}; it must be more than closed ({gripper.closed})"
+        )
     if gripper.command == "joint" and not gripper.joints:
         raise fields.error("command", "is joint, but joints names none")
     return gripper
@@ -292,11 +339,16 @@ def _action(fields: Fields) -> Action:
     kind = fields.text("kind", choices=("ee_delta", "joint_position", "joint_delta"))
     if "fps" in fields and "dt" in fields:
         raise fields.error("dt", "and fps say the same; give one of them")
-    dt = 1.0 / fields.number("fps", 0.5, 100.0) if "fps" in fields else fields.number("dt", 0.01, 2.0)
+    dt = (
+        1.0 / fields.number("fps", 0.5, 100.0)
+        if "fps" in fields
+        else fields.number("dt", 0.01, 2.0)
+    )
     if kind != "ee_delta":
         return Action(kind, dt)
     workspace = fields.child("workspace")
-    low, high = workspace.numbers("low", 3), workspace.numbers("high", 3)
+    low = workspace.numbers("low", 3)
+    high = workspace.numbers("high", 3)
     if not all(a < b for a, b in zip(low, high, strict=True)):
         raise fields.error("workspace", f"is empty: {low} to {high}")
     limits = PoseLimits(
@@ -311,7 +363,8 @@ def _action(fields: Fields) -> Action:
 
 
 def _limits(fields: Fields, joints: int) -> Limits:
-    given, position = "position" in fields, fields.child("position", optional=True)
+    given = "position" in fields
+    position = fields.child("position", optional=True)
     low, high = (position.numbers(end, joints, optional=not given) for end in ("low", "high"))
     if not all(a < b for a, b in zip(low, high, strict=True)):
         raise position.error("low", f"is not below high for every joint: {low}, {high}")
@@ -332,7 +385,9 @@ def _interfaces(fields: Fields) -> dict[str, ActionInterface]:
             raise fields.error(name, f"is unknown; the interfaces are {', '.join(INTERFACES)}")
         found[name] = INTERFACES[name](settings)
     if not found:
-        raise ConfigError(f"{fields.source}: interfaces is empty; give one of {', '.join(INTERFACES)}.")
+        raise ConfigError(
+            f"{fields.source}: interfaces is empty; give one of {', '.join(INTERFACES)}."
+        )
     return found
 
 
@@ -345,7 +400,9 @@ def _check(config: RobotConfig, fields: Fields) -> None:
         if not config.limits.low:
             raise fields.error("limits.position", "is missing; without arm.model it must be given")
     if config.action.kind != "ee_delta" and components & set(COMMAND_COMPONENTS):
-        raise fields.error("state", f"has {', '.join(COMMAND_COMPONENTS)}, which only ee_delta actions have")
+        raise fields.error(
+            "state", f"has {', '.join(COMMAND_COMPONENTS)}, which only ee_delta actions have"
+        )
     if config.gripper is None and components & {"finger_opening", "commanded_gripper"}:
         raise fields.error("gripper", "is missing; finger_opening and commanded_gripper need it")
     if config.gripper is not None and not config.gripper.joints and "finger_opening" in components:
@@ -358,8 +415,10 @@ def _check(config: RobotConfig, fields: Fields) -> None:
 
 def _check_inverses(config: RobotConfig, fields: Fields) -> None:
     """Every mapping must come back from there and from here, all over what the robot does."""
-    limits, joints = config.limits, len(config.arm.joints)
-    low, high = limits.low or (-math.pi,) * joints, limits.high or (math.pi,) * joints
+    limits = config.limits
+    joints = len(config.arm.joints)
+    low = limits.low or (-math.pi,) * joints
+    high = limits.high or (math.pi,) * joints
     mappings: list[tuple[str, Linear, Any, Any]] = [("arm.offset", config.arm.units, low, high)]
     if (gripper := config.gripper) is not None:
         for name, mapping in (("opening", gripper.measured), ("action", gripper.policy)):
@@ -367,7 +426,13 @@ def _check_inverses(config: RobotConfig, fields: Fields) -> None:
     for key, mapping, low, high in mappings:
         ours = np.linspace(low, high)
         theirs = mapping.theirs(ours)
-        for values, again in ((ours, mapping.ours(theirs)), (theirs, mapping.theirs(mapping.ours(theirs)))):
+        for values, again in (
+            (ours, mapping.ours(theirs)),
+            (theirs, mapping.theirs(mapping.ours(theirs))),
+        ):
             if not np.all(np.abs(again - values) < INVERSE * np.abs(values[-1] - values[0])):
-                problem = "is too large beside scale and limits: there and back the mapping loses more than"
+                problem = (
+                    "is too large beside scale and limits: there and back the mapping loses more "
+                    "than"
+                )
                 raise fields.error(key, f"{problem} {INVERSE:g} of its range")

@@ -28,15 +28,18 @@ import numpy as np
 
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.pose_trust import PHYSICAL_VELOCITY, JointBounds, PoseTrust, by_name
+from ceed_vla.ros_nodes.robot.pose_trust import PHYSICAL_VELOCITY, JointBounds, PoseTrust, by_name
 
 JOINT_STATES = "joint_states"
 CLAMPS = ("position", "step", "velocity", "acceleration", "gripper")
-# Longest time between two commands that counts for `max_velocity` [s]: after a stall the command catches up slowly.
+# Longest time between two commands that counts for `max_velocity` [s]: after a stall the command
+# catches up slowly.
 MAX_DT = 0.05
-# Joint states that do not change for so long [s] while commands went on by so much [rad] are no measurements.
+# Joint states that do not change for so long [s] while commands went on by so much [rad] are no
+# measurements.
 FROZEN_TIME, FROZEN_WAY = 0.5, 0.05
-# Codes of holds: the pose is not trusted yet; it is another than before; the arm has left the last command.
+# Codes of holds: the pose is not trusted yet; it is another than before; the arm has left the last
+# command.
 UNSETTLED = "unsettled_pose"
 MOVED = "moved_pose"
 DISPLACED = "displaced"
@@ -49,23 +52,29 @@ NEAR = 1e-9  # rounding of a distance that may be `limits.step` [rad]
 class SafetyLimits:
     """What an arm may do.
 
-    `ConfigError`: Wrong lengths, limits that are not finite or in the wrong order, a timeout that is not positive.
+    `ConfigError`: Wrong lengths, limits that are not finite or in the wrong order, a timeout that
+    is not positive.
     """
 
     joint_names: tuple[str, ...]  # J, in the order of every array here
     position_low: Array  # (J,) [rad]
     position_high: Array  # (J,) [rad]
     max_velocity: Array  # (J,) [rad/s]: change of the command per second
-    max_step: Array  # (J,) [rad]: distance of a command from the measured position, and of a new pose from the last
-    timeouts: Mapping[str, float]  # input name -> largest age [s]; "joint_states" must be one of them
+    # (J,) [rad]: distance of a command from the measured position, and of a new pose from the last
+    max_step: Array
+    # input name -> largest age [s]; "joint_states" must be one of them
+    timeouts: Mapping[str, float]
     gripper_low: float = 0.0  # opening [m]
     gripper_high: float = 0.1  # opening [m]
-    # (J,) that the joints reach physically [rad/s], for `PoseTrust`; empty: the larger of `max_velocity` and
-    # `PHYSICAL_VELOCITY`.
+    # (J,) that the joints reach physically [rad/s], for `PoseTrust`; empty: the larger of
+    # `max_velocity` and `PHYSICAL_VELOCITY`.
     physical_velocity: Array = field(default_factory=lambda: np.empty(0))
-    max_acceleration: Array | None = None  # (J,) of commands [rad/s^2]; a hold stops at once all the same
-    # Whether commands are joint positions. A twist moves the tool and leaves the posture to its controller, so that the
-    # commanded joints may differ from the measured ones; its hold is a zero twist.
+    max_acceleration: Array | None = (
+        None  # (J,) of commands [rad/s^2]; a hold stops at once all the same
+    )
+    # Whether commands are joint positions. A twist moves the tool and leaves the posture to its
+    # controller, so that the commanded joints may differ from the measured ones; its hold is a zero
+    # twist.
     commands_joints: bool = True
 
     def __post_init__(self) -> None:
@@ -74,11 +83,21 @@ class SafetyLimits:
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"joint_names are {list(names)}; give every joint once.")
         if not np.size(self.physical_velocity):
-            object.__setattr__(self, "physical_velocity", np.maximum(self.max_velocity, PHYSICAL_VELOCITY))
-        for name in ("position_low", "position_high", "max_velocity", "max_step", "physical_velocity"):
+            object.__setattr__(
+                self, "physical_velocity", np.maximum(self.max_velocity, PHYSICAL_VELOCITY)
+            )
+        for name in (
+            "position_low",
+            "position_high",
+            "max_velocity",
+            "max_step",
+            "physical_velocity",
+        ):
             value = np.array(getattr(self, name), dtype=np.float64)
             if value.shape != (len(names),) or not np.isfinite(value).all():
-                raise ConfigError(f"{name} is {value.tolist()}; give one finite number for each of {list(names)}.")
+                raise ConfigError(
+                    f"{name} is {value.tolist()}; give one finite number for each of {list(names)}."
+                )
             if not name.startswith("position") and (value <= 0).any():
                 raise ConfigError(f"{name} is {value.tolist()}; every value must be positive.")
             object.__setattr__(self, name, value)
@@ -86,13 +105,16 @@ class SafetyLimits:
             joint = names[int((self.position_low >= self.position_high).argmax())]
             raise ConfigError(f"The lower position limit of {joint} is not below the upper one.")
         if JOINT_STATES not in self.timeouts:
-            raise ConfigError(f"timeouts has {sorted(self.timeouts)}; {JOINT_STATES!r} must have one.")
+            raise ConfigError(
+                f"timeouts has {sorted(self.timeouts)}; {JOINT_STATES!r} must have one."
+            )
         wrong = {name: value for name, value in self.timeouts.items() if not 0 < value < math.inf}
         if wrong:
             raise ConfigError(f"The timeouts {wrong} must be positive and finite [s].")
         if not -math.inf < self.gripper_low < self.gripper_high < math.inf:
             raise ConfigError(
-                f"The gripper limits [{self.gripper_low}, {self.gripper_high}] must be finite and in order."
+                f"The gripper limits [{self.gripper_low}, {self.gripper_high}] must be finite and "
+                "in order."
             )
 
 
@@ -108,8 +130,8 @@ class Hold:
 class Decision:
     """What to send."""
 
-    # (J,) [rad], always finite and inside the limits; None if there was no command yet and nobody knows where the arm
-    # is: send nothing then.
+    # (J,) [rad], always finite and inside the limits; None if there was no command yet and nobody
+    # knows where the arm is: send nothing then.
     positions: Array | None
     gripper: float | None  # opening [m]; None if it was not commanded since `SafetyFilter.enable`
     hold: Hold | None  # why this repeats the last command; None in normal motion
@@ -137,7 +159,9 @@ class SafetyFilter:
         self.clamps: Counter[str] = Counter(dict.fromkeys(CLAMPS, 0))
         self.holds: Counter[str] = Counter()
         self._fault: Hold | None = Hold("no_joint_states", "no joint state has come yet")
-        self._latched: Hold | None = None  # joint states that cannot be true came while motion was enabled
+        self._latched: Hold | None = (
+            None  # joint states that cannot be true came while motion was enabled
+        )
         self._trust = PoseTrust(
             JointBounds(
                 limits.joint_names,
@@ -150,12 +174,13 @@ class SafetyFilter:
         )
         self._why_disabled = NOT_ENABLED
         self._last: Array | None = None  # last command, inside the limits
-        # The newest positions, since when they are the same though commands moved [s], and the command then.
+        # The newest positions, since when they are the same though commands moved [s], and the
+        # command then.
         self._still: tuple[Array, float, Array | None] | None = None
         self._speed: Array = np.zeros(len(limits.joint_names))  # of the last command [rad/s]
         self._gripper: float | None = None
 
-    # ---- inputs -------------------------------------------------------------------------------------------------
+    # ---- inputs ----------------------------------------------------------------------------------
 
     @property
     def measured(self) -> Array | None:
@@ -167,7 +192,9 @@ class SafetyFilter:
         """Last command (J,) [rad]; None before the first."""
         return None if self._last is None else self._last.copy()
 
-    def measure(self, names: Sequence[str], positions: Sequence[float], stamps: float | Sequence[float]) -> Hold | None:
+    def measure(
+        self, names: Sequence[str], positions: Sequence[float], stamps: float | Sequence[float]
+    ) -> Hold | None:
         """Take a joint state.
 
         While motion is enabled, a state that cannot be true is latched until `enable`.
@@ -198,16 +225,21 @@ class SafetyFilter:
         return self._latched or self._fault or self._untrusted()
 
     def pose_fault(self, age: float | None) -> Hold | None:
-        """Why the arm's pose is not known, or None; `age` of the newest joint state [s], None if none came."""
-        return self._latched or self._fault or self._age_fault(JOINT_STATES, age) or self._untrusted()
+        """Why the arm's pose is not known, or None; `age` of the newest joint state [s], None if
+        none came.
+        """
+        return (
+            self._latched or self._fault or self._age_fault(JOINT_STATES, age) or self._untrusted()
+        )
 
     def enable(self, age: float | None, *, moving: bool = False) -> Hold | None:
-        """Allow motion from the measured position on; forgets what is latched and what the gripper was told.
+        """Allow motion from the measured position on; forgets what is latched and what the gripper
+        was told.
 
         Args:
             age: As in `pose_fault`.
-            moving: The arm is in motion under this filter's commands, which go on from the last one: the measured
-                position is behind it.
+            moving: The arm is in motion under this filter's commands, which go on from the last
+                one: the measured position is behind it.
 
         Returns:
             Why motion is not allowed; None if it is.
@@ -230,7 +262,9 @@ class SafetyFilter:
         return None
 
     def restart(self, age: float | None) -> Hold | None:
-        """Go on from the measured position without an operator: as `enable`, but what is latched stays so."""
+        """Go on from the measured position without an operator: as `enable`, but what is latched
+        stays so.
+        """
         return self._latched or self.enable(age)
 
     def disable(self, why: str = NOT_ENABLED) -> None:
@@ -245,16 +279,18 @@ class SafetyFilter:
         self.disable()
 
     def reset(self) -> str:
-        """Unlatch the stop and accept the pose in which the joint states settle; motion still needs `enable`.
+        """Unlatch the stop and accept the pose in which the joint states settle; motion still needs
+        `enable`.
 
-        Returns how that pose differs from the last trusted one; "" if it does not, or none has settled yet.
+        Returns how that pose differs from the last trusted one; "" if it does not, or none has
+        settled yet.
         """
         elsewhere = self._trust.elsewhere
         self.stopped = None
         self._trust.accept()
         return elsewhere
 
-    # ---- the decision -------------------------------------------------------------------------------------------
+    # ---- the decision ----------------------------------------------------------------------------
 
     def command(
         self,
@@ -270,8 +306,10 @@ class SafetyFilter:
         Args:
             positions: (J,) wanted [rad]; None only together with `hold`.
             gripper: Wanted opening [m]; None keeps the last one.
-            dt: Time since the last command [s]. The command changes by at most ``max_velocity * min(dt, MAX_DT)``.
-            ages: Input name -> age [s], None if it never came. Every input in ``limits.timeouts`` is checked.
+            dt: Time since the last command [s]. The command changes by at most ``max_velocity *
+                min(dt, MAX_DT)``.
+            ages: Input name -> age [s], None if it never came. Every input in ``limits.timeouts``
+                is checked.
             hold: The caller's own reason to hold: "starved", a worker that failed, ...
 
         `ConfigError`: There are neither positions nor a reason to hold.
@@ -279,12 +317,17 @@ class SafetyFilter:
         if positions is None and hold is None:
             raise ConfigError("There is no command; pass a reason to hold.")
         wanted = np.empty(0) if positions is None else np.asarray(positions, dtype=np.float64)
-        late = next(filter(None, (self._age_fault(name, ages.get(name)) for name in self.limits.timeouts)), None)
+        late = next(
+            filter(None, (self._age_fault(name, ages.get(name)) for name in self.limits.timeouts)),
+            None,
+        )
         fault = self.forbidden or self._latched or self._fault or late or self._untrusted()
         reason = fault or hold or self._command_fault(wanted, gripper, dt)
         age = ages.get(JOINT_STATES)
         if self._last is None and self._trust.pose is not None and self.pose_fault(age) is None:
-            self._last = np.clip(self._trust.pose, self.limits.position_low, self.limits.position_high)
+            self._last = np.clip(
+                self._trust.pose, self.limits.position_low, self.limits.position_high
+            )
         if reason is not None:
             self.holds[reason.code] += 1
             self._speed = np.zeros_like(self._speed)
@@ -300,14 +343,18 @@ class SafetyFilter:
         self._last = allowed
         self._speed = (allowed - before) / dt
         if gripper is not None:
-            self._gripper = float(np.clip(gripper, self.limits.gripper_low, self.limits.gripper_high))
+            self._gripper = float(
+                np.clip(gripper, self.limits.gripper_low, self.limits.gripper_high)
+            )
             clamped += ("gripper",) if self._gripper != gripper else ()
         self.clamps.update(clamped)
         return Decision(self.last_command, self._gripper, None, clamped)
 
     @property
     def stopping_distance(self) -> Array:
-        """How far (J,) the joints get while they brake from the last command [rad]; 0 without `max_acceleration`."""
+        """How far (J,) the joints get while they brake from the last command [rad]; 0 without
+        `max_acceleration`.
+        """
         brake = self.limits.max_acceleration
         return np.zeros_like(self._speed) if brake is None else self._speed**2 / (2.0 * brake)
 
@@ -358,19 +405,30 @@ class SafetyFilter:
         return None
 
     def _frozen(self, measured: Array, stamp: float) -> str:
-        """How the same positions (J,) come again and again while the command moves on; "" if they do not."""
+        """How the same positions (J,) come again and again while the command moves on; "" if they
+        do not.
+        """
         still, command = self._still, self._last
-        if still is None or still[2] is None or stamp < still[1] or not np.array_equal(measured, still[0]):
+        if (
+            still is None
+            or still[2] is None
+            or stamp < still[1]
+            or not np.array_equal(measured, still[0])
+        ):
             self._still = measured, stamp, command
             return ""
         way = 0.0 if command is None else float(np.abs(command - still[2]).max())
-        if way < 0.1 * FROZEN_WAY:  # an arm at rest: its time to follow begins with the command that moves it
+        # an arm at rest: its time to follow begins with the command that moves it
+        if way < 0.1 * FROZEN_WAY:
             self._still = measured, stamp, still[2]
         if not self.follows or stamp - still[1] <= FROZEN_TIME:
             return ""
         if way <= min(FROZEN_WAY, 0.5 * float(self.limits.max_step.min())):
             return ""
-        return f"the joint states are the same for {stamp - still[1]:.2f} s, while the command moved {way:.3f} rad"
+        return (
+            f"the joint states are the same for {stamp - still[1]:.2f} s, while the command moved "
+            f"{way:.3f} rad"
+        )
 
     def _command_fault(self, wanted: Array, gripper: float | None, dt: float) -> Hold | None:
         if not dt > 0:  # NaN too
@@ -383,9 +441,11 @@ class SafetyFilter:
         return None
 
     def _clamp(self, wanted: Array, dt: float) -> tuple[Array, tuple[str, ...]]:
-        """The nearest command to `wanted` (J,) within position and step limits, and what changed it.
+        """The nearest command to `wanted` (J,) within position and step limits, and what changed
+        it.
 
-        It is further from the last command than the velocity allows only where the arm was moved away from that.
+        It is further from the last command than the velocity allows only where the arm was moved
+        away from that.
         """
         limits = self.limits
         last = self._last
@@ -403,8 +463,12 @@ class SafetyFilter:
             gain = limits.max_acceleration * dt
             way = np.clip(wanted, lowest, highest) - last
             stop = np.sqrt(gain**2 + 2.0 * limits.max_acceleration * np.abs(way)) - gain
-            slowest = last + dt * np.minimum(np.maximum(self._speed - gain, -stop), self._speed + gain)
-            fastest = last + dt * np.maximum(np.minimum(self._speed + gain, stop), self._speed - gain)
+            slowest = last + dt * np.minimum(
+                np.maximum(self._speed - gain, -stop), self._speed + gain
+            )
+            fastest = last + dt * np.maximum(
+                np.minimum(self._speed + gain, stop), self._speed - gain
+            )
         for kind, low, high in (
             ("position", limits.position_low, limits.position_high),
             ("step", measured - step, measured + step),
@@ -415,17 +479,21 @@ class SafetyFilter:
             if not np.array_equal(inside, wanted):
                 clamped.append(kind)
             wanted = inside
-        # Braking must not lead away from the measured position, nor a position outside the limits out of them.
+        # Braking must not lead away from the measured position, nor a position outside the limits
+        # out of them.
         return np.clip(wanted, lowest, highest), tuple(clamped)
 
     def _displaced(self, last: Array) -> Hold:
-        """The hold of an arm that something else has moved away from the `last` command (J,) [rad]."""
+        """The hold of an arm that something else has moved away from the `last` command (J,)
+        [rad].
+        """
         pose = self._trust.pose
         assert pose is not None
         way = np.abs(last - pose) - self.limits.max_step
         joint = int(way.argmax())
         return Hold(
             DISPLACED,
-            f"{self.limits.joint_names[joint]} is at {pose[joint]:.4g} rad, the last command at {last[joint]:.4g}, "
-            f"further than limits.step ({self.limits.max_step[joint]:.3g}); motion goes on from the pose",
+            f"{self.limits.joint_names[joint]} is at {pose[joint]:.4g} rad, the last command at "
+            f"{last[joint]:.4g}, further than limits.step ({self.limits.max_step[joint]:.3g}); "
+            "motion goes on from the pose",
         )

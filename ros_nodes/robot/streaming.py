@@ -1,4 +1,6 @@
-"""The command stream of an active policy node: publishers, and the timers that feed and watch them."""
+"""The command stream of an active policy node: publishers, and the timers that feed and watch
+them.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,22 @@ from rclpy.node import Node
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from ros_nodes.robot.controller import PolicyController
-from ros_nodes.robot.interfaces.base import Command
-from ros_nodes.robot.messages import COMMAND, clock_time
-from ros_nodes.robot.policy_setup import PolicySetup
-from ros_nodes.robot.safety import Decision
+from ceed_vla.ros_nodes.robot.controller import PolicyController
+from ceed_vla.ros_nodes.robot.interfaces.base import Command
+from ceed_vla.ros_nodes.robot.messages import COMMAND, clock_time
+from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup
+from ceed_vla.ros_nodes.robot.safety import Decision
 
 CONFLICT_PERIOD = 0.2  # how often other commanders are looked for [s]
 GRIPPER_PERIOD = 0.1  # an unchanged gripper command is repeated this often [s]
 
 
-def command_message(setup: PolicySetup, decision: Decision | None, last: Decision | None, stamp: Time) -> Any | None:
-    """What the arm's controller is sent for a decision that follows the `last` one; None to send nothing."""
+def command_message(
+    setup: PolicySetup, decision: Decision | None, last: Decision | None, stamp: Time
+) -> Any | None:
+    """What the arm's controller is sent for a decision that follows the `last` one; None to send
+    nothing.
+    """
     measured = setup.safety.measured
     if decision is None or decision.positions is None or measured is None:
         return None
@@ -38,14 +44,19 @@ def command_message(setup: PolicySetup, decision: Decision | None, last: Decisio
 
 
 class Streaming:
-    """Sends what the controller decides; `steady` is the clock of the timers, unless the time is a simulation's.
+    """Sends what the controller decides; `steady` is the clock of the timers, unless the time is a
+    simulation's.
 
-    `told` is called after every tick. In a dry run nothing is sent to the arm: ``~/preview_command`` has what would be,
-    ``~/planned`` the rest of every chunk that takes over.
+    `told` is called after every tick. In a dry run nothing is sent to the arm:
+    ``~/preview_command`` has what would be, ``~/planned`` the rest of every chunk that takes over.
     """
 
-    def __init__(self, node: Node, setup: PolicySetup, steady: Clock, told: Callable[[], None]) -> None:
-        self._node, self._setup, self._told = node, setup, told
+    def __init__(
+        self, node: Node, setup: PolicySetup, steady: Clock, told: Callable[[], None]
+    ) -> None:
+        self._node = node
+        self._setup = setup
+        self._told = told
         self._dry = node.get_parameter("dry_run").value
         self._simulated = node.get_parameter("use_sim_time").value
         interface, gripper = setup.interface, setup.robot.gripper
@@ -57,7 +68,9 @@ class Streaming:
             self._planned = node.create_publisher(JointTrajectory, "~/planned", COMMAND)
             self._publishers.append(self._planned)
         elif gripper is not None:
-            self._publishers.append(node.create_publisher(Float64MultiArray, gripper.topic, COMMAND))
+            self._publishers.append(
+                node.create_publisher(Float64MultiArray, gripper.topic, COMMAND)
+            )
         self._gripped: tuple[float, float] | None = None  # last opening [m], and when [s]
         self._ticked = time.monotonic()  # when the last tick came
         self._last: Decision | None = None
@@ -100,11 +113,15 @@ class Streaming:
         for index, (joints, opening) in enumerate(controller.planned()):
             time_from_start = Duration(nanoseconds=round(1e9 * dt * (index + 1))).to_msg()
             positions = [*joints.tolist(), math.nan if opening is None else opening]
-            message.points.append(JointTrajectoryPoint(positions=positions, time_from_start=time_from_start))
+            message.points.append(
+                JointTrajectoryPoint(positions=positions, time_from_start=time_from_start)
+            )
         self._planned.publish(message)
 
     def _send(self, decision: Decision | None) -> None:
-        message = command_message(self._setup, decision, self._last, self._node.get_clock().now().to_msg())
+        message = command_message(
+            self._setup, decision, self._last, self._node.get_clock().now().to_msg()
+        )
         self._last = decision
         if message is not None:
             self._commands.publish(message)
@@ -121,9 +138,15 @@ class Streaming:
             self._gripped = opening, now
 
     def _look_for_others(self) -> None:
-        """Two commanders would pull the arm to and fro: then nothing is sent. And how fast simulated time runs."""
+        """Two commanders would pull the arm to and fro: then nothing is sent. And how fast
+        simulated time runs.
+        """
         (wall, time_then), self._paced = self._paced, (time.monotonic(), self.now())
-        if self._simulated and time_then > 0.0 and 0.02 < (passed := self._paced[1] - time_then) < 20.0:
+        if (
+            self._simulated
+            and time_then > 0.0
+            and 0.02 < (passed := self._paced[1] - time_then) < 20.0
+        ):
             self._setup.controller.stream.pace = (self._paced[0] - wall) / passed
         self._setup.controller.note_conflict(self._other_commanders() or self._other_drivers())
         if self._simulated:

@@ -1,4 +1,6 @@
-"""Texts from outside, cut before they reach a log, a parameter, the diagnostics or an error message. Free of ROS."""
+"""Texts from outside, cut before they reach a log, a parameter, the diagnostics or an error
+message. Free of ROS.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ import unicodedata
 LONGEST = 200  # characters of a text that are shown
 LONGEST_INSTRUCTION = 500  # characters of an instruction that are read
 
-_repr = reprlib.Repr(maxlevel=2, maxlist=8, maxtuple=8, maxdict=8, maxstring=100, maxother=100, maxlong=100)
+_repr = reprlib.Repr(
+    maxlevel=2, maxlist=8, maxtuple=8, maxdict=8, maxstring=100, maxother=100, maxlong=100
+)
 
 
 def short(text: object, length: int = LONGEST) -> str:
@@ -26,7 +30,9 @@ def shown(value: object) -> str:
 
 
 def instruction_problem(instruction: str) -> str | None:
-    """Why no policy is asked to follow `instruction`; None if one may be. An empty one is no wrong one."""
+    """Why no policy is asked to follow `instruction`; None if one may be. An empty one is no wrong
+    one.
+    """
     if len(instruction) > LONGEST_INSTRUCTION:
         return f"it has {len(instruction)} characters; at most {LONGEST_INSTRUCTION} are read"
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in instruction):

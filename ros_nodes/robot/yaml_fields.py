@@ -10,7 +10,7 @@ from typing import Any
 
 from ceed_vla.cli_values import UsageError, read_yaml
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.texts import LONGEST, short, shown
+from ceed_vla.ros_nodes.robot.texts import LONGEST, short, shown
 
 _MISSING: Any = object()
 HUGE = 1e6  # m, rad or anything per second: sums and squares of such numbers are finite
@@ -19,25 +19,34 @@ TOPIC = re.compile(r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*")
 
 
 class Fields:
-    """One mapping of a YAML file; `source` and `path`, "action.workspace", say in messages which."""
+    """One mapping of a YAML file; `source` and `path`, "action.workspace", say in messages
+    which.
+    """
 
     def __init__(self, source: Path, path: str, values: Any) -> None:
         if not isinstance(values, dict):
-            raise ConfigError(f"{source}: {short(path) or 'the file'} is {shown(values)}; give keys with values.")
-        self.source, self.path, self._values = source, path, values
+            raise ConfigError(
+                f"{source}: {short(path) or 'the file'} is {shown(values)}; give keys with values."
+            )
+        self.source = source
+        self.path = path
+        self._values = values
         self._taken: set[str] = set()
         self._children: list[Fields] = []
 
     @classmethod
     def read(cls, file: Path) -> Fields:
-        """The top of a file, read as the command line reads values: YAML 1.2 without aliases or repeated keys."""
+        """The top of a file, read as the command line reads values: YAML 1.2 without aliases or
+        repeated keys.
+        """
         try:
             if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
                 raise ConfigError(f"it is no file of at most {_LARGEST_FILE} bytes")
             values = read_yaml(file.read_text(encoding="utf-8"), short(file))
         except UsageError as error:
             raise ConfigError(short(error, 2 * LONGEST)) from error
-        except Exception as error:  # too deep, impossible dates, ...: YAML's constructors raise anything
+        # too deep, impossible dates, ...: YAML's constructors raise anything
+        except Exception as error:
             reason = short(error) or type(error).__name__
             raise ConfigError(f"{short(file)} cannot be read: {reason}") from error
         return cls(file, "", values)
@@ -52,7 +61,11 @@ class Fields:
         """Every value below by its whole name, "limits.step"."""
         found: dict[str, Any] = {}
         for key, value in self._values.items():
-            below = Fields(self.source, self._name(key), value).flat() if isinstance(value, dict) else {}
+            below = (
+                Fields(self.source, self._name(key), value).flat()
+                if isinstance(value, dict)
+                else {}
+            )
             found |= below or {self._name(key): value}
         return found
 
@@ -84,19 +97,27 @@ class Fields:
         """A name that ROS takes for a topic."""
         value = self.text(key)
         if not TOPIC.fullmatch(value) or len(value) > LONGEST:
-            raise self.error(key, f"is {shown(value)}; a topic has letters, digits and _ between single /")
+            raise self.error(
+                key, f"is {shown(value)}; a topic has letters, digits and _ between single /"
+            )
         return value
 
-    def texts(self, key: str, choices: Sequence[str] = (), default: tuple[str, ...] = _MISSING) -> tuple[str, ...]:
+    def texts(
+        self, key: str, choices: Sequence[str] = (), default: tuple[str, ...] = _MISSING
+    ) -> tuple[str, ...]:
         """A list of different strings."""
         value = self._get(key, default)
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) and item for item in value):
+        if not isinstance(value, list | tuple) or not all(
+            isinstance(item, str) and item for item in value
+        ):
             raise self.error(key, f"is {shown(value)}; give a list of texts")
         if len(set(value)) != len(value):
             raise self.error(key, f"is {shown(value)}; a value is there twice")
         unknown = [item for item in value if choices and item not in choices]
         if unknown:
-            raise self.error(key, f"has {', '.join(map(shown, unknown[:3]))}; choose from {', '.join(choices)}")
+            raise self.error(
+                key, f"has {', '.join(map(shown, unknown[:3]))}; choose from {', '.join(choices)}"
+            )
         return tuple(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -105,12 +126,20 @@ class Fields:
             raise self.error(key, f"is {shown(value)}; give true or false")
         return value
 
-    def number(self, key: str, low: float = -HUGE, high: float = HUGE, default: float = _MISSING) -> float:
+    def number(
+        self, key: str, low: float = -HUGE, high: float = HUGE, default: float = _MISSING
+    ) -> float:
         """A finite number in [low, high]."""
         return self._number(key, self._get(key, default), low, high)
 
     def numbers(
-        self, key: str, length: int, low: float = -HUGE, high: float = HUGE, *, optional: bool = False
+        self,
+        key: str,
+        length: int,
+        low: float = -HUGE,
+        high: float = HUGE,
+        *,
+        optional: bool = False,
     ) -> tuple[float, ...]:
         """A list of `length` finite numbers in [low, high]; empty if it is optional and absent."""
         if optional and key not in self:
@@ -121,7 +150,9 @@ class Fields:
         return tuple(self._number(key, item, low, high) for item in value)
 
     def finish(self) -> None:
-        """Refuse keys that nobody took, here or further down: a misspelt limit must not be ignored."""
+        """Refuse keys that nobody took, here or further down: a misspelt limit must not be
+        ignored.
+        """
         for child in self._children:
             child.finish()
         unknown = [key for key in self._values if key not in self._taken]
@@ -140,7 +171,8 @@ class Fields:
         return value
 
     def _number(self, key: str, value: Any, low: float, high: float) -> float:
-        whole = isinstance(value, int) and not isinstance(value, bool)  # of any size, unlike a float
+        # of any size, unlike a float
+        whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole and not (isinstance(value, float) and math.isfinite(value)):
             raise self.error(key, f"has {shown(value)}; give a finite number")
         if not low <= value <= high:

@@ -8,8 +8,8 @@ from geometry_msgs.msg import TwistStamped
 from trajectory_msgs.msg import JointTrajectory
 
 from ceed_vla.errors import SimulationError
-from ros_nodes.robot.messages import seconds
-from ros_nodes.simulated.robot import SimRobot
+from ceed_vla.ros_nodes.robot.messages import seconds
+from ceed_vla.ros_nodes.simulated.robot import SimRobot
 
 
 def obey(robot: SimRobot, message: Any, now: float) -> None:
@@ -21,10 +21,13 @@ def obey(robot: SimRobot, message: Any, now: float) -> None:
         linear, angular = message.twist.linear, message.twist.angular
         robot.command_twist((linear.x, linear.y, linear.z), (angular.x, angular.y, angular.z))
     elif isinstance(message, JointTrajectory):
-        stamp, points = seconds(message.header.stamp), message.points
+        stamp = seconds(message.header.stamp)
+        points = message.points
         moving = [len(point.velocities) > 0 for point in points]
         if any(moving) and not all(moving):
-            raise SimulationError("Some way-points have velocities and some have none; give all or none.")
+            raise SimulationError(
+                "Some way-points have velocities and some have none; give all or none."
+            )
         robot.command_trajectory(
             list(message.joint_names),
             [seconds(point.time_from_start) for point in points],

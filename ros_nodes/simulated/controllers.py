@@ -1,7 +1,8 @@
-"""Turn commands into joint set-points on the simulated robot, after ros2_control's and MoveIt Servo's controllers.
+"""Turn commands into joint set-points on the simulated robot, after ros2_control's and MoveIt
+Servo's controllers.
 
-Every controller answers ``setpoint(now)``: joint positions (J,) [rad] at a time, or None when its commands have stopped
-and the arm shall hold where it is. Free of ROS.
+Every controller answers ``setpoint(now)``: joint positions (J,) [rad] at a time, or None when its
+commands have stopped and the arm shall hold where it is. Free of ROS.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from ceed_vla.kinematics import ArmKinematics, Array, turn_matrix
 
 
 class ForwardPosition:
-    """Sends positions (J,) [rad] straight to the joints, like a forward_command_controller, until they expire [s]."""
+    """Sends positions (J,) [rad] straight to the joints, like a forward_command_controller, until
+    they expire [s].
+    """
 
     def __init__(self, positions: Array, until: float) -> None:
         self._positions, self._until = positions, until
@@ -24,13 +27,15 @@ class ForwardPosition:
 
 
 class Trajectory:
-    """Follows way-points like a joint_trajectory_controller: cubic with velocities, linear without, rests at the end.
+    """Follows way-points like a joint_trajectory_controller: cubic with velocities, linear without,
+    rests at the end.
 
     Args:
         start: Time of the way-points' zero [s].
         now: Time of arrival [s]; way-points before it are dropped.
         joints, velocities: (J,) set-point at `now` [rad], [rad/s].
-        times: (P,) of the way-points after `start` [s]; `SimulationError` for what such a controller rejects.
+        times: (P,) of the way-points after `start` [s]; `SimulationError` for what such a
+            controller rejects.
         points, slopes: (P, J) finite [rad], [rad/s]; no `slopes` for straight lines.
     """
 
@@ -46,10 +51,13 @@ class Trajectory:
     ) -> None:
         offsets: Array = np.asarray(times, dtype=np.float64)
         if slopes is not None and np.abs(slopes[-1]).max() > 1e-6:
-            raise SimulationError(f"The last way-point moves at {slopes[-1].tolist()} rad/s; it must rest (all 0).")
+            raise SimulationError(
+                f"The last way-point moves at {slopes[-1].tolist()} rad/s; it must rest (all 0)."
+            )
         if not np.isfinite(offsets).all() or offsets[0] < 0.0 or np.any(np.diff(offsets) <= 0.0):
             raise SimulationError(
-                f"Way-point times {offsets.tolist()} s; they must not be negative and must increase strictly."
+                f"Way-point times {offsets.tolist()} s; they must not be negative and must "
+                "increase strictly."
             )
         ahead = start + offsets > now
         if not ahead.any():
@@ -65,30 +73,41 @@ class Trajectory:
         return self.sample(now)[0]
 
     def sample(self, now: float) -> tuple[Array, Array]:
-        """Position (J,) [rad] and velocity (J,) [rad/s] at `now`; past the end, the last way-point."""
+        """Position (J,) [rad] and velocity (J,) [rad/s] at `now`; past the end, the last
+        way-point.
+        """
         if now >= self._times[-1]:
             return self._points[-1], np.zeros_like(self._points[-1])
         index = max(int(np.searchsorted(self._times, now, side="right")) - 1, 0)
         span = self._times[index + 1] - self._times[index]
         s = float(np.clip((now - self._times[index]) / span, 0.0, 1.0))
-        p0, p1 = self._points[index], self._points[index + 1]
+        p0 = self._points[index]
+        p1 = self._points[index + 1]
         if self._slopes is None:
             return p0 + s * (p1 - p0), (p1 - p0) / span
-        m0, m1 = span * self._slopes[index], span * self._slopes[index + 1]
-        hermite = np.array([2 * s**3 - 3 * s**2 + 1, 3 * s**2 - 2 * s**3, s**3 - 2 * s**2 + s, s**3 - s**2])
-        slope = np.array([6 * s**2 - 6 * s, 6 * s - 6 * s**2, 3 * s**2 - 4 * s + 1, 3 * s**2 - 2 * s])
+        m0 = span * self._slopes[index]
+        m1 = span * self._slopes[index + 1]
+        hermite = np.array(
+            [2 * s**3 - 3 * s**2 + 1, 3 * s**2 - 2 * s**3, s**3 - 2 * s**2 + s, s**3 - s**2]
+        )
+        slope = np.array(
+            [6 * s**2 - 6 * s, 6 * s - 6 * s**2, 3 * s**2 - 4 * s + 1, 3 * s**2 - 2 * s]
+        )
         ends = np.stack([p0, p1, m0, m1])
         return hermite @ ends, slope @ ends / span
 
 
 class ServoTwist:
-    """Integrates a TCP twist in the base frame and solves for the joints, like MoveIt Servo, until no more twists come.
+    """Integrates a TCP twist in the base frame and solves for the joints, like MoveIt Servo, until
+    no more twists come.
 
     The first twist comes at `now` [s]; `joints` (J,) is the set-point to start from [rad].
     """
 
     def __init__(self, arm: ArmKinematics, now: float, joints: Array) -> None:
-        self._arm, self._time, self._joints = arm, now, joints
+        self._arm = arm
+        self._time = now
+        self._joints = joints
         self._position, self._rotation = arm.pose(joints)
         self._linear: Array = np.zeros(3)
         self._angular: Array = np.zeros(3)
@@ -96,7 +115,9 @@ class ServoTwist:
 
     def command(self, linear: Array, angular: Array, until: float) -> None:
         """Move on with a twist (3,) [m/s], (3,) [rad/s] until it expires [s]."""
-        self._linear, self._angular, self._until = linear, angular, until
+        self._linear = linear
+        self._angular = angular
+        self._until = until
 
     def setpoint(self, now: float) -> Array | None:
         if now >= self._until:
@@ -113,7 +134,9 @@ Controller = ForwardPosition | Trajectory | ServoTwist
 
 
 def finite(what: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """`values` as an array of `shape`; `SimulationError` for another one, NaN or infinite values."""
+    """`values` as an array of `shape`; `SimulationError` for another one, NaN or infinite
+    values.
+    """
     try:
         array = np.array(values, dtype=np.float64)
     except ValueError as error:

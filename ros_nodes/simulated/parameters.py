@@ -1,14 +1,20 @@
 """Parameters of the simulated robot."""
 
-from ros_nodes.robot.parameters import LIVE, START, NodeParameter
-from sim.tabletop.scene import MAX_IMAGE_SIZE
-from sim.tabletop.tasks import SPLITS, TASKS
+from ceed_vla.ros_nodes.robot.parameters import LIVE, START, NodeParameter
+from ceed_vla.sim.tabletop.scene import MAX_IMAGE_SIZE
+from ceed_vla.sim.tabletop.tasks import SPLITS, TASKS
 
 SIM_PARAMETERS = (
-    NodeParameter("task", "mixed", "Task family of the next episode.", LIVE, choices=("mixed", *TASKS)),
-    NodeParameter("seed", 0, "Seed of the next episode; it decides everything.", LIVE, (0, 2**31 - 1)),
+    NodeParameter(
+        "task", "mixed", "Task family of the next episode.", LIVE, choices=("mixed", *TASKS)
+    ),
+    NodeParameter(
+        "seed", 0, "Seed of the next episode; it decides everything.", LIVE, (0, 2**31 - 1)
+    ),
     NodeParameter("advance_seed", False, "Add 1 to the seed before every reset.", LIVE),
-    NodeParameter("split", "train", "Combinations of colours and phrasings.", START, choices=SPLITS),
+    NodeParameter(
+        "split", "train", "Combinations of colours and phrasings.", START, choices=SPLITS
+    ),
     NodeParameter("camera_rate", 30.0, "Images per second of every camera [Hz].", LIVE, (1, 60)),
     NodeParameter("image_size", 96, "Side of the images [px].", START, (16, MAX_IMAGE_SIZE)),
     NodeParameter(
@@ -18,9 +24,20 @@ SIM_PARAMETERS = (
         START,
         (0.02, 1),
     ),
-    NodeParameter("publish_instruction", True, "Publish the episode's instruction for the policy node.", LIVE),
-    NodeParameter("publish_clock", False, "Publish /clock and stamp with it; other nodes need use_sim_time.", START),
     NodeParameter(
-        "real_time_factor", 1.0, "Simulated per real seconds; other values than 1 need publish_clock.", START, (0.1, 20)
+        "publish_instruction", True, "Publish the episode's instruction for the policy node.", LIVE
+    ),
+    NodeParameter(
+        "publish_clock",
+        False,
+        "Publish /clock and stamp with it; other nodes need use_sim_time.",
+        START,
+    ),
+    NodeParameter(
+        "real_time_factor",
+        1.0,
+        "Simulated per real seconds; other values than 1 need publish_clock.",
+        START,
+        (0.1, 20),
     ),
 )

@@ -1,4 +1,6 @@
-"""The tabletop scene as a position-controlled robot whose time runs on whether commands come or not. Free of ROS."""
+"""The tabletop scene as a position-controlled robot whose time runs on whether commands come or
+not. Free of ROS.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ceed_vla.errors import SimulationError
-from ros_nodes.simulated.controllers import Array, Controller, ForwardPosition, ServoTwist, Trajectory, finite
-from sim.tabletop import arm
-from sim.tabletop.env import TabletopEnv
-from sim.tabletop.scene import CAMERAS, FINGER_STROKE, SIM_DT
+from ceed_vla.ros_nodes.simulated.controllers import (
+    Array,
+    Controller,
+    ForwardPosition,
+    ServoTwist,
+    Trajectory,
+    finite,
+)
+from ceed_vla.sim.tabletop import arm
+from ceed_vla.sim.tabletop.env import TabletopEnv
+from ceed_vla.sim.tabletop.scene import CAMERAS, FINGER_STROKE, SIM_DT
 
 ARM_JOINTS = tuple(f"joint{index + 1}" for index in range(len(arm.HOME)))
 JOINTS = (*ARM_JOINTS, "finger_left", "finger_right")
@@ -21,14 +30,18 @@ JOINTS = (*ARM_JOINTS, "finger_left", "finger_right")
 class SimRobot:
     """Arm, gripper, cameras and scene.
 
-    The last command wins, whichever interface it came through; `SimulationError` for a refused one. When positions or
-    twists stop for `command_timeout` [s], the arm stops where it is; the gripper keeps its command. `split` and
-    `image_size` [px] are those of `TabletopEnv`.
+    The last command wins, whichever interface it came through; `SimulationError` for a refused one.
+    When positions or twists stop for `command_timeout` [s], the arm stops where it is; the gripper
+    keeps its command. `split` and `image_size` [px] are those of `TabletopEnv`.
     """
 
-    def __init__(self, split: str = "train", image_size: int = 96, command_timeout: float = 0.05) -> None:
+    def __init__(
+        self, split: str = "train", image_size: int = 96, command_timeout: float = 0.05
+    ) -> None:
         if not command_timeout > 0.0:
-            raise SimulationError(f"command_timeout is {command_timeout} s; it must be more than 0.")
+            raise SimulationError(
+                f"command_timeout is {command_timeout} s; it must be more than 0."
+            )
         self.command_timeout = command_timeout
         self.time = 0.0  # simulated, since construction [s]; a reset does not set it back
         self.holds = 0  # times that the arm stopped because commands had stopped
@@ -39,7 +52,8 @@ class SimRobot:
         self._joints: Array = arm.HOME.copy()  # set-point
 
     def reset(self, seed: int, task: str = "mixed") -> str:
-        """Draw a scene and put the arm at rest in its start pose; forgets earlier commands. Returns the instruction.
+        """Draw a scene and put the arm at rest in its start pose; forgets earlier commands. Returns
+        the instruction.
 
         The `seed` determines everything; `task` is a family, or "mixed" to draw one.
         """
@@ -79,7 +93,8 @@ class SimRobot:
 
     def images(self) -> dict[str, NDArray[np.uint8]]:
         """An image (S, S, 3) of every camera, all of this moment."""
-        mujoco.mj_forward(self._env.scene.model, self._env.data)  # poses of the state after the last physics step
+        # poses of the state after the last physics step
+        mujoco.mj_forward(self._env.scene.model, self._env.data)
         return {name: self._env.view(name, self._env.image_size) for name in CAMERAS}
 
     def command_positions(self, positions: ArrayLike) -> None:
@@ -95,27 +110,41 @@ class SimRobot:
         velocities: ArrayLike | None = None,
         delay: float = 0.0,
     ) -> None:
-        """Follow way-points of the seven arm joints, named in any order. No way-points stop the arm.
+        """Follow way-points of the seven arm joints, named in any order. No way-points stop the
+        arm.
 
-        `times` (P,) count from the start [s], which is in `delay` [s], negative if it is past; `positions` are (P, 7)
-        [rad]; `velocities` (P, 7) [rad/s], None interpolates linearly.
+        `times` (P,) count from the start [s], which is in `delay` [s], negative if it is past;
+        `positions` are (P, 7) [rad]; `velocities` (P, 7) [rad/s], None interpolates linearly.
         """
         if np.size(times) == 0:
             self.hold()
             return
         if sorted(names) != sorted(ARM_JOINTS):
-            raise SimulationError(f"The trajectory names joints {names}; give all of {', '.join(ARM_JOINTS)}, once.")
+            raise SimulationError(
+                f"The trajectory names joints {names}; give all of {', '.join(ARM_JOINTS)}, once."
+            )
         order = [names.index(name) for name in ARM_JOINTS]
         columns = (len(np.asarray(times)), len(ARM_JOINTS))
         points = finite("way-points", positions, columns)[:, order]
-        slopes = None if velocities is None else finite("way-point velocities", velocities, columns)[:, order]
+        slopes = (
+            None
+            if velocities is None
+            else finite("way-point velocities", velocities, columns)[:, order]
+        )
         running = self._controller
-        speed = running.sample(self.time)[1] if isinstance(running, Trajectory) else np.zeros(len(ARM_JOINTS))
-        self._controller = Trajectory(self.time + delay, self.time, self._joints, speed, times, _inside(points), slopes)
+        speed = (
+            running.sample(self.time)[1]
+            if isinstance(running, Trajectory)
+            else np.zeros(len(ARM_JOINTS))
+        )
+        self._controller = Trajectory(
+            self.time + delay, self.time, self._joints, speed, times, _inside(points), slopes
+        )
 
     def command_twist(self, linear: ArrayLike, angular: ArrayLike) -> None:
         """Move the TCP with a twist in the base frame, (3,) [m/s] and (3,) [rad/s]."""
-        linear, angular = finite("linear velocity", linear, (3,)), finite("angular velocity", angular, (3,))
+        linear = finite("linear velocity", linear, (3,))
+        angular = finite("angular velocity", angular, (3,))
         if not isinstance(self._controller, ServoTwist):
             self._controller = ServoTwist(self._arm, self.time, self._joints)
         self._controller.command(linear, angular, self.time + self.command_timeout)
@@ -144,7 +173,9 @@ class SimRobot:
         steps = int(self._owed / SIM_DT + 1e-9)
         self._owed -= steps * SIM_DT
         for _ in range(steps):
-            wanted = self._joints if self._controller is None else self._controller.setpoint(self.time)
+            wanted = (
+                self._joints if self._controller is None else self._controller.setpoint(self.time)
+            )
             if wanted is None:
                 self.hold()
                 self.holds += 1

@@ -1,6 +1,8 @@
-"""The tabletop scene as a robot: publishes what a ros2_control arm with two cameras publishes, and obeys what it obeys.
+"""The tabletop scene as a robot: publishes what a ros2_control arm with two cameras publishes, and
+obeys what it obeys.
 
-Physics and rendering share the executor's one thread: two 96 px images take about 1 ms, a period of physics 0.05 ms.
+Physics and rendering share the executor's one thread: two 96 px images take about 1 ms, a period of
+physics 0.05 ms.
 """
 
 from __future__ import annotations
@@ -14,11 +16,19 @@ from functools import partial
 from typing import Any
 
 if sys.platform == "linux":
-    os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported; renders without a screen
-# A writer into the shared memory of a process that was killed may wait a second for it, and the robot with it.
+    # read when mujoco is imported; renders without a screen
+    os.environ.setdefault("MUJOCO_GL", "egl")
+# A writer into the shared memory of a process that was killed may wait a second for it, and the
+# robot with it.
 os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
 
-from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, array_to_image  # noqa: I001 - explains absent ROS
+# Import order: messages comes first, as it explains absent ROS.
+from ceed_vla.ros_nodes.robot.messages import (  # noqa: I001
+    COMMAND,
+    LATCHED,
+    SENSOR,
+    array_to_image,
+)
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import TwistStamped
@@ -33,13 +43,13 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ceed_vla.errors import ConfigError, SimulationError
-from ros_nodes.robot import parameters
-from ros_nodes.simulated.commands import obey
-from ros_nodes.simulated.parameters import SIM_PARAMETERS
-from ros_nodes.simulated.robot import JOINTS, SimRobot
-from ros_nodes.robot.diagnostics import status_message
-from ros_nodes.robot.spinning import run
-from sim.tabletop.scene import CAMERAS
+from ceed_vla.ros_nodes.robot import parameters
+from ceed_vla.ros_nodes.simulated.commands import obey
+from ceed_vla.ros_nodes.simulated.parameters import SIM_PARAMETERS
+from ceed_vla.ros_nodes.simulated.robot import JOINTS, SimRobot
+from ceed_vla.ros_nodes.robot.diagnostics import status_message
+from ceed_vla.ros_nodes.robot.spinning import run
+from ceed_vla.sim.tabletop.scene import CAMERAS
 
 JOINT_STATE_RATE = 100.0  # [Hz]
 REFUSAL_SHOWN = 5.0  # how long diagnostics warn of a refused command [s]
@@ -47,7 +57,9 @@ MAX_LAG = 0.25  # time that is made up after a stall; more is left out, or the a
 
 
 class SimNode(Node):
-    """A simulated robot; `CeedVLAError` for parameters that cannot work together, or without a GL context."""
+    """A simulated robot; `CeedVLAError` for parameters that cannot work together, or without a GL
+    context.
+    """
 
     def __init__(self, **node_options: Any) -> None:
         super().__init__("sim", **node_options)
@@ -56,14 +68,16 @@ class SimNode(Node):
         values = parameters.values(self, SIM_PARAMETERS)
         if values["real_time_factor"] != 1.0 and not values["publish_clock"]:
             raise ConfigError(
-                f"real_time_factor is {values['real_time_factor']}; other nodes follow a faster or slower time only "
-                "with publish_clock:=true here and use_sim_time:=true there."
+                f"real_time_factor is {values['real_time_factor']}; other nodes follow a faster or "
+                "slower time only with publish_clock:=true here and use_sim_time:=true there."
             )
         if self.get_parameter("use_sim_time").value and not values["publish_clock"]:
             raise ConfigError(
-                "use_sim_time is set, but this node is the simulation; set publish_clock too, or neither."
+                "use_sim_time is set, but this node is the simulation; set publish_clock too, or "
+                "neither."
             )
-        self._factor, self._publishes_clock = values["real_time_factor"], values["publish_clock"]
+        self._factor = values["real_time_factor"]
+        self._publishes_clock = values["publish_clock"]
         self._robot = SimRobot(values["split"], values["image_size"], values["command_timeout"])
         self._wall_clock = Clock(clock_type=ClockType.SYSTEM_TIME)
         self._refused: dict[str, int] = {}
@@ -74,25 +88,37 @@ class SimNode(Node):
         self._wall = time.monotonic()
         steady = Clock(clock_type=ClockType.STEADY_TIME)  # runs on when the system's time is set
         self.create_timer(1.0 / (JOINT_STATE_RATE * self._factor), self._tick, clock=steady)
-        self._camera_timer = self.create_timer(self._camera_period, self._on_camera_time, clock=steady)
+        self._camera_timer = self.create_timer(
+            self._camera_period, self._on_camera_time, clock=steady
+        )
         self.create_timer(1.0, self._publish_diagnostics, clock=steady)
-        self.add_on_set_parameters_callback(partial(parameters.refusal, SIM_PARAMETERS, configured=True))
+        self.add_on_set_parameters_callback(
+            partial(parameters.refusal, SIM_PARAMETERS, configured=True)
+        )
         self.add_post_set_parameters_callback(self._take_parameters)
 
     def _make_topics(self) -> None:
         self._joint_states = self.create_publisher(JointState, "joint_states", COMMAND)
-        self._images = {name: self.create_publisher(Image, f"{name}/image_raw", SENSOR) for name in CAMERAS}
+        self._images = {
+            name: self.create_publisher(Image, f"{name}/image_raw", SENSOR) for name in CAMERAS
+        }
         self._success = self.create_publisher(Bool, "~/success", LATCHED)
         self._instruction = self.create_publisher(String, "policy/instruction", LATCHED)
         self._diagnostics = self.create_publisher(DiagnosticArray, "diagnostics", COMMAND)
-        self._clock_topic = self.create_publisher(ClockMessage, "/clock", SENSOR) if self._publishes_clock else None
+        self._clock_topic = (
+            self.create_publisher(ClockMessage, "/clock", SENSOR) if self._publishes_clock else None
+        )
         robot = self._robot
 
         def move(message: Any) -> None:
             obey(robot, message, 1e-9 * self._now().nanoseconds)
 
         self._obey("forward_position_controller/commands", Float64MultiArray, move)
-        self._obey("gripper_controller/commands", Float64MultiArray, lambda told: robot.command_gripper(told.data))
+        self._obey(
+            "gripper_controller/commands",
+            Float64MultiArray,
+            lambda told: robot.command_gripper(told.data),
+        )
         self._obey("joint_trajectory_controller/joint_trajectory", JointTrajectory, move)
         self._obey("servo_node/delta_twist_cmds", TwistStamped, move)
         self.create_service(Trigger, "~/reset_episode", self._on_reset)
@@ -106,7 +132,8 @@ class SimNode(Node):
                 act(message)
             except SimulationError as error:
                 self._refused[topic] = self._refused.get(topic, 0) + 1
-                self._last_refusal, self._refused_at = f"{topic}: {error}", time.monotonic()
+                self._last_refusal = f"{topic}: {error}"
+                self._refused_at = time.monotonic()
                 self.get_logger().warning(f"Refused a command: {error}", throttle_duration_sec=1.0)
 
         self.create_subscription(message_type, topic, callback, COMMAND)
@@ -117,11 +144,14 @@ class SimNode(Node):
         try:
             response.success, response.message = True, self._reset_episode()
         except SimulationError as error:
-            response.success, response.message = False, str(error)
+            response.success = False
+            response.message = str(error)
         return response
 
     def _reset_episode(self) -> str:
-        """Draw the scene that `task` and `seed` name, and show it at once. Returns the instruction."""
+        """Draw the scene that `task` and `seed` name, and show it at once. Returns the
+        instruction.
+        """
         seed = self.get_parameter("seed").value
         self._robot.reset(seed, self.get_parameter("task").value)
         self._solved = False
@@ -131,7 +161,9 @@ class SimNode(Node):
             self._instruction.publish(String(data=self._robot.instruction))
         self._publish_joint_states()
         self._publish_images()
-        self.get_logger().info(f"Episode of seed {seed}, {self._robot.family}: {self._robot.instruction}")
+        self.get_logger().info(
+            f"Episode of seed {seed}, {self._robot.family}: {self._robot.instruction}"
+        )
         return self._robot.instruction
 
     def _take_parameters(self, changes: Sequence[Parameter]) -> None:
@@ -144,7 +176,9 @@ class SimNode(Node):
         return 1.0 / (self.get_parameter("camera_rate").value * self._factor)
 
     def _now(self) -> Time:
-        """What the messages are stamped with: the simulation's time with publish_clock, else the system's."""
+        """What the messages are stamped with: the simulation's time with publish_clock, else the
+        system's.
+        """
         return Time(seconds=self._robot.time) if self._publishes_clock else self._wall_clock.now()
 
     def _catch_up(self) -> None:
@@ -166,7 +200,9 @@ class SimNode(Node):
         self._publish_images()
 
     def _publish_joint_states(self) -> None:
-        message = JointState(header=Header(stamp=self._now().to_msg(), frame_id="base_link"), name=list(JOINTS))
+        message = JointState(
+            header=Header(stamp=self._now().to_msg(), frame_id="base_link"), name=list(JOINTS)
+        )
         message.position = self._robot.positions.tolist()
         message.velocity = self._robot.velocities.tolist()
         message.effort = self._robot.efforts.tolist()
@@ -175,18 +211,26 @@ class SimNode(Node):
     def _publish_images(self) -> None:
         stamp = self._now().to_msg()
         for name, pixels in self._robot.images().items():
-            self._images[name].publish(array_to_image(pixels, stamp, f"{name}_camera_optical_frame"))
+            self._images[name].publish(
+                array_to_image(pixels, stamp, f"{name}_camera_optical_frame")
+            )
 
     def _publish_diagnostics(self) -> None:
         kinds = (Float64MultiArray, JointTrajectory, TwistStamped)
-        topics = [subscription.topic_name for subscription in self.subscriptions if subscription.msg_type in kinds]
+        topics = [
+            subscription.topic_name
+            for subscription in self.subscriptions
+            if subscription.msg_type in kinds
+        ]
         commanders = {topic: self.count_publishers(topic) for topic in topics}
         crowded = [topic for topic, count in commanders.items() if count > 1]
         level, message = DiagnosticStatus.OK, "running"
         if crowded:
-            level, message = DiagnosticStatus.ERROR, f"more than one node commands {', '.join(crowded)}"
+            level = DiagnosticStatus.ERROR
+            message = f"more than one node commands {', '.join(crowded)}"
         elif time.monotonic() - self._refused_at < REFUSAL_SHOWN:
-            level, message = DiagnosticStatus.WARN, f"refused a command: {self._last_refusal}"
+            level = DiagnosticStatus.WARN
+            message = f"refused a command: {self._last_refusal}"
         values = {
             "episode_seed": self.get_parameter("seed").value,
             "task": self._robot.family,
@@ -196,8 +240,11 @@ class SimNode(Node):
             **{f"commanders_of_{topic}": count for topic, count in commanders.items()},
             **{f"refused_on_{topic}": count for topic, count in self._refused.items()},
         }
-        stamp, name = self._now().to_msg(), f"{self.get_name()}: robot"
-        self._diagnostics.publish(status_message(name, "tabletop simulation", level, message, values, stamp))
+        stamp = self._now().to_msg()
+        name = f"{self.get_name()}: robot"
+        self._diagnostics.publish(
+            status_message(name, "tabletop simulation", level, message, values, stamp)
+        )
 
     def destroy_node(self) -> None:
         self._robot.close()
@@ -205,8 +252,11 @@ class SimNode(Node):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; the console script ``sim_node``. Arguments and result as in `run`."""
-    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")  # nobody else needs this robot
+    """Run the node until SIGINT or SIGTERM; the console script ``sim_node``. Arguments and result
+    as in `run`.
+    """
+    # nobody else needs this robot
+    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     return run(SimNode, "sim_node", arguments)
 
 

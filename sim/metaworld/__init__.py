@@ -1,4 +1,5 @@
-"""Meta-World's tasks (arXiv 1910.10897, version 3) behind one Gymnasium id, rendered twenty times as fast.
+"""Meta-World's tasks (arXiv 1910.10897, version 3) behind one Gymnasium id, rendered twenty times
+as fast.
 
 Importing this package registers the id; it imports neither torch nor MuJoCo.
 """
@@ -11,4 +12,6 @@ ENV_ID = "ceed_vla/Metaworld-v3"
 MAX_EPISODE_STEPS = 400  # LeRobot's limit
 
 if ENV_ID not in gymnasium.registry:
-    gymnasium.register(ENV_ID, "sim.metaworld.env:MetaworldTasks", max_episode_steps=MAX_EPISODE_STEPS)
+    gymnasium.register(
+        ENV_ID, "ceed_vla.sim.metaworld.env:MetaworldTasks", max_episode_steps=MAX_EPISODE_STEPS
+    )

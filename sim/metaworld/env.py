@@ -1,8 +1,10 @@
-"""Meta-World's tasks as one environment: LeRobot's own, with another renderer and views for experts and recordings.
+"""Meta-World's tasks as one environment: LeRobot's own, with another renderer and views for experts
+and recordings.
 
-A task of LeRobot's `MetaworldEnv` is the same simulation with the same seeds. Four things differ: `metaworld.MT1` is
-not made, which draws fifty scenes that nobody uses; images are rendered in the size that was asked for, without
-shadows, smoothed; the first one shows the goal of its own episode, not the last one's; a solved episode is not reset.
+A task of LeRobot's `MetaworldEnv` is the same simulation with the same seeds. Four things differ:
+`metaworld.MT1` is not made, which draws fifty scenes that nobody uses; images are rendered in the
+size that was asked for, without shadows, smoothed; the first one shows the goal of its own episode,
+not the last one's; a solved episode is not reset.
 """
 
 from __future__ import annotations
@@ -19,29 +21,45 @@ from lerobot.envs.metaworld import TASK_POLICY_MAPPING
 from numpy.typing import NDArray
 
 from ceed_vla.errors import SimulationError
-from sim.metaworld.tasks import ACTION_NAMES, INSTRUCTIONS, LARGEST_IMAGE, STATE_NAMES, TASKS
-from sim.render import check_image_size, coarsen, render, tune
+from ceed_vla.sim.metaworld.tasks import (
+    ACTION_NAMES,
+    INSTRUCTIONS,
+    LARGEST_IMAGE,
+    STATE_NAMES,
+    TASKS,
+)
+from ceed_vla.sim.render import check_image_size, coarsen, render, tune
 
 CAMERA = "corner2"
 CAMERA_POSITION = (0.75, 0.075, 0.7)  # LeRobot moves the camera to here
-SMOOTH = 2  # a goal in the air is a ball of 3 px, and only its size, in shades, tells how far away it is
+SMOOTH = (
+    2  # a goal in the air is a ball of 3 px, and only its size, in shades, tells how far away it is
+)
 MESH_CELL = 0.004  # [m]
 HAND_STEPS = 40  # until a hand that is sent somewhere is there
 
 
 class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
-    """One environment for all tasks: ``reset(options={"task": name})`` chooses one, else a `SimulationError`."""
+    """One environment for all tasks: ``reset(options={"task": name})`` chooses one, else a
+    `SimulationError`.
+    """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 - Gymnasium's class attribute
+    # Gymnasium defines this mutable class attribute.
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012
     action_names, state_names = ACTION_NAMES, STATE_NAMES
 
     def __init__(
-        self, tasks: Sequence[str] = TASKS, image_size: int = 96, render_mode: str | None = "rgb_array"
+        self,
+        tasks: Sequence[str] = TASKS,
+        image_size: int = 96,
+        render_mode: str | None = "rgb_array",
     ) -> None:
         self.tasks = tuple(tasks)
         for name in self.tasks:
             if name not in INSTRUCTIONS:
-                raise SimulationError(f"Unknown task {name!r}; choose some of {', '.join(INSTRUCTIONS)}.")
+                raise SimulationError(
+                    f"Unknown task {name!r}; choose some of {', '.join(INSTRUCTIONS)}."
+                )
         check_image_size(image_size, LARGEST_IMAGE)
         self.image_size, self.render_mode = image_size, render_mode
         self.action_space = spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
@@ -52,7 +70,9 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             }
         )
         self._made: dict[str, Any] = {}
-        self._task, self._grip, self._success = self.tasks[0], 0.0, False
+        self._task = self.tasks[0]
+        self._grip = 0.0
+        self._success = False
         self._values: NDArray[np.float64] = np.zeros(39)
 
     # ------------------------------------------------------------------ Gymnasium
@@ -60,22 +80,37 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A scene of the task in `options`, of one of the tasks otherwise; `seed` determines everything."""
+        """A scene of the task in `options`, of one of the tasks otherwise; `seed` determines
+        everything.
+        """
         super().reset(seed=seed)
         task = (options or {}).get("task") or str(self.np_random.choice(self.tasks))
         if task not in self.tasks:
-            raise SimulationError(f"Unknown task {str(task)[:80]!r}; choose one of {', '.join(self.tasks)}.")
-        self._task, self._grip, self._success = task, 0.0, False
+            raise SimulationError(
+                f"Unknown task {str(task)[:80]!r}; choose one of {', '.join(self.tasks)}."
+            )
+        self._task = task
+        self._grip = 0.0
+        self._success = False
         world = self._world
         if seed is not None:
             world.seed(seed)
         self._values, _ = world.reset(seed=seed)
-        mujoco.mj_kinematics(world.model, world.data)  # Meta-World moves the goal that is drawn, with the first step
+        # Meta-World moves the goal that is drawn, with the first step
+        mujoco.mj_kinematics(world.model, world.data)
         return self.observe(), {"task": task, "is_success": False}
 
-    def step(self, action: NDArray[np.floating]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: NDArray[np.floating]
+    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         reward = self.advance(action)
-        return self.observe(), reward, self._success, False, {"task": self._task, "is_success": self._success}
+        return (
+            self.observe(),
+            reward,
+            self._success,
+            False,
+            {"task": self._task, "is_success": self._success},
+        )
 
     def advance(self, action: NDArray[np.floating]) -> float:
         """One control step, without an observation; its reward."""
@@ -101,7 +136,7 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         while self._made:
             self._made.popitem()[1].close()
 
-    # ------------------------------------------------------------------ what `sim.environment` looks for
+    # ------------------------------------------------------------------ what `ceed_vla.sim.environm
 
     @property
     def task_description(self) -> str:
@@ -114,8 +149,11 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def privileged_state(self) -> NDArray[np.float32]:
         """Object and goal as seen from the hand (6,) [m]."""
-        world, hand = self._world, self._values[:3]
-        return np.concatenate([self._values[4:7] - hand, world._target_pos - hand]).astype(np.float32)
+        world = self._world
+        hand = self._values[:3]
+        return np.concatenate([self._values[4:7] - hand, world._target_pos - hand]).astype(
+            np.float32
+        )
 
     def hold_action(self) -> NDArray[np.float32]:
         return np.array([0.0, 0.0, 0.0, self._grip], dtype=np.float32)
@@ -136,9 +174,13 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """Meta-World's environment of the present task, made when it is first needed."""
         if self._task not in self._made:
             world: Any = metaworld.env_dict.ALL_V3_ENVIRONMENTS[self._task]()
-            world._partially_observable, world._set_task_called = False, True  # as a task of `metaworld.MT1` would
+            # as a task of `metaworld.MT1` would
+            world._partially_observable = False
+            world._set_task_called = True
             world.__dict__.pop("sawyer_observation_space", None)  # it was made without the goal
-            world.model.cam_pos[mujoco.mj_name2id(world.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)] = CAMERA_POSITION
+            world.model.cam_pos[
+                mujoco.mj_name2id(world.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
+            ] = CAMERA_POSITION
             tune(world.model)
             coarsen(world.model, MESH_CELL)
             world.model.vis.global_.offwidth = world.model.vis.global_.offheight = LARGEST_IMAGE

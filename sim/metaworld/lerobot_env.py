@@ -1,6 +1,7 @@
 """Meta-World as LeRobot's environment, rendered fast: `--env.type=ceed_metaworld --env.task=mt10`.
 
-Observations, tasks, success and seeds are those of LeRobot's own `metaworld`, whose images are of 480 x 480 pixels.
+Observations, tasks, success and seeds are those of LeRobot's own `metaworld`, whose images are of
+480 x 480 pixels.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged, short
-from sim.environment import MIXED, Privileged, suites
-from sim.metaworld import ENV_ID, MAX_EPISODE_STEPS
-from sim.metaworld.tasks import ALL_TASKS, LARGEST_IMAGE, PRIVILEGED_NAMES, TASKS
+from ceed_vla.sim.environment import MIXED, Privileged, suites
+from ceed_vla.sim.metaworld import ENV_ID, MAX_EPISODE_STEPS
+from ceed_vla.sim.metaworld.tasks import ALL_TASKS, LARGEST_IMAGE, PRIVILEGED_NAMES, TASKS
 
 
 @EnvConfig.register_subclass("ceed_metaworld")
@@ -29,8 +30,8 @@ class CeedMetaworldEnv(MetaworldEnv):
     """Meta-World's tasks by language.
 
     Attributes:
-        task: "mt10", "all" (50 tasks) or a comma-separated list, which take turns (LeRobot: one suite each); or
-            "mixed": the environment draws a task of MT10 for every episode.
+        task: "mt10", "all" (50 tasks) or a comma-separated list, which take turns (LeRobot: one
+            suite each); or "mixed": the environment draws a task of MT10 for every episode.
         fps: Control rate [Hz], Meta-World's own.
         episode_length: Step limit of an episode.
         image_size: Side of the camera image [px].
@@ -53,7 +54,9 @@ class CeedMetaworldEnv(MetaworldEnv):
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=shape)
         self.tasks()
         if not find_spec("metaworld"):
-            raise ConfigError("--env.type=ceed_metaworld needs Meta-World: pip install 'ceed_vla[metaworld]'.")
+            raise ConfigError(
+                "--env.type=ceed_metaworld needs Meta-World: pip install 'ceed_vla[metaworld]'."
+            )
 
     @property
     def gym_id(self) -> str:
@@ -62,17 +65,24 @@ class CeedMetaworldEnv(MetaworldEnv):
     @property
     def gym_kwargs(self) -> dict[str, Any]:
         """Keywords of `gymnasium.make`."""
-        return {"tasks": self.tasks(), "image_size": self.image_size, "max_episode_steps": self.episode_length}
+        return {
+            "tasks": self.tasks(),
+            "image_size": self.image_size,
+            "max_episode_steps": self.episode_length,
+        }
 
     def tasks(self) -> list[str]:
         """Tasks that take turns over the seeds; `ConfigError` for an unknown one."""
         sets = {"mt10": TASKS, MIXED: TASKS, "all": ALL_TASKS}
         names = [name.strip() for name in (self.task or "").split(",") if name.strip()]
         found = list(sets[names[0]]) if len(names) == 1 and names[0] in sets else names
-        if unknown := [name for name in found if name not in ALL_TASKS] or ([] if found else ["nothing"]):
+        if unknown := [name for name in found if name not in ALL_TASKS] or (
+            [] if found else ["nothing"]
+        ):
             raise ConfigError(
-                f"--env.task is unknown: {short(', '.join(unknown))}; choose 'mt10', 'mixed', 'all' or some of "
-                f"{', '.join(ALL_TASKS)}."
+                f"--env.task is unknown: {short(', '.join(unknown))}; choose 'mt10', 'mixed', "
+                "'all' "
+                f"or some of {', '.join(ALL_TASKS)}."
             )
         return found
 
@@ -80,8 +90,12 @@ class CeedMetaworldEnv(MetaworldEnv):
         """Action (4,) of Meta-World's scripted expert."""
         return env.expert_action()
 
-    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, VectorEnv]]:
+    def create_envs(
+        self, n_envs: int, use_async_envs: bool = False
+    ) -> dict[str, dict[int, VectorEnv]]:
         """One vector environment per task, for LeRobot's tools: {task: {0: env}}."""
         make = partial(gymnasium.make, ENV_ID, disable_env_checker=True)
-        makers = {task: partial(make, **{**self.gym_kwargs, "tasks": [task]}) for task in self.tasks()}
+        makers = {
+            task: partial(make, **{**self.gym_kwargs, "tasks": [task]}) for task in self.tasks()
+        }
         return suites(makers, n_envs, use_async_envs)

@@ -13,9 +13,17 @@ INSTRUCTIONS: dict[str, str] = json.loads(
 ALL_TASKS = tuple(INSTRUCTIONS)
 # MT10, in Meta-World's order.
 TASKS = (
-    "reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3", "drawer-close-v3",
-    "button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3", "window-close-v3",
-)  # fmt: skip
+    "reach-v3",
+    "push-v3",
+    "pick-place-v3",
+    "door-open-v3",
+    "drawer-open-v3",
+    "drawer-close-v3",
+    "button-press-topdown-v3",
+    "peg-insert-side-v3",
+    "window-open-v3",
+    "window-close-v3",
+)
 ACTION_NAMES = ("dx", "dy", "dz", "gripper")
 STATE_NAMES = ("hand_x", "hand_y", "hand_z", "gripper_opening")
 PRIVILEGED_NAMES = tuple(f"{thing}_d{axis}" for thing in ("object", "target") for axis in "xyz")

@@ -1,1 +1,3 @@
-"""Recording of LeRobot data sets: what one attempt yields, and how episodes reach the disk safely."""
+"""Recording of LeRobot data sets: what one attempt yields, and how episodes reach the disk
+safely.
+"""

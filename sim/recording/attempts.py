@@ -1,7 +1,8 @@
 """One attempt of the scripted expert: which frames it yields, and which it must not.
 
-An attempt ends in success or yields nothing. A segment is what becomes one stored episode: consecutive expert
-steps without anything in between, so that every action chunk cut from it is what the expert did next.
+An attempt ends in success or yields nothing. A segment is what becomes one stored episode:
+consecutive expert steps without anything in between, so that every action chunk cut from it is what
+the expert did next.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ import numpy as np
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 
 from ceed_vla.errors import SimulationError
-from sim.environment import Environment, images_of
-from sim.recording.config import RecordConfig
+from ceed_vla.sim.environment import Environment, images_of
+from ceed_vla.sim.recording.config import RecordConfig
 
 Frame = dict[str, Any]
 
 EXCURSION_STEPS = (0, 5)  # random steps before the expert starts
 BURST_STEPS = (1, 3)  # random steps of one perturbation burst
-BURST_EVERY = (11, 19)  # expert steps between two; chunks that reach over a segment's end are padded
+# expert steps between two; chunks that reach over a segment's end are padded
+BURST_EVERY = (
+    11,
+    19,
+)
 
 
 @dataclass
@@ -33,18 +38,22 @@ class Attempt:
     # "recorded"; "failed" (the expert did not finish); "unfinished" (not after the takeover);
     # "solved" (the policy finished before the expert took over)
     outcome: str = "failed"
-    segments: list[list[Frame]] = field(default_factory=list)  # frames of each stored episode; empty unless recorded
+    # frames of each stored episode; empty unless recorded
+    segments: list[list[Frame]] = field(default_factory=list)
 
 
 def make_frame(env: Environment, action: np.ndarray | None) -> Frame:
-    """One data set frame of the present state, with the expert's action (A,) for it; without one if None.
+    """One data set frame of the present state, with the expert's action (A,) for it; without one if
+    None.
 
     `SimulationError` where the observation has no camera or no state.
     """
     observation = env.observe()
     frame: Frame = dict(images_of(observation))
     if not frame or "agent_pos" not in observation:
-        raise SimulationError(f"Observations have {', '.join(observation)}; pixels and agent_pos are recorded.")
+        raise SimulationError(
+            f"Observations have {', '.join(observation)}; pixels and agent_pos are recorded."
+        )
     frame[OBS_STATE] = np.asarray(observation["agent_pos"], dtype=np.float32)
     if hasattr(env.inner, "privileged_state"):
         frame[OBS_ENV_STATE] = np.asarray(env.inner.privileged_state(), dtype=np.float32)
@@ -70,7 +79,11 @@ def frame_features(env: Environment, config: RecordConfig) -> dict[str, dict[str
             known = names[name] or [f"{name.rpartition('.')[2]}_{i}" for i in range(len(value))]
             features[name] = {"dtype": "float32", "shape": value.shape, "names": list(known)}
         elif name != "task":
-            features[name] = {"dtype": "image", "shape": value.shape, "names": ["height", "width", "channels"]}
+            features[name] = {
+                "dtype": "image",
+                "shape": value.shape,
+                "names": ["height", "width", "channels"],
+            }
     return features
 
 
@@ -80,7 +93,9 @@ def attempt_rng(seed: int, mode: str) -> np.random.Generator:
 
 
 def expert_steps(env: Environment) -> Iterator[tuple[Frame, bool]]:
-    """Let the expert act, endlessly; yields every frame and whether the task is solved after its action."""
+    """Let the expert act, endlessly; yields every frame and whether the task is solved after its
+    action.
+    """
     while True:
         action = env.expert_action()
         frame = make_frame(env, action)
@@ -88,16 +103,23 @@ def expert_steps(env: Environment) -> Iterator[tuple[Frame, bool]]:
 
 
 def expert_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt:
-    """The expert from reset to success; in mode perturb with unrecorded bursts of random steps between its segments."""
+    """The expert from reset to success; in mode perturb with unrecorded bursts of random steps
+    between its segments.
+    """
     env.reset(seed, config.task(seed))
-    attempt, rng = Attempt(seed, env.task), attempt_rng(seed, config.mode)
+    attempt = Attempt(seed, env.task)
+    rng = attempt_rng(seed, config.mode)
     segments: list[list[Frame]] = []
-    perturb, limit, steps, pause = config.mode == "perturb", env.max_episode_steps, 0, 0
+    perturb = config.mode == "perturb"
+    limit = env.max_episode_steps
+    steps = 0
+    pause = 0
     if perturb:
         pause = int(rng.integers(EXCURSION_STEPS[0], EXCURSION_STEPS[1] + 1))
         pause = pause if rng.random() < config.excursion_fraction else 0
     while steps < limit and not env.finished:
-        solved = any(not env.finished and env.advance(env.disturbance(rng)) for _ in range(pause))  # unrecorded
+        # unrecorded
+        solved = any(not env.finished and env.advance(env.disturbance(rng)) for _ in range(pause))
         steps += pause
         if not solved:
             until = limit - steps
@@ -117,9 +139,11 @@ def expert_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt
 
 
 def grounding_scenes(env: Environment, seeds: range, config: RecordConfig) -> list[Attempt]:
-    """Action-free frames for learning where things are, each of another scene or arm pose, with its own task.
+    """Action-free frames for learning where things are, each of another scene or arm pose, with its
+    own task.
 
-    All frames of these seeds become one stored episode (of the first attempt): storing one per scene is slow.
+    All frames of these seeds become one stored episode (of the first attempt): storing one per
+    scene is slow.
     """
     frames: list[Frame] = []
     attempts = []

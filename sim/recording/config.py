@@ -11,9 +11,15 @@ from lerobot.envs.configs import EnvConfig
 from ceed_vla.decoding.names import named_config
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
+from ceed_vla.sim.environment import (
+    RECORDING_SEEDS,
+    TAKEOVER_SEEDS,
+    check_expert,
+    flags,
+    recorded_tasks,
+)
+from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 from ceed_vla.workers import MOST
-from sim.environment import RECORDING_SEEDS, TAKEOVER_SEEDS, check_expert, flags, recorded_tasks
-from sim.tabletop.lerobot_env import CeedTabletopEnv
 
 MODES = ("clean", "perturb", "grounding", "takeover")
 STEPS = "[1, 1e6]"
@@ -26,32 +32,37 @@ _FREE = ("root", "episodes", "max_minutes", "resume", "commit_frames", "progress
 class RecordConfig:
     """Record demonstrations of the scripted expert into one LeRobotDataset v3 folder.
 
-    Change first: `env.task`, `episodes`, `mode`, `root`. Every attempt has its own seed, `seed + i`, and the
-    tasks take turns, so an interrupted set is balanced. **Sharding:** machines with disjoint ranges
-    `[seed, seed + episodes)` and different roots record disjoint data; training reads several roots.
+    Change first: `env.task`, `episodes`, `mode`, `root`. Every attempt has its own seed, `seed +
+    i`, and the tasks take turns, so an interrupted set is balanced. **Sharding:** machines with
+    disjoint ranges `[seed, seed + episodes)` and different roots record disjoint data; training
+    reads several roots.
 
     Attributes:
         root: Folder of the data set. Must not exist, unless `resume`.
-        env: The environment; it needs an expert, see `sim.environment`.
-        episodes: Number of attempts (scenes, in mode grounding), one seed each. Attempts that fail are
-            counted, not recorded, so a set may hold fewer episodes (or more: perturb splits at bursts).
-        mode: "clean", "perturb", "grounding" or "takeover" (see `sim.recording.attempts` and its neighbours).
+        env: The environment; it needs an expert, see `ceed_vla.sim.environment`.
+        episodes: Number of attempts (scenes, in mode grounding), one seed each. Attempts that fail
+            are counted, not recorded, so a set may hold fewer episodes (or more: perturb splits at
+            bursts).
+        mode: "clean", "perturb", "grounding" or "takeover" (see `ceed_vla.sim.recording.attempts`
+            and its neighbours).
         seed: First seed; default 0, or 30000 in mode takeover.
         resume: Go on with an interrupted or finished root; a missing root is started.
         excursion_fraction: Share of perturb attempts that begin with 0-5 unrecorded random steps.
         poses_per_scene: Arm poses (frames) per grounding scene.
-        scenes_per_episode: Grounding scenes per stored episode (storing an episode has a fixed cost).
+        scenes_per_episode: Grounding scenes per stored episode (storing an episode has a fixed
+            cost).
         instruction: The task in words, where the environment says nothing or other ones.
         policy_path: Checkpoint folder of the policy that drives in mode takeover.
-        decoding: Decoder of that policy, by a name that `ceed-vla eval` knows: "ar", "ceed", "cap1" and so on.
+        decoding: Decoder of that policy, by a name that `ceed-vla eval` knows: "ar", "ceed", "cap1"
+            and so on.
         executed_steps: Actions executed per chunk in mode takeover; None: the policy's own.
         batch: Environments driven in lock step in mode takeover.
         workers: Processes that share the attempts; what is recorded does not depend on it.
         max_chunks: The policy drives 1 to `max_chunks` chunks before the expert takes over.
         takeover_steps: Control steps within which the expert must finish after the takeover.
         max_minutes: End after so long, with what was recorded by then; 0: record all episodes.
-        commit_frames: Frames after which the data set on disk is brought up to date; a killed process loses at most
-            these, an interrupt, an error or a full disk lose less.
+        commit_frames: Frames after which the data set on disk is brought up to date; a killed
+            process loses at most these, an interrupt, an error or a full disk lose less.
         progress: Show a progress bar.
     """
 
@@ -88,7 +99,10 @@ class RecordConfig:
         if self.root == Path():
             raise ConfigError(f"root is {str(self.root)!r}; name a new folder for the data set.")
         if named_config(self.decoding).deadline_s is not None and self.mode == "takeover":
-            raise ConfigError(f"decoding is {self.decoding}: attempts share batches, where a deadline means nothing.")
+            raise ConfigError(
+                f"decoding is {self.decoding}: attempts share batches, where a deadline means "
+                "nothing."
+            )
         if self.seed is None:
             self.seed = TAKEOVER_SEEDS[0] if self.mode == "takeover" else RECORDING_SEEDS[0]
         if self.mode != "grounding":
@@ -97,12 +111,13 @@ class RecordConfig:
 
     def _check_seeds(self) -> None:
         low, high = TAKEOVER_SEEDS if self.mode == "takeover" else RECORDING_SEEDS
-        first, last = self.first_seed, self.first_seed + self.episodes - 1
+        first = self.first_seed
+        last = self.first_seed + self.episodes - 1
         if first < low or last >= high:
             raise ConfigError(
-                f"seeds {first}..{last} are not all in [{low}, {high}), the range of mode {self.mode!r}; "
-                "seeds from 40000 are for validation, from 50000 for evaluation, and are never recorded. "
-                "Lower --seed or --episodes"
+                f"seeds {first}..{last} are not all in [{low}, {high}), the range of mode "
+                f"{self.mode!r}; seeds from 40000 are for validation, from 50000 for evaluation, "
+                "and are never recorded. Lower --seed or --episodes"
             )
 
     @property
@@ -111,7 +126,9 @@ class RecordConfig:
 
     @property
     def unit_size(self) -> int:
-        """Consecutive seeds recorded as one unit of work: stored completely or, after an interrupt, again."""
+        """Consecutive seeds recorded as one unit of work: stored completely or, after an interrupt,
+        again.
+        """
         return {"grounding": self.scenes_per_episode, "takeover": self.batch}.get(self.mode, 1)
 
     def task(self, seed: int) -> str:
@@ -123,5 +140,7 @@ class RecordConfig:
         """What a resumed run must have in common with the first one, as plain JSON types."""
         names = [item.name for item in fields(self) if item.name not in (*_FREE, "env")]
         values = {name: getattr(self, name) for name in names if getattr(self, name) != ""}
-        values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        values = {
+            name: str(value) if isinstance(value, Path) else value for name, value in values.items()
+        }
         return {**values, "env": flags(self.env)}

@@ -11,9 +11,13 @@ from typing import Any
 
 @contextmanager
 def handled_by(handler: Any = signal.default_int_handler) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler`, by default as `KeyboardInterrupt`; Python allows it in the main thread."""
+    """SIGINT and SIGTERM go to `handler`, by default as `KeyboardInterrupt`; Python allows it in
+    the main thread.
+    """
     main = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    previous = {
+        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if main
+    }
     try:
         yield
     finally:
@@ -23,7 +27,9 @@ def handled_by(handler: Any = signal.default_int_handler) -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold interrupts back until the block is left; raise them then (unless an error is on its way)."""
+    """Hold interrupts back until the block is left; raise them then (unless an error is on its
+    way).
+    """
     waiting: list[int] = []
     with handled_by(lambda number, _: waiting.append(number)):
         yield

@@ -1,4 +1,6 @@
-"""The folder of a new data set, which is removed where recording fails before anything is stored in it."""
+"""The folder of a new data set, which is removed where recording fails before anything is stored in
+it.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ _OF_AN_EMPTY_SET = (PROGRESS_FILE, "meta/info.json")
 
 @contextmanager
 def removed_while_empty(root: Path) -> Iterator[None]:
-    """Remove what this process wrote to a new `root` if the block fails before an attempt is stored.
+    """Remove what this process wrote to a new `root` if the block fails before an attempt is
+    stored.
 
-    A folder that was not empty before is never touched, and an empty one that existed stays. Neither
-    is a folder touched that holds attempts, or a file which no data set without episodes has.
+    A folder that was not empty before is never touched, and an empty one that existed stays.
+    Neither is a folder touched that holds attempts, or a file which no data set without episodes
+    has.
     """
     existed = root.exists()
     is_new = not (existed and any(root.iterdir()))
@@ -45,7 +49,9 @@ def _remove_empty(root: Path) -> None:
 
 def _is_empty(root: Path) -> bool:
     """Whether all of a folder is what a data set without attempts consists of."""
-    files = [path.relative_to(root) for path in root.rglob("*") if path.is_symlink() or not path.is_dir()]
+    files = [
+        path.relative_to(root) for path in root.rglob("*") if path.is_symlink() or not path.is_dir()
+    ]
     for file in files:
         if file.as_posix() not in _OF_AN_EMPTY_SET and file.parts[0] != WORK_FOLDER:
             return False

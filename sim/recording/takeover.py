@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from sim.environment import EnvPool
-from sim.recording.attempts import Attempt, Frame, attempt_rng, expert_steps
-from sim.recording.config import RecordConfig
-from sim.rollout import NO_LIMIT, Episode, PolicyRunner, replan
+from ceed_vla.sim.environment import EnvPool
+from ceed_vla.sim.recording.attempts import Attempt, Frame, attempt_rng, expert_steps
+from ceed_vla.sim.recording.config import RecordConfig
+from ceed_vla.sim.rollout import NO_LIMIT, Episode, PolicyRunner, replan
 
 
-def takeover_attempts(runner: PolicyRunner, pool: EnvPool, seeds: range, config: RecordConfig) -> list[Attempt]:
-    """Let the policy drive all seeds in lock step, each for its own number of chunks, then the expert.
+def takeover_attempts(
+    runner: PolicyRunner, pool: EnvPool, seeds: range, config: RecordConfig
+) -> list[Attempt]:
+    """Let the policy drive all seeds in lock step, each for its own number of chunks, then the
+    expert.
 
-    Frames are stored from the takeover on, and only if the expert finishes within `config.takeover_steps`.
+    Frames are stored from the takeover on, and only if the expert finishes within
+    `config.takeover_steps`.
     """
-    episodes = [Episode.start(pool.env(i), seed, config.task(seed), NO_LIMIT) for i, seed in enumerate(seeds)]
-    chunks = [int(attempt_rng(seed, config.mode).integers(1, config.max_chunks + 1)) for seed in seeds]
+    episodes = [
+        Episode.start(pool.env(i), seed, config.task(seed), NO_LIMIT)
+        for i, seed in enumerate(seeds)
+    ]
+    chunks = [
+        int(attempt_rng(seed, config.mode).integers(1, config.max_chunks + 1)) for seed in seeds
+    ]
     for turn in range(max(chunks)):
         driven = [e for e, own in zip(episodes, chunks, strict=True) if turn < own and not e.over]
         if driven:
@@ -24,7 +33,8 @@ def takeover_attempts(runner: PolicyRunner, pool: EnvPool, seeds: range, config:
 
 def _attempt(episode: Episode, seed: int, config: RecordConfig) -> Attempt:
     """What the expert makes of what the policy left, recorded."""
-    env, frames = episode.env, list[Frame]()
+    env = episode.env
+    frames = list[Frame]()
     attempt = Attempt(seed, env.task, outcome="solved" if episode.result.success else "unfinished")
     if episode.over:
         return attempt

@@ -1,4 +1,5 @@
-"""A 7-joint arm with a parallel gripper over a table with coloured cubes, a bin, a plate and two edge zones.
+"""A 7-joint arm with a parallel gripper over a table with coloured cubes, a bin, a plate and two
+edge zones.
 
 Importing this package registers the Gymnasium id; it imports neither torch nor MuJoCo.
 """
@@ -11,4 +12,6 @@ ENV_ID = "ceed_vla/Tabletop-v0"
 MAX_EPISODE_STEPS = 120
 
 if ENV_ID not in gymnasium.registry:
-    gymnasium.register(ENV_ID, "sim.tabletop.env:TabletopEnv", max_episode_steps=MAX_EPISODE_STEPS)
+    gymnasium.register(
+        ENV_ID, "ceed_vla.sim.tabletop.env:TabletopEnv", max_episode_steps=MAX_EPISODE_STEPS
+    )

@@ -1,4 +1,6 @@
-"""The Gymnasium environment: reset, step, observe, and the privileged views that recording and experts use."""
+"""The Gymnasium environment: reset, step, observe, and the privileged views that recording and
+experts use.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import CommandedPose, PoseLimits, rpy_matrix
-from sim.render import check_image_size, render
-from sim.tabletop import arm, expert, layout, tasks
-from sim.tabletop.scene import CAMERAS, FINGER_STROKE, SIM_DT, load_scene
+from ceed_vla.sim.render import check_image_size, render
+from ceed_vla.sim.tabletop import arm, expert, layout, tasks
+from ceed_vla.sim.tabletop.scene import CAMERAS, FINGER_STROKE, SIM_DT, load_scene
 
 CTRL_DT = 0.1  # [s]
 POSITION_STEP = 0.05  # TCP motion of a full action [m]
@@ -30,7 +32,14 @@ HOME_YAW_SPREAD = 0.15  # [rad]
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STATE_NAMES = (
     *("tcp_x", "tcp_y", "tcp_z", "tcp_qw", "tcp_qx", "tcp_qy", "tcp_qz", "finger_opening"),
-    *("command_x", "command_y", "command_z", "command_cos_yaw", "command_sin_yaw", "command_gripper"),
+    *(
+        "command_x",
+        "command_y",
+        "command_z",
+        "command_cos_yaw",
+        "command_sin_yaw",
+        "command_gripper",
+    ),
 )
 
 _SUBSTEPS = round(CTRL_DT / SIM_DT)
@@ -38,17 +47,24 @@ _RAMP = 5  # the joint targets move in this many parts during a control step
 _SETTLE_SUBSTEPS = 20  # before the first image
 _TELEPORT_SOLVES = 8  # the first is enough nearly always; the rest cost nothing then
 _JOINT_STEP = 0.6  # largest change of a joint target per control step [rad]
-_POSE_LIMITS = PoseLimits(POSITION_STEP, ROTATION_STEP, WORKSPACE_LOW, WORKSPACE_HIGH, MAX_TILT, MAX_YAW)
-_PARKED = (3.0, tasks.CUBE_HALF - 0.4)  # x, z: absent cubes lie on the floor behind the front camera [m]
+_POSE_LIMITS = PoseLimits(
+    POSITION_STEP, ROTATION_STEP, WORKSPACE_LOW, WORKSPACE_HIGH, MAX_TILT, MAX_YAW
+)
+# x, z: absent cubes lie on the floor behind the front camera [m]
+_PARKED = (
+    3.0,
+    tasks.CUBE_HALF - 0.4,
+)
 
 
 class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     """Language-conditioned manipulation of coloured cubes with a 7-joint arm at 10 Hz.
 
-    Action (7,) in [-1, 1]: TCP translation xyz (times 0.05 m), TCP rotation vector (times 0.25 rad), both in the base
-    frame and added to the *commanded* pose, and the gripper (> 0 open, else close).
-    Observation: ``pixels`` (one uint8 image (S, S, 3) per camera; absent without cameras) and ``agent_pos`` (14,),
-    whose parts are `STATE_NAMES` in metres. `SimulationError` for an unknown task, split, camera or size.
+    Action (7,) in [-1, 1]: TCP translation xyz (times 0.05 m), TCP rotation vector (times 0.25
+    rad), both in the base frame and added to the *commanded* pose, and the gripper (> 0 open, else
+    close). Observation: ``pixels`` (one uint8 image (S, S, 3) per camera; absent without cameras)
+    and ``agent_pos`` (14,), whose parts are `STATE_NAMES` in metres. `SimulationError` for an
+    unknown task, split, camera or size.
 
     Args:
         task: A family of `tasks.TASKS`, or "mixed" to draw one at every reset.
@@ -59,7 +75,8 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         render_size: Side of the image that `render` returns [px].
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's class attribute
+    # Gymnasium defines this mutable class attribute.
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     action_names, state_names = ACTION_NAMES, STATE_NAMES
 
     def __init__(
@@ -92,7 +109,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.gripper_open = True
         self._joints: arm.Array = arm.HOME.copy()
         self.action_space = spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
-        self.observation_space = spaces.Dict({"agent_pos": spaces.Box(-2.0, 2.0, (len(STATE_NAMES),), np.float32)})
+        self.observation_space = spaces.Dict(
+            {"agent_pos": spaces.Box(-2.0, 2.0, (len(STATE_NAMES),), np.float32)}
+        )
         if cameras:
             shape = (image_size, image_size, 3)
             pixels = spaces.Dict({name: spaces.Box(0, 255, shape, np.uint8) for name in cameras})
@@ -105,8 +124,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Draw a scene and an instruction; `seed` determines everything.
 
-        `options` may fix "task", "color", "other" (second colour or side) and "phrase" (index). `SimulationError` for a
-        negative seed or unknown options, or when the split has no such combination.
+        `options` may fix "task", "color", "other" (second colour or side) and "phrase" (index).
+        `SimulationError` for a negative seed or unknown options, or when the split has no such
+        combination.
         """
         if seed is not None and seed < 0:
             raise SimulationError(f"seed is {seed}; it must be at least 0.")
@@ -120,8 +140,12 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         mujoco.mj_forward(self.scene.model, self.data)
         return self.observe(), self._info()
 
-    def step(self, action: NDArray[np.floating]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Advance by 0.1 s; success, with reward 1, ends the episode. `SimulationError` for NaN or another shape."""
+    def step(
+        self, action: NDArray[np.floating]
+    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Advance by 0.1 s; success, with reward 1, ends the episode. `SimulationError` for NaN or
+        another shape.
+        """
         self.advance(action)
         info = self._info()
         success: bool = info["is_success"]
@@ -135,7 +159,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """Front view (render_size, render_size, 3), or None without a render mode."""
         return None if self.render_mode is None else self.view("front", self.render_size)
 
-    # ------------------------------------------------------------------ for recorders, experts, evaluators
+    # ------------------------------------------------------------------ for recorders, experts, eva
 
     @property
     def command(self) -> tasks.Command:
@@ -183,17 +207,25 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """The observation of the current state (renders the cameras)."""
         observation: dict[str, Any] = {}
         if self.cameras:
-            observation["pixels"] = {name: self.view(name, self.image_size) for name in self.cameras}
+            observation["pixels"] = {
+                name: self.view(name, self.image_size) for name in self.cameras
+            }
         observation["agent_pos"] = self._agent_pos()
         return observation
 
     def snapshot(self) -> dict[str, Any]:
-        """All that decides what comes next, for `restore` here or in another environment of the same settings."""
+        """All that decides what comes next, for `restore` here or in another environment of the
+        same settings.
+        """
         kind = mujoco.mjtState.mjSTATE_INTEGRATION
         state = np.empty(mujoco.mj_stateSize(self.scene.model, kind))
         mujoco.mj_getState(self.scene.model, self.data, state, kind)
         own = (self._command, self._present, self._pose, self.gripper_open, self._joints)
-        return {"physics": state, "own": deepcopy(own), "random": self.np_random.bit_generator.state}
+        return {
+            "physics": state,
+            "own": deepcopy(own),
+            "random": self.np_random.bit_generator.state,
+        }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go on from a `snapshot`: the same actions give the same observations, byte for byte."""
@@ -210,7 +242,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         data, scene = self.data, self.scene
         bodies = list(scene.cube_bodies)
         here = self._present.astype(np.float64)
-        speeds = [float(np.linalg.norm(data.qvel[address : address + 3])) for address in scene.cube_qvel]
+        speeds = [
+            float(np.linalg.norm(data.qvel[address : address + 3])) for address in scene.cube_qvel
+        ]
         tcp_matrix = data.site_xmat[scene.tcp_site].reshape(3, 3)
         return tasks.Situation(
             cubes=data.xpos[bodies] * here[:, None],
@@ -227,8 +261,11 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         )
 
     def privileged_state(self) -> NDArray[np.float32]:
-        """What the simulator knows and the policy does not: (E,) float32, `sim.tabletop.lerobot_env` [m, rad]."""
-        now, target = self.situation(), self.command.target
+        """What the simulator knows and the policy does not: (E,) float32,
+        `ceed_vla.sim.tabletop.lerobot_env` [m, rad].
+        """
+        now = self.situation()
+        target = self.command.target
         angle = 4.0 * (now.cube_yaws[target] - now.tcp_yaw)
         cubes = np.column_stack([now.cubes, now.cube_yaws])
         fixed = np.array([[*now.bin, 0.0], [*now.plate, 0.0]])
@@ -240,12 +277,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return tasks.is_success(self.command, self.situation())
 
     def expert_action(self) -> NDArray[np.float32]:
-        """Action of the scripted expert (7,); see `sim.tabletop.expert`."""
+        """Action of the scripted expert (7,); see `ceed_vla.sim.tabletop.expert`."""
         return expert.expert_action(self.command, self.situation())
 
     def disturbance(self, rng: np.random.Generator) -> NDArray[np.float32]:
         """Any translation, moderate rotation, and now and then the wrong gripper command (7,)."""
-        flip, gripper = -1.0 if rng.random() < 0.1 else 1.0, 1.0 if self.gripper_open else -1.0
+        flip = -1.0 if rng.random() < 0.1 else 1.0
+        gripper = 1.0 if self.gripper_open else -1.0
         parts = rng.uniform(-1, 1, 3), rng.uniform(-0.3, 0.3, 3), [gripper * flip]
         return np.concatenate(parts).astype(np.float32)
 
@@ -263,7 +301,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._pose.position = np.clip(self._pose.position + lead, WORKSPACE_LOW, WORKSPACE_HIGH)
 
     def retarget(self, rng: np.random.Generator) -> None:
-        """Draw another instruction of the split for the same scene (of the env's family unless it is "mixed")."""
+        """Draw another instruction of the split for the same scene (of the env's family unless it
+        is "mixed").
+        """
         self._command = layout.draw_command(rng, self.task, self.split, self.colors, {})
 
     # ------------------------------------------------------------------ internals
@@ -271,9 +311,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def _checked(self, action: NDArray[np.floating]) -> NDArray[np.float64]:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (len(ACTION_NAMES),):
-            raise SimulationError(f"Action of shape {action.shape}; give ({len(ACTION_NAMES)},): {ACTION_NAMES}.")
+            raise SimulationError(
+                f"Action of shape {action.shape}; give ({len(ACTION_NAMES)},): {ACTION_NAMES}."
+            )
         if not np.isfinite(action).all():
-            raise SimulationError(f"Action {action.tolist()} is not finite; every value must be in [-1, 1].")
+            raise SimulationError(
+                f"Action {action.tolist()} is not finite; every value must be in [-1, 1]."
+            )
         return np.clip(action, -1.0, 1.0)
 
     def _place(self, scene_layout: layout.Layout) -> None:
@@ -286,7 +330,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             position: Any = _PARKED[0], 0.2 * index, _PARKED[1]
             if self._present[index]:
                 position = *scene_layout.cubes[index], tasks.CUBE_HALF
-            data.qpos[address : address + 7] = [*position, np.cos(half_yaw), 0.0, 0.0, np.sin(half_yaw)]
+            data.qpos[address : address + 7] = [
+                *position,
+                np.cos(half_yaw),
+                0.0,
+                0.0,
+                np.sin(half_yaw),
+            ]
         data.mocap_pos[scene.bin_mocap] = [*scene_layout.bin, 0.0]
         data.mocap_pos[scene.plate_mocap] = [*scene_layout.plate, 0.0]
 
@@ -301,7 +351,8 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.data.qpos[:9] = self.data.ctrl[:9] = [*self._joints, finger, finger]
         self.data.qvel[:9] = 0.0
         mujoco.mj_forward(self.scene.model, self.data)
-        self._pose.position, self._pose.rpy = np.array(position), rpy
+        self._pose.position = np.array(position)
+        self._pose.rpy = rpy
         self._pose.follow(*self._arm.pose(self._joints))
 
     def _agent_pos(self) -> NDArray[np.float32]:
@@ -309,13 +360,24 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         quat = np.empty(4)
         mujoco.mju_mat2Quat(quat, data.site_xmat[site])
         quat *= np.copysign(1.0, quat[0])
-        yaw, opening = self._pose.rpy[2], data.qpos[7] + data.qpos[8]
+        yaw = self._pose.rpy[2]
+        opening = data.qpos[7] + data.qpos[8]
         gripper = 1.0 if self.gripper_open else -1.0
-        parts = (data.site_xpos[site], quat, [opening], self._pose.position, [np.cos(yaw), np.sin(yaw), gripper])
+        parts = (
+            data.site_xpos[site],
+            quat,
+            [opening],
+            self._pose.position,
+            [np.cos(yaw), np.sin(yaw), gripper],
+        )
         return np.concatenate(parts).astype(np.float32)
 
     def _info(self) -> dict[str, Any]:
-        return {"is_success": self.is_success(), "task": self.family, "instruction": self.instruction}
+        return {
+            "is_success": self.is_success(),
+            "task": self.family,
+            "instruction": self.instruction,
+        }
 
 
 def _cube_yaw(matrix: NDArray[np.float64]) -> float:

@@ -1,14 +1,17 @@
-"""Scripted experts: a pure function of the current simulator state, so they can take over at any moment.
+"""Scripted experts: a pure function of the current simulator state, so they can take over at any
+moment.
 
-There is no phase variable. Where the arm is, what the fingers hold and where the cube lies decide what comes next:
+There is no phase variable. Where the arm is, what the fingers hold and where the cube lies decide
+what comes next:
 
     fingers closed on the target    -> carry it down a funnel to the goal, then open
     cube in place                   -> open and rise
     fingers closed on nothing       -> open while approaching
-    otherwise                       -> approach the target down a funnel with open fingers, then close (or push)
+    otherwise                       -> approach down a funnel, fingers open, then close (or push)
 
-A *funnel* is a target height that grows with the horizontal error: far away the gripper travels high, near the target
-it comes down. Moves are proportional and saturate, so the motion is smooth and never waits on what a policy cannot see.
+A *funnel* is a target height that grows with the horizontal error: far away the gripper travels
+high, near the target it comes down. Moves are proportional and saturate, so the motion is smooth
+and never waits on what a policy cannot see.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.tabletop import tasks
-from sim.tabletop.tasks import CUBE_HALF, Command, Situation
+from ceed_vla.sim.tabletop import tasks
+from ceed_vla.sim.tabletop.tasks import CUBE_HALF, Command, Situation
 
 Array = NDArray[np.float64]
 
@@ -30,8 +33,13 @@ _FUNNEL_SLOPE = 4.0  # height per horizontal error
 _FUNNEL_FLOOR = 0.014  # horizontal error without extra height [m]
 _APPROACH_HEIGHT = 0.085  # above the grasp [m]: the finger tips clear other cubes
 _TRAVEL_HEIGHT = 0.105  # TCP height from which a carried cube clears everything [m]
-_GRASP_ACROSS, _GRASP_ALONG = 0.011, 0.016  # largest error across and along the opening axis when closing [m]
-_GRASP_LOW, _GRASP_HIGH, _GRASP_YAW = 0.008, 0.012, 0.2  # height below and above the grasp [m], yaw error [rad]
+# largest error across and along the opening axis when closing [m]
+_GRASP_ACROSS = 0.011
+_GRASP_ALONG = 0.016
+# height below and above the grasp [m], yaw error [rad]
+_GRASP_LOW = 0.008
+_GRASP_HIGH = 0.012
+_GRASP_YAW = 0.2
 _HELD_OPENING = (0.038, 0.055)  # finger opening while a cube is held [m]
 _HELD_DISTANCE = 0.028  # largest distance of a held cube from the TCP [m]
 _PUSH_SPEED = 0.4  # largest push action
@@ -60,13 +68,18 @@ def is_holding(command: Command, now: Situation) -> bool:
 
 
 def _pick_and_place(command: Command, now: Situation) -> Array:
-    cube, goal = now.cubes[command.target], tasks.goal_position(command, now)
+    cube = now.cubes[command.target]
+    goal = tasks.goal_position(command, now)
     if is_holding(command, now):
         return _carry(command, now, cube, goal)
     if tasks.in_place(command, now):
         return _release(now)
     yaw, point = _grasp(command, now, cube)
-    return _action(now, point, yaw, gripper_open=False) if _may_close(now, point, yaw) else _descend(now, point, yaw)
+    return (
+        _action(now, point, yaw, gripper_open=False)
+        if _may_close(now, point, yaw)
+        else _descend(now, point, yaw)
+    )
 
 
 def _carry(command: Command, now: Situation, cube: Array, goal: Array) -> Array:
@@ -76,10 +89,13 @@ def _carry(command: Command, now: Situation, cube: Array, goal: Array) -> Array:
     far = float(np.hypot(*offset))
     grip = now.tcp[2] - cube[2]  # the cube may sit a little off the TCP
     place = goal[2] + drop + grip
-    height = place + np.clip(_FUNNEL_SLOPE * (far - tolerance), 0.0, max(_TRAVEL_HEIGHT - place, 0.03))
+    height = place + np.clip(
+        _FUNNEL_SLOPE * (far - tolerance), 0.0, max(_TRAVEL_HEIGHT - place, 0.03)
+    )
     if far < tolerance and cube[2] + grip - place < 0.008:
         return _action(now, now.command_position, 0.0, gripper_open=True)
-    lag = now.command_position[:2] - now.tcp[:2]  # way that the arm still has to go to reach its command
+    # way that the arm still has to go to reach its command
+    lag = now.command_position[:2] - now.tcp[:2]
     target = np.array([*(now.command_position[:2] + offset - lag), height])
     return _action(now, _slow_below(now, target), _goal_yaw(command, now), gripper_open=False)
 
@@ -105,7 +121,9 @@ def _may_close(now: Situation, point: Array, yaw: float) -> bool:
     above = now.tcp[2] - point[2]
     if not now.gripper_open:
         near = abs(across) < 1.5 * _GRASP_ACROSS and abs(along) < 1.5 * _GRASP_ALONG
-        return bool(now.opening > _HELD_OPENING[0] and near and -2 * _GRASP_LOW < above < 2 * _GRASP_HIGH)
+        return bool(
+            now.opening > _HELD_OPENING[0] and near and -2 * _GRASP_LOW < above < 2 * _GRASP_HIGH
+        )
     near = abs(across) < _GRASP_ACROSS and abs(along) < _GRASP_ALONG
     ready = now.opening > 0.085 and abs(now.tcp_yaw - yaw) < _GRASP_YAW
     return bool(near and ready and -_GRASP_LOW < above < _GRASP_HIGH)
@@ -114,9 +132,11 @@ def _may_close(now: Situation, point: Array, yaw: float) -> bool:
 def _descend(now: Situation, point: Array, yaw: float) -> Array:
     """One step down the funnel that ends at a TCP position, with open fingers.
 
-    The funnel adds to the final height what the horizontal error, the yaw error and half-open fingers need.
+    The funnel adds to the final height what the horizontal error, the yaw error and half-open
+    fingers need.
     """
-    error, turn = float(np.hypot(*(point - now.tcp)[:2])), abs(now.tcp_yaw - yaw)
+    error = float(np.hypot(*(point - now.tcp)[:2]))
+    turn = abs(now.tcp_yaw - yaw)
     extra = _FUNNEL_SLOPE * max(error - _FUNNEL_FLOOR, 0.0) + 0.15 * max(turn - 0.15, 0.0)
     extra += 2.0 * max(0.085 - now.opening, 0.0)
     height = point[2] + min(extra, _APPROACH_HEIGHT)
@@ -125,22 +145,34 @@ def _descend(now: Situation, point: Array, yaw: float) -> Array:
 
 def _in_gripper(now: Situation, cube: Array) -> tuple[float, float]:
     """Position of a cube along and across the opening axis of the gripper [m]."""
-    offset, sine, cosine = cube - now.tcp, np.sin(now.tcp_yaw), np.cos(now.tcp_yaw)
-    return float(cosine * offset[1] - sine * offset[0]), float(cosine * offset[0] + sine * offset[1])
+    offset = cube - now.tcp
+    sine = np.sin(now.tcp_yaw)
+    cosine = np.cos(now.tcp_yaw)
+    return float(cosine * offset[1] - sine * offset[0]), float(
+        cosine * offset[0] + sine * offset[1]
+    )
 
 
 def _push(command: Command, now: Situation) -> Array:
     """Straddle the cube with open fingers and move it sideways with the trailing one.
 
-    A cube that cannot be pushed (on something, among the far objects, or with something in its way) is carried.
+    A cube that cannot be pushed (on something, among the far objects, or with something in its way)
+    is carried.
     """
-    cube, goal = now.cubes[command.target], tasks.goal_position(command, now)
+    cube = now.cubes[command.target]
+    goal = tasks.goal_position(command, now)
     pushable = _can_push(command, now, cube, goal)
     if not pushable or (is_holding(command, now) and cube[2] > CUBE_HALF + 0.008):
         return _pick_and_place(command, now)
     along, across = _in_gripper(now, cube)
     low = now.tcp[2] < cube[2] + 0.018
-    if not (now.gripper_open and low and abs(along) < 0.045 and abs(across) < 0.024 and now.opening > 0.075):
+    if not (
+        now.gripper_open
+        and low
+        and abs(along) < 0.045
+        and abs(across) < 0.024
+        and now.opening > 0.075
+    ):
         yaw = _nearest_quarter(now.cube_yaws[command.target], _sticky(now))
         return _descend(now, np.array([*cube[:2], CUBE_HALF - 0.003]), yaw)
     stop = goal[1] + np.sign(goal[1] - cube[1]) * _PAD_OFFSET
@@ -156,14 +188,18 @@ def _can_push(command: Command, now: Situation, cube: Array, goal: Array) -> boo
     way = np.sign(goal[1] - cube[1])
     for index, other in enumerate(now.cubes):
         ahead = way * (other[1] - cube[1])
-        in_lane = abs(other[0] - cube[0]) < _LANE and -CUBE_HALF < ahead < abs(goal[1] - cube[1]) + 0.08
+        in_lane = (
+            abs(other[0] - cube[0]) < _LANE and -CUBE_HALF < ahead < abs(goal[1] - cube[1]) + 0.08
+        )
         if index != command.target and other.any() and in_lane:
             return False
     return True
 
 
 def _slow_below(now: Situation, target: Array) -> Array:
-    """Scale the horizontal way down while the gripper is clearly below the target height: rise first, then travel."""
+    """Scale the horizontal way down while the gripper is clearly below the target height: rise
+    first, then travel.
+    """
     missing = target[2] - now.tcp[2]
     share = np.clip(1.0 - (missing - 0.01) / 0.04, 0.0, 1.0)
     horizontal = now.command_position[:2] + share * (target[:2] - now.command_position[:2])
@@ -171,16 +207,21 @@ def _slow_below(now: Situation, target: Array) -> Array:
 
 
 def _grasp(command: Command, now: Situation, cube: Array) -> tuple[float, Array]:
-    """Gripper yaw [rad] and TCP position (3,) [m] of a grasp: centred, yaw near zero, where the fingers have room.
+    """Gripper yaw [rad] and TCP position (3,) [m] of a grasp: centred, yaw near zero, where the
+    fingers have room.
 
-    Beside a wall or another cube the grasp moves along the opening axis, or takes the other pair of faces.
+    Beside a wall or another cube the grasp moves along the opening axis, or takes the other pair of
+    faces.
     """
     first = _nearest_quarter(now.cube_yaws[command.target], _sticky(now))
     best, choice = -np.inf, (first, cube[:2])
     for yaw, shift in product((first, first - np.copysign(np.pi / 2, first)), _GRASP_SHIFTS):
         axis = np.array([-np.sin(yaw), np.cos(yaw)])
         centre = cube[:2] + shift * axis
-        room = min(_finger_room(command, now, cube[2], centre + end * _FINGER_CENTRE * axis) for end in (-1, 1))
+        room = min(
+            _finger_room(command, now, cube[2], centre + end * _FINGER_CENTRE * axis)
+            for end in (-1, 1)
+        )
         if room > best + 1e-3:
             best, choice = room, (yaw, centre)
         if best >= _ENOUGH_ROOM:

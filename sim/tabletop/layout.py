@@ -1,4 +1,6 @@
-"""Random scenes: which cubes are present, where everything stands, and what the robot is told to do."""
+"""Random scenes: which cubes are present, where everything stands, and what the robot is told to
+do.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import SimulationError
-from sim.tabletop.tasks import COLORS, CUBE_HALF, PHRASES, SIDES, TASKS, Command, check_choice, combinations
+from ceed_vla.sim.tabletop.tasks import (
+    COLORS,
+    CUBE_HALF,
+    PHRASES,
+    SIDES,
+    TASKS,
+    Command,
+    check_choice,
+    combinations,
+)
 
 NEAR_X, NEAR_Y = (0.36, 0.54), (-0.14, 0.14)  # where cubes start [m]
 FAR_X, FAR_Y = (0.66, 0.68), (-0.165, 0.165)  # where bin and plate stand [m]
@@ -19,7 +30,14 @@ CUBE_YAW = 0.3  # largest start yaw [rad]
 LANE = 0.085  # half width of the strip that a pushed cube needs free [m]
 ALL_CUBES_CHANCE = 0.25
 
-_OPTIONS = ("task", "color", "other", "phrase", "lerobot_new_rollout")  # LeRobot says the last, which changes nothing
+# LeRobot says the last, which changes nothing
+_OPTIONS = (
+    "task",
+    "color",
+    "other",
+    "phrase",
+    "lerobot_new_rollout",
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +52,11 @@ class Layout:
 
 
 def draw_command(
-    rng: np.random.Generator, task: str, split: str, colors: tuple[str, ...], options: dict[str, Any]
+    rng: np.random.Generator,
+    task: str,
+    split: str,
+    colors: tuple[str, ...],
+    options: dict[str, Any],
 ) -> Command:
     """Draw an instruction of a family, or of any if `task` is "mixed", about some of the colours.
 
@@ -47,22 +69,26 @@ def draw_command(
     family = str(rng.choice(TASKS)) if task == "mixed" else task
     choices = combinations(family, split, colors)
     for name, values in (
-        ("color", COLORS), ("other", SIDES if family == "push_cube" else COLORS),
+        ("color", COLORS),
+        ("other", SIDES if family == "push_cube" else COLORS),
         ("phrase", tuple(range(len(PHRASES[family])))),
-    ):  # fmt: skip
+    ):
         if options.get(name) is not None:
             check_choice(name, options[name], values)
             choices = [c for c in choices if getattr(c, name) == options[name]]
     if not choices:
         raise SimulationError(
-            f"No combination of {family} in split {split!r} fits the options {options!r} with the cubes "
+            f"No combination of {family} in split {split!r} fits the options {options!r} with the "
+            "cubes "
             f'{", ".join(colors)}; drop an option or use split="all".'
         )
     return choices[int(rng.integers(len(choices)))]
 
 
 def draw_layout(rng: np.random.Generator, command: Command) -> Layout:
-    """Draw a scene in which `command` can be carried out: its cubes are present and a push lane is free."""
+    """Draw a scene in which `command` can be carried out: its cubes are present and a push lane is
+    free.
+    """
     needed = {command.target} | ({command.base} if command.family == "stack_cubes" else set())
     present = np.ones(len(COLORS), dtype=bool)
     if rng.random() >= ALL_CUBES_CHANCE:
@@ -70,9 +96,13 @@ def draw_layout(rng: np.random.Generator, command: Command) -> Layout:
     cubes = np.zeros((len(COLORS), 2))
     here = np.flatnonzero(present)
     while True:
-        cubes[here] = rng.uniform([NEAR_X[0], NEAR_Y[0]], [NEAR_X[1], NEAR_Y[1]], size=(len(here), 2))
+        cubes[here] = rng.uniform(
+            [NEAR_X[0], NEAR_Y[0]], [NEAR_X[1], NEAR_Y[1]], size=(len(here), 2)
+        )
         gaps = np.linalg.norm(cubes[here, None] - cubes[None, here], axis=-1) + np.eye(len(here))
-        if gaps.min() >= CUBE_SPACING and (command.family != "push_cube" or _lane_is_free(command, cubes, here)):
+        if gaps.min() >= CUBE_SPACING and (
+            command.family != "push_cube" or _lane_is_free(command, cubes, here)
+        ):
             break
     far_y: NDArray[np.float64] = np.zeros(2)
     while abs(far_y[0] - far_y[1]) < FAR_SPACING:
@@ -88,6 +118,8 @@ def draw_layout(rng: np.random.Generator, command: Command) -> Layout:
 
 
 def _lane_is_free(command: Command, cubes: NDArray[np.float64], here: NDArray[np.int64]) -> bool:
-    """Whether no other cube stands between the target and its edge zone, with room for the open fingers."""
+    """Whether no other cube stands between the target and its edge zone, with room for the open
+    fingers.
+    """
     away = cubes[here[here != command.target]] - cubes[command.target]  # (others, 2)
     return not np.any((command.side * away[:, 1] > -CUBE_HALF) & (np.abs(away[:, 0]) < LANE))

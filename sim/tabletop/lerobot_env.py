@@ -1,7 +1,9 @@
-"""The tabletop environments as LeRobot's: `--env.type=ceed_tabletop --env.task=all`, with LeRobot's tools and ours.
+"""The tabletop environments as LeRobot's: `--env.type=ceed_tabletop --env.task=all`, with LeRobot's
+tools and ours.
 
-Importing this module registers the type. The distribution `lerobot_policy_ceed_vla` imports it for LeRobot's
-tools; without that distribution, pass `--env.discover_packages_path=sim.tabletop.lerobot_env`.
+Importing this module registers the type. The distribution `lerobot_policy_ceed_vla` imports it for
+LeRobot's tools; without that distribution, pass
+`--env.discover_packages_path=ceed_vla.sim.tabletop.lerobot_env`.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged, short
-from sim.environment import MIXED, Privileged, suites
-from sim.tabletop import ENV_ID, MAX_EPISODE_STEPS
-from sim.tabletop.tasks import CAMERAS, COLORS, MAX_IMAGE_SIZE, SPLITS, TASKS
+from ceed_vla.sim.environment import MIXED, Privileged, suites
+from ceed_vla.sim.tabletop import ENV_ID, MAX_EPISODE_STEPS
+from ceed_vla.sim.tabletop.tasks import CAMERAS, COLORS, MAX_IMAGE_SIZE, SPLITS, TASKS
 
 _ACTION_DIM, _STATE_DIM = 7, 14
 _NAMES = (
@@ -30,9 +32,10 @@ _NAMES = (
     *("goal_dx", "goal_dy", "goal_dz"),
     *(f"{thing}_{part}" for thing in (*COLORS, "bin", "plate") for part in ("x", "y", "z", "yaw")),
 )
-# The named cube and goal as seen from the gripper, in units of 3 cm, then every object in decimetres. Without the
-# objects a policy learns where things are only through which one is named, far more slowly. Yaws count little: at
-# 96 px they are mostly noise, which would drown the centimetres that a stack needs.
+# The named cube and goal as seen from the gripper, in units of 3 cm, then every object in
+# decimetres. Without the objects a policy learns where things are only through which one is named,
+# far more slowly. Yaws count little: at 96 px they are mostly noise, which would drown the
+# centimetres that a stack needs.
 _NAMED_SCALE = (30.0, 30.0, 30.0, 0.3, 0.3, 30.0, 30.0, 30.0)
 _OBJECTS_SCALE = (10.0, 10.0, 1.0, 0.1) * 6
 PRIVILEGED = Privileged(
@@ -49,8 +52,9 @@ class CeedTabletopEnv(EnvConfig):
     """Tabletop manipulation by language, four task families.
 
     Attributes:
-        task: "all" or a comma-separated list of families, which take turns (LeRobot: one suite each); or "mixed": the
-            environment draws the family of an episode (recordings take turns all the same).
+        task: "all" or a comma-separated list of families, which take turns (LeRobot: one suite
+            each); or "mixed": the environment draws the family of an episode (recordings take turns
+            all the same).
         fps: Control rate [Hz].
         split: Colours and phrasings: "train", "heldout" or "all".
         episode_length: Step limit of an episode.
@@ -59,7 +63,11 @@ class CeedTabletopEnv(EnvConfig):
     """
 
     privileged: ClassVar[Privileged] = PRIVILEGED
-    sides: ClassVar[tuple[str, str]] = ("robot's right", "robot's left")  # the front camera faces the robot
+    # the front camera faces the robot
+    sides: ClassVar[tuple[str, str]] = (
+        "robot's right",
+        "robot's left",
+    )
 
     task: str | None = "all"
     fps: int = ranged(10, "[10, 10]")
@@ -73,8 +81,14 @@ class CeedTabletopEnv(EnvConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         self.families()
-        if not self.cameras or len(set(self.cameras)) < len(self.cameras) or set(self.cameras) - set(CAMERAS):
-            raise ConfigError(f"cameras are {str(self.cameras)[:200]}; choose some of {', '.join(CAMERAS)}.")
+        if (
+            not self.cameras
+            or len(set(self.cameras)) < len(self.cameras)
+            or set(self.cameras) - set(CAMERAS)
+        ):
+            raise ConfigError(
+                f"cameras are {str(self.cameras)[:200]}; choose some of {', '.join(CAMERAS)}."
+            )
         size = self.image_size
         self.features = {
             ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(_ACTION_DIM,)),
@@ -82,7 +96,9 @@ class CeedTabletopEnv(EnvConfig):
         }
         self.features_map = {ACTION: ACTION, "agent_pos": OBS_STATE}
         for camera in self.cameras:
-            self.features[f"pixels/{camera}"] = PolicyFeature(type=FeatureType.VISUAL, shape=(size, size, 3))
+            self.features[f"pixels/{camera}"] = PolicyFeature(
+                type=FeatureType.VISUAL, shape=(size, size, 3)
+            )
             self.features_map[f"pixels/{camera}"] = f"{OBS_IMAGES}.{camera}"
 
     @property
@@ -104,15 +120,17 @@ class CeedTabletopEnv(EnvConfig):
         }
 
     def families(self) -> list[str]:
-        """The values of the environment's `task` keyword, one per suite entry; `ConfigError` for an unknown family."""
+        """The values of the environment's `task` keyword, one per suite entry; `ConfigError` for an
+        unknown family.
+        """
         names = [name.strip() for name in (self.task or "all").split(",") if name.strip()]
         if names == ["all"]:
             return list(TASKS)
         unknown = [name for name in names if name not in (*TASKS, MIXED)]
         if unknown or not names:
             raise ConfigError(
-                f"unknown task {short(', '.join(unknown) or self.task)}; choose 'all', 'mixed' or a "
-                f"comma-separated list of {', '.join(TASKS)}"
+                f"unknown task {short(', '.join(unknown) or self.task)}; choose 'all', 'mixed' or "
+                f"a comma-separated list of {', '.join(TASKS)}"
             )
         return names
 
@@ -124,10 +142,14 @@ class CeedTabletopEnv(EnvConfig):
         """Action (7,) of the scripted expert."""
         return env.expert_action()
 
-    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, VectorEnv]]:
+    def create_envs(
+        self, n_envs: int, use_async_envs: bool = False
+    ) -> dict[str, dict[int, VectorEnv]]:
         """One vector environment per family: {suite: {0: env}}, the suite named like the family."""
         make = partial(gymnasium.make, ENV_ID, disable_env_checker=True, **self.gym_kwargs)
-        return suites({name: partial(make, task=name) for name in self.families()}, n_envs, use_async_envs)
+        return suites(
+            {name: partial(make, task=name) for name in self.families()}, n_envs, use_async_envs
+        )
 
 
 def mixed_tabletop() -> CeedTabletopEnv:

@@ -1,4 +1,6 @@
-"""The MuJoCo model of `scene.xml`, compiled once per process and shared read-only by all environments."""
+"""The MuJoCo model of `scene.xml`, compiled once per process and shared read-only by all
+environments.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from pathlib import Path
 
 import mujoco
 
-from sim.render import tune
-from sim.tabletop import tasks
+from ceed_vla.sim.render import tune
+from ceed_vla.sim.tabletop import tasks
 
 SCENE = Path(__file__).with_name("scene.xml")
 SIM_DT = 0.004  # [s]
@@ -17,13 +19,17 @@ CAMERAS, MAX_IMAGE_SIZE = tasks.CAMERAS, tasks.MAX_IMAGE_SIZE
 
 
 class Scene:
-    """The model, compiled with the fast rendering settings, and the ids that the environment uses."""
+    """The model, compiled with the fast rendering settings, and the ids that the environment
+    uses.
+    """
 
     def __init__(self) -> None:
         self.model = model = mujoco.MjModel.from_xml_path(str(SCENE))
         tune(model)
         self.tcp_site: int = model.site("tcp").id
-        self.bin_mocap, self.plate_mocap = (int(model.body(name).mocapid[0]) for name in ("bin", "plate"))
+        self.bin_mocap, self.plate_mocap = (
+            int(model.body(name).mocapid[0]) for name in ("bin", "plate")
+        )
         cubes = [f"cube_{color}" for color in tasks.COLORS]
         self.cube_bodies: list[int] = [model.body(name).id for name in cubes]
         # First addresses of each cube's free joint.

@@ -1,7 +1,7 @@
 """Task families, their phrasings, the colours, the held-out combinations and the success tests.
 
-A *combination* is (family, colour, second colour or side, phrasing). About a quarter of them is held out: split "train"
-never draws these, split "heldout" draws only these, split "all" draws any.
+A *combination* is (family, colour, second colour or side, phrasing). About a quarter of them is
+held out: split "train" never draws these, split "heldout" draws only these, split "all" draws any.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class Command:
 
 
 def is_heldout(command: Command) -> bool:
-    """Whether a combination is kept for evaluation. Every colour, side and phrasing still occurs in training."""
+    """Whether a combination is kept for evaluation. Every colour, side and phrasing still occurs in
+    training.
+    """
     shift = command.target
     if command.family == "push_cube":
         shift += SIDES.index(command.other)
@@ -106,7 +108,9 @@ def is_heldout(command: Command) -> bool:
 
 
 def combinations(family: str, split: str, colors: Sequence[str] = COLORS) -> list[Command]:
-    """Every combination of a family in a split, of the colours on the table; `SimulationError` for an unknown one."""
+    """Every combination of a family in a split, of the colours on the table; `SimulationError` for
+    an unknown one.
+    """
     check_choice("task", family, TASKS)
     check_choice("split", split, SPLITS)
     others: Sequence[str] = {"push_cube": SIDES, "stack_cubes": tuple(colors)}.get(family, ("",))
@@ -121,14 +125,19 @@ def combinations(family: str, split: str, colors: Sequence[str] = COLORS) -> lis
 def check_choice(what: str, value: object, choices: Sequence[object]) -> None:
     """Raise `SimulationError` unless `value` is one of `choices`."""
     if value not in choices:
-        raise SimulationError(f"Unknown {what} {value!r}; choose one of {', '.join(map(str, choices))}.")
+        raise SimulationError(
+            f"Unknown {what} {value!r}; choose one of {', '.join(map(str, choices))}."
+        )
 
 
 @dataclass
 class Situation:
-    """The part of the simulator state that the success tests and the expert look at (base frame)."""
+    """The part of the simulator state that the success tests and the expert look at (base
+    frame).
+    """
 
-    cubes: NDArray[np.float64]  # cube centres (4, 3) [m], in the order of `COLORS`; absent cubes hold zeros
+    # cube centres (4, 3) [m], in the order of `COLORS`; absent cubes hold zeros
+    cubes: NDArray[np.float64]
     cube_yaws: NDArray[np.float64]  # cube yaws (4,) in [-pi/4, pi/4) [rad]
     cube_speeds: NDArray[np.float64]  # linear speeds (4,) [m/s]
     bin: NDArray[np.float64]  # bin centre on the table (3,) [m]
@@ -155,10 +164,14 @@ def goal_position(command: Command, now: Situation) -> NDArray[np.float64]:
 
 def in_place(command: Command, now: Situation) -> bool:
     """Whether the target cube lies where the command wants it, regardless of the gripper."""
-    cube, goal = now.cubes[command.target], goal_position(command, now)
+    cube = now.cubes[command.target]
+    goal = goal_position(command, now)
     offset = np.abs(cube - goal)
     if command.family == "cube_in_bin":
-        return bool(offset[:2].max() < BIN_INNER_HALF - 0.6 * CUBE_HALF and -0.01 < cube[2] - goal[2] < 0.015)
+        return bool(
+            offset[:2].max() < BIN_INNER_HALF - 0.6 * CUBE_HALF
+            and -0.01 < cube[2] - goal[2] < 0.015
+        )
     if command.family == "cube_on_plate":
         return bool(np.hypot(*offset[:2]) < PLATE_RADIUS - CUBE_HALF and offset[2] < 0.006)
     if command.family == "stack_cubes":
@@ -169,7 +182,9 @@ def in_place(command: Command, now: Situation) -> bool:
 
 
 def is_success(command: Command, now: Situation) -> bool:
-    """Whether the command is fulfilled: the cube in place and, unless it is pushed, released and at rest."""
+    """Whether the command is fulfilled: the cube in place and, unless it is pushed, released and at
+    rest.
+    """
     if not in_place(command, now):
         return False
     if command.family == "push_cube":

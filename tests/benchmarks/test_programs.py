@@ -1,4 +1,6 @@
-"""The oracle of programs: its search against brute force, its choices against answers worked out by hand."""
+"""The oracle of programs: its search against brute force, its choices against answers worked out by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from benchmarks import programs as measured
 from benchmarks.models.trunk import CompactTrunk
 from benchmarks.programs import Frame, Program, ProgramsConfig, choices, entry, null, search
 from ceed_vla.errors import ConfigError
-from sim.settings import CheckpointPath
+from ceed_vla.sim.settings import CheckpointPath
 
 LAYERS, N = 3, 9
 FULL = tuple(range(LAYERS))
@@ -23,7 +25,9 @@ FULL = tuple(range(LAYERS))
 
 @pytest.fixture
 def frame() -> Frame:
-    """A tiny random model's, with a random guess and a random "fixed point" whose first token the prefix gives."""
+    """A tiny random model's, with a random guess and a random "fixed point" whose first token the
+    prefix gives.
+    """
     torch.manual_seed(0)
     backbone = CompactTrunk(N, LAYERS, 24).requires_grad_(False)
     backbone.head.weight.normal_()
@@ -31,13 +35,17 @@ def frame() -> Frame:
     fixed = torch.randint(255, (1, N))
     fixed[:, 0] = backbone.prefill(row).logits.argmax(-1)
     policy = SimpleNamespace(
-        backbone=backbone, config=SimpleNamespace(n_action_steps=2), tokenizer=SimpleNamespace(tokens_per_step=3)
+        backbone=backbone,
+        config=SimpleNamespace(n_action_steps=2),
+        tokenizer=SimpleNamespace(tokens_per_step=3),
     )
     return Frame(policy, row, torch.randint(255, (1, N)), fixed)
 
 
 def brute_force(edits: int, longest: int) -> set[Program]:
-    """Every layer any number of times, in order, with at most so many layers skipped or repeated in all."""
+    """Every layer any number of times, in order, with at most so many layers skipped or repeated in
+    all.
+    """
     times = itertools.product(range(edits + 2), repeat=LAYERS)
     kept = [t for t in times if sum(abs(n - 1) for n in t) <= edits and 1 <= sum(t) <= longest]
     return {tuple(layer for layer, n in enumerate(t) for _ in range(n)) for t in kept}
@@ -80,7 +88,12 @@ def test_choices_are_what_their_names_say() -> None:
     found = choices(frames)
     assert found["shortest"] == [skip, skip, short]
     assert found["best"] == [skip, skip, short]
-    assert entry(frames, found["best"]) == {"error": 1.0, "full": 2.0, "not_worse": 100.0, "better": 50.0}
+    assert entry(frames, found["best"]) == {
+        "error": 1.0,
+        "full": 2.0,
+        "not_worse": 100.0,
+        "better": 50.0,
+    }
     assert entry(frames, [loop, loop, loop])["error"] == pytest.approx(0.5 / 3, abs=1e-4)
     assert entry(frames, [short] * 3)["not_worse"] == pytest.approx(100 / 3, abs=1e-3)
 
@@ -88,9 +101,17 @@ def test_choices_are_what_their_names_say() -> None:
 def test_the_null_keeps_what_is_true_of_all_frames_alone() -> None:
     always = frames_of(*[{FULL: 1.0, (0, 1): 1.0, (0,): 2.0}] * 6)
     assert null(always) == {"programs": 3, "saved": 33.33, "dealt_anew": 33.33}
-    never = frames_of(*[{FULL: 1.0, (0, 1): 2.0, (0,): 2.0, (2,): 0.0}] * 3, {FULL: 1.0, (0, 1): 2.0, (0,): 2.0})
-    assert null(never) == {"programs": 3, "saved": 0.0, "dealt_anew": 0.0}  # (2,) was not tried everywhere
-    # Where each frame has one good program of its own, dealt anew some have none and others several.
+    never = frames_of(
+        *[{FULL: 1.0, (0, 1): 2.0, (0,): 2.0, (2,): 0.0}] * 3, {FULL: 1.0, (0, 1): 2.0, (0,): 2.0}
+    )
+    # (2,) was not tried everywhere
+    assert null(never) == {
+        "programs": 3,
+        "saved": 0.0,
+        "dealt_anew": 0.0,
+    }
+    # Where each frame has one good program of its own, dealt anew some have none and others
+    # several.
     good = [(0,), (1,), (2,)]
     own = frames_of(*[{FULL: 1.0} | {p: 0.0 if p == mine else 9.0 for p in good} for mine in good])
     found = null(own)
@@ -112,7 +133,9 @@ def test_a_run_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     from tests.training.conftest import write_dataset
 
     data = write_dataset(tmp_path / "data", (12, 9))
-    report = measured.programs(ProgramsConfig(CheckpointPath("student"), str(data), frames=4, breadth=1, edits=1))
+    report = measured.programs(
+        ProgramsConfig(CheckpointPath("student"), str(data), frames=4, breadth=1, edits=1)
+    )
     assert json.loads(capsys.readouterr().out) == report
     full = report["0-1-2-3"]
     assert full["saved"] == 0

@@ -1,4 +1,6 @@
-"""The benchmark of shapes: every engine decodes the same tokens, caps take their forwards, and a run end to end."""
+"""The benchmark of shapes: every engine decodes the same tokens, caps take their forwards, and a
+run end to end.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,52 @@ from benchmarks import shapes
 from benchmarks.models.trunk import SHAPES, CompactTrunk, Trunk
 from ceed_vla.engine import compiled
 
-LLAMA = {**SHAPES["openvla-0.3b"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
-GEMMA = {**SHAPES["pi0fast-0.3b"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "head_dim": 8, "vocab_size": 800}  # fmt: skip
+LLAMA = {
+    **SHAPES["openvla-0.3b"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+GEMMA = {
+    **SHAPES["pi0fast-0.3b"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+    "vocab_size": 800,
+}
 
 
-@pytest.mark.parametrize("make", [
-    lambda: Trunk(LLAMA, 14, torch.float32), lambda: Trunk(GEMMA, 14, torch.float32), lambda: CompactTrunk(14, 2, 48)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Trunk(LLAMA, 14, torch.float32),
+        lambda: Trunk(GEMMA, 14, torch.float32),
+        lambda: CompactTrunk(14, 2, 48),
+    ],
+)
 @torch.inference_mode()
 def test_engines_decode_the_same_and_caps_take_their_forwards(make: Any) -> None:
     backbone = make()
-    observation = {"embeds": torch.randn(2, 9, backbone.width, generator=torch.Generator().manual_seed(0))}
+    observation = {
+        "embeds": torch.randn(2, 9, backbone.width, generator=torch.Generator().manual_seed(0))
+    }
     eager, fast = (
         {name: run() for name, run in shapes.decodes(model, model.prefill(observation), 2).items()}
         for model in (backbone, compiled(backbone, "aot_eager"))
     )
     for name, result in eager.items():
         assert torch.equal(result.tokens, fast[name].tokens), name
-    assert [eager[name].forwards for name in ("ar", "ar_h", "cap1", "cap2", "loop3_h")] == [13, 6, 1, 2, 3]
+    assert [eager[name].forwards for name in ("ar", "ar_h", "cap1", "cap2", "loop3_h")] == [
+        13,
+        6,
+        1,
+        2,
+        3,
+    ]
     for k in range(1, 5):
         assert torch.equal(eager[f"loop{k}_h"].tokens, eager[f"cap{k}"].tokens)
 
@@ -49,4 +77,6 @@ def test_a_run_writes_times_and_ratios(monkeypatch: pytest.MonkeyPatch, tmp_path
     batch = found["batches"]["1"]
     assert {"prefill", "block_1", "block_55", "ar", "cap4"} <= batch["ms"]["eager"].keys()
     assert batch["x_ar"]["cap1"] > batch["x_ar"]["cap4"] > 0
-    assert found["parameters"] == sum(p.numel() for p in Trunk(LLAMA, 56, torch.float32).parameters())
+    assert found["parameters"] == sum(
+        p.numel() for p in Trunk(LLAMA, 56, torch.float32).parameters()
+    )

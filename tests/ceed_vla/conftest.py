@@ -25,11 +25,20 @@ PREFIX_KEY = "prefix_ids"
 
 
 class ToyBackbone(nn.Module):
-    """A random two-layer attention model over a continuous prefix, with strong dependence on earlier tokens."""
+    """A random two-layer attention model over a continuous prefix, with strong dependence on
+    earlier tokens.
+    """
 
-    def __init__(self, seed: int, block_length: int, vocabulary_size: int, width: int = 16, heads: int = 2) -> None:
+    def __init__(
+        self, seed: int, block_length: int, vocabulary_size: int, width: int = 16, heads: int = 2
+    ) -> None:
         super().__init__()
-        self.block_length, self.vocabulary_size, self.heads, self.num_layers = block_length, vocabulary_size, heads, 2
+        self.block_length, self.vocabulary_size, self.heads, self.num_layers = (
+            block_length,
+            vocabulary_size,
+            heads,
+            2,
+        )
         self.num_layers = 2
         self.calls: list[int] = []
         generator = torch.Generator().manual_seed(seed)
@@ -45,7 +54,11 @@ class ToyBackbone(nn.Module):
     def _project(self, x: Tensor, weight: Tensor) -> Tensor:
         x = F.layer_norm(x, x.shape[-1:])
         batch, length, width = x.shape
-        return F.linear(x, weight).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        return (
+            F.linear(x, weight)
+            .view(batch, length, 3, self.heads, width // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
 
     @staticmethod
     def _attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -66,10 +79,14 @@ class ToyBackbone(nn.Module):
         cache.seal_prefix(length)
         return Prefix(logits=self._scores(x[:, -1]), cache=cache)
 
-    def block_logits(self, prefix: Prefix[KVCache], tokens: Tensor, depth: int | None = None) -> Tensor:
+    def block_logits(
+        self, prefix: Prefix[KVCache], tokens: Tensor, depth: int | None = None
+    ) -> Tensor:
         self.calls.append(tokens.shape[1])
         start, length = prefix.cache.committed, tokens.shape[1]
-        mask = torch.ones(length, prefix.cache.length + length, dtype=torch.bool).tril(prefix.cache.length)
+        mask = torch.ones(length, prefix.cache.length + length, dtype=torch.bool).tril(
+            prefix.cache.length
+        )
         x = self.tokens[tokens] + self.slots[start : start + length]
         for layer, weight in enumerate(self.qkv[:depth]):
             q, k, v = self._project(x, weight)
@@ -77,7 +94,9 @@ class ToyBackbone(nn.Module):
         return self._scores(x)
 
     def full_logits(self, observation: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        """Logits (B, k + 1, V) of slots 0..k after `tokens` (B, k), all recomputed, without any cache."""
+        """Logits (B, k + 1, V) of slots 0..k after `tokens` (B, k), all recomputed, without any
+        cache.
+        """
         prefix = observation["prefix"]
         p, total = prefix.shape[1], prefix.shape[1] + tokens.shape[1]
         mask = torch.ones(total, total, dtype=torch.bool).tril()
@@ -89,7 +108,9 @@ class ToyBackbone(nn.Module):
 
 
 class LlamaBackbone(TransformersBackbone):
-    """A Llama whose last ids are the actions; transformers' own `generate()` runs on the same weights."""
+    """A Llama whose last ids are the actions; transformers' own `generate()` runs on the same
+    weights.
+    """
 
     def __init__(self, model: LlamaForCausalLM, block_length: int, num_actions: int) -> None:
         words = model.config.vocab_size
@@ -109,12 +130,16 @@ class LlamaBackbone(TransformersBackbone):
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
         ids = batch[PREFIX_KEY]  # (B, P) of the whole vocabulary, without padding
-        return PrefixEmbeddings.in_order(self.model.model.embed_tokens(ids), torch.ones_like(ids).bool())
+        return PrefixEmbeddings.in_order(
+            self.model.model.embed_tokens(ids), torch.ones_like(ids).bool()
+        )
 
 
 @torch.no_grad()
 def depth_is_a_shorter_model(backbone: Any, observation: dict[str, Tensor]) -> None:
-    """Run to depth k: the model of the first k layers, which leaves no trace; at full depth nothing changes."""
+    """Run to depth k: the model of the first k layers, which leaves no trace; at full depth nothing
+    changes.
+    """
     n, layers, prefix = backbone.block_length, backbone.num_layers, backbone.prefill(observation)
     tokens = torch.randint(backbone.vocabulary_size, (len(prefix.logits), n - 1))
     whole = backbone.block_logits(prefix, tokens)
@@ -143,7 +168,9 @@ def depth_is_a_shorter_model(backbone: Any, observation: dict[str, Tensor]) -> N
 
 
 def trains_as_it_decodes(backbone: Any, observation: dict[str, Tensor]) -> None:
-    """Packed logits are those of decoding, with recomputed activations too; distillation leaves the prefix alone."""
+    """Packed logits are those of decoding, with recomputed activations too; distillation leaves the
+    prefix alone.
+    """
     backbone = copy.deepcopy(backbone).train()
     rows, n = backbone.check_observation(observation), backbone.block_length
     blocks = [torch.randint(backbone.vocabulary_size, (rows, n)) for _ in range(2)]
@@ -153,7 +180,9 @@ def trains_as_it_decodes(backbone: Any, observation: dict[str, Tensor]) -> None:
             backbone.recompute_activations()
         state, packed = backbone.packed_logits(backbone.embed_prefix(observation), blocks)
         (torch.cat(packed).logsumexp(-1).sum() + state.sum()).backward()
-        gradients = {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+        gradients = {
+            name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None
+        }
         found.append({"state": state, "logits": torch.cat(packed), **gradients})
         backbone.zero_grad(set_to_none=True)
         early = backbone.prefix_state(backbone.embed_prefix(observation))
@@ -172,7 +201,9 @@ def trains_as_it_decodes(backbone: Any, observation: dict[str, Tensor]) -> None:
         prefix = backbone.prefill(observation)
         for block, logits in zip(blocks, packed, strict=True):
             prefix.cache.roll_back()
-            decoded = torch.cat([prefix.logits[:, None], backbone.block_logits(prefix, block[:, :-1])], dim=1)
+            decoded = torch.cat(
+                [prefix.logits[:, None], backbone.block_logits(prefix, block[:, :-1])], dim=1
+            )
             seen = decoded.isfinite()  # what speculation may not hold scores -inf
             torch.testing.assert_close(logits[seen], decoded[seen], rtol=1e-4, atol=1e-4)
         for name in backbone.distillation_parameters():
@@ -191,7 +222,9 @@ class OnlyActions(LogitsProcessor):
         return scores.masked_fill(self.forbidden, -torch.inf)
 
 
-def _toy(seed: int, batch: int, block_length: int, vocabulary: int) -> tuple[ToyBackbone, dict[str, Tensor]]:
+def _toy(
+    seed: int, batch: int, block_length: int, vocabulary: int
+) -> tuple[ToyBackbone, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed + 1)
     observation = {"prefix": torch.randn(batch, 5, 16, generator=generator)}
     return ToyBackbone(seed, block_length, vocabulary), observation
@@ -228,7 +261,9 @@ def _generate(backbone: LlamaBackbone, observation: dict[str, Tensor]) -> Tensor
         attention_mask=torch.ones_like(ids),
         max_new_tokens=backbone.block_length,
         do_sample=False,
-        logits_processor=LogitsProcessorList([OnlyActions(backbone.action_ids, backbone.model.config.vocab_size)]),
+        logits_processor=LogitsProcessorList(
+            [OnlyActions(backbone.action_ids, backbone.model.config.vocab_size)]
+        ),
     )
     return output[:, ids.shape[1] :] - backbone.action_ids[0]
 
@@ -241,7 +276,9 @@ def toy() -> Callable[[int, int, int, int], tuple[ToyBackbone, dict[str, Tensor]
 
 @pytest.fixture(scope="session")
 def llama() -> Callable[..., tuple[LlamaBackbone, dict[str, Tensor]]]:
-    """(seed, batch, block_length, vocabulary, layers=2) -> random Llama backbone and an observation for it."""
+    """(seed, batch, block_length, vocabulary, layers=2) -> random Llama backbone and an observation
+    for it.
+    """
     return _llama
 
 
@@ -256,9 +293,15 @@ def _depth_is_a_shorter_model() -> Callable[[Any, dict[str, Tensor]], None]:
 
 
 def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) -> None:
-    """With exits everywhere all layers score as before, bit for bit; they train as they decode; drafts are exact."""
+    """With exits everywhere all layers score as before, bit for bit; they train as they decode;
+    drafts are exact.
+    """
     backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
-    n, layers, rows = backbone.block_length, backbone.num_layers, backbone.check_observation(observation)
+    n, layers, rows = (
+        backbone.block_length,
+        backbone.num_layers,
+        backbone.check_observation(observation),
+    )
     tokens = torch.randint(backbone.vocabulary_size, (rows, n))
     prefix = backbone.prefill(observation)
     base, names = backbone.block_logits(prefix, tokens[:, :-1]), set(backbone.state_dict())
@@ -281,12 +324,16 @@ def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) ->
                 shallow = backbone.block_logits(again, tokens[:, :-1], depth)
                 with pytest.raises(TokenError, match="Cannot commit 1"):
                     again.cache.commit(1)
-                _, (packed,) = backbone.packed_logits(backbone.embed_prefix(observation), [tokens], depth)
+                _, (packed,) = backbone.packed_logits(
+                    backbone.embed_prefix(observation), [tokens], depth
+                )
                 seen = shallow.isfinite()
                 torch.testing.assert_close(packed[:, 1:][seen], shallow[seen], rtol=1e-4, atol=1e-4)
         _, (packed,) = backbone.packed_logits(backbone.embed_prefix(observation), [tokens], 1)
         packed[:, 1:].logsumexp(-1).sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.exits[1].parameters())
+        assert all(
+            p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.exits[1].parameters()
+        )
         if kind != "layer":
             with torch.no_grad():
                 several, _ = backbone.depth_logits(again, tokens[:, :-1], list(backbone.exits))
@@ -305,7 +352,9 @@ def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) ->
 
 @pytest.fixture(scope="session")
 def keeps_the_contract() -> Callable[[Any, dict[str, Tensor]], None]:
-    """What the families of `TransformersBackbone` share, checked on a model and an observation for it."""
+    """What the families of `TransformersBackbone` share, checked on a model and an observation for
+    it.
+    """
 
     def check(backbone: Any, observation: dict[str, Tensor]) -> None:
         torch.manual_seed(0)

@@ -147,7 +147,10 @@ def test_tokens_are_step_major() -> None:
 
 def test_integer_and_half_precision_actions_are_accepted() -> None:
     tokenizer = tabletop()
-    assert torch.equal(tokenizer.encode(torch.ones(1, 8, 7, dtype=torch.int64)), tokenizer.encode(torch.ones(1, 8, 7)))
+    assert torch.equal(
+        tokenizer.encode(torch.ones(1, 8, 7, dtype=torch.int64)),
+        tokenizer.encode(torch.ones(1, 8, 7)),
+    )
     half = torch.full((1, 8, 7), 0.2, dtype=torch.float16)
     assert torch.equal(tokenizer.encode(half), tokenizer.encode(half.float()))
 
@@ -175,10 +178,14 @@ def test_ranges_are_symmetric_for_odd_bins_and_grippers_keep_their_ends() -> Non
 
 def test_positions_on_one_side_of_zero_keep_their_range() -> None:
     positions = stats(min=[3.0, -512.0, 1.0, -1.0], max=[512.0, -4.0, 2.0, 1.0])
-    positions["q01"], positions["q99"] = np.array([10.0, -500.0, 1.0, -1.0]), np.array([500.0, -20.0, 2.0, 1.0])
+    positions["q01"], positions["q99"] = (
+        np.array([10.0, -500.0, 1.0, -1.0]),
+        np.array([500.0, -20.0, 2.0, 1.0]),
+    )
     assert ranges_from_stats(positions, "quantile", gripper_dims=(3,)) == (
-        [10.0, -500.0, 1.0, -1.0], [500.0, -20.0, 2.0, 1.0]
-    )  # fmt: skip
+        [10.0, -500.0, 1.0, -1.0],
+        [500.0, -20.0, 2.0, 1.0],
+    )
 
 
 def test_dimensions_without_width_get_a_small_one() -> None:
@@ -186,7 +193,9 @@ def test_dimensions_without_width_get_a_small_one() -> None:
     for mode in ("quantile", "min_max"):
         low, high = ranges_from_stats(still, mode)
         tokenizer = ActionTokenizer(low, high, 1)
-        assert torch.equal(tokenizer.decode(tokenizer.encode(torch.zeros(1, 1, 2))), torch.zeros(1, 1, 2))
+        assert torch.equal(
+            tokenizer.decode(tokenizer.encode(torch.zeros(1, 1, 2))), torch.zeros(1, 1, 2)
+        )
         assert max(high) < 0.01
     constant = ranges_from_stats(stats(), "min_max", num_bins=256)
     assert constant[0][2] < 0.5 < constant[1][2]
@@ -196,7 +205,9 @@ def test_dimensions_without_width_get_a_small_one() -> None:
 def test_a_large_value_that_never_moves_has_bins_too(value: float) -> None:
     still = {k: torch.full((1,), value) for k in ("min", "max", "q01", "q99")}
     for num_bins in (255, 65_536):
-        tokenizer = ActionTokenizer(*ranges_from_stats(still, "quantile", num_bins=num_bins), 1, num_bins)
+        tokenizer = ActionTokenizer(
+            *ranges_from_stats(still, "quantile", num_bins=num_bins), 1, num_bins
+        )
         found = tokenizer.decode(tokenizer.encode(torch.full((1, 1, 1), value)))
         assert abs(float(found) - value) <= 1e-6 * abs(value)
 
@@ -209,7 +220,9 @@ def test_a_gripper_that_openvlas_range_does_not_hold_is_normalised() -> None:
     assert config.mask == [True, True, False]
     tokenizer = config.build(1, 3)
     actions = torch.tensor([[[3.0, 100.0, 1.0]], [[3.0, 0.0, -1.0]], [[3.0, 50.0, 1.0]]])
-    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(actions)), actions, atol=0.3, rtol=0)
+    torch.testing.assert_close(
+        tokenizer.decode(tokenizer.encode(actions)), actions, atol=0.3, rtol=0
+    )
     assert tokenizer.clipped == 0
 
 

@@ -41,7 +41,9 @@ class ToolConfig:
     """
 
     path: str = ""
-    policy: CeedVLAConfig = field(default_factory=lambda: tabletop_config(decoding=DecodingConfig(guess="mid")))
+    policy: CeedVLAConfig = field(
+        default_factory=lambda: tabletop_config(decoding=DecodingConfig(guess="mid"))
+    )
     class_: str = "a"
 
 
@@ -58,12 +60,14 @@ STEPS = {
 def test_names_in_checkpoints_are_frozen() -> None:
     """Whoever has a configuration has the steps, in a process that imported nothing else."""
     script = (
-        "import ceed_vla.configuration_ceed_vla, json\n"
-        "from ceed_vla.backbones.config import BackboneConfig as B\n"
-        "from lerobot.processor import ProcessorStepRegistry as R\n"
-        "print(json.dumps([{n: B.get_choice_class(n).steps for n in B.get_known_choices()}, R.list()]))"
+        "import ceed_vla.configuration_ceed_vla, json\nfrom ceed_vla.backbones.config import "
+        "BackboneConfig as B\nfrom lerobot.processor import ProcessorStepRegistry as "
+        "R\nprint(json.dumps([{n: B.get_choice_class(n).steps for n in B.get_known_choices()}, "
+        "R.list()]))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     families, steps = json.loads(done.stdout.splitlines()[-1])
     assert families == {name: list(kinds) for name, kinds in STEPS.items()}
     ours = {step for kinds in STEPS.values() for step in kinds if step.startswith("ceed_vla_")}
@@ -78,7 +82,9 @@ def test_the_families_are_registered() -> None:
 
 
 def test_flags_of_the_usual_kind_keep_the_other_defaults() -> None:
-    policy = parse_flags(ToolConfig, ["--policy.backbone.width=96", "--policy.action_tokens.num_bins=63"]).policy
+    policy = parse_flags(
+        ToolConfig, ["--policy.backbone.width=96", "--policy.action_tokens.num_bins=63"]
+    ).policy
     assert policy.backbone == CompactConfig(width=96)
     assert policy.action_tokens == UniformTokensConfig(
         num_bins=63,
@@ -86,7 +92,9 @@ def test_flags_of_the_usual_kind_keep_the_other_defaults() -> None:
         action_low=[-1.0, -1.0, -1.0, -0.25, -0.25, -1.0, -1.0],
         action_high=[1.0, 1.0, 1.0, 0.25, 0.25, 1.0, 1.0],
     )
-    same = parse_flags(ToolConfig, ["--policy.backbone.type=compact", "--policy.backbone.heads=4"]).policy
+    same = parse_flags(
+        ToolConfig, ["--policy.backbone.type=compact", "--policy.backbone.heads=4"]
+    ).policy
     assert same.backbone == CompactConfig(heads=4)
 
 
@@ -98,14 +106,20 @@ def test_a_decoding_flag_keeps_the_policys_other_decoding_settings() -> None:
 
 
 def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:
-    flags = ["--policy.backbone.type=openvla", "--policy.backbone.path=there", "--policy.action_tokens.type=openvla"]
+    flags = [
+        "--policy.backbone.type=openvla",
+        "--policy.backbone.path=there",
+        "--policy.action_tokens.type=openvla",
+    ]
     policy = parse_flags(ToolConfig, flags).policy
     assert policy.backbone == OpenVLAConfig(path="there")
     assert policy.action_tokens == OpenVLATokensConfig()
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"policy": {"backbone": {"type": "openvla", "dtype": "bfloat16"}}}))
     given = ["--config_path", str(file), "--policy.backbone.camera=wrist"]
-    assert parse_flags(ToolConfig, given).policy.backbone == OpenVLAConfig(dtype="bfloat16", camera="wrist")
+    assert parse_flags(ToolConfig, given).policy.backbone == OpenVLAConfig(
+        dtype="bfloat16", camera="wrist"
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +127,10 @@ def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:
     [
         (["--policy.backbone.type=opnvla"], "backbone.type is 'opnvla'; choose one of .*compact"),
         (["--policy.action_tokens.type=x"], "action_tokens.type is 'x'; choose one of .*uniform"),
-        (["--policy.backbone.type=openvla", "--policy.backbone.width=3"], "unknown flag .--policy.backbone.width"),
+        (
+            ["--policy.backbone.type=openvla", "--policy.backbone.width=3"],
+            "unknown flag .--policy.backbone.width",
+        ),
         (["--policy.backbone.depth=3"], "unknown flag '--policy.backbone.depth=3'"),
         (["--policy.backbone.dtype=int4"], "dtype"),
     ],
@@ -152,17 +169,31 @@ def test_lerobots_files_and_flags_reach_the_kinds(tmp_path: Path) -> None:
     assert isinstance(read, CeedVLAConfig)
     assert read.backbone == CompactConfig(width=96, layers=2)
     assert read.action_tokens.gripper_dims == [6]
-    other = draccus.parse(CeedVLAConfig, args=["--backbone.type=openvla", "--backbone.path=x", "--device=cpu"])
+    other = draccus.parse(
+        CeedVLAConfig, args=["--backbone.type=openvla", "--backbone.path=x", "--device=cpu"]
+    )
     assert other.backbone == OpenVLAConfig(path="x")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backbone": OpenVLAConfig()}, "OpenVLA looks through one camera; set backbone.camera to one of"),
-        ({"backbone": OpenVLAConfig(camera="left")}, "backbone.camera is 'left'; the policy has observation"),
-        ({"action_tokens": OpenVLATokensConfig(q01=[0.0], q99=[1.0])}, "q01 has 1 values, the action has 7"),
-        ({"num_bins": 2, "action_low": [0.0], "action_high": [1.0]}, "has 1 values, the action has 7"),
+        (
+            {"backbone": OpenVLAConfig()},
+            "OpenVLA looks through one camera; set backbone.camera to one of",
+        ),
+        (
+            {"backbone": OpenVLAConfig(camera="left")},
+            "backbone.camera is 'left'; the policy has observation",
+        ),
+        (
+            {"action_tokens": OpenVLATokensConfig(q01=[0.0], q99=[1.0])},
+            "q01 has 1 values, the action has 7",
+        ),
+        (
+            {"num_bins": 2, "action_low": [0.0], "action_high": [1.0]},
+            "has 1 values, the action has 7",
+        ),
     ],
 )
 def test_kinds_that_do_not_fit_the_features(changes: dict[str, Any], message: str) -> None:

@@ -127,7 +127,10 @@ def test_a_static_cache_is_written_in_place_and_masks_what_is_not_written() -> N
     before = prefilled()
     kv = StaticCache(before, 12)
     assert (kv.length, kv.prefix_length, kv.committed) == (4, 4, 0)
-    kept, addresses = entries(3), [tensor.data_ptr() for tensor in (*kv.keys, *kv.values, kv.position)]
+    kept, addresses = (
+        entries(3),
+        [tensor.data_ptr() for tensor in (*kv.keys, *kv.values, kv.position)],
+    )
     for start, k in ((4, kept), (6, entries(2))):
         kv.place(k.shape[2], shallow=False)
         for layer in range(L):
@@ -139,7 +142,9 @@ def test_a_static_cache_is_written_in_place_and_masks_what_is_not_written() -> N
             assert torch.equal(keys[:, :, seen[-1]], written)
             assert torch.equal(values[:, :, seen[-1]][:, :, 4:], -written[:, :, 4:])
         assert kv.slots(2).tolist() == [start - 4, start - 3]
-        assert kv.rows(torch.arange(4), 3).tolist() == [min(slot, 3) for slot in range(start - 4, start - 1)]
+        assert kv.rows(torch.arange(4), 3).tolist() == [
+            min(slot, 3) for slot in range(start - 4, start - 1)
+        ]
         kv.commit(2)
     kv.roll_back()
     kv.place(1, shallow=True)

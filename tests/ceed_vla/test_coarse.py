@@ -1,4 +1,6 @@
-"""Coarse exits: causal to the token, nothing at first, the same in training and decoding, refused where none can be."""
+"""Coarse exits: causal to the token, nothing at first, the same in training and decoding, refused
+where none can be.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,20 @@ from ceed_vla.tokens.uniform import UniformTokensConfig
 ROWS, LAYERS, BINS = 2, 4, 31
 
 
-def model(seed: int, dim: int, steps: int, kind: str = "coarse", trained: bool = True) -> tuple[Any, dict[str, Tensor]]:
+def model(
+    seed: int, dim: int, steps: int, kind: str = "coarse", trained: bool = True
+) -> tuple[Any, dict[str, Tensor]]:
     """A random compact backbone with exits behind its first three layers, and an observation."""
     torch.manual_seed(seed)
-    sizes = CompactConfig(image_size=32, stem_channels=[8] * 4, width=32, layers=LAYERS, heads=2, mlp_width=48)
+    sizes = CompactConfig(
+        image_size=32, stem_channels=[8] * 4, width=32, layers=LAYERS, heads=2, mlp_width=48
+    )
     tokens = UniformTokensConfig(num_bins=BINS, action_low=[-1.0] * dim, action_high=[1.0] * dim)
-    backbone = sizes.build(PolicyShape({"observation.images.front": (3, 32, 32)}, 5, dim, steps, tokens)).eval()
-    for parameter in backbone.parameters():  # wide enough for every token to depend on those before it
+    backbone = sizes.build(
+        PolicyShape({"observation.images.front": (3, 32, 32)}, 5, dim, steps, tokens)
+    ).eval()
+    # wide enough for every token to depend on those before it
+    for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     backbone.requires_grad_(False).exits = make_exits(backbone, range(1, LAYERS), kind)
     for own in backbone.exits.values():
@@ -47,10 +56,14 @@ def model(seed: int, dim: int, steps: int, kind: str = "coarse", trained: bool =
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 99),
-    layout=st.tuples(st.integers(1, 4), st.integers(1, 5)).filter(lambda both: both[0] * both[1] > 2),
+    layout=st.tuples(st.integers(1, 4), st.integers(1, 5)).filter(
+        lambda both: both[0] * both[1] > 2
+    ),
     data=st.data(),
 )
-def test_no_score_reads_a_later_token(seed: int, layout: tuple[int, int], data: st.DataObject) -> None:
+def test_no_score_reads_a_later_token(
+    seed: int, layout: tuple[int, int], data: st.DataObject
+) -> None:
     dim, steps = layout
     backbone, observation = model(seed, dim, steps)
     n = dim * steps
@@ -62,7 +75,10 @@ def test_no_score_reads_a_later_token(seed: int, layout: tuple[int, int], data: 
         seen = [backbone.block_logits(prefix, block[:, :-1], depth) for block in (tokens, other)]
         assert torch.equal(seen[0][:, :first], seen[1][:, :first])
         assert not torch.equal(seen[0][:, first], seen[1][:, first])
-        packed = [backbone.packed_logits(embeddings, [tokens, block], depth)[1] for block in (tokens, other)]
+        packed = [
+            backbone.packed_logits(embeddings, [tokens, block], depth)[1]
+            for block in (tokens, other)
+        ]
         assert torch.equal(packed[0][1][:, : first + 1], packed[1][1][:, : first + 1])
         assert torch.equal(packed[0][0], packed[1][0])  # blocks do not see each other
         few = backbone.block_logits(prefix, tokens[:, :first], depth)  # the first tokens alone
@@ -86,22 +102,38 @@ def test_what_predicts_a_step_gets_the_steps_before_it() -> None:
 
 
 def test_untrained_they_are_the_linear_ones() -> None:
-    (coarse, observation), (linear, _) = (model(1, 3, 4, kind, trained=False) for kind in ("coarse", "linear"))
-    tokens, prefixes = torch.randint(BINS, (ROWS, 12)), [m.prefill(observation) for m in (coarse, linear)]
+    (coarse, observation), (linear, _) = (
+        model(1, 3, 4, kind, trained=False) for kind in ("coarse", "linear")
+    )
+    tokens, prefixes = (
+        torch.randint(BINS, (ROWS, 12)),
+        [m.prefill(observation) for m in (coarse, linear)],
+    )
     for depth in coarse.exits:
-        found = [m.block_logits(p, tokens[:, :-1], depth) for m, p in zip((coarse, linear), prefixes, strict=True)]
+        found = [
+            m.block_logits(p, tokens[:, :-1], depth)
+            for m, p in zip((coarse, linear), prefixes, strict=True)
+        ]
         assert torch.equal(*found)
     linear.exits[2].linear.weight.normal_(std=0.1)
     coarse.exits[2].linear.weight.copy_(linear.exits[2].linear.weight)
-    found = [m.block_logits(p, tokens[:, :-1], 2) for m, p in zip((coarse, linear), prefixes, strict=True)]
+    found = [
+        m.block_logits(p, tokens[:, :-1], 2)
+        for m, p in zip((coarse, linear), prefixes, strict=True)
+    ]
     assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("frozen", [0, 2])
 def test_two_exits_decide_as_they_score(frozen: int) -> None:
-    """DeeR-VLA's decoding: done with the upper exit's tokens, or on with what it takes without exits."""
+    """DeeR-VLA's decoding: done with the upper exit's tokens, or on with what it takes without
+    exits.
+    """
     backbone, observation = model(2, 3, 4)
-    guess, given = torch.randint(BINS, (ROWS, 12)), torch.randint(BINS, (ROWS, 3 * frozen)) if frozen else None
+    guess, given = (
+        torch.randint(BINS, (ROWS, 12)),
+        torch.randint(BINS, (ROWS, 3 * frozen)) if frozen else None,
+    )
     run = {"tokens_per_step": 3, "frozen": given, "guess": guess}
 
     def decode(name: str, cut: int | None = None) -> Any:
@@ -131,13 +163,20 @@ def test_behind_committed_tokens_they_are_refused() -> None:
     tokens, prefix = torch.randint(BINS, (ROWS, 12)), backbone.prefill(observation)
     backbone.block_logits(prefix, tokens[:, :4])
     prefix.cache.commit(4)
-    for call in (lambda: backbone.block_logits(prefix, tokens[:, 4:8], 2),
-                 lambda: backbone.depth_logits(prefix, tokens[:, 4:8], [1, 2])):  # fmt: skip
-        with pytest.raises(ConfigError, match="kind coarse has not seen the committed tokens; drafts need kind linear"):
+    for call in (
+        lambda: backbone.block_logits(prefix, tokens[:, 4:8], 2),
+        lambda: backbone.depth_logits(prefix, tokens[:, 4:8], [1, 2]),
+    ):
+        with pytest.raises(
+            ConfigError,
+            match="kind coarse has not seen the committed tokens; drafts need kind linear",
+        ):
             call()
     for name in ("spec1x3", "del"):
         entry, options = find_decoder(name)
-        request = BlockRequest(DecodingConfig(method=name), guess=tokens, options=options, tokens_per_step=3)
+        request = BlockRequest(
+            DecodingConfig(method=name), guess=tokens, options=options, tokens_per_step=3
+        )
         with pytest.raises(ConfigError, match="drafts need kind linear"):
             entry.make(backbone, prefix, request)
 
@@ -152,7 +191,9 @@ def test_tokens_of_no_step_have_none() -> None:
             return tokens
 
     shape = PolicyShape({"observation.images.front": (3, 32, 32)}, 5, 3, 4, Free(num_bins=BINS))
-    config = CompactConfig(image_size=32, stem_channels=[8] * 4, width=32, layers=LAYERS, heads=2, mlp_width=48)
+    config = CompactConfig(
+        image_size=32, stem_channels=[8] * 4, width=32, layers=LAYERS, heads=2, mlp_width=48
+    )
     with pytest.raises(ConfigError, match="belong to none; train linear"):
         make_exits(CompactBackbone(shape, config), [1], "coarse")
 

@@ -35,7 +35,9 @@ def test_keypoints_are_the_places_of_their_heat() -> None:
 
 def test_a_stem_without_keypoints_has_a_token_less() -> None:
     for count, tokens in ((0, 4), (8, 5)):
-        stem = CameraStem((4, 4, 4, 4), grid=2, keypoints=count, image_size=32, width=6, instruction_width=3)
+        stem = CameraStem(
+            (4, 4, 4, 4), grid=2, keypoints=count, image_size=32, width=6, instruction_width=3
+        )
         assert stem(torch.randn(2, 3, 32, 32), torch.randn(2, 3)).shape == (2, tokens, 6)
 
 

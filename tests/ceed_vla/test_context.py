@@ -1,4 +1,6 @@
-"""Context: a scorer beside bit-equal weights chooses prefix tokens; all of them are as none, some as a mask says."""
+"""Context: a scorer beside bit-equal weights chooses prefix tokens; all of them are as none, some
+as a mask says.
+"""
 
 from __future__ import annotations
 
@@ -40,19 +42,35 @@ def student() -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("kept", [TOKENS, 99999])
 @pytest.mark.parametrize("rest", ["", "_conf0.2_cap2", "_h_fresh"])
-def test_keeping_all_is_as_without(kept: int, rest: str, student: Any, batch: dict[str, Any]) -> None:
+def test_keeping_all_is_as_without(
+    kept: int, rest: str, student: Any, batch: dict[str, Any]
+) -> None:
     policy, _, _ = student
     policy.backbone.context = ()  # none is needed
-    usual, all_kept = policy.decode(batch, f"jacobi{rest}"), policy.decode(batch, f"keep{kept}{rest}")
+    usual, all_kept = (
+        policy.decode(batch, f"jacobi{rest}"),
+        policy.decode(batch, f"keep{kept}{rest}"),
+    )
     config = policy.decoding_config(f"keep{kept}")
-    assert torch.equal(prefill(policy.backbone, batch, config).logits, policy.backbone.prefill(batch).logits)
-    for name in ("tokens", "iterations", "exact_tokens", "exact", "layer_forwards", "prefix_layers"):
+    assert torch.equal(
+        prefill(policy.backbone, batch, config).logits, policy.backbone.prefill(batch).logits
+    )
+    for name in (
+        "tokens",
+        "iterations",
+        "exact_tokens",
+        "exact",
+        "layer_forwards",
+        "prefix_layers",
+    ):
         assert torch.equal(getattr(all_kept, name), getattr(usual, name)), name
     assert all_kept.exit_reason == usual.exit_reason
 
 
 @pytest.mark.parametrize("kept", [1, 7, 30, 45])
-def test_the_prefix_is_that_of_the_best_tokens(kept: int, student: Any, batch: dict[str, Any]) -> None:
+def test_the_prefix_is_that_of_the_best_tokens(
+    kept: int, student: Any, batch: dict[str, Any]
+) -> None:
     policy, _, _ = student
     backbone = policy.backbone
     embeddings = backbone.embed_prefix(batch)
@@ -68,23 +86,30 @@ def test_the_prefix_is_that_of_the_best_tokens(kept: int, student: Any, batch: d
     assert len(chosen) > 1 or kept == 1  # rows choose for themselves
 
 
-def test_behind_the_pruned_prefix_it_is_jacobi_and_proves_nothing(student: Any, batch: dict[str, Any]) -> None:
+def test_behind_the_pruned_prefix_it_is_jacobi_and_proves_nothing(
+    student: Any, batch: dict[str, Any]
+) -> None:
     policy, _, _ = student
     found, frozen = policy.decode(batch, "keep30"), torch.zeros(ROWS, 14, dtype=torch.int64)
     prefix = prefill(policy.backbone, batch, policy.decoding_config("keep30"))
     behind = policy.backbone.block_logits(prefix, found.tokens[:, :-1]).argmax(-1)
-    assert torch.equal(torch.cat([prefix.logits.argmax(-1, keepdim=True), behind], 1), found.tokens)  # a fixed point
+    # a fixed point
+    assert torch.equal(torch.cat([prefix.logits.argmax(-1, keepdim=True), behind], 1), found.tokens)
     assert not torch.equal(found.tokens, policy.decode(batch, "jacobi").tokens)
     assert found.exact_tokens.tolist() == [0] * ROWS
     assert not found.exact.any()
     assert not policy.decoding_config("keep30").strict
-    assert policy.decode(batch, "keep30_conf0.2_cap2", frozen=frozen).exact_tokens.tolist() == [14] * ROWS
+    assert (
+        policy.decode(batch, "keep30_conf0.2_cap2", frozen=frozen).exact_tokens.tolist()
+        == [14] * ROWS
+    )
     assert policy.decode(batch, "keep30_cap1").forwards == 1
 
 
 def test_kept_tokens_are_ascending_and_the_state_stays(student: Any) -> None:
     backbone, generator = student[0].backbone, torch.Generator().manual_seed(3)
-    embeddings = torch.arange(TOKENS + 1.0).expand(192, -1).T.repeat(ROWS, 1, 1)  # each token is its place
+    # each token is its place
+    embeddings = torch.arange(TOKENS + 1.0).expand(192, -1).T.repeat(ROWS, 1, 1)
     for count in range(1, TOKENS):
         scores = torch.randn(ROWS, TOKENS, generator=generator)
         kept = keep_scored(backbone, embeddings, scores, count)[..., 0]
@@ -100,7 +125,8 @@ def test_a_backbone_may_run_a_part_of_its_prefix(batch: dict[str, Any], tmp_path
     whole = policy.backbone.embed_prefix(batch)
     policy.config.backbone.kept_tokens = kept = [6, 28, 45]
     policy.backbone.keep(kept)
-    assert torch.equal(policy.backbone.embed_prefix(batch), whole[:, [*kept, TOKENS]])  # and the state
+    # and the state
+    assert torch.equal(policy.backbone.embed_prefix(batch), whole[:, [*kept, TOKENS]])
     greedy = policy.decode(batch, "ar").tokens
     for name in ("jacobi", "jacobi_random", "ngram8", "loop60"):
         assert torch.equal(policy.decode(batch, name).tokens, greedy), name
@@ -116,7 +142,9 @@ def test_a_backbone_may_run_a_part_of_its_prefix(batch: dict[str, Any], tmp_path
             policy.backbone.keep(wrong)
 
 
-def test_a_scorer_is_a_file_beside_bit_equal_weights(student: Any, batch: dict[str, Any], tmp_path: Path) -> None:
+def test_a_scorer_is_a_file_beside_bit_equal_weights(
+    student: Any, batch: dict[str, Any], tmp_path: Path
+) -> None:
     policy, pre, post = student
     expected = policy.decode(batch, "keep20_cap2").tokens
     save(tmp_path, policy, pre, post)
@@ -131,7 +159,9 @@ def test_a_scorer_is_a_file_beside_bit_equal_weights(student: Any, batch: dict[s
         load(tmp_path)[0].decode(batch, "keep20_cap2")
 
 
-@pytest.mark.parametrize("damage", ["width", "missing", "more", "place", "no place", "nan", "nan weight", "cut"])
+@pytest.mark.parametrize(
+    "damage", ["width", "missing", "more", "place", "no place", "nan", "nan weight", "cut"]
+)
 def test_a_foreign_file_is_refused(damage: str, student: Any, tmp_path: Path) -> None:
     unsealed(save(tmp_path, *student))
     tensors = load_file(tmp_path / CONTEXT)
@@ -168,7 +198,9 @@ def test_what_cannot_be_is_said(student: Any, batch: dict[str, Any]) -> None:
     assert all(name.startswith("keep") for name in ladders["keep"])
 
 
-def test_other_decoders_do_not_see_it_and_compiled_code_keeps_the_same(student: Any, batch: dict[str, Any]) -> None:
+def test_other_decoders_do_not_see_it_and_compiled_code_keeps_the_same(
+    student: Any, batch: dict[str, Any]
+) -> None:
     policy, _, _ = student
     names = ("jacobi", "keep30", "keep9_cap2", "keep30")
     eager = [policy.decode(batch, name).tokens for name in names]

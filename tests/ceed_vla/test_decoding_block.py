@@ -1,4 +1,6 @@
-"""Decoding of one block: states, layouts, what leaves the block, the autoregressive reference, bad input."""
+"""Decoding of one block: states, layouts, what leaves the block, the autoregressive reference, bad
+input.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def random_guess(seed: int, batch: int, n: int, vocabulary: int) -> Tensor:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_proven_tokens_leave_the_block(toy, batch: int) -> None:
-    """Every forward starts at the last token that is proven in all running rows, found again from the states."""
+    """Every forward starts at the last token that is proven in all running rows, found again from
+    the states.
+    """
     backbone, observation = toy(9, batch, 28, 5)
     prefix, guess = backbone.prefill(observation), random_guess(0, batch, 28, 5)
     backbone.calls.clear()
@@ -32,7 +36,9 @@ def test_proven_tokens_leave_the_block(toy, batch: int) -> None:
     assert result.states is not None
     expected = [27]
     for old, new in itertools.pairwise(result.states):
-        starts = [int((o != w).nonzero()[0]) for o, w in zip(old, new, strict=True) if (o != w)[:-1].any()]
+        starts = [
+            int((o != w).nonzero()[0]) for o, w in zip(old, new, strict=True) if (o != w)[:-1].any()
+        ]
         expected += [27 - min(starts)] if starts else []
     assert backbone.calls == expected
     assert all(later < earlier for earlier, later in itertools.pairwise(backbone.calls))
@@ -58,7 +64,9 @@ def test_recorded_states_are_the_trajectory(toy) -> None:
 def test_results_can_train_a_model(toy) -> None:
     """Tokens are ordinary tensors, so an embedding can save them for its backward pass."""
     backbone, observation = toy(6, 2, 14, 31)
-    result = jacobi(backbone, backbone.prefill(observation), random_guess(0, 2, 14, 31), tokens_per_step=A)
+    result = jacobi(
+        backbone, backbone.prefill(observation), random_guess(0, 2, 14, 31), tokens_per_step=A
+    )
     torch.nn.Embedding(31, 4)(result.tokens).sum().backward()
 
 
@@ -91,7 +99,11 @@ def test_a_block_of_one_token_needs_no_forward(toy, method: str) -> None:
         result = jacobi(backbone, prefix, guess, tokens_per_step=1)
         assert result.exit_reason == ["converged"] * 2
     assert torch.equal(result.tokens[:, 0], prefix.logits.argmax(-1))
-    assert (result.forwards, result.iterations.tolist(), result.exact.tolist()) == (0, [0, 0], [True, True])
+    assert (result.forwards, result.iterations.tolist(), result.exact.tolist()) == (
+        0,
+        [0, 0],
+        [True, True],
+    )
 
 
 def test_bad_guesses_and_layouts_are_named(toy) -> None:
@@ -128,7 +140,9 @@ def test_decode_block_makes_the_guess_of_the_configuration(toy) -> None:
     previous[1] = -1
 
     def first_state(config: DecodingConfig, **more) -> Tensor:
-        states = decode_block(backbone, prefix, tokenizer, config, record_states=True, shift_steps=2, **more).states
+        states = decode_block(
+            backbone, prefix, tokenizer, config, record_states=True, shift_steps=2, **more
+        ).states
         assert states is not None
         return states[0][:, 1:]
 
@@ -141,15 +155,21 @@ def test_decode_block_makes_the_guess_of_the_configuration(toy) -> None:
     assert torch.equal(first_state(random), first_state(random))
     assert not torch.equal(first_state(random), first_state(replace(random, seed=4)))
     generator = torch.Generator().manual_seed(0)
-    assert not torch.equal(first_state(random, generator=generator), first_state(random, generator=generator))
-    half = decode_block(backbone, prefix, tokenizer, "ar_h", previous=previous, shift_steps=2, executed_steps=2)
+    assert not torch.equal(
+        first_state(random, generator=generator), first_state(random, generator=generator)
+    )
+    half = decode_block(
+        backbone, prefix, tokenizer, "ar_h", previous=previous, shift_steps=2, executed_steps=2
+    )
     assert torch.equal(half.tokens[0, 14:], expected[14:])
     assert half.exit_reason == ["complete"] * 2
 
 
 @pytest.mark.parametrize("frozen", [0, 2])
 @pytest.mark.parametrize("decode", [greedy, jacobi])
-def test_tokens_that_are_proven_on_the_way_are_those_of_the_end(toy, decode: Any, frozen: int) -> None:
+def test_tokens_that_are_proven_on_the_way_are_those_of_the_end(
+    toy, decode: Any, frozen: int
+) -> None:
     backbone, observation = toy(6, 3, 28, 31)
     prefix, guess = backbone.prefill(observation), random_guess(0, 3, 28, 31)
     given = guess[:, : frozen * A] if frozen else None
@@ -158,10 +178,15 @@ def test_tokens_that_are_proven_on_the_way_are_those_of_the_end(toy, decode: Any
     if decode is jacobi:
         options["guess"] = guess
     result = decode(
-        backbone, prefix, on_proven=lambda tokens, *counts: told.append((tokens.clone(), *counts)), **options
+        backbone,
+        prefix,
+        on_proven=lambda tokens, *counts: told.append((tokens.clone(), *counts)),
+        **options,
     )
     assert told[-1][1:] == (28, result.forwards)
     assert [exact for _, exact, _ in told] == sorted(exact for _, exact, _ in told)
-    assert all(torch.equal(tokens[:, :exact], result.tokens[:, :exact]) for tokens, exact, _ in told)
+    assert all(
+        torch.equal(tokens[:, :exact], result.tokens[:, :exact]) for tokens, exact, _ in told
+    )
     if decode is greedy:
         assert [exact // A for _, exact, _ in told] == list(range(frozen + 1, 5))

@@ -76,7 +76,21 @@ def test_names() -> None:
     for name, config in expected.items():
         assert named_config(name, ceed) == config, name
         assert named_config(config, ceed) is config
-    for wrong in ("CEED", "", None, 3, "cap", "cap2_", "mid", "_", "h", "ar_mid", "ceed_h", "cap2_cap", "c" * 99):
+    for wrong in (
+        "CEED",
+        "",
+        None,
+        3,
+        "cap",
+        "cap2_",
+        "mid",
+        "_",
+        "h",
+        "ar_mid",
+        "ceed_h",
+        "cap2_cap",
+        "c" * 99,
+    ):
         with pytest.raises(ConfigError, match=r"Unknown decoder .*token by token"):
             named_config(wrong, ceed)  # type: ignore[arg-type]
     for wrong, reason in {
@@ -109,5 +123,7 @@ def test_survives_draccus(config: DecodingConfig, tmp_path) -> None:
 
 
 def test_can_be_set_from_the_command_line() -> None:
-    parsed = draccus.parse(Holder, args=["--decoding.max_iterations=3", "--decoding.watch=executed"])
+    parsed = draccus.parse(
+        Holder, args=["--decoding.max_iterations=3", "--decoding.watch=executed"]
+    )
     assert parsed.decoding == DecodingConfig(max_iterations=3, watch="executed")

@@ -16,7 +16,9 @@ A = 7
 
 
 def reference(backbone, observation, guess: Tensor, config: DecodingConfig, executed: int | None):
-    """Row by row from method.md's loop: full recomputation, nothing committed, rules written out again."""
+    """Row by row from method.md's loop: full recomputation, nothing committed, rules written out
+    again.
+    """
     n = guess.shape[1]
     must = n if executed is None else executed * A
     out = []
@@ -35,7 +37,8 @@ def reference(backbone, observation, guess: Tensor, config: DecodingConfig, exec
             iterations += 1
             probabilities = logits[0, :must].softmax(-1)
             mass = min(
-                float(probabilities[s, max(0, int(new[0, s]) - 2) : int(new[0, s]) + 3].sum()) for s in range(must)
+                float(probabilities[s, max(0, int(new[0, s]) - 2) : int(new[0, s]) + 3].sum())
+                for s in range(must)
             )
             moved = (new != state)[0].nonzero().flatten().tolist()
             # A change of the last slot is the last there can be: what it depends on did not change.
@@ -63,7 +66,9 @@ def reference(backbone, observation, guess: Tensor, config: DecodingConfig, exec
 def uncached(backbone, observation, n: int) -> Tensor:
     tokens = torch.empty(1, 0, dtype=torch.int64)
     for _ in range(n):
-        tokens = torch.cat([tokens, backbone.full_logits(observation, tokens)[:, -1:].argmax(-1)], dim=1)
+        tokens = torch.cat(
+            [tokens, backbone.full_logits(observation, tokens)[:, -1:].argmax(-1)], dim=1
+        )
     return tokens
 
 
@@ -82,14 +87,18 @@ def random_guess(seed: int, batch: int, n: int, vocabulary: int) -> Tensor:
     confidence=st.sampled_from([None, 0.2, 0.5, 0.9]),
     tail=st.sampled_from(["kept", "fresh"]),
 )
-def test_equals_the_slow_reference(toy, seed, batch, steps, vocabulary, executed, cap, confidence, tail) -> None:
+def test_equals_the_slow_reference(
+    toy, seed, batch, steps, vocabulary, executed, cap, confidence, tail
+) -> None:
     config = DecodingConfig(max_iterations=cap, confidence=confidence, tail=tail)
     executed = None if executed is None else min(executed, steps)
     backbone, observation = toy(seed, batch, steps * A, vocabulary)
     guess = random_guess(seed, batch, steps * A, vocabulary)
     prefix = backbone.prefill(observation)
     result = jacobi(backbone, prefix, guess, config, tokens_per_step=A, executed_steps=executed)
-    got = list(zip(result.tokens.tolist(), result.iterations.tolist(), result.exit_reason, strict=True))
+    got = list(
+        zip(result.tokens.tolist(), result.iterations.tolist(), result.exit_reason, strict=True)
+    )
     assert got == reference(backbone, observation, guess, config, executed)
 
 
@@ -111,9 +120,18 @@ def test_stricter_thresholds_never_end_a_row_earlier(toy, field: str, base: dict
         prefix = backbone.prefill(observation)
         before = torch.zeros(4, dtype=torch.int64)
         for value in LADDERS[field]:
-            rules = {name: v for name, v in {**base, field: value}.items() if name != "executed_steps"}
+            rules = {
+                name: v for name, v in {**base, field: value}.items() if name != "executed_steps"
+            }
             steps = value if field == "executed_steps" else None
-            result = jacobi(backbone, prefix, guess, DecodingConfig(**rules), tokens_per_step=A, executed_steps=steps)
+            result = jacobi(
+                backbone,
+                prefix,
+                guess,
+                DecodingConfig(**rules),
+                tokens_per_step=A,
+                executed_steps=steps,
+            )
             assert (result.iterations >= before).all(), (field, value)
             before = result.iterations
 
@@ -122,7 +140,13 @@ def test_cap_of_one_is_one_forward_of_the_whole_block(toy) -> None:
     backbone, observation = toy(1, 2, 56, 255)
     backbone.calls.clear()
     guess = random_guess(0, 2, 56, 255)
-    result = jacobi(backbone, backbone.prefill(observation), guess, DecodingConfig(max_iterations=1), tokens_per_step=A)
+    result = jacobi(
+        backbone,
+        backbone.prefill(observation),
+        guess,
+        DecodingConfig(max_iterations=1),
+        tokens_per_step=A,
+    )
     assert backbone.calls == [55]
     assert (result.forwards, result.iterations.tolist()) == (1, [1, 1])
     assert result.exit_reason == ["max_iterations"] * 2
@@ -165,7 +189,10 @@ def test_mass_near_at_the_ends_of_the_vocabulary() -> None:
     logits = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0)) * 2
     tokens = torch.tensor([[0, 4, 8], [1, 7, 2]])
     p = logits.softmax(-1)
-    expected = [[p[b, s, max(0, t - 2) : t + 3].sum() for s, t in enumerate(r)] for b, r in enumerate(tokens.tolist())]
+    expected = [
+        [p[b, s, max(0, t - 2) : t + 3].sum() for s, t in enumerate(r)]
+        for b, r in enumerate(tokens.tolist())
+    ]
     torch.testing.assert_close(mass_near(logits, tokens), torch.tensor(expected))
     certain = torch.full((1, 1, 9), -1e4)
     certain[..., 3] = 1e4
@@ -225,7 +252,8 @@ def test_a_distant_deadline_changes_nothing(toy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ends"), [("agree3", lambda d: d.max() <= 3), ("changed5", lambda d: (d > 0).sum() <= 5)]
+    ("name", "ends"),
+    [("agree3", lambda d: d.max() <= 3), ("changed5", lambda d: (d > 0).sum() <= 5)],
 )
 def test_rules_that_compare_states_end_where_the_trajectory_says(toy, name: str, ends) -> None:
     early = 0

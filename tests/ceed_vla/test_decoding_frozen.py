@@ -21,7 +21,9 @@ def random_tokens(seed: int, batch: int, n: int, vocabulary: int) -> Tensor:
 
 
 def forced(backbone, observation, frozen: Tensor, n: int) -> Tensor:
-    """`frozen` and its greedy continuation (B, n), with everything recomputed for every token, without a cache."""
+    """`frozen` and its greedy continuation (B, n), with everything recomputed for every token,
+    without a cache.
+    """
     tokens = frozen
     while tokens.shape[1] < n:
         logits = backbone.full_logits(observation, tokens)[:, -1]
@@ -51,7 +53,9 @@ def assert_continues(backbone, prefix, frozen: Tensor, answer: Tensor, dim: int,
         answer.roll(1, dims=1),
     ):
         kept = guess.clone()
-        result = jacobi(backbone, prefix, guess, tokens_per_step=dim, frozen=frozen, record_states=True)
+        result = jacobi(
+            backbone, prefix, guess, tokens_per_step=dim, frozen=frozen, record_states=True
+        )
         assert torch.equal(result.tokens, answer)
         assert torch.equal(guess, kept)
         assert result.exit_reason == ["converged"] * batch
@@ -70,7 +74,9 @@ def assert_continues(backbone, prefix, frozen: Tensor, answer: Tensor, dim: int,
     frozen_steps=st.integers(0, 7),
     vocabulary=st.sampled_from([2, 17, 255]),
 )
-def test_toy_ar_and_jacobi_continue_the_frozen_steps(toy, seed, batch, dim, steps, frozen_steps, vocabulary) -> None:
+def test_toy_ar_and_jacobi_continue_the_frozen_steps(
+    toy, seed, batch, dim, steps, frozen_steps, vocabulary
+) -> None:
     n, given_tokens = dim * steps, dim * min(frozen_steps, steps - 1)
     backbone, observation = toy(seed, batch, n, vocabulary)
     frozen = random_tokens(seed + 1, batch, given_tokens, vocabulary)
@@ -79,7 +85,11 @@ def test_toy_ar_and_jacobi_continue_the_frozen_steps(toy, seed, batch, dim, step
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 2**20), batch=st.integers(1, 3), layout=st.sampled_from([(7, 3, 1), (5, 5, 4)]))
+@given(
+    seed=st.integers(0, 2**20),
+    batch=st.integers(1, 3),
+    layout=st.sampled_from([(7, 3, 1), (5, 5, 4)]),
+)
 def test_llama_ar_and_jacobi_continue_the_frozen_steps(llama, seed, batch, layout) -> None:
     dim, steps, frozen_steps = layout
     backbone, observation = llama(seed, batch, dim * steps, 255)
@@ -127,7 +137,9 @@ def test_only_the_steps_behind_the_frozen_ones_must_converge(toy, executed: int)
     frozen, guess = random_tokens(0, 1, 14, 255), random_tokens(1, 1, 28, 255)
     answer = greedy(backbone, prefix, tokens_per_step=A, frozen=frozen).tokens
     backbone.calls.clear()
-    result = jacobi(backbone, prefix, guess, tokens_per_step=A, executed_steps=executed, frozen=frozen)
+    result = jacobi(
+        backbone, prefix, guess, tokens_per_step=A, executed_steps=executed, frozen=frozen
+    )
     end = min(14 + executed * A, 28)
     assert torch.equal(result.tokens[:, :end], answer[:, :end])
     assert result.exit_reason == ["stable" if end < 28 else "converged"]
@@ -170,7 +182,13 @@ def test_cap_and_deadline_keep_the_frozen_steps_and_the_first_free_token(toy) ->
     times = iter(range(100))
     for config in (DecodingConfig(max_iterations=1), DecodingConfig(deadline_s=1.5)):
         result = jacobi(
-            backbone, prefix, guess, config, tokens_per_step=A, frozen=frozen, clock=lambda: float(next(times))
+            backbone,
+            prefix,
+            guess,
+            config,
+            tokens_per_step=A,
+            frozen=frozen,
+            clock=lambda: float(next(times)),
         )
         assert result.forwards == 1
         assert torch.equal(result.tokens[:, :15], answer[:, :15])
@@ -186,7 +204,14 @@ def test_decode_block_freezes_for_both_methods(toy) -> None:
     frozen = previous[:, 14:21]
     results = [
         decode_block(
-            backbone, prefix, tokenizer, name, previous=previous, shift_steps=2, executed_steps=3, frozen=frozen
+            backbone,
+            prefix,
+            tokenizer,
+            name,
+            previous=previous,
+            shift_steps=2,
+            executed_steps=3,
+            frozen=frozen,
         )
         for name in ("ar", "jacobi", "jacobi_random", "jacobi_h")
     ]

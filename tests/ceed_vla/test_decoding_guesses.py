@@ -13,7 +13,10 @@ PREVIOUS = torch.arange(12).reshape(2, 6)
 
 
 def test_shifted_chunk_repeats_its_last_step() -> None:
-    assert TOKENS.guess("previous", 2, PREVIOUS, 1).tolist() == [[2, 3, 4, 5, 4, 5], [8, 9, 10, 11, 10, 11]]
+    assert TOKENS.guess("previous", 2, PREVIOUS, 1).tolist() == [
+        [2, 3, 4, 5, 4, 5],
+        [8, 9, 10, 11, 10, 11],
+    ]
     assert TOKENS.guess("previous", 2, PREVIOUS, 0).tolist() == PREVIOUS.tolist()
     assert TOKENS.guess("previous", 2, PREVIOUS, 3)[0].tolist() == [4, 5] * 3
 

@@ -1,4 +1,6 @@
-"""The learned exit: its name is its weights, it sees what it says, and it is conf<P> where only the least counts."""
+"""The learned exit: its name is its weights, it sees what it says, and it is conf<P> where only the
+least counts.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,24 @@ from ceed_vla.errors import ConfigError
 
 def seen(iteration: int, moved: list[list[int]]) -> Seen:
     rows = np.array(moved)
-    return Seen(iteration, np.ones(len(rows), int), rows.shape[1], rows, 0.0, 0.0, lambda: np.ones(len(rows), bool))
+    return Seen(
+        iteration,
+        np.ones(len(rows), int),
+        rows.shape[1],
+        rows,
+        0.0,
+        0.0,
+        lambda: np.ones(len(rows), bool),
+    )
 
 
 def test_features_are_what_they_are_called() -> None:
     mass = np.array([[0.5, 0.9], [0.2, 1.0]])
     found = features(seen(1, [[0, 3], [1, 1]]), mass)
     odds = [[0.0, math.log(9)], [math.log(0.25), math.log(999)]]
-    np.testing.assert_allclose(found, [[0, np.mean(odds[0]), 0.5, 1], [odds[1][0], np.mean(odds[1]), 1, 1]], atol=1e-9)
+    np.testing.assert_allclose(
+        found, [[0, np.mean(odds[0]), 0.5, 1], [odds[1][0], np.mean(odds[1]), 1, 1]], atol=1e-9
+    )
     assert features(seen(2, [[0, 0], [0, 0]]), mass)[:, 2:].tolist() == [[0, 0], [0, 0]]
     assert found.shape[1] == len(FEATURES)
     assert features(seen(1, [[9, 0, 3]]), mass[:1])[0, 2] == 0.5  # the first slot is frozen
@@ -37,7 +49,7 @@ def test_features_are_what_they_are_called() -> None:
 @settings(max_examples=50, deadline=None)
 def test_a_head_is_its_name(weights: list[float]) -> None:
     name = head_name(np.array(weights))
-    (rule, cap) = exit_rules(named_config(f"{name}_cap2"))
+    rule, cap = exit_rules(named_config(f"{name}_cap2"))
     held = np.array([*rule.weights, rule.bias])  # type: ignore[attr-defined]
     np.testing.assert_allclose(held, weights, atol=0.00501)  # two places
     assert cap.reason == "max_iterations"
@@ -57,7 +69,9 @@ def test_the_least_certain_slot_alone_is_conf(toy: Any, share: float) -> None:
     by_share = jacobi(backbone, prefix, guess, named_config(f"conf{share}"))
     assert torch.equal(by_head.tokens, by_share.tokens)
     assert by_head.iterations.tolist() == by_share.iterations.tolist()
-    assert by_head.exit_reason == [{"confidence": "learned"}.get(reason, reason) for reason in by_share.exit_reason]
+    assert by_head.exit_reason == [
+        {"confidence": "learned"}.get(reason, reason) for reason in by_share.exit_reason
+    ]
 
 
 @pytest.mark.parametrize("name", ["head1x2", "head1x2x3x4x5x6"])

@@ -31,15 +31,23 @@ def request(guess: torch.Tensor | None, count: int, **more: Any) -> BlockRequest
     frozen=st.integers(0, 2),
     executed=st.integers(1, 4),
 )
-def test_it_is_the_cap_and_proves_as_much(toy: Any, seed, batch, steps, dim, count, frozen, executed) -> None:
+def test_it_is_the_cap_and_proves_as_much(
+    toy: Any, seed, batch, steps, dim, count, frozen, executed
+) -> None:
     n, vocabulary = steps * dim, 31
     backbone, observation = toy(seed, batch, n, vocabulary)
     guess = torch.randint(vocabulary, (batch, n), generator=torch.Generator().manual_seed(seed))
     prefix, k = backbone.prefill(observation), min(frozen, steps - 1) * dim
-    more = {"tokens_per_step": dim, "executed_steps": min(executed, steps), "frozen": guess[:, :k] if k else None}
+    more = {
+        "tokens_per_step": dim,
+        "executed_steps": min(executed, steps),
+        "frozen": guess[:, :k] if k else None,
+    }
     config = DecodingConfig(watch="executed", max_iterations=count)
     expected = jacobi(backbone, prefix, guess, config, **more)
-    asked = request(guess, count, config=DecodingConfig(method=f"loop{count}", watch="executed"), **more)
+    asked = request(
+        guess, count, config=DecodingConfig(method=f"loop{count}", watch="executed"), **more
+    )
     found = decode_loop(backbone, prefix, asked)
     assert torch.equal(found.tokens, expected.tokens)
     assert torch.equal(found.exact_tokens, expected.exact_tokens)
@@ -48,7 +56,9 @@ def test_it_is_the_cap_and_proves_as_much(toy: Any, seed, batch, steps, dim, cou
     assert found.forwards == (0 if n <= max(k, 1) else 1 if watched <= max(k, 1) else count)
     for row, reason in enumerate(found.exit_reason):
         proven = int(found.exact_tokens[row])
-        assert reason == ("converged" if proven == n else "stable" if proven >= watched else "max_iterations")
+        assert reason == (
+            "converged" if proven == n else "stable" if proven >= watched else "max_iterations"
+        )
     right = greedy(backbone, prefix, tokens_per_step=dim, frozen=more["frozen"]).tokens
     for row in range(batch):
         proven = int(found.exact_tokens[row])
@@ -62,9 +72,13 @@ def student() -> tuple[Any, Any, Any]:
     return load("student")
 
 
-def test_the_host_waits_once(monkeypatch: pytest.MonkeyPatch, student: Any, batch: dict[str, Any]) -> None:
+def test_the_host_waits_once(
+    monkeypatch: pytest.MonkeyPatch, student: Any, batch: dict[str, Any]
+) -> None:
     policy, waits = student[0], []
-    monkeypatch.setattr(loop, "to_host", lambda *parts: waits.append(parts) or [part.numpy() for part in parts])
+    monkeypatch.setattr(
+        loop, "to_host", lambda *parts: waits.append(parts) or [part.numpy() for part in parts]
+    )
     for compile_it in (False, True):
         if compile_it:
             policy.backbone = compiled(policy.backbone, backend="eager")
@@ -79,7 +93,11 @@ def test_what_it_cannot_decode(toy: Any) -> None:
     prefix, guess = backbone.prefill(observation), torch.zeros(2, 6, dtype=torch.int64)
     with pytest.raises(TokenError, match="guess"):
         decode_loop(backbone, prefix, request(None, 2))
-    for more in ({"config": DecodingConfig(method="loop2", max_iterations=1)}, {"stop": 3}, {"record_states": True}):
+    for more in (
+        {"config": DecodingConfig(method="loop2", max_iterations=1)},
+        {"stop": 3},
+        {"record_states": True},
+    ):
         with pytest.raises(ConfigError, match="loop"):
             decode_loop(backbone, prefix, request(guess, 2, **more))
     prefix.logits[1] = torch.nan

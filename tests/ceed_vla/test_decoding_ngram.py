@@ -29,13 +29,19 @@ def request(guess: torch.Tensor | None, length: int = 4, **more: object) -> Bloc
     frozen=st.integers(0, 2),
     vocabulary=st.sampled_from([3, 31]),
 )
-def test_every_token_is_the_greedy_one(toy, seed, batch, steps, dim, length, frozen, vocabulary) -> None:
+def test_every_token_is_the_greedy_one(
+    toy, seed, batch, steps, dim, length, frozen, vocabulary
+) -> None:
     backbone, observation = toy(seed, batch, steps * dim, vocabulary)
-    guess = torch.randint(vocabulary, (batch, steps * dim), generator=torch.Generator().manual_seed(seed))
+    guess = torch.randint(
+        vocabulary, (batch, steps * dim), generator=torch.Generator().manual_seed(seed)
+    )
     prefix = backbone.prefill(observation)
     given_tokens = guess[:, : min(frozen, steps - 1) * dim] if min(frozen, steps - 1) else None
     expected = greedy(backbone, prefix, tokens_per_step=dim, frozen=given_tokens)
-    result = decode_ngram(backbone, prefix, request(guess, length, tokens_per_step=dim, frozen=given_tokens))
+    result = decode_ngram(
+        backbone, prefix, request(guess, length, tokens_per_step=dim, frozen=given_tokens)
+    )
     assert torch.equal(result.tokens, expected.tokens)
     assert result.exact.all()
     assert result.forwards <= steps * dim
@@ -45,7 +51,9 @@ def test_only_the_executed_steps_are_decoded(toy) -> None:
     backbone, observation = toy(3, 2, 12, 31)
     prefix, guess = backbone.prefill(observation), torch.zeros(2, 12, dtype=torch.int64)
     config = DecodingConfig(method="ngram", watch="executed")
-    result = decode_ngram(backbone, prefix, request(guess, config=config, tokens_per_step=3, executed_steps=2))
+    result = decode_ngram(
+        backbone, prefix, request(guess, config=config, tokens_per_step=3, executed_steps=2)
+    )
     assert torch.equal(result.tokens[:, :6], greedy(backbone, prefix).tokens[:, :6])
     assert result.exit_reason == ["stable"] * 2
     assert (result.exact_tokens >= 6).all()
@@ -54,13 +62,22 @@ def test_only_the_executed_steps_are_decoded(toy) -> None:
 def test_a_right_guess_takes_one_forward(toy) -> None:
     backbone, observation = toy(1, 1, 21, 5)
     prefix = backbone.prefill(observation)
-    result = decode_ngram(backbone, prefix, request(greedy(backbone, prefix).tokens, 5, tokens_per_step=3))
-    assert (result.forwards, result.exit_reason) == (1, ["converged"])  # the first computes the whole block
+    result = decode_ngram(
+        backbone, prefix, request(greedy(backbone, prefix).tokens, 5, tokens_per_step=3)
+    )
+    # the first computes the whole block
+    assert (result.forwards, result.exit_reason) == (
+        1,
+        ["converged"],
+    )
 
 
 def test_the_tail_is_a_warm_start(toy) -> None:
     backbone, observation = toy(2, 1, 12, 31)
-    guess, config = torch.zeros(1, 12, dtype=torch.int64), DecodingConfig(method="ngram", watch="executed")
+    guess, config = (
+        torch.zeros(1, 12, dtype=torch.int64),
+        DecodingConfig(method="ngram", watch="executed"),
+    )
     asked = request(guess, config=config, tokens_per_step=3, executed_steps=2)
     assert (decode_ngram(backbone, backbone.prefill(observation), asked).tokens[:, 6:] != 0).any()
 
@@ -69,7 +86,11 @@ def test_drafts_follow_the_last_two_tokens_at_the_same_dimension() -> None:
     guess, empty = np.arange(100, 112), 0
     proven = np.array([1, 2, 3, 4, 9, 9, 9, 9, 1, 2])  # 1, 2 stood at slot 0: 3, 4 followed
     assert draft(guess, proven, 2, 4).tolist() == [3, 4]
-    assert draft(guess, proven, 2, 3).tolist() == [110, 111]  # another dimension: the guess as it stands
+    # another dimension: the guess as it stands
+    assert draft(guess, proven, 2, 3).tolist() == [
+        110,
+        111,
+    ]
     guess[4:8] = (1, 2, 7, 8)
     assert draft(guess, np.array([5, 5, 5, 5, 5, 5, 5, 5, 1, 2]), 2, 4).tolist() == [7, 8]
     guess[8:] = (1, 2, 6, 6)  # it agrees where it stands

@@ -1,4 +1,6 @@
-"""Stop tokens and windows: blocks of variable length end where the stop token is proven, and stay exact."""
+"""Stop tokens and windows: blocks of variable length end where the stop token is proven, and stay
+exact.
+"""
 
 from __future__ import annotations
 
@@ -48,14 +50,18 @@ def test_jacobi_with_stop_and_window_is_greedy_cut_at_the_stop(
 
     guess = torch.randint(vocabulary, (batch, n), generator=torch.Generator().manual_seed(seed))
     config = DecodingConfig(window=window)
-    result = jacobi(backbone, prefix, guess, config, tokens_per_step=1, stop=stop, record_states=True)
+    result = jacobi(
+        backbone, prefix, guess, config, tokens_per_step=1, stop=stop, record_states=True
+    )
     assert torch.equal(result.tokens, answer)
     assert result.exact.all()
     assert result.exit_reason == ["stop" if stop in row else "converged" for row in answer.tolist()]
     assert result.forwards == result.iterations.max()
     assert result.states is not None
     assert torch.equal(result.states[-1], answer)
-    assert max(backbone.calls[-result.forwards :], default=0) <= (window or n) or not result.forwards
+    assert (
+        max(backbone.calls[-result.forwards :], default=0) <= (window or n) or not result.forwards
+    )
 
 
 @pytest.mark.parametrize("window", [1, 3, 8, 20])
@@ -71,7 +77,9 @@ def test_a_window_computes_less_and_changes_nothing(toy: Any, window: int) -> No
     assert max(backbone.calls) == min(window, 19)
     known = jacobi(backbone, prefix, answer, DecodingConfig(window=window), tokens_per_step=1)
     assert known.forwards == -(-19 // window)  # a window of right tokens is proven in one forward
-    early = jacobi(backbone, prefix, guess, DecodingConfig(window=window), tokens_per_step=1, executed_steps=6)
+    early = jacobi(
+        backbone, prefix, guess, DecodingConfig(window=window), tokens_per_step=1, executed_steps=6
+    )
     assert set(early.exit_reason) == {"stable"}
     assert torch.equal(early.tokens[:, :6], answer[:, :6])
 

@@ -1,4 +1,6 @@
-"""`ceed-vla doctor`: a table whatever is broken, and an exit code that says whether something needed is missing."""
+"""`ceed-vla doctor`: a table whatever is broken, and an exit code that says whether something
+needed is missing.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ GOOD = {
 
 @pytest.fixture
 def probes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Scripts that answer at once in the place of those that import torch and MuJoCo; a test changes them."""
+    """Scripts that answer at once in the place of those that import torch and MuJoCo; a test
+    changes them.
+    """
     scripts = {name: f"print({answer!r})" for name, answer in GOOD.items()}
     monkeypatch.setattr(module, "_PROBES", scripts)
     return scripts
@@ -46,7 +50,16 @@ def table(*, fails: bool = False) -> str:
 
 def test_a_sound_installation(probes: dict[str, str]) -> None:
     text = table()
-    for word in ("Python", "torch", "mujoco", "rendering", "CUDA", "ROS 2", "disk here", "checkpoint student"):
+    for word in (
+        "Python",
+        "torch",
+        "mujoco",
+        "rendering",
+        "CUDA",
+        "ROS 2",
+        "disk here",
+        "checkpoint student",
+    ):
         assert word in text
     assert "missing" not in text
 
@@ -54,7 +67,12 @@ def test_a_sound_installation(probes: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("name", "script", "fails", "words"),
     [
-        ("torch", "raise ImportError('libfoo.so: cannot open')", True, "ImportError: libfoo.so: cannot open"),
+        (
+            "torch",
+            "raise ImportError('libfoo.so: cannot open')",
+            True,
+            "ImportError: libfoo.so: cannot open",
+        ),
         ("torch", "import os; os.abort()", True, "died of signal 6"),
         ("torch", "print('{}')", True, "cannot be looked at: KeyError"),
         ("gl", "print('remark'); print('{\"brightest\": 0}')", True, "the picture is black"),
@@ -66,7 +84,12 @@ def test_a_sound_installation(probes: dict[str, str]) -> None:
     ],
 )
 def test_a_broken_package_is_a_finding(
-    probes: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str, script: str, fails: bool, words: str
+    probes: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    script: str,
+    fails: bool,
+    words: str,
 ) -> None:
     monkeypatch.setattr(module, "LIMIT_S", 2.0 if "sleep" in script else 60.0)
     probes[name] = script
@@ -75,7 +98,9 @@ def test_a_broken_package_is_a_finding(
     assert words in table(fails=fails)
 
 
-def test_what_is_only_late_is_not_to_be_installed(probes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_only_late_is_not_to_be_installed(
+    probes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "LIMIT_S", 2.0)
     version = module._version
     monkeypatch.setattr(module, "_version", lambda package: version(package) or "1.0")
@@ -86,7 +111,9 @@ def test_what_is_only_late_is_not_to_be_installed(probes: dict[str, str], monkey
     assert "make install" not in lines[0]
 
 
-def test_versions_are_compared_with_the_supported_ones(probes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_are_compared_with_the_supported_ones(
+    probes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = ["torch>=99", "numpy>=1", "surely-not-there>=2", "peft>=99; extra == 'vlm'"]
     monkeypatch.setattr(module.metadata, "requires", lambda name: wanted)
     text = table(fails=True)
@@ -101,7 +128,9 @@ def test_full_disk_and_damaged_checkpoint(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1, 1, 1000))
     (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "teacher" / "model.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1"
+    )
     monkeypatch.setattr(module, "SHIPPED", tmp_path)
     text = table(fails=True)
     assert "0.0 GB free" in text
@@ -111,7 +140,11 @@ def test_full_disk_and_damaged_checkpoint(
 
 @pytest.mark.parametrize(
     ("domain", "reach", "words"),
-    [("0", "LOCALHOST", "domain 0, range LOCALHOST"), ("", "", "range SUBNET"), ("many", "LOCALHOST", "from 0 to 232")],
+    [
+        ("0", "LOCALHOST", "domain 0, range LOCALHOST"),
+        ("", "", "range SUBNET"),
+        ("many", "LOCALHOST", "from 0 to 232"),
+    ],
 )
 def test_network_of_ros(
     probes: dict[str, str], monkeypatch: pytest.MonkeyPatch, domain: str, reach: str, words: str
@@ -122,8 +155,13 @@ def test_network_of_ros(
 
 
 def test_the_table_does_not_need_what_it_looks_at() -> None:
-    script = "import sys, ceed_vla.cli, ceed_vla.doctor; print([m for m in ('torch', 'lerobot') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    script = (
+        "import sys, ceed_vla.cli, ceed_vla.doctor; print([m for m in ('torch', 'lerobot') if m in "
+        "sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
     assert run.stdout.strip() == "[]"
 
 
@@ -139,5 +177,7 @@ def test_exit_code(probes: dict[str, str], capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GOOD)
 def test_the_real_probes_answer_or_fail_cleanly(name: str) -> None:
-    run = subprocess.run([sys.executable, "-c", module._PROBES[name]], capture_output=True, text=True, timeout=250)
+    run = subprocess.run(
+        [sys.executable, "-c", module._PROBES[name]], capture_output=True, text=True, timeout=250
+    )
     assert run.returncode == 0 or name in ("ros", "lerobot"), run.stderr

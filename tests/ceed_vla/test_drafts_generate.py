@@ -1,4 +1,6 @@
-"""Drafts and shallow forwards are exact: they give what transformers' own `generate()` does, whatever the exits say."""
+"""Drafts and shallow forwards are exact: they give what transformers' own `generate()` does,
+whatever the exits say.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,35 @@ from torch import Tensor
 from ceed_vla.backbones.exits import make_exits
 from ceed_vla.decoding import BlockRequest, DecodingConfig, find_decoder
 
-NAMES = ("spec1x1", "spec1x4", "spec2x3", "spec3x9", "del", "depth1", "depth3", "depth1-2", "ngram4")
+NAMES = (
+    "spec1x1",
+    "spec1x4",
+    "spec2x3",
+    "spec3x9",
+    "del",
+    "depth1",
+    "depth3",
+    "depth1-2",
+    "ngram4",
+)
 
 
 def decoded(backbone: Any, prefix: Any, name: str, guess: Tensor, period: int) -> Any:
     entry, options = find_decoder(name)
     prefix.cache.roll_back()
     config = DecodingConfig(method=name)
-    return entry.make(backbone, prefix, BlockRequest(config, guess, tokens_per_step=period, options=options))
+    return entry.make(
+        backbone, prefix, BlockRequest(config, guess, tokens_per_step=period, options=options)
+    )
 
 
 @pytest.mark.usefixtures("poisoned")
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     seed=st.integers(0, 2**20),
     batch=st.integers(1, 4),
@@ -33,7 +52,13 @@ def decoded(backbone: Any, prefix: Any, name: str, guess: Tensor, period: int) -
     right=st.floats(0, 1),
 )
 def test_llama_drafts_are_generate(
-    llama: Any, generate: Any, seed: int, batch: int, layout: tuple[int, int], vocabulary: int, right: float
+    llama: Any,
+    generate: Any,
+    seed: int,
+    batch: int,
+    layout: tuple[int, int],
+    vocabulary: int,
+    right: float,
 ) -> None:
     period, steps = layout
     backbone, observation = llama(seed, batch, period * steps, vocabulary, layers=4)

@@ -1,7 +1,8 @@
-"""The compiled engine: the eager tokens from every decoder, code that is compiled once, a cache that is rolled back.
+"""The compiled engine: the eager tokens from every decoder, code that is compiled once, a cache
+that is rolled back.
 
-torch traces and guards as it would, and runs what it traced with its own kernels ("eager" backend): compiling those
-takes minutes, and is left to the slow tests.
+torch traces and guards as it would, and runs what it traced with its own kernels ("eager" backend):
+compiling those takes minutes, and is left to the slow tests.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ def _fresh() -> Iterator[None]:
 
 def compact(layers: int = 2) -> CompactBackbone:
     torch.manual_seed(0)
-    sizes = CompactConfig(image_size=32, stem_channels=[8] * 4, width=32, layers=layers, heads=2, mlp_width=48)
-    shape = PolicyShape({"observation.images.front": (3, 32, 32)}, 5, DIM, STEPS, UniformTokensConfig())
+    sizes = CompactConfig(
+        image_size=32, stem_channels=[8] * 4, width=32, layers=layers, heads=2, mlp_width=48
+    )
+    shape = PolicyShape(
+        {"observation.images.front": (3, 32, 32)}, 5, DIM, STEPS, UniformTokensConfig()
+    )
     backbone = sizes.build(shape).eval()
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
@@ -95,8 +100,14 @@ def test_nothing_is_compiled_again(kind: str, llama: Any) -> None:
         for chunk, name in zip(range(50), itertools.cycle(DECODINGS), strict=False):
             steps = chunk % STEPS
             frozen = torch.randint(BINS, (2, steps * DIM), generator=random) if steps else None
-            request: dict[str, Any] = {"previous": previous, "shift_steps": 1, "executed_steps": 1 + chunk % STEPS}
-            result = decode_block(engine, engine.prefill(observation), TOKENS, name, frozen=frozen, **request)
+            request: dict[str, Any] = {
+                "previous": previous,
+                "shift_steps": 1,
+                "executed_steps": 1 + chunk % STEPS,
+            }
+            result = decode_block(
+                engine, engine.prefill(observation), TOKENS, name, frozen=frozen, **request
+            )
             previous = torch.randint(BINS, (2, N), generator=random) if chunk % 3 else result.tokens
             taken.add((name, result.forwards))
     assert len(taken) > 10  # the chunks ended at different times
@@ -119,7 +130,10 @@ def test_every_depth_and_position_scores_as_the_eager_block(kind: str, llama: An
             model.block_logits(prefix, tokens)
             prefix.cache.commit(c)
         for k, depth in ((N - c, None), (1, 2), (N - c, 1), ((N - c + 1) // 2, None)):
-            scores = [m.block_logits(p, tokens[:, c : c + k], depth) for m, p in ((backbone, eager), (engine, fast))]
+            scores = [
+                m.block_logits(p, tokens[:, c : c + k], depth)
+                for m, p in ((backbone, eager), (engine, fast))
+            ]
             torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-4)
     engine.block_logits(fast, tokens[:, N - 1 :], depth=1)
     with pytest.raises(TokenError, match="Cannot commit 1"):
@@ -155,7 +169,9 @@ def test_scores_that_are_not_finite_do_not_stay_in_the_cache() -> None:
     with pytest.raises(NotFiniteError):
         decode_block(engine, engine.prefill(observe(1)), TOKENS, "jacobi")
     backbone.action_tokens.weight.data.copy_(weight)
-    assert torch.equal(decode_block(engine, engine.prefill(observe(1)), TOKENS, "jacobi").tokens, expected)
+    assert torch.equal(
+        decode_block(engine, engine.prefill(observe(1)), TOKENS, "jacobi").tokens, expected
+    )
 
 
 def test_inference_mode_may_come_and_go() -> None:
@@ -182,12 +198,16 @@ def test_a_policy_uses_it_in_one_line(tmp_path: Any) -> None:
     assert len(policy.get_optim_params()) == len(names)
     assert not policy.train(False).backbone.backbone.training
     policy.save_pretrained(tmp_path)
-    assert torch.equal(CeedVLAPolicy.from_pretrained(tmp_path).decode(batch, "jacobi").tokens, expected)
+    assert torch.equal(
+        CeedVLAPolicy.from_pretrained(tmp_path).decode(batch, "jacobi").tokens, expected
+    )
 
 
 @pytest.mark.slow
 def test_the_check_of_own_backbones_holds_for_it(llama: Any) -> None:
-    assert check_backbone(compiled(llama(3, 2, 4, BINS)[0], "eager"), llama(3, 2, 4, BINS)[1], guesses=2)
+    assert check_backbone(
+        compiled(llama(3, 2, 4, BINS)[0], "eager"), llama(3, 2, 4, BINS)[1], guesses=2
+    )
 
 
 def test_what_cannot_be_compiled_is_said(toy: Any) -> None:

@@ -1,4 +1,6 @@
-"""Strict Jacobi decoding is greedy autoregressive decoding, by four independent routes, in float32."""
+"""Strict Jacobi decoding is greedy autoregressive decoding, by four independent routes, in
+float32.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def uncached_llama(backbone, observation, n: int) -> Tensor:
     return ids[:, -n:] - backbone.action_ids[0]
 
 
-def every_guess(batch: int, n: int, dim: int, vocabulary: int, seed: int, answer: Tensor) -> dict[str, Tensor]:
+def every_guess(
+    batch: int, n: int, dim: int, vocabulary: int, seed: int, answer: Tensor
+) -> dict[str, Tensor]:
     """All kinds of first states, from hopeless to the answer itself."""
     generator = torch.Generator().manual_seed(seed)
     tokens = ActionTokenizer([-1.0] * dim, [2.0] * dim, n // dim, num_bins=vocabulary)
@@ -96,7 +100,9 @@ def test_toy_jacobi_is_cached_and_uncached_ar(toy, seed, batch, dim, steps, voca
     layout=st.sampled_from([(1, 1), (7, 1), (7, 3), (5, 5), (7, 8), (8, 8)]),
     vocabulary=st.sampled_from([2, 31, 255, 256]),
 )
-def test_llama_jacobi_is_cached_ar_uncached_ar_and_generate(llama, generate, seed, batch, layout, vocabulary) -> None:
+def test_llama_jacobi_is_cached_ar_uncached_ar_and_generate(
+    llama, generate, seed, batch, layout, vocabulary
+) -> None:
     dim, steps = layout
     n = dim * steps
     backbone, observation = llama(seed, batch, n, vocabulary)
@@ -113,11 +119,14 @@ def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(
     batch: int, depth_is_a_shorter_model, exits_leave_the_base_alone
 ) -> None:
     torch.manual_seed(batch)
-    sizes = CompactConfig(image_size=32, stem_channels=[8] * 4, width=32, layers=3, heads=2, mlp_width=48)
+    sizes = CompactConfig(
+        image_size=32, stem_channels=[8] * 4, width=32, layers=3, heads=2, mlp_width=48
+    )
     tokens = UniformTokensConfig(action_low=[-1.0] * 7, action_high=[1.0] * 7)
     shape = PolicyShape({"observation.images.front": (3, 32, 32)}, 5, 7, 3, tokens)
     backbone = sizes.build(shape).eval()
-    for parameter in backbone.parameters():  # wide enough for every token to depend on those before it
+    # wide enough for every token to depend on those before it
+    for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     observation = {
         "observation.images.front": torch.rand(batch, 3, 32, 32),
@@ -139,13 +148,21 @@ def test_a_llama_trains_and_is_cut_short(llama, keeps_the_contract) -> None:
 
 
 def test_models_are_not_trivial(toy, llama) -> None:
-    """The property above would hold for a constant answer too; these models depend on what they read."""
+    """The property above would hold for a constant answer too; these models depend on what they
+    read.
+    """
     for make in (toy, llama):
         backbone, observation = make(3, 4, 56, 255)
         with torch.inference_mode():
             prefix = backbone.prefill(observation)
             answer = greedy(backbone, prefix).tokens
-            other = jacobi(backbone, prefix, (answer + 1) % 255, DecodingConfig(max_iterations=1), tokens_per_step=7)
+            other = jacobi(
+                backbone,
+                prefix,
+                (answer + 1) % 255,
+                DecodingConfig(max_iterations=1),
+                tokens_per_step=7,
+            )
             strict = jacobi(backbone, prefix, (answer + 1) % 255, tokens_per_step=7)
         assert len(answer.unique()) > 20
         assert (other.tokens != answer).float().mean() > 0.5
@@ -163,7 +180,9 @@ def test_roll_back_equals_a_fresh_prefill(kind: str, request: pytest.FixtureRequ
         used.cache.roll_back()
         fresh = backbone.prefill(observation)
         assert used.cache.length == fresh.cache.length == fresh.cache.prefix_length
-        assert torch.equal(backbone.block_logits(used, tokens), backbone.block_logits(fresh, tokens))
+        assert torch.equal(
+            backbone.block_logits(used, tokens), backbone.block_logits(fresh, tokens)
+        )
 
 
 @pytest.mark.parametrize("kind", ["toy", "llama"])
@@ -177,14 +196,23 @@ def test_committed_tokens_need_no_recomputation(kind: str, request: pytest.Fixtu
             prefix.cache.roll_back()
             backbone.block_logits(prefix, tokens)
             prefix.cache.commit(cut)
-            torch.testing.assert_close(backbone.block_logits(prefix, tokens[:, cut:]), whole[:, cut:])
+            torch.testing.assert_close(
+                backbone.block_logits(prefix, tokens[:, cut:]), whole[:, cut:]
+            )
 
 
 def test_batch_rows_do_not_influence_each_other(toy) -> None:
     backbone, observation = toy(5, 4, 28, 17)
     guess = torch.randint(17, (4, 28), generator=torch.Generator().manual_seed(1))
-    for config in (STRICT, DecodingConfig(confidence=0.5), DecodingConfig(watch="executed", max_iterations=6)):
-        request = {"tokens_per_step": 7, "executed_steps": 2 if config.watch == "executed" else None}
+    for config in (
+        STRICT,
+        DecodingConfig(confidence=0.5),
+        DecodingConfig(watch="executed", max_iterations=6),
+    ):
+        request = {
+            "tokens_per_step": 7,
+            "executed_steps": 2 if config.watch == "executed" else None,
+        }
         together = jacobi(backbone, backbone.prefill(observation), guess, config, **request)
         for row in range(4):
             prefix = backbone.prefill({"prefix": observation["prefix"][row : row + 1]})

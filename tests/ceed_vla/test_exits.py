@@ -1,4 +1,6 @@
-"""Exits: a file of their own beside bit-equal weights; shallow passes prove nothing; drafts and depths stay exact."""
+"""Exits: a file of their own beside bit-equal weights; shallow passes prove nothing; drafts and
+depths stay exact.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def student() -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize(
-    "name", ["depth1", "depth3", "depth1-2", "spec1x4", "spec3x9", "del", "deer3t0", "sure3p1", "depth2_h"]
+    "name",
+    ["depth1", "depth3", "depth1-2", "spec1x4", "spec3x9", "del", "deer3t0", "sure3p1", "depth2_h"],
 )
 @pytest.mark.parametrize("frozen", [0, 2])
 @pytest.mark.usefixtures("poisoned")
@@ -43,17 +46,25 @@ def test_without_an_exit_rule_tokens_are_greedy(
     name: str, frozen: int, student: tuple[Any, Any, Any], batch: dict[str, Any]
 ) -> None:
     policy, _, _ = student
-    given = torch.randint(255, (ROWS, 7 * frozen), generator=torch.Generator().manual_seed(2)) if frozen else None
+    given = (
+        torch.randint(255, (ROWS, 7 * frozen), generator=torch.Generator().manual_seed(2))
+        if frozen
+        else None
+    )
     expected = policy.decode(batch, "ar", frozen=given).tokens
     result = policy.decode(batch, name, frozen=given)
     right = (frozen + 4) * 7 if name.endswith("_h") else 56
     assert torch.equal(result.tokens[:, :right], expected[:, :right])
     assert (result.exact_tokens >= right).all()
     layers, forwards = result.layer_forwards, result.iterations
-    assert (layers < 4 * (forwards + 1) if name[:3] in ("dep", "dee", "sur") else layers > 4 * forwards).all()
+    assert (
+        layers < 4 * (forwards + 1) if name[:3] in ("dep", "dee", "sur") else layers > 4 * forwards
+    ).all()
 
 
-def test_scores_that_are_not_finite_agree_on_nothing(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+def test_scores_that_are_not_finite_agree_on_nothing(
+    student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
     policy, _, _ = student
     for own in policy.backbone.exits.values():
         own.linear.weight.fill_(torch.nan)
@@ -63,7 +74,9 @@ def test_scores_that_are_not_finite_agree_on_nothing(student: tuple[Any, Any, An
 
 
 @pytest.mark.parametrize("name", ["deer3t4", "sure3p0.1", "conf0.2_cap2", "agree4", "spec1x4r2"])
-def test_what_compares_bins_needs_bins(student: tuple[Any, Any, Any], batch: dict[str, Any], name: str) -> None:
+def test_what_compares_bins_needs_bins(
+    student: tuple[Any, Any, Any], batch: dict[str, Any], name: str
+) -> None:
     policy, _, _ = student
     policy.tokenizer.ordered = False
     with pytest.raises(ConfigError, match="bins"):
@@ -77,11 +90,15 @@ def test_relaxed_drafts_are_near_what_follows_them(
     student: tuple[Any, Any, Any], batch: dict[str, Any], name: str
 ) -> None:
     policy, n = student[0], student[0].config.block_length
-    bins, guess = int(name.partition("r")[2]), torch.randint(255, (ROWS, n), generator=torch.Generator().manual_seed(3))
+    bins, guess = (
+        int(name.partition("r")[2]),
+        torch.randint(255, (ROWS, n), generator=torch.Generator().manual_seed(3)),
+    )
     found = policy.decode(batch, name, previous=guess, shift_steps=0)
     prefix = policy.backbone.prefill(batch)
     behind = policy.backbone.block_logits(prefix, found.tokens[:, :-1]).argmax(-1)
-    greedy = torch.cat([prefix.logits.argmax(-1, keepdim=True), behind], 1)  # (B, n), each behind the found ones
+    # (B, n), each behind the found ones
+    greedy = torch.cat([prefix.logits.argmax(-1, keepdim=True), behind], 1)
     apart = (greedy - found.tokens).abs()
     assert apart.max() <= bins
     assert not apart.view(ROWS, -1, 7)[..., 6].any()  # grippers are exact
@@ -95,11 +112,16 @@ def test_relaxed_drafts_are_near_what_follows_them(
     if bins:
         assert not found.exact.all()
     behind = policy.decode(batch, "spec1x1r255", previous=guess, shift_steps=0)
-    again = policy.backbone.block_logits(policy.backbone.prefill(batch), behind.tokens[:, :-1]).argmax(-1)
-    assert torch.equal(behind.tokens[:, 2::2], again[:, 1::2])  # what a forward says behind the draft is no draft
+    again = policy.backbone.block_logits(
+        policy.backbone.prefill(batch), behind.tokens[:, :-1]
+    ).argmax(-1)
+    # what a forward says behind the draft is no draft
+    assert torch.equal(behind.tokens[:, 2::2], again[:, 1::2])
 
 
-def test_exits_go_where_the_policy_goes(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+def test_exits_go_where_the_policy_goes(
+    student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
     policy, _, _ = student
     for how, dtype in (("double", torch.float64), ("float", torch.float32)):
         getattr(torch.nn.ModuleList([policy]), how)()
@@ -118,14 +140,17 @@ def test_states_that_are_not_kept_and_compiled_code_are_refused(
         policy.decode(batch, name)
 
 
-def test_frozen_slots_do_not_make_depths_agree(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+def test_frozen_slots_do_not_make_depths_agree(
+    student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
     policy, _, _ = student
     given = policy.decode(batch, "ar").tokens[:, :14]
     seen: list[Any] = []
     depths = policy.backbone.depth_logits
     policy.backbone.depth_logits = lambda *a: seen.append(found := depths(*a)) or found
     policy.decode(batch, "deer3t0", frozen=given, executed_steps=4)
-    lower, upper = (scores.argmax(-1)[:, 13:] for scores in seen[0][0])  # of the slots behind the frozen
+    # of the slots behind the frozen
+    lower, upper = (scores.argmax(-1)[:, 13:] for scores in seen[0][0])
     apart = (lower - upper).abs().double().mean(1)  # (B,)
     assert apart.min() > 0
     del policy.backbone.depth_logits
@@ -148,7 +173,11 @@ def test_rows_whose_exits_agree_are_done_behind_a_cut_prefix(
     # Rows decide for themselves: the distances differ, so some threshold splits them.
     for bins in range(1, 120):
         some = policy.decode(batch, f"deer3t{bins / 4}_cap3", previous=previous, shift_steps=0)
-        if 0 < (done := [reason == "depths_agree" for reason in some.exit_reason]).count(True) < ROWS:
+        if (
+            0
+            < (done := [reason == "depths_agree" for reason in some.exit_reason]).count(True)
+            < ROWS
+        ):
             break
     else:
         pytest.fail("no threshold splits the rows")
@@ -156,13 +185,19 @@ def test_rows_whose_exits_agree_are_done_behind_a_cut_prefix(
         assert int(some.prefix_layers[row]) == (3 if ended else 4)
         forwards = 4 * int(some.iterations[row])  # 3 more where the exit's first token was another
         assert int(some.layer_forwards[row]) in ((3,) if ended else (forwards, forwards + 3))
-        alone = {name: value[row : row + 1] for name, value in batch.items() if torch.is_tensor(value)}
-        own = policy.decode(alone, f"deer3t{bins / 4}_cap3", previous=previous[row : row + 1], shift_steps=0)
+        alone = {
+            name: value[row : row + 1] for name, value in batch.items() if torch.is_tensor(value)
+        }
+        own = policy.decode(
+            alone, f"deer3t{bins / 4}_cap3", previous=previous[row : row + 1], shift_steps=0
+        )
         assert own.exit_reason == [some.exit_reason[row]]
         assert torch.equal(own.tokens[0], some.tokens[row])
 
 
-def test_rows_whose_exit_is_confident_are_done(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+def test_rows_whose_exit_is_confident_are_done(
+    student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
     policy, _, _ = student
     previous = policy.decode(batch, "jacobi").tokens
     masses, config = [], policy.decoding_config("sure2p0")
@@ -192,15 +227,29 @@ def test_a_row_that_goes_on_takes_what_the_decoder_takes_without(
         assert torch.equal(going.tokens, usual.tokens)
         assert going.iterations.tolist() == usual.iterations.tolist()
         assert going.exit_reason == usual.exit_reason
-        alone = [{k: v[r : r + 1] for k, v in batch.items() if torch.is_tensor(v)} for r in range(ROWS)]
-        rows = [policy.decode(one, f"deer3t0_{name}", previous=previous[r : r + 1]) for r, one in enumerate(alone)]
-        assert torch.cat([row.layer_forwards for row in rows]).tolist() == going.layer_forwards.tolist()
+        alone = [
+            {k: v[r : r + 1] for k, v in batch.items() if torch.is_tensor(v)} for r in range(ROWS)
+        ]
+        rows = [
+            policy.decode(one, f"deer3t0_{name}", previous=previous[r : r + 1])
+            for r, one in enumerate(alone)
+        ]
+        assert (
+            torch.cat([row.layer_forwards for row in rows]).tolist()
+            == going.layer_forwards.tolist()
+        )
 
 
-def test_a_cap_counts_the_shallow_forward(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+def test_a_cap_counts_the_shallow_forward(
+    student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
     policy, _, _ = student
     result = policy.decode(batch, "depth2_cap2")
-    assert (result.forwards, result.iterations.tolist(), result.layer_forwards.tolist()) == (2, [2] * ROWS, [6] * ROWS)
+    assert (result.forwards, result.iterations.tolist(), result.layer_forwards.tolist()) == (
+        2,
+        [2] * ROWS,
+        [6] * ROWS,
+    )
     refused = {
         "depth2_cap1": "use cap2",
         "depth1-2_cap2": "use cap3",
@@ -218,19 +267,27 @@ def test_a_cap_counts_the_shallow_forward(student: tuple[Any, Any, Any], batch: 
     with pytest.raises(ConfigError, match="ceed-vla exits"):
         policy.decode(batch, "del")
     policy.backbone.exits = make_exits(policy.backbone, [1, 2], "layer")
-    for name, message in {"del": "linear exits", "spec1x3": "kind linear", "deer2t1": "train linear"}.items():
+    for name, message in {
+        "del": "linear exits",
+        "spec1x3": "kind linear",
+        "deer2t1": "train linear",
+    }.items():
         with pytest.raises(ConfigError, match=message):
             policy.decode(batch, name)
 
 
-def test_a_deadline_counts_the_shallow_forward(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+def test_a_deadline_counts_the_shallow_forward(
+    student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
     policy, _, _ = student
     for name, forwards in {"depth2_deadline0.001": 2, "deer3t0_deadline0.001": 1}.items():
         result = policy.decode(batch, name)
         assert (result.forwards, set(result.exit_reason)) == (forwards, {"deadline"})
 
 
-def test_compiled_code_drafts_the_same(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+def test_compiled_code_drafts_the_same(
+    student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
     policy, _, _ = student
     expected = policy.decode(batch, "ar").tokens
     policy.backbone = compiled(policy.backbone, "eager")
@@ -270,7 +327,9 @@ def test_they_are_a_file_beside_bit_equal_weights(
     with safe_open(tmp_path / EXITS, "pt") as file:
         assert file.metadata() == {"kind": kind, "depths": "1,3"}
     again, _, _ = load(tmp_path)
-    assert not any(p.requires_grad for own in again.backbone.exits.values() for p in own.parameters())
+    assert not any(
+        p.requires_grad for own in again.backbone.exits.values() for p in own.parameters()
+    )
     assert torch.equal(again.decode(batch, "depth1_cap2").tokens, expected)
     other, own_pre, own_post = load("teacher")
     save(tmp_path, other, own_pre, own_post)  # over it, and nothing of it stays
@@ -314,7 +373,9 @@ def test_an_exit_of_a_bfloat16_model_learns_in_float32(llama: Any) -> None:
     backbone.exits = make_exits(backbone, [1], "linear")
     assert {p.dtype for p in backbone.exits[1].parameters()} == {torch.float32}
     embeddings = backbone.embed_prefix(observation)
-    _, (logits,) = backbone.packed_logits(embeddings, [torch.zeros(2, 6, dtype=torch.int64)], depth=1)
+    _, (logits,) = backbone.packed_logits(
+        embeddings, [torch.zeros(2, 6, dtype=torch.int64)], depth=1
+    )
     assert logits.dtype == torch.bfloat16
     logits.float().logsumexp(-1).sum().backward()
     assert backbone.exits[1].linear.weight.grad.abs().sum() > 0

@@ -1,4 +1,6 @@
-"""FAST tokens fitted on own data: codec, tokenizer, grammar, configuration, and the compact backbone on top of them."""
+"""FAST tokens fitted on own data: codec, tokenizer, grammar, configuration, and the compact
+backbone on top of them.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def tokenizer(tokens: FastTokensConfig) -> FastTokenizer:
     return built
 
 
-# ---- codec ----------------------------------------------------------------------------------------------------------
+# ---- codec ---------------------------------------------------------------------------------------
 
 
 def test_cosine_basis_is_scipys_orthonormal_dct() -> None:
@@ -68,7 +70,8 @@ def test_round_trip_errs_by_the_rounding_alone(tokenizer: FastTokenizer) -> None
     chunks = smooth_chunks(50, seed=1)
     decoded = tokenizer.decode(tokenizer.encode(chunks))
     half_range = (tokenizer.high - tokenizer.low) / 2
-    # An orthonormal transform keeps the norm: every coefficient is off by at most half a step of 1 / scale.
+    # An orthonormal transform keeps the norm: every coefficient is off by at most half a step of 1
+    # / scale.
     bound = 0.5 / tokenizer.codec.scale * STEPS**0.5 * half_range
     error = (decoded - chunks)[..., :-1].norm(dim=1)  # (B, A - 1)
     assert bool((error <= bound[:-1] + 1e-6).all())
@@ -121,7 +124,7 @@ def test_codec_refuses_what_cannot_be_fitted() -> None:
         FastCodec.from_merges([], 10.0, -3, 3).encode(torch.full((1, 2, 2), float("nan")))
 
 
-# ---- tokenizer ------------------------------------------------------------------------------------------------------
+# ---- tokenizer -----------------------------------------------------------------------------------
 
 
 def test_blocks_are_padded_with_the_stop_token_and_read_up_to_it(tokenizer: FastTokenizer) -> None:
@@ -140,7 +143,9 @@ def test_malformed_blocks_are_counted_errors(tokenizer: FastTokenizer) -> None:
     block = tokenizer.encode(smooth_chunks(3))
     block[1, 2:] = tokenizer.stop
     block[2, 0] = tokenizer.vocabulary_size + 4
-    with pytest.raises(MalformedChunkError, match=r"2 of 3 chunks are malformed, the first in row 1"):
+    with pytest.raises(
+        MalformedChunkError, match=r"2 of 3 chunks are malformed, the first in row 1"
+    ):
         tokenizer.decode(block)
     assert tokenizer.malformed == 2
     assert tokenizer.readable(block).tolist() == [True, False, False]
@@ -168,12 +173,13 @@ def test_chunks_that_overfill_a_block_are_smoothed_and_counted(tokens: FastToken
     noise[..., -1] = 1.0
     decoded = short.decode(short.encode(noise))
     assert short.smoothed == 4
-    assert torch.allclose(decoded.mean(1)[:, :5], noise.mean(1)[:, :5], atol=0.1)  # the low frequencies stay
+    # the low frequencies stay
+    assert torch.allclose(decoded.mean(1)[:, :5], noise.mean(1)[:, :5], atol=0.1)
     with pytest.raises(ConfigError, match="does not even hold the chunk of zeros"):
         replace(tokens, max_tokens=1).build(STEPS, DIM)
 
 
-# ---- grammar --------------------------------------------------------------------------------------------------------
+# ---- grammar -------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -183,14 +189,21 @@ def test_chunks_that_overfill_a_block_are_smoothed_and_counted(tokens: FastToken
     spare=st.integers(0, 4),
     seed=st.integers(0, 1000),
 )
-def test_every_walk_through_the_grammar_is_a_chunk(lengths: list[int], total: int, spare: int, seed: int) -> None:
+def test_every_walk_through_the_grammar_is_a_chunk(
+    lengths: list[int], total: int, spare: int, seed: int
+) -> None:
     lengths = [1, *lengths]
     stop, n = len(lengths), -(-total // max(lengths)) + max(lengths) + spare
     grammar = Grammar(torch.tensor([*lengths, 0]), stop, total, n)
     random = np.random.default_rng(seed)
     used, walk = 0, []
     for slot in range(n):
-        allowed = grammar.allowed(torch.tensor([[used]]), torch.tensor([slot]))[0, 0].nonzero().flatten().tolist()
+        allowed = (
+            grammar.allowed(torch.tensor([[used]]), torch.tensor([slot]))[0, 0]
+            .nonzero()
+            .flatten()
+            .tolist()
+        )
         token = int(random.choice(allowed))
         if token == stop:
             break
@@ -203,19 +216,24 @@ def test_every_walk_through_the_grammar_is_a_chunk(lengths: list[int], total: in
 Toy = Callable[[int, int, int, int], tuple[Any, dict[str, Tensor]]]
 
 
-def toy_decode(toy: Toy, tokenizer: FastTokenizer, seed: int, config: DecodingConfig, **more: Any) -> DecodeResult:
+def toy_decode(
+    toy: Toy, tokenizer: FastTokenizer, seed: int, config: DecodingConfig, **more: Any
+) -> DecodeResult:
     backbone, observation = toy(seed, 3, tokenizer.block_length, tokenizer.vocabulary_size)
     return decode_block(backbone, backbone.prefill(observation), tokenizer, config, **more)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_jacobi_is_greedy_under_the_grammar_and_always_a_chunk(toy: Toy, tokenizer: FastTokenizer, seed: int) -> None:
+def test_jacobi_is_greedy_under_the_grammar_and_always_a_chunk(
+    toy: Toy, tokenizer: FastTokenizer, seed: int
+) -> None:
     greedy = toy_decode(toy, tokenizer, seed, DecodingConfig(method="ar"))
     assert tokenizer.decode(greedy.tokens).shape == (3, STEPS, DIM)
     for config in (
         DecodingConfig(guess="mid"),
         DecodingConfig(guess="random", window=5),
-        DecodingConfig(guess="random", max_iterations=2),  # goes on, as two iterations give no chunk
+        # goes on, as two iterations give no chunk
+        DecodingConfig(guess="random", max_iterations=2),
         DecodingConfig(watch="executed"),  # every step needs every token
     ):
         result = toy_decode(toy, tokenizer, seed, config, record_states=True)
@@ -233,7 +251,8 @@ def test_a_cap_ends_where_every_row_holds_a_chunk(toy: Toy, tokenizer: FastToken
     assert result.forwards == 1
     assert set(result.exit_reason) <= {"stop", "max_iterations"}
     assert tokenizer.readable(result.tokens).all()
-    late = toy_decode(toy, tokenizer, 0, DecodingConfig(guess="mid", deadline_s=1e-6))  # half a chunk serves nobody
+    # half a chunk serves nobody
+    late = toy_decode(toy, tokenizer, 0, DecodingConfig(guess="mid", deadline_s=1e-6))
     assert tokenizer.readable(late.tokens).all()
     soon = DecodingConfig(guess="previous", deadline_s=1e-6)
     late = toy_decode(toy, tokenizer, 0, soon, previous=greedy.tokens, shift_steps=0)
@@ -247,7 +266,7 @@ def test_a_cap_ends_where_every_row_holds_a_chunk(toy: Toy, tokenizer: FastToken
         toy_decode(toy, tokenizer, 0, DecodingConfig(confidence=0.5))
 
 
-# ---- configuration, training ----------------------------------------------------------------------------------------
+# ---- configuration, training ---------------------------------------------------------------------
 
 
 def test_tokens_must_be_fitted_for_the_policys_chunk(tokens: FastTokensConfig) -> None:
@@ -264,9 +283,15 @@ def test_tokens_must_be_fitted_for_the_policys_chunk(tokens: FastTokensConfig) -
 def test_file_holds_the_tokens(tokens: FastTokensConfig, tmp_path: Path) -> None:
     file = tokens.write(tmp_path / "deep" / "tokens.json")
     read = FastTokensConfig(path=str(file))
-    assert read.build(STEPS, DIM).vocabulary_size == tokens.build(STEPS, DIM).vocabulary_size == tokens.vocabulary_size
+    assert (
+        read.build(STEPS, DIM).vocabulary_size
+        == tokens.build(STEPS, DIM).vocabulary_size
+        == tokens.vocabulary_size
+    )
     chunks = smooth_chunks(5)
-    assert torch.equal(read.build(STEPS, DIM).encode(chunks), tokens.build(STEPS, DIM).encode(chunks))
+    assert torch.equal(
+        read.build(STEPS, DIM).encode(chunks), tokens.build(STEPS, DIM).encode(chunks)
+    )
     file.write_text("{}")
     with pytest.raises(CheckpointError, match="holds no fitted tokens"):
         FastTokensConfig(path=str(file))

@@ -48,7 +48,9 @@ def test_a_local_checkpoint_of_a_shipped_name(
     expected = checkpoint(here / "student" / inner)
     assert resolve_checkpoint(given) == resolve_checkpoint(given) == expected
     (message,) = caplog.messages  # once, however often it is resolved
-    assert message.startswith(f"student is the local folder {here}/student, not the shipped checkpoint")
+    assert message.startswith(
+        f"student is the local folder {here}/student, not the shipped checkpoint"
+    )
     assert "./student" in message
 
 
@@ -57,8 +59,10 @@ def test_a_local_folder_that_is_no_checkpoint(here: Path, caplog: pytest.LogCapt
     (here / "teacher").touch()
     assert resolve_checkpoint("student") == SHIPPED
     assert resolve_checkpoint("teacher") == pretrained_path("teacher")
-    assert [f"the local folder {here}/{name} is none" in text for name, text in
-            zip(("student", "teacher"), caplog.messages, strict=True)] == [True, True]  # fmt: skip
+    assert [
+        f"the local folder {here}/{name} is none" in text
+        for name, text in zip(("student", "teacher"), caplog.messages, strict=True)
+    ] == [True, True]
     assert "Write ./student if you mean the folder" in caplog.messages[0]
 
 
@@ -69,7 +73,9 @@ def test_an_incomplete_local_checkpoint_is_an_error(here: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["./student", "../{}/student", "{absolute}/student"])
-def test_a_path_is_always_the_local_folder(here: Path, given: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_path_is_always_the_local_folder(
+    here: Path, given: str, caplog: pytest.LogCaptureFixture
+) -> None:
     given = given.format(here.name, absolute=here)
     with pytest.raises(CheckpointError, match="No checkpoint folder at"):
         resolve_checkpoint(given)
@@ -84,7 +90,9 @@ def test_a_path_is_always_the_local_folder(here: Path, given: str, caplog: pytes
     assert not caplog.messages
 
 
-def test_a_name_of_a_wheel(here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_name_of_a_wheel(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     wheel = here / "site" / "ceed_vla_foldertest"
     shutil.copytree(SHIPPED, wheel / "student")
     (wheel / "__init__.py").touch()
@@ -118,16 +126,18 @@ def test_unambiguous(here: Path) -> None:
 def test_nothing_heavy_is_imported_to_list_what_there_is() -> None:
     """Shells complete `ceed_vla.<TAB>` from `dir`."""
     script = (
-        "import sys, ceed_vla, ceed_vla.folders, ceed_vla.checkpoints\n"
-        "for module in (ceed_vla, ceed_vla.checkpoints): assert {*module.__all__} <= {*dir(module)}\n"
-        "print([name for name in ('torch', 'lerobot', 'numpy') if name in sys.modules])"
+        "import sys, ceed_vla, ceed_vla.folders, ceed_vla.checkpoints\nfor module in (ceed_vla, "
+        "ceed_vla.checkpoints): assert {*module.__all__} <= {*dir(module)}\nprint([name for name "
+        "in ('torch', 'lerobot', 'numpy') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (run.stdout.strip(), run.returncode) == ("[]", 0), run.stderr
 
 
 def test_dir_has_the_exports() -> None:
-    assert {"load", "CeedVLAPolicy", "pretrained_path", "__version__", "__name__"} <= set(dir(ceed_vla))
+    assert {"load", "CeedVLAPolicy", "pretrained_path", "__version__", "__name__"} <= set(
+        dir(ceed_vla)
+    )
     assert {"load", "save", "seal"} <= set(dir(checkpoints))
     for name in ceed_vla.__all__:
         assert hasattr(ceed_vla, name)

@@ -1,4 +1,6 @@
-"""What a new policy takes from a LeRobotDataset that `lerobot-train` opens: of its frames, else of its statistics."""
+"""What a new policy takes from a LeRobotDataset that `lerobot-train` opens: of its frames, else of
+its statistics.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ STATE_STATS = {"mean": np.zeros(3), "std": np.ones(3)}
 def open_config(**changes: Any) -> CeedVLAConfig:
     """Settings of a small policy as LeRobot fills them: with every feature of a data set."""
     return tabletop_config(
-        width=32, layers=1, heads=2, mlp_width=32, stem_channels=[8] * 4, auxiliary_scale=[],
+        width=32,
+        layers=1,
+        heads=2,
+        mlp_width=32,
+        stem_channels=[8] * 4,
+        auxiliary_scale=[],
         input_features={
             FRONT: PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
             DEPTH: PolicyFeature(FeatureType.VISUAL, (1, 32, 32)),
@@ -43,11 +50,13 @@ def open_config(**changes: Any) -> CeedVLAConfig:
             "action.raw": PolicyFeature(FeatureType.ACTION, (9,)),
         },
         **{"action_range": "quantile", "action_low": [], "action_high": [], **changes},
-    )  # fmt: skip
+    )
 
 
 def write(root: Path, actions: np.ndarray | None) -> SimpleNamespace:
-    """LeRobot's metadata of a data set in one episode, of which only numbers exist; without files of its frames."""
+    """LeRobot's metadata of a data set in one episode, of which only numbers exist; without files
+    of its frames.
+    """
     vector = {"dtype": "float32", "names": None}
     image = {"dtype": "image", "shape": [32, 32, 3], "names": ["height", "width", "channels"]}
     features = {
@@ -58,7 +67,13 @@ def write(root: Path, actions: np.ndarray | None) -> SimpleNamespace:
         "action": {**vector, "shape": [4], "names": NAMES},
     }
     frames = 200
-    info = {"codebase_version": "v3.0", "fps": 10, "total_frames": frames, "total_episodes": 1, "features": features}
+    info = {
+        "codebase_version": "v3.0",
+        "fps": 10,
+        "total_frames": frames,
+        "total_episodes": 1,
+        "features": features,
+    }
     (root / "meta").mkdir(parents=True)
     (root / "meta" / "info.json").write_text(json.dumps(info))
     if actions is not None:
@@ -74,7 +89,10 @@ def write(root: Path, actions: np.ndarray | None) -> SimpleNamespace:
         pq.write_table(pa.table(columns), root / "data" / "file.parquet")
     extremes = {"min": [-1.0, -0.5, 0.0, 0.0], "max": [0.8, 1.0, 0.7, 255.0]}
     numbers = {**extremes, **AVERAGED, "mean": [0.0] * 4, "std": [1.0] * 4, "count": [frames]}
-    stats = {STATE: dict(STATE_STATS), "action": {name: np.array(values) for name, values in numbers.items()}}
+    stats = {
+        STATE: dict(STATE_STATS),
+        "action": {name: np.array(values) for name, values in numbers.items()},
+    }
     stats["observation.force"] = {"mean": np.zeros(6), "std": np.ones(6)}
     return SimpleNamespace(root=root, features=features, fps=10, stats=stats)
 
@@ -109,16 +127,24 @@ def test_the_frames_define_ranges_grippers_and_increments(
     assert config.delta_dims == [0, 1]
     assert list(config.input_features or {}) == [FRONT, STATE, "observation.environment_state"]
     assert list(config.output_features or {}) == ["action"]
-    (line,) = [record.getMessage() for record in caplog.records if "action ranges" in record.getMessage()]
-    assert "[0, 0.7], [0, 255], from all frames; two-valued dimensions [3]; increments [0, 1]" in line
+    (line,) = [
+        record.getMessage() for record in caplog.records if "action ranges" in record.getMessage()
+    ]
+    assert (
+        "[0, 0.7], [0, 255], from all frames; two-valued dimensions [3]; increments [0, 1]" in line
+    )
     assert line.endswith(f"ignored: {DEPTH} image (32, 32, 3), observation.force float32 (6,)")
     pre, _ = make_ceed_vla_pre_post_processors(policy.config, meta.stats, instructions=["push"])
     saved = pre.steps[-1].state_dict()
-    assert saved["action.q99"][:2].tolist() == pytest.approx(np.quantile(actions[:, :2], 0.99, axis=0).tolist())
+    assert saved["action.q99"][:2].tolist() == pytest.approx(
+        np.quantile(actions[:, :2], 0.99, axis=0).tolist()
+    )
     assert not any(name.startswith("observation.force") for name in saved)
 
 
-def test_without_frames_ranges_are_the_extremes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_frames_ranges_are_the_extremes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="ceed_vla")
     meta = write(tmp_path / "data", None)
     config = open_config()
@@ -131,12 +157,16 @@ def test_without_frames_ranges_are_the_extremes(tmp_path: Path, caplog: pytest.L
     assert "the data files hold 0 frames" in caplog.text
 
     alone = open_config()  # a policy that is built in Python, with the statistics alone
-    alone.input_features = {name: f for name, f in (alone.input_features or {}).items() if name != DEPTH}
+    alone.input_features = {
+        name: f for name, f in (alone.input_features or {}).items() if name != DEPTH
+    }
     CeedVLAPolicy(alone, dataset_stats=write(tmp_path / "alone", None).stats)
     assert alone.action_tokens.action_high == [1, 1, 0.7, 255]  # type: ignore[attr-defined]
 
 
-def test_what_the_settings_say_stays(actions: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_settings_say_stays(
+    actions: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="ceed_vla")
     ends = {"action_low": [-2.0] * 4, "action_high": [2.0] * 4}
     config = open_config(**ends, gripper_dims=[1], delta_dims=[])
@@ -154,7 +184,9 @@ def test_broken_actions_define_nothing(actions: np.ndarray, tmp_path: Path) -> N
         build(open_config(), meta)
 
 
-def test_a_checkpoint_keeps_its_ranges(actions: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_keeps_its_ranges(
+    actions: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     meta = write(tmp_path / "data", actions)
     policy = build(open_config(), meta)
     pre, post = make_ceed_vla_pre_post_processors(policy.config, meta.stats, instructions=["push"])
@@ -175,10 +207,18 @@ def test_a_checkpoint_with_more_features_is_read(actions: np.ndarray, tmp_path: 
     force = {"observation.force": PolicyFeature(FeatureType.STATE, (6,))}
     policy.config.input_features = {**(policy.config.input_features or {}), **force}
     folder = tmp_path / "policy"
-    for part in (policy, *make_ceed_vla_pre_post_processors(policy.config, meta.stats, instructions=["push"])):
+    for part in (
+        policy,
+        *make_ceed_vla_pre_post_processors(policy.config, meta.stats, instructions=["push"]),
+    ):
         part.save_pretrained(folder)
     assert "observation.force" in json.loads((folder / "config.json").read_text())["input_features"]
-    lerobots = PreTrainedConfig.from_pretrained(folder, cli_overrides=["--decode_with=cap1"])  # not validated yet
+    # not validated yet
+    lerobots = PreTrainedConfig.from_pretrained(folder, cli_overrides=["--decode_with=cap1"])
     for config in (None, lerobots):
         again = CeedVLAPolicy.from_pretrained(folder, config=config)
-        assert list(again.config.input_features or {}) == [FRONT, STATE, "observation.environment_state"]
+        assert list(again.config.input_features or {}) == [
+            FRONT,
+            STATE,
+            "observation.environment_state",
+        ]

@@ -28,14 +28,22 @@ def dataset(tmp_path: Path) -> Path:
 
     image = {"dtype": "image", "shape": (96, 96, 3), "names": ["height", "width", "channels"]}
     sizes = {"observation.state": 14, "observation.environment_state": 40, "action": 7}
-    vectors = {name: {"dtype": "float32", "shape": (size,), "names": None} for name, size in sizes.items()}
+    vectors = {
+        name: {"dtype": "float32", "shape": (size,), "names": None} for name, size in sizes.items()
+    }
     cameras = {f"observation.images.{name}": image for name in ("front", "wrist")}
     root, random = tmp_path / "data", np.random.default_rng(0)
-    dataset = LeRobotDataset.create("local/data", 10, {**cameras, **vectors}, root=root, use_videos=False)
+    dataset = LeRobotDataset.create(
+        "local/data", 10, {**cameras, **vectors}, root=root, use_videos=False
+    )
     for task in TASKS:
         for _ in range(10):
-            pictures = {name: random.integers(0, 256, (96, 96, 3), dtype=np.uint8) for name in cameras}
-            numbers = {name: random.uniform(-1, 1, size).astype(np.float32) for name, size in sizes.items()}
+            pictures = {
+                name: random.integers(0, 256, (96, 96, 3), dtype=np.uint8) for name in cameras
+            }
+            numbers = {
+                name: random.uniform(-1, 1, size).astype(np.float32) for name, size in sizes.items()
+            }
             dataset.add_frame({**pictures, **numbers, "task": task})
         dataset.save_episode()
     dataset.finalize()
@@ -50,8 +58,15 @@ def lerobot_train(*arguments: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         discover = [f"--discover_packages_path={PLUGIN}"]
     command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", *discover, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     output = process.stdout + process.stderr
     assert process.returncode == 0, output[-3000:]
     return output
@@ -95,7 +110,9 @@ def test_lerobot_train(dataset: Path, tmp_path: Path) -> None:
 
     policy, pre, _ = ceed_vla.load(output / "checkpoints" / "000003")
     assert policy.config.action_tokens.action_high[:6] != [1.0] * 6  # quantiles of the data
-    observation = {f"observation.images.{name}": torch.rand(3, 96, 96) for name in ("front", "wrist")}
+    observation = {
+        f"observation.images.{name}": torch.rand(3, 96, 96) for name in ("front", "wrist")
+    }
     batch = pre({**observation, "observation.state": torch.zeros(14), "task": TASKS[0]})
     assert policy.decode(batch, "ceed").actions.shape == (1, 8, 7)
     assert (batch["observation.language.tokens"] > 1).sum() == 7  # every word is known
@@ -103,14 +120,23 @@ def test_lerobot_train(dataset: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def uneven(tmp_path: Path) -> Path:
-    """A data set whose quantiles an episode say little of all: two of eight episodes make the large motions.
+    """A data set whose quantiles an episode say little of all: two of eight episodes make the large
+    motions.
 
-    It has a gripper of 0 and 255, a dimension that moves in two frames, and features that no policy of ours uses.
+    It has a gripper of 0 and 255, a dimension that moves in two frames, and features that no policy
+    of ours uses.
     """
     from lerobot.datasets import LeRobotDataset
 
-    shapes = {"observation.state": (5,), "observation.force": (6,), "observation.depth": (8, 12), "next.reward": (1,)}
-    vectors = {name: {"dtype": "float32", "shape": shape, "names": None} for name, shape in shapes.items()}
+    shapes = {
+        "observation.state": (5,),
+        "observation.force": (6,),
+        "observation.depth": (8, 12),
+        "next.reward": (1,),
+    }
+    vectors = {
+        name: {"dtype": "float32", "shape": shape, "names": None} for name, shape in shapes.items()
+    }
     names = ["dx", "dy", "dz", "tool", "spare", "gripper"]
     action = {"dtype": "float32", "shape": (6,), "names": names}
     image = {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channels"]}
@@ -125,9 +151,16 @@ def uneven(tmp_path: Path) -> Path:
             move[3] = random.normal()
             move[4] = 0.7 if episode == 3 and step in (5, 6) else 0.0
             move[5] = 255.0 if step > 20 else 0.0
-            numbers = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+            numbers = {
+                name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()
+            }
             picture = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            frame = {"observation.images.front": picture, **numbers, "action": move, "task": TASKS[0]}
+            frame = {
+                "observation.images.front": picture,
+                **numbers,
+                "action": move,
+                "task": TASKS[0],
+            }
             dataset.add_frame(frame)
         dataset.save_episode()
     dataset.finalize()
@@ -135,11 +168,15 @@ def uneven(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_lerobot_train_takes_from_the_data_what_ceed_vla_train_takes(uneven: Path, tmp_path: Path) -> None:
+def test_lerobot_train_takes_from_the_data_what_ceed_vla_train_takes(
+    uneven: Path, tmp_path: Path
+) -> None:
     from ceed_vla.data.frames import open_dataset
-    from training.defaults import describe, take_from_data
+    from ceed_vla.training.defaults import describe, take_from_data
 
-    printed = lerobot_train(*settings(uneven, tmp_path / "run", steps=1, **{"policy.backbone.image_size": 32}))
+    printed = lerobot_train(
+        *settings(uneven, tmp_path / "run", steps=1, **{"policy.backbone.image_size": 32})
+    )
     policy, _, _ = ceed_vla.load(tmp_path / "run" / "checkpoints" / "000001")
 
     store = open_dataset(uneven, decode=False)
@@ -152,14 +189,18 @@ def test_lerobot_train_takes_from_the_data_what_ceed_vla_train_takes(uneven: Pat
     assert policy.config.input_features == ours.input_features
     averaged = json.loads((uneven / "meta" / "stats.json").read_text())["action"]["q99"]
     high = policy.config.action_tokens.action_high
-    assert max(averaged[:3]) < 0.3 < 0.9 < min(high[:3])  # what LeRobot's statistics would have clipped
+    # what LeRobot's statistics would have clipped
+    assert max(averaged[:3]) < 0.3 < 0.9 < min(high[:3])
     assert high[4] == pytest.approx(0.7)
 
     pattern = r"cameras observation.images.front .*"
     (logged,) = re.findall(pattern, printed)
     assert logged == describe(ours, policy.tokenizer, store, 0)
     assert (
-        "ignored: observation.force float32 (6,), observation.depth float32 (8, 12), next.reward float32 (1,)" in logged
+        "ignored: observation.force float32 (6,), observation.depth float32 (8, 12), next.reward "
+        "float32 (1,)" in logged
     )
-    weights = (tmp_path / "run" / "checkpoints" / "000001" / "pretrained_model").glob("*.safetensors")
+    weights = (tmp_path / "run" / "checkpoints" / "000001" / "pretrained_model").glob(
+        "*.safetensors"
+    )
     assert not any(b"observation.depth" in file.read_bytes() for file in weights)

@@ -1,4 +1,6 @@
-"""Limits are on work, not on what a file says of itself: lengths, values, unpacked bytes, patterns."""
+"""Limits are on work, not on what a file says of itself: lengths, values, unpacked bytes,
+patterns.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,45 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from ceed_vla.data.parquet import FREE, RATIO, Budget, open_parquet, read_table
 from ceed_vla.decoding.names import OWN, named_config
-from ceed_vla.errors import CheckpointError, ConfigError, DatasetError, MalformedChunkError, raised_as
+from ceed_vla.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    MalformedChunkError,
+    raised_as,
+)
 from ceed_vla.files import parse_json, read_bytes, read_json
 from ceed_vla.limited import process, tokenizers
 from ceed_vla.limited.process import run_limited
 from ceed_vla.limited.tokenizers import check_tokenizer_text, check_tokenizers
 from ceed_vla.tokens.fast_codec import FastCodec
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
-    "name", ["risk" + "1" * 10**6, "risk" + "1" * 10**6 + "x", "plan" + "9" * 10**6 + "_", "_" * 10**6, "conf" * 10**5]
+    "name",
+    [
+        "risk" + "1" * 10**6,
+        "risk" + "1" * 10**6 + "x",
+        "plan" + "9" * 10**6 + "_",
+        "_" * 10**6,
+        "conf" * 10**5,
+    ],
 )
 def test_a_long_name_is_refused_as_fast_as_a_short_one(name: str) -> None:
     OWN.fullmatch(name)  # which takes its length, not its square
@@ -38,17 +62,21 @@ def test_a_long_name_is_refused_as_fast_as_a_short_one(name: str) -> None:
             named_config(name if own is None else "risk0.05" if own else name, own=own)
 
 
-@pytest.mark.parametrize("name", ["risk1", "risk0.05", "risk.5", "plan", "plan12", "plan1.5", "plan.5", "learned"])
+@pytest.mark.parametrize(
+    "name", ["risk1", "risk0.05", "risk.5", "plan", "plan12", "plan1.5", "plan.5", "learned"]
+)
 def test_names_of_a_checkpoint(name: str) -> None:
     assert OWN.fullmatch(name)
 
 
-@pytest.mark.parametrize("name", ["risk", "risk.", "risk1.", "plan.", "plan1.2.3", "learned1", "risk\uff11"])
+@pytest.mark.parametrize(
+    "name", ["risk", "risk.", "risk1.", "plan.", "plan1.2.3", "learned1", "risk\uff11"]
+)
 def test_other_names(name: str) -> None:
     assert not OWN.fullmatch(name)
 
 
-# ---- JSON -----------------------------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(30)
@@ -100,7 +128,7 @@ def test_a_size_that_is_not_declared_counts() -> None:
         read_bytes(file, DatasetError, most=100)
 
 
-# ---- parquet --------------------------------------------------------------------------------------------------------
+# ---- parquet -------------------------------------------------------------------------------------
 
 ROWS = 20_000
 
@@ -168,16 +196,24 @@ def test_what_is_read_is_what_arrow_reads(tmp_path: Path) -> None:
         for version in ("1.0", "2.0"):
             file = tmp_path / f"{compression}{version}.parquet"
             pq.write_table(
-                table, file, row_group_size=1100, compression=compression, data_page_version=version,
+                table,
+                file,
+                row_group_size=1100,
+                compression=compression,
+                data_page_version=version,
                 data_page_size=2000,
-            )  # fmt: skip
+            )
             read = read_table(file, shapes, Budget([file]))
             assert read.equals(pq.read_table(file))
 
 
 def test_pages_hold_what_the_footer_says(tmp_path: Path) -> None:
     file = tmp_path / "file.parquet"
-    pq.write_table(pa.table({"a": pa.array([[1.0] * 3] * 100, pa.list_(pa.float32()))}), file, compression="none")
+    pq.write_table(
+        pa.table({"a": pa.array([[1.0] * 3] * 100, pa.list_(pa.float32()))}),
+        file,
+        compression="none",
+    )
     data = bytearray(file.read_bytes())
     chunk = pq.ParquetFile(file).metadata.row_group(0).column(0)
     assert chunk.num_values == 300
@@ -193,13 +229,19 @@ def test_pages_hold_what_the_footer_says(tmp_path: Path) -> None:
 def test_other_columns(tmp_path: Path, change: str) -> None:
     file = tmp_path / "file.parquet"
     kind = pa.list_(pa.string()) if change == "more texts" else pa.list_(pa.int64())
-    pq.write_table(pa.table({"a": pa.array([["1"] * 3 if change == "more texts" else [1] * 3], kind)}), file)
-    shapes = {"more texts": {"a": (3,)}, "no such column": {"b": ()}, "too many values": {"a": (2,)}}[change]
+    pq.write_table(
+        pa.table({"a": pa.array([["1"] * 3 if change == "more texts" else [1] * 3], kind)}), file
+    )
+    shapes = {
+        "more texts": {"a": (3,)},
+        "no such column": {"b": ()},
+        "too many values": {"a": (2,)},
+    }[change]
     with pytest.raises(DatasetError, match=r"several texts|no column b|other lengths"):
         read_table(file, shapes, Budget([file]))
 
 
-# ---- tokenizers -----------------------------------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 
 def bpe(**parts: Any) -> str:
@@ -208,7 +250,9 @@ def bpe(**parts: Any) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=300,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["put the red cube in the bin"] * 3, trainer)
     for name, part in parts.items():
@@ -223,9 +267,13 @@ def doubled(text: str, times: int) -> Any:
 def padded(length: int) -> str:
     values = json.loads(bpe())
     values["padding"] = {
-        "strategy": {"Fixed": length}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-        "pad_type_id": 0, "pad_token": "!",
-    }  # fmt: skip
+        "strategy": {"Fixed": length},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "!",
+    }
     return json.dumps(values)
 
 
@@ -253,7 +301,9 @@ BAD_TOKENIZERS = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", BAD_TOKENIZERS)
-def test_a_tokenizer_that_costs_too_much_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_costs_too_much_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(process, "CPU_S", 1)
     monkeypatch.setattr(process, "MEMORY", 2**29)
     (tmp_path / "tokenizer.json").write_text(BAD_TOKENIZERS[kind]())
@@ -267,13 +317,17 @@ def test_a_tokenizer_that_costs_too_much_is_refused(kind: str, tmp_path: Path, m
 @pytest.mark.parametrize("times", [20, 34, 200])
 def test_doublings_end(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "CPU_S", 1)
-    with pytest.raises(ConfigError, match=r"cannot be read \(it took more than|cannot be read \(ValueError"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be read \(it took more than|cannot be read \(ValueError"
+    ):
         check_tokenizer_text(bpe(normalizer=doubled("a", times)), "The BPE", ConfigError)
 
 
 def test_a_tokenizer_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Any] = []
-    monkeypatch.setattr(tokenizers, "run_limited", lambda *given: runs.append(given) or run_limited(*given))
+    monkeypatch.setattr(
+        tokenizers, "run_limited", lambda *given: runs.append(given) or run_limited(*given)
+    )
     monkeypatch.setattr(tokenizers, "_checked", set())
     (tmp_path / "tokenizer.json").write_text(bpe())
     for _ in range(3):

@@ -92,7 +92,10 @@ def test_a_forked_child_neither_holds_nor_releases(tmp_path: Path) -> None:
     with subprocess.Popen(command, **pipes) as parent:  # type: ignore[call-overload]
         child = int(parent.stdout.readline())
         try:
-            with pytest.raises(ConfigError, match=f"process {parent.pid} on"), locked(tmp_path / "run", WHAT):
+            with (
+                pytest.raises(ConfigError, match=f"process {parent.pid} on"),
+                locked(tmp_path / "run", WHAT),
+            ):
                 pass
             parent.kill()
             parent.wait()
@@ -140,7 +143,9 @@ def test_parts_of_a_folder_have_their_own_writers(tmp_path: Path) -> None:
         assert lock_file(tmp_path, "0-of-2") != lock_file(tmp_path, "1-of-2")
 
 
-def test_processes_of_one_launch_share_the_lock_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_one_launch_share_the_lock_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with holder(tmp_path / "run"):
         monkeypatch.setenv("RANK", "1")
         with locked(tmp_path / "run", WHAT, launched=True):
@@ -166,13 +171,23 @@ def test_a_lock_of_another_host_is_refused_with_its_file(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"boot": "before the last start"}, {"started": "5"}, {"process": 2**22 + 1}, {"host": "a container"}],
+    [
+        {},
+        {"boot": "before the last start"},
+        {"started": "5"},
+        {"process": 2**22 + 1},
+        {"host": "a container"},
+    ],
     ids=str,
 )
-def test_what_this_kernel_knows_to_be_free_is_taken_over(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_what_this_kernel_knows_to_be_free_is_taken_over(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     file = write_record(tmp_path / "run", **changes)
     with locked(tmp_path / "run", WHAT):
-        assert Holder.read(file.read_text()) == replace(Holder.own(), since=Holder.read(file.read_text()).since)
+        assert Holder.read(file.read_text()) == replace(
+            Holder.own(), since=Holder.read(file.read_text()).since
+        )
     assert not file.exists()
 
 
@@ -182,7 +197,10 @@ def test_without_flock_the_record_decides(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(fcntl, "flock", no_locks)  # as on some cluster file systems
     with holder(tmp_path / "run") as first:
-        with pytest.raises(ConfigError, match=f"process {first.pid} on"), locked(tmp_path / "run", WHAT):
+        with (
+            pytest.raises(ConfigError, match=f"process {first.pid} on"),
+            locked(tmp_path / "run", WHAT),
+        ):
             pass
         first.kill()
         first.wait()
@@ -196,10 +214,15 @@ def test_without_flock_the_record_decides(tmp_path: Path, monkeypatch: pytest.Mo
         pass
 
 
-@pytest.mark.parametrize("text", ["keep me", "[1]", '{"program": "other"}', "[" * 4000, '{"program": "ceed-vla 1"}'])
+@pytest.mark.parametrize(
+    "text", ["keep me", "[1]", '{"program": "other"}', "[" * 4000, '{"program": "ceed-vla 1"}']
+)
 def test_a_file_of_somebody_else_is_no_lock(tmp_path: Path, text: str) -> None:
     lock_file(tmp_path / "run").write_text(text)
-    with pytest.raises(ConfigError, match="was not made by ceed-vla"), locked(tmp_path / "run", WHAT):
+    with (
+        pytest.raises(ConfigError, match="was not made by ceed-vla"),
+        locked(tmp_path / "run", WHAT),
+    ):
         pass
     assert lock_file(tmp_path / "run").read_text() == text
 
@@ -208,8 +231,15 @@ def test_a_file_of_somebody_else_is_no_lock(tmp_path: Path, text: str) -> None:
 def test_what_is_no_file_is_no_lock(tmp_path: Path, kind: str) -> None:
     file, victim = lock_file(tmp_path / "run"), tmp_path / "victim"
     victim.write_text("keep me")
-    {"link": lambda: file.symlink_to(victim), "pipe": lambda: os.mkfifo(file), "folder": file.mkdir}[kind]()
-    with pytest.raises(ConfigError, match=re.escape(f"its lock {file}")), locked(tmp_path / "run", WHAT):
+    {
+        "link": lambda: file.symlink_to(victim),
+        "pipe": lambda: os.mkfifo(file),
+        "folder": file.mkdir,
+    }[kind]()
+    with (
+        pytest.raises(ConfigError, match=re.escape(f"its lock {file}")),
+        locked(tmp_path / "run", WHAT),
+    ):
         pass
     assert victim.read_text() == "keep me"
 

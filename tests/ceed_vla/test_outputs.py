@@ -1,4 +1,6 @@
-"""Where commands write: what is not theirs, links and inputs are refused before anything is done."""
+"""Where commands write: what is not theirs, links and inputs are refused before anything is
+done.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_a_report_of_an_earlier_version_vouches_for_the_weights_that_it_names(fo
     assert claim(folder) == folder
     for named in ({"sha256": "0" * 12}, {"sha256": ""}, {"sha256": None}, {}, None, digest):
         (folder / REPORT).write_text(json.dumps({"program": MADE_BY, "policy": named}))
-        with pytest.raises(ConfigError, match=r"checkpoint/config\.json' that ceed-vla did not make"):
+        with pytest.raises(
+            ConfigError, match=r"checkpoint/config\.json' that ceed-vla did not make"
+        ):
             claim(folder)
 
 
@@ -69,7 +73,10 @@ CASES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda out, _: [(out / PART / "a").mkdir(), (out / PART / "a" / "notes").touch()],
         "'checkpoint/a/notes' that ceed-vla did not make",
     ),
-    "no report": (lambda out, _: (out / REPORT).unlink(), "'checkpoint' that ceed-vla did not make"),
+    "no report": (
+        lambda out, _: (out / REPORT).unlink(),
+        "'checkpoint' that ceed-vla did not make",
+    ),
     "a report without its list": (
         lambda out, _: (out / REPORT).write_text(json.dumps({"program": MADE_BY})),
         "'checkpoint/config.json' that ceed-vla did not make",
@@ -83,7 +90,10 @@ CASES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         "'checkpoint' that ceed-vla did not make",
     ),
     "the part is a link to the user's folder": (
-        lambda out, user: [(out / PART).rename(out.parent / "moved"), (out / PART).symlink_to(user)],
+        lambda out, user: [
+            (out / PART).rename(out.parent / "moved"),
+            (out / PART).symlink_to(user),
+        ],
         "holds checkpoint, a link to",
     ),
     "a file of the part is a link": (
@@ -95,7 +105,10 @@ CASES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         "holds checkpoint/extra, a link to",
     ),
     "the report is a link": (
-        lambda out, user: [(out / REPORT).rename(user / REPORT), (out / REPORT).symlink_to(user / REPORT)],
+        lambda out, user: [
+            (out / REPORT).rename(user / REPORT),
+            (out / REPORT).symlink_to(user / REPORT),
+        ],
         "holds report.json, a link to",
     ),
     "a pipe": (lambda out, _: os.mkfifo(out / PART / "pipe"), "holds checkpoint/pipe, a pipe"),
@@ -122,5 +135,6 @@ def test_an_input_is_not_replaced(folder: Path, tmp_path: Path) -> None:
     for source in (folder / PART, tmp_path / "link", folder / PART / "inner"):
         with pytest.raises(ConfigError, match=r"where checkpoint would replace .*, an input"):
             claim(folder, source)
-    assert claim(folder, folder / PART, part="") == folder  # a report beside a policy replaces nothing
+    # a report beside a policy replaces nothing
+    assert claim(folder, folder / PART, part="") == folder
     assert claim(folder, tmp_path / "elsewhere") == folder

@@ -25,12 +25,18 @@ programs = st.lists(st.integers(0, LAYERS - 1), min_size=1, max_size=2 * LAYERS)
 
 
 def made(seed: int, rows: int = 2) -> tuple[CompactTrunk, Prefix, Tensor]:
-    """A random model whose tokens depend strongly on one another, a prefix (B, P), and a block (B, n - 1)."""
+    """A random model whose tokens depend strongly on one another, a prefix (B, P), and a block (B,
+    n - 1).
+    """
     torch.manual_seed(seed)
     backbone = CompactTrunk(N, LAYERS, WIDTH).requires_grad_(False)
     for weight in (backbone.action_tokens.weight, backbone.slots, backbone.head.weight):
         weight.normal_()
-    return backbone, backbone.prefill({"embeds": torch.randn(rows, P, WIDTH)}), torch.randint(255, (rows, N - 1))
+    return (
+        backbone,
+        backbone.prefill({"embeds": torch.randn(rows, P, WIDTH)}),
+        torch.randint(255, (rows, N - 1)),
+    )
 
 
 def by_hand(backbone: CompactTrunk, embeds: Tensor, tokens: Tensor, program: list[int]) -> Tensor:
@@ -40,11 +46,23 @@ def by_hand(backbone: CompactTrunk, embeds: Tensor, tokens: Tensor, program: lis
         seen.append(layer.project(x)[1:])
         x = layer(x, None)
     k = tokens.shape[1]
-    mask = torch.cat([torch.ones(k, embeds.shape[1], dtype=torch.bool), torch.ones(k, k, dtype=torch.bool).tril()], 1)
+    mask = torch.cat(
+        [
+            torch.ones(k, embeds.shape[1], dtype=torch.bool),
+            torch.ones(k, k, dtype=torch.bool).tril(),
+        ],
+        1,
+    )
     for index in program:
         layer = backbone.trunk[index]
         q, keys, values = layer.project(mine)
-        mine = layer.finish(mine, q, torch.cat([seen[index][0], keys], 2), torch.cat([seen[index][1], values], 2), mask)
+        mine = layer.finish(
+            mine,
+            q,
+            torch.cat([seen[index][0], keys], 2),
+            torch.cat([seen[index][1], values], 2),
+            mask,
+        )
     return backbone.head(backbone.final_norm(mine))
 
 
@@ -55,7 +73,9 @@ def test_its_layers_run_in_its_order(seed: int, program: list[int]) -> None:
     torch.manual_seed(seed + 1)
     embeds = torch.randn(2, P, WIDTH)
     found = backbone.program_logits(backbone.prefill({"embeds": embeds}), tokens, program)
-    torch.testing.assert_close(found, by_hand(backbone, embeds, tokens, program), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found, by_hand(backbone, embeds, tokens, program), rtol=1e-4, atol=1e-4
+    )
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -65,10 +85,14 @@ def test_the_full_program_is_a_forward_bit_for_bit(seed: int, committed: int) ->
     backbone.block_logits(prefix, tokens)
     prefix.cache.commit(committed)
     expected = backbone.block_logits(prefix, tokens[:, committed:])
-    assert torch.equal(backbone.program_logits(prefix, tokens[:, committed:], range(LAYERS)), expected)
+    assert torch.equal(
+        backbone.program_logits(prefix, tokens[:, committed:], range(LAYERS)), expected
+    )
 
 
-@pytest.mark.parametrize("program", [[LAYERS - 1], [0, LAYERS - 1], list(range(LAYERS)), [0], [1, 2, 2, 0]])
+@pytest.mark.parametrize(
+    "program", [[LAYERS - 1], [0, LAYERS - 1], list(range(LAYERS)), [0], [1, 2, 2, 0]]
+)
 @pytest.mark.usefixtures("poisoned")
 def test_nothing_that_it_writes_is_committed(program: list[int]) -> None:
     backbone, prefix, tokens = made(0)
@@ -84,13 +108,21 @@ def test_nothing_that_it_writes_is_committed(program: list[int]) -> None:
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 2**20), program=programs, frozen=st.integers(0, 2), executed=st.booleans())
-def test_without_an_exit_rule_tokens_are_greedy(seed: int, program: list[int], frozen: int, executed: bool) -> None:
+@given(
+    seed=st.integers(0, 2**20), program=programs, frozen=st.integers(0, 2), executed=st.booleans()
+)
+def test_without_an_exit_rule_tokens_are_greedy(
+    seed: int, program: list[int], frozen: int, executed: bool
+) -> None:
     backbone, prefix, tokens = made(seed)
     given_tokens = tokens[:, : frozen * DIM] if frozen else None
     expected = decode_block(backbone, prefix, TOKENS, "ar", frozen=given_tokens).tokens
     name = f"program{'-'.join(map(str, program))}{'_h' * executed}"
-    common: dict[str, Any] = {"frozen": given_tokens, "executed_steps": 3, "previous": torch.randint(255, (2, N))}
+    common: dict[str, Any] = {
+        "frozen": given_tokens,
+        "executed_steps": 3,
+        "previous": torch.randint(255, (2, N)),
+    }
     result = decode_block(backbone, prefix, TOKENS, name, **common)
     right = (frozen + 3) * DIM if executed else N
     assert torch.equal(result.tokens[:, :right], expected[:, :right])
@@ -140,7 +172,9 @@ def test_what_cannot_run_is_refused() -> None:
         with pytest.raises(ConfigError, match="Unknown decoder"):
             named_config(name)
     with pytest.raises(ConfigError, match="runs no programs"):
-        decode_block(SimpleNamespace(num_layers=LAYERS, block_length=N), prefix, TOKENS, "program0-1")  # type: ignore[arg-type]
+        decode_block(
+            SimpleNamespace(num_layers=LAYERS, block_length=N), prefix, TOKENS, "program0-1"
+        )  # type: ignore[arg-type]
 
 
 def test_a_backbone_that_runs_none_says_so() -> None:

@@ -1,4 +1,6 @@
-"""Processes that share work: results in order, errors as they are, packages discovered, nothing left behind."""
+"""Processes that share work: results in order, errors as they are, packages discovered, nothing
+left behind.
+"""
 
 from __future__ import annotations
 
@@ -51,11 +53,15 @@ def test_a_worker_reads_no_input(tmp_path: Path) -> None:
     script.write_text(READING)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script)]
-    done = subprocess.run(command, input="yes\n" * 100, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        command, input="yes\n" * 100, capture_output=True, text=True, check=True, env=environment
+    )
     assert done.stdout.split("\n")[0] == "[(b'', '')]"
 
 
-def test_processes_import_what_was_discovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_import_what_was_discovered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "package_of_a_user.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(discovery, "_discovered", {"package_of_a_user"})
@@ -115,6 +121,8 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
         process.kill()
     assert len(workers) == 2
     end = time.monotonic() + 30
-    while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end:
+    while (
+        left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    ) and time.monotonic() < end:
         time.sleep(0.05)
     assert not left

@@ -1,4 +1,6 @@
-"""The environment of docs/own-data.md: its expert solves it, doing nothing does not, and the state hides the block."""
+"""The environment of docs/own-data.md: its expert solves it, doing nothing does not, and the state
+hides the block.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def test_block_and_mark_are_in_the_images_and_not_in_the_state(env: Any) -> None
     env.seen = env.fetch._get_obs()
     shifted = env.observe()
     np.testing.assert_array_equal(after["agent_pos"], shifted["agent_pos"])
-    assert all((after["pixels"][view] != shifted["pixels"][view]).any() for view in ("front", "side"))
+    assert all(
+        (after["pixels"][view] != shifted["pixels"][view]).any() for view in ("front", "side")
+    )
 
 
 def test_the_same_seed_is_the_same_scene(env: Any) -> None:

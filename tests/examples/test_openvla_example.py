@@ -22,12 +22,23 @@ def run(output: Path, seed: int) -> tuple[Rows, Rows]:
     """Rows of the open-loop reports before and after distillation."""
     pytest.importorskip("mujoco")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "MUJOCO_GL": "egl", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "MUJOCO_GL": "egl",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+    }
     environment["SEED"] = str(seed)
     command = ["bash", str(ROOT / "examples" / "openvla.sh"), str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=580)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, timeout=580
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    before, after = (json.loads((output / part / "open_loop.json").read_text())["rows"] for part in ("before", "after"))
+    before, after = (
+        json.loads((output / part / "open_loop.json").read_text())["rows"]
+        for part in ("before", "after")
+    )
     for rows in (before, after):
         for start in STARTS:
             assert rows[start]["tokens_equal_ar"] == 1.0  # strict: every token
@@ -36,7 +47,8 @@ def run(output: Path, seed: int) -> tuple[Rows, Rows]:
     return before, after
 
 
-# The first one as printed. Every mean is over the chunks of 16 episodes that nothing was trained on.
+# The first one as printed. Every mean is over the chunks of 16 episodes that nothing was trained
+# on.
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -49,10 +61,14 @@ def test_forwards_fall_by_a_quarter_from_both_starts(seed: int, tmp_path: Path) 
         assert was > 10  # there is something to gain: the fine-tune's tokens depend on each other
         assert now <= 0.75 * was
     assert after[AT_MOST_2]["tokens_equal_ar"] > before[AT_MOST_2]["tokens_equal_ar"]
-    # Speed is not bought with the policy: greedy actions are about as near the demonstrations as before.
+    # Speed is not bought with the policy: greedy actions are about as near the demonstrations as
+    # before.
     assert after["ar"]["error"] < before["ar"]["error"] + 0.025
     assert after["ar"]["error"] < after["mean action"]["error"]
-    checkpoints = ("base", *(f"{run}/checkpoints/final/pretrained_model" for run in ("fine-tune", "student")))
+    checkpoints = (
+        "base",
+        *(f"{run}/checkpoints/final/pretrained_model" for run in ("fine-tune", "student")),
+    )
     for name in checkpoints:
         policy, _, _ = load(tmp_path / name)
         assert policy.config.backbone.type == "openvla"

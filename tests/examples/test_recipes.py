@@ -26,7 +26,11 @@ def test_a_grown_trunk_decodes_the_same_tokens_and_can_learn(tmp_path: Path) -> 
     generator = torch.Generator().manual_seed(0)
     images = {name: torch.rand(2, 3, 96, 96, generator=generator) for name in base.config.cameras}
     batch = pre(
-        {**images, "observation.state": torch.rand(2, 14, generator=generator), "task": ["push the red cube"] * 2}
+        {
+            **images,
+            "observation.state": torch.rand(2, 14, generator=generator),
+            "task": ["push the red cube"] * 2,
+        }
     )
     assert torch.equal(base.decode(batch, "ar").tokens, grown.decode(batch, "ar").tokens)
     block = torch.zeros(2, 56, dtype=torch.int64)

@@ -1,4 +1,6 @@
-"""The examples run as printed, and with the flags of a real model; the written backbone keeps the contract."""
+"""The examples run as printed, and with the flags of a real model; the written backbone keeps the
+contract.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,11 @@ def run(name: str, *flags: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *flags],
-        capture_output=True, text=True, timeout=800, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=800,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -36,14 +41,17 @@ def run(name: str, *flags: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_smolvlm(tmp_path: Path) -> None:
-    """A random model, fine-tuned and distilled on simulated demonstrations: its iterations fall by half."""
+    """A random model, fine-tuned and distilled on simulated demonstrations: its iterations fall by
+    half.
+    """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     command = ["bash", str(EXAMPLES / "smolvlm.sh"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     before, after = (
-        json.loads((tmp_path / part / "open_loop.json").read_text())["rows"] for part in ("before", "after")
+        json.loads((tmp_path / part / "open_loop.json").read_text())["rows"]
+        for part in ("before", "after")
     )
     assert after["jacobi"]["forwards_mean"] <= before["jacobi"]["forwards_mean"] / 2
     assert after["ceed"]["forwards_mean"] <= 2
@@ -63,7 +71,10 @@ def own() -> ModuleType:
         module = ModuleType("own_backbone_example")
         module.__file__ = str(EXAMPLES / "own_backbone.py")
         sys.modules["own_backbone_example"] = module
-        exec(compile((EXAMPLES / "own_backbone.py").read_text(), module.__file__, "exec"), module.__dict__)
+        exec(
+            compile((EXAMPLES / "own_backbone.py").read_text(), module.__file__, "exec"),
+            module.__dict__,
+        )
     return module
 
 

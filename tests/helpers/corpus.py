@@ -50,8 +50,11 @@ class Failure:
     what: str
 
 
-def try_cases(count: int, case: Callable[[int], Any], outside: Path, mark: Path) -> tuple[Counts, list[Failure]]:
-    """Run ``case(0)`` ... ``case(count - 1)`` in children, which go on behind a case that hangs or crashes.
+def try_cases(
+    count: int, case: Callable[[int], Any], outside: Path, mark: Path
+) -> tuple[Counts, list[Failure]]:
+    """Run ``case(0)`` ... ``case(count - 1)`` in children, which go on behind a case that hangs or
+    crashes.
 
     Args:
         count: How many.
@@ -77,7 +80,9 @@ def try_cases(count: int, case: Callable[[int], Any], outside: Path, mark: Path)
     return counts, failures
 
 
-def _child(first: int, count: int, case: Callable[[int], Any], mark: Path) -> list[tuple[int, str, str]]:
+def _child(
+    first: int, count: int, case: Callable[[int], Any], mark: Path
+) -> list[tuple[int, str, str]]:
     """What became of cases from `first` on, up to the last or the first that ended the child."""
     reading, writing = os.pipe()
     child = os.fork()

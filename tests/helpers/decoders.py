@@ -6,18 +6,28 @@ from typing import Any
 
 from torch import Tensor
 
-from ceed_vla.decoding import BlockRequest, DecodeResult, DecodingConfig, decode_autoregressive, decode_jacobi
+from ceed_vla.decoding import (
+    BlockRequest,
+    DecodeResult,
+    DecodingConfig,
+    decode_autoregressive,
+    decode_jacobi,
+)
 
 STRICT = DecodingConfig()
 GREEDY = DecodingConfig(method="ar")
 
 
-def greedy(backbone: Any, prefix: Any, config: DecodingConfig = GREEDY, **request: Any) -> DecodeResult:
+def greedy(
+    backbone: Any, prefix: Any, config: DecodingConfig = GREEDY, **request: Any
+) -> DecodeResult:
     """Greedy decoding, token by token."""
     return decode_autoregressive(backbone, prefix, BlockRequest(config, **request))
 
 
-def jacobi(backbone: Any, prefix: Any, guess: Tensor, config: DecodingConfig = STRICT, **request: Any) -> DecodeResult:
+def jacobi(
+    backbone: Any, prefix: Any, guess: Tensor, config: DecodingConfig = STRICT, **request: Any
+) -> DecodeResult:
     """Jacobi decoding; with `executed_steps` only these must be right."""
     if request.get("executed_steps") is not None:
         config = DecodingConfig(**{**vars(config), "watch": "executed"})

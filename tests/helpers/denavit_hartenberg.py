@@ -1,4 +1,5 @@
-"""The tabletop arm's forward kinematics by its Denavit-Hartenberg table, independent of MuJoCo and of `arm.xml`.
+"""The tabletop arm's forward kinematics by its Denavit-Hartenberg table, independent of MuJoCo and
+of `arm.xml`.
 
 The figures are the public ones of the Franka Emika Panda (modified / Craig convention).
 """
@@ -25,7 +26,9 @@ TCP_OFFSET = 0.12  # flange to TCP, along z [m]
 
 
 def forward_kinematics(q: Array) -> tuple[Array, Array]:
-    """TCP position (3,) [m] and rotation matrix (3, 3) in the base frame, of joint angles (7,) [rad]."""
+    """TCP position (3,) [m] and rotation matrix (3, 3) in the base frame, of joint angles (7,)
+    [rad].
+    """
     position, frame = np.zeros(3), np.eye(3)
     for (a, d, alpha), angle in zip(DH, q, strict=True):
         position = position + frame @ np.array([a, -d * np.sin(alpha), d * np.cos(alpha)])

@@ -27,7 +27,10 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def edit_tensors(file: Path, **changes: torch.Tensor | None) -> None:
-    tensors = {**load_file(file), **{name.replace("__", "."): value for name, value in changes.items()}}
+    tensors = {
+        **load_file(file),
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
     save_file({name: value for name, value in tensors.items() if value is not None}, file)
 
 

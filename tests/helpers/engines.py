@@ -14,7 +14,9 @@ DECODINGS = ("ar", "ar_h", "jacobi", "cap1", "cap2", "cap4", "conf0.2_cap2")
 
 
 @torch.no_grad()
-def assert_same_tokens(backbone: Any, engine: Any, observation: dict[str, Tensor], tokens: ActionTokens) -> None:
+def assert_same_tokens(
+    backbone: Any, engine: Any, observation: dict[str, Tensor], tokens: ActionTokens
+) -> None:
     """Every decoder writes the same tokens for the same reasons, with and without frozen tokens."""
     eager, fast = backbone.prefill(observation), engine.prefill(observation)
     greedy = decode_block(backbone, eager, tokens, "ar").tokens
@@ -24,7 +26,11 @@ def assert_same_tokens(backbone: Any, engine: Any, observation: dict[str, Tensor
     for name in DECODINGS if tokens.stop is None else DECODINGS[:-1]:  # the last one compares bins
         for steps in sorted({0, min(1, longest), longest // 2}):
             frozen = greedy[:, : steps * size].flip(1) if size and steps else None
-            request: dict[str, Any] = {"previous": previous, "shift_steps": 1 if size else 0, "frozen": frozen}
+            request: dict[str, Any] = {
+                "previous": previous,
+                "shift_steps": 1 if size else 0,
+                "frozen": frozen,
+            }
             if size:
                 request["executed_steps"] = max(longest // 2, 1)
             expected = decode_block(backbone, eager, tokens, name, **request)
@@ -32,4 +38,7 @@ def assert_same_tokens(backbone: Any, engine: Any, observation: dict[str, Tensor
             case = f"{name}, {steps} frozen steps"
             assert torch.equal(result.tokens, expected.tokens), case
             assert torch.equal(result.exact_tokens, expected.exact_tokens), case
-            assert (result.forwards, result.exit_reason) == (expected.forwards, expected.exit_reason), case
+            assert (result.forwards, result.exit_reason) == (
+                expected.forwards,
+                expected.exit_reason,
+            ), case

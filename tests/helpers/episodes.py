@@ -11,12 +11,12 @@ from typing import Any
 
 from lerobot.envs.configs import EnvConfig
 
-from sim.environment import EnvPool, joined, turns
-from sim.episode_log import EPISODES
-from sim.evaluate import EvalConfig
-from sim.rollout import EpisodeResult, PolicyRunner, rollout
-from sim.settings import CheckpointPath
-from sim.tabletop.lerobot_env import CeedTabletopEnv
+from ceed_vla.sim.environment import EnvPool, joined, turns
+from ceed_vla.sim.episode_log import EPISODES
+from ceed_vla.sim.evaluate import EvalConfig
+from ceed_vla.sim.rollout import EpisodeResult, PolicyRunner, rollout
+from ceed_vla.sim.settings import CheckpointPath
+from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 
 
 def run_seeds(
@@ -26,7 +26,9 @@ def run_seeds(
     tasks = turns(env)
     with EnvPool(batch, env) as pool:
         runner = PolicyRunner(joined((policy, None, None), env), **options)
-        return rollout(runner, pool, [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)])
+        return rollout(
+            runner, pool, [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)]
+        )
 
 
 def short_evaluation(checkpoint: Path, folder: Path, **changes: Any) -> EvalConfig:
@@ -39,7 +41,10 @@ def short_evaluation(checkpoint: Path, folder: Path, **changes: Any) -> EvalConf
 
 def episodes_of(folder: Path) -> list[str]:
     """The lines in order, without the checksums, which tell in which order they were written."""
-    return sorted(re.sub(r', "check": "\w+"', "", line) for line in (folder / EPISODES).read_text().splitlines())
+    return sorted(
+        re.sub(r', "check": "\w+"', "", line)
+        for line in (folder / EPISODES).read_text().splitlines()
+    )
 
 
 def as_of_before(folder: Path) -> None:

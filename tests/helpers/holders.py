@@ -41,8 +41,11 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def stopped_writer(folder: Path, function: Callable[..., Any], *arguments: Any, part: str = "") -> Iterator[Any]:
-    """A process of `function`, stopped as soon as it holds the lock of `folder`; it ends with the block.
+def stopped_writer(
+    folder: Path, function: Callable[..., Any], *arguments: Any, part: str = ""
+) -> Iterator[Any]:
+    """A process of `function`, stopped as soon as it holds the lock of `folder`; it ends with the
+    block.
 
     `SIGCONT` lets it go on.
     """

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ros_nodes.demo.bag import type_name
-from ros_nodes.robot.parameters import LIVE, SETUP, START, Table
-from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.robot_file import load_robot_config
-from ros_nodes.simulated.parameters import SIM_PARAMETERS
+from ceed_vla.ros_nodes.demo.bag import type_name
+from ceed_vla.ros_nodes.robot.parameters import LIVE, SETUP, START, Table
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
+from ceed_vla.ros_nodes.simulated.parameters import SIM_PARAMETERS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "robots.md"
 IN, OUT, SERVICE = "in", "out", "service"
@@ -26,15 +26,23 @@ Row = tuple[str, str, str, str]
 
 
 def policy_topics() -> list[Row]:
-    """(default name, direction, type, what it is) of all that the policy node exposes, for the packaged robot."""
+    """(default name, direction, type, what it is) of all that the policy node exposes, for the
+    packaged robot.
+    """
     robot = load_robot_config()
     said = "commands at `command_rate`, if `action_interface` is"
     assert robot.gripper is not None
     return [
-        *((i.topic, IN, _TYPES[i.transport], f"`{i.feature}`; best effort, the newest counts") for i in robot.images),
+        *(
+            (i.topic, IN, _TYPES[i.transport], f"`{i.feature}`; best effort, the newest counts")
+            for i in robot.images
+        ),
         (robot.joint_states, IN, "sensor_msgs/msg/JointState", "joints, matched by name"),
         ("policy/instruction", IN, "std_msgs/msg/String", "what to do; latched"),
-        *((one.topic, OUT, type_name(one.message_type), f"{said} `{name}`") for name, one in robot.interfaces.items()),
+        *(
+            (one.topic, OUT, type_name(one.message_type), f"{said} `{name}`")
+            for name, one in robot.interfaces.items()
+        ),
         (
             robot.gripper.topic,
             OUT,
@@ -42,9 +50,19 @@ def policy_topics() -> list[Row]:
             "[opening in metres], or its joint's position (`gripper.command`)",
         ),
         ("diagnostics", OUT, "diagnostic_msgs/msg/DiagnosticArray", "once a second"),
-        ("policy/state", OUT, "std_msgs/msg/String", "the state, and why, at every change; latched"),
+        (
+            "policy/state",
+            OUT,
+            "std_msgs/msg/String",
+            "the state, and why, at every change; latched",
+        ),
         ("policy/preview_command", OUT, "as the command", "instead of commands, with `dry_run`"),
-        ("policy/planned", OUT, "trajectory_msgs/msg/JointTrajectory", "every chunk as it takes over, with `dry_run`"),
+        (
+            "policy/planned",
+            OUT,
+            "trajectory_msgs/msg/JointTrajectory",
+            "every chunk as it takes over, with `dry_run`",
+        ),
         ("policy/estop", SERVICE, "std_srvs/srv/Trigger", "hold, and stay so until reset"),
         (
             "policy/reset",
@@ -53,8 +71,18 @@ def policy_topics() -> list[Row]:
             "unlatch the stop and accept the pose; motion stays as it is",
         ),
         ("policy/enable", SERVICE, "std_srvs/srv/SetBool", "allow motion, or forbid it"),
-        ("policy/go_home", SERVICE, "std_srvs/srv/Trigger", "move to `arm.home` at 0.2 rad/s, then disable motion"),
-        ("policy/change_state", SERVICE, "lifecycle_msgs/srv/ChangeState", "configure, activate, ..."),
+        (
+            "policy/go_home",
+            SERVICE,
+            "std_srvs/srv/Trigger",
+            "move to `arm.home` at 0.2 rad/s, then disable motion",
+        ),
+        (
+            "policy/change_state",
+            SERVICE,
+            "lifecycle_msgs/srv/ChangeState",
+            "configure, activate, ...",
+        ),
     ]
 
 
@@ -65,29 +93,46 @@ def sim_topics() -> list[Row]:
         "joint_states": "arm and fingers, 100 Hz",
         "front/image_raw": "`camera_rate`",
         "wrist/image_raw": "`camera_rate`",
-        "policy/instruction": "the episode's instruction, unless `publish_instruction` is false; latched",
+        "policy/instruction": (
+            "the episode's instruction, unless `publish_instruction` is false; latched"
+        ),
     }
     return [
         *(
-            (name, mirrored[way], kind, said.get(name, "obeyed; refused commands are in the diagnostics"))
+            (
+                name,
+                mirrored[way],
+                kind,
+                said.get(name, "obeyed; refused commands are in the diagnostics"),
+            )
             for name, way, kind, _ in policy_topics()
             if way in mirrored and name not in ("diagnostics", *OF_POLICY)
         ),
         ("sim/success", OUT, "std_msgs/msg/Bool", "whether the episode is solved; latched"),
         ("clock", OUT, "rosgraph_msgs/msg/Clock", "with `publish_clock`"),
         ("diagnostics", OUT, "diagnostic_msgs/msg/DiagnosticArray", "once a second"),
-        ("sim/reset_episode", SERVICE, "std_srvs/srv/Trigger", "the scene that `task` and `seed` name"),
+        (
+            "sim/reset_episode",
+            SERVICE,
+            "std_srvs/srv/Trigger",
+            "the scene that `task` and `seed` name",
+        ),
     ]
 
 
 def parameter_rows(table: Table) -> list[Row]:
     """(name, default, allowed and when, meaning) of every parameter."""
-    return [(p.name, _value(p.default), f"{p.allowed}; {_WHEN[p.when]}", p.description) for p in table]
+    return [
+        (p.name, _value(p.default), f"{p.allowed}; {_WHEN[p.when]}", p.description) for p in table
+    ]
 
 
 def tables() -> dict[str, str]:
     """Marker in the page -> table in Markdown."""
-    topic, parameter = ("name", "direction", "type", "what"), ("parameter", "default", "allowed; when", "what")
+    topic, parameter = (
+        ("name", "direction", "type", "what"),
+        ("parameter", "default", "allowed; when", "what"),
+    )
     return {
         "policy topics": _table(topic, policy_topics()),
         "policy parameters": _table(parameter, parameter_rows(POLICY_PARAMETERS)),

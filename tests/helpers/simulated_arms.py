@@ -21,14 +21,14 @@ from robot_checkpoints import DATA, PIXELS
 from sensor_msgs.msg import JointState
 
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.messages import array_to_image
-from ros_nodes.robot.parameters import defaults
-from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.policy_setup import PolicySetup, make_setup
-from ros_nodes.robot.predictor import PolicySpec, Request, Response, declared_spec
-from ros_nodes.robot.robot_file import load_robot_config
-from ros_nodes.robot.safety import Decision
-from ros_nodes.robot.streaming import command_message
+from ceed_vla.ros_nodes.robot.messages import array_to_image
+from ceed_vla.ros_nodes.robot.parameters import defaults
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup, make_setup
+from ceed_vla.ros_nodes.robot.predictor import PolicySpec, Request, Response, declared_spec
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
+from ceed_vla.ros_nodes.robot.safety import Decision
+from ceed_vla.ros_nodes.robot.streaming import command_message
 
 CHUNK, EXECUTED = 16, 8
 ANSWER = 0.02  # time of an answer [s]

@@ -8,15 +8,16 @@ from lerobot.configs import FeatureType, PolicyFeature
 
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.sim.tabletop.lerobot_env import PRIVILEGED
 from ceed_vla.tokens.uniform import UniformTokensConfig
-from sim.tabletop.lerobot_env import PRIVILEGED
 
 
 def tabletop_config(**changes: object) -> CeedVLAConfig:
     """The configuration of the shipped tabletop checkpoints, with `changes` on top.
 
     Args:
-        changes: Fields of `CeedVLAConfig`, of its compact backbone, or of its uniform action tokens.
+        changes: Fields of `CeedVLAConfig`, of its compact backbone, or of its uniform action
+            tokens.
     """
     tokens: dict[str, object] = {
         "action_range": "fixed",

@@ -1,6 +1,7 @@
 """A tiny pi0-FAST in LeRobot's file format, with tokenizers made on the spot.
 
-LeRobot fixes the sizes of its models, so its classes must be told to be tiny whenever such a folder is read:
+LeRobot fixes the sizes of its models, so its classes must be told to be tiny whenever such a folder
+is read:
 
     with tiny_sizes():
         folder = write_pi0_fast("tiny", chunks)
@@ -18,7 +19,9 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0_fast import modeling_pi0_fast as lerobot_pi0
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
-from lerobot.policies.pi0_fast.processor_pi0_fast import Pi0FastPrepareStateAndLanguageTokenizerProcessorStep
+from lerobot.policies.pi0_fast.processor_pi0_fast import (
+    Pi0FastPrepareStateAndLanguageTokenizerProcessorStep,
+)
 from lerobot.processor import (
     TokenizerProcessorStep,
     make_default_policy_processor_steps,
@@ -31,8 +34,19 @@ from transformers import PreTrainedTokenizerFast
 
 from ceed_vla.tokens.fast_codec import cosine_basis
 
-WORDS, SKIP, SIDE, PROMPT = 700, 8, 28, 48  # text ids, those behind the FAST ids, image side [px], prompt [tokens]
-STOP, LEAST, SCALE = 5, -60, 10  # id of "|"; smallest coefficient and quantisation of the FAST tokenizer
+# text ids, those behind the FAST ids, image side [px], prompt [tokens]
+WORDS, SKIP, SIDE, PROMPT = (
+    700,
+    8,
+    28,
+    48,
+)
+# id of "|"; smallest coefficient and quantisation of the FAST tokenizer
+STOP, LEAST, SCALE = (
+    5,
+    -60,
+    10,
+)
 
 
 def write_text_tokenizer(folder: Path, stop_id: int = STOP) -> None:
@@ -44,47 +58,81 @@ def write_text_tokenizer(folder: Path, stop_id: int = STOP) -> None:
     names[stop_id] = "|"
     words = Tokenizer(models.WordLevel({name: i for i, name in names.items()}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    special = {
+        "pad_token": "<pad>",
+        "eos_token": "<eos>",
+        "bos_token": "<bos>",
+        "unk_token": "<unk>",
+    }
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
 def write_fast_tokenizer(folder: Path, chunks: Tensor) -> None:
-    """A FAST folder as published, a byte-level BPE and its numbers, fitted on normalised `chunks` (N, m, A)."""
+    """A FAST folder as published, a byte-level BPE and its numbers, fitted on normalised `chunks`
+    (N, m, A).
+    """
     folder.mkdir(parents=True)
-    rounded = (cosine_basis(chunks.shape[1]) @ chunks.double() * SCALE).round().long().flatten(1) - LEAST
+    rounded = (cosine_basis(chunks.shape[1]) @ chunks.double() * SCALE).round().long().flatten(
+        1
+    ) - LEAST
     bpe = ByteLevelBPETokenizer()
     texts = ["".join(map(chr, row)) for row in rounded.tolist()]
     bpe.train_from_iterator(texts, vocab_size=300, min_frequency=2, show_progress=False)
     bpe.save(str(folder / "tokenizer.json"))
-    numbers = {"scale": SCALE, "min_token": LEAST, "vocab_size": 300, "action_dim": None, "time_horizon": None}
+    numbers = {
+        "scale": SCALE,
+        "min_token": LEAST,
+        "vocab_size": 300,
+        "action_dim": None,
+        "time_horizon": None,
+    }
     (folder / "processor_config.json").write_text(json.dumps(numbers))
 
 
 @contextmanager
 def tiny_sizes() -> Iterator[None]:
     """While this holds, LeRobot builds pi0-FAST with two narrow layers and `WORDS` text ids."""
-    paligemma, sizes = lerobot_pi0.PaliGemmaForConditionalGenerationWithPiGemma, lerobot_pi0.get_gemma_config
+    paligemma, sizes = (
+        lerobot_pi0.PaliGemmaForConditionalGenerationWithPiGemma,
+        lerobot_pi0.get_gemma_config,
+    )
     tiny = lerobot_pi0.GemmaConfig(32, 2, 48, 4, 1, 8)
     changed: Any = lerobot_pi0
-    changed.PaliGemmaForConditionalGenerationWithPiGemma = lambda config: paligemma(config=_shrink(config))
+    changed.PaliGemmaForConditionalGenerationWithPiGemma = lambda config: paligemma(
+        config=_shrink(config)
+    )
     changed.get_gemma_config = lambda variant: tiny
     try:
         yield
     finally:
-        changed.PaliGemmaForConditionalGenerationWithPiGemma, changed.get_gemma_config = paligemma, sizes
+        changed.PaliGemmaForConditionalGenerationWithPiGemma, changed.get_gemma_config = (
+            paligemma,
+            sizes,
+        )
 
 
 def _shrink(config: Any) -> Any:
     vision, text = config.vision_config, config.text_config
-    vision.update({"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2})
+    vision.update(
+        {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+    )
     vision.image_size, vision.projection_dim = SIDE, text.hidden_size
     text.vocab_size = config.image_token_index = WORDS
     text.initializer_range = config.initializer_range = 0.3
     return config
 
 
-def tiny_config(folder: Path, chunks: Tensor, cameras: tuple[str, ...], state_dim: int, **more: Any) -> PI0FastConfig:
-    """LeRobot's configuration for chunks (N, m, A), with tokenizers in ``folder/text`` and ``folder/fast``."""
+def tiny_config(
+    folder: Path, chunks: Tensor, cameras: tuple[str, ...], state_dim: int, **more: Any
+) -> PI0FastConfig:
+    """LeRobot's configuration for chunks (N, m, A), with tokenizers in ``folder/text`` and
+    ``folder/fast``.
+    """
     steps, dim = chunks.shape[1:]
     return PI0FastConfig(
         input_features={
@@ -109,9 +157,11 @@ def tiny_config(folder: Path, chunks: Tensor, cameras: tuple[str, ...], state_di
 
 
 def write_pi0_fast(folder: str | Path, chunks: Tensor, *, state_dim: int = 2) -> Path:
-    """Write a random model with one camera as LeRobot saves one into ``folder/lerobot``, and its tokenizers beside it.
+    """Write a random model with one camera as LeRobot saves one into ``folder/lerobot``, and its
+    tokenizers beside it.
 
-    The FAST tokenizer is fitted on normalised `chunks` (N, m, A); the processors' statistics are standard normals.
+    The FAST tokenizer is fitted on normalised `chunks` (N, m, A); the processors' statistics are
+    standard normals.
     """
     folder = Path(folder)
     write_text_tokenizer(folder / "text")
@@ -128,19 +178,34 @@ def write_pi0_fast(folder: str | Path, chunks: Tensor, *, state_dim: int = 2) ->
     normal = {name: {"mean": torch.zeros(n), "std": torch.ones(n)} for name, n in sizes.items()}
     steps = make_default_policy_processor_steps(config, normal)
     prompt = TokenizerProcessorStep(
-        tokenizer_name=str(folder / "text"), max_length=PROMPT, padding_side="right", padding="max_length"
+        tokenizer_name=str(folder / "text"),
+        max_length=PROMPT,
+        padding_side="right",
+        padding="max_length",
     )
     state: Any = Pi0FastPrepareStateAndLanguageTokenizerProcessorStep()
-    inputs = [steps.rename_observations, steps.add_batch_dim, steps.normalize, state, prompt, steps.to_device]
+    inputs = [
+        steps.rename_observations,
+        steps.add_batch_dim,
+        steps.normalize,
+        state,
+        prompt,
+        steps.to_device,
+    ]
     for pipeline in make_policy_processor_pipelines(inputs, [steps.unnormalize, steps.to_cpu]):
         pipeline.save_pretrained(checkpoint)
     return checkpoint
 
 
 def save_weights(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Write LeRobot's model.safetensors; the head and the embeddings share one matrix, which is written once."""
+    """Write LeRobot's model.safetensors; the head and the embeddings share one matrix, which is
+    written once.
+    """
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     kept: dict[int, str] = {}
     for name in sorted(weights, key=lambda name: "lm_head" not in name):
         kept.setdefault(weights[name].data_ptr(), name)
-    save_file({name: weights[name].contiguous() for name in kept.values()}, checkpoint / "model.safetensors")
+    save_file(
+        {name: weights[name].contiguous() for name in kept.values()},
+        checkpoint / "model.safetensors",
+    )

@@ -70,7 +70,13 @@ def _llava_onevision(width: int) -> tuple[Any, Any]:
 def _qwen(kind: str, vision: dict[str, Any], videos: Any, join: Any, width: int) -> tuple[Any, Any]:
     """Qwen2.5-VL and Qwen3-VL: patches in one list, three rotary axes."""
     special = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
-    names = dict(zip(("vision_bos_token", "image_token", "vision_eos_token", "video_token"), special, strict=True))
+    names = dict(
+        zip(
+            ("vision_bos_token", "image_token", "vision_eos_token", "video_token"),
+            special,
+            strict=True,
+        )
+    )
     tokenizer = make_tokenizer(special, **names)
     start, image, end, video = (tokenizer.convert_tokens_to_ids(token) for token in special)
     half = width // 4 // 2  # rotary frequencies of a head, shared by time, height and width
@@ -80,7 +86,11 @@ def _qwen(kind: str, vision: dict[str, Any], videos: Any, join: Any, width: int)
     config = AutoConfig.for_model(
         kind,
         vision_config={**sizes, "out_hidden_size": width, **vision},
-        text_config={**text_config(f"{kind}_text", tokenizer, width), "head_dim": width // 4, "rope_parameters": rope},
+        text_config={
+            **text_config(f"{kind}_text", tokenizer, width),
+            "head_dim": width // 4,
+            "rope_parameters": rope,
+        },
         image_token_id=image,
         video_token_id=video,
         vision_start_token_id=start,
@@ -105,7 +115,8 @@ def _paligemma(width: int) -> tuple[Any, Any]:
     tokenizer = make_tokenizer(["<image>"], image_token="<image>")
     images: Any = transformers.SiglipImageProcessor(size=_SQUARE)
     images.image_seq_length = (IMAGE // PATCH) ** 2
-    processor = transformers.PaliGemmaProcessor(images, tokenizer)  # adds 1,152 location and mask tokens
+    # adds 1,152 location and mask tokens
+    processor = transformers.PaliGemmaProcessor(images, tokenizer)
     config = AutoConfig.for_model(
         "paligemma",
         vision_config={**vision_config("siglip_vision_model"), "vision_use_head": False},
@@ -120,8 +131,12 @@ def _paligemma(width: int) -> tuple[Any, Any]:
 FAMILIES: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "llava": _llava,
     "llava_onevision": _llava_onevision,
-    "qwen2_5_vl": partial(_qwen, "qwen2_5_vl", _QWEN2_5, Qwen2VLVideoProcessor, transformers.Qwen2_5_VLProcessor),
-    "qwen3_vl": partial(_qwen, "qwen3_vl", _QWEN3, Qwen3VLVideoProcessor, transformers.Qwen3VLProcessor),
+    "qwen2_5_vl": partial(
+        _qwen, "qwen2_5_vl", _QWEN2_5, Qwen2VLVideoProcessor, transformers.Qwen2_5_VLProcessor
+    ),
+    "qwen3_vl": partial(
+        _qwen, "qwen3_vl", _QWEN3, Qwen3VLVideoProcessor, transformers.Qwen3VLProcessor
+    ),
     "smolvlm": partial(smolvlm, "idefics3"),
     "smolvlm2": partial(smolvlm, "smolvlm"),
     "paligemma": _paligemma,
@@ -129,5 +144,7 @@ FAMILIES: dict[str, Callable[[int], tuple[Any, Any]]] = {
 
 
 def make_tiny_vlm(family: str, folder: Path, *, width: int = 64, scale: float = 1.0) -> Path:
-    """Write one of `FAMILIES` into a folder; the `width` of its language model is a multiple of 24 or of 32."""
+    """Write one of `FAMILIES` into a folder; the `width` of its language model is a multiple of 24
+    or of 32.
+    """
     return write_tiny(*FAMILIES[family](width), folder, scale=scale)

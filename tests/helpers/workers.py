@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ros_nodes.robot.inference import InferenceWorker
+from ceed_vla.ros_nodes.robot.inference import InferenceWorker
 
 
 def load_error(worker: InferenceWorker, timeout: float = 120.0) -> str | None:

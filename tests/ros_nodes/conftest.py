@@ -1,4 +1,6 @@
-"""A ROS graph of its own for a test: real node processes on loopback, and a node that listens and speaks."""
+"""A ROS graph of its own for a test: real node processes on loopback, and a node that listens and
+speaks.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Graph:
         self._executor.add_node(self.node)
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start policy_node or sim_node (a digit makes another one) with ``--ros-args``; its output goes to a file."""
+        """Start policy_node or sim_node (a digit makes another one) with ``--ros-args``; its output
+        goes to a file.
+        """
         environment = os.environ | {
             "ROS_DOMAIN_ID": str(self.domain),
             "ROS_LOG_DIR": str(self.folder / "log"),
@@ -50,7 +54,7 @@ class Graph:
         module = {"p": "robot.policy_node", "s": "simulated.sim_node"}[name[0]]
         with (self.folder / f"{name}.txt").open("ab") as output:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", f"ros_nodes.{module}", "--ros-args", *arguments],
+                [sys.executable, "-m", f"ceed_vla.ros_nodes.{module}", "--ros-args", *arguments],
                 cwd=ROOT,
                 env=environment,
                 stdout=output,
@@ -75,23 +79,33 @@ class Graph:
             self._executor.spin_once(timeout_sec=left)
 
     def wait(
-        self, until: Callable[[], Any], what: str, timeout: float = 30.0, heard: Callable[[], list[str]] = list
+        self,
+        until: Callable[[], Any],
+        what: str,
+        timeout: float = 30.0,
+        heard: Callable[[], list[str]] = list,
     ) -> Any:
-        """Handle messages until `until()` is true, and return it; fail with all output after `timeout` [s].
+        """Handle messages until `until()` is true, and return it; fail with all output after
+        `timeout` [s].
 
-        What was `heard` meanwhile is shown with the failure: its first and its last five different lines.
+        What was `heard` meanwhile is shown with the failure: its first and its last five different
+        lines.
         """
         end = time.monotonic() + timeout
         while not (result := until()):
             if time.monotonic() > end:
-                said = "\n".join(f"--- {name}\n{self.output(name)[-3000:]}" for name in self.processes)
+                said = "\n".join(
+                    f"--- {name}\n{self.output(name)[-3000:]}" for name in self.processes
+                )
                 lines = list(dict.fromkeys(heard()))
                 lines = lines if len(lines) < 10 else [*lines[:5], "...", *lines[-5:]]
                 pytest.fail("\n".join((f"waited {timeout:.0f} s for {what}", said, *lines)))
             self._executor.spin_once(timeout_sec=0.05)
         return result
 
-    def call(self, service: str, service_type: Any, request: Any = None, timeout: float = 20.0) -> Any:
+    def call(
+        self, service: str, service_type: Any, request: Any = None, timeout: float = 20.0
+    ) -> Any:
         """Call a service and return its response."""
         client = self.node.create_client(service_type, service)
         try:
@@ -107,7 +121,9 @@ class Graph:
         from rcl_interfaces.srv import SetParameters
         from rclpy.parameter import Parameter
 
-        parameters = [Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
+        parameters = [
+            Parameter(name, value=value).to_parameter_msg() for name, value in values.items()
+        ]
         request = SetParameters.Request(parameters=parameters)
         return self.call(f"{node}/set_parameters", SetParameters, request).results
 
@@ -142,7 +158,9 @@ class Status:
         self._graph = graph
         self._messages = graph.listen("/diagnostics", DiagnosticArray)
 
-    def wait(self, fits: Callable[[str, dict[str, str]], bool], what: str, timeout: float = 120.0) -> dict[str, str]:
+    def wait(
+        self, fits: Callable[[str, dict[str, str]], bool], what: str, timeout: float = 120.0
+    ) -> dict[str, str]:
         """The values of the first status from now on for which ``fits(message, values)``."""
         start = len(self._messages)
 
@@ -155,7 +173,10 @@ class Status:
             return None
 
         found = self._graph.wait(
-            look, what, timeout, lambda: [one.message for array in self._messages[start:] for one in array.status]
+            look,
+            what,
+            timeout,
+            lambda: [one.message for array in self._messages[start:] for one in array.status],
         )
         assert isinstance(found, dict)
         return found
@@ -163,13 +184,16 @@ class Status:
     def state(self, state: str, *contains: str) -> dict[str, str]:
         """Wait until the node reports a state, with these texts in its message."""
         return self.wait(
-            lambda message, values: values.get("state") == state and all(text in message for text in contains),
+            lambda message, values: (
+                values.get("state") == state and all(text in message for text in contains)
+            ),
             f"the state {state} {contains}",
         )
 
 
 def tiny_act(folder: Path, joints: int, spread: float) -> tuple[Any, Any, Any]:
-    """Write an ACT checkpoint with random weights, as lerobot-train would leave it: chunks of 6 steps, 4 executed.
+    """Write an ACT checkpoint with random weights, as lerobot-train would leave it: chunks of 6
+    steps, 4 executed.
 
     Args:
         folder: Where to.

@@ -1,4 +1,6 @@
-"""A robot, its cameras, a policy and the controller on one simulated clock, for the tests of the controller."""
+"""A robot, its cameras, a policy and the controller on one simulated clock, for the tests of the
+controller.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,15 @@ from builtin_interfaces.msg import Time
 from rclpy.serialization import serialize_message
 from sensor_msgs.msg import Image, JointState
 
-from ros_nodes.robot.controller import PolicyController
-from ros_nodes.robot.messages import array_to_image
-from ros_nodes.robot.motion import Motion
-from ros_nodes.robot.observations import Observations
-from ros_nodes.robot.policy_stream import PolicyStream
-from ros_nodes.robot.predictor import PolicySpec, Request, Response
-from ros_nodes.robot.robot_file import Action, Arm, ImageSource, Limits, RobotConfig
-from ros_nodes.robot.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
-from ros_nodes.robot.step_grid import SLEW, StepGrid
+from ceed_vla.ros_nodes.robot.controller import PolicyController
+from ceed_vla.ros_nodes.robot.messages import array_to_image
+from ceed_vla.ros_nodes.robot.motion import Motion
+from ceed_vla.ros_nodes.robot.observations import Observations
+from ceed_vla.ros_nodes.robot.policy_stream import PolicyStream
+from ceed_vla.ros_nodes.robot.predictor import PolicySpec, Request, Response
+from ceed_vla.ros_nodes.robot.robot_file import Action, Arm, ImageSource, Limits, RobotConfig
+from ceed_vla.ros_nodes.robot.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
+from ceed_vla.ros_nodes.robot.step_grid import SLEW, StepGrid
 
 FEATURE = "observation.images.front"
 JOINTS = ("shoulder", "elbow")
@@ -52,7 +54,8 @@ def stamp(now: float) -> Time:
 
 
 class Policy:
-    """Stands for the worker: every action is `CLIMB` above the one before, and answers take a given time.
+    """Stands for the worker: every action is `CLIMB` above the one before, and answers take a given
+    time.
 
     Attributes:
         delay: Of the next answers [s].
@@ -60,7 +63,9 @@ class Policy:
     """
 
     def __init__(self) -> None:
-        self.spec = PolicySpec("fake", "ceed_vla", {FEATURE: (3, 4, 4)}, {"observation.state": 2}, 2, M, H, 0.02)
+        self.spec = PolicySpec(
+            "fake", "ceed_vla", {FEATURE: (3, 4, 4)}, {"observation.state": 2}, 2, M, H, 0.02
+        )
         self.delay, self.now = 0.02, 0.0
         self.error: tuple[str, str] | None = None  # of the next answers: text, code
         self.failed: str | None = None
@@ -128,7 +133,9 @@ class Loop:
     ) -> None:
         self.policy, self.now = Policy(), 100.0
         config = robot()
-        self.observations = Observations(config, self.policy.spec.cameras, self.policy.spec.states, None)
+        self.observations = Observations(
+            config, self.policy.spec.cameras, self.policy.spec.states, None
+        )
         limits = config.limits
         self.safety = SafetyFilter(
             SafetyLimits(
@@ -145,7 +152,9 @@ class Loop:
         self.stream = PolicyStream(
             self.observations, motion, worker, grid, replan_steps=replan_steps, instruction="climb"
         )
-        self.controller = PolicyController(self.observations, motion, self.safety, self.stream, blend_in)
+        self.controller = PolicyController(
+            self.observations, motion, self.safety, self.stream, blend_in
+        )
         self.sent: list[tuple[float, Decision | None]] = []
         self.position = np.zeros(2)
         self.follows = True  # commands move the arm
@@ -186,7 +195,8 @@ class Loop:
         if decision is not None and decision.positions is not None and self.follows:
             self.position = decision.positions
         self.controller.after_tick(self.now)
-        # Like rclpy's timer: the grid does not move when a tick is late, and ticks that are past are left out.
+        # Like rclpy's timer: the grid does not move when a tick is late, and ticks that are past
+        # are left out.
         self._grid += self.controller.grid.period
         while self._grid <= self.now:
             self._grid += self.controller.grid.period
@@ -201,13 +211,17 @@ class Loop:
     def _image(self) -> None:
         if self.cameras:
             self._images += self.alive
-            image: Image = array_to_image(PIXELS + np.uint8(self._images % 200), stamp(self.now), "camera")
+            image: Image = array_to_image(
+                PIXELS + np.uint8(self._images % 200), stamp(self.now), "camera"
+            )
             self.observations.cameras[0].take(serialize_message(image))
 
     @property
     def path(self) -> np.ndarray:
         """Commands (T, 2)."""
-        return np.array([d.positions for _, d in self.sent if d is not None and d.positions is not None])
+        return np.array(
+            [d.positions for _, d in self.sent if d is not None and d.positions is not None]
+        )
 
     def steps(self, since: int = 0) -> np.ndarray:
         """Change of the first joint from command to command."""

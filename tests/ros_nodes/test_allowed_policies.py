@@ -20,7 +20,7 @@ from lerobot.configs import PreTrainedConfig
 from ceed_vla.checkpoints.allowed import POLICIES, read_allowed
 from ceed_vla.cli import main
 from ceed_vla.errors import CheckpointError
-from ros_nodes.robot.predictor import Predictor, PredictorSettings
+from ceed_vla.ros_nodes.robot.predictor import Predictor, PredictorSettings
 
 EVIL = """
 from pathlib import Path
@@ -279,7 +279,7 @@ def test_the_process_of_a_policy_reads_no_input(
     full_input: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ros_nodes.robot.inference import InferenceWorker
+    from ceed_vla.ros_nodes.robot.inference import InferenceWorker
 
     (place / "asking.py").write_text(ASKING)
     (place / "lk" / "config.json").write_text(json.dumps({"type": "asking", **FEATURES}))

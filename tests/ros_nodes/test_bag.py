@@ -1,4 +1,6 @@
-"""Bags hold what was sent and open in other readers; other DDS implementations see and drive the simulated robot."""
+"""Bags hold what was sent and open in other readers; other DDS implementations see and drive the
+simulated robot.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.demo.bag import BagWriter, message_definition, read_messages, record
-from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR
+from ceed_vla.ros_nodes.demo.bag import BagWriter, message_definition, read_messages, record
+from ceed_vla.ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR
 
 
 class CountingBag(BagWriter):
@@ -68,7 +70,9 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     with closing(CountingBag(path)) as bag:
         for index in range(5):
             data = serialize_message(Float64MultiArray(data=[float(index), 0.5]))
-            bag.write("/numbers", "std_msgs/msg/Float64MultiArray", data, 10 * index, 10 * index + 3)
+            bag.write(
+                "/numbers", "std_msgs/msg/Float64MultiArray", data, 10 * index, 10 * index + 3
+            )
         bag.write("/text", "std_msgs/msg/String", serialize_message(String(data="hello")), 7, 8)
     assert bag.counts == {"/numbers": 5, "/text": 1}
     found = list(read_messages(path, ["/numbers"]))

@@ -19,8 +19,8 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from PIL import Image as PillowImage
 from sensor_msgs.msg import CompressedImage
 
-from ros_nodes.demo.camera_load import Load, robot_file
-from ros_nodes.robot.messages import array_to_image
+from ceed_vla.ros_nodes.demo.camera_load import Load, robot_file
+from ceed_vla.ros_nodes.robot.messages import array_to_image
 from tests.ros_nodes.conftest import ROOT, Status
 from tests.ros_nodes.test_policy_node import ARM, HOME, Robot, start
 
@@ -103,7 +103,7 @@ def test_the_load_of_cameras_is_measured_by_one_command(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "ros_nodes.demo.camera_load",
+        "ceed_vla.ros_nodes.demo.camera_load",
         "--width",
         "160",
         "--height",

@@ -1,4 +1,6 @@
-"""``ceed-vla robot check`` and ``ros-demo --simulated_time``: offline and in simulated time, without a ROS graph."""
+"""``ceed-vla robot check`` and ``ros-demo --simulated_time``: offline and in simulated time,
+without a ROS graph.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,28 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 from ceed_vla.cli import main
 from ceed_vla.folders import pretrained_path
-from ros_nodes.robot.parameters import defaults
-from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.policy_setup import make_setup
-from ros_nodes.robot.robot_file import load_robot_config, packaged_config
+from ceed_vla.ros_nodes.robot.parameters import defaults
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.robot.policy_setup import make_setup
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
 
 
 def test_a_robot_that_fits_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["robot", "check", str(packaged_config())]) == 0
     shown = capsys.readouterr().out
-    for text in ("observation.images.wrist", "wrist/image_raw", "14 values", "ee_delta, 10 a second", "joint7"):
+    for text in (
+        "observation.images.wrist",
+        "wrist/image_raw",
+        "14 values",
+        "ee_delta, 10 a second",
+        "joint7",
+    ):
         assert text in shown
 
 
-def test_all_that_does_not_fit_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_that_does_not_fit_is_told_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     values = yaml.safe_load(packaged_config().read_text())
     values["arm"]["model"] = str(packaged_config().parent / values["arm"]["model"])
     values["arm"]["home"][0] = 3.5
@@ -37,7 +47,11 @@ def test_all_that_does_not_fit_is_told_at_once(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "robot.yaml").write_text(yaml.safe_dump(values))
     assert main(["robot-check", str(tmp_path / "robot.yaml"), "--checkpoint", "teacher"]) == 1
     told = capsys.readouterr().err
-    for text in ("wants 'observation.images.wrist'", "actions of 7 values", "arm.home: joint1 is at 3.5 rad"):
+    for text in (
+        "wants 'observation.images.wrist'",
+        "actions of 7 values",
+        "arm.home: joint1 is at 3.5 rad",
+    ):
         assert text in told
     assert main(["robot-check", str(tmp_path / "none.yaml")]) == 1
     assert main(["robot-check", str(packaged_config()), "--checkpoint", str(tmp_path)]) == 1
@@ -46,7 +60,9 @@ def test_all_that_does_not_fit_is_told_at_once(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.fixture
 def brought(tmp_path: Path) -> tuple[Path, Path]:
-    """A user's file, and a checkpoint that brings a template with other limits, topics and signs."""
+    """A user's file, and a checkpoint that brings a template with other limits, topics and
+    signs.
+    """
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(pretrained_path("student"), checkpoint)
     values = yaml.safe_load(packaged_config().read_text())
@@ -60,7 +76,9 @@ def brought(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "own.yaml", checkpoint
 
 
-def test_a_template_is_compared_and_printed(brought: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_template_is_compared_and_printed(
+    brought: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     own, checkpoint = brought
     assert main(["robot", "check", str(own), "--checkpoint", str(checkpoint)]) == 0
     rows = capsys.readouterr().out.partition("key that differs")[2].splitlines()
@@ -69,12 +87,19 @@ def test_a_template_is_compared_and_printed(brought: tuple[Path, Path], capsys: 
         for cells in (row.split("│") for row in rows)
         if cells[1:]
     }
-    assert set(told) == {"arm.sign", "limits.velocity", "images.observation.images.front.topic", "limits.step"}
+    assert set(told) == {
+        "arm.sign",
+        "limits.velocity",
+        "images.observation.images.front.topic",
+        "limits.step",
+    }
     assert told["images.observation.images.front.topic"] == ("'front/image_raw'", "'their/camera'")
     assert told["arm.sign"] == ("-", "[-1, -1, -1, -1, -1, -1, -1]")
     assert told["limits.step"][1] == "-"
     assert main(["robot", "check", "--checkpoint", str(checkpoint)]) == 0
-    assert capsys.readouterr().out.rstrip("\n") == (checkpoint / "robot.yaml").read_text().rstrip("\n")
+    assert capsys.readouterr().out.rstrip("\n") == (checkpoint / "robot.yaml").read_text().rstrip(
+        "\n"
+    )
     (checkpoint / "robot.yaml").unlink()
     assert main(["robot", "check", "--checkpoint", str(checkpoint)]) == 1
     assert "brings no robot.yaml; name a robot's file" in capsys.readouterr().err
@@ -82,7 +107,9 @@ def test_a_template_is_compared_and_printed(brought: tuple[Path, Path], capsys: 
     assert "differs" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["a: *b", "a: !!python/name:os.system", "a: \x1b[2J", "[" * 5000, "a" * 100_001])
+@pytest.mark.parametrize(
+    "text", ["a: *b", "a: !!python/name:os.system", "a: \x1b[2J", "[" * 5000, "a" * 100_001]
+)
 def test_a_template_is_plain_and_short(
     brought: tuple[Path, Path], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,7 +123,9 @@ def test_a_template_is_plain_and_short(
 
 
 def test_nothing_of_a_template_moves_an_arm(brought: tuple[Path, Path]) -> None:
-    """Limits, topics and signs are those of the file that is named, as if the checkpoint brought none."""
+    """Limits, topics and signs are those of the file that is named, as if the checkpoint brought
+    none.
+    """
     own, checkpoint = brought
     given = {"robot_config": str(own), "checkpoint": str(checkpoint), "max_joint_velocity": 10.0}
     setups = []
@@ -107,8 +136,13 @@ def test_nothing_of_a_template_moves_an_arm(brought: tuple[Path, Path]) -> None:
         (checkpoint / "robot.yaml").unlink(missing_ok=True)
     for setup in setups:
         assert (setup.robot.source, setup.robot.limits) == (own, load_robot_config(own).limits)
-        np.testing.assert_array_equal(setup.safety.limits.max_velocity, [2.2, 2.2, 2.2, 2.2, 2.6, 2.6, 3.5])
-        assert [camera.source.topic for camera in setup.observations.cameras] == ["front/image_raw", "wrist/image_raw"]
+        np.testing.assert_array_equal(
+            setup.safety.limits.max_velocity, [2.2, 2.2, 2.2, 2.2, 2.6, 2.6, 3.5]
+        )
+        assert [camera.source.topic for camera in setup.observations.cameras] == [
+            "front/image_raw",
+            "wrist/image_raw",
+        ]
         assert (np.array(setup.robot.arm.units.scale) > 0.0).all()
 
 
@@ -119,11 +153,29 @@ def test_wrong_usage_is_another_exit_code(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.slow
 def test_success_against_latency_in_simulated_time(tmp_path: Path) -> None:
-    flags = ["--latencies_ms", "16,400", "--rivals", "student:cap1,student", "--episodes", "2", "--seed", "40000"]
+    flags = [
+        "--latencies_ms",
+        "16,400",
+        "--rivals",
+        "student:cap1,student",
+        "--episodes",
+        "2",
+        "--seed",
+        "40000",
+    ]
     runs = []
     for name in ("one", "two"):
         folder = tmp_path / name
-        words = ["ros-demo", "--simulated_time", "true", "--task", "push_cube", "--output_dir", str(folder), *flags]
+        words = [
+            "ros-demo",
+            "--simulated_time",
+            "true",
+            "--task",
+            "push_cube",
+            "--output_dir",
+            str(folder),
+            *flags,
+        ]
         assert main(words) == 0
         assert (folder / "simulated_time.png").stat().st_size > 1000
         runs.append(json.loads((folder / "simulated_time.json").read_text())["rows"])

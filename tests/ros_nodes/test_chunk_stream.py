@@ -11,22 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.chunk_stream import ChunkStream, Plan, StreamCounters, Target
+from ceed_vla.ros_nodes.robot.chunk_stream import ChunkStream, Plan, StreamCounters, Target
 
 M, H, DT = 8, 4, 0.1
 TICKS = 10  # of a step
 
 
 def stream(**changes: Any) -> ChunkStream:
-    flow = ChunkStream(**{"chunk_steps": M, "replan_steps": H, "action_dt": DT, "delay_steps": 1, **changes})
+    flow = ChunkStream(
+        **{"chunk_steps": M, "replan_steps": H, "action_dt": DT, "delay_steps": 1, **changes}
+    )
     flow.margin = flow.grace = 0.0
     return flow
 
 
 @dataclass
 class Robot:
-    """Runs a stream with a policy that knows how many steps were executed: the actions of a chunk asked for after
-    ``c`` steps are c, c + 1, ..., so a stream that joins chunks at the right index executes 0, 1, 2, ... exactly.
+    """Runs a stream with a policy that knows how many steps were executed: the actions of a chunk
+    asked for after ``c`` steps are c, c + 1, ..., so a stream that joins chunks at the right index
+    executes 0, 1, 2, ... exactly.
 
     Attributes:
         wait: Steps between two chances to ask, a whole number of ticks.
@@ -39,7 +42,8 @@ class Robot:
     executed: list[float] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
-    ages: list[float] = field(default_factory=list)  # of the request when its chunk took over, in steps
+    # of the request when its chunk took over, in steps
+    ages: list[float] = field(default_factory=list)
     now: int = 0  # [ticks]
     asked: int = 0
     answer: tuple[int, Plan, int] | None = None  # when it comes, to what, first action
@@ -50,7 +54,9 @@ class Robot:
         if self.answer is not None and self.now >= self.answer[0]:
             _, plan, first = self.answer
             self.answer = None
-            accepted = self.stream.offer(plan.id, chunk(first, self.stream.chunk_steps), np.arange(3), remaining)
+            accepted = self.stream.offer(
+                plan.id, chunk(first, self.stream.chunk_steps), np.arange(3), remaining
+            )
             assert accepted
         if self.now % TICKS == 0:
             target = self.stream.target()
@@ -87,8 +93,12 @@ def chunk(first: int, steps: int = M) -> np.ndarray:
     wait=st.integers(1, 12),
     late=st.integers(0, 9),
 )
-def test_every_step_is_executed_once_and_in_order(chunk_steps, replan, delays, first_estimate, wait, late) -> None:
-    flow = stream(chunk_steps=chunk_steps, replan_steps=min(replan, chunk_steps), delay_steps=first_estimate)
+def test_every_step_is_executed_once_and_in_order(
+    chunk_steps, replan, delays, first_estimate, wait, late
+) -> None:
+    flow = stream(
+        chunk_steps=chunk_steps, replan_steps=min(replan, chunk_steps), delay_steps=first_estimate
+    )
     flow.start()
     robot = Robot(flow, wait / TICKS, late)
     for delay in delays:
@@ -117,20 +127,25 @@ def test_a_steady_delay_freezes_what_is_consumed_and_replans_on_time(delay: floa
     later = robot.plans[2:]
     assert {plan.frozen_steps for plan in later} == {int(delay - 1e-9)}
     if delay < 2:  # slower ones are asked again at once
-        assert {plan.shift_steps + plan.frozen_steps for plan in later} == {H}  # replaced after H steps
+        # replaced after H steps
+        assert {plan.shift_steps + plan.frozen_steps for plan in later} == {H}
     seams = [target.index for target in robot.targets if target.seam]
     assert set(seams[2:]) == {int(delay - 1e-9)}  # takes over at the first step that is not frozen
     assert max(robot.ages[2:]) == pytest.approx(delay, abs=0.1 + 1e-9)  # no older than it must be
 
 
 @pytest.mark.parametrize(("chunk_steps", "replan"), [(1, 1), (8, 8), (8, 4)])
-def test_while_the_last_step_of_a_chunk_runs_the_next_is_still_in_time(chunk_steps: int, replan: int) -> None:
+def test_while_the_last_step_of_a_chunk_runs_the_next_is_still_in_time(
+    chunk_steps: int, replan: int
+) -> None:
     flow = stream(chunk_steps=chunk_steps, replan_steps=replan)
     flow.start()
     robot = Robot(flow, wait=0.1)
     robot.steps(60, 0.3)
     assert max(robot.ages[2:]) < 0.41
-    assert [plan.deadline_s is None for plan in robot.plans] == [True] + [False] * (len(robot.plans) - 1)
+    assert [plan.deadline_s is None for plan in robot.plans] == [True] + [False] * (
+        len(robot.plans) - 1
+    )
     assert flow.counters.starved == 0
 
 
@@ -157,7 +172,12 @@ def test_the_plan_names_what_the_decoder_needs() -> None:
     assert flow.delay_steps == pytest.approx(0.6)
     for index in range(H):
         target = flow.target()
-        assert (target.source, target.chunk_id, target.index, target.seam) == ("chunk", 1, index, index == 0)
+        assert (target.source, target.chunk_id, target.index, target.seam) == (
+            "chunk",
+            1,
+            index,
+            index == 0,
+        )
         assert flow.plan(0.9, 0.1) is None  # the next observation will do
     plan = flow.plan(0.65, 0.1)
     assert plan.previous is tokens
@@ -287,7 +307,8 @@ def test_policies_without_tokens_get_no_frozen_steps_but_a_deadline() -> None:
         flow.target()
     plan = flow.plan(0.05, 0.1)
     assert (plan.previous, plan.frozen_steps) == (None, 0)
-    assert plan.deadline_s == pytest.approx(0.105)  # one more step is consumed until the answer is expected
+    # one more step is consumed until the answer is expected
+    assert plan.deadline_s == pytest.approx(0.105)
     flow.target()
     flow.offer(plan.id, chunk(H))
     assert flow.target().index == 1
@@ -295,7 +316,8 @@ def test_policies_without_tokens_get_no_frozen_steps_but_a_deadline() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"replan_steps": 9}, r"must lie in \[1, 8\]"), ({"replan_steps": 0}, "replan_steps is 0")]
+    ("changes", "message"),
+    [({"replan_steps": 9}, r"must lie in \[1, 8\]"), ({"replan_steps": 0}, "replan_steps is 0")],
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -1,7 +1,8 @@
-"""`colcon build` installs what `ros2 run` and `ros2 launch` look for. Needs colcon: in PATH, or named by $COLCON.
+"""`colcon build` installs what `ros2 run` and `ros2 launch` look for. Needs colcon: in PATH, or
+named by $COLCON.
 
-For example: python -m venv V && V/bin/pip install colcon-common-extensions 'empy<4' catkin-pkg, then
-COLCON=V/bin/colcon pytest -m external tests/ros_nodes/test_colcon.py
+For example: python -m venv V && V/bin/pip install colcon-common-extensions 'empy<4' catkin-pkg,
+then COLCON=V/bin/colcon pytest -m external tests/ros_nodes/test_colcon.py
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 COLCON = os.environ.get("COLCON") or shutil.which("colcon")
 EXECUTABLES = ("ceed-vla", "policy_node", "sim_node")
 
-pytestmark = [pytest.mark.external, pytest.mark.skipif(COLCON is None, reason="colcon is not installed")]
+pytestmark = [
+    pytest.mark.external,
+    pytest.mark.skipif(COLCON is None, reason="colcon is not installed"),
+]
 
 
 @pytest.fixture(params=[(), ("--symlink-install",)], ids=["copy", "symlink"])
@@ -52,7 +56,9 @@ def test_build_puts_everything_where_ros_looks(installed: Path) -> None:
     assert (share / "ament_index/resource_index/packages/ceed_vla").exists()
     assert (share / "ceed_vla/package.xml").exists()
     launch = {path.name for path in (ROOT / "launch").glob("*.launch.py")}
-    assert {path.name for path in (share / "ceed_vla/launch").iterdir() if path.suffix == ".py"} == launch
+    assert {
+        path.name for path in (share / "ceed_vla/launch").iterdir() if path.suffix == ".py"
+    } == launch
     config = {path.name for path in (ROOT / "launch/config").iterdir() if path.is_file()}
     assert {path.name for path in (share / "ceed_vla/launch/config").iterdir()} == config
 

@@ -1,4 +1,6 @@
-"""The control loop in simulated time: what is asked for when, and that commands stay continuous whatever the delays."""
+"""The control loop in simulated time: what is asked for when, and that commands stay continuous
+whatever the delays.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,12 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from rclpy.serialization import serialize_message
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.chunk_stream import Target
-from ros_nodes.robot.controller import HOME_SPEED
-from ros_nodes.robot.diagnostics import ClampWatch
-from ros_nodes.robot.messages import array_to_image
-from ros_nodes.robot.robot_file import Action
-from ros_nodes.robot.step_grid import SLEW, StepGrid
+from ceed_vla.ros_nodes.robot.chunk_stream import Target
+from ceed_vla.ros_nodes.robot.controller import HOME_SPEED
+from ceed_vla.ros_nodes.robot.diagnostics import ClampWatch
+from ceed_vla.ros_nodes.robot.messages import array_to_image
+from ceed_vla.ros_nodes.robot.robot_file import Action
+from ceed_vla.ros_nodes.robot.step_grid import SLEW, StepGrid
 from tests.ros_nodes.loop import CLIMB, DT, EVEN, PIXELS, RATE, H, Loop, robot, stamp
 
 
@@ -36,10 +38,18 @@ def test_images_are_used_just_in_time_and_motion_is_even(camera_rate: float, del
     loop.run(10.0)
     numbers = loop.controller.statistics
     assert loop.controller.hold is None
-    np.testing.assert_allclose(loop.steps(100), EVEN, rtol=1e-3, atol=1e-9)  # steps of equal length, no seam
-    assert numbers.slips == numbers.missed == loop.stream.counters.starved == loop.stream.counters.late == 0
+    # steps of equal length, no seam
+    np.testing.assert_allclose(loop.steps(100), EVEN, rtol=1e-3, atol=1e-9)
+    assert (
+        numbers.slips
+        == numbers.missed
+        == loop.stream.counters.starved
+        == loop.stream.counters.late
+        == 0
+    )
     asked = loop.policy.asked[seen:]
-    waits = np.array([r.deadline_s - loop.stream.grace * DT for _, r in asked])  # until it takes over
+    # until it takes over
+    waits = np.array([r.deadline_s - loop.stream.grace * DT for _, r in asked])
     if delay == 0.001:  # faster than a tick does not help
         delay = 0.01
     if delay < 0.1:
@@ -64,7 +74,9 @@ def test_where_ticks_are_given_they_are_not_moved() -> None:
     delays=st.lists(st.floats(0.001, 0.6), min_size=8, max_size=8),
     late=st.dictionaries(st.integers(20, 300), st.floats(0.0, 0.05), max_size=12),
 )
-def test_commands_come_every_tick_and_never_jump(delays: list[float], late: dict[int, float]) -> None:
+def test_commands_come_every_tick_and_never_jump(
+    delays: list[float], late: dict[int, float]
+) -> None:
     loop = Loop()
     loop.late = late
     for delay in delays:
@@ -74,7 +86,8 @@ def test_commands_come_every_tick_and_never_jump(delays: list[float], late: dict
     gaps = np.diff([now for now, _ in loop.sent])
     steps = loop.steps()
     assert (steps >= -1e-9).all()  # the policy only climbs
-    # A late tick makes up for the ones it replaces, and a chunk that came late for its step catches up in the rest.
+    # A late tick makes up for the ones it replaces, and a chunk that came late for its step catches
+    # up in the rest.
     assert (steps <= 2.0 * EVEN * np.maximum(gaps * RATE, 1.0) + 1e-9).all()
 
 
@@ -115,7 +128,8 @@ def test_a_new_instruction_is_asked_for_at_once() -> None:
     loop.run(0.35)
     changed = [now for now, request in loop.policy.asked if request.instruction == "climb faster"]
     assert changed
-    assert changed[0] - 103.0 <= 0.16 + 1.5 / RATE  # as soon as the answer that was under way is thrown away
+    # as soon as the answer that was under way is thrown away
+    assert changed[0] - 103.0 <= 0.16 + 1.5 / RATE
     np.testing.assert_allclose(loop.steps(100), EVEN, rtol=1e-3)
 
 
@@ -138,7 +152,7 @@ def test_ticks_fit_steps() -> None:
         StepGrid(9.0, 0.1)
 
 
-# ---- cameras and frame rates that fit nothing -----------------------------------------------------------------------
+# ---- cameras and frame rates that fit nothing ----------------------------------------------------
 
 
 @pytest.mark.parametrize("camera_rate", [29.6, 29.7, 29.8, 30.3])
@@ -156,7 +170,8 @@ def test_the_first_chunks_teach_the_lock_no_drift(phase: float) -> None:
     loop = Loop(30.0, phase=phase, replan_steps=3)
     loop.policy.delay = 0.016
     loop.run(10.0)
-    assert max(list(loop.controller.statistics.to_command)[4:]) < 0.016 + 0.010  # no images were missed
+    # no images were missed
+    assert max(list(loop.controller.statistics.to_command)[4:]) < 0.016 + 0.010
 
 
 @pytest.mark.parametrize("fps", [30.0, 25.0, 15.0, 7.0])
@@ -169,7 +184,7 @@ def test_the_command_rate_need_be_no_multiple_of_the_steps(fps: float) -> None:
     assert loop.controller.statistics.slips == loop.stream.counters.starved == 0
 
 
-# ---- what operators do ------------------------------------------------------------------------------------------
+# ---- what operators do ---------------------------------------------------------------------------
 
 
 def test_motion_begins_gently() -> None:
@@ -238,23 +253,32 @@ class Increments:
 
     def __call__(self) -> Target:
         found = self.target()
-        return replace(found, action=np.array([self.wanted(self.loop.now), 0.0])) if found.action is not None else found
+        return (
+            replace(found, action=np.array([self.wanted(self.loop.now), 0.0]))
+            if found.action is not None
+            else found
+        )
 
 
 @pytest.mark.parametrize(
     ("limits", "most"),
-    [({"max_velocity": np.full(2, 0.1)}, 0.011),
-     ({"max_velocity": np.full(2, 0.5), "max_acceleration": np.full(2, 0.2)}, 0.5),
-     ({"position_high": np.array([0.1, 9.0])}, 1e-9)],
-)  # fmt: skip
-def test_increments_do_not_run_away_from_an_arm_with_low_limits(limits: dict[str, Any], most: float) -> None:
+    [
+        ({"max_velocity": np.full(2, 0.1)}, 0.011),
+        ({"max_velocity": np.full(2, 0.5), "max_acceleration": np.full(2, 0.2)}, 0.5),
+        ({"position_high": np.array([0.1, 9.0])}, 1e-9),
+    ],
+)
+def test_increments_do_not_run_away_from_an_arm_with_low_limits(
+    limits: dict[str, Any], most: float
+) -> None:
     loop = Loop()
     Increments(loop, lambda now: 0.05 if now < 103 else 0.0 if now < 106 else -0.02, **limits)
     loop.run(3.0)
     assert 0 <= loop.controller._motion.joints[0] - loop.path[-1, 0] < most
     there, at = loop.path[-1, 0], len(loop.path)
     loop.run(3.0)
-    assert loop.path[-1, 0] - there < most + 0.01  # when nothing more is wanted it soon stands still
+    # when nothing more is wanted it soon stands still
+    assert loop.path[-1, 0] - there < most + 0.01
     assert loop.steps()[-1] == pytest.approx(0, abs=1e-9)
     loop.run(2.0)
     assert loop.path[at:, 0].max() - loop.path[-1, 0] > 0.15  # and comes back at once
@@ -270,7 +294,9 @@ def test_increments_within_the_limits_are_all_executed() -> None:
 
 def test_increments_with_an_acceleration_keep_their_speed() -> None:
     loop = Loop()
-    Increments(loop, lambda now: 0.1, max_velocity=np.full(2, 2.0), max_acceleration=np.full(2, 2.0))
+    Increments(
+        loop, lambda now: 0.1, max_velocity=np.full(2, 2.0), max_acceleration=np.full(2, 2.0)
+    )
     loop.run(4.0)
     assert loop.steps()[-50:].mean() * RATE == pytest.approx(1.0, rel=0.02)  # of 1 rad/s
 
@@ -329,15 +355,20 @@ def test_going_home_is_slow_needs_no_images_and_ends_disabled() -> None:
 
 @pytest.mark.parametrize("delay", [0.016, 0.13, 0.4])
 def test_the_first_action_takes_one_chunk(delay: float) -> None:
-    """Nothing is asked from images of before `enable`: that answer would be dropped, and the next one wait for it."""
+    """Nothing is asked from images of before `enable`: that answer would be dropped, and the next
+    one wait for it.
+    """
     loop = Loop(enable=False)
     loop.policy.delay = delay
     loop.run(0.5)
     enabled, count = loop.now, len(loop.sent)
     assert loop.controller.enable(enabled) is None
     loop.run(1.0)
-    moved = next(now for now, decision in loop.sent[count:] if decision is not None and decision.hold is None)
-    assert enabled + delay < moved < enabled + delay + 1 / 30 + 0.03  # the next image, its tick, the answer's tick
+    moved = next(
+        now for now, decision in loop.sent[count:] if decision is not None and decision.hold is None
+    )
+    # the next image, its tick, the answer's tick
+    assert enabled + delay < moved < enabled + delay + 1 / 30 + 0.03
     assert [now < moved for now, _ in loop.policy.asked].count(True) == 1
     assert loop.policy.asked[0][0] > enabled
 
@@ -351,7 +382,8 @@ def test_a_refused_enable_leaves_motion_disabled() -> None:
     assert loop.controller.state.mode == "disabled"
     loop.states, count = True, len(loop.sent)
     loop.run(0.5)
-    assert len([d for _, d in loop.sent[count:] if d is not None]) <= 1  # what ends the motion of before
+    # what ends the motion of before
+    assert len([d for _, d in loop.sent[count:] if d is not None]) <= 1
 
 
 def test_states_are_true_at_once() -> None:
@@ -388,8 +420,12 @@ def test_until_the_policy_is_loaded_the_arm_waits() -> None:
 
 
 @pytest.mark.parametrize(("delay", "due"), [(0.02, 3), (0.1, 3), (0.22, 4)])
-def test_the_next_chunk_is_due_one_step_sooner_than_in_the_policy_s_own_loop(delay: float, due: int) -> None:
-    """Unless the policy is slow. A chunk's steps count from its request, so frozen ones are among them."""
+def test_the_next_chunk_is_due_one_step_sooner_than_in_the_policy_s_own_loop(
+    delay: float, due: int
+) -> None:
+    """Unless the policy is slow. A chunk's steps count from its request, so frozen ones are among
+    them.
+    """
     loop = Loop(replan_steps=None)
     loop.policy.delay = delay
     loop.run(3.0)
@@ -410,7 +446,9 @@ def test_clamping_that_lasts_is_warned_of() -> None:
         loop.safety.clamps["position"] = 60 * second
         warning = watch.look(400 + 100 * second, loop.safety)
         assert bool(warning) == (second >= 3), second
-    assert warning.startswith("180 clamps in the last 300 commands (position 180, velocity 40 in all)")
+    assert warning.startswith(
+        "180 clamps in the last 300 commands (position 180, velocity 40 in all)"
+    )
     assert watch.look(0, loop.safety) == ""  # another run of the node
 
 
@@ -427,7 +465,10 @@ def test_stale_inputs_that_keep_coming_hint_at_the_clocks() -> None:
         loop.observations.cameras[0].take(serialize_message(late))
         loop.observations.arrived("front", loop.now)
     assert loop.controller.hold.code == "stale"
-    assert "it arrives with such stamps. Are the clocks of both computers" in loop.controller.hold.detail
+    assert (
+        "it arrives with such stamps. Are the clocks of both computers"
+        in loop.controller.hold.detail
+    )
 
 
 def test_simulated_time_that_stops_is_told() -> None:

@@ -1,4 +1,6 @@
-"""What the control loop does while it does not know where the arm is, or its policy takes no instruction."""
+"""What the control loop does while it does not know where the arm is, or its policy takes no
+instruction.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from rclpy.serialization import serialize_message
 from sensor_msgs.msg import JointState
 
-from ros_nodes.robot.messages import array_to_image
-from ros_nodes.robot.observations import Observations
-from ros_nodes.robot.robot_file import ImageSource
+from ceed_vla.ros_nodes.robot.messages import array_to_image
+from ceed_vla.ros_nodes.robot.observations import Observations
+from ceed_vla.ros_nodes.robot.robot_file import ImageSource
 from tests.ros_nodes.loop import JOINTS, Loop, robot, stamp
 
 
@@ -61,7 +63,9 @@ def test_strange_messages_hold_and_raise_nothing(data: st.DataObject) -> None:
         count = data.draw(st.sampled_from([len(names), 0, 7]))
         values = data.draw(st.lists(st.sampled_from(STRANGE), min_size=count, max_size=count))
         state = JointState(name=names, position=values, velocity=values[:1])
-        state.header.stamp = stamp(data.draw(st.sampled_from([0.0, loop.now, loop.now - 0.001, 2e9])))
+        state.header.stamp = stamp(
+            data.draw(st.sampled_from([0.0, loop.now, loop.now - 0.001, 2e9]))
+        )
         size = st.sampled_from([0, 1, 4, 12, 2**32 - 1])
         image = array_to_image(np.zeros((4, 4, 3), np.uint8), stamp(loop.now), "camera")
         image.width, image.height, image.step = data.draw(size), data.draw(size), data.draw(size)
@@ -72,11 +76,13 @@ def test_strange_messages_hold_and_raise_nothing(data: st.DataObject) -> None:
         decision = loop.controller.tick(loop.now, loop.now)
         loop.controller.after_tick(loop.now)
         loop.controller.observed(loop.now)
-        assert decision is None or (decision.positions is not None and np.abs(decision.positions).max() < 0.2)
+        assert decision is None or (
+            decision.positions is not None and np.abs(decision.positions).max() < 0.2
+        )
         loop.now += 0.01
 
 
-# ---- what the policy does not take ----------------------------------------------------------------------------------
+# ---- what the policy does not take ---------------------------------------------------------------
 
 
 def test_a_refused_instruction_is_not_asked_before_the_tick_that_holds() -> None:
@@ -146,7 +152,7 @@ def test_a_policy_that_fails_is_asked_less_and_less_often(code: str, hold: str) 
     assert loop.stream.counters.starved == starved
 
 
-# ---- inputs that repeat themselves -----------------------------------------------------------------------------------
+# ---- inputs that repeat themselves ---------------------------------------------------------------
 
 
 def test_a_camera_that_repeats_its_image_holds_until_it_does_not() -> None:
@@ -220,7 +226,11 @@ def test_a_pose_that_was_wrong_holds_no_longer_than_until_enable() -> None:
     loop = Loop()
     loop.run(1.0)
     true, loop.follows = loop.position.copy(), False
-    loop.position = true + [1.0, 0.0]  # a sensor that lies, while the last images of the motion come
+    # a sensor that lies, while the last images of the motion come
+    loop.position = true + [
+        1.0,
+        0.0,
+    ]
     loop.run(0.3)
     loop.alive = False  # the arm rests, and so do the images of a simulation
     loop.run(1.0)
@@ -236,10 +246,16 @@ def test_a_pose_that_was_wrong_holds_no_longer_than_until_enable() -> None:
 @pytest.mark.parametrize("apart", [0.0, 0.004, 0.010])
 @pytest.mark.parametrize("first", ["front", "wrist"])
 def test_two_cameras_are_paired_by_when_their_images_were_taken(apart: float, first: str) -> None:
-    """Flags of both may be left from before the start, and either image may come first: no pair is a period apart."""
-    sources = tuple(ImageSource(f"observation.images.{name}", name, "raw", False) for name in ("front", "wrist"))
+    """Flags of both may be left from before the start, and either image may come first: no pair is
+    a period apart.
+    """
+    sources = tuple(
+        ImageSource(f"observation.images.{name}", name, "raw", False) for name in ("front", "wrist")
+    )
     shapes = {source.feature: (3, 4, 4) for source in sources}
-    observations = Observations(replace(robot(), images=sources), shapes, {"observation.state": 2}, None)
+    observations = Observations(
+        replace(robot(), images=sources), shapes, {"observation.state": 2}, None
+    )
     cameras = dict(zip(("front", "wrist"), observations.cameras, strict=True))
     pixels, spreads = np.zeros((4, 4, 3), np.uint8), []
     for step in range(-2, 20):
@@ -260,6 +276,8 @@ def test_enable_answers_what_the_next_tick_does(instruction: str) -> None:
     loop.stream.instruct(instruction)
     assert loop.controller.enable(loop.now) is None
     answered = loop.controller.state
-    assert answered.code == {"": "no_instruction", "climb": "waiting"}.get(instruction, "bad_instruction")
+    assert answered.code == {"": "no_instruction", "climb": "waiting"}.get(
+        instruction, "bad_instruction"
+    )
     loop.run(0.005)
     assert (loop.controller.state, loop.controller.hold.code) == (answered, answered.code)

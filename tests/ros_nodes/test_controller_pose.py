@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
-from ros_nodes.robot.safety import SafetyFilter
+from ceed_vla.ros_nodes.robot.safety import SafetyFilter
 from tests.ros_nodes.loop import Loop
 from tests.ros_nodes.test_controller_holds import hold_code, sent_since
 

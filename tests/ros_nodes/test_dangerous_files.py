@@ -16,10 +16,10 @@ from robot_checkpoints import DATA, statistics, write_checkpoint
 
 from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.parameters import defaults
-from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.policy_setup import make_setup
-from ros_nodes.robot.robot_file import packaged_config
+from ceed_vla.ros_nodes.robot.parameters import defaults
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.robot.policy_setup import make_setup
+from ceed_vla.ros_nodes.robot.robot_file import packaged_config
 
 CONFIG = packaged_config().parent
 SO101, UR5E, PANDA = DATA

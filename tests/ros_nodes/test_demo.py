@@ -1,4 +1,6 @@
-"""``ceed-vla ros-demo``: what it refuses, what it reports, and a whole run that another reader of bags can open."""
+"""``ceed-vla ros-demo``: what it refuses, what it reports, and a whole run that another reader of
+bags can open.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,19 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from rich.console import Console
 
 from ceed_vla.errors import CheckpointError, ConfigError
-from ros_nodes.demo.report import rest_after
-from ros_nodes.demo.ros_demo import RosDemoConfig, ros_arguments, ros_demo
-from ros_nodes.demo.session import Session
+from ceed_vla.ros_nodes.demo.report import rest_after
+from ceed_vla.ros_nodes.demo.ros_demo import RosDemoConfig, ros_arguments, ros_demo
+from ceed_vla.ros_nodes.demo.session import Session
 
 KEYS = [
-    *("command_rate_hz", "missed_ticks_fraction", "jitter_ms", "episodes", "success_rate", "success_ci95"),
+    *(
+        "command_rate_hz",
+        "missed_ticks_fraction",
+        "jitter_ms",
+        "episodes",
+        "success_rate",
+        "success_ci95",
+    ),
     *("seam_step_ratio", "observation_to_command_ms", "decode_ms", "holds", "clamps"),
 ]
 MS = 1_000_000  # [ns]
@@ -30,16 +39,36 @@ MS = 1_000_000  # [ns]
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"episodes": 0}, ConfigError, r"--episodes is 0; it must be a whole number in \[1, 10000\]"),
+        (
+            {"episodes": 0},
+            ConfigError,
+            r"--episodes is 0; it must be a whole number in \[1, 10000\]",
+        ),
         ({"stream_seconds": -1.0}, ConfigError, "--stream_seconds"),
-        ({"action_interface": "wheels"}, ConfigError, "no interface 'wheels'; it has forward_position"),
+        (
+            {"action_interface": "wheels"},
+            ConfigError,
+            "no interface 'wheels'; it has forward_position",
+        ),
         ({"task": "juggle"}, ConfigError, "juggle"),
         ({"latencies_ms": ["fast"]}, ConfigError, "--latencies_ms"),
         ({"latencies_ms": [-1.0]}, ConfigError, r"--latencies_ms is \[-1.0\]; it must be"),
-        ({"simulated_time": True, "rivals": ["nowhere:ar"]}, CheckpointError, "No checkpoint folder"),
-        ({"simulated_time": True, "action_interface": "wheels"}, ConfigError, "no interface 'wheels'"),
+        (
+            {"simulated_time": True, "rivals": ["nowhere:ar"]},
+            CheckpointError,
+            "No checkpoint folder",
+        ),
+        (
+            {"simulated_time": True, "action_interface": "wheels"},
+            ConfigError,
+            "no interface 'wheels'",
+        ),
         ({"checkpoint": "nowhere"}, CheckpointError, "No checkpoint folder"),
-        ({"simulated_time": True, "decoding": "ar"}, ConfigError, "--decoding is not read with --simulated_time True"),
+        (
+            {"simulated_time": True, "decoding": "ar"},
+            ConfigError,
+            "--decoding is not read with --simulated_time True",
+        ),
         ({"reaction": True}, ConfigError, "--reaction is not read with --simulated_time False"),
     ],
 )
@@ -72,7 +101,10 @@ def test_texts_are_quoted_for_ros() -> None:
 
 
 def test_time_to_rest_is_the_last_moving_state() -> None:
-    states = [(t * MS, SimpleNamespace(velocity=[0.0, v])) for t, v in ((0, 1), (10, -1), (20, 0.2), (30, 0))]
+    states = [
+        (t * MS, SimpleNamespace(velocity=[0.0, v]))
+        for t, v in ((0, 1), (10, -1), (20, 0.2), (30, 0))
+    ]
     assert rest_after(states, 5 * MS) == 15.0
     assert rest_after(states[:3], 5 * MS) is None
     assert rest_after(states, 40 * MS) is None  # nobody saw it
@@ -82,7 +114,11 @@ def test_time_to_rest_is_the_last_moving_state() -> None:
 def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
     rosbags = pytest.importorskip("rosbags.highlevel", reason="rosbags is not installed")
     config = RosDemoConfig(
-        episodes=2, task="push_cube", output_dir=str(tmp_path / "run"), stream_seconds=2.0, kill=True
+        episodes=2,
+        task="push_cube",
+        output_dir=str(tmp_path / "run"),
+        stream_seconds=2.0,
+        kill=True,
     )
     with (tmp_path / "console.txt").open("w") as file:
         report = ros_demo(config, Console(file=file, width=100))
@@ -101,4 +137,10 @@ def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
     with rosbags.AnyReader([tmp_path / "run" / "bag.mcap"]) as reader:
         counts = {connection.topic: connection.msgcount for connection in reader.connections}
     assert counts["/forward_position_controller/commands"] >= details["commands"]
-    assert {"/front/image_raw", "/wrist/image_raw", "/joint_states", "/diagnostics", "/sim/success"} <= set(counts)
+    assert {
+        "/front/image_raw",
+        "/wrist/image_raw",
+        "/joint_states",
+        "/diagnostics",
+        "/sim/success",
+    } <= set(counts)

@@ -1,7 +1,9 @@
-"""Faults between real processes: the arm comes to rest, diagnostics name the cause, and motion resumes by itself.
+"""Faults between real processes: the arm comes to rest, diagnostics name the cause, and motion
+resumes by itself.
 
-The simulated robot, the policy node, and this process, which passes the robot's messages on and can spoil them on the
-way. One policy node lives through all the faults that need no restart. `test_policy_node` has the short versions.
+The simulated robot, the policy node, and this process, which passes the robot's messages on and can
+spoil them on the way. One policy node lives through all the faults that need no restart.
+`test_policy_node` has the short versions.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
-from ros_nodes.robot.messages import LATCHED, SENSOR, array_to_image
+from ceed_vla.ros_nodes.robot.messages import LATCHED, SENSOR, array_to_image
 from tests.ros_nodes.conftest import Graph, Status
 
 slow = pytest.mark.slow
@@ -108,7 +110,9 @@ class Bench:
         """The arm moves again, and since a number of commands no joint was commanded to jump."""
         self.status.state("moving")
         self.graph.wait(self.moves, "the arm to move again", timeout=10.0)
-        for (_, before), (_, after) in itertools.pairwise(self.commands[since:] if since is not None else ()):
+        for (_, before), (_, after) in itertools.pairwise(
+            self.commands[since:] if since is not None else ()
+        ):
             assert np.abs(after - before).max() < 0.25  # 3.5 rad/s for at most 50 ms, and a bit
 
     def _pass_image(self, message: Image) -> None:
@@ -151,7 +155,9 @@ def other_size(message: Image) -> Image:
     return array_to_image(np.zeros((64, 80, 3), np.uint8), message.header.stamp, "front")
 
 
-def with_positions(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[JointState], JointState]:
+def with_positions(
+    change: Callable[[np.ndarray], np.ndarray],
+) -> Callable[[JointState], JointState]:
     """Joint states whose positions (9,) are others."""
 
     def spoil(message: JointState) -> JointState:
@@ -191,7 +197,9 @@ def lost(message: Any) -> None:
             ("bad_joint_states", "joint5", "not finite"),
             id="NaN in state",
         ),
-        pytest.param("image", other_size, ("bad_image", "80 x 64", "96 x 96"), id="size", marks=slow),
+        pytest.param(
+            "image", other_size, ("bad_image", "80 x 64", "96 x 96"), id="size", marks=slow
+        ),
         pytest.param(
             "joints",
             with_names(lambda names: [f"ur_{name}" for name in names]),
@@ -219,11 +227,15 @@ def test_spoilt_inputs_stop_the_arm_and_it_goes_on_after_them(
     "spoil",
     [
         pytest.param(with_positions(lambda q: q + (np.arange(9) == 0)), id="jumped"),
-        pytest.param(with_positions(lambda q: q[[0, 3, 2, 1, *range(4, 9)]]), id="swapped", marks=slow),
+        pytest.param(
+            with_positions(lambda q: q[[0, 3, 2, 1, *range(4, 9)]]), id="swapped", marks=slow
+        ),
         pytest.param(with_positions(np.degrees), id="in degrees", marks=slow),
     ],
 )
-def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it(bench: Bench, spoil: Any) -> None:
+def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it(
+    bench: Bench, spoil: Any
+) -> None:
     bench.begin(seed=1)
     since = len(bench.commands)
     bench.joints = spoil
@@ -247,12 +259,15 @@ def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it
         pytest.param("move\x1b[2J the red cube", "control characters", marks=slow),
     ],
 )
-def test_an_instruction_that_is_refused_stops_the_arm_and_fills_no_log(bench: Bench, text: str, told: str) -> None:
+def test_an_instruction_that_is_refused_stops_the_arm_and_fills_no_log(
+    bench: Bench, text: str, told: str
+) -> None:
     bench.begin(seed=3)
     before = len(bench.graph.output("policy_node"))
     bench.instruction.publish(String(data=text))
     values = bench.status.wait(
-        lambda message, _: message.startswith("bad_instruction") and told in message.lower(), "the hold"
+        lambda message, _: message.startswith("bad_instruction") and told in message.lower(),
+        "the hold",
     )
     assert values["state"] == "holding"
     assert max(map(len, values.values())) <= 200
@@ -261,7 +276,9 @@ def test_an_instruction_that_is_refused_stops_the_arm_and_fills_no_log(bench: Be
     said = bench.graph.output("policy_node")[before:]
     assert "Traceback" not in said
     assert len(said) < 2000
-    shown = bench.graph.call("/policy/get_parameters", GetParameters, GetParameters.Request(names=["instruction"]))
+    shown = bench.graph.call(
+        "/policy/get_parameters", GetParameters, GetParameters.Request(names=["instruction"])
+    )
     assert len(shown.values[0].string_value) <= 500
     bench.instruction.publish(String(data="move the red cube into the bin"))
     bench.check_goes_on()
@@ -275,7 +292,11 @@ def test_topics_services_and_diagnostics_are_the_documented_ones(bench: Bench) -
     moved = {"/relay/front": "/front/image_raw", "/relay/joint_states": "/joint_states"}
     interfaces = ("/joint_trajectory_controller/joint_trajectory", "/servo_node/delta_twist_cmds")
     for name, rows, absent in (
-        ("policy", robots_page.policy_topics(), (*interfaces, *(f"/{name}" for name in robots_page.DRY))),
+        (
+            "policy",
+            robots_page.policy_topics(),
+            (*interfaces, *(f"/{name}" for name in robots_page.DRY)),
+        ),
         ("sim", robots_page.sim_topics(), ("/clock",)),
     ):
         there = {
@@ -291,11 +312,17 @@ def test_topics_services_and_diagnostics_are_the_documented_ones(bench: Bench) -
         }
         documented = {(f"/{row[0]}", row[1], row[2]) for row in rows}
         assert documented - found == {row for row in documented if row[0] in absent}
-        undocumented = {row for row in found - documented if "rcl_interfaces" not in row[2]}  # of every node
+        # of every node
+        undocumented = {row for row in found - documented if "rcl_interfaces" not in row[2]}
         assert {row[0] for row in undocumented} <= {
             f"/{name}/{own}"
             for own in (
-                *("transition_event", "get_state", "get_available_states", "get_available_transitions"),
+                *(
+                    "transition_event",
+                    "get_state",
+                    "get_available_states",
+                    "get_available_transitions",
+                ),
                 *("get_transition_graph", "get_type_description"),
             )
         }
@@ -337,7 +364,9 @@ def test_two_policy_nodes_both_hold_until_one_is_gone(bench: Bench) -> None:
 
 
 @pytest.mark.realtime
-def test_a_second_publisher_of_the_same_joints_is_a_conflict_and_one_of_others_is_none(bench: Bench) -> None:
+def test_a_second_publisher_of_the_same_joints_is_a_conflict_and_one_of_others_is_none(
+    bench: Bench,
+) -> None:
     bench.begin(seed=1)
     node = bench.graph.node
     other = node.create_publisher(JointState, "/relay/joint_states", SENSOR)
@@ -368,7 +397,9 @@ def test_a_second_publisher_of_the_same_joints_is_a_conflict_and_one_of_others_i
         node.destroy_timer(timer)
         node.destroy_publisher(other)
     bench.status.wait(
-        lambda message, _: message.startswith("disabled") and "conflict:" not in message.split(";")[0],
+        lambda message, _: (
+            message.startswith("disabled") and "conflict:" not in message.split(";")[0]
+        ),
         "the end of the conflict",
     )
     bench.check_rest()
@@ -414,7 +445,10 @@ def test_simulated_time_that_jumps_back_holds_until_new_inputs_come(graph: Graph
     now = [1000.0]
 
     def stamped(message: Any) -> Any:
-        message.header.stamp.sec, message.header.stamp.nanosec = int(now[0]), int(1e9 * (now[0] % 1))
+        message.header.stamp.sec, message.header.stamp.nanosec = (
+            int(now[0]),
+            int(1e9 * (now[0] % 1)),
+        )
         return message
 
     def advance() -> None:
@@ -427,7 +461,9 @@ def test_simulated_time_that_jumps_back_holds_until_new_inputs_come(graph: Graph
     bench.repair = lambda: None  # type: ignore[method-assign]
     bench.image = bench.joints = stamped
     wrist = graph.node.create_publisher(Image, "/relay/wrist", SENSOR)
-    graph.node.create_subscription(Image, "/wrist/image_raw", lambda m: wrist.publish(stamped(m)), SENSOR)
+    graph.node.create_subscription(
+        Image, "/wrist/image_raw", lambda m: wrist.publish(stamped(m)), SENSOR
+    )
     bench.status.state("disabled")
     bench.begin(seed=6)
     bench.status.state("moving")

@@ -1,7 +1,9 @@
-"""Whatever joint states, publishers and operators do, no command leads further than `limits.step` from the true pose.
+"""Whatever joint states, publishers and operators do, no command leads further than `limits.step`
+from the true pose.
 
-Everything between the messages is the node's own: joint sources, observations, safety filter, controller and action
-interfaces, on one simulated clock. Only the arm, its drivers and the policy are made up.
+Everything between the messages is the node's own: joint sources, observations, safety filter,
+controller and action interfaces, on one simulated clock. Only the arm, its drivers and the policy
+are made up.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ from builtin_interfaces.msg import Time
 from rclpy.serialization import serialize_message
 from sensor_msgs.msg import JointState
 
-from ros_nodes.robot import policy_setup
-from ros_nodes.robot.messages import array_to_image
-from ros_nodes.robot.parameters import defaults
-from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.predictor import Request, Response, declared_spec
-from ros_nodes.robot.robot_file import load_robot_config
-from ros_nodes.robot.safety import Decision
-from ros_nodes.robot.streaming import command_message
-from ros_nodes.simulated.controllers import ServoTwist
+from ceed_vla.ros_nodes.robot import policy_setup
+from ceed_vla.ros_nodes.robot.messages import array_to_image
+from ceed_vla.ros_nodes.robot.parameters import defaults
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.robot.predictor import Request, Response, declared_spec
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
+from ceed_vla.ros_nodes.robot.safety import Decision
+from ceed_vla.ros_nodes.robot.streaming import command_message
+from ceed_vla.ros_nodes.simulated.controllers import ServoTwist
 
 PERIOD = 0.02  # of commands and of each driver's joint states [s]
 EXAMPLES = int(os.environ.get("CEED_VLA_FIRST_COMMAND_EXAMPLES", "20"))  # of every interface
@@ -44,7 +46,7 @@ ARM = ROBOT.arm.joints
 @cache
 def arm_model() -> Any:
     """Compiled once: the model has no state but the pose that it was asked for last."""
-    from ros_nodes.robot.kinematics import ModelArm
+    from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
     arm = ROBOT.arm
     assert arm.model is not None
@@ -81,7 +83,9 @@ class Policy:
             return None
         request = self._asked[1]
         self._asked = None
-        actions = np.tile(np.float32([0.5, -0.5, 0.3, 0.1, 0.0, 0.2, 1.0]), (self.spec.chunk_steps, 1))
+        actions = np.tile(
+            np.float32([0.5, -0.5, 0.3, 0.1, 0.0, 0.2, 1.0]), (self.spec.chunk_steps, 1)
+        )
         return Response(request.id, actions, None, seconds={"total": 0.03})
 
 
@@ -92,7 +96,9 @@ class Driver:
         self.world, self.names = world, names
         self.number = 0
         self.due = world.now + offset
-        self.wrong: np.ndarray | None = None  # what it publishes instead of the arm's pose (7,) [rad]
+        self.wrong: np.ndarray | None = (
+            None  # what it publishes instead of the arm's pose (7,) [rad]
+        )
 
     def publish(self) -> None:
         self.due += PERIOD
@@ -101,7 +107,9 @@ class Driver:
         if self.wrong is None:
             self.world.told = pose
         positions = dict(zip((*ARM, *FINGERS), [*pose, 0.04, 0.04], strict=True))
-        message = JointState(name=list(self.names), position=[positions[name] for name in self.names])
+        message = JointState(
+            name=list(self.names), position=[positions[name] for name in self.names]
+        )
         message.header.stamp = stamp(self.world.now)
         self.world.hear(message, self.number)
 
@@ -114,7 +122,8 @@ class World:
         told: Where it was when a right joint state was published last (7,) [rad].
         follows: Whether the arm obeys; not while it is moved by hand.
         unseen: How far a hand may have moved the arm since the last joint state [rad].
-        accepted_wrong: Whether `reset` was called on a wrong state, so that `enable` on it cannot be refused.
+        accepted_wrong: Whether `reset` was called on a wrong state, so that `enable` on it cannot
+            be refused.
     """
 
     def __init__(self, interface: str) -> None:
@@ -126,9 +135,15 @@ class World:
         self.cameras = True
         self.accepted_wrong = False
         self.policy = Policy()
-        values = {**defaults(POLICY_PARAMETERS), "action_interface": interface, "command_rate": 1 / PERIOD}
+        values = {
+            **defaults(POLICY_PARAMETERS),
+            "action_interface": interface,
+            "command_rate": 1 / PERIOD,
+        }
         values |= {"instruction": "push the red cube", "frozen_image_timeout": 0.0}
-        self.setup = policy_setup.make_setup(values, lambda: None, 0.0, lambda *_, **__: self.policy)
+        self.setup = policy_setup.make_setup(
+            values, lambda: None, 0.0, lambda *_, **__: self.policy
+        )
         self.drivers = [Driver(self, (*ARM, *FINGERS), 0.0)]
         self.sent: list[tuple[float, Any]] = []
         self._last: Decision | None = None
@@ -138,7 +153,7 @@ class World:
         self._was_silent = True
         self.run(0.4)
 
-    # ---- what happens ---------------------------------------------------------------------------------------------
+    # ---- what happens ----------------------------------------------------------------------------
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
@@ -254,7 +269,7 @@ class World:
         """Move every joint by `way` [rad], as far as it goes."""
         self.true = np.clip(self.true + way, self.setup.arm.low + 0.05, self.setup.arm.high - 0.05)
 
-    # ---- what the node does ---------------------------------------------------------------------------------------
+    # ---- what the node does ----------------------------------------------------------------------
 
     def _show(self) -> None:
         self._image_at += 0.05
@@ -292,7 +307,11 @@ class World:
             # A twist has no pose of its own: what counts is that the pose behind it was true.
             assert not moves or (np.abs(known - self.told) <= STEP + 1e-6).all()
             return
-        points = [point.positions for point in message.points] if hasattr(message, "points") else [message.data]
+        points = (
+            [point.positions for point in message.points]
+            if hasattr(message, "points")
+            else [message.data]
+        )
         for point in points:
             off = np.abs(np.array(point) - self.true)
             where = f"{off.max():.3f} rad from the true pose at {self.now:.2f} s"
@@ -300,7 +319,9 @@ class World:
 
     def _obey(self, message: Any) -> None:
         if not hasattr(message, "twist"):
-            self.true = np.array(message.points[0].positions if hasattr(message, "points") else message.data)
+            self.true = np.array(
+                message.points[0].positions if hasattr(message, "points") else message.data
+            )
             return
         servo = ServoTwist(arm_model(), self.now - PERIOD, self.true)
         linear, angular = vector(message.twist)
@@ -341,7 +362,9 @@ EVENT = st.one_of(
 @pytest.mark.parametrize("interface", list(ROBOT.interfaces))
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(events=st.lists(EVENT, min_size=1, max_size=SEQUENCE))
-def test_no_command_is_further_than_a_step_from_the_true_pose(interface: str, events: list[tuple[Any, ...]]) -> None:
+def test_no_command_is_further_than_a_step_from_the_true_pose(
+    interface: str, events: list[tuple[Any, ...]]
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy_setup, "arm_model", lambda robot: arm_model())
         world = World(interface)

@@ -20,8 +20,8 @@ from rclpy.serialization import serialize_message
 from sensor_msgs.msg import CompressedImage, Image
 
 from ceed_vla.errors import ObservationError
-from ros_nodes.demo.camera_load import Load, scene
-from ros_nodes.robot.images import (
+from ceed_vla.ros_nodes.demo.camera_load import Load, scene
+from ceed_vla.ros_nodes.robot.images import (
     MAX_PIXELS,
     Seen,
     Shown,
@@ -31,7 +31,7 @@ from ros_nodes.robot.images import (
     read_compressed,
     read_image,
 )
-from ros_nodes.robot.messages import array_to_image
+from ceed_vla.ros_nodes.robot.messages import array_to_image
 
 Crop = tuple[int, ...]
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -156,10 +156,11 @@ def jpeg_of(height: int, width: int) -> bytes:
         (b"GIF89a" + bytes(100), "the header of neither"),
         (b"\xff\xd8", "the header of neither"),
         (b"\xff\xd8" + b"\xff" * 1_000_000, "the header of neither"),
+        # a million bytes of segments
         (
             b"\xff\xd8" + b"\xff\xfe\x00\x02" * 250_000,
             "the header of neither",
-        ),  # a million bytes of segments
+        ),
         (bomb(0, 10), "it is empty: 0 x 10 pixels"),
         (bomb(100_000, 100_000), f"100000 x 100000 pixels, more than {MAX_PIXELS}"),
         (bomb(2**32 - 1, 2**32 - 1), "more than"),

@@ -1,4 +1,6 @@
-"""The worker answers, says what went wrong, and never blocks or outlives its owner; in a thread and in a process."""
+"""The worker answers, says what went wrong, and never blocks or outlives its owner; in a thread and
+in a process.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ from ceed_vla.checkpoints import save
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, NotFiniteError
 from ceed_vla.real_time import decode_behind
-from ros_nodes.robot.inference import MODES, InferenceWorker
-from ros_nodes.robot.predictor import Predictor, PredictorSettings, Request, Response
+from ceed_vla.ros_nodes.robot.inference import MODES, InferenceWorker
+from ceed_vla.ros_nodes.robot.predictor import Predictor, PredictorSettings, Request, Response
 from tests.helpers.edits import unsealed
 from tests.ros_nodes.conftest import tiny_act
 
@@ -81,7 +83,11 @@ def test_the_answer_is_the_policys(worker: InferenceWorker, policy: tuple[Any, A
     model, pre, _ = policy
     raw = observation()
     batch = {
-        key: torch.tensor(value).permute(2, 0, 1)[None].float() / 255 if value.ndim == 3 else torch.tensor(value)[None]
+        key: (
+            torch.tensor(value).permute(2, 0, 1)[None].float() / 255
+            if value.ndim == 3
+            else torch.tensor(value)[None]
+        )
         for key, value in raw.items()
     }
     batch = pre({**batch, "task": [INSTRUCTION]})
@@ -132,7 +138,8 @@ def test_steps_that_are_certain_come_before_the_chunk(mode: str, decoding: str, 
             assert (one.id, one.error, one.forwards <= whole.forwards) == (5, None, True)
         again = ask(worker, replace(request, stream=False))  # in one
         np.testing.assert_array_equal(again.actions, whole.actions)
-        behind = replace(request, previous=whole.tokens, frozen_steps=1)  # what is made up for is no token of the chunk
+        # what is made up for is no token of the chunk
+        behind = replace(request, previous=whole.tokens, frozen_steps=1)
         assert ask(worker, behind).whole
 
 
@@ -175,7 +182,9 @@ def test_an_instruction_that_the_policy_does_not_take_is_told_from_other_errors(
     assert len(out + err) < 2000
 
 
-def test_scores_that_are_not_finite_are_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_that_are_not_finite_are_told_from_other_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise NotFiniteError("The scores are not finite.")
 
@@ -200,7 +209,9 @@ def test_a_deadline_in_the_past_leaves_one_iteration() -> None:
         assert answer.forwards > 1
 
 
-def test_ar_decodes_every_step_so_that_the_next_chunk_freezes_no_guess(policy: tuple[Any, Any, Any]) -> None:
+def test_ar_decodes_every_step_so_that_the_next_chunk_freezes_no_guess(
+    policy: tuple[Any, Any, Any],
+) -> None:
     with running("student", mode="thread", decoding="ar", replan_steps=2) as greedy:
         answer = ask(greedy, Request(1, observation(), INSTRUCTION, deadline_s=1e-6))
     assert answer.error is None
@@ -217,7 +228,7 @@ def test_the_added_delay_is_part_of_the_time_and_ends_at_close() -> None:
     slow.close()
 
 
-# ---- processes -------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -228,7 +239,8 @@ def test_a_process_that_stands_still_or_dies_never_blocks_the_control_loop() -> 
     assert process != os.getpid()
     os.kill(process, signal.SIGINT)  # Ctrl-C in a terminal reaches it too, and is not for it
     os.kill(process, signal.SIGSTOP)
-    assert worker.submit(Request(1, observation(side=1200), INSTRUCTION))  # far more than a pipe holds
+    # far more than a pipe holds
+    assert worker.submit(Request(1, observation(side=1200), INSTRUCTION))
     assert worker.poll() is None
     os.kill(process, signal.SIGCONT)
     assert wait(worker).error is None
@@ -266,7 +278,9 @@ def test_the_process_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     )
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests' / 'helpers'}"}
-    owner = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    owner = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+    )
     pid = int(owner.stdout.readline().split()[-1])
     assert alive(pid)
     owner.kill()
@@ -286,7 +300,7 @@ def alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["thread", pytest.param("process", marks=pytest.mark.slow)])
@@ -320,7 +334,9 @@ def test_a_policy_that_reads_several_observations_is_refused(tmp_path: Path) -> 
     from lerobot.policies.vqbet.configuration_vqbet import VQBeTConfig
 
     action = {"action": PolicyFeature(type=FeatureType.ACTION, shape=(6,))}
-    VQBeTConfig(device="cpu", n_obs_steps=5, input_features={}, output_features=action).save_pretrained(tmp_path)
+    VQBeTConfig(
+        device="cpu", n_obs_steps=5, input_features={}, output_features=action
+    ).save_pretrained(tmp_path)
     for name in ("model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"):
         (tmp_path / name).touch()
     assert "reads 5 observations at once" in refused(tmp_path)
@@ -335,7 +351,8 @@ def act(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any, Any]:
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(
         text.replace(
-            '"pretrained_backbone_weights": null', '"pretrained_backbone_weights": "ResNet18_Weights.IMAGENET1K_V1"'
+            '"pretrained_backbone_weights": null',
+            '"pretrained_backbone_weights": "ResNet18_Weights.IMAGENET1K_V1"',
         )
     )
     return folder, policy, pre, post
@@ -381,17 +398,28 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize(("deadline", "chosen"), [(60.0, "plan90.5"), (1e-6, "plan7")])
-def test_of_a_searchs_plans_the_one_that_fits_here_decodes(tmp_path: Path, deadline: float, chosen: str) -> None:
+def test_of_a_searchs_plans_the_one_that_fits_here_decodes(
+    tmp_path: Path, deadline: float, chosen: str
+) -> None:
     policy, pre, post = ceed_vla.load("student")
-    policy.config.decodings = {"plan7": "cap1", "plan12": "cap2", "plan90.5": "cap4", "plan": "cap4"}
+    policy.config.decodings = {
+        "plan7": "cap1",
+        "plan12": "cap2",
+        "plan90.5": "cap4",
+        "plan": "cap4",
+    }
     save(tmp_path / "policy", policy, pre, post)
     settings: dict[str, Any] = {"decoding": "plan", "chunk_deadline": deadline, "mode": "thread"}
     with running(tmp_path / "policy", **settings) as worker:
         assert worker.spec.decoding == chosen
-        assert (ask(worker, Request(1, observation(), INSTRUCTION)).forwards == 1) == (chosen == "plan7")
+        assert (ask(worker, Request(1, observation(), INSTRUCTION)).forwards == 1) == (
+            chosen == "plan7"
+        )
 
 
-def test_compiled_it_answers_the_same_and_no_request_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_it_answers_the_same_and_no_request_waits_for_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     graphs: list[int] = []
 
     def backend(graph: Any, _: Any) -> Any:
@@ -399,7 +427,9 @@ def test_compiled_it_answers_the_same_and_no_request_waits_for_a_compiler(monkey
         return graph.forward
 
     compiled = ceed_vla.engine.compiled
-    monkeypatch.setattr(ceed_vla.engine, "compiled", lambda backbone: compiled(backbone, backend=backend))
+    monkeypatch.setattr(
+        ceed_vla.engine, "compiled", lambda backbone: compiled(backbone, backend=backend)
+    )
     settings: dict[str, Any] = {"decoding": "jacobi", "warmup": 1}
     eager = Predictor(PredictorSettings("student", **settings))
     worker = Predictor(PredictorSettings("student", engine="compiled", **settings))
@@ -414,7 +444,9 @@ def test_compiled_it_answers_the_same_and_no_request_waits_for_a_compiler(monkey
         assert mine.forwards == theirs.forwards
     assert len(graphs) == ready
     with pytest.raises(ConfigError, match="runs eager only"):
-        Predictor(PredictorSettings("student", engine="compiled", decoding="deer3t3_cap2", warmup=1))
+        Predictor(
+            PredictorSettings("student", engine="compiled", decoding="deer3t3_cap2", warmup=1)
+        )
     for setting in ({"engine": "compiled"}, {"python": "python3"}):
         with pytest.raises(ConfigError, match="need the inference mode process, not thread"):
             InferenceWorker("student", mode="thread", **setting)

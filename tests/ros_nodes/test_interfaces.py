@@ -1,4 +1,6 @@
-"""Commands as the messages of our interfaces, and of one that somebody wrote in a file of their own."""
+"""Commands as the messages of our interfaces, and of one that somebody wrote in a file of their
+own.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,12 @@ from workers import load_error, process_of, running
 
 from ceed_vla.discovery import discover
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.inference import InferenceWorker
-from ros_nodes.robot.interfaces.base import INTERFACES, Command, CommandedArm
-from ros_nodes.robot.kinematics import ModelArm
-from ros_nodes.robot.parameters import refusal
-from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.robot_file import load_robot_config, packaged_config
+from ceed_vla.ros_nodes.robot.inference import InferenceWorker
+from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES, Command, CommandedArm
+from ceed_vla.ros_nodes.robot.kinematics import ModelArm
+from ceed_vla.ros_nodes.robot.parameters import refusal
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
 from tests.ros_nodes.conftest import Status
 from tests.ros_nodes.test_policy_node import start, tabletop
 
@@ -68,7 +70,9 @@ def test_positions_are_sent_as_they_are(arm: CommandedArm) -> None:
     assert message.data.tolist() == list(ROBOT.arm.home)
 
 
-def test_every_point_of_a_trajectory_is_within_a_step_of_the_measured_position(arm: CommandedArm) -> None:
+def test_every_point_of_a_trajectory_is_within_a_step_of_the_measured_position(
+    arm: CommandedArm,
+) -> None:
     for speed in (-100.0, -3.0, 3.0, 100.0):
         sent = command(arm, speed)
         for point in ROBOT.interface("joint_trajectory").message(sent, arm).points:
@@ -80,15 +84,27 @@ def test_a_trajectory_stops_by_itself_inside_the_limits(arm: CommandedArm) -> No
     message = ROBOT.interface("joint_trajectory").message(command(arm, 100.0), arm)
     assert tuple(message.joint_names) == ROBOT.arm.joints
     first, last = message.points
-    assert (first.time_from_start.nanosec, last.time_from_start.nanosec) == (10_000_000, 110_000_000)
+    assert (first.time_from_start.nanosec, last.time_from_start.nanosec) == (
+        10_000_000,
+        110_000_000,
+    )
     np.testing.assert_array_equal(last.velocities, np.zeros(7))
     np.testing.assert_array_equal(last.positions, arm.high)  # 5 rad further on
     part = np.linspace(0, 1, 101)[:, None]  # the controller's cubic between the points
-    start, speeds, rest = np.array(first.positions), np.array(first.velocities) * 0.1, np.array(last.positions)
-    way = start * (1 + 2 * part) * (1 - part) ** 2 + speeds * part * (1 - part) ** 2 + rest * part**2 * (3 - 2 * part)
+    start, speeds, rest = (
+        np.array(first.positions),
+        np.array(first.velocities) * 0.1,
+        np.array(last.positions),
+    )
+    way = (
+        start * (1 + 2 * part) * (1 - part) ** 2
+        + speeds * part * (1 - part) ** 2
+        + rest * part**2 * (3 - 2 * part)
+    )
     assert (way <= arm.high + 1e-9).all()
     slow = ROBOT.interface("joint_trajectory").message(command(arm, 0.5), arm).points[0]
-    np.testing.assert_array_equal(slow.velocities, np.full(7, 0.5))  # far from the limits nothing changes
+    # far from the limits nothing changes
+    np.testing.assert_array_equal(slow.velocities, np.full(7, 0.5))
 
 
 def test_a_twist_is_the_velocity_of_the_tool_and_corrects_what_it_lacks(arm: CommandedArm) -> None:
@@ -98,7 +114,10 @@ def test_a_twist_is_the_velocity_of_the_tool_and_corrects_what_it_lacks(arm: Com
     assert still.twist.linear.x == still.twist.angular.z == 0.0  # a hold
     assert arm.model is not None
     slow, late = command(arm, 0.01), command(arm, 0.01, lag=0.001)
-    linear, angular = (jacobian.sum(axis=1) for jacobian in (arm.model.pose(slow.positions), arm.model.jacobian())[1])
+    linear, angular = (
+        jacobian.sum(axis=1)
+        for jacobian in (arm.model.pose(slow.positions), arm.model.jacobian())[1]
+    )
     for one, share in ((slow, 1.0), (late, 1.03)):  # gain 0.3 / s: 0.001 rad behind
         twist = twists.message(one, arm).twist
         got = [[vector.x, vector.y, vector.z] for vector in (twist.linear, twist.angular)]
@@ -109,7 +128,9 @@ def test_a_twist_is_the_velocity_of_the_tool_and_corrects_what_it_lacks(arm: Com
 
 
 def test_an_interface_of_ones_own_is_one_file(own: Path, arm: CommandedArm) -> None:
-    with pytest.raises(ConfigError, match=r"interfaces\.milliradians is unknown; the interfaces are forward_pos"):
+    with pytest.raises(
+        ConfigError, match=r"interfaces\.milliradians is unknown; the interfaces are forward_pos"
+    ):
         load_robot_config(own)
     change = [Parameter("action_interface", value="milliradians")]
     assert "servo_twist" in refusal(POLICY_PARAMETERS, change, configured=False).reason
@@ -118,7 +139,9 @@ def test_an_interface_of_ones_own_is_one_file(own: Path, arm: CommandedArm) -> N
     np.testing.assert_allclose(message.data, 1000 * np.array(ROBOT.arm.home) + 0.5)
     assert refusal(POLICY_PARAMETERS, change, configured=False).successful
     own.write_text(own.read_text().replace("offset: 0.5", "offset: 5.0"))
-    with pytest.raises(ConfigError, match=r"milliradians\.offset has 5\.0; it must lie in \[-1, 1\]"):
+    with pytest.raises(
+        ConfigError, match=r"milliradians\.offset has 5\.0; it must lie in \[-1, 1\]"
+    ):
         load_robot_config(own)
     own.write_text(own.read_text().replace("offset: 5.0", "offset: 0.5, speed: 1"))
     with pytest.raises(ConfigError, match="speed"):
@@ -130,7 +153,9 @@ def test_the_inference_process_imports_the_packages_first(own: Path) -> None:
     with running("student", discover_packages="own_interface", warmup=1) as worker:
         assert (own.parent / f"imported-{process_of(worker)}").exists()
     with closing(InferenceWorker("student", discover_packages="nowhere")) as worker:
-        assert "discover_packages: the package 'nowhere' cannot be imported" in (load_error(worker) or "")
+        assert "discover_packages: the package 'nowhere' cannot be imported" in (
+            load_error(worker) or ""
+        )
 
 
 @pytest.mark.slow
@@ -143,7 +168,8 @@ def test_the_node_streams_through_an_interface_of_ones_own(graph: Any, own: Path
     expected = [1000 * robot.state[name] + 0.5 for name in ROBOT.arm.joints]
     np.testing.assert_allclose(commands[0].data, expected, atol=1e-3)
     assert len(list(own.parent.glob("imported-*"))) == 2  # the node and the inference process
-    status.state("holding", "frozen_joint_states")  # nobody listens to them here, and the arm does not move
+    # nobody listens to them here, and the arm does not move
+    status.state("holding", "frozen_joint_states")
     assert graph.stop("policy_node") == 0
 
 
@@ -151,7 +177,11 @@ def test_the_node_streams_through_an_interface_of_ones_own(graph: Any, own: Path
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("discover_packages", "nowhere", "discover_packages: the package 'nowhere' cannot be imported"),
+        (
+            "discover_packages",
+            "nowhere",
+            "discover_packages: the package 'nowhere' cannot be imported",
+        ),
         ("decoding", "beam", "beam"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ros_nodes.robot.joint_sources import MEMORY, JointSources
+from ceed_vla.ros_nodes.robot.joint_sources import MEMORY, JointSources
 
 ARM = ("shoulder", "elbow")
 HAND = ("finger",)
@@ -12,7 +12,9 @@ HAND = ("finger",)
 
 def feed(sources: JointSources, messages: list[tuple[tuple[str, ...], int | None]]) -> list[str]:
     """Take messages, one every 10 ms; which joints' publishers began anew."""
-    restarted = [sources.take(names, number, 0.01 * at) for at, (names, number) in enumerate(messages)]
+    restarted = [
+        sources.take(names, number, 0.01 * at) for at, (names, number) in enumerate(messages)
+    ]
     return [name for name in restarted if name]
 
 

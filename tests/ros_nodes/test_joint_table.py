@@ -9,8 +9,8 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 from sensor_msgs.msg import JointState
 
-from ros_nodes.robot.joint_table import JointTable
-from ros_nodes.robot.pose_trust import by_name
+from ceed_vla.ros_nodes.robot.joint_table import JointTable
+from ceed_vla.ros_nodes.robot.pose_trust import by_name
 from tests.ros_nodes.loop import stamp
 
 
@@ -42,7 +42,8 @@ def test_velocities_and_efforts_are_merged_and_nan_where_a_driver_gives_none() -
     table.take(one)
     merged, _ = table.take(other)
     assert list(merged.velocity) == [1.0, 2.0]
-    np.testing.assert_array_equal(merged.effort, [5.0, np.nan])  # a gripper's driver takes nothing from the arm's
+    # a gripper's driver takes nothing from the arm's
+    np.testing.assert_array_equal(merged.effort, [5.0, np.nan])
     by_name(list(merged.name), merged.effort, ["a"], "efforts")
 
 

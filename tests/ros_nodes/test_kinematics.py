@@ -12,30 +12,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.kinematics import CommandedPose, PoseLimits, rotate_rpy, rpy_matrix, turn_matrix, turn_vector
-from ros_nodes.robot.kinematics import ModelArm
-from ros_nodes.robot.motion import Motion
-from ros_nodes.robot.robot_file import load_robot_config, packaged_config
-from sim.tabletop import arm, env
-from sim.tabletop.scene import SCENE
+from ceed_vla.kinematics import (
+    CommandedPose,
+    PoseLimits,
+    rotate_rpy,
+    rpy_matrix,
+    turn_matrix,
+    turn_vector,
+)
+from ceed_vla.ros_nodes.robot.kinematics import ModelArm
+from ceed_vla.ros_nodes.robot.motion import Motion
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
+from ceed_vla.sim.tabletop import arm, env
+from ceed_vla.sim.tabletop.scene import SCENE
 
 JOINTS = tuple(f"joint{i}" for i in range(1, 8))
 URDF = """<robot name="two">
 <link name="base"/><link name="upper"/><link name="lower"/><link name="tip"/>
 <joint name="a" type="revolute"><parent link="base"/><child link="upper"/><axis xyz="0 0 1"/>
   <limit lower="-2" upper="2" effort="1" velocity="1"/></joint>
-<joint name="b" type="revolute"><parent link="upper"/><child link="lower"/><origin xyz="1 0 0"/><axis xyz="0 0 1"/>
+<joint name="b" type="revolute"><parent link="upper"/><child link="lower"/>
+<origin xyz="1 0 0"/><axis xyz="0 0 1"/>
   <limit lower="-1" upper="2.5" effort="1" velocity="1"/></joint>
-<joint name="c" type="revolute"><parent link="lower"/><child link="tip"/><origin xyz="1 0 0"/><axis xyz="0 0 1"/>
+<joint name="c" type="revolute"><parent link="lower"/><child link="tip"/>
+<origin xyz="1 0 0"/><axis xyz="0 0 1"/>
   <limit lower="-3" upper="3" effort="1" velocity="1"/></joint>
 </robot>"""
-MASS = '<inertial><mass value="1"/><inertia ixx="1" iyy="1" izz="1" ixy="0" ixz="0" iyz="0"/></inertial>'
+MASS = (
+    '<inertial><mass value="1"/><inertia ixx="1" iyy="1" izz="1" ixy="0" ixz="0" '
+    'iyz="0"/></inertial>'
+)
 for link in ("upper", "lower", "tip"):
     URDF = URDF.replace(f'<link name="{link}"/>', f'<link name="{link}">{MASS}</link>')
 
 
 def test_velocity_limits_are_the_urdfs(tmp_path: Path, kinematics: ModelArm) -> None:
-    text = URDF.replace('velocity="1"', 'velocity="0"', 1).replace('velocity="1"', 'velocity="2.5"', 1)
+    text = URDF.replace('velocity="1"', 'velocity="0"', 1).replace(
+        'velocity="1"', 'velocity="2.5"', 1
+    )
     (tmp_path / "two.urdf").write_text(text)
     velocity = ModelArm(tmp_path / "two.urdf", "tip", ("c", "b", "a")).velocity
     np.testing.assert_array_equal(velocity, [1.0, 2.5, np.nan])  # 0 says nothing
@@ -43,7 +57,13 @@ def test_velocity_limits_are_the_urdfs(tmp_path: Path, kinematics: ModelArm) -> 
 
 
 def test_a_model_that_mujoco_cannot_build_is_refused(tmp_path: Path) -> None:
-    for text in ("<mujoco", "<mujoco/>", "", "<robot name='a'><link name='b'/></robot>", "<robot name='a'>"):
+    for text in (
+        "<mujoco",
+        "<mujoco/>",
+        "",
+        "<robot name='a'><link name='b'/></robot>",
+        "<robot name='a'>",
+    ):
         (tmp_path / "arm.urdf").write_text(text)
         with pytest.raises(ConfigError):
             ModelArm(tmp_path / "arm.urdf", "tip", ("a",))
@@ -54,7 +74,9 @@ def test_meshes_and_masses_do_not_matter(tmp_path: Path) -> None:
     for name, text in (("a", URDF), ("b", URDF.replace(MASS, mesh)), ("c", URDF.replace(MASS, ""))):
         (tmp_path / f"{name}.urdf").write_text(text)
     joints = np.array([0.3, 0.4, 0.5])
-    whole, *others = (ModelArm(tmp_path / f"{name}.urdf", "tip", ("a", "b", "c")).pose(joints) for name in "abc")
+    whole, *others = (
+        ModelArm(tmp_path / f"{name}.urdf", "tip", ("a", "b", "c")).pose(joints) for name in "abc"
+    )
     for other in others:
         np.testing.assert_allclose(other[0], whole[0])
         np.testing.assert_allclose(other[1], whole[1])
@@ -79,12 +101,14 @@ def test_an_arm_outside_its_workspace_is_not_thrown_inside() -> None:
     motion.restart(inside, None)
     for _ in range(60):
         motion.advance(np.array([0, 0, 1.0, 0, 0, 0, 0]))
-    assert model.pose(motion.joints)[0][2] < limits.workspace_high[2] + 0.01  # inside, its limits hold
+    # inside, its limits hold
+    assert model.pose(motion.joints)[0][2] < limits.workspace_high[2] + 0.01
     motion.restart(high, None)
     for way in (-1.0, 1.0):
         for _ in range(60):
             motion.advance(np.array([0, 0, way, 0, 0, 0, 0]))
-    assert model.pose(motion.joints)[0][2] < limits.workspace_high[2] + 0.01  # nor does it go out again
+    # nor does it go out again
+    assert model.pose(motion.joints)[0][2] < limits.workspace_high[2] + 0.01
 
 
 @pytest.mark.parametrize("velocity", [0.3, 0.6])
@@ -96,7 +120,9 @@ def test_a_slow_arm_keeps_the_way_of_its_tool(velocity: float, way: tuple[int, i
     motion.restart(base, None)
     start, _ = model.pose(base)
     for step in range(40):
-        motion.advance(np.array([*(0.5 * np.array(way) * (step < 20)), 0, 0, 0, 0]), base, velocity * 0.1)
+        motion.advance(
+            np.array([*(0.5 * np.array(way) * (step < 20)), 0, 0, 0, 0]), base, velocity * 0.1
+        )
         base = motion.joints
     end, matrix = model.pose(base)
     aside = (end - start) * (1 - np.abs(way))
@@ -110,7 +136,9 @@ LIMITS = PoseLimits(0.05, 0.25, env.WORKSPACE_LOW, env.WORKSPACE_HIGH, env.MAX_T
 
 @pytest.fixture(scope="module")
 def kinematics() -> ModelArm:
-    """Of the whole scene, with fingers, free cubes and actuators that the kinematics must leave out."""
+    """Of the whole scene, with fingers, free cubes and actuators that the kinematics must leave
+    out.
+    """
     return ModelArm(SCENE, "tcp", JOINTS, home=arm.HOME)
 
 
@@ -126,7 +154,9 @@ def test_forward_is_the_denavit_hartenberg_table(kinematics: ModelArm, share: li
     w, axis = quaternion[0], quaternion[1:]
     half = turn_vector(turned) / 2
     np.testing.assert_allclose(
-        [w, *axis], [np.cos(size := np.linalg.norm(half)), *(half * np.sinc(size / np.pi))], atol=1e-6
+        [w, *axis],
+        [np.cos(size := np.linalg.norm(half)), *(half * np.sinc(size / np.pi))],
+        atol=1e-6,
     )
     assert quaternion[0] >= 0
 
@@ -141,7 +171,9 @@ def test_limits_are_the_models(kinematics: ModelArm) -> None:
     start=st.lists(st.floats(-0.2, 0.2), min_size=7, max_size=7),
     offset=st.lists(st.floats(-0.04, 0.04), min_size=3, max_size=3),
 )
-def test_a_near_pose_is_reached(kinematics: ModelArm, start: list[float], offset: list[float]) -> None:
+def test_a_near_pose_is_reached(
+    kinematics: ModelArm, start: list[float], offset: list[float]
+) -> None:
     q = arm.HOME + np.array(start)
     position, matrix = kinematics.pose(q)
     found = kinematics.solve(q, position + np.array(offset), matrix)
@@ -151,8 +183,13 @@ def test_a_near_pose_is_reached(kinematics: ModelArm, start: list[float], offset
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(start=st.lists(st.floats(0, 1), min_size=7, max_size=7), goal=st.lists(st.floats(0, 1), min_size=7, max_size=7))
-def test_no_limit_is_ever_passed(kinematics: ModelArm, start: list[float], goal: list[float]) -> None:
+@given(
+    start=st.lists(st.floats(0, 1), min_size=7, max_size=7),
+    goal=st.lists(st.floats(0, 1), min_size=7, max_size=7),
+)
+def test_no_limit_is_ever_passed(
+    kinematics: ModelArm, start: list[float], goal: list[float]
+) -> None:
     low, span = arm.JOINT_LOW, arm.JOINT_HIGH - arm.JOINT_LOW
     q = low + np.array(start) * span
     found = kinematics.solve(q, *kinematics.pose(low + np.array(goal) * span))
@@ -172,7 +209,9 @@ def test_an_unreachable_pose_is_approached_inside_the_limits(kinematics: ModelAr
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_expert_episodes_command_the_same_joints_as_the_simulation(kinematics: ModelArm, seed: int) -> None:
+def test_expert_episodes_command_the_same_joints_as_the_simulation(
+    kinematics: ModelArm, seed: int
+) -> None:
     """Joint targets of whole episodes agree, with the start pose as the only common input."""
     world = env.TabletopEnv(cameras=())
     world.reset(seed=seed)

@@ -1,7 +1,8 @@
-"""Launch files: structure, parameters and topics against the nodes; and the node run as `ros2 launch` would run it.
+"""Launch files: structure, parameters and topics against the nodes; and the node run as `ros2
+launch` would run it.
 
-ROS's own `launch` is no wheel, so the structure is read through stand-ins that only record what a file makes; with
-`launch_ros` installed, the real one reads the files too.
+ROS's own `launch` is no wheel, so the structure is read through stand-ins that only record what a
+file makes; with `launch_ros` installed, the real one reads the files too.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from lifecycle_msgs.srv import GetState
 from rcl_interfaces.srv import GetParameters
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.robot_file import load_robot_config, with_topics
-from ros_nodes.simulated.parameters import SIM_PARAMETERS
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, with_topics
+from ceed_vla.ros_nodes.simulated.parameters import SIM_PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -54,7 +55,12 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put recording modules where launch files import from."""
     for name, classes in {
         "launch": ("LaunchDescription",),
-        "launch.actions": ("DeclareLaunchArgument", "IncludeLaunchDescription", "OpaqueFunction", "Shutdown"),
+        "launch.actions": (
+            "DeclareLaunchArgument",
+            "IncludeLaunchDescription",
+            "OpaqueFunction",
+            "Shutdown",
+        ),
         "launch.launch_description_sources": ("PythonLaunchDescriptionSource",),
         "launch.substitutions": ("LaunchConfiguration", "PathJoinSubstitution"),
         "launch_ros.actions": ("Node",),
@@ -73,7 +79,11 @@ def made(file: str, monkeypatch: pytest.MonkeyPatch, kind: str, **given: str) ->
     description = runpy.run_path(str(LAUNCH / file))["generate_launch_description"]()
     assert description.kind == "LaunchDescription"
     parts = list(description.parts[0])
-    context = {part.parts[0]: part.named["default_value"] for part in parts if part.kind == "DeclareLaunchArgument"}
+    context = {
+        part.parts[0]: part.named["default_value"]
+        for part in parts
+        if part.kind == "DeclareLaunchArgument"
+    }
     for part in parts[:]:
         parts += part.named["function"](context | given) if part.kind == "OpaqueFunction" else []
     return [part for part in parts if part.kind == kind]
@@ -86,11 +96,16 @@ def entry_points() -> dict[str, str]:
 
 def arguments(file: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Launch arguments and their defaults."""
-    return {one.parts[0]: one.named["default_value"] for one in made(file, monkeypatch, "DeclareLaunchArgument")}
+    return {
+        one.parts[0]: one.named["default_value"]
+        for one in made(file, monkeypatch, "DeclareLaunchArgument")
+    }
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_argument_is_declared_once_and_described(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_argument_is_declared_once_and_described(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     declared = made(file, monkeypatch, "DeclareLaunchArgument")
     names = [one.parts[0] for one in declared]
     assert len(set(names)) == len(names)
@@ -100,18 +115,27 @@ def test_every_argument_is_declared_once_and_described(file: str, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("file", "executable"), [("policy.launch.py", "policy_node"), ("sim_demo.launch.py", "sim_node")]
+    ("file", "executable"),
+    [("policy.launch.py", "policy_node"), ("sim_demo.launch.py", "sim_node")],
 )
-def test_nodes_exist_and_know_their_parameters(file: str, executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_exist_and_know_their_parameters(
+    file: str, executable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     defaults = arguments(file, monkeypatch)
-    (node,) = made(file, monkeypatch, "Node", **{name: value or "x" for name, value in defaults.items()})
+    (node,) = made(
+        file, monkeypatch, "Node", **{name: value or "x" for name, value in defaults.items()}
+    )
     assert (node.named["package"], node.named["executable"]) == ("ceed_vla", executable)
     module, function = entry_points()[executable].split(":")
     assert importlib.util.find_spec(module) is not None
     assert f"def {function}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
     assert node.named["on_exit"].kind == "Shutdown"  # nothing stays when it dies
     overrides = node.named["parameters"][-1]
-    assert set(overrides) > {"seed"} if executable == "sim_node" else set(overrides) > {"topics", "max_joint_velocity"}
+    assert (
+        set(overrides) > {"seed"}
+        if executable == "sim_node"
+        else set(overrides) > {"topics", "max_joint_velocity"}
+    )
     for name, value in overrides.items():
         if name == "use_sim_time":
             continue
@@ -121,7 +145,9 @@ def test_nodes_exist_and_know_their_parameters(file: str, executable: str, monke
         assert type(parameter.default) is value.named["value_type"]
 
 
-def test_arguments_that_nobody_gives_leave_the_parameter_file_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_that_nobody_gives_leave_the_parameter_file_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (node,) = made("policy.launch.py", monkeypatch, "Node", max_joint_velocity="0.3", engine="")
     file, overrides = node.named["parameters"]
     assert file.parts == ("params_file",)
@@ -135,9 +161,14 @@ def test_policy_topics_are_the_packaged_robots(monkeypatch: pytest.MonkeyPatch) 
     chosen = {"front_topic": "/cam/image", "joint_states_topic": "/left/joint_states"}
     (node,) = made("policy.launch.py", monkeypatch, "Node", **chosen)
     parts = node.named["parameters"][-1]["topics"].parts[0]
-    given = "".join(part if isinstance(part, str) else chosen.get(part.parts[0], "") for part in parts)
+    given = "".join(
+        part if isinstance(part, str) else chosen.get(part.parts[0], "") for part in parts
+    )
     changed = with_topics(robot, given)
-    assert {image.name: image.topic for image in changed.images} == {"front": "/cam/image", "wrist": "wrist/image_raw"}
+    assert {image.name: image.topic for image in changed.images} == {
+        "front": "/cam/image",
+        "wrist": "wrist/image_raw",
+    }
     assert changed.joint_states == "/left/joint_states"
     assert with_topics(robot, ",front=,wrist=,joint_states=") == robot
     with pytest.raises(ConfigError, match=r"names 'top'; .* has joint_states, front, wrist"):
@@ -179,7 +210,9 @@ def test_config_files_that_launch_files_name_are_installed(file: str) -> None:
 
 
 def test_the_parameter_file_fits_the_declarations() -> None:
-    values = yaml.safe_load((LAUNCH / "config" / "policy.yaml").read_text())["/**"]["ros__parameters"]
+    values = yaml.safe_load((LAUNCH / "config" / "policy.yaml").read_text())["/**"][
+        "ros__parameters"
+    ]
     for name, value in values.items():
         parameter = DECLARED["policy_node"][name]
         assert type(value) is type(parameter.default)
@@ -188,7 +221,9 @@ def test_the_parameter_file_fits_the_declarations() -> None:
 
 @pytest.mark.slow
 def test_the_node_runs_as_launch_runs_it(graph: Any, tmp_path: Path) -> None:
-    """An installed executable, a namespace, a parameter file, launch's own parameter file, and a remap."""
+    """An installed executable, a namespace, a parameter file, launch's own parameter file, and a
+    remap.
+    """
     module, function = entry_points()["policy_node"].split(":")
     executable = tmp_path / "lib" / "ceed_vla" / "policy_node"
     executable.parent.mkdir(parents=True)
@@ -197,7 +232,12 @@ def test_the_node_runs_as_launch_runs_it(graph: Any, tmp_path: Path) -> None:
         f"if __name__ == '__main__':\n    sys.exit({function}())\n"  # as pip and colcon write them
     )
     executable.chmod(0o755)
-    overrides = {"checkpoint": "student", "robot_config": "", "instruction": "stack the cubes", "autostart": True}
+    overrides = {
+        "checkpoint": "student",
+        "robot_config": "",
+        "instruction": "stack the cubes",
+        "autostart": True,
+    }
     own = tmp_path / "launch_params_x1"
     own.write_text(yaml.safe_dump({"/**": {"ros__parameters": overrides}}))
     command = [str(executable), "--ros-args", "-r", "__node:=policy", "-r", "__ns:=/left_arm"]
@@ -210,12 +250,19 @@ def test_the_node_runs_as_launch_runs_it(graph: Any, tmp_path: Path) -> None:
         )
     count = graph.node.count_subscribers
     graph.wait(lambda: count("/left_arm/overhead/image_raw"), "the remapped camera", timeout=90.0)
-    graph.wait(lambda: count("/joint_states") and count("/left_arm/wrist/image_raw"), "the other inputs")
+    graph.wait(
+        lambda: count("/joint_states") and count("/left_arm/wrist/image_raw"), "the other inputs"
+    )
     assert not count("/left_arm/front/image_raw")
-    graph.wait(lambda: graph.node.count_publishers("/left_arm/forward_position_controller/commands"), "commands")
+    graph.wait(
+        lambda: graph.node.count_publishers("/left_arm/forward_position_controller/commands"),
+        "commands",
+    )
     assert graph.call("/left_arm/policy/get_state", GetState).current_state.label == "active"
     request = GetParameters.Request(names=["instruction", "image_timeout"])
-    instruction, timeout = graph.call("/left_arm/policy/get_parameters", GetParameters, request).values
+    instruction, timeout = graph.call(
+        "/left_arm/policy/get_parameters", GetParameters, request
+    ).values
     assert (instruction.string_value, timeout.double_value) == ("stack the cubes", 0.5)
     assert graph.stop("launched") == 0
 

@@ -17,8 +17,8 @@ from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from ceed_vla.errors import ObservationError
-from ros_nodes.robot import messages
-from ros_nodes.robot.pose_trust import by_name
+from ceed_vla.ros_nodes.robot import messages
+from ceed_vla.ros_nodes.robot.pose_trust import by_name
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
 
@@ -38,13 +38,17 @@ def test_image_survives_the_wire() -> None:
 
 
 def test_bgr_is_turned() -> None:
-    np.testing.assert_array_equal(messages.image_to_array(image(encoding="bgr8")), PIXELS[:, :, ::-1])
+    np.testing.assert_array_equal(
+        messages.image_to_array(image(encoding="bgr8")), PIXELS[:, :, ::-1]
+    )
 
 
 def test_padded_rows_are_cut() -> None:
     padded = np.zeros((4, 20), np.uint8)
     padded[:, :15] = PIXELS.reshape(4, 15)
-    np.testing.assert_array_equal(messages.image_to_array(image(step=20, data=padded.tobytes())), PIXELS)
+    np.testing.assert_array_equal(
+        messages.image_to_array(image(step=20, data=padded.tobytes())), PIXELS
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,9 @@ def test_compressed_images(kind: str) -> None:
     flat = np.full((16, 24, 3), (200, 30, 60), np.uint8)
     file = io.BytesIO()
     PillowImage.fromarray(flat).save(file, kind, quality=95)
-    pixels = messages.compressed_to_array(CompressedImage(format=kind.lower(), data=file.getvalue()))
+    pixels = messages.compressed_to_array(
+        CompressedImage(format=kind.lower(), data=file.getvalue())
+    )
     assert pixels.shape == (16, 24, 3)
     np.testing.assert_allclose(pixels, flat, atol=4)
 
@@ -112,7 +118,9 @@ def test_damaged_images_raise_nothing_else(kind: str) -> None:
     for _ in range(300):
         data = np.frombuffer(whole, np.uint8).copy()
         data[rng.integers(8, len(data), 4)] = rng.integers(0, 256, 4)
-        message = CompressedImage(format="x" * 1000, data=data[: rng.integers(8, len(data) + 1)].tobytes())
+        message = CompressedImage(
+            format="x" * 1000, data=data[: rng.integers(8, len(data) + 1)].tobytes()
+        )
         with suppress(ObservationError):
             assert messages.compressed_to_array(message).shape[2] == 3
 

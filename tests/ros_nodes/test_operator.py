@@ -1,4 +1,6 @@
-"""What an operator sees and asks for, between real processes: a dry run, every answer true, stuck sensors, loading."""
+"""What an operator sees and asks for, between real processes: a dry run, every answer true, stuck
+sensors, loading.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
-from ros_nodes.robot.messages import LATCHED
-from ros_nodes.robot.robot_file import load_robot_config, packaged_config
+from ceed_vla.ros_nodes.robot.messages import LATCHED
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
 from tests.ros_nodes.conftest import Graph, Status
 from tests.ros_nodes.test_policy_node import ARM, COMMANDS, change_state, start, tabletop
 
@@ -33,20 +35,25 @@ ON, OFF = SetBool.Request(data=True), SetBool.Request(data=False)
 
 
 class Cell:
-    """A robot whose arm and gripper publish messages of their own, a policy node, and what both say."""
+    """A robot whose arm and gripper publish messages of their own, a policy node, and what both
+    say.
+    """
 
     def __init__(self, graph: Graph, **parameters: Any) -> None:
         self.graph, self.robot, self.status = graph, tabletop(graph), Status(graph)
         self.robot.split = True
         self.commands: list[Float64MultiArray] = graph.listen(COMMANDS, Float64MultiArray)
         self.states: list[String] = graph.listen("/policy/state", String, LATCHED)
-        start(graph, **{"resume_within": 60.0, **parameters})  # faults may last long on a busy machine
+        # faults may last long on a busy machine
+        start(graph, **{"resume_within": 60.0, **parameters})
 
     def enable(self, request: SetBool.Request = ON) -> Any:
         return self.ask("/policy/enable", SetBool, request)
 
     def ask(self, service: str, kind: Any, request: Any = None) -> Any:
-        """Call a service, again where this process, which is the robot, was too slow to be believed."""
+        """Call a service, again where this process, which is the robot, was too slow to be
+        believed.
+        """
         for _ in range(20):
             answer = self.graph.call(service, kind, request)
             if not answer.message.startswith(("stale", "unsettled_pose")):
@@ -60,14 +67,20 @@ class Cell:
         def said() -> list[str]:
             return [state.data for state in self.states[since:]]
 
-        self.graph.wait(lambda: any(text in state for state in said()), f"the state {text!r}", 90.0, said)
+        self.graph.wait(
+            lambda: any(text in state for state in said()), f"the state {text!r}", 90.0, said
+        )
 
 
 def workers(graph: Graph) -> list[int]:
     """Process ids of the policy node's inference, which load the checkpoint and run it."""
     tasks = Path(f"/proc/{graph.processes['policy_node'].pid}/task").iterdir()
     children = {pid for task in tasks for pid in (task / "children").read_text().split()}
-    return [int(pid) for pid in children if b"ros_nodes.robot.inference" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [
+        int(pid)
+        for pid in children
+        if b"ceed_vla.ros_nodes.robot.inference" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +99,9 @@ def shared_cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
 
 @pytest.fixture
 def cell(shared_cell: Cell) -> Cell:
-    """One session of processes for several tests: in each the robot is well and moves, whatever was before."""
+    """One session of processes for several tests: in each the robot is well and moves, whatever was
+    before.
+    """
     robot = shared_cell.robot
     robot.images = robot.alive = robot.powered = True
     robot.blank = False
@@ -135,7 +150,9 @@ def test_a_camera_that_repeats_itself_holds_and_a_blank_one_is_warned_of(cell: C
     cell.graph.spin(0.3)
     np.testing.assert_array_equal(cell.commands[-1].data, held)
     cell.robot.alive = cell.robot.blank = True
-    cell.status.wait(lambda said, values: "are equal" in said and values["state"] == "moving", "the warning")
+    cell.status.wait(
+        lambda said, values: "are equal" in said and values["state"] == "moving", "the warning"
+    )
     cell.robot.blank = False
     cell.status.wait(lambda said, values: said == "moving", "the end of the warning")
 
@@ -203,7 +220,8 @@ def test_a_dry_run_commands_nothing_and_shows_everything(graph: Graph) -> None:
     assert np.isfinite(path).all()
     assert np.ptp(path[:, :7], axis=0).max() > 1e-3
     assert set(path[:, 7]) <= {0.0, 0.1}
-    assert np.abs(np.array(preview[-1].data) - [before[name] for name in ARM]).max() <= 0.3 + 1e-9  # limits.step
+    # limits.step
+    assert np.abs(np.array(preview[-1].data) - [before[name] for name in ARM]).max() <= 0.3 + 1e-9
     values = cell.status.state("moving")
     assert values["dry_run"] == "True"
     assert values["message"].startswith("dry run, nothing is sent to the arm: ")
@@ -239,16 +257,34 @@ def test_while_a_checkpoint_loads_services_answer_and_what_does_not_fit_is_said_
     assert graph.stop("policy_node") == 0
 
 
-NO_TORCH = "for name in ('torch', 'lerobot', 'transformers', 'draccus', 'safetensors'): sys.modules[name] = None"
+NO_TORCH = (
+    "for name in ('torch', 'lerobot', 'transformers', 'draccus', 'safetensors'): sys.modules[name] "
+    "= None"
+)
 
 
 def drives_from(python: Path | str, graph: Graph, first: str = "") -> None:
-    """A node of this `python`, which runs `first`, drives the robot with the policy in an environment of its own."""
+    """A node of this `python`, which runs `first`, drives the robot with the policy in an
+    environment of its own.
+    """
     cell = Cell.__new__(Cell)
     cell.graph, cell.robot, cell.status = graph, tabletop(graph), Status(graph)
-    main = "from ros_nodes.robot.policy_node import main\nsys.exit(main(['policy_node', *sys.argv[1:]]))"
-    flags = ["-p", "autostart:=true", "-p", "instruction:=push the cube", "-p", f"inference_python:={sys.executable}"]
-    environment = os.environ | {"ROS_DOMAIN_ID": str(graph.domain), "PYTHONPATH": str(Path(__file__).parents[2])}
+    main = (
+        "from ceed_vla.ros_nodes.robot.policy_node import main\nsys.exit(main(['policy_node', "
+        "*sys.argv[1:]]))"
+    )
+    flags = [
+        "-p",
+        "autostart:=true",
+        "-p",
+        "instruction:=push the cube",
+        "-p",
+        f"inference_python:={sys.executable}",
+    ]
+    environment = os.environ | {
+        "ROS_DOMAIN_ID": str(graph.domain),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     with (graph.folder / "policy_node.txt").open("wb") as output:
         graph.processes["policy_node"] = subprocess.Popen(
             [python, "-c", f"import sys\n{first}\n{main}", "--ros-args", *flags],
@@ -266,12 +302,21 @@ def test_the_node_needs_no_torch_where_another_python_has_it(graph: Graph) -> No
 
 @pytest.mark.external  # an index of packages
 def test_the_node_runs_on_the_numpy_of_apt(graph: Graph, tmp_path: Path) -> None:
-    """An environment of rclpy, numpy 1.26 (what Jazzy's packages are built against), PyYAML and mujoco alone."""
+    """An environment of rclpy, numpy 1.26 (what Jazzy's packages are built against), PyYAML and
+    mujoco alone.
+    """
     python, uv = tmp_path / "bin" / "python", Path(sys.executable).with_name("uv")
-    wheels = [str(d) for d in requires("ceed_vla") or () if "ros2" in d and not d.startswith("mcap")]
+    wheels = [
+        str(d) for d in requires("ceed_vla") or () if "ros2" in d and not d.startswith("mcap")
+    ]
     needed = [wheel.partition(";")[0].strip() for wheel in wheels]
     subprocess.run([uv, "venv", "--python", sys.executable, "--clear", tmp_path], check=True)
-    subprocess.run([uv, "pip", "install", "--python", python, *needed, "numpy==1.26.4", "pyyaml", "mujoco"], check=True)
-    asked = "import importlib.util, numpy; print(numpy.__version__, importlib.util.find_spec('torch'))"
+    subprocess.run(
+        [uv, "pip", "install", "--python", python, *needed, "numpy==1.26.4", "pyyaml", "mujoco"],
+        check=True,
+    )
+    asked = (
+        "import importlib.util, numpy; print(numpy.__version__, importlib.util.find_spec('torch'))"
+    )
     assert subprocess.check_output([python, "-c", asked], text=True).split() == ["1.26.4", "None"]
     drives_from(python, graph)

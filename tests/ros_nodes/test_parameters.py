@@ -1,4 +1,6 @@
-"""Parameters: every default is allowed, bad values are refused with the valid ones, limits are read-only."""
+"""Parameters: every default is allowed, bad values are refused with the valid ones, limits are
+read-only.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,17 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot import parameters
-from ros_nodes.robot.parameters import NodeParameter
-from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.simulated.parameters import SIM_PARAMETERS
+from ceed_vla.ros_nodes.robot import parameters
+from ceed_vla.ros_nodes.robot.parameters import NodeParameter
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.simulated.parameters import SIM_PARAMETERS
 
 BAD = [
-    ("command_rate", 1e9, r"command_rate is 1000000000.0; it must be a finite number in \[5, 500\]"),
+    (
+        "command_rate",
+        1e9,
+        r"command_rate is 1000000000.0; it must be a finite number in \[5, 500\]",
+    ),
     ("command_rate", float("nan"), r"\[5, 500\]"),
     ("command_rate", "fast", r"\[5, 500\]"),
     ("command_rate", True, r"\[5, 500\]"),
@@ -57,7 +63,10 @@ def test_descriptors_say_what_is_allowed(context: Context) -> None:
         parameter.name: parameter.default for parameter in POLICY_PARAMETERS
     }
     rate = node.describe_parameter("command_rate")
-    assert (rate.floating_point_range[0].from_value, rate.floating_point_range[0].to_value) == (5.0, 500.0)
+    assert (rate.floating_point_range[0].from_value, rate.floating_point_range[0].to_value) == (
+        5.0,
+        500.0,
+    )
     assert "[Hz]" in rate.description
     assert node.describe_parameter("inference_threads").integer_range[0].to_value == 64
     constraints = node.describe_parameter("action_interface").additional_constraints
@@ -86,12 +95,18 @@ def test_setup_changes_only_while_unconfigured() -> None:
     result = parameters.refusal(POLICY_PARAMETERS, change, configured=True)
     assert not result.successful
     assert "deactivate and clean up first" in result.reason
-    assert parameters.refusal(POLICY_PARAMETERS, [Parameter("instruction", value="stop")], configured=True).successful
-    result = parameters.refusal(POLICY_PARAMETERS, [Parameter("use_sim_time", value=True)], configured=False)
+    assert parameters.refusal(
+        POLICY_PARAMETERS, [Parameter("instruction", value="stop")], configured=True
+    ).successful
+    result = parameters.refusal(
+        POLICY_PARAMETERS, [Parameter("use_sim_time", value=True)], configured=False
+    )
     assert "only at the start" in result.reason
 
 
-@pytest.mark.parametrize("name", ["image_timeout", "joint_state_timeout", "max_joint_velocity", "max_joint_step"])
+@pytest.mark.parametrize(
+    "name", ["image_timeout", "joint_state_timeout", "max_joint_velocity", "max_joint_step"]
+)
 def test_safety_limits_are_read_only(context: Context, name: str) -> None:
     node = make_node(context)
     parameters.declare_parameters(node, POLICY_PARAMETERS)
@@ -100,7 +115,9 @@ def test_safety_limits_are_read_only(context: Context, name: str) -> None:
     assert "read-only" in result.reason
 
 
-@pytest.mark.parametrize("parameter", POLICY_PARAMETERS + SIM_PARAMETERS, ids=lambda parameter: parameter.name)
+@pytest.mark.parametrize(
+    "parameter", POLICY_PARAMETERS + SIM_PARAMETERS, ids=lambda parameter: parameter.name
+)
 def test_every_parameter_is_described(parameter: NodeParameter) -> None:
     assert parameter.problem(parameter.default) is None
     assert parameter.description.endswith(".")
@@ -111,7 +128,9 @@ def test_every_parameter_is_described(parameter: NodeParameter) -> None:
 def test_a_parameter_that_the_node_does_not_have_is_refused(context: Context) -> None:
     node = make_node(context, comand_rate=50.0)
     parameters.declare_parameters(node, POLICY_PARAMETERS)
-    with pytest.raises(ConfigError, match="'comand_rate' is unknown to the node policy; it has command_rate"):
+    with pytest.raises(
+        ConfigError, match="'comand_rate' is unknown to the node policy; it has command_rate"
+    ):
         parameters.refuse_unknown(node)
     node = make_node(context, command_rate=50.0, use_sim_time=True)
     parameters.declare_parameters(node, POLICY_PARAMETERS)

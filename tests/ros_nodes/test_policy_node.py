@@ -1,4 +1,6 @@
-"""The policy node as a process, driven over its topics and services with the shipped student and with a tiny ACT."""
+"""The policy node as a process, driven over its topics and services with the shipped student and
+with a tiny ACT.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
-from ros_nodes.robot.messages import JOINT_STATES, LATCHED, SENSOR, array_to_image, seconds
-from ros_nodes.robot.robot_file import load_robot_config
+from ceed_vla.ros_nodes.robot.messages import JOINT_STATES, LATCHED, SENSOR, array_to_image, seconds
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 from tests.ros_nodes.conftest import Status, tiny_act
 
 ROBOT = load_robot_config()
@@ -45,7 +47,9 @@ class Robot:
         split: Whether arm and gripper publish messages of their own.
     """
 
-    def __init__(self, graph: Any, cameras: dict[str, tuple[int, int]], state: dict[str, float]) -> None:
+    def __init__(
+        self, graph: Any, cameras: dict[str, tuple[int, int]], state: dict[str, float]
+    ) -> None:
         self.images, self.state = True, dict(state)
         self.states = self.powered = self.alive = True
         self.split = self.blank = False
@@ -59,7 +63,9 @@ class Robot:
             for topic, (height, width) in cameras.items()
         }
         kinds = {topic: CompressedImage if "compressed" in topic else Image for topic in cameras}
-        self._cameras = {topic: graph.node.create_publisher(kinds[topic], topic, SENSOR) for topic in cameras}
+        self._cameras = {
+            topic: graph.node.create_publisher(kinds[topic], topic, SENSOR) for topic in cameras
+        }
         self._joints = graph.node.create_publisher(JointState, "/joint_states", JOINT_STATES)
         graph.node.create_subscription(Float64MultiArray, COMMANDS, self._follow, 10)
         graph.node.create_timer(1 / 50, self._publish_joints)
@@ -75,7 +81,9 @@ class Robot:
         state = self.state | self.wrong
         names = list(reversed(self.state))  # an order of its own: joints are matched by name
         fingers = [name for name in names if "finger" in name]
-        parts = (fingers, [name for name in names if name not in fingers]) if self.split else (names,)
+        parts = (
+            (fingers, [name for name in names if name not in fingers]) if self.split else (names,)
+        )
         for part in parts:
             message = JointState(name=part, position=[state[name] for name in part])
             message.header.stamp = self._node.get_clock().now().to_msg()
@@ -109,7 +117,9 @@ def tabletop(graph: Any) -> Robot:
 def start(graph: Any, **parameters: Any) -> None:
     given = {"autostart": True, "instruction": "move the green cube into the bin"} | parameters
     arguments = [
-        part for name, value in given.items() for part in ("-p", f"{name}:={yaml.safe_dump(value).splitlines()[0]}")
+        part
+        for name, value in given.items()
+        for part in ("-p", f"{name}:={yaml.safe_dump(value).splitlines()[0]}")
     ]
     graph.start("policy_node", *arguments)
 
@@ -159,7 +169,9 @@ def test_streams_holds_and_recovers(graph: Any) -> None:
     assert float(values["decode_ms_p50"]) > 0.0
     assert int(values["chunks"]) > 1
     assert "=" in values["exit_reasons"]
-    assert {"holds.stale", "holds.bad_image", "clamps.velocity", "observation_age_s.front"} <= set(values)
+    assert {"holds.stale", "holds.bad_image", "clamps.velocity", "observation_age_s.front"} <= set(
+        values
+    )
     assert graph.stop("policy_node", signal.SIGINT) == 0
 
 
@@ -194,17 +206,22 @@ def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
     before = len(commands)
     assert graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
     graph.wait(lambda: len(commands) > before, "commands after enable")
-    assert commands[before].data[0] == pytest.approx(moved, abs=1e-6)  # it goes on from where the arm is
+    # it goes on from where the arm is
+    assert commands[before].data[0] == pytest.approx(moved, abs=1e-6)
     status.state("moving")
 
-    refusals = graph.set_parameters("/policy", command_rate=1e9, image_timeout=1.0, checkpoint="teacher")
+    refusals = graph.set_parameters(
+        "/policy", command_rate=1e9, image_timeout=1.0, checkpoint="teacher"
+    )
     reasons = [result.reason for result in refusals]
     assert not any(result.successful for result in refusals)
     assert "Min: 5.0, Max: 500.0" in reasons[0] or "[5, 500]" in reasons[0]
     assert "read-only" in reasons[1]
     assert "deactivate and clean up first" in reasons[2]
     assert graph.set_parameters("/policy", instruction="push the blue cube")[0].successful
-    status.wait(lambda _, values: values.get("instruction") == "push the blue cube", "the new instruction")
+    status.wait(
+        lambda _, values: values.get("instruction") == "push the blue cube", "the new instruction"
+    )
     assert graph.stop("policy_node", signal.SIGTERM) == 0
 
 
@@ -238,7 +255,9 @@ def test_no_command_follows_from_a_pose_of_before(graph: Any) -> None:
     graph.spin(0.6)
     assert len(commands) == before  # a refused wish is forgotten
     refused = graph.call("/policy/enable", SetBool, SetBool.Request(data=True))
-    assert refused.message.startswith("moved_pose: joint1 is at 0.4 rad, the last trusted pose has it at")
+    assert refused.message.startswith(
+        "moved_pose: joint1 is at 0.4 rad, the last trusted pose has it at"
+    )
     assert graph.call("/policy/reset", Trigger).success
     assert "~/reset accepts another pose: joint1 is at 0.4 rad" in graph.output("policy_node")
     assert graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
@@ -270,13 +289,17 @@ def test_no_command_follows_from_a_pose_of_before(graph: Any) -> None:
         ("config.json", "{", "configure failed: "),
         ("robot.yaml", "[" * 3000, "robot.yaml cannot be read"),
         pytest.param("robot.yaml", "arm: {joints: [a]}", "is missing", marks=pytest.mark.slow),
-        pytest.param("robot.yaml", "topic", "topic.xml has no site or body", marks=pytest.mark.slow),
+        pytest.param(
+            "robot.yaml", "topic", "topic.xml has no site or body", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_node_that_starts_by_itself_ends_if_it_cannot(
     graph: Any, tmp_path: Path, file: str, text: str, told: str
 ) -> None:
-    (tmp_path / "topic.xml").write_text("<mujoco><worldbody><body><joint name='joint1'/></body></worldbody></mujoco>")
+    (tmp_path / "topic.xml").write_text(
+        "<mujoco><worldbody><body><joint name='joint1'/></body></worldbody></mujoco>"
+    )
     if text == "topic":
         values = yaml.safe_load(ROBOT.source.read_text())
         values["arm"] |= {"model": "topic.xml", "joints": ["joint1"], "home": [0.0], "tcp": "a"}
@@ -307,7 +330,10 @@ def test_bad_checkpoint_is_no_crash_and_the_lifecycle_works(graph: Any, tmp_path
     (broken / "config.json").write_text("{")
     assert graph.set_parameters("/policy", checkpoint=str(broken))[0].successful
     assert not change_state(graph, Transition.TRANSITION_CONFIGURE)
-    status.wait(lambda message, _: "configure failed" in message and "broken" in message, "the other failure")
+    status.wait(
+        lambda message, _: "configure failed" in message and "broken" in message,
+        "the other failure",
+    )
 
     assert graph.set_parameters("/policy", checkpoint="student")[0].successful
     assert change_state(graph, Transition.TRANSITION_CONFIGURE)
@@ -348,7 +374,9 @@ def test_an_impossible_transition_is_refused_and_changes_nothing(graph: Any) -> 
         assert onward is None or change_state(graph, onward)
     request = ChangeState.Request(transition=Transition(label="fly"))
     assert not graph.call("/policy/change_state", ChangeState, request).success
-    assert "Refused the lifecycle transition 'fly': the node is active" in graph.output("policy_node")
+    assert "Refused the lifecycle transition 'fly': the node is active" in graph.output(
+        "policy_node"
+    )
     assert "Traceback" not in graph.output("policy_node")
     assert change_state(graph, Transition.TRANSITION_DEACTIVATE)
     assert graph.stop("policy_node", signal.SIGTERM) == 0
@@ -357,8 +385,14 @@ def test_an_impossible_transition_is_refused_and_changes_nothing(graph: Any) -> 
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"checkpiont": "teacher"}, "'checkpiont' is unknown to the node policy; it has checkpoint"),
-        ({"command_rate": 1e9}, "command_rate is 1000000000.0; it must be a finite number in [5, 500]."),
+        (
+            {"checkpiont": "teacher"},
+            "'checkpiont' is unknown to the node policy; it has checkpoint",
+        ),
+        (
+            {"command_rate": 1e9},
+            "command_rate is 1000000000.0; it must be a finite number in [5, 500].",
+        ),
         ({"action_interface": "wheels"}, "one of forward_position, joint_trajectory, servo_twist"),
     ],
 )
@@ -370,15 +404,29 @@ def test_bad_parameter_at_the_start(graph: Any, parameters: dict[str, Any], mess
 
 
 def act_robot(folder: Path) -> Path:
-    """A robot of two joints, without a gripper, in degrees, with one compressed camera that is too large."""
+    """A robot of two joints, without a gripper, in degrees, with one compressed camera that is too
+    large.
+    """
     values = {
-        "images": {"observation.images.top": {"topic": "top/compressed", "transport": "compressed", "resize": True}},
+        "images": {
+            "observation.images.top": {
+                "topic": "top/compressed",
+                "transport": "compressed",
+                "resize": True,
+            }
+        },
         "joint_states": {"topic": "joint_states"},
         "state": {"observation.state": ["joint_positions"]},
         "arm": {"joints": ["shoulder", "elbow"], "unit": "deg"},
         "action": {"kind": "joint_position", "dt": 0.1},
-        "limits": {"position": {"low": [-1.0, -1.0], "high": [1.0, 1.0]}, "velocity": [0.5, 0.5], "step": [0.2, 0.2]},
-        "interfaces": {"joint_trajectory": {"topic": "joint_trajectory_controller/joint_trajectory"}},
+        "limits": {
+            "position": {"low": [-1.0, -1.0], "high": [1.0, 1.0]},
+            "velocity": [0.5, 0.5],
+            "step": [0.2, 0.2],
+        },
+        "interfaces": {
+            "joint_trajectory": {"topic": "joint_trajectory_controller/joint_trajectory"}
+        },
     }
     (folder / "robot.yaml").write_text(yaml.safe_dump(values))
     return folder / "robot.yaml"
@@ -388,7 +436,9 @@ def act_robot(folder: Path) -> Path:
 def test_any_lerobot_policy_drives(graph: Any, tmp_path: Path) -> None:
     checkpoint = tmp_path / "act"
     tiny_act(checkpoint, joints=2, spread=20.0)
-    robot = Robot(graph, {"/top/compressed": (120, 160)}, {"shoulder": 0.1, "elbow": -0.1, "base": 3.0})
+    robot = Robot(
+        graph, {"/top/compressed": (120, 160)}, {"shoulder": 0.1, "elbow": -0.1, "base": 3.0}
+    )
     status, topic = Status(graph), "/joint_trajectory_controller/joint_trajectory"
     trajectories = graph.listen(topic, JointTrajectory)
 

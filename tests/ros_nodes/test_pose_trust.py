@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ros_nodes.robot.safety import SafetyFilter
+from ceed_vla.ros_nodes.robot.safety import SafetyFilter
 from tests.ros_nodes.test_safety import DT, FRESH, NAMES, limits, moving, settle
 
 
@@ -53,7 +53,11 @@ def watching(velocity: float = 1.0, step: float = 0.2) -> SafetyFilter:
 @pytest.mark.parametrize(
     ("at", "stamp", "detail"),
     [
-        ((0.08, 0.0), 10.01, "shoulder went from 0 to 0.08 rad in 0.010 s; it moves at most 1 rad/s"),
+        (
+            (0.08, 0.0),
+            10.01,
+            "shoulder went from 0 to 0.08 rad in 0.010 s; it moves at most 1 rad/s",
+        ),
         ((0.06, 0.0), 10.0, "in 0.000 s"),  # two states of one moment
         ((0.06, 0.0), 9.999, "shoulder went"),  # a late one
         ((0.0, -1.0), 10.2, "elbow went from 0 to -1 rad"),
@@ -61,7 +65,9 @@ def watching(velocity: float = 1.0, step: float = 0.2) -> SafetyFilter:
         ((0.0, 1e308), 10.01, "elbow is at 1e+308 rad"),
     ],
 )
-def test_joint_states_that_cannot_be_true_hold_until_enable(at: tuple[float, float], stamp: float, detail: str) -> None:
+def test_joint_states_that_cannot_be_true_hold_until_enable(
+    at: tuple[float, float], stamp: float, detail: str
+) -> None:
     safety = watching()
     safety.command(np.array([0.01, 0.0]), dt=DT, ages=FRESH)
     fault = safety.measure(NAMES, at, stamp)
@@ -83,9 +89,13 @@ def test_joint_states_that_cannot_be_true_hold_until_enable(at: tuple[float, flo
     "states",
     [
         pytest.param([(0.049, 10.0), (0.0, 10.0), (0.049, 10.0)], id="noise in equal stamps"),
-        pytest.param([(0.02 * (-1) ** i, 10.0 + 1e-3 * i) for i in range(1, 50)], id="1 kHz with noise"),
+        pytest.param(
+            [(0.02 * (-1) ** i, 10.0 + 1e-3 * i) for i in range(1, 50)], id="1 kHz with noise"
+        ),
         pytest.param([(0.02, 10.02), (0.01, 10.01), (0.03, 10.03)], id="out of order"),
-        pytest.param([(0.0199 * i, 10.0 + 0.01 * i) for i in range(1, 50)], id="twice its velocity"),
+        pytest.param(
+            [(0.0199 * i, 10.0 + 0.01 * i) for i in range(1, 50)], id="twice its velocity"
+        ),
         pytest.param([(0.1 * i, 10.0 + 0.1 * i) for i in range(1, 10)], id="10 Hz"),
     ],
 )

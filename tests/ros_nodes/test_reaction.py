@@ -1,4 +1,6 @@
-"""Reaction times in simulated time: two runs that differ by an event alone; and images that come late."""
+"""Reaction times in simulated time: two runs that differ by an event alone; and images that come
+late.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 from ceed_vla.cli_flags import parse_flags
 from ceed_vla.errors import ConfigError
-from ros_nodes.demo.ros_demo import RosDemoConfig
-from ros_nodes.demo.simulated_time import (
+from ceed_vla.ros_nodes.demo.ros_demo import RosDemoConfig
+from ceed_vla.ros_nodes.demo.simulated_time import (
     DISTANCE,
     TRANSPORT,
     WHEN,
@@ -26,15 +28,17 @@ from ros_nodes.demo.simulated_time import (
     draw_event,
     first_change,
 )
-from ros_nodes.robot.predictor import Request, Response, declared_spec
-from ros_nodes.simulated.robot import SimRobot
+from ceed_vla.ros_nodes.robot.predictor import Request, Response, declared_spec
+from ceed_vla.ros_nodes.simulated.robot import SimRobot
 
 SEED = 40000
 PERIOD = 0.3  # between chunks: the last but one of the steps that are executed [s]
 
 
 class Eyes:
-    """Stands for a predictor: what it does depends on every pixel of the front camera, and on nothing else."""
+    """Stands for a predictor: what it does depends on every pixel of the front camera, and on
+    nothing else.
+    """
 
     def __init__(self, streams: bool) -> None:
         self.streams = streams  # first steps before the rest
@@ -57,7 +61,12 @@ def robot() -> Iterator[SimRobot]:
 
 
 def run(
-    robot: SimRobot, latency: float, event: Event | None = None, *, streams: bool = False, **flags: Any
+    robot: SimRobot,
+    latency: float,
+    event: Event | None = None,
+    *,
+    streams: bool = False,
+    **flags: Any,
 ) -> SimulatedLoop:
     """An episode from time 0 on, of 1.5 s without an event."""
     robot.time = 0.0
@@ -65,19 +74,23 @@ def run(
     return _run(RosDemoConfig(max_episode_steps=15, **flags), robot, eyes, latency, SEED, event)[0]
 
 
-def test_the_first_command_that_an_event_changes_comes_after_the_chunk_that_saw_it(robot: SimRobot) -> None:
+def test_the_first_command_that_an_event_changes_comes_after_the_chunk_that_saw_it(
+    robot: SimRobot,
+) -> None:
     took = {}
     for latency in (0.02, 0.25):
         calm, event = run(robot, latency), draw_event(SEED)
         stirred = run(robot, latency, event)
         taken = first_change(calm.sent, stirred.sent) - stirred.stirred
-        # An image of after the event, its transport, the chunk; at most a camera's and a chunk's period later.
+        # An image of after the event, its transport, the chunk; at most a camera's and a chunk's
+        # period later.
         assert TRANSPORT + latency <= taken <= PERIOD + latency + 1 / 30 + 0.1
         same = sum(when < stirred.stirred + taken for when, *_ in stirred.sent)
         assert calm.sent[:same] == stirred.sent[:same]
         assert same > 30
         took[latency] = taken
-        assert latency < calm.moving - calm.enabled < latency + 0.1  # no chunk from an image of before
+        # no chunk from an image of before
+        assert latency < calm.moving - calm.enabled < latency + 0.1
     assert took[0.02] < took[0.25]
 
 
@@ -118,7 +131,9 @@ def test_camera_jitter_makes_images_late(robot: SimRobot) -> None:
 
 
 @pytest.mark.parametrize(("latency", "starved"), [(0.08, 0), (0.8, 5)])
-def test_the_first_step_moves_the_arm_before_its_chunk_is_there(robot: SimRobot, latency: float, starved: int) -> None:
+def test_the_first_step_moves_the_arm_before_its_chunk_is_there(
+    robot: SimRobot, latency: float, starved: int
+) -> None:
     """It takes the prefill, 2 of 8 forwards; behind it the arm holds until the rest is there."""
     whole, early = run(robot, latency), run(robot, latency, streams=True)
     assert whole.moving - early.moving == pytest.approx(0.75 * latency, abs=0.011)  # a tick
@@ -128,6 +143,11 @@ def test_the_first_step_moves_the_arm_before_its_chunk_is_there(robot: SimRobot,
 
 
 @pytest.mark.parametrize("latency", [0.033, 0.083])  # no whole ticks: ties are decided by rounding
-def test_chunks_behind_an_early_first_step_come_in_time_with_the_images(robot: SimRobot, latency: float) -> None:
-    whole, early = (run(robot, latency, streams=streams).setup.controller.statistics for streams in (False, True))
+def test_chunks_behind_an_early_first_step_come_in_time_with_the_images(
+    robot: SimRobot, latency: float
+) -> None:
+    whole, early = (
+        run(robot, latency, streams=streams).setup.controller.statistics
+        for streams in (False, True)
+    )
     np.testing.assert_allclose(list(early.to_command)[1:], list(whole.to_command)[1:], atol=0.005)

@@ -1,4 +1,6 @@
-"""docs/robots.md says what the code does. (`test_faults` compares the topics with those of running nodes.)"""
+"""docs/robots.md says what the code does. (`test_faults` compares the topics with those of running
+nodes.)
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 import robots_page
 
-from ros_nodes.robot.diagnostics import HARMLESS
-from ros_nodes.robot.safety import CLAMPS, DISPLACED, MOVED, UNSETTLED
+from ceed_vla.ros_nodes.robot.diagnostics import HARMLESS
+from ceed_vla.ros_nodes.robot.safety import CLAMPS, DISPLACED, MOVED, UNSETTLED
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = robots_page.PAGE.read_text(encoding="utf-8")
@@ -26,7 +28,9 @@ def test_tables_are_those_of_the_code() -> None:
 def test_every_hold_is_explained() -> None:
     source = "".join(path.read_text() for path in (ROOT / "ros_nodes").rglob("*.py"))
     raised = (
-        set(re.findall(r'Hold\(\s*"(\w+)"', source)) | set(re.findall(r'"(\w+_joint_states)"', source)) | set(HARMLESS)
+        set(re.findall(r'Hold\(\s*"(\w+)"', source))
+        | set(re.findall(r'"(\w+_joint_states)"', source))
+        | set(HARMLESS)
     )
     raised |= {DISPLACED, MOVED, UNSETTLED}
     assert {"estop", "stale", "implausible_joint_states", "frozen_joint_states"} <= raised

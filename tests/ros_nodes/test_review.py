@@ -19,11 +19,11 @@ from robot_checkpoints import DATA, statistics, write_checkpoint
 
 from ceed_vla.errors import CheckpointError
 from ceed_vla.folders import pretrained_path
-from ros_nodes.robot.data_ranges import ACTION, Range, read_ranges
-from ros_nodes.robot.findings import PROBLEM, WARNING, Finding, explained, verdict
-from ros_nodes.robot.policy_setup import arm_model, physical_velocity
-from ros_nodes.robot.review import feature_lengths, review
-from ros_nodes.robot.robot_file import (
+from ceed_vla.ros_nodes.robot.data_ranges import ACTION, Range, read_ranges
+from ceed_vla.ros_nodes.robot.findings import PROBLEM, WARNING, Finding, explained, verdict
+from ceed_vla.ros_nodes.robot.policy_setup import arm_model, physical_velocity
+from ceed_vla.ros_nodes.robot.review import feature_lengths, review
+from ceed_vla.ros_nodes.robot.robot_file import (
     Action,
     Linear,
     RobotConfig,
@@ -358,7 +358,7 @@ def test_statistics_of_another_form_are_none(tmp_path: Path, trained: Path, chan
 
 def test_reading_needs_no_torch() -> None:
     code = (
-        "import sys; from ros_nodes.robot.data_ranges import read_ranges; "
+        "import sys; from ceed_vla.ros_nodes.robot.data_ranges import read_ranges; "
         f"read_ranges({str(pretrained_path('student'))!r}, {{'action': 7}}); "
         "print('torch' in sys.modules)"
     )

@@ -1,4 +1,6 @@
-"""A robot's file: what it says, what is refused and how, and that the packaged model is the simulation's."""
+"""A robot's file: what it says, what is refused and how, and that the packaged model is the
+simulation's.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,15 @@ from rclpy.serialization import serialize_message
 from sensor_msgs.msg import JointState
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.images import decode
-from ros_nodes.robot.interfaces.base import INTERFACES
-from ros_nodes.robot.messages import array_to_image
-from ros_nodes.robot.motion import Motion
-from ros_nodes.robot.observations import Observations
-from ros_nodes.robot.policy_setup import check_fit
-from ros_nodes.robot.predictor import PolicySpec
-from ros_nodes.robot.robot_file import COMPONENTS, Arm, load_robot_config, packaged_config
-from sim.tabletop import arm, env, scene
+from ceed_vla.ros_nodes.robot.images import decode
+from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES
+from ceed_vla.ros_nodes.robot.messages import array_to_image
+from ceed_vla.ros_nodes.robot.motion import Motion
+from ceed_vla.ros_nodes.robot.observations import Observations
+from ceed_vla.ros_nodes.robot.policy_setup import check_fit
+from ceed_vla.ros_nodes.robot.predictor import PolicySpec
+from ceed_vla.ros_nodes.robot.robot_file import COMPONENTS, Arm, load_robot_config, packaged_config
+from ceed_vla.sim.tabletop import arm, env, scene
 
 CONFIG = Path(__file__).resolve().parents[2] / "launch" / "config"
 
@@ -76,8 +78,12 @@ def test_model_has_the_kinematics_of_the_scene() -> None:
         for model, data in zip((alone, whole), states, strict=True):
             data.qpos[:7] = q
             mujoco.mj_kinematics(model, data)
-        np.testing.assert_allclose(states[0].site("tcp").xpos, states[1].site("tcp").xpos, atol=1e-9, rtol=0)
-        np.testing.assert_allclose(states[0].site("tcp").xmat, states[1].site("tcp").xmat, atol=1e-9, rtol=0)
+        np.testing.assert_allclose(
+            states[0].site("tcp").xpos, states[1].site("tcp").xpos, atol=1e-9, rtol=0
+        )
+        np.testing.assert_allclose(
+            states[0].site("tcp").xmat, states[1].site("tcp").xmat, atol=1e-9, rtol=0
+        )
 
 
 def test_example_of_a_real_arm_loads() -> None:
@@ -85,7 +91,9 @@ def test_example_of_a_real_arm_loads() -> None:
     assert robot.action.kind == "joint_position"
     assert robot.action_dim == robot.state_dim("observation.state") == 7
     assert [image.transport for image in robot.images] == ["raw", "compressed"]
-    with pytest.raises(ConfigError, match="no interface 'servo_twist'; it has joint_trajectory, forward_position"):
+    with pytest.raises(
+        ConfigError, match="no interface 'servo_twist'; it has joint_trajectory, forward_position"
+    ):
         robot.interface("servo_twist")
 
 
@@ -108,11 +116,19 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     [
         ("arm", None, "arm is missing"),
         ("arms", {}, "arms is unknown; the keys here are action, allow, arm, "),
-        ("action/kind", "fly", "action.kind is 'fly'; choose one of ee_delta, joint_position, joint_delta"),
+        (
+            "action/kind",
+            "fly",
+            "action.kind is 'fly'; choose one of ee_delta, joint_position, joint_delta",
+        ),
         ("action/kind", "joint_delta", "is unknown; the keys here are dt, kind"),
         ("action/dt", 0, r"action.dt has 0; it must lie in \[0.01, 2\]"),
         ("action/dt", ".nan", "action.dt has '.nan'; give a finite number"),
-        ("action/workspace", {"low": [0, 0, 0], "high": [1, 1]}, r"workspace.high is \[1, 1\]; give a list of 3"),
+        (
+            "action/workspace",
+            {"low": [0, 0, 0], "high": [1, 1]},
+            r"workspace.high is \[1, 1\]; give a list of 3",
+        ),
         ("action/workspace", {"low": [0, 0, 0], "high": [1, 1, 0]}, "action.workspace is empty"),
         ("action/max_tilt", 2.0, r"it must lie in \[0, 1.5\]"),
         ("arm/joints", [], "arm.joints is empty"),
@@ -124,9 +140,21 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("limits/velocity", [1.0] * 6, "limits.velocity is .* give a list of 7 numbers"),
         ("limits/velocity", [-1.0] * 7, "limits.velocity has -1"),
         ("limits/speed", [1.0] * 7, "limits.speed is unknown"),
-        ("limits/physical_velocity", [0.0] * 7, r"limits.physical_velocity has 0.0; it must lie in \[0.001"),
-        ("limits/physical_velocity", 2.0, "limits.physical_velocity is 2.0; give a list of 7 numbers"),
-        ("joint_states/topic", "joint states", "topic is 'joint states'; a topic has letters, digits and _"),
+        (
+            "limits/physical_velocity",
+            [0.0] * 7,
+            r"limits.physical_velocity has 0.0; it must lie in \[0.001",
+        ),
+        (
+            "limits/physical_velocity",
+            2.0,
+            "limits.physical_velocity is 2.0; give a list of 7 numbers",
+        ),
+        (
+            "joint_states/topic",
+            "joint states",
+            "topic is 'joint states'; a topic has letters, digits and _",
+        ),
         pytest.param("joint_states/topic", "a" * 300, "a topic has letters", id="long topic"),
         pytest.param("arm/model", "a" * 5000, "File name too long", id="long path"),
         ("arm/model", "~nobody_here/arm.xml", "home directory"),
@@ -136,9 +164,17 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("gripper/open", 1e300, "it must lie in"),
         ("gripper/topic", {"a": [[["x"] * 1000]]}, "gripper.topic is .* give a text"),
         pytest.param("arm/" + "x" * 5000, 1, "arm.x+... is unknown", id="long key"),
-        ("limits/position", {"low": [1.0] * 7, "high": [0.0] * 7}, "limits.position.low is not below high"),
+        (
+            "limits/position",
+            {"low": [1.0] * 7, "high": [0.0] * 7},
+            "limits.position.low is not below high",
+        ),
         ("state/observation.state", ["joints"], f"'joints'; choose from {next(iter(COMPONENTS))}"),
-        ("images/front", {"topic": "a"}, "images.front is no feature; it must start with 'observation.'"),
+        (
+            "images/front",
+            {"topic": "a"},
+            "images.front is no feature; it must start with 'observation.'",
+        ),
         ("images/observation.images.front", {"topic": "a", "transport": "udp"}, "raw, compressed"),
         ("images/observation.images.front", {"topic": ""}, "topic is ''; give a text"),
         ("images/observation.images.front", {"topic": "a", "resize": 1}, "give true or false"),
@@ -148,7 +184,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("gripper/joints", None, "gripper.joints is missing; finger_opening needs it"),
         ("gripper", None, "gripper is missing; finger_opening and commanded_gripper need it"),
         ("interfaces", {}, "interfaces is empty"),
-        ("interfaces/wheels", {"topic": "a"}, "interfaces.wheels is unknown; the interfaces are forward_position"),
+        (
+            "interfaces/wheels",
+            {"topic": "a"},
+            "interfaces.wheels is unknown; the interfaces are forward_position",
+        ),
         ("allow", "velocity", "allow is 'velocity'; give a list of texts"),
         ("allow", ["step", "step"], "a value is there twice"),
         ("joint_states/topik", "x", "joint_states.topik is unknown; the keys here are topic"),
@@ -166,7 +206,9 @@ def test_bad_files_are_refused(tmp_path: Path, path: str, value: Any, message: s
 def test_what_needs_a_model_says_so(tmp_path: Path) -> None:
     values = packaged()
     del values["arm"]["model"], values["arm"]["tcp"]
-    with pytest.raises(ConfigError, match=r"arm\.model is missing; ee_delta actions and tcp states need it"):
+    with pytest.raises(
+        ConfigError, match=r"arm\.model is missing; ee_delta actions and tcp states need it"
+    ):
         load_robot_config(write(tmp_path, values))
     values["action"] = {"kind": "joint_position", "dt": 0.1}
     values["state"] = {"observation.state": ["joint_positions", "finger_opening"]}
@@ -182,7 +224,9 @@ def test_what_needs_a_model_says_so(tmp_path: Path) -> None:
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     text = (CONFIG / "real_arm_example.yaml").read_text()
     file = tmp_path / "robot.yaml"
-    file.write_text(text.replace("  step: [", "  velocity: [9.0, 9.0, 9.0, 9.0, 9.0, 9.0]\n  step: ["))
+    file.write_text(
+        text.replace("  step: [", "  velocity: [9.0, 9.0, 9.0, 9.0, 9.0, 9.0]\n  step: [")
+    )
     with pytest.raises(ConfigError, match="'velocity' stands there twice"):
         load_robot_config(file)
 
@@ -190,9 +234,13 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "read"), [("010", 10), ("1e-1", 0.1), ("1:30", None), ("0x1", None), ("1_0", None)]
 )
-def test_numbers_are_read_as_on_the_command_line(tmp_path: Path, written: str, read: float | None) -> None:
+def test_numbers_are_read_as_on_the_command_line(
+    tmp_path: Path, written: str, read: float | None
+) -> None:
     file, text = tmp_path / "robot.yaml", (CONFIG / "real_arm_example.yaml").read_text()
-    file.write_text(text.replace("closed: 0.0", f"closed: {written}").replace("open: 0.085", "open: 20"))
+    file.write_text(
+        text.replace("closed: 0.0", f"closed: {written}").replace("open: 0.085", "open: 20")
+    )
     assert f"closed: {written}" in file.read_text()
     if read is None:
         with pytest.raises(ConfigError, match=r"gripper\.closed has '.*'; give a finite number"):
@@ -212,7 +260,9 @@ def test_many_keys_are_read_at_once(tmp_path: Path) -> None:
 def test_commanded_poses_are_of_ee_deltas(tmp_path: Path) -> None:
     values = packaged()
     values["action"] = {"kind": "joint_position", "dt": 0.1}
-    with pytest.raises(ConfigError, match="commanded_position, commanded_yaw_cos_sin, which only ee_delta"):
+    with pytest.raises(
+        ConfigError, match="commanded_position, commanded_yaw_cos_sin, which only ee_delta"
+    ):
         load_robot_config(write(tmp_path, values))
 
 
@@ -241,7 +291,7 @@ def test_no_yaml(tmp_path: Path, text: str) -> None:
         load_robot_config(tmp_path / "none.yaml")
 
 
-# ---- other units than radians and metres ----------------------------------------------------------------------------
+# ---- other units than radians and metres ---------------------------------------------------------
 
 
 def example(**changes: Any) -> dict[str, Any]:
@@ -269,13 +319,19 @@ def test_joints_go_to_the_policys_units_and_back(
 
 
 def test_an_offset_far_beyond_the_limits_is_refused(tmp_path: Path) -> None:
-    values = example(arm={"offset": [100.0] * 6}, limits={"position": {"low": [0.0] * 6, "high": [1e-6] * 6}})
+    values = example(
+        arm={"offset": [100.0] * 6}, limits={"position": {"low": [0.0] * 6, "high": [1e-6] * 6}}
+    )
     with pytest.raises(ConfigError, match=r"arm.offset is too large beside scale"):
         load_robot_config(write(tmp_path, values))
 
 
 def test_so_101_joints_of_minus_100_to_100(tmp_path: Path) -> None:
-    change = {"sign": [1, -1, 1, 1, 1, 1], "scale": [0.0192] * 6, "offset": [0.0, 0.1, 0.0, 0.0, 0.0, 0.0]}
+    change = {
+        "sign": [1, -1, 1, 1, 1, 1],
+        "scale": [0.0192] * 6,
+        "offset": [0.0, 0.1, 0.0, 0.0, 0.0, 0.0],
+    }
     values = example(arm=change)
     del values["arm"]["unit"]
     robot = load_robot_config(write(tmp_path, values))
@@ -313,7 +369,9 @@ def test_a_gripper_that_counts_the_other_way(tmp_path: Path) -> None:
 
 
 def test_velocities_and_efforts_are_parts_of_states_and_crops_of_images(tmp_path: Path) -> None:
-    values = example(state={"observation.state": ["joint_positions", "joint_velocities", "joint_efforts"]})
+    values = example(
+        state={"observation.state": ["joint_positions", "joint_velocities", "joint_efforts"]}
+    )
     camera = "observation.images.front"
     values["images"][camera] |= {"crop": [2, 1, 4, 5], "resize": False}
     robot = load_robot_config(write(tmp_path, values))
@@ -338,9 +396,15 @@ def test_velocities_and_efforts_are_parts_of_states_and_crops_of_images(tmp_path
     assert "7 names and 0 velocities" in observations.fault.detail
 
 
-@pytest.mark.parametrize("unit", [{"unit": "deg"}, {"unit": "rad"}, {"scale": [0.0192, 0.03, 1.0, 2.0, 0.5, 0.1]}])
-def test_an_inverted_joint_has_the_opposite_effort_in_newton_metres(tmp_path: Path, unit: dict[str, Any]) -> None:
-    """The policy's effort x velocity keeps the sign of the power, and a unit of angle is none of torque."""
+@pytest.mark.parametrize(
+    "unit", [{"unit": "deg"}, {"unit": "rad"}, {"scale": [0.0192, 0.03, 1.0, 2.0, 0.5, 0.1]}]
+)
+def test_an_inverted_joint_has_the_opposite_effort_in_newton_metres(
+    tmp_path: Path, unit: dict[str, Any]
+) -> None:
+    """The policy's effort x velocity keeps the sign of the power, and a unit of angle is none of
+    torque.
+    """
     sign = [1, -1, -1, 1, 1, -1]
     values = example(state={"observation.state": ["joint_velocities", "joint_efforts"]})
     del values["arm"]["unit"]
@@ -363,12 +427,24 @@ def test_an_inverted_joint_has_the_opposite_effort_in_newton_metres(tmp_path: Pa
     zero=st.floats(-100.0, 100.0),
     part=st.floats(0.0, 1.0),
 )
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_what_loads_comes_back_there_and_here(
     tmp_path: Path, scale: float, offset: float, unit: float, zero: float, part: float
 ) -> None:
-    """Whatever a file says: it is refused, or arm and gripper are the same after there and back, to 1e-9."""
-    gripper = {"opening_scale": scale, "opening_offset": offset, "action_scale": -scale, "action_offset": offset}
+    """Whatever a file says: it is refused, or arm and gripper are the same after there and back, to
+    1e-9.
+    """
+    gripper = {
+        "opening_scale": scale,
+        "opening_offset": offset,
+        "action_scale": -scale,
+        "action_offset": offset,
+    }
     values = example(arm={"scale": [unit] * 6, "offset": [zero] * 6}, gripper=gripper)
     del values["arm"]["unit"]
     try:
@@ -389,9 +465,13 @@ def test_what_loads_comes_back_there_and_here(
         there = mapping.theirs(ours)
         reach = np.abs(mapping.theirs(last) - mapping.theirs(first))
         np.testing.assert_array_less(np.abs(mapping.ours(there) - ours), 1e-9)
-        np.testing.assert_array_less(np.abs(mapping.theirs(mapping.ours(there)) - there), 3e-9 * reach)
+        np.testing.assert_array_less(
+            np.abs(mapping.theirs(mapping.ours(there)) - there), 3e-9 * reach
+        )
     opening = ends[0] + part * (ends[1] - ends[0])
-    assert robot.gripper.measured.ours(robot.gripper.measured.theirs(opening)) == pytest.approx(opening, abs=1.5e-9)
+    assert robot.gripper.measured.ours(robot.gripper.measured.theirs(opening)) == pytest.approx(
+        opening, abs=1.5e-9
+    )
 
 
 def test_a_frame_rate_may_be_said_as_it_is(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from robot_checkpoints import DATA, statistics, write_checkpoint
 from simulated_arms import MODELS, DrivenArm
 
 from ceed_vla.cli import main
-from ros_nodes.robot.kinematics import ModelArm
-from ros_nodes.robot.robot_file import load_robot_config, packaged_config
+from ceed_vla.ros_nodes.robot.kinematics import ModelArm
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
 
 
 @pytest.fixture(scope="module")

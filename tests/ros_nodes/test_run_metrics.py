@@ -10,14 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.demo.report import command_timing, counts, number, status_values
+from ceed_vla.ros_nodes.demo.report import command_timing, counts, number, status_values
 
 MS = 1_000_000  # [ns]
 
 
 def test_a_steady_stream_has_no_jitter() -> None:
     timing, more = command_timing([10 * MS * tick for tick in range(101)], [(0, 1000 * MS)])
-    assert timing == {"command_rate_hz": 100.0, "missed_ticks_fraction": 0.0, "jitter_ms": {"p50": 0.0, "p99": 0.0}}
+    assert timing == {
+        "command_rate_hz": 100.0,
+        "missed_ticks_fraction": 0.0,
+        "jitter_ms": {"p50": 0.0, "p99": 0.0},
+    }
     assert more == {"commands": 101, "longest_gap_ms": 10.0}
 
 
@@ -55,11 +59,17 @@ def test_nothing_to_measure_is_an_error(times: list[int], windows: list[tuple[in
 
 def test_the_status_that_has_a_key_is_found_and_read() -> None:
     def status(**values: str) -> SimpleNamespace:
-        pairs = [SimpleNamespace(key=key.replace("__", "."), value=value) for key, value in values.items()]
+        pairs = [
+            SimpleNamespace(key=key.replace("__", "."), value=value)
+            for key, value in values.items()
+        ]
         return SimpleNamespace(values=pairs)
 
     message = SimpleNamespace(
-        status=[status(other="1"), status(rate="99.5", empty="", clamps="2", clamps__step="2", clamps__velocity="0")]
+        status=[
+            status(other="1"),
+            status(rate="99.5", empty="", clamps="2", clamps__step="2", clamps__velocity="0"),
+        ]
     )
     values = status_values(message, "rate")
     assert values is not None

@@ -1,4 +1,6 @@
-"""Nothing unsafe leaves the filter, whatever comes in; and every intervention has a name and a count."""
+"""Nothing unsafe leaves the filter, whatever comes in; and every intervention has a name and a
+count.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.safety import MAX_DT, Hold, SafetyFilter, SafetyLimits
+from ceed_vla.ros_nodes.robot.safety import MAX_DT, Hold, SafetyFilter, SafetyLimits
 
 NAMES = ("shoulder", "elbow")
 FRESH = {"joint_states": 0.01, "front": 0.05}
@@ -31,7 +33,9 @@ def limits(**changes: Any) -> SafetyLimits:
 
 
 def settle(safety: SafetyFilter, at: Any, end: float = 10.0) -> Hold | None:
-    """Joint states of the 0.25 s before `end` that agree; returns what is wrong with the pose then."""
+    """Joint states of the 0.25 s before `end` that agree; returns what is wrong with the pose
+    then.
+    """
     fault = None
     for step in range(-25, 1):
         fault = safety.measure(NAMES, at, end + 0.01 * step)
@@ -46,7 +50,7 @@ def moving(at: tuple[float, float] = (0.0, 0.0), **changes: Any) -> SafetyFilter
     return safety
 
 
-# ---- the property that matters ---------------------------------------------------------------------------------
+# ---- the property that matters -------------------------------------------------------------------
 
 anything = st.floats(allow_nan=True, allow_infinity=True)
 number = st.floats(-3, 3)
@@ -108,7 +112,7 @@ def test_no_command_is_ever_unsafe(events: list[tuple[Any, ...]]) -> None:
     assert sum(safety.holds.values()) <= commands
 
 
-# ---- one rule each ---------------------------------------------------------------------------------------------
+# ---- one rule each -------------------------------------------------------------------------------
 
 
 def test_a_good_command_passes_unchanged() -> None:
@@ -181,7 +185,11 @@ def test_a_measured_position_outside_the_limits_leads_back_inside() -> None:
 @pytest.mark.parametrize(
     ("ages", "code", "detail"),
     [
-        ({"joint_states": 0.3, "front": 0.0}, "stale", "joint_states is 0.30 s old, the limit is 0.20 s"),
+        (
+            {"joint_states": 0.3, "front": 0.0},
+            "stale",
+            "joint_states is 0.30 s old, the limit is 0.20 s",
+        ),
         ({"joint_states": 0.0, "front": 0.6}, "stale", "front is 0.60 s old"),
         ({"joint_states": 0.0, "front": None}, "stale", "front never came"),
         ({"joint_states": 0.0}, "stale", "front never came"),
@@ -197,7 +205,8 @@ def test_stale_inputs_hold_the_last_command(ages: dict[str, Any], code: str, det
     assert decision.hold.code == code
     assert detail in decision.hold.detail
     assert safety.holds == {code: 1}
-    assert safety.command(np.array([0.02, 0.0]), dt=DT, ages=FRESH).hold is None  # recovers by itself
+    # recovers by itself
+    assert safety.command(np.array([0.02, 0.0]), dt=DT, ages=FRESH).hold is None
 
 
 @pytest.mark.parametrize(
@@ -205,7 +214,11 @@ def test_stale_inputs_hold_the_last_command(ages: dict[str, Any], code: str, det
     [
         (("shoulder", "wrist"), [0.0, 0.0], "lacks elbow; it has shoulder, wrist"),
         (NAMES, [0.0], "2 names and 1 positions"),
-        (("shoulder", "elbow", "elbow"), [0.0, 0.0, 0.1], "names a joint twice: shoulder, elbow, elbow"),
+        (
+            ("shoulder", "elbow", "elbow"),
+            [0.0, 0.0, 0.1],
+            "names a joint twice: shoulder, elbow, elbow",
+        ),
         (NAMES, [0.0, math.nan], "positions are not finite: elbow nan"),
         ((), [], "lacks shoulder, elbow; it has no joints"),
     ],
@@ -236,7 +249,9 @@ def test_a_bad_joint_state_holds_until_a_good_one(names: Any, positions: Any, de
         ([0.0, 0.0], None, -1.0, "clock"),
     ],
 )
-def test_a_bad_command_holds(wanted: list[float], gripper: float | None, dt: float, code: str) -> None:
+def test_a_bad_command_holds(
+    wanted: list[float], gripper: float | None, dt: float, code: str
+) -> None:
     decision = moving((0.1, 0.1)).command(np.array(wanted), gripper, dt=dt, ages=FRESH)
     assert decision.hold.code == code
     assert decision.positions == pytest.approx([0.1, 0.1])

@@ -1,4 +1,6 @@
-"""The simulated robot as a process: topics, the three interfaces, episodes, and rest when the commander is killed."""
+"""The simulated robot as a process: topics, the three interfaces, episodes, and rest when the
+commander is killed.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from ros_nodes.robot.messages import LATCHED, SENSOR, image_to_array, seconds
-from ros_nodes.robot.pose_trust import by_name
-from ros_nodes.simulated import sim_node
-from sim.tabletop.env import TabletopEnv
+from ceed_vla.ros_nodes.robot.messages import LATCHED, SENSOR, image_to_array, seconds
+from ceed_vla.ros_nodes.robot.pose_trust import by_name
+from ceed_vla.ros_nodes.simulated import sim_node
+from ceed_vla.sim.tabletop.env import TabletopEnv
 
 ARM = [f"joint{index}" for index in range(1, 8)]
 AT_REST = 0.05  # [rad/s]
@@ -65,12 +67,16 @@ def ready(graph: Any, *arguments: str) -> list[JointState]:
 
 
 def test_publishes_what_a_robot_publishes(graph: Any) -> None:
-    images = {name: graph.listen(f"/{name}/image_raw", Image, SENSOR) for name in ("front", "wrist")}
+    images = {
+        name: graph.listen(f"/{name}/image_raw", Image, SENSOR) for name in ("front", "wrist")
+    }
     instruction = graph.listen("/policy/instruction", String, LATCHED)
     success = graph.listen("/sim/success", Bool, LATCHED)
     diagnostics = graph.listen("/diagnostics", DiagnosticArray)
     states = ready(graph, "-p", "seed:=5", "-p", "task:=push_cube")
-    graph.wait(lambda: instruction and success and diagnostics and all(images.values()), "all topics")
+    graph.wait(
+        lambda: instruction and success and diagnostics and all(images.values()), "all topics"
+    )
 
     env = TabletopEnv(task="mixed")
     observation, info = env.reset(seed=5, options={"task": "push_cube"})
@@ -81,7 +87,10 @@ def test_publishes_what_a_robot_publishes(graph: Any) -> None:
     assert len(states[0].velocity) == 9
     for name, messages in images.items():
         assert messages[0].encoding == "rgb8"
-        assert np.abs(image_to_array(messages[0]).astype(int) - observation["pixels"][name]).mean() < 1.0
+        assert (
+            np.abs(image_to_array(messages[0]).astype(int) - observation["pixels"][name]).mean()
+            < 1.0
+        )
         assert abs(seconds(messages[-1].header.stamp) - time.time()) < 5.0
 
     count, shots, start = len(states), len(images["front"]), time.monotonic()
@@ -110,7 +119,9 @@ def test_only_this_machine_finds_it_unless_the_environment_says_otherwise(
 def test_reset_starts_the_episode_that_the_parameters_name(graph: Any) -> None:
     instruction = graph.listen("/policy/instruction", String, LATCHED)
     states = ready(graph, "-p", "seed:=1")
-    assert all(result.successful for result in graph.set_parameters("/sim", seed=8, task="stack_cubes"))
+    assert all(
+        result.successful for result in graph.set_parameters("/sim", seed=8, task="stack_cubes")
+    )
     response = graph.call("/sim/reset_episode", Trigger)
     assert response.success
     env = TabletopEnv(task="mixed", cameras=())
@@ -136,7 +147,9 @@ def test_reset_starts_the_episode_that_the_parameters_name(graph: Any) -> None:
 def test_obeys_positions_gripper_and_refuses_nonsense(graph: Any) -> None:
     diagnostics = graph.listen("/diagnostics", DiagnosticArray)
     states = ready(graph, "-p", "seed:=1")
-    arm = graph.node.create_publisher(Float64MultiArray, "/forward_position_controller/commands", 10)
+    arm = graph.node.create_publisher(
+        Float64MultiArray, "/forward_position_controller/commands", 10
+    )
     hand = graph.node.create_publisher(Float64MultiArray, "/gripper_controller/commands", 10)
     graph.wait(lambda: arm.get_subscription_count() and hand.get_subscription_count(), "discovery")
     goal = positions(states) + 0.1
@@ -163,9 +176,13 @@ def test_obeys_positions_gripper_and_refuses_nonsense(graph: Any) -> None:
 
 def test_obeys_trajectories_and_twists(graph: Any) -> None:
     states = ready(graph, "-p", "seed:=1")
-    follow = graph.node.create_publisher(JointTrajectory, "/joint_trajectory_controller/joint_trajectory", 10)
+    follow = graph.node.create_publisher(
+        JointTrajectory, "/joint_trajectory_controller/joint_trajectory", 10
+    )
     twist = graph.node.create_publisher(TwistStamped, "/servo_node/delta_twist_cmds", 10)
-    graph.wait(lambda: follow.get_subscription_count() and twist.get_subscription_count(), "discovery")
+    graph.wait(
+        lambda: follow.get_subscription_count() and twist.get_subscription_count(), "discovery"
+    )
     goal = positions(states) + 0.1
     point = JointTrajectoryPoint(positions=goal.tolist(), velocities=[0.0] * 7)
     point.time_from_start.nanosec = 300_000_000
@@ -225,7 +242,9 @@ def test_simulated_time_runs_faster_on_demand(graph: Any) -> None:
         (("-p", "image_size:=7"), "image_size"),
     ],
 )
-def test_impossible_parameters_end_it_with_one_line(graph: Any, arguments: tuple[str, ...], message: str) -> None:
+def test_impossible_parameters_end_it_with_one_line(
+    graph: Any, arguments: tuple[str, ...], message: str
+) -> None:
     process = graph.start("sim_node", *arguments)
     assert process.wait(30.0) == 1
     assert message in graph.output("sim_node")

@@ -1,4 +1,6 @@
-"""The simulated robot without ROS: interfaces, what they refuse, and that the arm rests when commands stop."""
+"""The simulated robot without ROS: interfaces, what they refuse, and that the arm rests when
+commands stop.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ from denavit_hartenberg import forward_kinematics
 
 from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import matrix_rpy
-from ros_nodes.simulated.robot import ARM_JOINTS, SimRobot
-from sim.tabletop import arm
-from sim.tabletop.env import TabletopEnv
-from sim.tabletop.scene import FINGER_STROKE
+from ceed_vla.ros_nodes.simulated.robot import ARM_JOINTS, SimRobot
+from ceed_vla.sim.tabletop import arm
+from ceed_vla.sim.tabletop.env import TabletopEnv
+from ceed_vla.sim.tabletop.scene import FINGER_STROKE
 
 AT_REST = 0.05  # [rad/s]
 PERIOD = 0.01  # [s]
@@ -114,7 +116,9 @@ def test_the_gripper_keeps_its_command_when_the_arm_holds(robot: SimRobot) -> No
     assert robot.positions[7:].sum() == pytest.approx(2 * FINGER_STROKE, abs=0.005)
 
 
-@pytest.mark.parametrize("wrong", [[0.0] * 6, [[0.0] * 7], [0.0] * 6 + [float("nan")], [], ["a"] * 7])
+@pytest.mark.parametrize(
+    "wrong", [[0.0] * 6, [[0.0] * 7], [0.0] * 6 + [float("nan")], [], ["a"] * 7]
+)
 def test_refuses_positions_that_are_not_seven_numbers(robot: SimRobot, wrong: object) -> None:
     before = robot.positions
     with pytest.raises(SimulationError, match=r"joint positions"):
@@ -141,7 +145,8 @@ def test_trajectory_reaches_its_last_point_on_time_and_rests(robot: SimRobot) ->
 def test_trajectory_in_progress_is_replaced_without_a_jump(robot: SimRobot) -> None:
     start, names = robot.positions[:7], list(ARM_JOINTS)
     path, tick = [], 0.005
-    for index in range(20):  # replanned every 20 ms towards a moving goal: the set-point must stay smooth
+    # replanned every 20 ms towards a moving goal: the set-point must stay smooth
+    for index in range(20):
         goal = start + 0.5 * (0.02 * index + 0.1)
         robot.command_trajectory(names, [0.1, 0.2], [goal, goal], np.array([[0.5] * 7, [0.0] * 7]))
         for _ in range(4):
@@ -166,7 +171,12 @@ def test_trajectory_in_progress_is_replaced_without_a_jump(robot: SimRobot) -> N
     ],
 )
 def test_refuses_what_a_trajectory_controller_refuses(
-    robot: SimRobot, names: tuple[str, ...], times: list[float], velocities: object, delay: float, message: str
+    robot: SimRobot,
+    names: tuple[str, ...],
+    times: list[float],
+    velocities: object,
+    delay: float,
+    message: str,
 ) -> None:
     points = np.tile(robot.positions[:7], (2, 1))
     with pytest.raises(SimulationError, match=message):
@@ -190,7 +200,8 @@ def test_twist_moves_the_tool_straight_and_stops_with_the_commands(robot: SimRob
         robot.advance(PERIOD)
     robot.advance(0.3)
     end, turned = forward_kinematics(robot.positions[:7])
-    assert end - start == pytest.approx([0.0, 0.0, 0.05], abs=0.012)  # less the way it lagged when it was stopped
+    # less the way it lagged when it was stopped
+    assert end - start == pytest.approx([0.0, 0.0, 0.05], abs=0.012)
     yaw = matrix_rpy(turned)[2] - matrix_rpy(rotation)[2]
     assert yaw == pytest.approx(0.2, abs=0.05)
     assert speed(robot) < AT_REST

@@ -13,7 +13,7 @@ from tests.ros_nodes.conftest import ROOT
 
 PRIORITIES = """
 import os, threading
-from ros_nodes.robot.spinning import raise_priority
+from ceed_vla.ros_nodes.robot.spinning import raise_priority
 
 ended = threading.Event()
 threads = [threading.Thread(target=ended.wait) for _ in range(2)]
@@ -28,7 +28,7 @@ ended.set()
 
 MEMORY = """
 import resource, sys
-from ros_nodes.robot.spinning import keep_memory
+from ceed_vla.ros_nodes.robot.spinning import keep_memory
 
 def faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

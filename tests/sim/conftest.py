@@ -15,8 +15,8 @@ import pytest
 @pytest.fixture(scope="session")
 def config() -> Callable[..., Any]:
     """Options of a short recording of pushes."""
-    from sim.recording.config import RecordConfig
-    from sim.tabletop.lerobot_env import CeedTabletopEnv
+    from ceed_vla.sim.recording.config import RecordConfig
+    from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 
     def make(root: Path, **options: Any) -> RecordConfig:
         env = CeedTabletopEnv(**{"task": "push_cube", **options.pop("env", {})})
@@ -53,7 +53,9 @@ def new_writer() -> Callable[[Path], Any]:
         "observation.images.front": {"dtype": "image", "shape": (8, 8, 3), "names": axes},
         "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
     }
-    return lambda root: DatasetWriter(root, repo_id="local/test", fps=10, features=features, robot_type="test")
+    return lambda root: DatasetWriter(
+        root, repo_id="local/test", fps=10, features=features, robot_type="test"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +66,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ceed_vla.checkpoints import save
     from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
     from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-    from sim.tabletop.tasks import TASKS, combinations
+    from ceed_vla.sim.tabletop.tasks import TASKS, combinations
     from tests.helpers.tabletop import tabletop_config
 
     torch.manual_seed(0)

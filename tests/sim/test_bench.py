@@ -20,8 +20,7 @@ from ceed_vla.decoding.names import named_config
 from ceed_vla.engine import CompiledBackbone, compiled
 from ceed_vla.errors import ConfigError, MalformedChunkError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from ceed_vla.tokens.fast import FastTokensConfig
-from sim.bench import (
+from ceed_vla.sim.bench import (
     BENCH,
     CONTEXT_ROW,
     PARETO,
@@ -37,11 +36,12 @@ from sim.bench import (
     rows_of,
     usual_rows,
 )
-from sim.decoders import Row, parse_decoders
-from sim.evaluate import EvalConfig, evaluate
-from sim.settings import CheckpointPath
-from sim.tabletop.lerobot_env import CeedTabletopEnv
-from sim.timing import engines_of, in_engine
+from ceed_vla.sim.decoders import Row, parse_decoders
+from ceed_vla.sim.evaluate import EvalConfig, evaluate
+from ceed_vla.sim.settings import CheckpointPath
+from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
+from ceed_vla.sim.timing import engines_of, in_engine
+from ceed_vla.tokens.fast import FastTokensConfig
 from tests.helpers.tabletop import tabletop_config
 
 
@@ -50,7 +50,12 @@ def ms(value: float) -> dict[str, float]:
 
 
 def entry(total: float, success: int, **more: Any) -> dict[str, Any]:
-    rates = {"success": success, "episodes": 10, "success_rate": success / 10, "success_ci95": [0.1, 0.9]}
+    rates = {
+        "success": success,
+        "episodes": 10,
+        "success_rate": success / 10,
+        "success_ci95": [0.1, 0.9],
+    }
     times = {"total_ms": ms(total), "prefill_ms": ms(4), "decode_ms": ms(total - 4)}
     return {
         **rates,
@@ -68,7 +73,12 @@ REPORT: dict[str, Any] = {
     "block_length": 56,
     "chunk_size": 8,
     "executed_steps": 4,
-    "decoders": {"ar": entry(60, 9), "ar_h": entry(30, 9), "cap1": entry(12, 8), "cap3": entry(20, 8)},
+    "decoders": {
+        "ar": entry(60, 9),
+        "ar_h": entry(30, 9),
+        "cap1": entry(12, 8),
+        "cap3": entry(20, 8),
+    },
     "timing": {
         "engines": {"ar": "eager", "ar_h": "eager", "cap1": "compiled", "cap3": "eager"},
         "parts": {
@@ -83,7 +93,10 @@ REPORT: dict[str, Any] = {
 def test_rows_are_compared_with_the_floor_of_the_faster_engine() -> None:
     rows = rows_of(REPORT)
     assert rows["cap1"]["ratio_to_floor"] == 1.2
-    assert (rows["cap1"]["ratio_to_ar_compiled"], rows["cap1"]["ratio_to_ar_h_compiled"]) == (5, 2.5)
+    assert (rows["cap1"]["ratio_to_ar_compiled"], rows["cap1"]["ratio_to_ar_h_compiled"]) == (
+        5,
+        2.5,
+    )
     assert rows["cap1"]["total_ms"] == ms(12)
     assert rows["cap1"]["tokens_per_forward"] == 14  # of the 28 that are executed
     assert rows["ar"]["engine"] == "eager"
@@ -100,7 +113,9 @@ def test_the_figure_greys_what_another_row_beats() -> None:
     assert all(dot.get_ydata()[0] > 0 for dot in dots)  # none that failed is half an episode
 
 
-@pytest.mark.parametrize("name", [*f"{ROWS},{TEACHER_ROWS}".split(","), CONTEXT_ROW, *depth_rows("linear", [2, 4, 5])])
+@pytest.mark.parametrize(
+    "name", [*f"{ROWS},{TEACHER_ROWS}".split(","), CONTEXT_ROW, *depth_rows("linear", [2, 4, 5])]
+)
 def test_the_usual_rows_are_known(name: str) -> None:
     parse_decoders(name, has_teacher=True)
 
@@ -119,12 +134,17 @@ def test_exits_bring_their_rows() -> None:
 
 def test_decoders_run_in_the_engines_that_they_can_run_in() -> None:
     rows = [Row(name, "policy", named_config(name)) for name in ("cap1", "pdvla")]
-    assert [engines_of(row.decoding, ("eager", "compiled")) for row in rows] == [("eager", "compiled"), ("eager",)]
+    assert [engines_of(row.decoding, ("eager", "compiled")) for row in rows] == [
+        ("eager", "compiled"),
+        ("eager",),
+    ]
 
 
 def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "pareto.png").write_bytes(b"mine")
-    config = BenchConfig(policy=CheckpointPath("student"), decoders="ceed", output_dir=str(tmp_path))
+    config = BenchConfig(
+        policy=CheckpointPath("student"), decoders="ceed", output_dir=str(tmp_path)
+    )
     with pytest.raises(ConfigError, match=r"pareto\.png"):
         bench(config)
     assert [file.name for file in tmp_path.iterdir()] == ["pareto.png"]
@@ -133,11 +153,19 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
 def test_a_row_that_runs_eagerly_only_is_timed_beside_compiled_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sim.timing.compiled", lambda backbone: compiled(backbone, "eager"))
+    monkeypatch.setattr(
+        "ceed_vla.sim.timing.compiled", lambda backbone: compiled(backbone, "eager")
+    )
     config = EvalConfig(
-        policy=CheckpointPath("student"), decoders="ceed,pdvla", engine="compiled", episodes=1, timing_chunks=2,
-        clips=False, env=CeedTabletopEnv(task="mixed", episode_length=8), output_dir=str(tmp_path / "out"),
-    )  # fmt: skip
+        policy=CheckpointPath("student"),
+        decoders="ceed,pdvla",
+        engine="compiled",
+        episodes=1,
+        timing_chunks=2,
+        clips=False,
+        env=CeedTabletopEnv(task="mixed", episode_length=8),
+        output_dir=str(tmp_path / "out"),
+    )
     engines = evaluate(config)["timing"]["engines"]
     assert (engines["ceed"], engines["pdvla"]) == ("compiled", "eager")
 
@@ -146,12 +174,24 @@ def test_pdvla_counts_the_forwards_of_every_row() -> None:
     policy, pre, _ = load("student")
     random = torch.Generator().manual_seed(0)
     rows = [
-        pre({**{c: torch.rand(1, 3, 96, 96, generator=random) for c in policy.config.cameras},
-             "observation.state": torch.rand(1, 14, generator=random), "task": "push the red cube"})
+        pre(
+            {
+                **{c: torch.rand(1, 3, 96, 96, generator=random) for c in policy.config.cameras},
+                "observation.state": torch.rand(1, 14, generator=random),
+                "task": "push the red cube",
+            }
+        )
         for _ in range(3)
-    ]  # fmt: skip
-    together = {key: torch.cat([row[key] for row in rows]) for key, value in rows[0].items() if torch.is_tensor(value)}
-    found, alone = policy.decode(together, "pdvla_mid"), [policy.decode(row, "pdvla_mid") for row in rows]
+    ]
+    together = {
+        key: torch.cat([row[key] for row in rows])
+        for key, value in rows[0].items()
+        if torch.is_tensor(value)
+    }
+    found, alone = (
+        policy.decode(together, "pdvla_mid"),
+        [policy.decode(row, "pdvla_mid") for row in rows],
+    )
     assert found.iterations.tolist() == [int(row.iterations) for row in alone]
     assert torch.equal(found.tokens, torch.cat([row.tokens for row in alone]))
     assert found.forwards == max(found.iterations.tolist())
@@ -161,16 +201,28 @@ def test_pdvla_counts_the_forwards_of_every_row() -> None:
 @pytest.mark.slow
 def test_from_the_options_to_the_files(tmp_path: Path) -> None:
     config = BenchConfig(
-        policy=CheckpointPath("student"), decoders="cap1,pdvla", episodes=1, seed=40_000, timing_chunks=2,
-        engine="eager", output_dir=str(tmp_path / "bench"), threads=1,
-    )  # fmt: skip
+        policy=CheckpointPath("student"),
+        decoders="cap1,pdvla",
+        episodes=1,
+        seed=40_000,
+        timing_chunks=2,
+        engine="eager",
+        output_dir=str(tmp_path / "bench"),
+        threads=1,
+    )
     result = bench(config)
     stored = json.loads((tmp_path / "bench" / BENCH).read_text())
     assert stored == json.loads(json.dumps(result))
     assert (tmp_path / "bench" / PARETO).stat().st_size > 1000
     assert (tmp_path / "bench" / TABLE).read_text() == markdown(stored)
     for row in stored["decoders"].values():
-        assert {"total_ms", "prefill_ms", "decode_ms", "ratio_to_ar_compiled", "ratio_to_floor"} <= row.keys()
+        assert {
+            "total_ms",
+            "prefill_ms",
+            "decode_ms",
+            "ratio_to_ar_compiled",
+            "ratio_to_floor",
+        } <= row.keys()
     assert stored["decoders"]["ar"]["equal_to_ar"] == stored["decoders"]["ar_h"]["equal_to_ar"] == 1
     assert stored["decoders"]["pdvla"]["equal_to_ar"] < 1
     assert stored["timing"]["parts"]["act"]["total"]["p50"] > 0
@@ -199,7 +251,8 @@ def test_the_usual_rows_are_those_that_a_policy_can() -> None:
     cameras = {camera: torch.rand(1, 3, 96, 96) for camera in policy.config.cameras}
     batch = pre({**cameras, "observation.state": torch.rand(1, 14), "task": "push the red cube"})
     for name in ["ar", "ar_h", *usual_rows(policy.config)]:
-        with suppress(MalformedChunkError):  # of random weights; what must not come is a ConfigError
+        # of random weights; what must not come is a ConfigError
+        with suppress(MalformedChunkError):
             assert policy.decode(batch, name).tokens.shape == (1, policy.config.block_length)
     with pytest.raises(ConfigError):
         policy.decode(batch, "ngram8_h")

@@ -13,17 +13,27 @@ import numpy as np
 import pytest
 import torch
 
-import sim.calibrate
+import ceed_vla.sim.calibrate
 from ceed_vla import load
 from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError
+from ceed_vla.sim.calibrate import (
+    CalibrateConfig,
+    Measured,
+    calibrate,
+    is_off,
+    p_value,
+    plain,
+    upper_bound,
+)
+from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.tokens.uniform import ActionTokenizer
-from sim.calibrate import CalibrateConfig, Measured, calibrate, is_off, p_value, plain, upper_bound
-from sim.settings import CheckpointPath
 
 
 def test_an_action_is_off_by_more_than_a_twentieth_of_its_range_or_another_grip() -> None:
-    tokens = ActionTokenizer([-1.0, -1.0], [1.0, 1.0], chunk_steps=2, num_bins=201, gripper_dims=[1])
+    tokens = ActionTokenizer(
+        [-1.0, -1.0], [1.0, 1.0], chunk_steps=2, num_bins=201, gripper_dims=[1]
+    )
     exact = tokens.encode(torch.tensor([[[0.0, 1.0], [0.5, -1.0]]]))
     changes = {(0, 0): 0.1, (0, 1): -0.01, (1, 0): 0.3}
     assert not is_off(tokens, exact, exact, 2).any()
@@ -31,7 +41,8 @@ def test_an_action_is_off_by_more_than_a_twentieth_of_its_range_or_another_grip(
         actions = tokens.decode(exact).clone()
         actions[0, step, dim] += change
         off = is_off(tokens, tokens.encode(actions), exact, 1)
-        assert off.tolist() == [(step, dim) == (0, 1)]  # 0.1 is 5 %, not more; step 1 is not executed
+        # 0.1 is 5 %, not more; step 1 is not executed
+        assert off.tolist() == [(step, dim) == (0, 1)]
     actions[0, 0, 0] += 0.11
     assert is_off(tokens, tokens.encode(actions), exact, 1).all()
 
@@ -39,8 +50,11 @@ def test_an_action_is_off_by_more_than_a_twentieth_of_its_range_or_another_grip(
 def test_the_p_value_is_valid_and_falls_with_the_risk() -> None:
     rng = np.random.default_rng(0)
     epsilon, alpha = 0.1, 0.1
-    wrong = np.mean([p_value((rng.random(60) < epsilon).astype(float), epsilon) <= alpha for _ in range(2000)])
-    assert wrong <= alpha  # a policy whose risk is epsilon is believed to be below no more often than that
+    wrong = np.mean(
+        [p_value((rng.random(60) < epsilon).astype(float), epsilon) <= alpha for _ in range(2000)]
+    )
+    # a policy whose risk is epsilon is believed to be below no more often than that
+    assert wrong <= alpha
     values = [p_value(np.r_[np.ones(k), np.zeros(200 - k)], epsilon) for k in range(30)]
     assert values == sorted(values)
     assert values[0] == pytest.approx((1 - epsilon) ** 200, rel=1e-6)
@@ -55,13 +69,28 @@ def test_the_upper_bound_is_the_p_value_turned_round() -> None:
     assert upper_bound(nothing) == pytest.approx(1 - 0.05 ** (1 / 200), rel=1e-3)
     assert p_value(some, upper_bound(some)) == pytest.approx(0.05, rel=1e-3)
     assert upper_bound(np.ones(5)) == 1
-    assert [plain(value) for value in (0.02, 1e-6, 100_000.0, 12.5)] == ["0.02", "0.000001", "100000", "12.5"]
+    assert [plain(value) for value in (0.02, 1e-6, 100_000.0, 12.5)] == [
+        "0.02",
+        "0.000001",
+        "100000",
+        "12.5",
+    ]
 
 
 def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first that fails ends its signal, though a looser one would pass; the fewest layers win."""
-    # p is 0.064 for conf0.55 and 0.1: below alpha, not below the half of it that each of two signals has.
-    risks = {"conf0.9": 0.0, "conf0.7": 0.01, "conf0.55": 0.07, "agree0": 0.0, "agree1": 0.0, "agree2": 0.03}
+    """The first that fails ends its signal, though a looser one would pass; the fewest layers
+    win.
+    """
+    # p is 0.064 for conf0.55 and 0.1: below alpha, not below the half of it that each of two
+    # signals has.
+    risks = {
+        "conf0.9": 0.0,
+        "conf0.7": 0.01,
+        "conf0.55": 0.07,
+        "agree0": 0.0,
+        "agree1": 0.0,
+        "agree2": 0.03,
+    }
     asked: list[str] = []
 
     def measured(config: Any, bundle: Any, pool: Any, name: str) -> Measured:
@@ -69,20 +98,40 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
         risk, forwards = risks.get(name, 0.5), 5.0 - 0.1 * len(asked)
         return Measured(name, np.full(400, risk), np.full(9, 1.0), np.full(9, forwards), [True] * 7)
 
-    monkeypatch.setattr(sim.calibrate, "measured", measured)
-    monkeypatch.setattr(sim.calibrate, "collect_observations", lambda *_: [])
-    monkeypatch.setattr(sim.calibrate, "bare_parts", lambda _: None)
-    seconds = {"process": [0.001], "checks": [0.0], "prefill": [0.004], "block": [0.003], "token": [0.1]}
-    monkeypatch.setattr(sim.calibrate, "measure", lambda *_: ({}, {"all": seconds}))
+    monkeypatch.setattr(ceed_vla.sim.calibrate, "measured", measured)
+    monkeypatch.setattr(ceed_vla.sim.calibrate, "collect_observations", lambda *_: [])
+    monkeypatch.setattr(ceed_vla.sim.calibrate, "bare_parts", lambda _: None)
+    seconds = {
+        "process": [0.001],
+        "checks": [0.0],
+        "prefill": [0.004],
+        "block": [0.003],
+        "token": [0.1],
+    }
+    monkeypatch.setattr(ceed_vla.sim.calibrate, "measure", lambda *_: ({}, {"all": seconds}))
     config = CalibrateConfig(signals=["conf", "agree"], epsilons=[0.02, 0.1, 0.001], episodes=400)
-    bundle = (SimpleNamespace(backbone=SimpleNamespace(), config=SimpleNamespace(n_action_steps=4)), None, None)
-    rows, chosen = sim.calibrate._choose(config, bundle, None)  # type: ignore[arg-type]
-    assert asked == ["conf0.9", "conf0.7", "conf0.55", "agree0", "agree1", "agree2", "agree4", *sim.calibrate.CAPS]
+    bundle = (
+        SimpleNamespace(backbone=SimpleNamespace(), config=SimpleNamespace(n_action_steps=4)),
+        None,
+        None,
+    )
+    rows, chosen = ceed_vla.sim.calibrate._choose(config, bundle, None)  # type: ignore[arg-type]
+    assert asked == [
+        "conf0.9",
+        "conf0.7",
+        "conf0.55",
+        "agree0",
+        "agree1",
+        "agree2",
+        "agree4",
+        *ceed_vla.sim.calibrate.CAPS,
+    ]
     assert chosen == {"risk0.02": "agree1", "risk0.1": "agree2", "risk0.001": "jacobi_h"}
     assert len(rows) == len(asked)
     assert [row.deadline_ms for row in rows[-4:]] == [8.0] * 4  # one forward each here
-    with pytest.raises(ConfigError, match=r"trust, deer3; this policy has .*agree.*keep"):  # it has no exits
-        sim.calibrate._choose(replace(config, signals=["trust", "deer3"]), bundle, None)  # type: ignore[arg-type]
+    # it has no exits
+    with pytest.raises(ConfigError, match=r"trust, deer3; this policy has .*agree.*keep"):
+        ceed_vla.sim.calibrate._choose(replace(config, signals=["trust", "deer3"]), bundle, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -105,10 +154,18 @@ def test_options_that_cannot_work(change: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_from_the_shipped_student_to_a_checkpoint_with_names(tmp_path: Path) -> None:
-    options = {"episodes": 3, "batch": 3, "threads": 1, "signals": ["agree"], "epsilons": [0.99, 0.02]}
+    options = {
+        "episodes": 3,
+        "batch": 3,
+        "threads": 1,
+        "signals": ["agree"],
+        "epsilons": [0.99, 0.02],
+    }
     options["executed_steps"] = 2
     folder = tmp_path / "calibrated"
-    report = calibrate(CalibrateConfig(policy=CheckpointPath("student"), output_dir=str(folder), **options))
+    report = calibrate(
+        CalibrateConfig(policy=CheckpointPath("student"), output_dir=str(folder), **options)
+    )
     assert report == json.loads((folder / "calibration.json").read_text())
     assert report["decoders"]["agree0"]["risk"] == 0  # nothing moved: the fixed point
     assert report["chosen"]["risk0.02"] == "jacobi_h"  # three episodes prove nothing
@@ -119,9 +176,14 @@ def test_from_the_shipped_student_to_a_checkpoint_with_names(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"has no decoding 'risk0\.5'"):
         policy.decoding_config("risk0.5")
     audit = [
-        "calibrate", f"--policy.path={folder / 'checkpoint'}", "--decoders=risk0.02,cap1_mid", "--episodes=2",
-        "--batch=2", f"--output_dir={tmp_path / 'audit'}", "--threads=1",
-    ]  # fmt: skip
+        "calibrate",
+        f"--policy.path={folder / 'checkpoint'}",
+        "--decoders=risk0.02,cap1_mid",
+        "--episodes=2",
+        "--batch=2",
+        f"--output_dir={tmp_path / 'audit'}",
+        "--threads=1",
+    ]
     assert main(audit) == 0
     found = json.loads((tmp_path / "audit" / "audit.json").read_text())
     assert found["decoders"]["risk0.02"]["risk"] == 0

@@ -1,4 +1,6 @@
-"""Recordings that are damaged, or hold what `record` did not write: refused before anything is changed."""
+"""Recordings that are damaged, or hold what `record` did not write: refused before anything is
+changed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ceed_vla.errors import DatasetError
-from sim.record import record
+from ceed_vla.sim.record import record
 
 
 @pytest.fixture
@@ -44,17 +46,38 @@ def feature(**changes: Any) -> Any:
 
 FIRST_FILE = "data/chunk-000/file-000.parquet"
 DAMAGES: dict[str, tuple[Any, str]] = {
-    "unknown file": (lambda r: (r / "data/chunk-000/mine.parquet").write_bytes(b"x"), "know: data/chunk-000/mine"),
+    "unknown file": (
+        lambda r: (r / "data/chunk-000/mine.parquet").write_bytes(b"x"),
+        "know: data/chunk-000/mine",
+    ),
     "unknown note": (lambda r: (r / "data/notes.txt").write_bytes(b"x"), r"know: data/notes\.txt"),
-    "unknown episodes": (lambda r: (r / "meta/episodes/chunk-000/file-009.parquet").write_bytes(b"x"), "does not know"),
-    "next file": (lambda r: (r / "data/chunk-000/file-002.parquet").write_bytes(b"x"), "does not know"),
+    "unknown episodes": (
+        lambda r: (r / "meta/episodes/chunk-000/file-009.parquet").write_bytes(b"x"),
+        "does not know",
+    ),
+    "next file": (
+        lambda r: (r / "data/chunk-000/file-002.parquet").write_bytes(b"x"),
+        "does not know",
+    ),
     "missing file": (lambda r: (r / FIRST_FILE).unlink(), f"lacks {FIRST_FILE}"),
-    "truncated file": (lambda r: (r / FIRST_FILE).write_bytes((r / FIRST_FILE).read_bytes()[:-100]), "damaged"),
+    "truncated file": (
+        lambda r: (r / FIRST_FILE).write_bytes((r / FIRST_FILE).read_bytes()[:-100]),
+        "damaged",
+    ),
     "empty file": (lambda r: (r / FIRST_FILE).write_bytes(b""), "damaged"),
-    "other rows": (lambda r: pq.write_table(pq.read_table(r / FIRST_FILE).slice(0, 2), r / FIRST_FILE), "total_frames"),
+    "other rows": (
+        lambda r: pq.write_table(pq.read_table(r / FIRST_FILE).slice(0, 2), r / FIRST_FILE),
+        "total_frames",
+    ),
     "link": (lambda r: (r / "meta/mine").symlink_to("/tmp"), "links"),
-    "pipe": (lambda r: [(r / "meta/stats.json").unlink(), os.mkfifo(r / "meta/stats.json")], "pipes"),
-    "progress pipe": (lambda r: [(r / "recording.json").rename(r / "x"), os.mkfifo(r / "recording.json")], "no record"),
+    "pipe": (
+        lambda r: [(r / "meta/stats.json").unlink(), os.mkfifo(r / "meta/stats.json")],
+        "pipes",
+    ),
+    "progress pipe": (
+        lambda r: [(r / "recording.json").rename(r / "x"), os.mkfifo(r / "recording.json")],
+        "no record",
+    ),
     "progress": (lambda r: (r / "recording.json").write_text("{"), "not JSON"),
     "progress list": (lambda r: (r / "recording.json").write_text("[]"), "instead of settings"),
     "files": (damaged("recording.json", files=5), "damaged"),
@@ -71,8 +94,14 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "fps": (damaged("meta/info.json", fps=-5), "damaged"),
     "other fps": (damaged("meta/info.json", fps=20), "fps"),
     "fps text": (damaged("meta/info.json", fps="10"), "damaged"),
-    "template": (damaged("meta/info.json", data_path="{chunk_index.__class__}/{file_index}.parquet"), "data_path"),
-    "template outside": (damaged("meta/info.json", data_path="../{chunk_index}{file_index}"), "data_path"),
+    "template": (
+        damaged("meta/info.json", data_path="{chunk_index.__class__}/{file_index}.parquet"),
+        "data_path",
+    ),
+    "template outside": (
+        damaged("meta/info.json", data_path="../{chunk_index}{file_index}"),
+        "data_path",
+    ),
     "chunk size": (damaged("meta/info.json", chunks_size=1), "chunks_size"),
     "frames": (damaged("meta/info.json", total_frames=99), "total_frames"),
     "tasks": (damaged("meta/info.json", total_tasks=0), "total_tasks"),
@@ -83,19 +112,30 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no stats": (lambda r: (r / "meta/stats.json").unlink(), "damaged"),
     "stats list": (lambda r: (r / "meta/stats.json").write_text("[]"), "damaged"),
     "stats text": (damaged("meta/stats.json", action={"mean": "x"}), "damaged"),
-    "stats NaN": (damaged("meta/stats.json", index={n: [float("nan")] for n in ("min", "max", "mean", "std", "count")}),
-                  "not finite"),
+    "stats NaN": (
+        damaged(
+            "meta/stats.json",
+            index={n: [float("nan")] for n in ("min", "max", "mean", "std", "count")},
+        ),
+        "not finite",
+    ),
     "no tasks": (lambda r: (r / "meta/tasks.parquet").unlink(), "damaged"),
     "tasks file": (lambda r: (r / "meta/tasks.parquet").write_bytes(b"x"), "damaged"),
-}  # fmt: skip
+}
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and ".recording" not in p.parts}
+    return {
+        str(p): p.read_bytes()
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and ".recording" not in p.parts
+    }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_recording_is_refused_and_left_as_it_is(stored: Path, damage: str, new_writer: Any) -> None:
+def test_a_damaged_recording_is_refused_and_left_as_it_is(
+    stored: Path, damage: str, new_writer: Any
+) -> None:
     break_it, message = DAMAGES[damage]
     break_it(stored)
     before = contents(stored)
@@ -106,11 +146,20 @@ def test_a_damaged_recording_is_refused_and_left_as_it_is(stored: Path, damage: 
 
 @pytest.mark.parametrize(
     "marker",
-    ["{", "[]", "{}", '{"total_episodes": 2, "files": []}', '{"total_episodes": 2, "files": ["info.json"]}',
-     '{"total_episodes": 2, "files": 3}', '{"total_episodes": "2", "files": ["info.json"]}',
-     '{"total_episodes": 2, "files": ["info.json", "stats.json", "tasks.parquet"], "adding": ["../victim"]}',
-     '{"total_episodes": 2, "files": ["info.json", "stats.json", "tasks.parquet"], "adding": ["meta/info.json"]}'],
-)  # fmt: skip
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"total_episodes": 2, "files": []}',
+        '{"total_episodes": 2, "files": ["info.json"]}',
+        '{"total_episodes": 2, "files": 3}',
+        '{"total_episodes": "2", "files": ["info.json"]}',
+        '{"total_episodes": 2, "files": ["info.json", "stats.json", "tasks.parquet"], '
+        '"adding": ["../victim"]}',
+        '{"total_episodes": 2, "files": ["info.json", "stats.json", "tasks.parquet"], '
+        '"adding": ["meta/info.json"]}',
+    ],
+)
 def test_a_damaged_marker_deletes_nothing(stored: Path, marker: str, new_writer: Any) -> None:
     (stored / ".recording" / "backup" / "marker.json").write_text(marker)
     before = contents(stored)
@@ -148,7 +197,11 @@ def test_undoing_a_commit_may_be_interrupted_too(stored: Path, new_writer: Any, 
 
 
 def test_a_marker_cannot_name_what_is_committed(stored: Path, new_writer: Any) -> None:
-    marker = {"total_episodes": 2, "files": ["info.json", "stats.json", "tasks.parquet"], "adding": [FIRST_FILE]}
+    marker = {
+        "total_episodes": 2,
+        "files": ["info.json", "stats.json", "tasks.parquet"],
+        "adding": [FIRST_FILE],
+    }
     for name in marker["files"]:  # type: ignore[attr-defined]
         (stored / ".recording" / "backup" / name).write_bytes((stored / "meta" / name).read_bytes())
     (stored / ".recording" / "backup" / "marker.json").write_text(json.dumps(marker))
@@ -159,16 +212,27 @@ def test_a_marker_cannot_name_what_is_committed(stored: Path, new_writer: Any) -
 
 @pytest.mark.parametrize(
     "changes",
-    [{"attempts": -1}, {"attempts": 5}, {"attempts": "1"}, {"outcomes": []}, {"outcomes": {"push_cube/recorded": 9}},
-     {"outcomes": {"push_cube/recorded": None}}, {"failed_seeds": "x"}, {"episode_seeds": []}, {"episode_seeds": ["0"]},
-     {"config": None}],
+    [
+        {"attempts": -1},
+        {"attempts": 5},
+        {"attempts": "1"},
+        {"outcomes": []},
+        {"outcomes": {"push_cube/recorded": 9}},
+        {"outcomes": {"push_cube/recorded": None}},
+        {"failed_seeds": "x"},
+        {"episode_seeds": []},
+        {"episode_seeds": ["0"]},
+        {"config": None},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_damaged_progress_is_refused(tmp_path: Path, changes: dict[str, Any], config: Any) -> None:
     root = tmp_path / "set"
     record(config(root, episodes=1))
     values = json.loads((root / "recording.json").read_text())
-    (root / "recording.json").write_text(json.dumps({**values, "progress": {**values["progress"], **changes}}))
+    (root / "recording.json").write_text(
+        json.dumps({**values, "progress": {**values["progress"], **changes}})
+    )
     before = contents(root)
     with pytest.raises(DatasetError, match=r"recording\.json is damaged"):
         record(config(root, episodes=2, resume=True))
@@ -189,6 +253,9 @@ def test_a_commit_is_on_disk_before_it_counts(
     settled.clear()
     writer.commit({"done": 2})
     names = ("info.json", "stats.json", "tasks.parquet")
-    marker, done = (next(i for i, name in enumerate(settled) if key in name) for key in (".marker", ".recording."))
+    marker, done = (
+        next(i for i, name in enumerate(settled) if key in name)
+        for key in (".marker", ".recording.")
+    )
     assert {Path(name).name for name in settled[:marker]} >= set(names)  # the copies
     assert {f"meta/{name}" for name in names} <= set(settled[marker:done])

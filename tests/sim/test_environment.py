@@ -1,4 +1,6 @@
-"""Environments that offer nothing beside LeRobot's: driven through gymnasium, and what they lack is said."""
+"""Environments that offer nothing beside LeRobot's: driven through gymnasium, and what they lack is
+said.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,17 @@ from lerobot.envs.configs import EnvConfig, LiberoEnv
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding import named_config
 from ceed_vla.errors import ConfigError, SimulationError
-from sim.environment import Environment, EnvPool, check_expert, flags, joined, register_installed
-from sim.evaluate import EvalConfig, prepared
-from sim.settings import CheckpointPath
-from sim.tabletop.lerobot_env import CeedTabletopEnv
+from ceed_vla.sim.environment import (
+    Environment,
+    EnvPool,
+    check_expert,
+    flags,
+    joined,
+    register_installed,
+)
+from ceed_vla.sim.evaluate import EvalConfig, prepared
+from ceed_vla.sim.settings import CheckpointPath
+from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 from tests.helpers.episodes import run_seeds
 
 
@@ -42,12 +51,21 @@ class Plain(gymnasium.Env[dict[str, Any], Any]):
         return self._observation(), {}
 
     def _observation(self) -> dict[str, Any]:
-        return {"pixels": np.full((8, 8, 3), 10 * int(self.sum[0]), np.uint8), "agent_pos": self.sum.copy()}
+        return {
+            "pixels": np.full((8, 8, 3), 10 * int(self.sum[0]), np.uint8),
+            "agent_pos": self.sum.copy(),
+        }
 
     def step(self, action: Any) -> Any:
         self.sum = self.sum + action
         solved = bool(self.sum[0] >= 3)
-        return self._observation(), 0.0, solved, False, {} if self.silent else {"is_success": solved}
+        return (
+            self._observation(),
+            0.0,
+            solved,
+            False,
+            {} if self.silent else {"is_success": solved},
+        )
 
 
 gymnasium.register("sim_tests/plain", Plain, max_episode_steps=8)
@@ -68,9 +86,11 @@ class PlainConfig(EnvConfig):
     )
     features_map: dict[str, str] = field(
         default_factory=lambda: {
-            "action": "action", "agent_pos": "observation.state", "pixels": "observation.image"
+            "action": "action",
+            "agent_pos": "observation.state",
+            "pixels": "observation.image",
         }
-    )  # fmt: skip
+    )
 
     @property
     def package_name(self) -> str:
@@ -85,11 +105,17 @@ class Adder:
     """A policy whose chunk adds 0.5 in each of four steps; remembers its batches."""
 
     def __init__(self, camera: str = "observation.image") -> None:
-        inputs = {camera: SimpleNamespace(shape=(3, 8, 8)), "observation.state": SimpleNamespace(shape=(1,))}
+        inputs = {
+            camera: SimpleNamespace(shape=(3, 8, 8)),
+            "observation.state": SimpleNamespace(shape=(1,)),
+        }
         self.config = SimpleNamespace(
-            n_action_steps=4, delta_dims=None, input_features=inputs, action_feature=SimpleNamespace(shape=(1,)),
+            n_action_steps=4,
+            delta_dims=None,
+            input_features=inputs,
+            action_feature=SimpleNamespace(shape=(1,)),
             named=named_config,
-        )  # fmt: skip
+        )
         self.tokenizer = SimpleNamespace(
             readable=lambda tokens: torch.ones(len(tokens), dtype=torch.bool),
             decode=lambda tokens: torch.full((len(tokens), 4, 1), 0.5),
@@ -112,7 +138,9 @@ class Adder:
 def test_a_plain_environment_is_evaluated() -> None:
     policy = Adder()
     results = run_seeds(policy, [1, 2, 3], PlainConfig(), batch=2)
-    assert [(r.seed, r.success, r.steps, r.forwards) for r in results] == [(s, True, 6, [1, 1]) for s in (1, 2, 3)]
+    assert [(r.seed, r.success, r.steps, r.forwards) for r in results] == [
+        (s, True, 6, [1, 1]) for s in (1, 2, 3)
+    ]
     assert {r.task for r in results} == {"plain"}
     assert {r.instruction for r in results} == {"add"}
     batch = policy.batches[1]
@@ -129,18 +157,32 @@ def test_a_chunk_with_a_deadline_shares_no_batch() -> None:
         assert max(len(batch["task"]) for batch in policy.batches) == rows
 
 
-def test_latency_needs_to_know_how_to_hold_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sim.evaluate.load_bundles", lambda config: {"policy": (load("student")[0], None, None)})
+def test_latency_needs_to_know_how_to_hold_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "ceed_vla.sim.evaluate.load_bundles",
+        lambda config: {"policy": (load("student")[0], None, None)},
+    )
     folder = str(tmp_path / "out")
-    config = EvalConfig(CheckpointPath("student"), env=PlainConfig(), delay_ms=[100.0], output_dir=folder)
+    config = EvalConfig(
+        CheckpointPath("student"), env=PlainConfig(), delay_ms=[100.0], output_dir=folder
+    )
     message = r"lacks hold_action\(\), which --delay_ms needs"
     with EnvPool(1, config.env) as pool, pytest.raises(SimulationError, match=message):
         prepared(config, pool, lambda _: {})
 
 
-def test_a_deadline_needs_the_machine_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sim.evaluate.load_bundles", lambda config: {"policy": (load("student")[0], None, None)})
-    config = EvalConfig(CheckpointPath("student"), env=PlainConfig(), output_dir=str(tmp_path / "out"), workers=2)
+def test_a_deadline_needs_the_machine_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "ceed_vla.sim.evaluate.load_bundles",
+        lambda config: {"policy": (load("student")[0], None, None)},
+    )
+    config = EvalConfig(
+        CheckpointPath("student"), env=PlainConfig(), output_dir=str(tmp_path / "out"), workers=2
+    )
     config.decoders = "deadline8"
     with (
         EnvPool(1, config.env) as pool,
@@ -159,23 +201,35 @@ def test_the_tasks_of_a_suite_take_turns(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_is_missing_is_said() -> None:
-    with pytest.raises(ConfigError, match=r"sim_tests_plain has no expert, which record needs.*PlainConfig lacks act"):
+    with pytest.raises(
+        ConfigError,
+        match=r"sim_tests_plain has no expert, which record needs.*PlainConfig lacks act",
+    ):
         check_expert(PlainConfig(), "record")
-    with pytest.raises(ConfigError, match=r"reads or writes observation\.image\.top \(3, 8, 8\), --env.type=sim_tests"):
+    with pytest.raises(
+        ConfigError,
+        match=r"reads or writes observation\.image\.top \(3, 8, 8\), --env.type=sim_tests",
+    ):
         joined((Adder("observation.image.top"), None, None), PlainConfig())
     with pytest.raises(SimulationError, match=r"does not say in info\['is_success'\]"):
         run_seeds(Adder(), [1], PlainConfig(silent=True))
-    with pytest.raises(SimulationError, match=r"lacks privileged_state\(\) and scatter\(\), which grounding needs"):
+    with pytest.raises(
+        SimulationError, match=r"lacks privileged_state\(\) and scatter\(\), which grounding needs"
+    ):
         Environment(PlainConfig()).needs("grounding", "privileged_state", "scatter")
     with pytest.raises(
         SimulationError,
-        match=r"--env.type=sim_tests_plain cannot be made .ModuleNotFoundError: No module named 'sim_tests'",
+        match=(
+            r"--env.type=sim_tests_plain cannot be made .ModuleNotFoundError: No module named "
+            r"'sim_tests'"
+        ),
     ):
         Environment(PlainConfig(task="none"))
 
 
 def test_a_plain_environment_holds_still_and_is_disturbed_within_its_actions() -> None:
-    assert EnvPool(1, PlainConfig(), "reach it").env(0).instruction == "reach it"  # whatever it says itself
+    # whatever it says itself
+    assert EnvPool(1, PlainConfig(), "reach it").env(0).instruction == "reach it"
     env = Environment(PlainConfig())
     assert env.max_episode_steps == 8
     assert env.hold_action().tolist() == [0.0]
@@ -207,10 +261,14 @@ def test_an_environment_whose_package_is_missing(capfd: pytest.CaptureFixture[st
         Environment(LiberoEnv())
 
 
-def test_the_task_is_what_was_asked_for_where_the_environment_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_task_is_what_was_asked_for_where_the_environment_says_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(PlainConfig, "tasks", lambda self: ["red", "blue"], raising=False)
     monkeypatch.setattr(PlainConfig, "create_envs", None)
-    monkeypatch.setattr(EnvConfig, "create_envs", lambda *_, **__: {"suite": {0: SimpleNamespace(envs=[Plain()])}})
+    monkeypatch.setattr(
+        EnvConfig, "create_envs", lambda *_, **__: {"suite": {0: SimpleNamespace(envs=[Plain()])}}
+    )
     env = Environment(PlainConfig(task="all"))
     env.reset(1, "blue")
     assert env.task == "blue"
@@ -219,8 +277,13 @@ def test_the_task_is_what_was_asked_for_where_the_environment_says_none(monkeypa
 def test_actions_of_no_bounds_need_a_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
     env = Environment(PlainConfig())
     env._env.unwrapped.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
-    monkeypatch.setattr(type(env._env), "action_space", env._env.unwrapped.action_space, raising=False)
-    with pytest.raises(SimulationError, match=r"lacks disturbance\(\), which mode perturb with actions of no bounds"):
+    monkeypatch.setattr(
+        type(env._env), "action_space", env._env.unwrapped.action_space, raising=False
+    )
+    with pytest.raises(
+        SimulationError,
+        match=r"lacks disturbance\(\), which mode perturb with actions of no bounds",
+    ):
         env.disturbance(np.random.default_rng(0))
 
 
@@ -229,7 +292,7 @@ def test_one_family_is_the_environments_own() -> None:
     assert CeedTabletopEnv(task="all").gym_kwargs["task"] == "mixed"
 
 
-# ---- what an environment says, and how it fails -----------------------------------------------------------------
+# ---- what an environment says, and how it fails --------------------------------------------------
 
 
 class Odd(Plain):
@@ -280,7 +343,21 @@ def odd(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Environment]:
 
 @pytest.mark.parametrize(
     "solved",
-    ["yes", "no", "", float("nan"), 1.0, 0.0, 1, 0, None, [True], np.array([True]), np.float32(0), np.int64(1)],
+    [
+        "yes",
+        "no",
+        "",
+        float("nan"),
+        1.0,
+        0.0,
+        1,
+        0,
+        None,
+        [True],
+        np.array([True]),
+        np.float32(0),
+        np.int64(1),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("kind", [Odd, Quick])
@@ -290,7 +367,10 @@ def test_only_a_boolean_says_that_an_episode_is_solved(
     env = odd(kind, solved=solved)
     env.reset(1)
     name = r"info\['is_success'\]" if kind is Odd else r"is_success\(\)"
-    message = rf"--env.type=sim_tests_plain: {name} is .*\({type(solved).__name__}\); it must be a boolean"
+    message = (
+        rf"--env.type=sim_tests_plain: {name} is .*\({type(solved).__name__}\); it must be a "
+        r"boolean"
+    )
     with pytest.raises(SimulationError, match=message):
         env.advance(np.ones(1, np.float32))
     assert env.success is False
@@ -298,7 +378,9 @@ def test_only_a_boolean_says_that_an_episode_is_solved(
 
 @pytest.mark.parametrize("kind", [Odd, Quick])
 @pytest.mark.parametrize("solved", [True, False, np.True_, np.False_])
-def test_booleans_of_python_and_numpy_do(odd: Callable[..., Environment], kind: type[Odd], solved: Any) -> None:
+def test_booleans_of_python_and_numpy_do(
+    odd: Callable[..., Environment], kind: type[Odd], solved: Any
+) -> None:
     env = odd(kind, solved=solved)
     env.reset(1)
     assert env.advance(np.ones(1, np.float32)) is bool(solved)
@@ -306,17 +388,22 @@ def test_booleans_of_python_and_numpy_do(odd: Callable[..., Environment], kind: 
 
 def test_an_environment_that_fails_is_named(odd: Callable[..., Environment]) -> None:
     with pytest.raises(
-        SimulationError, match=r"--env.type=sim_tests_plain fails in reset to seed 3 .KeyError: 'scene'"
+        SimulationError,
+        match=r"--env.type=sim_tests_plain fails in reset to seed 3 .KeyError: 'scene'",
     ):
         odd(failing="reset").reset(3)
     env = odd(failing="step")
     env.reset(3)
-    with pytest.raises(SimulationError, match=r"fails in step\(action\) .ZeroDivisionError: no contact"):
+    with pytest.raises(
+        SimulationError, match=r"fails in step\(action\) .ZeroDivisionError: no contact"
+    ):
         env.advance(np.ones(1, np.float32))
 
 
 @pytest.mark.parametrize("made", [{}, {"suite": {}}])
-def test_a_package_without_environments_is_named(monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
+def test_a_package_without_environments_is_named(
+    monkeypatch: pytest.MonkeyPatch, made: Any
+) -> None:
     monkeypatch.setattr(PlainConfig, "create_envs", lambda *_, **__: made)
     with pytest.raises(SimulationError, match=r"--env\.type=sim_tests_plain has no env"):
         Environment(PlainConfig())

@@ -1,4 +1,6 @@
-"""Finished episodes on disk: what was changed there is noticed, and what versions before wrote goes on."""
+"""Finished episodes on disk: what was changed there is noticed, and what versions before wrote goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from ceed_vla.errors import ConfigError
-from sim.episode_log import EPISODES
-from sim.evaluate import evaluate
+from ceed_vla.sim.episode_log import EPISODES
+from ceed_vla.sim.evaluate import evaluate
 from tests.helpers.episodes import as_of_before, episodes_of, short_evaluation
 
 
@@ -38,30 +40,67 @@ def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ("change", "words"),
     [
         (lambda lines: [lines[0], lines[1][:-5], lines[2]], "line 2, or one before it, is not as"),
-        (lambda lines: [lines[0], lines[1][: len(lines[1]) // 2], lines[2]], "line 2 is no episode"),
-        (lambda lines: [lines[0], lines[1].replace("false", "true", 1), lines[2]], "line 2, or one"),
-        (lambda lines: [lines[0], lines[1].replace('"steps": 8', '"steps": 7'), lines[2]], "line 2, or"),
+        (
+            lambda lines: [lines[0], lines[1][: len(lines[1]) // 2], lines[2]],
+            "line 2 is no episode",
+        ),
+        (
+            lambda lines: [lines[0], lines[1].replace("false", "true", 1), lines[2]],
+            "line 2, or one",
+        ),
+        (
+            lambda lines: [lines[0], lines[1].replace('"steps": 8', '"steps": 7'), lines[2]],
+            "line 2, or",
+        ),
         (lambda lines: [lines[0], lines[2]], "line 2, or one before it, is not as it was written"),
         (lambda lines: [lines[0], lines[2], lines[1]], "line 2, or one before it"),
-        (lambda lines: [lines[0], re.sub(r', "check.*"', "", lines[1])], "line 2, or one before it"),
+        (
+            lambda lines: [lines[0], re.sub(r', "check.*"', "", lines[1])],
+            "line 2, or one before it",
+        ),
         (lambda lines: [lines[0].replace("ceed-vla ", "ceed-vla 9"), *lines[1:]], "line 2, or one"),
-        (lambda lines: [lines[0].replace('"chained": true, ', ""), *lines[1:]], "line 2 is no episode"),
-        (lambda lines: [lines[0], lines[1], lines[1]], "line 3 is no episode of this evaluation, or a second one"),
-        (lambda lines: [lines[0], lines[1].replace('"success": false', '"success": "yes"')], "line 2"),
+        (
+            lambda lines: [lines[0].replace('"chained": true, ', ""), *lines[1:]],
+            "line 2 is no episode",
+        ),
+        (
+            lambda lines: [lines[0], lines[1], lines[1]],
+            "line 3 is no episode of this evaluation, or a second one",
+        ),
+        (
+            lambda lines: [lines[0], lines[1].replace('"success": false', '"success": "yes"')],
+            "line 2",
+        ),
         (lambda lines: [lines[0], lines[1].replace('"steps": 8', '"steps": 9')], "line 2"),
         (lambda lines: [lines[0], lines[1].replace('"seed": 5', '"seed": 4')], "line 2"),
-        (lambda lines: [lines[0], lines[1].replace('"forwards": [', '"forwards": [-1, ')], "line 2"),
-        (lambda lines: [lines[0], lines[1].replace('"decoder": "ceed"', '"decoder": "ar"')], "line 2"),
+        (
+            lambda lines: [lines[0], lines[1].replace('"forwards": [', '"forwards": [-1, ')],
+            "line 2",
+        ),
+        (
+            lambda lines: [lines[0], lines[1].replace('"decoder": "ceed"', '"decoder": "ar"')],
+            "line 2",
+        ),
         (lambda lines: [lines[0], "5", lines[2]], "line 2"),
         (lambda lines: [lines[0], "[" * 10_000, lines[2]], "line 2"),
         (lambda lines: lines[1:], "'episodes.jsonl' that ceed-vla did not make"),
         (lambda lines: ["made by ceed-vla 1", *lines[1:]], "does not say what it is of"),
-        (lambda lines: [lines[0].replace('"seed": 50000', '"seed": 50001'), *lines[1:]], "its seed is 50001, here"),
-        (lambda lines: [lines[0].replace('"batch": 20', '"batch": 7'), *lines[1:]], "its batch is 7"),
+        (
+            lambda lines: [lines[0].replace('"seed": 50000', '"seed": 50001'), *lines[1:]],
+            "its seed is 50001, here",
+        ),
+        (
+            lambda lines: [lines[0].replace('"batch": 20', '"batch": 7'), *lines[1:]],
+            "its batch is 7",
+        ),
     ],
 )
 def test_damaged_episodes_are_not_believed(
-    tiny_checkpoint: Path, finished: Path, tmp_path: Path, change: Callable[[list[str]], list[str]], words: str
+    tiny_checkpoint: Path,
+    finished: Path,
+    tmp_path: Path,
+    change: Callable[[list[str]], list[str]],
+    words: str,
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / EPISODES).write_text("\n".join(change(lines_of(finished))) + "\n")

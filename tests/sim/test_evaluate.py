@@ -16,23 +16,23 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-import sim.evaluate as evaluate_module
+import ceed_vla.sim.evaluate as evaluate_module
 from ceed_vla.checkpoints import save
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.outputs import is_own
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from sim.decoders import parse_decoders, resolve_rows
-from sim.episode_log import EPISODES, EpisodeLog
-from sim.evaluate import DemoConfig, EvalConfig, evaluate
-from sim.plots import write_plots
-from sim.rollout import EpisodeResult
-from sim.settings import CheckpointPath
-from sim.show import ShowConfig, show
-from sim.tabletop.lerobot_env import CeedTabletopEnv
-from sim.tabletop.tasks import TASKS, combinations
-from sim.timing import Samples
+from ceed_vla.sim.decoders import parse_decoders, resolve_rows
+from ceed_vla.sim.episode_log import EPISODES, EpisodeLog
+from ceed_vla.sim.evaluate import DemoConfig, EvalConfig, evaluate
+from ceed_vla.sim.plots import write_plots
+from ceed_vla.sim.rollout import EpisodeResult
+from ceed_vla.sim.settings import CheckpointPath
+from ceed_vla.sim.show import ShowConfig, show
+from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
+from ceed_vla.sim.tabletop.tasks import TASKS, combinations
+from ceed_vla.sim.timing import Samples
 from tests.helpers.edits import unsealed
 from tests.helpers.episodes import as_of_before, episodes_of
 from tests.helpers.tabletop import tabletop_config
@@ -42,9 +42,15 @@ from tests.helpers.tabletop import tabletop_config
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = tabletop_config(
-        width=16, layers=1, heads=2, mlp_width=16, stem_channels=[4, 4, 4, 4], chunk_size=4, n_action_steps=2,
+        width=16,
+        layers=1,
+        heads=2,
+        mlp_width=16,
+        stem_channels=[4, 4, 4, 4],
+        chunk_size=4,
+        n_action_steps=2,
         decoding=DecodingConfig(method="jacobi", max_iterations=2, watch="executed"),
-    )  # fmt: skip
+    )
     stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
     instructions = [command.text for family in TASKS for command in combinations(family, "all")]
     pre, post = make_ceed_vla_pre_post_processors(config, stats, instructions=instructions)
@@ -74,10 +80,17 @@ def quiet() -> Console:
 
 
 def test_options_are_parsed_from_the_command_line() -> None:
-    words = "--policy.path p --teacher.path t --decoders ar,ceed --episodes 3 --clips false --threads 2"
+    words = (
+        "--policy.path p --teacher.path t --decoders ar,ceed --episodes 3 --clips false --threads 2"
+    )
     config = draccus.parse(EvalConfig, args=words.split())
     assert (config.policy.path, config.teacher.path) == ("p", "t")
-    assert (config.decoders, config.episodes, config.clips, config.threads) == ("ar,ceed", 3, False, 2)
+    assert (config.decoders, config.episodes, config.clips, config.threads) == (
+        "ar,ceed",
+        3,
+        False,
+        2,
+    )
     assert config.seed == 50_000
     assert draccus.parse(ShowConfig, args=["--policy.path=p", "--seed=50001"]).seed == 50_001
     assert draccus.parse(DemoConfig, args=["--episodes=30"]).episodes == 30
@@ -106,7 +119,10 @@ def test_options_are_parsed_from_the_command_line() -> None:
         ({"decoders": "gap5_cap2"}, "Unknown decoder"),
         ({"workers": 0}, "--workers is 0"),
         ({"device": "cuda:77"}, "The device is 'cuda:77'; this machine has cpu"),
-        ({"decoders": "ar,cap0"}, "Decoder 'cap0': its cap K is 0; it must be a whole number in [1, 1e6]"),
+        (
+            {"decoders": "ar,cap0"},
+            "Decoder 'cap0': its cap K is 0; it must be a whole number in [1, 1e6]",
+        ),
         ({"decoders": "teacher_cap0"}, "its cap K is 0"),
         ({"decoders": "ar,keep3_cap2"}, "needs a checkpoint whose context.safetensors"),
         ({"decoders": "conf2_cap1"}, "its confidence P is 2.0"),
@@ -176,18 +192,26 @@ def test_evaluation_from_options_to_files(checkpoint: Path, tmp_path: Path) -> N
     for row in rows.values():
         assert row["episodes"] == 2
         assert set(row["per_task"]) == {"push_cube", "stack_cubes"}
-        assert set(row["total_ms"]) == set(row["decode_ms"]) == set(row["prefill_ms"]) == {"p50", "p95", "p99"}
+        assert (
+            set(row["total_ms"])
+            == set(row["decode_ms"])
+            == set(row["prefill_ms"])
+            == {"p50", "p95", "p99"}
+        )
         assert row["total_ms"]["p50"] >= row["decode_ms"]["p50"]
         assert row["speedup_vs_ar"] > 0
     assert rows["teacher_ar"]["forwards_mean"] == 27  # n - 1
     assert rows["teacher_ar"]["speedup_vs_ar"] == 1
-    assert rows["jacobi"]["equal_to_ar"] == rows["jacobi_random"]["equal_to_ar"] == 1  # strict: exact
+    # strict: exact
+    assert rows["jacobi"]["equal_to_ar"] == rows["jacobi_random"]["equal_to_ar"] == 1
     assert rows["ceed"]["forwards_mean"] <= 2
     assert rows["ceed"]["paired"]["teacher_ar"]["episodes"] == 2
     assert "teacher_ar" not in rows["teacher_ar"]["paired"]
 
 
-def test_rows_that_a_teacher_adds_are_announced_and_can_be_left_out(checkpoint: Path, tmp_path: Path) -> None:
+def test_rows_that_a_teacher_adds_are_announced_and_can_be_left_out(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     changes = {"teacher": CheckpointPath(str(checkpoint)), "timing_chunks": 2, "episodes": 1}
     told = {}
     for decoders in ("ceed,teacher_ar", "only=ceed,teacher_ar"):
@@ -199,11 +223,18 @@ def test_rows_that_a_teacher_adds_are_announced_and_can_be_left_out(checkpoint: 
     rows, first = told["ceed,teacher_ar"]
     assert rows == ["teacher_cap4", "ceed", "teacher_ar"]
     meaning = "what the teacher reaches in 4 forwards without distillation"
-    assert first == f"Added: teacher_cap4 ({meaning}); only= before the names of --decoders leaves it out."
+    assert (
+        first
+        == f"Added: teacher_cap4 ({meaning}); only= before the names of --decoders leaves it out."
+    )
     rows, first = told["only=ceed,teacher_ar"]
     assert rows == ["ceed", "teacher_ar"]
     assert "Added" not in first
-    assert parse_decoders("ar,only=ceed", has_teacher=True) == ["ar", "ceed"]  # as `ceed-vla bench` extends it
+    # as `ceed-vla bench` extends it
+    assert parse_decoders("ar,only=ceed", has_teacher=True) == [
+        "ar",
+        "ceed",
+    ]
     with pytest.raises(ConfigError, match="--decoders is empty"):
         parse_decoders("only=", has_teacher=True)
 
@@ -216,7 +247,9 @@ def test_same_seeds_give_the_same_outcomes(checkpoint: Path, tmp_path: Path) -> 
     assert counts[0] == counts[1]
 
 
-def test_interrupt_leaves_a_partial_report(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_leaves_a_partial_report(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -263,11 +296,14 @@ def test_resume_gives_the_report_of_a_run_in_one_go(
     assert again == whole
     assert episodes_of(folder) == episodes_of(tmp_path / "whole")
     assert started.count(("ceed", 50_000)) == 1  # finished episodes are kept
-    assert started.count(("jacobi_random", 50_002)) == (2 if started[4][0] == "jacobi_random" else 1)
+    assert started.count(("jacobi_random", 50_002)) == (
+        2 if started[4][0] == "jacobi_random" else 1
+    )
     assert len(started) == 5 + 10 - 4
     assert evaluate(options(checkpoint, folder, resume=True, **changes), quiet()) == whole
     assert len(started) == 11
-    assert evaluate(options(checkpoint, folder, **changes), quiet()) == whole  # a complete report is replaced
+    # a complete report is replaced
+    assert evaluate(options(checkpoint, folder, **changes), quiet()) == whole
     assert len(started) == 21
 
 
@@ -276,8 +312,11 @@ def test_latency_in_the_loop_has_rows_of_its_own(checkpoint: Path, tmp_path: Pat
     report = evaluate(options(checkpoint, tmp_path, **changes), quiet())
     rows = report["decoders"]
     assert {name: entry["delay_steps"] for name, entry in rows.items()} == {
-        "ar": 0, "ceed": 0, "ar@150ms": 2, "ceed@150ms": 2
-    }  # fmt: skip
+        "ar": 0,
+        "ceed": 0,
+        "ar@150ms": 2,
+        "ceed@150ms": 2,
+    }
     assert list(rows["ceed@150ms"]["paired"]) == ["ar@150ms"]
     assert rows["ceed@150ms"]["episodes"] == 2
     text = (tmp_path / "report.md").read_text()
@@ -288,7 +327,10 @@ def test_latency_in_the_loop_has_rows_of_its_own(checkpoint: Path, tmp_path: Pat
     episodes = [json.loads(line) for line in lines_of(tmp_path)[1:]]
     assert all(set(episode["motion"]) == {"action_rate", "path", "jerk"} for episode in episodes)
     with pytest.raises(ConfigError, match="is of another evaluation: its decoders"):
-        evaluate(options(checkpoint, tmp_path, **{**changes, "delay_ms": [0.0, 250.0]}, resume=True), quiet())
+        evaluate(
+            options(checkpoint, tmp_path, **{**changes, "delay_ms": [0.0, 250.0]}, resume=True),
+            quiet(),
+        )
 
 
 def test_decoders_are_as_late_as_they_are_slow(
@@ -299,14 +341,15 @@ def test_decoders_are_as_late_as_they_are_slow(
     def run_timing(run: Any) -> None:
         timed.append(len(run.rows))
         run.samples = {
-            row.name: Samples([s], [0.0], [s], [torch.zeros(28)]) for row, s in zip(run.rows, (0.11, 0.03), strict=True)
+            row.name: Samples([s], [0.0], [s], [torch.zeros(28)])
+            for row, s in zip(run.rows, (0.11, 0.03), strict=True)
         }
         run.timing = {"chunks": 1}
 
-    monkeypatch.setattr("sim.evaluate._run_timing", run_timing)
-    monkeypatch.setattr("sim.evaluate.summarise", lambda *_: {})
-    monkeypatch.setattr("sim.evaluate.write_plots", lambda *_: [])
-    monkeypatch.setattr("sim.evaluate.markdown", lambda *_: "")
+    monkeypatch.setattr("ceed_vla.sim.evaluate._run_timing", run_timing)
+    monkeypatch.setattr("ceed_vla.sim.evaluate.summarise", lambda *_: {})
+    monkeypatch.setattr("ceed_vla.sim.evaluate.write_plots", lambda *_: [])
+    monkeypatch.setattr("ceed_vla.sim.evaluate.markdown", lambda *_: "")
     config = options(checkpoint, tmp_path, decoders="ar,ceed", delay="measured", clips=False)
     rows = evaluate(config, quiet())["decoders"]
     assert timed == [2]  # once, before the episodes
@@ -316,16 +359,22 @@ def test_decoders_are_as_late_as_they_are_slow(
     assert all(entry["episodes"] == 2 for entry in rows.values())
 
 
-def test_the_teachers_rows_are_taken_from_an_earlier_report(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_teachers_rows_are_taken_from_an_earlier_report(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     changes = {"timing_chunks": 0, "teacher": CheckpointPath(str(checkpoint)), "decoders": "ceed"}
     first = evaluate(options(checkpoint, tmp_path / "first", **changes), quiet())
     as_of_before(tmp_path / "first")
-    rows = (tmp_path / "first" / EPISODES).read_text().replace('"steps": 8', '"steps": 7')  # to tell them apart
+    # to tell them apart
+    rows = (tmp_path / "first" / EPISODES).read_text().replace('"steps": 8', '"steps": 7')
     (tmp_path / "first" / EPISODES).write_text(rows)
     changes |= {"decoders": "ceed,cap1", "reuse": str(tmp_path / "first")}
     again = evaluate(options(checkpoint, tmp_path / "again", **changes), quiet())
     assert list(again["decoders"]) == [*first["decoders"], "cap1"]
-    steps = {json.loads(line)["decoder"]: json.loads(line)["steps"] for line in lines_of(tmp_path / "again")[1:]}
+    steps = {
+        json.loads(line)["decoder"]: json.loads(line)["steps"]
+        for line in lines_of(tmp_path / "again")[1:]
+    }
     assert steps == {"teacher_ar": 7, "teacher_cap4": 7, "ceed": 7, "cap1": 8}
     header = json.loads(lines_of(tmp_path / "first")[0])["identity"]
     plan = {json.loads(line)["seed"]: "mixed" for line in lines_of(tmp_path / "first")[1:]}
@@ -333,20 +382,33 @@ def test_the_teachers_rows_are_taken_from_an_earlier_report(checkpoint: Path, tm
     row = header["decoders"]["teacher_ar"]
     for identity in (header, log.identity):
         identity["decoders"] = {"teacher_ar": row, "teacher_from_cap1": {**row, "draft": "cap1"}}
-    kept = [line for line in lines_of(tmp_path / "first")[1:] if json.loads(line)["decoder"] == "teacher_ar"]
+    kept = [
+        line
+        for line in lines_of(tmp_path / "first")[1:]
+        if json.loads(line)["decoder"] == "teacher_ar"
+    ]
     start = json.dumps({**json.loads(lines_of(tmp_path / "first")[0]), "identity": header})
     (tmp_path / "drafted").mkdir()
     (tmp_path / "drafted" / EPISODES).write_text("\n".join([start, *kept, ""]))
-    assert list(log.shared(tmp_path / "drafted")) == ["teacher_ar"]  # what drafted was another student
+    # what drafted was another student
+    assert list(log.shared(tmp_path / "drafted")) == ["teacher_ar"]
     with pytest.raises(ConfigError, match=r"first, an evaluation with other seed; nothing fits"):
         evaluate(options(checkpoint, tmp_path / "other", **changes, seed=50_010), quiet())
     with pytest.raises(ConfigError, match=r"--reuse is .* which has no episodes"):
-        evaluate(options(checkpoint, tmp_path / "none", **{**changes, "reuse": str(tmp_path)}), quiet())
+        evaluate(
+            options(checkpoint, tmp_path / "none", **{**changes, "reuse": str(tmp_path)}), quiet()
+        )
 
 
 @pytest.mark.slow
 def test_workers_run_the_same_episodes(checkpoint: Path, tmp_path: Path) -> None:
-    changes = {"decoders": "jacobi_random,ceed", "episodes": 5, "batch": 2, "timing_chunks": 0, "threads": 1}
+    changes = {
+        "decoders": "jacobi_random,ceed",
+        "episodes": 5,
+        "batch": 2,
+        "timing_chunks": 0,
+        "threads": 1,
+    }
     changes |= {"delay_ms": [0.0, 100.0]}
     alone = evaluate(options(checkpoint, tmp_path / "alone", **changes), quiet())
     shared = evaluate(options(checkpoint, tmp_path / "shared", **changes, workers=2), quiet())
@@ -354,7 +416,9 @@ def test_workers_run_the_same_episodes(checkpoint: Path, tmp_path: Path) -> None
     assert episodes_of(tmp_path / "shared") == episodes_of(tmp_path / "alone")
     kept = lines_of(tmp_path / "shared")
     (tmp_path / "shared" / EPISODES).write_text("\n".join([*kept[:-3], ""]))
-    again = evaluate(options(checkpoint, tmp_path / "shared", **changes, workers=2, resume=True), quiet())
+    again = evaluate(
+        options(checkpoint, tmp_path / "shared", **changes, workers=2, resume=True), quiet()
+    )
     assert again["decoders"] == alone["decoders"]
 
 
@@ -365,7 +429,9 @@ def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_episodes_of_another_checkpoint_are_not_believed(checkpoint: Path, finished: Path, tmp_path: Path) -> None:
+def test_episodes_of_another_checkpoint_are_not_believed(
+    checkpoint: Path, finished: Path, tmp_path: Path
+) -> None:
     other = unsealed(shutil.copytree(checkpoint, tmp_path / "other"))
     file = other / "policy_preprocessor.json"
     file.write_text(file.read_text() + " ")
@@ -429,11 +495,19 @@ def test_show_draws_a_picture(checkpoint: Path, tmp_path: Path) -> None:
     ],
 )
 def test_show_refuses(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("theirs.png").write_bytes(b"\x89PNG of somebody else")
     Path("nowhere.png").symlink_to("missing")
     with pytest.raises(ConfigError, match=re.escape(words)):
-        show(ShowConfig(**{"policy": CheckpointPath(str(checkpoint)), "executed_steps": 2, **options}))
+        show(
+            ShowConfig(
+                **{"policy": CheckpointPath(str(checkpoint)), "executed_steps": 2, **options}
+            )
+        )
     assert Path("theirs.png").read_bytes() == b"\x89PNG of somebody else"

@@ -13,8 +13,8 @@ from lerobot.envs.configs import PushtEnv
 from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError, ObservationError, SimulationError
 from ceed_vla.outputs import is_own
-from sim.grounding import GroundingConfig, error_rows, grounding
-from sim.settings import CheckpointPath
+from ceed_vla.sim.grounding import GroundingConfig, error_rows, grounding
+from ceed_vla.sim.settings import CheckpointPath
 
 
 def test_errors_are_listed_by_distance() -> None:
@@ -41,7 +41,7 @@ def test_the_shipped_teacher_sees_the_named_cube(tmp_path: Path) -> None:
 
 
 def test_scattered_scenes_must_be_observed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("sim.tabletop.env.TabletopEnv.observe")
+    monkeypatch.delattr("ceed_vla.sim.tabletop.env.TabletopEnv.observe")
     with pytest.raises(SimulationError, match="observe"):
         grounding(GroundingConfig(CheckpointPath("teacher"), scenes=1))
 
@@ -68,7 +68,9 @@ def test_a_policy_is_told_the_words_that_are_given() -> None:
         ({"output": "theirs.json"}, "a file that ceed-vla did not make"),
     ],
 )
-def test_refusals(config: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(
+    config: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("theirs.json").write_text("{}")
     with pytest.raises(ConfigError, match=words):

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env, make_env_config
-from lerobot.envs.utils import NEW_ROLLOUT_OPTION, close_envs, env_to_policy_features, preprocess_observation
+from lerobot.envs.utils import (
+    NEW_ROLLOUT_OPTION,
+    close_envs,
+    env_to_policy_features,
+    preprocess_observation,
+)
 
 from ceed_vla.errors import ConfigError
-from sim.tabletop.lerobot_env import CeedTabletopEnv
-from sim.tabletop.tasks import TASKS
+from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
+from ceed_vla.sim.tabletop.tasks import TASKS
 
 
 def reset(env: Any, seeds: list[int]) -> Any:
@@ -69,7 +74,9 @@ def test_success_is_reported_and_the_episode_freezes() -> None:
     reset(env, [3])
     inner = env.envs[0].unwrapped
     for _ in range(120):
-        _, _, terminated, _, info = env.step(np.asarray(inner.expert_action(), dtype=np.float32)[None])
+        _, _, terminated, _, info = env.step(
+            np.asarray(inner.expert_action(), dtype=np.float32)[None]
+        )
         if terminated[0]:
             break
     assert info["is_success"].tolist() == [True]

@@ -1,4 +1,6 @@
-"""Meta-World behind our harness: LeRobot's simulation to the last bit, its observations, experts and recordings."""
+"""Meta-World behind our harness: LeRobot's simulation to the last bit, its observations, experts
+and recordings.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,14 @@ from lerobot.envs.metaworld import MetaworldEnv as LeRobotEnv
 
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError, SimulationError
-from sim.environment import Environment, EnvPool, flags
-from sim.grounding import GroundingConfig
-from sim.metaworld.env import CAMERA, MetaworldTasks
-from sim.metaworld.lerobot_env import CeedMetaworldEnv
-from sim.metaworld.tasks import ALL_TASKS, INSTRUCTIONS, TASKS
-from sim.record import record
-from sim.recording.config import RecordConfig
-from sim.render import render, tune
+from ceed_vla.sim.environment import Environment, EnvPool, flags
+from ceed_vla.sim.grounding import GroundingConfig
+from ceed_vla.sim.metaworld.env import CAMERA, MetaworldTasks
+from ceed_vla.sim.metaworld.lerobot_env import CeedMetaworldEnv
+from ceed_vla.sim.metaworld.tasks import ALL_TASKS, INSTRUCTIONS, TASKS
+from ceed_vla.sim.record import record
+from ceed_vla.sim.recording.config import RecordConfig
+from ceed_vla.sim.render import render, tune
 from tests.helpers.episodes import run_seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:Constant")  # Meta-World's experts ask for too much
@@ -59,7 +61,11 @@ def test_keys_shapes_and_instructions_are_lerobots() -> None:
     assert ours.features_map == theirs.features_map
     assert set(ours.features) == set(theirs.features)
     assert ours.features["pixels/top"].shape == (64, 64, 3)
-    assert (ours.fps, ours.episode_length, ours.obs_type) == (theirs.fps, theirs.episode_length, theirs.obs_type)
+    assert (ours.fps, ours.episode_length, ours.obs_type) == (
+        theirs.fps,
+        theirs.episode_length,
+        theirs.obs_type,
+    )
     assert len(ALL_TASKS) == 50
     assert ours.tasks() == list(TASKS)
     env = Environment(ours)
@@ -76,8 +82,14 @@ def test_keys_shapes_and_instructions_are_lerobots() -> None:
 
 
 def test_the_picture_is_lerobots_but_for_shadows() -> None:
-    ours, theirs = MetaworldTasks(["push-v3"], image_size=480), LeRobotEnv("push-v3", obs_type="pixels_agent_pos")
-    a, b = ours.reset(seed=1)[0]["pixels"].astype(float), theirs.reset(seed=1)[0]["pixels"].astype(float)
+    ours, theirs = (
+        MetaworldTasks(["push-v3"], image_size=480),
+        LeRobotEnv("push-v3", obs_type="pixels_agent_pos"),
+    )
+    a, b = (
+        ours.reset(seed=1)[0]["pixels"].astype(float),
+        theirs.reset(seed=1)[0]["pixels"].astype(float),
+    )
     small = [image.reshape(24, 20, 24, 20, 3).mean((1, 3)) for image in (a, b)]
     assert np.abs(small[0] - small[1]).mean() < 12
     assert np.corrcoef(small[0].ravel(), small[1].ravel())[0, 1] > 0.95
@@ -138,7 +150,11 @@ def test_demonstrations_and_grounding_scenes_are_recorded(tmp_path: Path) -> Non
     assert sorted(store.tasks) == sorted(INSTRUCTIONS[task] for task in env.tasks())
     assert store.labels["action"] == ["dx", "dy", "dz", "gripper"]
     assert list(store.images) == ["observation.image"]
-    record(RecordConfig(root=tmp_path / "ground", episodes=4, mode="grounding", poses_per_scene=1, **common))
+    record(
+        RecordConfig(
+            root=tmp_path / "ground", episodes=4, mode="grounding", poses_per_scene=1, **common
+        )
+    )
     scenes = open_dataset(tmp_path / "ground")
     assert (len(scenes), scenes.action) == (4, None)
     assert np.ptp(scenes.state[:, :3], axis=0).max() > 0.05
@@ -151,8 +167,13 @@ def test_a_policy_drives_it() -> None:
     policy.config.input_features = {}
     policy.config.action_feature.shape = (4,)
     policy.tokenizer.decode = lambda tokens: torch.zeros(len(tokens), 4, 4)
-    results = run_seeds(policy, [1, 2], CeedMetaworldEnv(task="reach-v3,push-v3", episode_length=6), batch=2)
-    assert [(r.task, r.steps, r.success) for r in results] == [("reach-v3", 6, False), ("push-v3", 6, False)]
+    results = run_seeds(
+        policy, [1, 2], CeedMetaworldEnv(task="reach-v3,push-v3", episode_length=6), batch=2
+    )
+    assert [(r.task, r.steps, r.success) for r in results] == [
+        ("reach-v3", 6, False),
+        ("push-v3", 6, False),
+    ]
 
 
 def test_lerobots_tools_get_one_suite_a_task() -> None:
@@ -191,18 +212,22 @@ def test_what_the_environment_refuses() -> None:
 
 
 def test_without_meta_world_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sim.metaworld.lerobot_env.find_spec", lambda name: None)
+    monkeypatch.setattr("ceed_vla.sim.metaworld.lerobot_env.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"ceed_vla\[metaworld\]"):
         CeedMetaworldEnv()
 
 
 def test_the_type_is_known_without_importing_meta_world() -> None:
-    code = "import sim.environment, sys; assert 'metaworld' not in sys.modules"
+    code = "import ceed_vla.sim.environment, sys; assert 'metaworld' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-    for first in ("sim.metaworld.tasks", "sim.metaworld.lerobot_env"):  # whichever is imported first
+    for first in (
+        "ceed_vla.sim.metaworld.tasks",
+        "ceed_vla.sim.metaworld.lerobot_env",
+    ):  # whichever is imported first
         subprocess.run([sys.executable, "-c", f"import {first}"], check=True)
-    code = "import gymnasium, sim.metaworld; gymnasium.make('ceed_vla/Metaworld-v3')"
+    code = "import gymnasium, ceed_vla.sim.metaworld; gymnasium.make('ceed_vla/Metaworld-v3')"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert flags(GroundingConfig(env=CeedMetaworldEnv(task="reach-v3")).env) == [
-        "--env.type=ceed_metaworld", "--env.task=reach-v3"
-    ]  # fmt: skip
+        "--env.type=ceed_metaworld",
+        "--env.task=reach-v3",
+    ]

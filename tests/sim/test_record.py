@@ -1,4 +1,6 @@
-"""Recording: what is stored per mode, and what interrupts, full disks and wrong options leave behind."""
+"""Recording: what is stored per mode, and what interrupts, full disks and wrong options leave
+behind.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from ceed_vla.data.files import read_info, read_rows
 from ceed_vla.data.statistics import image_statistics, vector_statistics
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
-from sim.record import RecordSummary, _Session, record
-from sim.tabletop.tasks import TASKS
+from ceed_vla.sim.record import RecordSummary, _Session, record
+from ceed_vla.sim.tabletop.tasks import TASKS
 
 
 def read(root: Path, **options: Any) -> LeRobotDataset:
@@ -32,7 +34,11 @@ def read(root: Path, **options: Any) -> LeRobotDataset:
 
 def rows(root: Path) -> list[dict[str, Any]]:
     """All rows as stored (images as PNG bytes), whatever the files they lie in."""
-    return [row for path in sorted(root.glob("data/*/*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [
+        row
+        for path in sorted(root.glob("data/*/*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
 
 
 # -- modes --
@@ -43,7 +49,11 @@ def test_clean_episodes_read_back_as_action_chunks(tmp_path: Path, config: Any) 
     summary = record(config(root, episodes=4, env={"task": "all"}))
     data = read(root, delta_timestamps={"action": [i / 10 for i in range(8)]})
     assert len(data) == summary.frames
-    assert data.num_episodes == summary.episodes == sum("recorded" in name for name in summary.outcomes)
+    assert (
+        data.num_episodes
+        == summary.episodes
+        == sum("recorded" in name for name in summary.outcomes)
+    )
     assert {name.split("/")[0] for name in summary.outcomes} == set(TASKS)
     first, last = data[0], data[len(data) - 1]
     assert first["observation.images.front"].shape == (3, 96, 96)
@@ -62,7 +72,8 @@ def test_clean_episodes_read_back_as_action_chunks(tmp_path: Path, config: Any) 
 def test_other_words_for_the_task(tmp_path: Path, config: Any) -> None:
     record(config(tmp_path / "told", episodes=1, instruction="do it"))
     assert read(tmp_path / "told")[0]["task"] == "do it"
-    assert "instruction" not in config(tmp_path / "as-before").identity()  # a recording of before is resumed
+    # a recording of before is resumed
+    assert "instruction" not in config(tmp_path / "as-before").identity()
 
 
 def test_recorded_actions_replay_to_success(tmp_path: Path, config: Any) -> None:
@@ -80,7 +91,9 @@ def test_recorded_actions_replay_to_success(tmp_path: Path, config: Any) -> None
 
 def test_perturbed_attempts_split_at_bursts(tmp_path: Path, config: Any) -> None:
     root = tmp_path / "perturb"
-    summary = record(config(root, mode="perturb", env={"task": "cube_in_bin"}, excursion_fraction=1.0))
+    summary = record(
+        config(root, mode="perturb", env={"task": "cube_in_bin"}, excursion_fraction=1.0)
+    )
     seeds = json.loads((root / "recording.json").read_text())["progress"]["episode_seeds"]
     assert summary.episodes == len(seeds) > len(set(seeds))
     lengths = Counter(row["episode_index"] for row in rows(root))
@@ -90,7 +103,9 @@ def test_perturbed_attempts_split_at_bursts(tmp_path: Path, config: Any) -> None
 
 def test_grounding_frames_have_own_tasks_and_no_action(tmp_path: Path, config: Any) -> None:
     root = tmp_path / "grounding"
-    summary = record(config(root, mode="grounding", env={"task": "mixed"}, episodes=10, scenes_per_episode=6))
+    summary = record(
+        config(root, mode="grounding", env={"task": "mixed"}, episodes=10, scenes_per_episode=6)
+    )
     data = read(root)
     assert (summary.episodes, summary.frames) == (2, 20)
     assert "action" not in data.meta.features
@@ -101,11 +116,15 @@ def test_grounding_frames_have_own_tasks_and_no_action(tmp_path: Path, config: A
 
 def test_a_summary_counts_in_words() -> None:
     clean = RecordSummary(Path("demos"), 1, 41, 2, {"push/recorded": 1, "push/failed": 1})
-    assert str(clean) == "demos: 41 frames in 1 episode, from 2 attempts: push/failed 1, push/recorded 1"
+    assert (
+        str(clean)
+        == "demos: 41 frames in 1 episode, from 2 attempts: push/failed 1, push/recorded 1"
+    )
     scenes = RecordSummary(Path("scenes"), 1, 40, 20, {"push/recorded": 20}, scenes=200)
-    assert str(scenes) == (
-        "scenes: 40 frames in 1 episode, from 20 scenes (a grounding episode stores up to 200 scenes, without "
-        "actions): push/recorded 20"
+    assert (
+        str(scenes)
+        == "scenes: 40 frames in 1 episode, from 20 scenes (a grounding episode stores up to 200 "
+        "scenes, without actions): push/recorded 20"
     )
 
 
@@ -127,8 +146,12 @@ def before_it_is_stored(hook: Callable[[Any], None]) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("mode", "options"), [("clean", {}), ("grounding", {"scenes_per_episode": 2})])
-def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, mode: str, options: dict[str, Any], config: Any) -> None:
+@pytest.mark.parametrize(
+    ("mode", "options"), [("clean", {}), ("grounding", {"scenes_per_episode": 2})]
+)
+def test_resumed_run_equals_uninterrupted_run(
+    tmp_path: Path, mode: str, options: dict[str, Any], config: Any
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     record(config(whole, episodes=4, mode=mode, **options))
 
@@ -142,11 +165,18 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, mode: str, options
     summary = record(config(broken, episodes=4, mode=mode, resume=True, **options))
     assert rows(broken) == rows(whole)
     assert summary.attempts == 4
-    statistics = [json.loads((root / "meta" / "stats.json").read_text()) for root in (whole, broken)]
+    statistics = [
+        json.loads((root / "meta" / "stats.json").read_text()) for root in (whole, broken)
+    ]
     np.testing.assert_allclose(
-        statistics[0]["observation.state"]["mean"], statistics[1]["observation.state"]["mean"], rtol=1e-6
+        statistics[0]["observation.state"]["mean"],
+        statistics[1]["observation.state"]["mean"],
+        rtol=1e-6,
     )
-    assert record(config(broken, episodes=4, mode=mode, resume=True, **options)).frames == summary.frames
+    assert (
+        record(config(broken, episodes=4, mode=mode, resume=True, **options)).frames
+        == summary.frames
+    )
 
 
 @pytest.mark.slow
@@ -161,7 +191,13 @@ def test_workers_record_the_same(tmp_path: Path, config: Any) -> None:
         record(config(tmp_path / "shared", episodes=5, mode="perturb", workers=2))
     record(config(tmp_path / "shared", episodes=5, mode="perturb", resume=True))
     assert rows(tmp_path / "shared") == rows(tmp_path / "alone")
-    options = {"mode": "takeover", "policy_path": "student", "decoding": "cap1", "batch": 2, "seed": 30_000}
+    options = {
+        "mode": "takeover",
+        "policy_path": "student",
+        "decoding": "cap1",
+        "batch": 2,
+        "seed": 30_000,
+    }
     for workers, name in ((1, "driven"), (2, "driven_by_two")):
         record(config(tmp_path / name, episodes=4, workers=workers, **options))
     assert rows(tmp_path / "driven_by_two") == rows(tmp_path / "driven")
@@ -177,7 +213,9 @@ def test_sigterm_is_an_interrupt(tmp_path: Path, config: Any) -> None:
     assert read(tmp_path / "set").num_episodes == 1
 
 
-def test_full_disk_leaves_readable_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
+def test_full_disk_leaves_readable_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any
+) -> None:
     root = tmp_path / "set"
     written = []
     write_table = pq.ParquetWriter.write_table
@@ -198,7 +236,9 @@ def test_full_disk_leaves_readable_set(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(read(root)) == len(rows(root))
 
 
-def test_little_room_stops_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
+def test_little_room_stops_without_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any
+) -> None:
     answers = iter([True, True, False])
     monkeypatch.setattr(DatasetWriter, "has_room", lambda self: next(answers))
     with pytest.raises(DatasetError, match=r"disk is full.*2 episodes"):
@@ -216,7 +256,11 @@ def test_half_done_commit_is_undone(
     writer.commit({"done": 1})
 
     def broken(value: Any, folder: Path) -> None:
-        name = {"write_tasks": "tasks.parquet", "write_stats": "stats.json", "write_info": "info.json"}[victim]
+        name = {
+            "write_tasks": "tasks.parquet",
+            "write_stats": "stats.json",
+            "write_info": "info.json",
+        }[victim]
         (folder / "meta" / name).write_text("")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -236,7 +280,9 @@ def test_half_done_commit_is_undone(
 # -- the writer and its numbers --
 
 
-def test_writer_stores_images_without_loss(tmp_path: Path, fake_frames: Any, new_writer: Any) -> None:
+def test_writer_stores_images_without_loss(
+    tmp_path: Path, fake_frames: Any, new_writer: Any
+) -> None:
     writer = new_writer(tmp_path / "set")
     frames = fake_frames(4)
     writer.add_episode(frames)
@@ -247,20 +293,34 @@ def test_writer_stores_images_without_loss(tmp_path: Path, fake_frames: Any, new
 
 def test_vectors_of_one_number_are_stored_as_lerobot_does(tmp_path: Path) -> None:
     features = {
-        "observation.images.top": {"dtype": "image", "shape": (8, 8, 3), "names": ["height", "width", "channels"]},
+        "observation.images.top": {
+            "dtype": "image",
+            "shape": (8, 8, 3),
+            "names": ["height", "width", "channels"],
+        },
         "observation.state": {"dtype": "float32", "shape": (1,), "names": ["x"]},
         "action": {"dtype": "float32", "shape": (1,), "names": ["dx"]},
     }
-    writer = DatasetWriter(tmp_path / "set", repo_id="local/test", fps=10, features=features, robot_type="test")
+    writer = DatasetWriter(
+        tmp_path / "set", repo_id="local/test", fps=10, features=features, robot_type="test"
+    )
     image = np.zeros((8, 8, 3), np.uint8)
     states = [np.array([i], np.float32) for i in range(4)]
-    frames = [{"observation.images.top": image, "observation.state": s, "action": -s, "task": "go"} for s in states]
+    frames = [
+        {"observation.images.top": image, "observation.state": s, "action": -s, "task": "go"}
+        for s in states
+    ]
     writer.add_episode(frames)
     writer.commit({})
     read = LeRobotDataset("local/test", root=tmp_path / "set")
     assert [float(read[i]["action"]) for i in range(4)] == [0.0, -1.0, -2.0, -3.0]
     info = read_info(tmp_path / "set")
-    assert read_rows(info, ["observation.state"])["observation.state"].tolist() == [[0.0], [1.0], [2.0], [3.0]]
+    assert read_rows(info, ["observation.state"])["observation.state"].tolist() == [
+        [0.0],
+        [1.0],
+        [2.0],
+        [3.0],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -319,7 +379,9 @@ def test_statistics_match_numpy() -> None:
         ({"decoding": "teacher_ar"}, "Unknown decoder 'teacher_ar'"),
     ],
 )
-def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str, config: Any) -> None:
+def test_wrong_options_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str, config: Any
+) -> None:
     with pytest.raises(ConfigError, match=message):
         config(tmp_path / "set", **options)
 
@@ -360,7 +422,13 @@ def test_takeover_needs_a_policy(tmp_path: Path, config: Any) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["record", f"--root={tmp_path / 'set'}", "--env.task=push_cube", "--episodes=1", "--progress=false"]
+    words = [
+        "record",
+        f"--root={tmp_path / 'set'}",
+        "--env.task=push_cube",
+        "--episodes=1",
+        "--progress=false",
+    ]
     assert main(words) == 0
     assert "push_cube/recorded 1" in capsys.readouterr().out
     assert main(words) == 1
@@ -381,19 +449,25 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["grounding", "--split=heldout"], "--split is now --env.split"),
         (["fit-tokens", "--vocabulary_size=9"], "--vocabulary_size is now --most_ids"),
         (["train", "--policy.backbone.vocabulary_size=9"], "is now --policy.backbone.words"),
-        (["train", "--policy.decoding.executed_steps=2"], "is now --policy.decoding.watch=executed"),
+        (
+            ["train", "--policy.decoding.executed_steps=2"],
+            "is now --policy.decoding.watch=executed",
+        ),
         (["train", "--policy.decoding.tolerance_bins=1"], "is now --policy.decoding.confidence"),
         (["eval", "--env.type=kitchen"], "--env.type is 'kitchen'; choose one of"),
         (["eval", "--env.type=pusht", "--env.split=train"], "unknown flag '--env.split'"),
     ],
 )
-def test_flags_that_moved_say_where(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_moved_say_where(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 2
     assert message in capsys.readouterr().err
 
 
 def test_without_an_expert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["record", f"--root={tmp_path / 'set'}", "--env.type=pusht"]) == 1
-    assert "--env.type=pusht has no expert, which mode clean needs: its configuration PushtEnv lacks act(env)" in (
-        capsys.readouterr().err
+    assert (
+        "--env.type=pusht has no expert, which mode clean needs: its configuration PushtEnv lacks "
+        "act(env)" in (capsys.readouterr().err)
     )

@@ -1,4 +1,6 @@
-"""Paired statistics against published values; the report's table, figures and pictures from synthetic results."""
+"""Paired statistics against published values; the report's table, figures and pictures from
+synthetic results.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,14 @@ import pytest
 from rich.console import Console
 
 from ceed_vla.errors import ConfigError, SimulationError
-from sim.clips import HEIGHT, WIDTH, compose_frame, write_clip
-from sim.decoders import parse_decoders
-from sim.paired import compare_paired, paired_interval, sign_test
-from sim.plots import write_plots
-from sim.report import COLUMNS, console_table, markdown, table_rows
-from sim.rollout import EpisodeResult, wilson_interval
-from sim.show import AHEAD, SETTLED, UNKNOWN, WRONG, autoregressive_status, jacobi_status
-from sim.summary import paired_entries, row_entry
+from ceed_vla.sim.clips import HEIGHT, WIDTH, compose_frame, write_clip
+from ceed_vla.sim.decoders import parse_decoders
+from ceed_vla.sim.paired import compare_paired, paired_interval, sign_test
+from ceed_vla.sim.plots import write_plots
+from ceed_vla.sim.report import COLUMNS, console_table, markdown, table_rows
+from ceed_vla.sim.rollout import EpisodeResult, wilson_interval
+from ceed_vla.sim.show import AHEAD, SETTLED, UNKNOWN, WRONG, autoregressive_status, jacobi_status
+from ceed_vla.sim.summary import paired_entries, row_entry
 
 
 def episode(seed: int, success: bool, forwards: int, task: str = "push_cube") -> EpisodeResult:
@@ -27,7 +29,10 @@ def episode(seed: int, success: bool, forwards: int, task: str = "push_cube") ->
 def synthetic_report(*, timed: bool = True, complete: bool = True) -> dict[str, Any]:
     results = {
         "teacher_ar": [episode(s, s % 5 != 0, 55) for s in range(20)],
-        "ceed": [episode(s, s % 4 != 0, 1 + s % 3, "stack_cubes" if s % 2 else "push_cube") for s in range(20)],
+        "ceed": [
+            episode(s, s % 4 != 0, 1 + s % 3, "stack_cubes" if s % 2 else "push_cube")
+            for s in range(20)
+        ],
     }
     latency = {
         "total_ms": {"p50": 10.0, "p95": 12.0, "p99": 20.0},
@@ -63,12 +68,17 @@ def synthetic_report(*, timed: bool = True, complete: bool = True) -> dict[str, 
 
 def test_wilson_interval_against_published_values() -> None:
     # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3.
-    for success, episodes, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)):
+    for success, episodes, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+    ):
         assert wilson_interval(success, episodes) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_paired_interval_against_published_values() -> None:
-    # Airway hyper-responsiveness (Bentur 2009), method 10 as given by Fagerland et al. 2014: -0.286 (-0.507, -0.026).
+    # Airway hyper-responsiveness (Bentur 2009), method 10 as given by Fagerland et al. 2014: -0.286
+    # (-0.507, -0.026).
     assert paired_interval(1, 1, 7, 12) == pytest.approx((-0.286, -0.507, -0.026), abs=5e-4)
 
 
@@ -90,7 +100,9 @@ def test_sign_test_against_the_binomial_distribution() -> None:
 
 
 def test_compare_paired_uses_common_seeds_only() -> None:
-    pair = compare_paired({1: True, 2: True, 3: False, 9: True}, {1: True, 2: False, 3: False, 8: False})
+    pair = compare_paired(
+        {1: True, 2: True, 3: False, 9: True}, {1: True, 2: False, 3: False, 8: False}
+    )
     assert (pair["episodes"], pair["only_this"], pair["only_reference"]) == (3, 1, 0)
     assert pair["difference_points"] == pytest.approx(33.33)
 
@@ -110,7 +122,10 @@ def test_row_entry_counts_forwards_by_row_and_success_by_task() -> None:
 def test_markdown_has_one_row_a_decoder_and_the_numbers() -> None:
     report = synthetic_report()
     text = markdown(report, ["success.png"])
-    assert "| ceed | 15/20 = 75.0 % [53, 89] | 1.95 / 3 | - | 10.0 / 12.0 / 20.0 | 400 | 3.1x | 4.6x | 99.9 % |" in text
+    assert (
+        "| ceed | 15/20 = 75.0 % [53, 89] | 1.95 / 3 | - | 10.0 / 12.0 / 20.0 | 400 | 3.1x | 4.6x "
+        "| 99.9 % |" in text
+    )
     assert "| teacher_ar | 16/20 = 80.0 % [58, 92] | 55.00 / 55 | - | - | - | - | - |" in text
     assert "| ceed | teacher_ar | -5.0 [" in text
     assert "![success](success.png)" in text
@@ -195,7 +210,11 @@ def test_teacher_rows_need_a_teacher_and_are_added_with_one() -> None:
     with pytest.raises(ConfigError, match="empty"):
         parse_decoders(" , ", has_teacher=False)
     assert parse_decoders("ar,ceed,ar", has_teacher=False) == ["ar", "ceed"]
-    assert parse_decoders("ceed,teacher_cap4", has_teacher=True) == ["teacher_ar", "ceed", "teacher_cap4"]
+    assert parse_decoders("ceed,teacher_cap4", has_teacher=True) == [
+        "teacher_ar",
+        "ceed",
+        "teacher_cap4",
+    ]
 
 
 def test_status_of_tokens_on_the_way_to_the_fixed_point() -> None:

@@ -1,4 +1,6 @@
-"""Lock-step rollouts with scripted policies behind the policy interface, and takeover recordings of them."""
+"""Lock-step rollouts with scripted policies behind the policy interface, and takeover recordings of
+them.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ import torch
 
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
-from sim.environment import EnvPool
-from sim.record import record
-from sim.recording.config import RecordConfig
-from sim.rollout import (
+from ceed_vla.sim.environment import EnvPool
+from ceed_vla.sim.record import record
+from ceed_vla.sim.recording.config import RecordConfig
+from ceed_vla.sim.rollout import (
     Episode,
     EpisodeResult,
     PolicyRunner,
@@ -29,7 +31,7 @@ from sim.rollout import (
     stack_previous,
     wilson_interval,
 )
-from sim.tabletop.lerobot_env import CeedTabletopEnv
+from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 from tests.helpers.episodes import run_seeds
 from tests.helpers.tabletop import tabletop_config
 
@@ -45,7 +47,9 @@ class FakePolicy:
         malformed: Calls, from 1 on, whose tokens stand for no chunk.
     """
 
-    def __init__(self, act: Callable[[np.ndarray], np.ndarray] | None = None, malformed: Collection[int] = ()) -> None:
+    def __init__(
+        self, act: Callable[[np.ndarray], np.ndarray] | None = None, malformed: Collection[int] = ()
+    ) -> None:
         self.config = tabletop_config(n_action_steps=4, chunk_size=CHUNK, decoding=DecodingConfig())
         self.act = act
         self.calls: list[SimpleNamespace] = []
@@ -68,10 +72,14 @@ class FakePolicy:
     ) -> Any:
         states = batch["observation.state"]
         rows = len(states)
-        self.calls.append(SimpleNamespace(batch=batch, decoding=decoding, previous=previous, frozen=frozen))
+        self.calls.append(
+            SimpleNamespace(batch=batch, decoding=decoding, previous=previous, frozen=frozen)
+        )
         actions = torch.zeros(rows, CHUNK, DIMS)
         if self.act is not None:
-            actions += torch.from_numpy(np.stack([self.act(state) for state in states.numpy()]))[:, None]
+            actions += torch.from_numpy(np.stack([self.act(state) for state in states.numpy()]))[
+                :, None
+            ]
         self.actions = actions
         return SimpleNamespace(
             tokens=torch.full((rows, CHUNK * DIMS), len(self.calls)),
@@ -93,7 +101,9 @@ def mixed(length: int) -> CeedTabletopEnv:
 
 
 def reach(state: np.ndarray) -> np.ndarray:
-    """A moving policy: up and to the left, by the measured position, so that it differs between scenes."""
+    """A moving policy: up and to the left, by the measured position, so that it differs between
+    scenes.
+    """
     return np.array([0, 0.5 * np.sign(0.2 - state[1]), 0.3, 0, 0, 0, 1], dtype=np.float32)
 
 
@@ -103,7 +113,12 @@ def test_counts_of_failing_episodes() -> None:
     assert [r.seed for r in results] == [40_000, 40_001, 40_002]
     assert not any(r.success for r in results)
     assert [r.steps for r in results] == [10, 10, 10]
-    assert [r.forwards for r in results] == [[1] * 3, [2] * 3, [1] * 3]  # 4 + 4 + 2 steps; the row's own iterations
+    # 4 + 4 + 2 steps; the row's own iterations
+    assert [r.forwards for r in results] == [
+        [1] * 3,
+        [2] * 3,
+        [1] * 3,
+    ]
     assert results[0].exit_reasons == ["converged"] * 3
     assert results[0].seconds[0] == {"prefill": 0.1, "decode": 0.2, "rows": 2}
     assert all(r.instruction and r.task for r in results)
@@ -150,7 +165,9 @@ def test_success_ends_an_episode_early() -> None:
                 self.actions[:, 0] = torch.from_numpy(env.expert_action())
                 return result
 
-        results = rollout(PolicyRunner((Expert(), None, None), executed_steps=1), pool, [(11, "push_cube")])
+        results = rollout(
+            PolicyRunner((Expert(), None, None), executed_steps=1), pool, [(11, "push_cube")]
+        )
     assert results[0].success
     assert results[0].steps == len(results[0].forwards) < 120
 
@@ -160,9 +177,12 @@ def test_a_malformed_chunk_holds_the_arm_and_the_episode_goes_on() -> None:
     (result,) = run_seeds(policy, [7], mixed(16))
     assert result.exit_reasons == ["converged", "malformed", "converged", "converged"]
     assert result.steps == 16
-    commands = np.concatenate([call.batch["observation.state"] for call in policy.calls])[:, COMMAND]
+    commands = np.concatenate([call.batch["observation.state"] for call in policy.calls])[
+        :, COMMAND
+    ]
     assert not np.allclose(commands[0], commands[1])
-    np.testing.assert_array_equal(commands[1], commands[2])  # position, yaw and gripper as they were
+    # position, yaw and gripper as they were
+    np.testing.assert_array_equal(commands[1], commands[2])
     assert not np.allclose(commands[2], commands[3])
     assert [call.previous is None for call in policy.calls] == [True, False, True, False]
 
@@ -175,8 +195,12 @@ def test_families_take_turns() -> None:
 
 def test_a_policy_of_other_features_is_refused() -> None:
     policy = FakePolicy()
-    policy.config.input_features["observation.images.top"] = policy.config.image_features["observation.images.front"]
-    with pytest.raises(ConfigError, match=r"reads or writes observation\.images\.top .*observation\.images\.wrist"):
+    policy.config.input_features["observation.images.top"] = policy.config.image_features[
+        "observation.images.front"
+    ]
+    with pytest.raises(
+        ConfigError, match=r"reads or writes observation\.images\.top .*observation\.images\.wrist"
+    ):
         run_seeds(policy, [5], push())
 
 
@@ -223,10 +247,16 @@ class Counting(FakePolicy):
         (1, [-1, 10, 11, 12, 13, 21, 22, 23, 24, 31, 32, 33]),
         (3, [-1, -1, -1, 10, 11, 12, 13, 23, 24, 25, 26, 33]),
         (6, [-1, -1, -1, -1, -1, -1, 10, 11, 12, 13, 14, 15]),
-        (7, [*[-1] * 7, *range(10, 17), 27, *[-1] * 6, 31, 32]),  # a chunk ends before the next is ready
+        # a chunk ends before the next is ready
+        (
+            7,
+            [*[-1] * 7, *range(10, 17), 27, *[-1] * 6, 31, 32],
+        ),
     ],
 )
-def test_the_chunk_before_goes_on_while_the_next_is_decoded(delay: int, expected: list[int]) -> None:
+def test_the_chunk_before_goes_on_while_the_next_is_decoded(
+    delay: int, expected: list[int]
+) -> None:
     for size in (1, None):
         policy, env = Counting(size), Noted()
         episode = Episode(env, EpisodeResult(0), len(expected))  # type: ignore[arg-type]
@@ -234,8 +264,13 @@ def test_the_chunk_before_goes_on_while_the_next_is_decoded(delay: int, expected
         while not episode.over:
             replan(runner, [episode])
         assert env.actions == expected
-        frozen = [[] if call.frozen is None else call.frozen[0].tolist() for call in policy.calls[:2]]
-        assert frozen == [[], [10, 11, 12, 13, 14, 15, 16, 17][4 - min(delay, 4) :][:delay] if size and delay else []]
+        frozen = [
+            [] if call.frozen is None else call.frozen[0].tolist() for call in policy.calls[:2]
+        ]
+        assert frozen == [
+            [],
+            [10, 11, 12, 13, 14, 15, 16, 17][4 - min(delay, 4) :][:delay] if size and delay else [],
+        ]
 
 
 def test_the_guess_continues_behind_what_was_executed() -> None:
@@ -280,12 +315,21 @@ def test_interval_of_a_success_rate() -> None:
     assert wilson_interval(20, 20)[1] == pytest.approx(1.0)
 
 
-def test_takeover_stores_only_finished_corrections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_takeover_stores_only_finished_corrections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "takeover"
     options = {"env": push(), "episodes": 3, "batch": 2, "max_chunks": 3}
-    config = RecordConfig(root=root, mode="takeover", policy_path="student", decoding="cap2", progress=False, **options)
+    config = RecordConfig(
+        root=root,
+        mode="takeover",
+        policy_path="student",
+        decoding="cap2",
+        progress=False,
+        **options,
+    )
     policy = FakePolicy(reach)
-    monkeypatch.setattr("sim.record.load", lambda path: (policy, None, None))
+    monkeypatch.setattr("ceed_vla.sim.record.load", lambda path: (policy, None, None))
     summary = record(config)
     assert {call.decoding for call in policy.calls} == {"cap2"}
     assert summary.attempts == sum(summary.outcomes.values()) == 3

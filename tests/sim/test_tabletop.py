@@ -1,4 +1,6 @@
-"""The tabletop environment: invalid input first, then determinism, language, geometry and images."""
+"""The tabletop environment: invalid input first, then determinism, language, geometry and
+images.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,17 @@ from gymnasium.utils.env_checker import check_env
 
 from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import rpy_matrix
-from sim import render as rendering
-from sim.tabletop import ENV_ID, arm, layout, tasks
-from sim.tabletop.env import ACTION_NAMES, STATE_NAMES, WORKSPACE_HIGH, WORKSPACE_LOW, TabletopEnv
-from sim.tabletop.lerobot_env import PRIVILEGED
-from sim.tabletop.scene import FINGER_STROKE, MAX_IMAGE_SIZE, SIM_DT, load_scene
+from ceed_vla.sim import render as rendering
+from ceed_vla.sim.tabletop import ENV_ID, arm, layout, tasks
+from ceed_vla.sim.tabletop.env import (
+    ACTION_NAMES,
+    STATE_NAMES,
+    WORKSPACE_HIGH,
+    WORKSPACE_LOW,
+    TabletopEnv,
+)
+from ceed_vla.sim.tabletop.lerobot_env import PRIVILEGED
+from ceed_vla.sim.tabletop.scene import FINGER_STROKE, MAX_IMAGE_SIZE, SIM_DT, load_scene
 
 
 def make(**options) -> TabletopEnv:
@@ -105,7 +113,11 @@ def test_same_seed_same_bytes_in_fresh_and_used_environments():
         parts = [info["instruction"].encode()]
         for action in [*actions, None]:
             parts += [observation["pixels"][name].tobytes() for name in env.cameras]
-            parts += [observation["agent_pos"].tobytes(), env.privileged_state().tobytes(), env.data.qpos.tobytes()]
+            parts += [
+                observation["agent_pos"].tobytes(),
+                env.privileged_state().tobytes(),
+                env.data.qpos.tobytes(),
+            ]
             if action is not None:
                 observation = env.step(action)[0]
         return parts
@@ -128,8 +140,16 @@ def test_a_restored_state_goes_on_byte_for_byte():
         for action in drive[5:]:
             where.advance(action)
             found = where.observe()
-            seen += [found["agent_pos"].tobytes(), *(image.tobytes() for image in found["pixels"].values())]
-        return [*seen, where.np_random.random(3).tobytes(), where.instruction.encode(), where.data.qpos.tobytes()]
+            seen += [
+                found["agent_pos"].tobytes(),
+                *(image.tobytes() for image in found["pixels"].values()),
+            ]
+        return [
+            *seen,
+            where.np_random.random(3).tobytes(),
+            where.instruction.encode(),
+            where.data.qpos.tobytes(),
+        ]
 
     first = rest(env)
     for where in (env, other, other):
@@ -149,12 +169,18 @@ def test_seeds_give_different_scenes(blind):
 
 def test_splits_are_disjoint_and_cover_everything():
     for family in tasks.TASKS:
-        train, heldout, every = (tasks.combinations(family, split) for split in ("train", "heldout", "all"))
+        train, heldout, every = (
+            tasks.combinations(family, split) for split in ("train", "heldout", "all")
+        )
         assert not {c.text for c in train} & {c.text for c in heldout}
         assert {c.text for c in train} | {c.text for c in heldout} == {c.text for c in every}
         assert len({c.text for c in every}) == len(every)
         assert 0.2 <= len(heldout) / len(every) <= 0.3
-        for name in ("color", "other", "phrase"):  # the parts are all seen in training, only not together
+        for name in (
+            "color",
+            "other",
+            "phrase",
+        ):  # the parts are all seen in training, only not together
             assert {getattr(c, name) for c in train} == {getattr(c, name) for c in every}
 
 
@@ -204,13 +230,17 @@ def test_the_model_has_the_sizes_that_python_knows():
         assert abs(position[thin]) - size[thin] == pytest.approx(tasks.BIN_INNER_HALF)
         assert position[2] + size[2] == pytest.approx(tasks.BIN_HEIGHT)
     (plate,) = np.flatnonzero(model.geom_bodyid == model.body("plate").id)
-    np.testing.assert_allclose(model.geom_size[plate][:2], [tasks.PLATE_RADIUS, tasks.PLATE_HEIGHT / 2])
+    np.testing.assert_allclose(
+        model.geom_size[plate][:2], [tasks.PLATE_RADIUS, tasks.PLATE_HEIGHT / 2]
+    )
     for color in tasks.COLORS:
         np.testing.assert_allclose(model.geom(f"cube_{color}").size, tasks.CUBE_HALF)
     for side, sign in (("left", 1), ("right", -1)):
         zone = model.geom(f"zone_{side}")
         ends = np.array([zone.pos - zone.size, zone.pos + zone.size])[:, :2] * [1, sign]
-        np.testing.assert_allclose(np.sort(ends, axis=0).T, [tasks.ZONE_X, (tasks.ZONE_INNER, tasks.ZONE_OUTER)])
+        np.testing.assert_allclose(
+            np.sort(ends, axis=0).T, [tasks.ZONE_X, (tasks.ZONE_INNER, tasks.ZONE_OUTER)]
+        )
     np.testing.assert_array_equal(model.jnt_range[:7].T, [arm.JOINT_LOW, arm.JOINT_HIGH])
     np.testing.assert_array_equal(model.jnt_range[7:9], [(0, FINGER_STROKE)] * 2)
     assert model.opt.timestep == SIM_DT
@@ -376,5 +406,5 @@ def test_missing_gl_names_packages_and_the_setting(monkeypatch):
 
 
 def test_import_is_light():
-    code = "import sim, sim.tabletop.env, sys; assert 'torch' not in sys.modules"
+    code = "import ceed_vla.sim, ceed_vla.sim.tabletop.env, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

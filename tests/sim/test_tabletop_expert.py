@@ -1,4 +1,6 @@
-"""The scripted experts: they solve every family, from any state, without hidden memory and without stalling."""
+"""The scripted experts: they solve every family, from any state, without hidden memory and without
+stalling.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,9 @@ import gymnasium
 import numpy as np
 import pytest
 
-from sim.tabletop import ENV_ID, MAX_EPISODE_STEPS
-from sim.tabletop.env import TabletopEnv
-from sim.tabletop.tasks import TASKS
+from ceed_vla.sim.tabletop import ENV_ID, MAX_EPISODE_STEPS
+from ceed_vla.sim.tabletop.env import TabletopEnv
+from ceed_vla.sim.tabletop.tasks import TASKS
 
 MAX_STEPS = MAX_EPISODE_STEPS
 
@@ -18,7 +20,9 @@ def make(task: str) -> TabletopEnv:
 
 
 def finish(env: TabletopEnv, sigma: float = 0.0, seed: int = 0) -> tuple[bool, int, int]:
-    """Let the expert drive; whether it succeeded, the steps, the longest run of nearly zero motion."""
+    """Let the expert drive; whether it succeeded, the steps, the longest run of nearly zero
+    motion.
+    """
     rng = np.random.default_rng(seed)
     still = longest = 0
     for step in range(MAX_STEPS):

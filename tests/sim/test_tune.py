@@ -1,4 +1,6 @@
-"""`ceed-vla tune`: plans have names, slow ones run no episode, the better half runs on, and a run end to end."""
+"""`ceed-vla tune`: plans have names, slow ones run no episode, the better half runs on, and a run
+end to end.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import sim.tune
+import ceed_vla.sim.tune
 from ceed_vla import load
 from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
-from sim.evaluate import EvalConfig, evaluate
-from sim.settings import CheckpointPath
-from sim.tune import NAMED, Plan, Search, Trial, TuneConfig, tune
+from ceed_vla.sim.evaluate import EvalConfig, evaluate
+from ceed_vla.sim.settings import CheckpointPath
+from ceed_vla.sim.tune import NAMED, Plan, Search, Trial, TuneConfig, tune
 
 
 @pytest.fixture
@@ -54,14 +56,29 @@ def test_every_plan_has_a_name_that_decodes_so(search: Search) -> None:
     assert {"deer3", "depth2", "spec2", "del", "keep"} < ladders.keys()
     assert names <= {"", *(name for ladder in ladders.values() for name in ladder)}
     assert len(names) > len(ladders)
-    assert any(plan.decoder.startswith("deer") and plan.signal and plan.cap for plan in plans)  # all axes at once
+    # all axes at once
+    assert any(plan.decoder.startswith("deer") and plan.signal and plan.cap for plan in plans)
     names = [plan.decoding for plan in NAMED]
-    assert names == ["cap1", "cap2", "cap3", "cap4", "jacobi_h", "conf0.2_cap2", "conf0.2_cap2_fresh", "ceed"]
+    assert names == [
+        "cap1",
+        "cap2",
+        "cap3",
+        "cap4",
+        "jacobi_h",
+        "conf0.2_cap2",
+        "conf0.2_cap2_fresh",
+        "ceed",
+    ]
 
 
-def test_slow_plans_run_no_episode_and_the_better_half_runs_on(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_plans_run_no_episode_and_the_better_half_runs_on(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def measure(runners: dict[str, Any], probes: Any, observations: Any) -> Any:
-        slow = {name: 0.05 if name.startswith("cap4") or name == "cap2 eager" else 0.008 for name in runners}
+        slow = {
+            name: 0.05 if name.startswith("cap4") or name == "cap2 eager" else 0.008
+            for name in runners
+        }
         return {name: SimpleNamespace(total=[slow[name]] * 3) for name in runners}, {}
 
     driven: list[tuple[str, int]] = []
@@ -70,13 +87,20 @@ def test_slow_plans_run_no_episode_and_the_better_half_runs_on(search: Search, m
         driven.append((trial.plan.decoding, len(seeds)))
         trial.solved |= dict.fromkeys(seeds, trial.plan.cap == 2)
 
-    monkeypatch.setattr(sim.tune, "measure", measure)
-    monkeypatch.setattr(sim.tune, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None))
+    monkeypatch.setattr(ceed_vla.sim.tune, "measure", measure)
+    monkeypatch.setattr(
+        ceed_vla.sim.tune, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None)
+    )
     monkeypatch.setattr(search, "drive", drive)
     plans = [Plan(cap=cap) for cap in (1, 2, 3, 4)]
     search.timed["compiled"] = search.timed["eager"]
     fitting = search.admit(plans)
-    assert [trial.engine for trial in fitting] == ["eager", "compiled", "eager"]  # each in its faster one
+    # each in its faster one
+    assert [trial.engine for trial in fitting] == [
+        "eager",
+        "compiled",
+        "eager",
+    ]
     assert search.rejected == 1
     search.halve(fitting, "test")
     assert driven == [("cap1", 4), ("cap2", 4), ("cap3", 4), ("cap2", 8), ("cap2", 16)]
@@ -94,7 +118,9 @@ def test_slow_plans_run_no_episode_and_the_better_half_runs_on(search: Search, m
     assert sorted(found.solved) == list(range(search.config.seed + 64, search.config.seed + 128))
 
 
-def test_a_plan_that_the_policy_cannot_decode_is_left_out(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_the_policy_cannot_decode_is_left_out(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Runner:
         def __init__(self, _: Any, decoding: str, *__: Any) -> None:
             self.decoding = decoding
@@ -103,21 +129,35 @@ def test_a_plan_that_the_policy_cannot_decode_is_left_out(search: Search, monkey
             if self.decoding.startswith("spec"):
                 raise ConfigError("fewer layers")
 
-    monkeypatch.setattr(sim.tune, "PolicyRunner", Runner)
+    monkeypatch.setattr(ceed_vla.sim.tune, "PolicyRunner", Runner)
     search.observed = {4: [[({}, "go")]]}
     assert search.runs(Plan(decoder="ngram4"))
     assert not search.runs(Plan(decoder="spec2x4"))
 
 
-def test_others_are_drawn_for_plans_that_do_not_fit(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_are_drawn_for_plans_that_do_not_fit(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def measure(runners: dict[str, Any], probes: Any, observations: Any) -> Any:
-        return {n: SimpleNamespace(total=[0.05 if n.startswith("cap4") else 0.008]) for n in runners}, {}
+        return {
+            n: SimpleNamespace(total=[0.05 if n.startswith("cap4") else 0.008]) for n in runners
+        }, {}
 
-    monkeypatch.setattr(sim.tune, "measure", measure)
-    monkeypatch.setattr(sim.tune, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None))
-    drawn = [Plan(cap=4, executed_steps=steps) for steps in range(1, 9)] + [Plan(cap=2)] * 3 + [Plan(cap=3)] * 99
+    monkeypatch.setattr(ceed_vla.sim.tune, "measure", measure)
+    monkeypatch.setattr(
+        ceed_vla.sim.tune, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None)
+    )
+    drawn = (
+        [Plan(cap=4, executed_steps=steps) for steps in range(1, 9)]
+        + [Plan(cap=2)] * 3
+        + [Plan(cap=3)] * 99
+    )
     fitting = search.populate(lambda: drawn.pop(0))
-    assert [trial.plan.cap for trial in fitting] == [2, 3]  # eight were too slow; what is known counts once
+    # eight were too slow; what is known counts once
+    assert [trial.plan.cap for trial in fitting] == [
+        2,
+        3,
+    ]
     assert search.rejected == 8
     assert len(drawn) == 110 - 8 - 8 - 6 - 6 - 6
 
@@ -134,8 +174,16 @@ def test_options_that_cannot_work() -> None:
 
 @pytest.mark.slow
 def test_from_the_shipped_student_to_a_plan(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"population": 4, "generations": 2, "episodes": 4, "chunks": 3, "threads": 1}
-    config = TuneConfig(policy=CheckpointPath("student"), output_dir=str(tmp_path / "tuned"), save=True, **options)
+    options: dict[str, Any] = {
+        "population": 4,
+        "generations": 2,
+        "episodes": 4,
+        "chunks": 3,
+        "threads": 1,
+    }
+    config = TuneConfig(
+        policy=CheckpointPath("student"), output_dir=str(tmp_path / "tuned"), save=True, **options
+    )
     config.budgets_ms = [0.01, 1e5]
     report = tune(config)
     assert report == json.loads((tmp_path / "tuned" / "plans.json").read_text())
@@ -148,21 +196,34 @@ def test_from_the_shipped_student_to_a_plan(tmp_path: Path) -> None:
     assert report["floor_ms"] > 0
     policy, _, _ = load(tmp_path / "tuned" / "checkpoint")
     assert policy.config.n_action_steps == best["executed_steps"]
-    assert policy.decoding_config("plan") == policy.decoding_config("plan100000") == named_config(
-        best["decoding"], policy.config.decoding
-    )  # fmt: skip
+    assert (
+        policy.decoding_config("plan")
+        == policy.decoding_config("plan100000")
+        == named_config(best["decoding"], policy.config.decoding)
+    )
     checkpoint, out = CheckpointPath(str(tmp_path / "tuned" / "checkpoint")), str(tmp_path / "eval")
     evaluated = evaluate(
         EvalConfig(
-            policy=checkpoint, decoders="plan", output_dir=out, seed=40_000, episodes=1, clips=False, timing_chunks=0
+            policy=checkpoint,
+            decoders="plan",
+            output_dir=out,
+            seed=40_000,
+            episodes=1,
+            clips=False,
+            timing_chunks=0,
         )
     )
     assert evaluated["executed_steps"] == best["executed_steps"]
-    assert evaluated["decoders"]["plan"]["decoding"]["method"] == policy.decoding_config("plan").method
+    assert (
+        evaluated["decoders"]["plan"]["decoding"]["method"] == policy.decoding_config("plan").method
+    )
     with pytest.raises(ConfigError, match="No plan fits"):
         tune(
             TuneConfig(
-                policy=CheckpointPath("student"), output_dir=str(tmp_path / "none"), budgets_ms=[0.01], **options
+                policy=CheckpointPath("student"),
+                output_dir=str(tmp_path / "none"),
+                budgets_ms=[0.01],
+                **options,
             )
         )
     assert json.loads((tmp_path / "none" / "plans.json").read_text())["rejected"] > 0

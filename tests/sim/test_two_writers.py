@@ -1,4 +1,6 @@
-"""Two processes of one output folder: the second is refused, the first ends intact; a killed one is followed."""
+"""Two processes of one output folder: the second is refused, the first ends intact; a killed one is
+followed.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +20,22 @@ from rich.console import Console
 from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import ConfigError
 from ceed_vla.locks import lock_file
-from sim.calibrate import CalibrateConfig, calibrate
-from sim.episode_log import EPISODES
-from sim.evaluate import evaluate
-from sim.record import record
-from sim.settings import CheckpointPath
-from sim.tabletop.lerobot_env import CeedTabletopEnv
-from sim.tune import TuneConfig, tune
+from ceed_vla.sim.calibrate import CalibrateConfig, calibrate
+from ceed_vla.sim.episode_log import EPISODES
+from ceed_vla.sim.evaluate import evaluate
+from ceed_vla.sim.record import record
+from ceed_vla.sim.settings import CheckpointPath
+from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
+from ceed_vla.sim.tune import TuneConfig, tune
 from tests.helpers.episodes import short_evaluation
 from tests.helpers.holders import go_on, stopped_writer
 
 
 def calibrate_config(checkpoint: Path, folder: Path, **changes: Any) -> CalibrateConfig:
     env = CeedTabletopEnv(task="push_cube", episode_length=8)
-    config = CalibrateConfig(CheckpointPath(str(checkpoint)), env=env, output_dir=str(folder), threads=1)
+    config = CalibrateConfig(
+        CheckpointPath(str(checkpoint)), env=env, output_dir=str(folder), threads=1
+    )
     return replace(config, **{"decoders": "cap1", "episodes": 3, "batch": 1, **changes})
 
 
@@ -68,7 +72,9 @@ def test_recordings(config: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_evaluations(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    options = short_evaluation(tiny_checkpoint, tmp_path / "run", decoders="ar,ceed", episodes=3, batch=1, resume=True)
+    options = short_evaluation(
+        tiny_checkpoint, tmp_path / "run", decoders="ar,ceed", episodes=3, batch=1, resume=True
+    )
     with stopped_writer(tmp_path / "run", evaluate, options, None) as first:
         refused(first, evaluate, options, quiet())
         assert go_on(first) == 0
@@ -88,10 +94,12 @@ def test_calibrations(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "audit.json").read_text())["decoders"].keys() == {"cap1"}
 
 
-# ---- what calibrate and tune write ------------------------------------------------------------------------------
+# ---- what calibrate and tune write ---------------------------------------------------------------
 
 
-def test_a_link_to_the_policy_or_to_a_users_folder_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_link_to_the_policy_or_to_a_users_folder_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     policy = shutil.copytree(tiny_checkpoint, tmp_path / "policy")
     before = {file.name: file.read_bytes() for file in policy.iterdir()}
     searched = TuneConfig(CheckpointPath(str(policy)), output_dir=str(tmp_path / "out"), save=True)
@@ -101,14 +109,18 @@ def test_a_link_to_the_policy_or_to_a_users_folder_is_refused(tiny_checkpoint: P
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "checkpoint").symlink_to(target)
         for function, options in ((calibrate, measured), (tune, searched)):
-            with pytest.raises(ConfigError, match=f"holds checkpoint, a link to {re.escape(str(target))}"):
+            with pytest.raises(
+                ConfigError, match=f"holds checkpoint, a link to {re.escape(str(target))}"
+            ):
                 function(options)  # type: ignore[operator]
         (tmp_path / "out" / "checkpoint").unlink()
     assert before == {file.name: file.read_bytes() for file in policy.iterdir()}
     assert list((tmp_path / "user").iterdir()) == []
 
 
-def test_the_policy_itself_and_a_users_weights_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_policy_itself_and_a_users_weights_are_refused(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     policy = shutil.copytree(tiny_checkpoint, tmp_path / "out" / "checkpoint")
     for own in (policy, tiny_checkpoint):
         message = "an input" if own == policy else "'checkpoint' that ceed-vla did not make"
@@ -116,19 +128,26 @@ def test_the_policy_itself_and_a_users_weights_are_refused(tiny_checkpoint: Path
             calibrate(calibrate_config(own, tmp_path / "out", decoders=""))
         with pytest.raises(ConfigError, match=message):
             tune(TuneConfig(CheckpointPath(str(own)), output_dir=str(tmp_path / "out"), save=True))
-    assert {file.name for file in policy.iterdir()} == {file.name for file in tiny_checkpoint.iterdir()}
+    assert {file.name for file in policy.iterdir()} == {
+        file.name for file in tiny_checkpoint.iterdir()
+    }
 
 
 @pytest.mark.slow
-def test_a_calibration_replaces_its_own_checkpoint_and_no_other(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_calibration_replaces_its_own_checkpoint_and_no_other(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "out"
-    options = calibrate_config(tiny_checkpoint, folder, decoders="", signals=["agree"], epsilons=[0.5], episodes=1)
+    options = calibrate_config(
+        tiny_checkpoint, folder, decoders="", signals=["agree"], epsilons=[0.5], episodes=1
+    )
     report = calibrate(options)
     written = folder / "checkpoint" / "model.safetensors"
     assert "checkpoint/model.safetensors" in report["written"]
     calibrate(options)
     earlier = {name: value for name, value in report.items() if name != "written"}
-    (folder / "calibration.json").write_text(json.dumps(earlier))  # of a version before, or a killed run
+    # of a version before, or a killed run
+    (folder / "calibration.json").write_text(json.dumps(earlier))
     calibrate(options)
     load(folder / "checkpoint")
     written.write_bytes(b"a user's own")
@@ -137,7 +156,7 @@ def test_a_calibration_replaces_its_own_checkpoint_and_no_other(tiny_checkpoint:
     assert written.read_bytes() == b"a user's own"
 
 
-# ---- takeovers --------------------------------------------------------------------------------------------------
+# ---- takeovers -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -146,7 +165,13 @@ def test_takeovers_are_of_one_policy(
 ) -> None:
     policy = shutil.copytree(tiny_checkpoint, tmp_path / "policy")
     options = config(
-        tmp_path / "set", episodes=1, mode="takeover", batch=1, policy_path=policy, max_chunks=1, resume=True
+        tmp_path / "set",
+        episodes=1,
+        mode="takeover",
+        batch=1,
+        policy_path=policy,
+        max_chunks=1,
+        resume=True,
     )
     record(options)
     progress = options.root / "recording.json"
@@ -167,9 +192,11 @@ def test_takeovers_are_of_one_policy(
     assert "does not name the weights of" in caplog.text
 
 
-def test_a_round_of_other_weights_is_recorded_anew(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    import sim.hooks
-    from sim.episode_log import fingerprint
+def test_a_round_of_other_weights_is_recorded_anew(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    import ceed_vla.sim.hooks
+    from ceed_vla.sim.episode_log import fingerprint
 
     roots: list[Path] = []
 
@@ -180,9 +207,14 @@ def test_a_round_of_other_weights_is_recorded_anew(tiny_checkpoint: Path, tmp_pa
         roots.append(options.root)
         return Nothing()
 
-    monkeypatch.setattr(sim.hooks, "record", note)
-    monkeypatch.setattr(sim.hooks, "recorded_policy", {tmp_path / "round_0": "another"}.get)
-    recorder = sim.hooks.TakeoverRecorder(CeedTabletopEnv(task="push_cube"), 1, 30_000, 2)
+    monkeypatch.setattr(ceed_vla.sim.hooks, "record", note)
+    monkeypatch.setattr(
+        ceed_vla.sim.hooks, "recorded_policy", {tmp_path / "round_0": "another"}.get
+    )
+    recorder = ceed_vla.sim.hooks.TakeoverRecorder(CeedTabletopEnv(task="push_cube"), 1, 30_000, 2)
     recorder(tiny_checkpoint, 0, tmp_path)
     recorder(tiny_checkpoint, 1, tmp_path)
-    assert roots == [tmp_path / f"round_0_{fingerprint(str(tiny_checkpoint))}", tmp_path / "round_1"]
+    assert roots == [
+        tmp_path / f"round_0_{fingerprint(str(tiny_checkpoint))}",
+        tmp_path / "round_1",
+    ]

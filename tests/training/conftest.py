@@ -1,4 +1,6 @@
-"""A tiny synthetic data set, a teacher trained on it and its trajectories, made once for all tests of training."""
+"""A tiny synthetic data set, a teacher trained on it and its trajectories, made once for all tests
+of training.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ import numpy as np
 import pytest
 
 CAMERAS = ("observation.images.front", "observation.images.wrist")
-INSTRUCTIONS = ("put the red cube in the bin", "stack the blue cube on the green cube", "push the yellow cube")
+INSTRUCTIONS = (
+    "put the red cube in the bin",
+    "stack the blue cube on the green cube",
+    "push the yellow cube",
+)
 
 
 def write_dataset(
@@ -26,11 +32,17 @@ def write_dataset(
     image_size: int = 96,
     seed: int = 0,
 ) -> Path:
-    """Write a LeRobotDataset v3 whose actions depend on state and instruction; ``action_dim`` 0 leaves them out."""
+    """Write a LeRobotDataset v3 whose actions depend on state and instruction; ``action_dim`` 0
+    leaves them out.
+    """
     from lerobot.datasets import LeRobotDataset
 
     features: dict[str, Any] = {
-        name: {"dtype": "image", "shape": (image_size, image_size, 3), "names": ["height", "width", "channels"]}
+        name: {
+            "dtype": "image",
+            "shape": (image_size, image_size, 3),
+            "names": ["height", "width", "channels"],
+        }
         for name in cameras
     }
     features["observation.state"] = {"dtype": "float32", "shape": (state_dim,), "names": None}
@@ -45,9 +57,12 @@ def write_dataset(
         for step in range(length):
             phase = step / max(1, length - 1)
             frame: dict[str, Any] = {
-                name: (base + 40 * phase + 15 * i).astype(np.uint8) for i, name in enumerate(cameras)
+                name: (base + 40 * phase + 15 * i).astype(np.uint8)
+                for i, name in enumerate(cameras)
             }
-            frame["observation.state"] = (np.sin(phase * np.arange(1, state_dim + 1)) + which).astype(np.float32)
+            frame["observation.state"] = (
+                np.sin(phase * np.arange(1, state_dim + 1)) + which
+            ).astype(np.float32)
             frame["observation.environment_state"] = random.normal(0, 0.1, 40).astype(np.float32)
             if action_dim:
                 action = 0.2 * np.cos(phase * 3 + which + np.arange(action_dim))
@@ -63,7 +78,14 @@ def tiny_policy(**changes: Any) -> Any:
     """A policy configuration that trains in seconds."""
     from tests.helpers.tabletop import tabletop_config
 
-    sizes = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32, "stem_channels": [8] * 4, "chunk_size": 4}
+    sizes = {
+        "width": 32,
+        "layers": 1,
+        "heads": 2,
+        "mlp_width": 32,
+        "stem_channels": [8] * 4,
+        "chunk_size": 4,
+    }
     return tabletop_config(**{**sizes, "n_action_steps": 2, "num_bins": 63, **changes})
 
 
@@ -73,8 +95,14 @@ def vlm_policy(base: Path, **changes: Any) -> Any:
     from tests.helpers.tabletop import tabletop_config
 
     settings = {"chunk_size": 4, "n_action_steps": 2, "auxiliary_scale": []}
-    backbone = {k: changes.pop(k) for k in ("weights", "proprio", "dtype", "cameras", "action_ids") if k in changes}
-    return tabletop_config(backbone=VLMConfig(path=str(base), **backbone), **{**settings, **changes})
+    backbone = {
+        k: changes.pop(k)
+        for k in ("weights", "proprio", "dtype", "cameras", "action_ids")
+        if k in changes
+    }
+    return tabletop_config(
+        backbone=VLMConfig(path=str(base), **backbone), **{**settings, **changes}
+    )
 
 
 def read_log(folder: Path, key: str = "loss") -> dict[int, float]:
@@ -98,7 +126,7 @@ class Studio:
 
     def train_config(self, output: Path, **changes: Any) -> Any:
         """Settings of a short teacher run."""
-        from training.teacher import TrainConfig
+        from ceed_vla.training.teacher import TrainConfig
 
         settings = {
             "roots": str(self.demo),
@@ -121,7 +149,7 @@ class Studio:
 
     def collect_config(self, output: Path, **changes: Any) -> Any:
         """Settings of a collection with the shared teacher."""
-        from training.trajectories import CollectConfig
+        from ceed_vla.training.trajectories import CollectConfig
 
         settings = {
             "policy_path": str(self.teacher),
@@ -134,7 +162,7 @@ class Studio:
 
     def distill_config(self, output: Path, **changes: Any) -> Any:
         """Settings of a short distillation of the shared teacher."""
-        from training.distill import DistillConfig, TrajectoriesConfig
+        from ceed_vla.training.distill import DistillConfig, TrajectoriesConfig
 
         settings = {
             "teacher_path": str(self.teacher),
@@ -155,8 +183,8 @@ class Studio:
 @pytest.fixture(scope="session")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
     """Data sets, teacher and trajectories; nothing may write into them."""
-    from training.teacher import train
-    from training.trajectories import collect
+    from ceed_vla.training.teacher import train
+    from ceed_vla.training.trajectories import collect
 
     folder = tmp_path_factory.mktemp("studio")
     studio = Studio(
@@ -175,7 +203,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
 @pytest.fixture
 def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Make training runs stop as by Ctrl-C before they take the given step; -1 lets them go on."""
-    from training.run import Run
+    from ceed_vla.training.run import Run
 
     original = Run.optimize
 
@@ -228,15 +256,23 @@ def video(tmp_path: Path) -> Path:
     from lerobot.datasets import LeRobotDataset
 
     features = {
-        CAMERAS[0]: {"dtype": "video", "shape": (64, 64, 3), "names": ["height", "width", "channels"]},
+        CAMERAS[0]: {
+            "dtype": "video",
+            "shape": (64, 64, 3),
+            "names": ["height", "width", "channels"],
+        },
         "observation.state": {"dtype": "float32", "shape": (2,), "names": None},
         "action": {"dtype": "float32", "shape": (2,), "names": None},
     }
-    dataset = LeRobotDataset.create("local/video", 10, features, root=tmp_path / "video", use_videos=True)
+    dataset = LeRobotDataset.create(
+        "local/video", 10, features, root=tmp_path / "video", use_videos=True
+    )
     for step in range(8):
         image = np.full((64, 64, 3), 30 * step, np.uint8)
         vector = np.full(2, step, np.float32)
-        dataset.add_frame({CAMERAS[0]: image, "observation.state": vector, "action": vector, "task": "go"})
+        dataset.add_frame(
+            {CAMERAS[0]: image, "observation.state": vector, "action": vector, "task": "go"}
+        )
         if step % 4 == 3:
             dataset.save_episode()
     dataset.finalize()

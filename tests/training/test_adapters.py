@@ -1,4 +1,6 @@
-"""LoRA: what learns, one copy of the base for teacher and student, checkpoints that stand for the trained policy."""
+"""LoRA: what learns, one copy of the base for teacher and student, checkpoints that stand for the
+trained policy.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,17 @@ from ceed_vla.checkpoints import load
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError
 from ceed_vla.lora import is_adapter
-from training.adapters import LEARNT, LoRAConfig, adapted_layers, attach, attach_student, teacher_weights
-from training.distill import DistillRun, distill
-from training.distill_data import TrajectoriesConfig
-from training.teacher import TeacherRun, train
+from ceed_vla.training.adapters import (
+    LEARNT,
+    LoRAConfig,
+    adapted_layers,
+    attach,
+    attach_student,
+    teacher_weights,
+)
+from ceed_vla.training.distill import DistillRun, distill
+from ceed_vla.training.distill_data import TrajectoriesConfig
+from ceed_vla.training.teacher import TeacherRun, train
 
 FINAL = Path("checkpoints/final/pretrained_model")
 ONLINE = TrajectoriesConfig(online=True)
@@ -61,7 +70,7 @@ def randomise(policy: Any) -> None:
                 parameter.copy_(0.1 * torch.randn(parameter.shape))
 
 
-# ---- what learns ------------------------------------------------------------------------------------------------
+# ---- what learns ---------------------------------------------------------------------------------
 
 
 def test_a_teacher_learns_adapters_and_what_is_named(adapter_teacher: Path) -> None:
@@ -76,7 +85,9 @@ def test_a_teacher_learns_adapters_and_what_is_named(adapter_teacher: Path) -> N
     assert any("vision_model" in name for name in learns)
     assert sum(f".lora_A.{LEARNT}." in name for name in learns) == len(adapted_layers(policy))
     own = sum(p.numel() for n, p in policy.named_parameters() if f".{LEARNT}." in n)
-    assert own == sum(4 * (layer.in_features + layer.out_features) for layer in adapted_layers(policy))
+    assert own == sum(
+        4 * (layer.in_features + layer.out_features) for layer in adapted_layers(policy)
+    )
 
 
 @pytest.mark.parametrize("of_adapters", [True, False])
@@ -116,7 +127,7 @@ def test_copies_of_the_base_in_memory(
     assert copies * size <= held <= (copies + 0.3) * size
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,19 +140,28 @@ def test_copies_of_the_base_in_memory(
     ],
 )
 def test_a_checkpoint_is_the_trained_policy(
-    studio: Any, base: Path, tmp_path: Path, weights: str, action_ids: str, also: str,
+    studio: Any,
+    base: Path,
+    tmp_path: Path,
+    weights: str,
+    action_ids: str,
+    also: str,
     read_log: Callable[..., dict[int, float]],
-) -> None:  # fmt: skip
+) -> None:
     policy = studio.vlm_policy(base, weights=weights, action_ids=action_ids, proprio="projected")
     lora = LoRAConfig(rank=4, alpha=12, targets="all", train=f"state,{also}")
-    run = TeacherRun(studio.train_config(tmp_path, policy=policy, steps=4, lora=lora, **PLAIN), None, None)
+    run = TeacherRun(
+        studio.train_config(tmp_path, policy=policy, steps=4, lora=lora, **PLAIN), None, None
+    )
     run.run()
     losses = list(read_log(tmp_path).values())
     assert losses[-1] < losses[0]
     loaded, pre, _ = ceed_vla.load(tmp_path / FINAL)
     batch = batch_of(studio, pre)
     run.policy.eval()
-    torch.testing.assert_close(logits_of(loaded, batch), logits_of(run.policy, batch), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(loaded, batch), logits_of(run.policy, batch), rtol=1e-3, atol=1e-4
+    )
     untrained = ceed_vla.CeedVLAPolicy(studio.vlm_policy(base, proprio="projected")).eval()
     assert (logits_of(untrained, batch) - logits_of(loaded, batch)).abs().max() > 0.05
     kept = load_file(tmp_path / FINAL / "model.safetensors")
@@ -154,9 +174,13 @@ def test_a_student_of_adapters(
     studio: Any, adapter_teacher: Path, tmp_path: Path, read_log: Callable[..., dict[int, float]]
 ) -> None:
     config = studio.distill_config(
-        tmp_path, teacher_path=str(adapter_teacher), trajectories=ONLINE, lora=LoRAConfig(rank=4), lr=1e-2,
+        tmp_path,
+        teacher_path=str(adapter_teacher),
+        trajectories=ONLINE,
+        lora=LoRAConfig(rank=4),
+        lr=1e-2,
         eval_every=5,
-    )  # fmt: skip
+    )
     run = DistillRun(config, None)
     run.run()
     assert read_log(tmp_path, "teacher_agreement")[0] == 1.0
@@ -165,20 +189,28 @@ def test_a_student_of_adapters(
     teacher, _, _ = ceed_vla.load(adapter_teacher)
     batch = batch_of(studio, pre)
     run.policy.eval()
-    torch.testing.assert_close(logits_of(student, batch), logits_of(run.policy, batch), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(student, batch), logits_of(run.policy, batch), rtol=1e-3, atol=1e-4
+    )
     assert (logits_of(student, batch) - logits_of(teacher, batch)).abs().max() > 0.05
     embeddings = [policy.backbone.embed_prefix(batch).embeds for policy in (student, teacher)]
     assert torch.equal(*embeddings)
 
 
 def test_a_run_with_adapters_resumes_to_the_same_losses(
-    studio: Any, adapter_teacher: Path, tmp_path: Path, interrupt_at: Callable[[int], None],
+    studio: Any,
+    adapter_teacher: Path,
+    tmp_path: Path,
+    interrupt_at: Callable[[int], None],
     read_log: Callable[..., dict[int, float]],
-) -> None:  # fmt: skip
+) -> None:
     settings = {
-        "teacher_path": str(adapter_teacher), "trajectories": ONLINE, "lora": LoRAConfig(rank=4), "lr": 1e-2,
+        "teacher_path": str(adapter_teacher),
+        "trajectories": ONLINE,
+        "lora": LoRAConfig(rank=4),
+        "lr": 1e-2,
         "batch_size": 4,
-    }  # fmt: skip
+    }
     distill(studio.distill_config(tmp_path / "whole", **settings))
     interrupt_at(4)
     with pytest.raises(KeyboardInterrupt):
@@ -190,7 +222,9 @@ def test_a_run_with_adapters_resumes_to_the_same_losses(
     assert all(f".{LEARNT}." in name for name in state)
 
 
-def test_weights_that_were_trained_in_full_are_kept(studio: Any, base: Path, tmp_path: Path) -> None:
+def test_weights_that_were_trained_in_full_are_kept(
+    studio: Any, base: Path, tmp_path: Path
+) -> None:
     policy = studio.vlm_policy(base, weights="reference")
     run = TeacherRun(studio.train_config(tmp_path, policy=policy, steps=2, **PLAIN), None, None)
     run.run()
@@ -200,7 +234,7 @@ def test_weights_that_were_trained_in_full_are_kept(studio: Any, base: Path, tmp
     torch.testing.assert_close(logits_of(loaded, batch), logits_of(run.policy, batch))
 
 
-# ---- online trajectories, precision, recomputed activations -----------------------------------------------------
+# ---- online trajectories, precision, recomputed activations --------------------------------------
 
 
 @pytest.mark.parametrize("states", ["online", "stored"])
@@ -221,7 +255,11 @@ def test_online_trajectories_are_the_teachers(studio: Any, tmp_path: Path, state
 @pytest.mark.parametrize("lora", [LoRAConfig(), LoRAConfig(rank=4)], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["smolvlm", "paligemma"])
 def test_recomputed_activations_train_the_same(
-    studio: Any, tmp_path: Path, family: str, lora: LoRAConfig, read_log: Callable[..., dict[int, float]]
+    studio: Any,
+    tmp_path: Path,
+    family: str,
+    lora: LoRAConfig,
+    read_log: Callable[..., dict[int, float]],
 ) -> None:
     base = make_tiny_vlm(family, tmp_path / "base")
     common = {"steps": 3, "batch_size": 4, "lora": lora, "lr": 1e-3, "muon_lr": 1e-3}
@@ -231,9 +269,12 @@ def test_recomputed_activations_train_the_same(
         train(studio.train_config(tmp_path / name, policy=policy, **both, **PLAIN))
         distill(
             studio.distill_config(
-                tmp_path / f"{name}_student", teacher_path=str(tmp_path / "kept" / FINAL), trajectories=ONLINE, **both
+                tmp_path / f"{name}_student",
+                teacher_path=str(tmp_path / "kept" / FINAL),
+                trajectories=ONLINE,
+                **both,
             )
-        )  # fmt: skip
+        )
     for kind in ("", "_student"):
         kept, recomputed = (read_log(tmp_path / f"{name}{kind}") for name in ("kept", "recomputed"))
         np.testing.assert_allclose(list(recomputed.values()), list(kept.values()), rtol=1e-4)
@@ -249,16 +290,23 @@ def start_anew() -> Iterator[Callable[[], None]]:
 
 
 def test_adapters_on_a_base_in_bfloat16(
-    studio: Any, base: Path, tmp_path: Path, read_log: Callable[..., dict[int, float]],
+    studio: Any,
+    base: Path,
+    tmp_path: Path,
+    read_log: Callable[..., dict[int, float]],
     start_anew: Callable[[], None],
-) -> None:  # fmt: skip
+) -> None:
     for dtype, precision in (("bfloat16", "bf16"), ("bfloat16", "no"), ("float32", "no")):
         start_anew()
         policy = studio.vlm_policy(base, weights="reference", dtype=dtype)
         config = studio.train_config(
-            tmp_path / f"{dtype}_{precision}", policy=policy, steps=4, mixed_precision=precision,
-            lora=LoRAConfig(rank=4), **PLAIN,
-        )  # fmt: skip
+            tmp_path / f"{dtype}_{precision}",
+            policy=policy,
+            steps=4,
+            mixed_precision=precision,
+            lora=LoRAConfig(rank=4),
+            **PLAIN,
+        )
         run = TeacherRun(config, None, None)
         run.run()
         kinds = {p.dtype for n, p in run.policy.named_parameters() if not p.requires_grad}
@@ -272,12 +320,16 @@ def test_adapters_on_a_base_in_bfloat16(
 
 def test_weights_do_not_learn_in_half_precision(studio: Any, base: Path, tmp_path: Path) -> None:
     policy = studio.vlm_policy(base, weights="reference", dtype="bfloat16")
-    config = studio.train_config(tmp_path / "out", policy=policy, steps=1, mixed_precision="no", **PLAIN)
-    with pytest.raises(ConfigError, match=r"Weights would learn in torch.bfloat16, which rounds .* --lora.train"):
+    config = studio.train_config(
+        tmp_path / "out", policy=policy, steps=1, mixed_precision="no", **PLAIN
+    )
+    with pytest.raises(
+        ConfigError, match=r"Weights would learn in torch.bfloat16, which rounds .* --lora.train"
+    ):
         TeacherRun(config, None, None)
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -296,8 +348,12 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> No
 
 def test_a_part_that_no_weight_has_is_refused(studio: Any, base: Path, tmp_path: Path) -> None:
     policy = studio.vlm_policy(base, weights="reference")
-    config = studio.train_config(tmp_path / "out", policy=policy, lora=LoRAConfig(rank=4, train="embed_token"), **PLAIN)
-    with pytest.raises(ConfigError, match=r"--lora.train has 'embed_token', which no weight has in its name"):
+    config = studio.train_config(
+        tmp_path / "out", policy=policy, lora=LoRAConfig(rank=4, train="embed_token"), **PLAIN
+    )
+    with pytest.raises(
+        ConfigError, match=r"--lora.train has 'embed_token', which no weight has in its name"
+    ):
         TeacherRun(config, None, None)
 
 
@@ -305,5 +361,7 @@ def test_adapters_of_another_rank(studio: Any, adapter_teacher: Path, tmp_path: 
     config = studio.distill_config(
         tmp_path, teacher_path=str(adapter_teacher), trajectories=ONLINE, lora=LoRAConfig(rank=3)
     )
-    with pytest.raises(ConfigError, match=r"lora\.rank is 3, but the checkpoint has adapters of rank 4"):
+    with pytest.raises(
+        ConfigError, match=r"lora\.rank is 3, but the checkpoint has adapters of rank 4"
+    ):
         distill(config)

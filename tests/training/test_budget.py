@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from ceed_vla.errors import CheckpointError
-from training import run as run_module
-from training import teacher as teacher_module
-from training.budget import BATCH, FEWEST, SMALL_BATCH, Speeds, divide
-from training.estimate import estimate
-from training.teacher import TeacherRun, train
+from ceed_vla.training import run as run_module
+from ceed_vla.training import teacher as teacher_module
+from ceed_vla.training.budget import BATCH, FEWEST, SMALL_BATCH, Speeds, divide
+from ceed_vla.training.estimate import estimate
+from ceed_vla.training.teacher import TeacherRun, train
 
 SECONDS = 0.6  # of every step
 
@@ -75,8 +75,8 @@ def test_few_steps_are_taken_with_half_the_batch() -> None:
 def test_a_run_ends_with_its_minutes_and_lowers_its_rate(
     studio: Any, tmp_path: Path, read_log: Any, clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """0.4 minutes are 40 steps: 8 on grounding frames, 32 on actions. Stopped at step 12, a resumed run has as long
-    for what was left.
+    """0.4 minutes are 40 steps: 8 on grounding frames, 32 on actions. Stopped at step 12, a resumed
+    run has as long for what was left.
     """
     rates: list[float] = []
     step = run_module.Run.optimize
@@ -87,12 +87,20 @@ def test_a_run_ends_with_its_minutes_and_lowers_its_rate(
         if self.step == 12 and not self.settings.resume:
             raise KeyboardInterrupt
 
-    settings: dict[str, Any] = {"steps": None, "grounding_steps": None, "batch_size": None, "max_minutes": 0.4}
+    settings: dict[str, Any] = {
+        "steps": None,
+        "grounding_steps": None,
+        "batch_size": None,
+        "max_minutes": 0.4,
+    }
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
         patch.setattr(run_module.Run, "optimize", spy)
         with pytest.raises(KeyboardInterrupt):
             train(studio.train_config(tmp_path / "run", **settings))
-        assert "0.4 minutes on this machine: 16 grounding steps, about 64 steps of 16 frames" in caplog.text
+        assert (
+            "0.4 minutes on this machine: 16 grounding steps, about 64 steps of 16 frames"
+            in caplog.text
+        )
         assert "rarely been enough" in caplog.text
         final = train(studio.train_config(tmp_path / "run", resume=True, **settings))
     progress = json.loads((tmp_path / "run" / "progress.json").read_text())
@@ -104,9 +112,18 @@ def test_a_run_ends_with_its_minutes_and_lowers_its_rate(
     assert rates[-1] < 0.1 < rates[12]  # down to the end
 
 
-def test_a_resumed_run_with_steps_given_goes_on_to_its_end(studio: Any, tmp_path: Path, clock: Any) -> None:
-    """Stopped among the steps on actions, behind the number of --steps: those on grounding frames count too."""
-    settings: dict[str, Any] = {"steps": 20, "grounding_steps": None, "max_minutes": 1.0, "save_every": 1}
+def test_a_resumed_run_with_steps_given_goes_on_to_its_end(
+    studio: Any, tmp_path: Path, clock: Any
+) -> None:
+    """Stopped among the steps on actions, behind the number of --steps: those on grounding frames
+    count too.
+    """
+    settings: dict[str, Any] = {
+        "steps": 20,
+        "grounding_steps": None,
+        "max_minutes": 1.0,
+        "save_every": 1,
+    }
     step = run_module.Run.optimize
 
     def stop(self: Any, *arguments: Any) -> None:
@@ -125,8 +142,12 @@ def test_a_resumed_run_with_steps_given_goes_on_to_its_end(studio: Any, tmp_path
     assert after["step"] == after["sizes"]["first"] + 20
 
 
-def test_grounding_never_takes_more_steps_than_were_planned(studio: Any, tmp_path: Path, clock: Any) -> None:
-    run = TeacherRun(studio.train_config(tmp_path / "run", steps=None, grounding_steps=None, max_minutes=1.0))
+def test_grounding_never_takes_more_steps_than_were_planned(
+    studio: Any, tmp_path: Path, clock: Any
+) -> None:
+    run = TeacherRun(
+        studio.train_config(tmp_path / "run", steps=None, grounding_steps=None, max_minutes=1.0)
+    )
     planned = run.first
     assert planned > 0
     run.steps_in_budget(60.0, {"grounding": 1e-3})
@@ -141,14 +162,23 @@ def test_a_shorter_budget_goes_on_after_a_takeover_round(
     def record(policy: Path, index: int, folder: Path, minutes: float) -> list[Path]:
         return [write_dataset(folder / f"round_{index}", (5, 6), seed=20)]
 
-    settings: dict[str, Any] = {"steps": None, "grounding_steps": 2, "max_minutes": 0.2, "rounds": 1}
+    settings: dict[str, Any] = {
+        "steps": None,
+        "grounding_steps": 2,
+        "max_minutes": 0.2,
+        "rounds": 1,
+    }
     train(studio.train_config(tmp_path / "run", **settings), record_takeover=record)
-    run = TeacherRun(studio.train_config(tmp_path / "run", **{**settings, "rounds": 0}, resume=True))
+    run = TeacherRun(
+        studio.train_config(tmp_path / "run", **{**settings, "rounds": 0}, resume=True)
+    )
     run.run()
     assert len(run.takeovers) == 1
 
 
-def test_a_takeover_round_is_told_its_minutes(studio: Any, tmp_path: Path, clock: Any, write_dataset: Any) -> None:
+def test_a_takeover_round_is_told_its_minutes(
+    studio: Any, tmp_path: Path, clock: Any, write_dataset: Any
+) -> None:
     told: list[float] = []
 
     def record(policy: Path, index: int, folder: Path, minutes: float) -> list[Path]:
@@ -164,7 +194,9 @@ def test_a_budget_below_a_third_of_the_steps_is_said_at_once(
     studio: Any, tmp_path: Path, clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        TeacherRun(studio.train_config(tmp_path / "run", steps=1000, grounding_steps=0, max_minutes=0.4))
+        TeacherRun(
+            studio.train_config(tmp_path / "run", steps=1000, grounding_steps=0, max_minutes=0.4)
+        )
     assert "--max_minutes 0.4 allows about 40 of --steps 1000" in caplog.text
 
 
@@ -172,7 +204,11 @@ def test_damaged_sizes_are_not_resumed(studio: Any, tmp_path: Path, clock: Any) 
     settings = {"steps": 10, "grounding_steps": 0, "max_minutes": 0.4}
     train(studio.train_config(tmp_path / "run", **settings))
     progress = tmp_path / "run" / "progress.json"
-    for damaged in (None, {"first": -1, "batch_size": 8, "speeds": [1, 1]}, {"first": 0, "batch_size": "8"}):
+    for damaged in (
+        None,
+        {"first": -1, "batch_size": 8, "speeds": [1, 1]},
+        {"first": 0, "batch_size": "8"},
+    ):
         progress.write_text(json.dumps({**json.loads(progress.read_text()), "sizes": damaged}))
         with pytest.raises(CheckpointError, match="its sizes are"):
             train(studio.train_config(tmp_path / "run", resume=True, **settings))

@@ -1,4 +1,6 @@
-"""Actions that a vocabulary loses: reported, refused beyond a share, and never where quantiles clip by construction."""
+"""Actions that a vocabulary loses: reported, refused beyond a share, and never where quantiles clip
+by construction.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ import pytest
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.tokens.uniform import ActionTokenizer, ranges_from_stats
-from training.clipping import check_actions, check_clipping
-from training.fit_tokens import FitTokensConfig, fit_tokens
-from training.teacher import train
+from ceed_vla.training.clipping import check_actions, check_clipping
+from ceed_vla.training.fit_tokens import FitTokensConfig, fit_tokens
+from ceed_vla.training.teacher import train
 
 UNIT = ActionTokenizer([-1.0] * 2, [1.0] * 2, 4)
 
@@ -26,11 +28,15 @@ def normal(rows: int = 5000) -> np.ndarray:
 
 
 @pytest.mark.parametrize("draw", ["normal", "laplace", "uniform"])
-def test_quantiles_clip_by_construction_and_pass(draw: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_quantiles_clip_by_construction_and_pass(
+    draw: str, caplog: pytest.LogCaptureFixture
+) -> None:
     random = np.random.default_rng(1)
     actions = getattr(random, draw)(size=(5000, 2)).astype(np.float32)
     stats = {f"q{q:02}": np.quantile(actions, q / 100, axis=0) for q in (1, 99)}
-    low, high = ranges_from_stats({**stats, "min": actions.min(0), "max": actions.max(0)}, "quantile")
+    low, high = ranges_from_stats(
+        {**stats, "min": actions.min(0), "max": actions.max(0)}, "quantile"
+    )
     caplog.set_level("INFO")
     check_actions(ActionTokenizer(low, high, 4), actions, 0.01)
     assert "% of the action values lie outside" in caplog.text
@@ -76,20 +82,26 @@ def spoil(root: Path, value: float, rows: int = 1) -> Path:
     actions = table["action"].to_pylist()
     for row in range(rows):
         actions[row][2] = value
-    pq.write_table(table.set_column(index, "action", pa.array(actions, table.schema.field(index).type)), file)
+    pq.write_table(
+        table.set_column(index, "action", pa.array(actions, table.schema.field(index).type)), file
+    )
     return root
 
 
-def test_commands_refuse_what_is_lost(studio: Any, tmp_path: Path, tiny_policy: Any, write_dataset: Any) -> None:
+def test_commands_refuse_what_is_lost(
+    studio: Any, tmp_path: Path, tiny_policy: Any, write_dataset: Any
+) -> None:
     fixed = tiny_policy(action_range="fixed", action_low=[-1.0] * 7, action_high=[1.0] * 7)
     wild = spoil(write_dataset(tmp_path / "wild"), 7.0)  # 1 of 50 frames
-    config = studio.train_config(tmp_path / "run", roots=str(wild), policy=fixed, steps=1, grounding_steps=0)
+    config = studio.train_config(
+        tmp_path / "run", roots=str(wild), policy=fixed, steps=1, grounding_steps=0
+    )
     with pytest.raises(ConfigError, match="dimension 2"):
         train(config)
     config.max_clipped, config.output_dir = 0.1, str(tmp_path / "allowed")
     train(config)
-    from training.distill import distill
-    from training.trajectories import collect
+    from ceed_vla.training.distill import distill
+    from ceed_vla.training.trajectories import collect
 
     with pytest.raises(ConfigError, match="dimension 2"):
         collect(studio.collect_config(tmp_path / "trajectories", roots=str(spoil(wild, 1e8))))
@@ -104,6 +116,6 @@ def test_commands_refuse_what_is_lost(studio: Any, tmp_path: Path, tiny_policy: 
 
 
 def online() -> Any:
-    from training.distill_data import TrajectoriesConfig
+    from ceed_vla.training.distill_data import TrajectoriesConfig
 
     return TrajectoriesConfig(online=True)

@@ -1,4 +1,6 @@
-"""Data sets that are damaged, or say what is not so: one clear error, and nothing outside the folder is touched."""
+"""Data sets that are damaged, or say what is not so: one clear error, and nothing outside the
+folder is touched.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def data_file(root: Path) -> Path:
     return next((root / "data").rglob("*.parquet"))
 
 
-# ---- broken data sets -------------------------------------------------------------------------------------------
+# ---- broken data sets ----------------------------------------------------------------------------
 
 
 def edit_info(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -48,7 +50,9 @@ def edit_column(root: Path, name: str, values: Callable[[list[Any]], list[Any]])
 def rewrite_tasks(root: Path, names: list[Any], numbers: list[int] | None = None) -> None:
     import pandas as pd
 
-    frame = pd.DataFrame({"task_index": numbers or range(len(names))}, index=pd.Index(names, name="task"))
+    frame = pd.DataFrame(
+        {"task_index": numbers or range(len(names))}, index=pd.Index(names, name="task")
+    )
     frame.to_parquet(root / "meta" / "tasks.parquet")
 
 
@@ -56,20 +60,32 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "No LeRobotDataset"),
     "damaged info": (lambda r: (r / "meta" / "info.json").write_text("{"), "is not JSON"),
     "old format": (lambda r: edit_info(r, lambda i: i.update(codebase_version="v2.1")), "v2.1"),
-    "no state": (lambda r: edit_info(r, lambda i: i["features"].pop("observation.state")), "observation.state"),
-    "no camera": (lambda r: edit_info(r, lambda i: [i["features"].pop(c) for c in (FRONT, WRIST)]), "no camera"),
+    "no state": (
+        lambda r: edit_info(r, lambda i: i["features"].pop("observation.state")),
+        "observation.state",
+    ),
+    "no camera": (
+        lambda r: edit_info(r, lambda i: [i["features"].pop(c) for c in (FRONT, WRIST)]),
+        "no camera",
+    ),
     "no data": (lambda r: shutil.rmtree(r / "data"), "hold 0 frames"),
-    "not finalised": (lambda r: data_file(r).write_bytes(data_file(r).read_bytes()[:-300]), "not finalised"),
+    "not finalised": (
+        lambda r: data_file(r).write_bytes(data_file(r).read_bytes()[:-300]),
+        "not finalised",
+    ),
     "no tasks file": (lambda r: (r / "meta" / "tasks.parquet").unlink(), "instruction"),
     "empty task": (lambda r: rewrite_tasks(r, ["a", " ", "b"]), "without an instruction"),
     "task index": (lambda r: rewrite_tasks(r, ["a"]), "out of order"),
     "episode order": (lambda r: edit_column(r, "episode_index", lambda v: v[::-1]), "out of order"),
-    "NaN action": (lambda r: edit_column(r, "action", lambda v: [*v[:5], [np.nan] * 7, *v[6:]]), "action of frame 5"),
+    "NaN action": (
+        lambda r: edit_column(r, "action", lambda v: [*v[:5], [np.nan] * 7, *v[6:]]),
+        "action of frame 5",
+    ),
     "bad image": (
         lambda r: edit_column(r, FRONT, lambda v: [{"bytes": b"none", "path": None}, *v[1:]]),
         "image cannot be decoded",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -81,14 +97,16 @@ def test_a_broken_data_set_is_one_clear_error(copy: Path, damage: str) -> None:
     assert str(copy) in str(error.value)
 
 
-def test_a_full_disk_is_an_error_before_it_is_a_crash(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_before_it_is_a_crash(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(copy)._replace(free=1000)
     monkeypatch.setattr("ceed_vla.data.frame_cache.shutil.disk_usage", lambda _: usage)
     with pytest.raises(DatasetError, match="make room"):
         open_dataset(copy)
 
 
-# ---- files that somebody else made ----------------------------------------------------------------------------------
+# ---- files that somebody else made ---------------------------------------------------------------
 
 
 def info_with(**changes: Any) -> Callable[[Path], Any]:
@@ -100,7 +118,9 @@ def feature_with(name: str, **changes: Any) -> Callable[[Path], Any]:
 
 
 def camera_called(name: str) -> Callable[[Path], Any]:
-    return lambda root: edit_info(root, lambda i: i["features"].update({name: i["features"].pop(FRONT)}))
+    return lambda root: edit_info(
+        root, lambda i: i["features"].update({name: i["features"].pop(FRONT)})
+    )
 
 
 def column_with(name: str, first: Any) -> Callable[[Path], Any]:
@@ -117,7 +137,9 @@ def retyped(name: str, kind: Any, change: Callable[[Any], Any]) -> Callable[[Pat
     return edit
 
 
-def picture(mode: str = "RGB", size: tuple[int, int] = (96, 96), kind: str = "PNG") -> dict[str, Any]:
+def picture(
+    mode: str = "RGB", size: tuple[int, int] = (96, 96), kind: str = "PNG"
+) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.new(mode, size).save(buffer, kind)
     return {"bytes": buffer.getvalue(), "path": None}
@@ -150,7 +172,10 @@ INFO: dict[str, tuple[Any, str]] = {
     "other shape": (feature_with("action", shape=[6]), "lengths"),
     "camera shape": (feature_with(FRONT, shape=[96, 96]), "shape of observation.images.front"),
     "grey camera": (feature_with(FRONT, shape=[96, 96, 1]), "shape of observation.images.front"),
-    "huge camera": (feature_with(FRONT, shape=[10**4, 10**4, 3]), "shape of observation.images.front"),
+    "huge camera": (
+        feature_with(FRONT, shape=[10**4, 10**4, 3]),
+        "shape of observation.images.front",
+    ),
     "large camera": (feature_with(FRONT, shape=[8192, 8192, 3]), "frame 0 has the shape"),
     "absolute camera": (camera_called("/tmp/victim"), "plain name"),
     "camera outside": (camera_called("../victim"), "plain name"),
@@ -163,23 +188,38 @@ INFO: dict[str, tuple[Any, str]] = {
     "frames text": (info_with(total_frames="50"), "total_frames"),
     "episodes": (info_with(total_episodes=5), "out of order"),
     "episodes text": (info_with(total_episodes=None), "total_episodes"),
-}  # fmt: skip
+}
 ROWS: dict[str, tuple[Any, str]] = {
     "null action": (column_with("action", None), "lengths"),
     "null in an action": (column_with("action", [None] * 7), "nulls"),
     "short action": (retyped("action", pa.list_(pa.float32()), lambda v: v[:6]), "lengths"),
-    "lengths differ": (retyped("action", pa.list_(pa.float32()), lambda v: v[: 6 + (v[0] > 0.1)]), "lengths"),
-    "text action": (retyped("action", pa.list_(pa.string()), lambda v: [str(x) for x in v]), "must be numbers"),
+    "lengths differ": (
+        retyped("action", pa.list_(pa.float32()), lambda v: v[: 6 + (v[0] > 0.1)]),
+        "lengths",
+    ),
+    "text action": (
+        retyped("action", pa.list_(pa.string()), lambda v: [str(x) for x in v]),
+        "must be numbers",
+    ),
     "plain action": (retyped("action", pa.float32(), lambda v: v[0]), "values in 50 rows"),
     "huge action": (column_with("action", [1e30] * 7), "beyond 1e"),
-    "overflow": (retyped("action", pa.list_(pa.float64()), lambda v: [1e300] * 7), "must be finite"),
+    "overflow": (
+        retyped("action", pa.list_(pa.float64()), lambda v: [1e300] * 7),
+        "must be finite",
+    ),
     "huge state": (column_with("observation.state", [3e38] * 14), "beyond 1e"),
     "one time": (retyped("timestamp", pa.float32(), lambda v: 0.0), "0.1 s apart"),
     "NaN time": (retyped("timestamp", pa.float32(), lambda v: float("nan")), "0.1 s apart"),
     "slow": (retyped("timestamp", pa.float32(), lambda v: 50 * v), "0.1 s apart"),
     "late": (column_with("timestamp", float("inf")), "0.1 s apart"),
-    "bomb": (retyped("action", pa.list_(pa.float32()), lambda v: [0.0] * 10**4), "action has 500000 values in 50 rows"),
-    "images bomb": (retyped(FRONT, pa.list_(pa.int8()), lambda v: [0] * 10**4), "front has 500000 values"),
+    "bomb": (
+        retyped("action", pa.list_(pa.float32()), lambda v: [0.0] * 10**4),
+        "action has 500000 values in 50 rows",
+    ),
+    "images bomb": (
+        retyped(FRONT, pa.list_(pa.int8()), lambda v: [0] * 10**4),
+        "front has 500000 values",
+    ),
     "NaN state": (column_with("observation.state", [float("nan")] * 14), "must be finite"),
     "null episode": (column_with("episode_index", None), "nulls"),
     "negative episode": (column_with("episode_index", -1), "out of order"),
@@ -196,8 +236,11 @@ ROWS: dict[str, tuple[Any, str]] = {
     "tasks are numbers": (lambda r: rewrite_tasks(r, [1, 2, 3]), "without an instruction"),
     "tasks twice": (lambda r: rewrite_tasks(r, ["a", "b", "c"], [0, 0, 1]), "task_index"),
     "tasks bomb": (lambda r: rewrite_tasks(r, ["a"] * 10**6, [0] * 10**6), "says 1000000 rows in"),
-    "tasks are no parquet": (lambda r: (r / "meta" / "tasks.parquet").write_bytes(b"x"), "cannot be read"),
-}  # fmt: skip
+    "tasks are no parquet": (
+        lambda r: (r / "meta" / "tasks.parquet").write_bytes(b"x"),
+        "cannot be read",
+    ),
+}
 PICTURES: dict[str, tuple[Any, str]] = {
     "one pixel": (column_with(FRONT, picture(size=(1, 1))), r"frame 0 has the shape \(1, 1, 3\)"),
     "turned": (column_with(WRIST, picture(size=(96, 95))), r"\(95, 96, 3\)"),
@@ -207,7 +250,7 @@ PICTURES: dict[str, tuple[Any, str]] = {
     "no bytes": (column_with(FRONT, {"bytes": None, "path": "/etc/hostname"}), "no bytes"),
     "empty bytes": (column_with(FRONT, {"bytes": b"", "path": None}), "decoded"),
     "null": (column_with(FRONT, None), "no bytes"),
-}  # fmt: skip
+}
 
 
 def drop_column(root: Path, name: str) -> None:
@@ -225,10 +268,23 @@ def test_nothing_that_a_data_set_says_wrongly_is_believed(copy: Path, damage: st
 
 @pytest.mark.parametrize(
     "frames",
-    [np.array([-1]), np.array([50]), np.array([10**9]), np.array([0.0]), np.array([True]), np.array([["1"]]), [1.5],
-     np.array([[1]]), None, 3, "0", ["0"], np.array([np.nan])],
+    [
+        np.array([-1]),
+        np.array([50]),
+        np.array([10**9]),
+        np.array([0.0]),
+        np.array([True]),
+        np.array([["1"]]),
+        [1.5],
+        np.array([[1]]),
+        None,
+        3,
+        "0",
+        ["0"],
+        np.array([np.nan]),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_other_indices_never_index(store: FrameStore, frames: Any) -> None:
     for read in (store.batch, store.chunks):
         with pytest.raises(DatasetError, match=r"frames 0\.\.49"):
@@ -241,7 +297,9 @@ def test_other_indices_never_index(store: FrameStore, frames: Any) -> None:
 @pytest.mark.parametrize("place", ["meta/info.json", "meta/tasks.parquet", "data", "meta/episodes"])
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_what_never_ends_is_not_read(video: Path, place: str, kind: str) -> None:
-    file = next(f for f in (video / place, *sorted((video / place).rglob("*.parquet"))) if f.is_file())
+    file = next(
+        f for f in (video / place, *sorted((video / place).rglob("*.parquet"))) if f.is_file()
+    )
     file.unlink()
     file.symlink_to("/dev/zero") if kind == "device" else os.mkfifo(file)
     with pytest.raises(DatasetError, match=r"not a folder, pipe or device|no meta/info\.json"):
@@ -253,7 +311,7 @@ def test_recorded_times_may_jitter(copy: Path) -> None:
     assert len(open_dataset(copy)) == 50
 
 
-# ---- decoded images ---------------------------------------------------------------------------------------------
+# ---- decoded images ------------------------------------------------------------------------------
 
 
 def test_a_cache_that_lies_is_decoded_again(copy: Path) -> None:
@@ -312,7 +370,9 @@ def test_videos_never_ask_a_hub(video: Path, monkeypatch: pytest.MonkeyPatch, mi
         open_dataset(video)
 
 
-@pytest.mark.parametrize(("column", "value"), [("chunk_index", -1), ("file_index", 7), ("from_timestamp", 99.0)])
+@pytest.mark.parametrize(
+    ("column", "value"), [("chunk_index", -1), ("file_index", 7), ("from_timestamp", 99.0)]
+)
 def test_videos_elsewhere(video: Path, column: str, value: Any) -> None:
     file = next((video / "meta" / "episodes").rglob("*.parquet"))
     table = pq.read_table(file)

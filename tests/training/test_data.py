@@ -1,4 +1,6 @@
-"""Reading data sets and drawing batches, compared with LeRobot's own reader; then everything that can be wrong."""
+"""Reading data sets and drawing batches, compared with LeRobot's own reader; then everything that
+can be wrong.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from ceed_vla.data import frame_cache
 from ceed_vla.data.files import read_info, read_rows
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.errors import DatasetError, ObservationError
-from training.mixture import Mixture, check_compatible, check_fits, state_statistics
+from ceed_vla.training.mixture import Mixture, check_compatible, check_fits, state_statistics
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 CHUNK = 4
@@ -29,7 +31,7 @@ def data_file(root: Path) -> Path:
     return next((root / "data").rglob("*.parquet"))
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def test_frames_are_what_lerobot_reads(studio: Any, store: FrameStore) -> None:
@@ -61,7 +63,9 @@ def test_an_action_free_set_has_no_chunks(studio: Any) -> None:
         grounding.chunks(np.arange(2), CHUNK)
 
 
-def test_processes_that_start_together_decode_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_start_together_decode_once(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache, decode, calls = copy / ".frames", frame_cache._decode_images, []
     shutil.rmtree(cache, ignore_errors=True)
     (cache / ".killed").mkdir(parents=True)
@@ -88,7 +92,9 @@ def test_processes_that_start_together_decode_once(copy: Path, monkeypatch: pyte
 
 def test_images_are_decoded_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_dataset(copy)
-    monkeypatch.setattr("ceed_vla.data.frame_cache._decode_images", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(
+        "ceed_vla.data.frame_cache._decode_images", lambda *_: pytest.fail("decoded again")
+    )
     again = open_dataset(copy)
     np.testing.assert_array_equal(first.images[FRONT], again.images[FRONT])
 
@@ -97,7 +103,8 @@ def test_images_are_decoded_again_when_the_data_changed(studio: Any, copy: Path)
     before = open_dataset(copy).images[WRIST][0].copy()
     table = pq.read_table(data_file(copy))
     front = table.column_names.index(FRONT)
-    table = table.set_column(table.column_names.index(WRIST), WRIST, table.column(front))  # as many frames
+    # as many frames
+    table = table.set_column(table.column_names.index(WRIST), WRIST, table.column(front))
     pq.write_table(table, data_file(copy))
     after = open_dataset(copy)
     np.testing.assert_array_equal(after.images[WRIST][0], after.images[FRONT][0])
@@ -121,7 +128,9 @@ def test_images_that_were_changed_in_place_are_decoded_again(copy: Path) -> None
     np.testing.assert_array_equal(open_dataset(copy).images[FRONT], first)
 
 
-def test_data_that_were_changed_in_place_are_decoded_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_were_changed_in_place_are_decoded_again(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_dataset(copy)
     info = read_info(copy)
     rows = read_rows(info, [])
@@ -155,7 +164,7 @@ def test_video_features_are_read(video: Path) -> None:
         np.testing.assert_array_equal(images[frame], expected)
 
 
-# ---- data sets that do not go together ---------------------------------------------------------------------------
+# ---- data sets that do not go together -----------------------------------------------------------
 
 
 def changed(store: FrameStore, **fields: Any) -> FrameStore:
@@ -163,14 +172,20 @@ def changed(store: FrameStore, **fields: Any) -> FrameStore:
 
 
 OTHERS: dict[str, tuple[Callable[[FrameStore], FrameStore], str]] = {
-    "camera": (lambda s: changed(s, images={FRONT: s.images[FRONT], "top": s.images[WRIST]}), "wrist: missing"),
-    "image size": (lambda s: changed(s, images={k: v[:, ::2, ::2] for k, v in s.images.items()}), r"\(48, 48, 3\)"),
+    "camera": (
+        lambda s: changed(s, images={FRONT: s.images[FRONT], "top": s.images[WRIST]}),
+        "wrist: missing",
+    ),
+    "image size": (
+        lambda s: changed(s, images={k: v[:, ::2, ::2] for k, v in s.images.items()}),
+        r"\(48, 48, 3\)",
+    ),
     "state": (lambda s: changed(s, state=s.state[:, :6]), r"observation.state: \(6,\) and \(14,\)"),
     "action": (lambda s: changed(s, action=s.action[:, :6]), r"action: \(6,\)"),  # type: ignore[index]
     "no action": (lambda s: changed(s, action=None), "action: missing"),
     "fps": (lambda s: changed(s, fps=20.0), r"fps: 20\.0 and 10\.0"),
     "order": (lambda s: changed(s, labels={"action": list("bacdefg")}), "names of action"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -184,7 +199,9 @@ def test_mixed_features_are_refused(store: FrameStore, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["camera", "state", "action"])
-def test_data_that_the_policy_cannot_read_are_refused(studio: Any, store: FrameStore, kind: str) -> None:
+def test_data_that_the_policy_cannot_read_are_refused(
+    studio: Any, store: FrameStore, kind: str
+) -> None:
     import ceed_vla
 
     policy, pre, _ = ceed_vla.load(studio.teacher)
@@ -194,7 +211,11 @@ def test_data_that_the_policy_cannot_read_are_refused(studio: Any, store: FrameS
     check_fits(OTHERS["no action"][0](store), config, pre)  # grounding frames
     with pytest.raises(ObservationError, match="more than 12"):
         check_fits(
-            changed(store, tasks=["one two three four five six seven eight nine ten eleven twelve 13"]), config, pre
+            changed(
+                store, tasks=["one two three four five six seven eight nine ten eleven twelve 13"]
+            ),
+            config,
+            pre,
         )
     config.input_features["observation.images.empty_camera_0"] = config.input_features[FRONT]
     check_fits(store, config, pre)  # LeRobot's pi0-FAST adds it; nobody records it
@@ -202,7 +223,7 @@ def test_data_that_the_policy_cannot_read_are_refused(studio: Any, store: FrameS
         check_fits(OTHERS[kind][0](store), config, pre)
 
 
-# ---- drawing ----------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 
 
 def tagged(store: FrameStore, tag: float) -> FrameStore:
@@ -247,8 +268,12 @@ def test_statistics(studio: Any, store: FrameStore) -> None:
     assert other.action is not None
     stats = state_statistics([store, other, open_dataset(studio.grounding)])
     actions = np.concatenate([store.action, other.action])
-    np.testing.assert_allclose(stats["action"]["q01"], np.quantile(actions, 0.01, axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        stats["action"]["q01"], np.quantile(actions, 0.01, axis=0), rtol=1e-4, atol=1e-6
+    )
     np.testing.assert_allclose(stats["action"]["max"], actions.max(0))
     states = np.concatenate([store.state, other.state, open_dataset(studio.grounding).state])
     np.testing.assert_allclose(stats["observation.state"]["mean"], states.mean(0), atol=1e-5)
-    np.testing.assert_allclose(stats["observation.state"]["std"], states.std(0).clip(1e-3), atol=1e-5)
+    np.testing.assert_allclose(
+        stats["observation.state"]["std"], states.std(0).clip(1e-3), atol=1e-5
+    )

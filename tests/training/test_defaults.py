@@ -1,4 +1,6 @@
-"""What a new policy takes from its data, and that nothing is regressed with another environment's scales."""
+"""What a new policy takes from its data, and that nothing is regressed with another environment's
+scales.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import pytest
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import ACTION, ENVIRONMENT, FrameStore, open_dataset
 from ceed_vla.errors import ConfigError, DatasetError
-from training.defaults import check_target, named_terms, take_from_data
-from training.teacher import train
+from ceed_vla.training.defaults import check_target, named_terms, take_from_data
+from ceed_vla.training.teacher import train
 
 NAMES = tuple(f"value_{i}" for i in range(40))
 PRIVILEGED = SimpleNamespace(names=NAMES, scale=(10.0, 10.0, 1.0), named=2)
@@ -37,8 +39,10 @@ def test_features_ranges_and_grippers_are_the_datas(store: FrameStore) -> None:
     config = policy()
     stats = take_from_data(config, [store], [], None)
     assert {name: f.shape for name, f in config.input_features.items()} == {
-        "observation.images.front": (3, 96, 96), "observation.images.wrist": (3, 96, 96), "observation.state": (14,)
-    }  # fmt: skip
+        "observation.images.front": (3, 96, 96),
+        "observation.images.wrist": (3, 96, 96),
+        "observation.state": (14,),
+    }
     assert config.action_dim == 7
     assert config.action_tokens.gripper_dims == [2, 6]
     config.action_tokens.fit(7, stats["action"])
@@ -67,22 +71,33 @@ def test_the_environments_target_needs_the_environments_names(store: FrameStore)
     assert named_terms(policy(auxiliary_scale=[1.0]), PRIVILEGED) == named_terms(config, None) == 0
     other = replace(store, labels={ENVIRONMENT: [f"joint_{i}" for i in range(40)]})
     off = {"auxiliary_weight": 0.0}
-    for stores, grounding, settings in (([other], [], {}), ([store], [other], {}), ([store], [], off)):
+    for stores, grounding, settings in (
+        ([other], [], {}),
+        ([store], [other], {}),
+        ([store], [], off),
+    ):
         unknown = policy(**settings)
         take_from_data(unknown, stores, grounding, PRIVILEGED)
         assert unknown.auxiliary_scale == []
-    check_target(config, [store, other], [], PRIVILEGED)  # as when training goes on from a checkpoint
+    # as when training goes on from a checkpoint
+    check_target(config, [store, other], [], PRIVILEGED)
     assert store.environment_state is not None
     assert other.environment_state is None
     short = replace(store, environment_state=store.environment_state[:, :2])
-    with pytest.raises(DatasetError, match="auxiliary_scale has 3 entries, the frames have 2 values"):
+    with pytest.raises(
+        DatasetError, match="auxiliary_scale has 3 entries, the frames have 2 values"
+    ):
         check_target(config, [], [short], None)
 
 
-def test_what_does_not_fit_is_refused_before_images_are_decoded(studio: Any, copy: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_images_are_decoded(
+    studio: Any, copy: Path, tmp_path: Path
+) -> None:
     settings = policy()
     settings.action_tokens.action_low, settings.action_tokens.action_high = [-1.0] * 4, [1.0] * 4
-    config = studio.train_config(tmp_path / "run", roots=str(copy), grounding_roots="", policy=settings)
+    config = studio.train_config(
+        tmp_path / "run", roots=str(copy), grounding_roots="", policy=settings
+    )
     with pytest.raises(ConfigError, match="action_low has 4 values, the action has 7"):
         train(config)
     assert not (copy / ".frames").exists()

@@ -1,4 +1,6 @@
-"""Distillation: fewer iterations on a small set, resumable, the frozen parts untouched; the data that feed it."""
+"""Distillation: fewer iterations on a small set, resumable, the frozen parts untouched; the data
+that feed it.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,18 @@ import ceed_vla
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.tokens.uniform import ActionTokenizer
-from training.adapters import LoRAConfig
-from training.corruption import draw_states, guess_states, online_states
-from training.curriculum import FLOOR, informative_states
-from training.distill import DistillConfig, DistillRun, distill
-from training.distill_data import StoredData, TrajectoriesConfig
-from training.trajectories import collect
+from ceed_vla.training.adapters import LoRAConfig
+from ceed_vla.training.corruption import draw_states, guess_states, online_states
+from ceed_vla.training.curriculum import FLOOR, informative_states
+from ceed_vla.training.distill import DistillConfig, DistillRun, distill
+from ceed_vla.training.distill_data import StoredData, TrajectoriesConfig
+from ceed_vla.training.trajectories import collect
 
 SHARES = np.array([0.7, 0.2, 0.1])
 FINAL = Path("checkpoints/final/pretrained_model")
-TRUNK = tuple(f"backbone.{name}" for name in ("action_tokens", "slots", "layers", "final_norm", "head"))
+TRUNK = tuple(
+    f"backbone.{name}" for name in ("action_tokens", "slots", "layers", "final_norm", "head")
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +45,42 @@ def teacher(studio: Any) -> tuple[Any, Any, Any]:
 @pytest.fixture(scope="module")
 def data(studio: Any, teacher: tuple[Any, Any, Any]) -> StoredData:
     return StoredData(
-        str(studio.trajectories), f"{studio.demo},{studio.other}", str(studio.teacher), *teacher[:2],
-        eval_frames=8, delta_quantile=0.8,
-    )  # fmt: skip
+        str(studio.trajectories),
+        f"{studio.demo},{studio.other}",
+        str(studio.teacher),
+        *teacher[:2],
+        eval_frames=8,
+        delta_quantile=0.8,
+    )
 
 
-# ---- what distillation is for -----------------------------------------------------------------------------------
+# ---- what distillation is for --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["trust_region", "paper"])
-def test_iterations_fall(studio: Any, tmp_path: Path, loss: str, read_log: Callable[..., dict[int, float]]) -> None:
+def test_iterations_fall(
+    studio: Any, tmp_path: Path, loss: str, read_log: Callable[..., dict[int, float]]
+) -> None:
     config = studio.distill_config(
-        tmp_path / "run", loss=loss, steps=150, batch_size=16, eval_frames=32, lr=1e-2, muon_lr=3e-2, warmup=5
+        tmp_path / "run",
+        loss=loss,
+        steps=150,
+        batch_size=16,
+        eval_frames=32,
+        lr=1e-2,
+        muon_lr=3e-2,
+        warmup=5,
     )
     run = DistillRun(config, None)
-    run.data.rows = np.concatenate([run.data.rows, run.data.held_out])  # over-fit: measure what it trains on
+    # over-fit: measure what it trains on
+    run.data.rows = np.concatenate([run.data.rows, run.data.held_out])
     before = run._measure()
     run.run()
     after = read_log(tmp_path / "run", "iterations_mean")[150]
     assert after < 0.75 * before["iterations_mean"]
-    assert read_log(tmp_path / "run", "one_forward_agreement")[150] > before["one_forward_agreement"]
+    assert (
+        read_log(tmp_path / "run", "one_forward_agreement")[150] > before["one_forward_agreement"]
+    )
     assert before["teacher_agreement"] == 1.0  # the student starts as the teacher
     assert read_log(tmp_path / "run", "teacher_agreement")[150] > 0.5
 
@@ -68,11 +88,17 @@ def test_iterations_fall(studio: Any, tmp_path: Path, loss: str, read_log: Calla
 @pytest.mark.parametrize("loss", ["trust_region", "paper"])
 @pytest.mark.parametrize("states", ["online", "stored"])
 def test_every_combination_trains_only_the_trunk(
-    studio: Any, teacher: tuple[Any, Any, Any], tmp_path: Path, loss: str, states: str,
+    studio: Any,
+    teacher: tuple[Any, Any, Any],
+    tmp_path: Path,
+    loss: str,
+    states: str,
     read_log: Callable[..., dict[int, float]],
-) -> None:  # fmt: skip
+) -> None:
     distill(
-        studio.distill_config(tmp_path / "run", loss=loss, states=states, max_iterations=3, confidence=0.4, lr=1e-2)
+        studio.distill_config(
+            tmp_path / "run", loss=loss, states=states, max_iterations=3, confidence=0.4, lr=1e-2
+        )
     )
     student, _, _ = ceed_vla.load(tmp_path / "run" / FINAL)
     before, after = teacher[0].state_dict(), student.state_dict()
@@ -94,9 +120,12 @@ def test_the_first_loss_of_the_trust_region_is_only_consistency(
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_an_interrupted_run_resumes_to_the_same_losses(
-    studio: Any, tmp_path: Path, interrupt_at: Callable[[int], None], step: int,
+    studio: Any,
+    tmp_path: Path,
+    interrupt_at: Callable[[int], None],
+    step: int,
     read_log: Callable[..., dict[int, float]],
-) -> None:  # fmt: skip
+) -> None:
     settings = {"loss": "paper", "states": "online", "eval_every": 2}
     distill(studio.distill_config(tmp_path / "whole", **settings))
     interrupt_at(step)
@@ -108,7 +137,7 @@ def test_an_interrupted_run_resumes_to_the_same_losses(
         assert read_log(tmp_path / "run", key) == read_log(tmp_path / "whole", key)
 
 
-# ---- labels -----------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------
 
 
 def test_the_replaced_share_is_one_minus_the_quantile(data: StoredData) -> None:
@@ -116,16 +145,22 @@ def test_the_replaced_share_is_one_minus_the_quantile(data: StoredData) -> None:
     assert replaced == pytest.approx(0.2, abs=1 / len(data.rows))
 
 
-def test_distances_and_labels_equal_a_loop(studio: Any, teacher: tuple[Any, Any, Any], data: StoredData) -> None:
+def test_distances_and_labels_equal_a_loop(
+    studio: Any, teacher: tuple[Any, Any, Any], data: StoredData
+) -> None:
     policy = teacher[0]
     stores = [open_dataset(studio.demo), open_dataset(studio.other)]
     low, high = policy.tokenizer.low.numpy(), policy.tokenizer.high.numpy()
     rows = np.array([0, 12, 30, 49, 52, 62])
     batch, distances = data.batch(rows), data.distances(rows)
-    np.testing.assert_allclose(data.distance(batch["fixed_point"], batch).numpy(), distances, rtol=1e-5)
+    np.testing.assert_allclose(
+        data.distance(batch["fixed_point"], batch).numpy(), distances, rtol=1e-5
+    )
     for i, row in enumerate(rows):
         store, frame = stores[data.trajectories.root[row]], data.trajectories.frame[row]
-        fixed = policy.tokenizer.decode(torch.from_numpy(data.trajectories.fixed_point[[row]].astype(np.int64)))[0]
+        fixed = policy.tokenizer.decode(
+            torch.from_numpy(data.trajectories.fixed_point[[row]].astype(np.int64))
+        )[0]
         steps = min(4, store.episode_end[frame] - frame)
         assert store.action is not None
         differences = [
@@ -137,26 +172,38 @@ def test_distances_and_labels_equal_a_loop(studio: Any, teacher: tuple[Any, Any,
         own = data.trajectories.fixed_point[row]
         recorded = policy.tokenizer.encode(batch["action"][i : i + 1])[0].numpy()
         np.testing.assert_array_equal(batch["labels"][i].numpy(), recorded if replaced else own)
-        assert batch["label_weight"][i].tolist() == [1.0 if k // 7 < steps or not replaced else 0.0 for k in range(28)]
+        assert batch["label_weight"][i].tolist() == [
+            1.0 if k // 7 < steps or not replaced else 0.0 for k in range(28)
+        ]
 
 
 def test_distances_in_ranges_that_are_not_symmetric(data: StoredData) -> None:
     low, high = [-0.1] * 7, [0.3] * 7
     config = SimpleNamespace(action_low=low, action_high=high, chunk_size=4, action_dim=7)
     other = copy(data)
-    other.policy = SimpleNamespace(config=config, tokenizer=ActionTokenizer(low, high, 4, num_bins=63))  # type: ignore[assignment]
+    other.policy = SimpleNamespace(
+        config=config, tokenizer=ActionTokenizer(low, high, 4, num_bins=63)
+    )  # type: ignore[assignment]
     rows = np.flatnonzero(data.trajectories.frame < 9)[:3]
     actions, _ = data.stores[0].chunks(data.trajectories.frame[rows], 4)
-    fixed = other.policy.tokenizer.decode(torch.from_numpy(data.trajectories.fixed_point[rows].astype(np.int64)))
+    fixed = other.policy.tokenizer.decode(
+        torch.from_numpy(data.trajectories.fixed_point[rows].astype(np.int64))
+    )
     expected = np.abs(fixed.numpy() - actions.numpy().clip(-0.1, 0.3)).mean((1, 2)) / 0.2
     np.testing.assert_allclose(other.distances(rows), expected, rtol=1e-4)
 
 
 def test_actions_are_compared_as_the_policy_writes_them(data: StoredData) -> None:
     """A vocabulary of normalised actions reads chunks that are normalised."""
-    other, step = copy(data), deepcopy(next(s for s in data.pre.steps if isinstance(s, NormalizerProcessorStep)))
+    other, step = (
+        copy(data),
+        deepcopy(next(s for s in data.pre.steps if isinstance(s, NormalizerProcessorStep))),
+    )
     step.norm_map = {**step.norm_map, FeatureType.ACTION: NormalizationMode.MEAN_STD}
-    step._tensor_stats = {**step._tensor_stats, "action": {"mean": torch.full((7,), 2.0), "std": torch.full((7,), 4.0)}}
+    step._tensor_stats = {
+        **step._tensor_stats,
+        "action": {"mean": torch.full((7,), 2.0), "std": torch.full((7,), 4.0)},
+    }
     other.pre = SimpleNamespace(steps=[step])
     rows = np.arange(3)
     actions, pad = data.stores[0].chunks(data.trajectories.frame[rows], 4)
@@ -165,12 +212,13 @@ def test_actions_are_compared_as_the_policy_writes_them(data: StoredData) -> Non
     np.testing.assert_allclose(other.distances(rows), expected.numpy(), rtol=1e-4)
     assert not np.allclose(data.distances(rows), expected.numpy(), rtol=0.01)
     other.pre = SimpleNamespace(steps=[RelativeActionsProcessorStep(enabled=True), step])
-    state = torch.from_numpy(data.stores[0].state[data.trajectories.frame[rows]])[:, None, :7]  # (B, 1, A)
+    # (B, 1, A)
+    state = torch.from_numpy(data.stores[0].state[data.trajectories.frame[rows]])[:, None, :7]
     expected = data.distance(fixed, {"action": (actions - state - 2) / 4, "action_is_pad": pad})
     np.testing.assert_allclose(other.distances(rows), expected.numpy(), rtol=1e-4)
 
 
-# ---- states -----------------------------------------------------------------------------------------------------
+# ---- states --------------------------------------------------------------------------------------
 
 
 def test_stored_states_are_never_the_fixed_point(data: StoredData) -> None:
@@ -194,7 +242,9 @@ def test_guesses_of_inference(data: StoredData, teacher: tuple[Any, Any, Any]) -
     previous, random = batch["previous"], np.random.default_rng(0)
 
     def guesses(*shares: float) -> torch.Tensor:
-        return guess_states(teacher[0], previous, draw_states(teacher[0], 12, np.array(shares), 0, random))
+        return guess_states(
+            teacher[0], previous, draw_states(teacher[0], 12, np.array(shares), 0, random)
+        )
 
     has = previous[:, 0] >= 0
     assert has.any()
@@ -227,7 +277,9 @@ def test_online_states_are_jacobi_updates_of_a_guess(
 
 
 class Counting:
-    """A student whose every update puts the next wrong token right, and with it all behind 4 right ones."""
+    """A student whose every update puts the next wrong token right, and with it all behind 4 right
+    ones.
+    """
 
     config = SimpleNamespace(n_action_steps=1)
 
@@ -258,14 +310,18 @@ def test_the_curriculum_draws_where_an_update_changes_most() -> None:
     gain = {8: 1 / 8, 7: 1 / 8, 6: 1 / 8, 5: 5 / 8, 0: 0.0}
     total = sum(value + FLOOR for value in gain.values())
     for left, value in gain.items():
-        assert (wrong == left).float().mean().item() == pytest.approx((value + FLOOR) / total, abs=0.03)
+        assert (wrong == left).float().mean().item() == pytest.approx(
+            (value + FLOOR) / total, abs=0.03
+        )
     mid = (states == 2).any(1)[wrong > 0].float().mean().item()
     assert mid == pytest.approx(0.2, abs=0.03)  # guesses keep their shares
     half = informative_states(Counting(), None, previous[::2], fixed[::2], draw[::2], 4, SHARES)
     assert torch.equal(half, states[::2])  # however the batch is split
 
 
-def test_a_run_with_the_curriculum(studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]) -> None:
+def test_a_run_with_the_curriculum(
+    studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]
+) -> None:
     config = studio.distill_config(tmp_path / "run", steps=4, batch_size=4, curriculum="spread")
     distill(config)
     uniform = studio.distill_config(tmp_path / "other", steps=4, batch_size=4)
@@ -275,7 +331,7 @@ def test_a_run_with_the_curriculum(studio: Any, tmp_path: Path, read_log: Callab
     ).read_bytes()
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -314,7 +370,11 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
         ({"eval_frames": 63}, DatasetError, "--eval_frames 63 of them"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
         ({"trajectories": ""}, ConfigError, "No trajectories"),
-        ({"lora": LoRAConfig(rank=2, targets="all")}, ConfigError, "what makes the prefix stays frozen"),
+        (
+            {"lora": LoRAConfig(rank=2, targets="all")},
+            ConfigError,
+            "what makes the prefix stays frozen",
+        ),
         ({"output_dir": " "}, ConfigError, "output_dir"),
         ({"resume": True}, CheckpointError, "nothing to resume"),
     ],
@@ -322,16 +382,24 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
 def test_settings_that_cannot_work(
     studio: Any, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    places = {"DEMO": str(studio.demo), "OTHER": str(studio.other), "MISSING": str(tmp_path / "missing")}
+    places = {
+        "DEMO": str(studio.demo),
+        "OTHER": str(studio.other),
+        "MISSING": str(tmp_path / "missing"),
+    }
     for name, place in places.items():
-        changes = {k: v.replace(name, place) if isinstance(v, str) else v for k, v in changes.items()}
+        changes = {
+            k: v.replace(name, place) if isinstance(v, str) else v for k, v in changes.items()
+        }
     if "trajectories" in changes:
         changes["trajectories"] = TrajectoriesConfig(changes["trajectories"])
     with pytest.raises(error, match=message):
         distill(studio.distill_config(tmp_path / "run", **changes))
 
 
-@pytest.mark.parametrize("change", [{"num_bins": 65}, {"shift_steps": 4}, {"chunk_size": 7, "action_dim": 4}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"num_bins": 65}, {"shift_steps": 4}, {"chunk_size": 7, "action_dim": 4}], ids=str
+)
 def test_trajectories_of_another_layout_are_refused(
     studio: Any, teacher: tuple[Any, Any, Any], tmp_path: Path, change: dict[str, int]
 ) -> None:
@@ -340,9 +408,13 @@ def test_trajectories_of_another_layout_are_refused(
     (copy / "meta.json").write_text(json.dumps({**meta, **change}))
     with pytest.raises(DatasetError, match=next(iter(change))):
         StoredData(
-            str(copy), f"{studio.demo},{studio.other}", str(studio.teacher), *teacher[:2],
-            eval_frames=8, delta_quantile=0.8,
-        )  # fmt: skip
+            str(copy),
+            f"{studio.demo},{studio.other}",
+            str(studio.teacher),
+            *teacher[:2],
+            eval_frames=8,
+            delta_quantile=0.8,
+        )
 
 
 @pytest.mark.parametrize("digest", ["0" * 16, None], ids=["other actions", "none stored"])

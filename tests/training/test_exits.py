@@ -1,4 +1,6 @@
-"""`ceed-vla exits`: exits come nearer to the full depth, the base stays as it is, and what cannot work is refused."""
+"""`ceed-vla exits`: exits come nearer to the full depth, the base stays as it is, and what cannot
+work is refused.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import ceed_vla
 from ceed_vla.backbones.exits import EXITS
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.errors import ConfigError
-from training.exits import REPORT, ExitsConfig, exits
-from training.teacher import train
+from ceed_vla.training.exits import REPORT, ExitsConfig, exits
+from ceed_vla.training.teacher import train
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +27,17 @@ def deep(studio: Any, tiny_policy: Any, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize(
-    ("kind", "reads"), [("linear", "states"), ("layer", "states"), ("coarse", "states"), ("linear", "fixed_points")]
+    ("kind", "reads"),
+    [("linear", "states"), ("layer", "states"), ("coarse", "states"), ("linear", "fixed_points")],
 )
-def test_exits_learn_and_the_base_does_not(studio: Any, deep: Path, tmp_path: Path, kind: str, reads: str) -> None:
+def test_exits_learn_and_the_base_does_not(
+    studio: Any, deep: Path, tmp_path: Path, kind: str, reads: str
+) -> None:
     def trained(steps: int, lr: float) -> tuple[Path, dict[str, float]]:
         sizes = {"kind": kind, "reads": reads, "steps": steps, "lr": lr, "eval_frames": 16}
-        config = ExitsConfig(str(deep), str(studio.demo), str(tmp_path / str(steps)), layers=[1], **sizes)
+        config = ExitsConfig(
+            str(deep), str(studio.demo), str(tmp_path / str(steps)), layers=[1], **sizes
+        )
         folder = exits(config)
         return folder, json.loads((folder / REPORT).read_text())["depths"]["1"]
 
@@ -41,20 +48,32 @@ def test_exits_learn_and_the_base_does_not(studio: Any, deep: Path, tmp_path: Pa
     assert weights_hash(folder) == weights_hash(deep)
     policy, _, _ = ceed_vla.load(folder)
     base, _, _ = ceed_vla.load(deep)
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), base.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(policy.parameters(), base.parameters(), strict=True)
+    )
     assert list(policy.backbone.exits) == [1]
     policy.config.decodings, policy.config.decode_with = {"risk0.1": "deer1t1"}, "risk0.1"
     save(tmp_path / "measured", policy, *ceed_vla.load(folder)[1:])
     sizes = {"kind": kind, "steps": 1, "eval_frames": 16}
-    anew = ExitsConfig(str(tmp_path / "measured"), str(studio.demo), str(tmp_path / "anew"), layers=[1], **sizes)
+    anew = ExitsConfig(
+        str(tmp_path / "measured"), str(studio.demo), str(tmp_path / "anew"), layers=[1], **sizes
+    )
     config = ceed_vla.load(exits(anew))[0].config
-    assert (config.decodings, config.decode_with) == ({}, "ceed")  # what was measured with others says nothing
+    # what was measured with others says nothing
+    assert (config.decodings, config.decode_with) == (
+        {},
+        "ceed",
+    )
     assert (folder / EXITS).stat().st_size < 0.6 * (folder / "model.safetensors").stat().st_size
 
 
 def test_what_cannot_work_is_refused(studio: Any, deep: Path, tmp_path: Path) -> None:
     def config(**changes: Any) -> ExitsConfig:
-        given = {"policy_path": str(deep), "roots": str(studio.demo), "output_dir": str(tmp_path / "new")}
+        given = {
+            "policy_path": str(deep),
+            "roots": str(studio.demo),
+            "output_dir": str(tmp_path / "new"),
+        }
         return ExitsConfig(**{**given, "layers": [1], **changes})
 
     for change, message in (

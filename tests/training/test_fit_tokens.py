@@ -1,4 +1,6 @@
-"""FAST action tokens from data to checkpoint: fitted, trained, collected, distilled, decoded with the compact model."""
+"""FAST action tokens from data to checkpoint: fitted, trained, collected, distilled, decoded with
+the compact model.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,25 @@ from ceed_vla.data.frames import open_dataset
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, DatasetError, MalformedChunkError
 from ceed_vla.tokens.fast import FastTokenizer, FastTokensConfig
-from training.distill import TrajectoriesConfig, distill
-from training.distill_data import DistillData
-from training.fit_tokens import FitTokensConfig, all_chunks, fit_action_tokens, fit_tokens
-from training.losses import mixed_labels
-from training.teacher import train
-from training.trajectories import collect, read_trajectories
+from ceed_vla.training.distill import TrajectoriesConfig, distill
+from ceed_vla.training.distill_data import DistillData
+from ceed_vla.training.fit_tokens import FitTokensConfig, all_chunks, fit_action_tokens, fit_tokens
+from ceed_vla.training.losses import mixed_labels
+from ceed_vla.training.teacher import train
+from ceed_vla.training.trajectories import collect, read_trajectories
 
 
 @pytest.fixture(scope="module")
-def teacher(studio: Any, tiny_policy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher(
+    studio: Any, tiny_policy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A teacher with FAST tokens, trained long enough to write different chunks."""
     tokens = FastTokensConfig(most_ids=128, scale=8.0)
     policy = tiny_policy(action_tokens=tokens)
     output = tmp_path_factory.mktemp("fast") / "teacher"
-    return train(studio.train_config(output, policy=policy, steps=90, roots=f"{studio.demo},{studio.other}"))
+    return train(
+        studio.train_config(output, policy=policy, steps=90, roots=f"{studio.demo},{studio.other}")
+    )
 
 
 def test_training_fits_the_tokens_and_the_checkpoint_keeps_them(studio: Any, teacher: Path) -> None:
@@ -54,12 +60,17 @@ def test_training_fits_the_tokens_and_the_checkpoint_keeps_them(studio: Any, tea
 
 
 def test_a_teachers_malformed_chunks_are_counted_and_replaced_by_demonstrations(
-    studio: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    studio: Any,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from training import trajectories
+    from ceed_vla.training import trajectories
 
     policy, pre, _ = load(teacher)
-    monkeypatch.setattr(policy.tokenizer, "grammar", None)  # nothing makes its chunks whole any more
+    # nothing makes its chunks whole any more
+    monkeypatch.setattr(policy.tokenizer, "grammar", None)
     torch.nn.init.normal_(policy.backbone.head.weight)
     batch = pre(open_dataset(studio.demo).batch(np.arange(4), 4))
     with pytest.raises(MalformedChunkError, match="4 of 4 chunks are malformed"):
@@ -67,7 +78,9 @@ def test_a_teachers_malformed_chunks_are_counted_and_replaced_by_demonstrations(
     tokens = policy.decode(batch, "ar", read=False).tokens
 
     data = DistillData(str(studio.demo), policy, pre)
-    distance = data.distance(torch.cat([tokens[:2], policy.tokenizer.encode(batch["action"][2:])]), batch)
+    distance = data.distance(
+        torch.cat([tokens[:2], policy.tokenizer.encode(batch["action"][2:])]), batch
+    )
     assert distance[:2].isinf().all()
     assert distance[2:].isfinite().all()
     _, replaced = mixed_labels(tokens, tokens, distance, float("inf"))
@@ -85,7 +98,9 @@ def test_trajectories_and_distillation(studio: Any, teacher: Path, tmp_path: Pat
     trajectories = read_trajectories(folder, str(teacher))
     policy, pre, _ = load(teacher)
     assert isinstance(policy.tokenizer, FastTokenizer)
-    assert policy.tokenizer.readable(torch.from_numpy(trajectories.fixed_point.astype(np.int64))).all()
+    assert policy.tokenizer.readable(
+        torch.from_numpy(trajectories.fixed_point.astype(np.int64))
+    ).all()
     for states in ("online", "stored"):
         for loss in ("trust_region", "paper"):
             student = distill(
@@ -108,7 +123,10 @@ def test_trajectories_and_distillation(studio: Any, teacher: Path, tmp_path: Pat
 
 def test_the_command_writes_what_a_trainer_reads(studio: Any, tmp_path: Path) -> None:
     config = FitTokensConfig(
-        roots=f"{studio.demo},{studio.other}", output=str(tmp_path / "fast.json"), chunk_size=4, scale=8.0
+        roots=f"{studio.demo},{studio.other}",
+        output=str(tmp_path / "fast.json"),
+        chunk_size=4,
+        scale=8.0,
     )
     report = fit_tokens(config)
     assert report["tokens_mean"] < report["uniform_tokens"] == 28
@@ -122,7 +140,9 @@ def test_the_command_writes_what_a_trainer_reads(studio: Any, tmp_path: Path) ->
     assert read.gripper_dims == [6]  # the dimension of two values
     fit_tokens(config)  # its own file may be written again
     with pytest.raises(DatasetError, match="holds no actions"):
-        fit_tokens(FitTokensConfig(roots=str(studio.grounding), output=str(tmp_path / "other.json")))
+        fit_tokens(
+            FitTokensConfig(roots=str(studio.grounding), output=str(tmp_path / "other.json"))
+        )
     with pytest.raises(ConfigError, match="set --roots"):
         FitTokensConfig()
     with pytest.raises(ConfigError, match="chunk_size is 0"):
@@ -135,22 +155,34 @@ def test_no_other_file_is_overwritten(studio: Any, tmp_path: Path, name: str) ->
     (tmp_path / "notes.txt").write_text("keep me")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="choose another --output"):
-        fit_tokens(FitTokensConfig(roots=str(studio.demo), output=str(tmp_path / name), chunk_size=4))
+        fit_tokens(
+            FitTokensConfig(roots=str(studio.demo), output=str(tmp_path / name), chunk_size=4)
+        )
     assert (tmp_path / "notes.txt").read_text() == "keep me"
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"output": ""}, {"chunk_size": 10**9}, {"scale": float("inf")}, {"scale": 0.0}, {"max_tokens": -1},
-     {"most_ids": 1}, {"action_low": [float("nan")]}, {"gripper_dims": [1.5]}],
+    [
+        {"output": ""},
+        {"chunk_size": 10**9},
+        {"scale": float("inf")},
+        {"scale": 0.0},
+        {"max_tokens": -1},
+        {"most_ids": 1},
+        {"action_low": [float("nan")]},
+        {"gripper_dims": [1.5]},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_settings_out_of_range(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
         FitTokensConfig(**{"roots": "x", **changes})
 
 
-def test_tokens_that_are_known_are_not_fitted_again(studio: Any, tiny_policy: Callable[..., Any]) -> None:
+def test_tokens_that_are_known_are_not_fitted_again(
+    studio: Any, tiny_policy: Callable[..., Any]
+) -> None:
     store = open_dataset(studio.demo)
     policy = tiny_policy(action_tokens=FastTokensConfig(most_ids=128))
     fit_action_tokens(policy, [store])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import CeedVLAError, DatasetError
-from training.inspection import InspectConfig, inspect
+from ceed_vla.training.inspection import InspectConfig, inspect
 
 NAMES = {"observation.state": ["x", "y"], "action": ["dx", "grip", "rare", "wide", "same"]}
 
@@ -20,8 +20,14 @@ NAMES = {"observation.state": ["x", "y"], "action": ["dx", "grip", "rare", "wide
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three episodes of 20 frames; the second stands still for 12 of its 19 steps."""
     folder = tmp_path_factory.mktemp("data") / "set"
-    features: dict[str, Any] = {name: {"dtype": "float32", "shape": (len(n),), "names": n} for name, n in NAMES.items()}
-    features["observation.image"] = {"dtype": "image", "shape": (8, 10, 3), "names": ["height", "width", "channels"]}
+    features: dict[str, Any] = {
+        name: {"dtype": "float32", "shape": (len(n),), "names": n} for name, n in NAMES.items()
+    }
+    features["observation.image"] = {
+        "dtype": "image",
+        "shape": (8, 10, 3),
+        "names": ["height", "width", "channels"],
+    }
     writer = DatasetWriter(folder, repo_id="local/set", fps=5, features=features, robot_type="none")
     rng = np.random.default_rng(0)
     for episode in range(3):
@@ -42,9 +48,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_a_data_set_holds(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_data_set_holds(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = inspect(InspectConfig(str(root), str(tmp_path / "shown.png"), minutes=0))
-    assert (report["episodes"], report["frames"], report["fps"], report["instructions"]) == (3, 60, 5, 2)
+    assert (report["episodes"], report["frames"], report["fps"], report["instructions"]) == (
+        3,
+        60,
+        5,
+        2,
+    )
     assert report["episode_frames"] == [20, 20, 20]
     assert report["cameras"] == {"observation.image": [8, 10, 3]}
     assert report["idle_episodes"] == [1]
@@ -57,12 +70,18 @@ def test_what_a_data_set_holds(root: Path, tmp_path: Path, capsys: pytest.Captur
     assert report["dimensions"]["observation.state"][0]["max"] == 19
     lines = "\n".join(report["choices"])
     for words in (
-        "grip: two values", "dx: increments", "rare: near zero in 90%", "wide: at an end", "same: never change",
+        "grip: two values",
+        "dx: increments",
+        "rare: near zero in 90%",
+        "wide: at an end",
+        "same: never change",
         "state 2; 5 Hz",
-    ):  # fmt: skip
+    ):
         assert words in lines
     said = capsys.readouterr().out
-    assert "3 episodes, 60 frames at 5 Hz (20 to 20 an episode, median 20 = 4.0 s)" in " ".join(said.split())
+    assert "3 episodes, 60 frames at 5 Hz (20 to 20 an episode, median 20 = 4.0 s)" in " ".join(
+        said.split()
+    )
     assert "At rest in more than half of the frames: episode 1." in said
     with Image.open(tmp_path / "shown.png") as picture:
         assert min(picture.size) > 300

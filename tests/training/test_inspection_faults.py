@@ -1,4 +1,6 @@
-"""`ceed-vla inspect` on data with many faults at once: all are reported, and the printed command removes them."""
+"""`ceed-vla inspect` on data with many faults at once: all are reported, and the printed command
+removes them.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,28 @@ from lerobot.scripts import lerobot_edit_dataset
 from ceed_vla.cli import main
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import DatasetError
+from ceed_vla.training.inspection import InspectConfig, survey, verdict
+from ceed_vla.training.inspection_tasks import similar_tasks
+from ceed_vla.training.inspection_values import rows_of
 from ceed_vla.wording import counted, numbered
-from training.inspection import InspectConfig, survey, verdict
-from training.inspection_tasks import similar_tasks
-from training.inspection_values import rows_of
 
 FEATURES: dict[str, Any] = {
-    "observation.image": {"dtype": "image", "shape": (8, 10, 3), "names": ["height", "width", "channels"]},
+    "observation.image": {
+        "dtype": "image",
+        "shape": (8, 10, 3),
+        "names": ["height", "width", "channels"],
+    },
     "observation.state": {"dtype": "float32", "shape": (3,), "names": ["x", "still", "y"]},
     "observation.depth": {"dtype": "float32", "shape": (4, 5), "names": ["height", "width"]},
     "action": {"dtype": "float32", "shape": (2,), "names": ["move", "rare"]},
 }
 LENGTHS = (120, 40, 1, 40, 40, 5)
-TASKS = ("pick up the red cube", "pick up the blue cube", "Pick up the red  cube.", "pick up the red cubes")
+TASKS = (
+    "pick up the red cube",
+    "pick up the blue cube",
+    "Pick up the red  cube.",
+    "pick up the red cubes",
+)
 NAN, INFINITE = (1, 3), 4  # episodes
 
 
@@ -59,10 +70,14 @@ def write(root: Path, features: dict[str, Any] = FEATURES) -> Path:
 
 
 def _stats_in_shape(*arguments: Any) -> Any:
-    """LeRobot's statistics; those of a 2-D feature have another shape for one frame, and it fails on them."""
+    """LeRobot's statistics; those of a 2-D feature have another shape for one frame, and it fails
+    on them.
+    """
     stats = compute_episode_stats(*arguments)
     found = stats.get("observation.depth", {})
-    found.update({name: np.full(5, value.mean()) for name, value in found.items() if name != "count"})
+    found.update(
+        {name: np.full(5, value.mean()) for name, value in found.items() if name != "count"}
+    )
     return stats
 
 
@@ -71,12 +86,17 @@ def spoil(root: Path) -> Path:
     file = next((root / "data").rglob("*.parquet"))
     table = pq.read_table(file)
     episode = np.array(table["episode_index"])
-    for name, episodes, value in (("action", NAN, np.nan), ("observation.state", (INFINITE,), np.inf)):
+    for name, episodes, value in (
+        ("action", NAN, np.nan),
+        ("observation.state", (INFINITE,), np.inf),
+    ):
         rows = table[name].to_pylist()
         for number in episodes:
             rows[int(np.flatnonzero(episode == number)[3])][0] = value
         place = table.schema.get_field_index(name)
-        table = table.set_column(place, table.schema.field(place), pa.array(rows, table.schema.field(place).type))
+        table = table.set_column(
+            place, table.schema.field(place), pa.array(rows, table.schema.field(place).type)
+        )
     pq.write_table(table, file)
     return root
 
@@ -93,7 +113,9 @@ def faulty(sound: Path, tmp_path: Path) -> Path:
 
 
 def edit(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run commands of LeRobot's tool, joined by ``&&``, in this process: its imports take most of its time."""
+    """Run commands of LeRobot's tool, joined by ``&&``, in this process: its imports take most of
+    its time.
+    """
     monkeypatch.setattr(lerobot_edit_dataset, "init_logging", lambda: None)
     for part in command.split(" && "):
         monkeypatch.setattr(sys, "argv", shlex.split(part))
@@ -105,7 +127,10 @@ def flat(text: str) -> str:
 
 
 def test_everything_is_reported_in_one_run_and_the_command_repairs_it(
-    faulty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    faulty: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = ["--minutes", "0", "--output", str(tmp_path / "picture.png")]
     assert main(["inspect", str(faulty), *options]) == 1
@@ -130,7 +155,9 @@ def test_everything_is_reported_in_one_run_and_the_command_repairs_it(
     ):
         assert words in said
     assert "blue" not in said[said.index("pairs of instructions") :].split(" A policy ")[0]
-    assert flat(printed.err).endswith(f"{faulty} cannot be trained on: 1 fault; the verdict lists the remedies.")
+    assert flat(printed.err).endswith(
+        f"{faulty} cannot be trained on: 1 fault; the verdict lists the remedies."
+    )
 
     with pytest.raises(DatasetError, match=r"episodes 1 and 3.*episode_indices") as refused:
         open_dataset(faulty)
@@ -168,7 +195,9 @@ def test_what_is_missing_is_a_fault(tmp_path: Path, lacking: str) -> None:
     assert {"observation.image": "camera"}.get(lacking, lacking) in report["faults"][0]
 
 
-def test_how_many_steps_fit_into_the_time(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_steps_fit_into_the_time(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     class Estimate(SimpleNamespace):
@@ -179,7 +208,9 @@ def test_how_many_steps_fit_into_the_time(sound: Path, tmp_path: Path, monkeypat
         calls.append((len(stores), policy.chunk_size, minutes))
         return Estimate(enough=False, advice="give it an hour")
 
-    monkeypatch.setitem(sys.modules, "training.estimate", SimpleNamespace(estimate=estimate))
+    monkeypatch.setitem(
+        sys.modules, "ceed_vla.training.estimate", SimpleNamespace(estimate=estimate)
+    )
     report = survey(InspectConfig(str(sound), str(tmp_path / "picture.png"), minutes=5))
     assert calls == [(1, 8, 5)]
     assert report["budget"] == "5 minutes on this machine: about 90 steps."
@@ -199,7 +230,9 @@ def test_actions_that_would_be_clipped_are_a_fault(sound: Path, tmp_path: Path) 
 def test_similar_tasks() -> None:
     assert similar_tasks(["Push it!", "push  it", "push"]) == [("Push it!", "push  it")]
     assert similar_tasks(["grasp the handle of a drawer", "grasp handle of the drawer"])
-    assert similar_tasks(["grasp the colored handle of the drawer", "grasp the coloured handle of the drawer"])
+    assert similar_tasks(
+        ["grasp the colored handle of the drawer", "grasp the coloured handle of the drawer"]
+    )
     assert similar_tasks(["put the red cube into the bin", "put the red cube onto the bin"]) == []
     assert similar_tasks(["put the red cube into the bin", "put the blue cube into the bin"]) == []
     assert similar_tasks(["put cube 1 into the large bin", "put cube 2 into the large bin"]) == []
@@ -210,7 +243,9 @@ def test_which_dimensions_hardly_change() -> None:
     wide, glitch = random.normal(size=1000), random.normal(size=1000)
     rare, offset = np.zeros(1000), 400 + 0.01 * wide
     glitch[0], rare[:5] = 1000, 1
-    rows = rows_of(np.stack([wide, glitch, rare, offset, np.ones(1000)], 1).astype(np.float32), None)
+    rows = rows_of(
+        np.stack([wide, glitch, rare, offset, np.ones(1000)], 1).astype(np.float32), None
+    )
     found = [row.unchanging for row in rows]
     assert found[0] == ""
     assert "is near-constant" in found[1]
@@ -223,8 +258,15 @@ def test_verdicts_and_their_grammar() -> None:
     assert verdict([], []) == ["Verdict: ready for training."]
     assert verdict([], ["a"])[0] == "Verdict: ready, 1 thing to look at"
     assert verdict(["a", "b"], ["c"]) == [
-        "Verdict: cannot be trained on: 2 faults", "  1. a", "  2. b", "Also 1 thing to look at:", "  - c",
-    ]  # fmt: skip
+        "Verdict: cannot be trained on: 2 faults",
+        "  1. a",
+        "  2. b",
+        "Also 1 thing to look at:",
+        "  - c",
+    ]
     assert (counted(1, "episode"), counted(1200, "frame")) == ("1 episode", "1,200 frames")
     assert numbered("episode", [3]) == "episode 3"
-    assert numbered("episode", list(range(12))) == "episodes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ... (12 in all)"
+    assert (
+        numbered("episode", list(range(12)))
+        == "episodes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ... (12 in all)"
+    )

@@ -1,4 +1,6 @@
-"""Both distillation losses against slow loops over probabilities in float64, and what they must not look at."""
+"""Both distillation losses against slow loops over probabilities in float64, and what they must not
+look at.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.compact.model import LANGUAGE_KEY, STATE_KEY, CompactBackbone
 from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.tokens.uniform import UniformTokensConfig
-from training.losses import (
+from ceed_vla.training.losses import (
     after_first_divergence,
     chunk_distance,
     forward_kl,
@@ -28,7 +30,7 @@ B, N, V = 5, 8, 9
 CAMERA = "observation.images.front"
 
 
-# ---- the reference: plain loops ---------------------------------------------------------------------------------
+# ---- the reference: plain loops ------------------------------------------------------------------
 
 
 def probabilities(row: NDArray[np.float64]) -> list[float]:
@@ -45,7 +47,9 @@ def reference_kl(target: NDArray[np.float64], model: NDArray[np.float64]) -> flo
 def reference_consistency(
     target: NDArray[np.float64], model: NDArray[np.float64], states: Tensor, fixed: Tensor
 ) -> float:
-    """Mean KL over the entries behind the first wrong token of every row; entry i predicts token i."""
+    """Mean KL over the entries behind the first wrong token of every row; entry i predicts token
+    i.
+    """
     terms = []
     for b in range(len(states)):
         first = next((i for i in range(N) if states[b, i] != fixed[b, i]), N)
@@ -69,7 +73,10 @@ def case() -> dict[str, Tensor]:
     states[1, N - 1] = (states[1, N - 1] + 1) % V  # only the last token: nothing left to learn
     states[2] = (states[2] + torch.arange(1, N + 1)) % V  # wrong from slot 0 on; slot 8 wraps round
     states[3, 6] = (states[3, 6] + 3) % V
-    logits = {name: torch.randn(B, N, V, generator=generator) * 2 for name in ("teacher", "fixed", "state", "label")}
+    logits = {
+        name: torch.randn(B, N, V, generator=generator) * 2
+        for name in ("teacher", "fixed", "state", "label")
+    }
     labels = torch.randint(V, (B, N), generator=generator)
     weight = torch.ones(B, N)
     weight[4, 3:] = 0
@@ -86,15 +93,21 @@ def numpy64(tensor: Tensor) -> NDArray[np.float64]:
     return tensor.double().numpy()
 
 
-# ---- values -----------------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 
 def test_slots_behind_the_end_of_a_chunk_teach_nothing(case: dict[str, Tensor]) -> None:
     live = torch.ones(B, N)
     live[:, 5:] = 0
     for loss, keys in (
-        (trust_region_loss, ("teacher_logits", "fixed_logits", "state_logits", "states", "fixed_point")),
-        (paper_loss, ("fixed_logits", "state_logits", "label_logits", "states", "fixed_point", "labels")),
+        (
+            trust_region_loss,
+            ("teacher_logits", "fixed_logits", "state_logits", "states", "fixed_point"),
+        ),
+        (
+            paper_loss,
+            ("fixed_logits", "state_logits", "label_logits", "states", "fixed_point", "labels"),
+        ),
     ):
         given = {key: case[key] for key in keys}
         more = {"omega": 2.0} if loss is trust_region_loss else {"omega": 2.0, "sigma": 0.0}
@@ -110,7 +123,9 @@ def test_trust_region_equals_the_loops(case: dict[str, Tensor]) -> None:
     terms = trust_region_loss(**{key: case[key] for key in keys}, omega=2.5)
     teacher, fixed = numpy64(case["teacher_logits"]), numpy64(case["fixed_logits"])
     anchor = np.mean([reference_kl(teacher[b, i], fixed[b, i]) for b in range(B) for i in range(N)])
-    consistency = reference_consistency(teacher, numpy64(case["state_logits"]), case["states"], case["fixed_point"])
+    consistency = reference_consistency(
+        teacher, numpy64(case["state_logits"]), case["states"], case["fixed_point"]
+    )
     assert terms.consistency.item() == pytest.approx(consistency, rel=1e-5)
     assert terms.anchor.item() == pytest.approx(anchor, rel=1e-5)
     assert terms.total.item() == pytest.approx(consistency + 2.5 * anchor, rel=1e-5)
@@ -135,7 +150,9 @@ def test_paper_loss_equals_the_loops(case: dict[str, Tensor], sigma: float) -> N
     assert terms.total.item() == pytest.approx(consistency + 0.5 * anchor, rel=1e-5)
 
 
-def test_kl_is_zero_on_equal_distributions_and_ignores_a_shift_of_the_logits(case: dict[str, Tensor]) -> None:
+def test_kl_is_zero_on_equal_distributions_and_ignores_a_shift_of_the_logits(
+    case: dict[str, Tensor],
+) -> None:
     logits = case["teacher_logits"]
     torch.testing.assert_close(forward_kl(logits, logits + 4), torch.zeros(B, N), atol=1e-5, rtol=0)
     assert (forward_kl(logits, case["fixed_logits"]) > 0).all()
@@ -148,7 +165,7 @@ def test_kl_stays_finite_where_the_model_is_certain_and_wrong() -> None:
     assert kl.item() == pytest.approx(2 / 3 * 1e4 - math.log(3), rel=1e-4)
 
 
-# ---- the mask ---------------------------------------------------------------------------------------------------
+# ---- the mask ------------------------------------------------------------------------------------
 
 
 def test_mask_starts_behind_the_first_wrong_token_and_stays(case: dict[str, Tensor]) -> None:
@@ -160,7 +177,9 @@ def test_mask_starts_behind_the_first_wrong_token_and_stays(case: dict[str, Tens
 
 
 @pytest.mark.parametrize("wrong", [None, N - 1])
-def test_an_empty_mask_gives_zero_with_a_gradient(case: dict[str, Tensor], wrong: int | None) -> None:
+def test_an_empty_mask_gives_zero_with_a_gradient(
+    case: dict[str, Tensor], wrong: int | None
+) -> None:
     states = case["fixed_point"].clone()
     if wrong is not None:
         states[:, wrong] = (states[:, wrong] + 1) % V
@@ -183,16 +202,29 @@ def test_masked_mean() -> None:
 @pytest.fixture(scope="module")
 def backbone() -> CompactBackbone:
     torch.manual_seed(0)
-    sizes = CompactConfig(words=8, max_instruction_words=4, image_size=16, image_grid=2,
-                          stem_channels=[4] * 4, width=16, layers=2, heads=2, mlp_width=16)  # fmt: skip
-    model = sizes.build(PolicyShape({CAMERA: (3, 16, 16)}, 3, 1, N, UniformTokensConfig(num_bins=V)))
+    sizes = CompactConfig(
+        words=8,
+        max_instruction_words=4,
+        image_size=16,
+        image_grid=2,
+        stem_channels=[4] * 4,
+        width=16,
+        layers=2,
+        heads=2,
+        mlp_width=16,
+    )
+    model = sizes.build(
+        PolicyShape({CAMERA: (3, 16, 16)}, 3, 1, N, UniformTokensConfig(num_bins=V))
+    )
     with torch.no_grad():  # let tokens matter as in a trained model
         model.action_tokens.weight.mul_(50)
     return model
 
 
 @pytest.mark.parametrize("first", range(N))
-def test_changing_token_f_changes_the_logits_from_entry_f_plus_1_on(backbone: CompactBackbone, first: int) -> None:
+def test_changing_token_f_changes_the_logits_from_entry_f_plus_1_on(
+    backbone: CompactBackbone, first: int
+) -> None:
     observation = {
         CAMERA: torch.rand(2, 3, 16, 16),
         STATE_KEY: torch.randn(2, 3),
@@ -202,29 +234,41 @@ def test_changing_token_f_changes_the_logits_from_entry_f_plus_1_on(backbone: Co
     states = fixed.clone()
     states[:, first] = (states[:, first] + 1) % V
     with torch.no_grad():
-        _, (on_fixed, on_states) = backbone.packed_logits(backbone.embed_prefix(observation), [fixed, states])
+        _, (on_fixed, on_states) = backbone.packed_logits(
+            backbone.embed_prefix(observation), [fixed, states]
+        )
     changed = (on_fixed - on_states).abs().amax(-1) > 1e-5  # (2, n)
     mask = after_first_divergence(states, fixed).bool()
     torch.testing.assert_close(changed, mask)
     assert mask.sum(1).tolist() == [N - 1 - first] * 2
 
 
-# ---- gradients --------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 def test_no_gradient_into_the_targets(case: dict[str, Tensor]) -> None:
     leaves = {key: case[key].clone().requires_grad_() for key in case if key.endswith("_logits")}
     blocks = {key: case[key] for key in ("states", "fixed_point")}
-    teacher, fixed, states = leaves["teacher_logits"], leaves["fixed_logits"], leaves["state_logits"]
+    teacher, fixed, states = (
+        leaves["teacher_logits"],
+        leaves["fixed_logits"],
+        leaves["state_logits"],
+    )
     trust_region_loss(teacher, fixed, states, **blocks, omega=1.0).total.backward()
     assert teacher.grad is None
     assert fixed.grad is not None
     assert states.grad is not None
     fixed.grad = states.grad = None
     paper = paper_loss(
-        fixed, states, leaves["label_logits"], **blocks, labels=case["labels"],
-        label_weight=case["label_weight"], omega=1.0, sigma=0.0,
-    )  # fmt: skip
+        fixed,
+        states,
+        leaves["label_logits"],
+        **blocks,
+        labels=case["labels"],
+        label_weight=case["label_weight"],
+        omega=1.0,
+        sigma=0.0,
+    )
     paper.total.backward()
     assert fixed.grad is None  # the paper's target is the student itself, behind a stop-gradient
     assert states.grad is not None
@@ -241,11 +285,13 @@ def test_a_small_step_lowers_the_loss(case: dict[str, Tensor]) -> None:
     assert trust_region_loss(case["teacher_logits"], **stepped, **blocks, omega=1.0).total < before
 
 
-# ---- labels -----------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------
 
 
 def test_chunk_distance_counts_valid_steps_in_normalised_units() -> None:
-    actions = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]], [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]])
+    actions = torch.tensor(
+        [[[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]], [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]]
+    )
     demonstration = torch.zeros(2, 3, 2)
     valid = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     distance = chunk_distance(actions, demonstration, valid, half_range=torch.tensor([1.0, 2.0]))
@@ -255,6 +301,8 @@ def test_chunk_distance_counts_valid_steps_in_normalised_units() -> None:
 
 def test_labels_are_the_demonstration_only_beyond_delta_max() -> None:
     fixed, demonstration = torch.zeros(3, N, dtype=torch.long), torch.ones(3, N, dtype=torch.long)
-    labels, replaced = mixed_labels(fixed, demonstration, torch.tensor([0.1, 0.2, 0.3]), delta_max=0.2)
+    labels, replaced = mixed_labels(
+        fixed, demonstration, torch.tensor([0.1, 0.2, 0.3]), delta_max=0.2
+    )
     assert replaced.tolist() == [False, False, True]
     assert labels[:, 0].tolist() == [0, 0, 1]

@@ -14,14 +14,16 @@ from ceed_vla.checkpoints import load
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, DatasetError
-from training.open_loop import OpenLoopConfig, open_loop
+from ceed_vla.training.open_loop import OpenLoopConfig, open_loop
 
 
 @pytest.fixture(scope="module")
 def report(studio: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     output = tmp_path_factory.mktemp("report")
     roots = f"{studio.demo},{studio.other}"
-    config = OpenLoopConfig(str(studio.teacher), roots, str(output), "jacobi,cap1_random,jacobi_random")
+    config = OpenLoopConfig(
+        str(studio.teacher), roots, str(output), "jacobi,cap1_random,jacobi_random"
+    )
     found = open_loop(config)
     assert json.loads((output / "open_loop.json").read_text()) == found
     assert (output / "open_loop.png").read_bytes().startswith(b"\x89PNG")
@@ -36,15 +38,22 @@ def one_by_one(studio: Any, decoder: str) -> tuple[list[float], list[int]]:
     errors, forwards = [], []
     for store in stores:
         for first, end in sorted(
-            {(int(np.searchsorted(store.episode, e)), int(store.episode_end[i])) for i, e in enumerate(store.episode)}
+            {
+                (int(np.searchsorted(store.episode, e)), int(store.episode_end[i]))
+                for i, e in enumerate(store.episode)
+            }
         ):
             previous = None
             for frame in range(first, end, 2):
                 batch = pre(store.batch(np.array([frame]), 4))
-                result = policy.decode(batch, decoder, previous=previous, shift_steps=2, executed_steps=2)
+                result = policy.decode(
+                    batch, decoder, previous=previous, shift_steps=2, executed_steps=2
+                )
                 previous, count = result.tokens, min(2, end - frame)
                 chunk = post(policy.tokenizer.decode(result.tokens))[0, :count].numpy()
-                errors.append(float((np.abs(chunk - store.action[frame : frame + count]) / width).mean()))
+                errors.append(
+                    float((np.abs(chunk - store.action[frame : frame + count]) / width).mean())
+                )
                 forwards.append(int(result.iterations[0]))
     return errors, forwards
 
@@ -55,7 +64,9 @@ def test_rows_are_what_single_frames_give(studio: Any, report: Any) -> None:
     for decoder in ("ar", "jacobi"):
         errors, forwards = one_by_one(studio, decoder)
         assert report["rows"][decoder]["error"] == pytest.approx(np.mean(errors), abs=1e-4)
-        assert report["rows"][decoder]["forwards_mean"] == pytest.approx(np.mean(forwards), abs=1e-3)
+        assert report["rows"][decoder]["forwards_mean"] == pytest.approx(
+            np.mean(forwards), abs=1e-3
+        )
 
 
 def test_strict_rows_are_greedy_and_a_cap_is_not(report: Any) -> None:
@@ -70,17 +81,22 @@ def test_strict_rows_are_greedy_and_a_cap_is_not(report: Any) -> None:
     assert rows["cap1_random"]["tokens_equal_ar"] < 1
     per_forward = rows["cap1_random"]["block_layers_mean"]
     assert per_forward == rows["ar"]["prefix_layers_mean"] > 0
-    assert rows["ar"]["block_layers_mean"] == pytest.approx(per_forward * rows["ar"]["forwards_mean"])
+    assert rows["ar"]["block_layers_mean"] == pytest.approx(
+        per_forward * rows["ar"]["forwards_mean"]
+    )
     assert rows["ar"]["error"] < rows["mean action"]["error"]  # it has learnt these frames
     assert all(
-        row["total_ms"]["p95"] >= row["total_ms"]["p50"] > 0 for name, row in rows.items() if name != "mean action"
+        row["total_ms"]["p95"] >= row["total_ms"]["p50"] > 0
+        for name, row in rows.items()
+        if name != "mean action"
     )
 
 
 def test_the_mean_action_is_the_data_s_own(studio: Any, report: Any) -> None:
     actions = np.concatenate([open_dataset(root).action for root in (studio.demo, studio.other)])
     distance = np.abs(actions - actions.mean(0)) / np.ptp(actions, axis=0)
-    # Every frame belongs to one chunk of two steps; the last of an odd episode is alone in its chunk and counts double.
+    # Every frame belongs to one chunk of two steps; the last of an odd episode is alone in its
+    # chunk and counts double.
     assert report["rows"]["mean action"]["error"] == pytest.approx(distance.mean(), rel=0.1)
 
 
@@ -136,7 +152,10 @@ def test_the_picture_shows_the_first_data_set_alone(
     studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr("training.open_loop._draw", lambda store, frames, actions, path: drawn.update(actions))
+    monkeypatch.setattr(
+        "ceed_vla.training.open_loop._draw",
+        lambda store, frames, actions, path: drawn.update(actions),
+    )
     roots = f"{studio.other},{studio.demo}"
     open_loop(OpenLoopConfig(str(studio.teacher), roots, str(tmp_path), "jacobi", chunks=6))
     assert drawn["ar"].shape == (6, 7)  # three chunks of two steps
@@ -146,23 +165,38 @@ def test_the_picture_shows_the_first_data_set_alone(
 def test_tokens_of_variable_length(studio: Any, tmp_path: Path, tiny_policy: Any) -> None:
     """FAST: a block ends somewhere, and equal rests behind two stops are no agreement."""
     from ceed_vla.tokens.fast import FastTokensConfig
-    from training.open_loop import _entry, _Row
-    from training.teacher import train
+    from ceed_vla.training.open_loop import _entry, _Row
+    from ceed_vla.training.teacher import train
 
     policy = tiny_policy(action_tokens=FastTokensConfig(most_ids=64, gripper_dims=[-1]))
-    config = studio.train_config(tmp_path / "run", policy=policy, grounding_steps=0, grounding_roots="", steps=20)
+    config = studio.train_config(
+        tmp_path / "run", policy=policy, grounding_steps=0, grounding_roots="", steps=20
+    )
     checkpoint = train(config)
-    rows = open_loop(OpenLoopConfig(str(checkpoint), str(studio.demo), str(tmp_path / "out"), "jacobi"))["rows"]
+    rows = open_loop(
+        OpenLoopConfig(str(checkpoint), str(studio.demo), str(tmp_path / "out"), "jacobi")
+    )["rows"]
     assert rows["jacobi"]["tokens_equal_ar"] == 1
     assert rows["jacobi"]["forwards_mean"] < rows["ar"]["forwards_mean"]
     tokens: Any = load(checkpoint)[0].tokenizer
     own, other = (
-        _Row(DecodingConfig(), [torch.tensor([1, second, tokens.stop, tokens.stop])], [0.5], [1], [(4, 4)], [0.1])
+        _Row(
+            DecodingConfig(),
+            [torch.tensor([1, second, tokens.stop, tokens.stop])],
+            [0.5],
+            [1],
+            [(4, 4)],
+            [0.1],
+        )
         for second in (2, 3)
     )
     entry = _entry(own, other, tokens, 2, [("set", 0)])
     assert entry["tokens_equal_ar"] == 0.5
     malformed = _entry(
-        _Row(DecodingConfig(), own.tokens, [np.nan], [1], [(4, 4)], [0.1]), other, tokens, 2, [("set", 0)]
+        _Row(DecodingConfig(), own.tokens, [np.nan], [1], [(4, 4)], [0.1]),
+        other,
+        tokens,
+        2,
+        [("set", 0)],
     )
     assert (malformed["error"], malformed["malformed"]) == (None, 1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from training import optim
-from training.optim import Muon, build_optimizers, computes_bfloat16, orthogonalise
+from ceed_vla.training import optim
+from ceed_vla.training.optim import Muon, build_optimizers, computes_bfloat16, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16), (1, 8)])
@@ -20,7 +20,9 @@ def test_orthogonalised_matrix_keeps_its_singular_vectors(shape: tuple[int, int]
     a, b, c = optim.NEWTON_SCHULZ
     for _ in range(5):
         values = a * values + b * values**3 + c * values**5
-    torch.testing.assert_close(orthogonalise(matrix).double(), u @ torch.diag(values) @ vh, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        orthogonalise(matrix).double(), u @ torch.diag(values) @ vh, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_muon_in_float32_steps_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +30,9 @@ def test_muon_in_float32_steps_as_torch_does(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(optim, "computes_bfloat16", lambda device: native)
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(12, 20))
-        optimizer = Muon([weight], lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        optimizer = Muon(
+            [weight], lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        )
         for seed in range(5):
             weight.grad = torch.randn(12, 20, generator=torch.Generator().manual_seed(seed))
             optimizer.step()
@@ -46,6 +50,9 @@ def test_only_matrices_of_layers_get_muon() -> None:
 
 
 def test_bfloat16_is_asked_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capabilities, expected in (({"avx2": True, "avx512_bf16": False}, False), ({"amx_bf16": True}, True)):
+    for capabilities, expected in (
+        ({"avx2": True, "avx512_bf16": False}, False),
+        ({"amx_bf16": True}, True),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert computes_bfloat16("cpu") is expected

@@ -1,4 +1,6 @@
-"""Two processes (gloo, `accelerate launch` with the recipes' settings) give what one gives, and go on after a kill."""
+"""Two processes (gloo, `accelerate launch` with the recipes' settings) give what one gives, and go
+on after a kill.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from tiny_vlms import make_tiny_vlm
 
 import ceed_vla
 from ceed_vla.errors import ConfigError
-from training.adapters import LoRAConfig
-from training.distill import distill
-from training.distill_data import TrajectoriesConfig
-from training.teacher import train
+from ceed_vla.training.adapters import LoRAConfig
+from ceed_vla.training.distill import distill
+from ceed_vla.training.distill_data import TrajectoriesConfig
+from ceed_vla.training.teacher import train
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "accelerate"
@@ -47,12 +49,16 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     PartialState.__init__ = begin_as_gpus
 
 import draccus
-from training.distill import DistillConfig, distill
-from training.run import Run
-from training.teacher import TrainConfig, train
-from training.trajectories import CollectConfig, collect
+from ceed_vla.training.distill import DistillConfig, distill
+from ceed_vla.training.run import Run
+from ceed_vla.training.teacher import TrainConfig, train
+from ceed_vla.training.trajectories import CollectConfig, collect
 
-commands = {"train": (train, TrainConfig), "collect": (collect, CollectConfig), "distill": (distill, DistillConfig)}
+commands = {
+    "train": (train, TrainConfig),
+    "collect": (collect, CollectConfig),
+    "distill": (distill, DistillConfig),
+}
 kill_at = int(sys.argv[3])
 if kill_at >= 0 and os.environ["RANK"] == "1":
     original = Run.optimize
@@ -70,8 +76,9 @@ for number, (name, settings) in enumerate(jobs, 1):
     function, kind = commands[name]
     function(draccus.decode(kind, settings))
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-    # After two sharded jobs in one process the interpreter's exit aborts about every second time ("terminate called
-    # without an active exception"; cause not found). Both jobs are done by here; their files are what is checked.
+    # After two sharded jobs in one process the interpreter's exit aborts about every second time
+    # ("terminate called without an active exception"; cause not found). Both jobs are done by here;
+    # their files are what is checked.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -80,16 +87,26 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
 
 @pytest.fixture
 def together(tmp_path: Path) -> Callable[..., int]:
-    """Run ("train" | "collect" | "distill", settings) in two processes; the second is killed before a step."""
+    """Run ("train" | "collect" | "distill", settings) in two processes; the second is killed before
+    a step.
+    """
 
     def launch(*jobs: tuple[str, Any], recipe: str = "ddp", kill_at: int = -1) -> int:
         script, settings = tmp_path / "worker.py", tmp_path / "jobs.json"
         script.write_text(WORKER)
         settings.write_text(json.dumps([(name, draccus.encode(config)) for name, config in jobs]))
-        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        accelerate = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--main_process_port",
+            "0",
+        ]
         recipe_flags = ["--config_file", str(RECIPES / f"{recipe}.yaml"), "--num_processes", "2"]
         worker = [str(script), str(ROOT), str(settings), str(kill_at)]
-        done = subprocess.run([*accelerate, *recipe_flags, *worker], capture_output=True, text=True, timeout=280)
+        done = subprocess.run(
+            [*accelerate, *recipe_flags, *worker], capture_output=True, text=True, timeout=280
+        )
         if kill_at < 0:
             assert done.returncode == 0, done.stderr[-3000:]
         return done.returncode
@@ -101,7 +118,9 @@ def together(tmp_path: Path) -> Callable[..., int]:
 def assert_equal_losses(read_log: Callable[..., dict[int, float]]) -> Callable[..., None]:
     """Losses of two runs agree at every step."""
 
-    def check(one: Path, other: Path, steps: int, key: str = "loss", tolerance: float = 1e-4) -> None:
+    def check(
+        one: Path, other: Path, steps: int, key: str = "loss", tolerance: float = 1e-4
+    ) -> None:
         first, second = read_log(one, key), read_log(other, key)
         assert sorted(first) == sorted(second) == list(range(1, steps + 1))
         np.testing.assert_allclose(list(second.values()), list(first.values()), rtol=tolerance)
@@ -111,9 +130,13 @@ def assert_equal_losses(read_log: Callable[..., dict[int, float]]) -> Callable[.
 
 @pytest.mark.slow
 def test_teacher_trajectories_and_student(
-    studio: Any, tmp_path: Path, together: Callable[..., int], assert_equal_losses: Callable[..., None]
+    studio: Any,
+    tmp_path: Path,
+    together: Callable[..., int],
+    assert_equal_losses: Callable[..., None],
 ) -> None:
-    # With augmentation and Muon, at the learning rates of `ceed-vla train`: 20 steps of larger ones are chaotic.
+    # With augmentation and Muon, at the learning rates of `ceed-vla train`: 20 steps of larger ones
+    # are chaotic.
     teacher = {"steps": 20, "grounding_steps": 0, "save_every": 50, "lr": 1e-3, "muon_lr": 2e-3}
     student = {"steps": 20, "save_every": 50}
     train(studio.train_config(tmp_path / "one", **teacher))
@@ -131,7 +154,9 @@ def test_teacher_trajectories_and_student(
     shards = sorted(file.name for file in studio.trajectories.glob("*.parquet"))
     assert sorted(file.name for file in (tmp_path / "trajectories").glob("*.parquet")) == shards
     for name in shards:
-        assert pq.read_table(tmp_path / "trajectories" / name) == pq.read_table(studio.trajectories / name)
+        assert pq.read_table(tmp_path / "trajectories" / name) == pq.read_table(
+            studio.trajectories / name
+        )
 
 
 @pytest.mark.slow
@@ -144,9 +169,12 @@ def test_teacher_trajectories_and_student(
     ids=["paper_accumulated", "online_lora"],
 )
 def test_other_students(
-    studio: Any, tmp_path: Path, together: Callable[..., int], assert_equal_losses: Callable[..., None],
+    studio: Any,
+    tmp_path: Path,
+    together: Callable[..., int],
+    assert_equal_losses: Callable[..., None],
     changes: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     settings = {"steps": 20, "save_every": 50, **changes}
     distill(studio.distill_config(tmp_path / "one", **{**settings, "gradient_accumulation": 1}))
     together(("distill", studio.distill_config(tmp_path / "two", **settings)))
@@ -156,14 +184,18 @@ def test_other_students(
 
 @pytest.mark.slow
 def test_a_killed_process_and_a_run_that_goes_on(
-    studio: Any, tmp_path: Path, together: Callable[..., int], assert_equal_losses: Callable[..., None]
+    studio: Any,
+    tmp_path: Path,
+    together: Callable[..., int],
+    assert_equal_losses: Callable[..., None],
 ) -> None:
     settings = {"steps": 10, "grounding_steps": 0, "save_every": 4, "lr": 1e-3, "muon_lr": 2e-3}
     train(studio.train_config(tmp_path / "whole", **settings))
     config = studio.train_config(tmp_path / "run", **settings)
     assert together(("train", config), kill_at=6) != 0
     config.resume = True
-    assert together(("train", config), kill_at=9) != 0  # goes on from step 4, and from step 8 the next time
+    # goes on from step 4, and from step 8 the next time
+    assert together(("train", config), kill_at=9) != 0
     train(config)  # one process may go on where two began
     assert_equal_losses(tmp_path / "whole", tmp_path / "run", 10)
 
@@ -171,29 +203,43 @@ def test_a_killed_process_and_a_run_that_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_sharded_weights(
-    studio: Any, tmp_path: Path, together: Callable[..., int], assert_equal_losses: Callable[..., None],
+    studio: Any,
+    tmp_path: Path,
+    together: Callable[..., int],
+    assert_equal_losses: Callable[..., None],
     checkpointing: bool,
-) -> None:  # fmt: skip
+) -> None:
     base = make_tiny_vlm("smolvlm", tmp_path / "base")
     common = {
-        "muon_lr": 0.0, "save_every": 10, "batch_size": 4, "gradient_checkpointing": checkpointing,
-    }  # fmt: skip
+        "muon_lr": 0.0,
+        "save_every": 10,
+        "batch_size": 4,
+        "gradient_checkpointing": checkpointing,
+    }
     teacher = {"steps": 20, "grounding_roots": "", "lr": 1e-3, **common}
     student = {
-        "teacher_path": str(tmp_path / "one" / FINAL), "trajectories": TrajectoriesConfig(online=True), "steps": 20,
+        "teacher_path": str(tmp_path / "one" / FINAL),
+        "trajectories": TrajectoriesConfig(online=True),
+        "steps": 20,
         **common,
-    }  # fmt: skip
+    }
     train(studio.train_config(tmp_path / "one", policy=studio.vlm_policy(base), **teacher))
     distill(studio.distill_config(tmp_path / "one_student", **student))
     resumed = studio.train_config(tmp_path / "two", policy=studio.vlm_policy(base), **teacher)
     assert together(("train", resumed), recipe="fsdp", kill_at=14) != 0
     resumed.resume = True
-    together(("train", resumed), ("distill", studio.distill_config(tmp_path / "two_student", **student)), recipe="fsdp")
+    together(
+        ("train", resumed),
+        ("distill", studio.distill_config(tmp_path / "two_student", **student)),
+        recipe="fsdp",
+    )
     assert_equal_losses(tmp_path / "one", tmp_path / "two", 20)
     assert_equal_losses(tmp_path / "one_student", tmp_path / "two_student", 20)
     one, _, _ = ceed_vla.load(tmp_path / "one" / FINAL)
     two, _, _ = ceed_vla.load(tmp_path / "two" / FINAL)
-    for (name, weight), (_, other) in zip(one.named_parameters(), two.named_parameters(), strict=True):
+    for (name, weight), (_, other) in zip(
+        one.named_parameters(), two.named_parameters(), strict=True
+    ):
         np.testing.assert_allclose(weight.detach(), other.detach(), atol=1e-3, err_msg=name)
 
 
@@ -204,7 +250,14 @@ def test_recipes_are_settings_of_accelerate(recipe: str) -> None:
 
     settings = load_config_from_file(str(RECIPES / f"{recipe}.yaml"))
     assert settings.num_processes == 8
-    arguments = ["--config_file", str(RECIPES / f"{recipe}.yaml"), "--num_machines", "2", "--num_processes", "16"]
+    arguments = [
+        "--config_file",
+        str(RECIPES / f"{recipe}.yaml"),
+        "--num_machines",
+        "2",
+        "--num_processes",
+        "16",
+    ]
     nodes = ["--machine_rank", "1", "--main_process_ip", "10.0.0.1", "--main_process_port", "29500"]
     parsed, _, _ = _validate_launch_command(
         launch_command_parser().parse_args([*arguments, *nodes, "-m", "ceed_vla.cli", "collect"])
@@ -226,7 +279,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
         ("student", distill, studio.distill_config, {"states": "stored"}),
     ):
         runner(config(tmp_path / name / "one", steps=5, **more))
-        runner(config(tmp_path / name / "parts", steps=5, gradient_accumulation=accumulation, **more))
+        runner(
+            config(tmp_path / name / "parts", steps=5, gradient_accumulation=accumulation, **more)
+        )
         steps = 8 if name == "teacher" else 5
         assert_equal_losses(tmp_path / name / "one", tmp_path / name / "parts", steps)
 

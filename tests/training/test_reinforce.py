@@ -1,4 +1,6 @@
-"""Learning when to exit: the closed form, a planted optimum, strata that weigh back, and a run in the simulator."""
+"""Learning when to exit: the closed form, a planted optimum, strata that weigh back, and a run in
+the simulator.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,12 @@ import torch
 from ceed_vla import load
 from ceed_vla.decoding.learned import FEATURES, Group
 from ceed_vla.errors import ConfigError, DatasetError, SimulationError
-from sim.environment import EnvPool, joined
-from sim.rollout import PolicyRunner, rollout
-from sim.serial_groups import SerialGroups, group_runner
-from sim.tabletop.env import TabletopEnv
-from sim.tabletop.lerobot_env import CeedTabletopEnv
-from training.reinforce import (
+from ceed_vla.sim.environment import EnvPool, joined
+from ceed_vla.sim.rollout import PolicyRunner, rollout
+from ceed_vla.sim.serial_groups import SerialGroups, group_runner
+from ceed_vla.sim.tabletop.env import TabletopEnv
+from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
+from ceed_vla.training.reinforce import (
     START,
     ReinforceConfig,
     Strata,
@@ -36,7 +38,9 @@ from training.reinforce import (
 
 
 def planted(count: int) -> list[Group]:
-    """States that are wrong where many tokens moved, whatever the confidence; the second is always right."""
+    """States that are wrong where many tokens moved, whatever the confidence; the second is always
+    right.
+    """
     random = np.random.default_rng(0)
     groups = []
     for seed in range(count):
@@ -83,11 +87,18 @@ def test_a_head_learns_what_goes_wrong_and_what_it_is_worth(decay: float) -> Non
 class Script:
     """Rollouts by rule: one forward fails on every fifth seed."""
 
-    def outcomes(self, policy: str, decoders: Sequence[str], seeds: range) -> Iterator[tuple[str, int, str, bool, int]]:
+    def outcomes(
+        self, policy: str, decoders: Sequence[str], seeds: range
+    ) -> Iterator[tuple[str, int, str, bool, int]]:
         for seed in seeds:
-            yield from ((name, seed, "t", name != "cap1" or seed % 5 > 0, 10 + seed % 2) for name in decoders)
+            yield from (
+                (name, seed, "t", name != "cap1" or seed % 5 > 0, 10 + seed % 2)
+                for name in decoders
+            )
 
-    def groups(self, policy: str, decoder: str, cap: int, decisions: Sequence[tuple[int, str, int]]) -> Iterator[Group]:
+    def groups(
+        self, policy: str, decoder: str, cap: int, decisions: Sequence[tuple[int, str, int]]
+    ) -> Iterator[Group]:
         for seed, _, _ in decisions:
             yield Group(seed, np.zeros((2, len(FEATURES))), [seed % 5 > 0, True])
 
@@ -95,7 +106,10 @@ class Script:
 def test_strata_weigh_back_to_their_share() -> None:
     config = ReinforceConfig(scouts=100, groups=400, seed=30_000)
     strata = scout(config, Script())
-    assert {name: len(found) for name, found in strata.episodes.items()} == {"differ": 20, "alike": 80}
+    assert {name: len(found) for name, found in strata.episodes.items()} == {
+        "differ": 20,
+        "alike": 80,
+    }
     assert strata.solved == {"differ": 1.0, "alike": 1.0}
     decisions = drawn(config, strata, np.random.default_rng(0))
     assert all(0 <= at < 11 for _, _, at in decisions)
@@ -122,8 +136,12 @@ def test_bad_settings(tmp_path: Path) -> None:
 
 def test_groups_of_a_killed_run_are_kept_and_none_is_an_error(tmp_path: Path) -> None:
     strata, group = all_alike(1), Group(0, np.zeros((1, 4)), [True])
-    (tmp_path / "groups.jsonl").write_text(f'{line_of(strata)}\n{line_of(group)}\n{{"seed": 0, "fea')
-    assert [(found.seed, found.solved) for found in read_groups(tmp_path / "groups.jsonl")[1]] == [(0, [True])]
+    (tmp_path / "groups.jsonl").write_text(
+        f'{line_of(strata)}\n{line_of(group)}\n{{"seed": 0, "fea'
+    )
+    assert [(found.seed, found.solved) for found in read_groups(tmp_path / "groups.jsonl")[1]] == [
+        (0, [True])
+    ]
     script = Script()
     script.groups = lambda *_: iter(())  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match="--groups is 1, and none reached"):
@@ -148,19 +166,30 @@ def test_branches_go_on_as_an_episode_would() -> None:
 
 
 @pytest.mark.slow
-def test_from_the_shipped_student_to_a_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_the_shipped_student_to_a_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     env = CeedTabletopEnv(task="push_cube", episode_length=40)
-    config = ReinforceConfig("student", str(tmp_path / "out"), cap=2, rounds=1, groups=4, scouts=4, steps=20)
+    config = ReinforceConfig(
+        "student", str(tmp_path / "out"), cap=2, rounds=1, groups=4, scouts=4, steps=20
+    )
     assert reinforce(config, SerialGroups(env, 1)) == tmp_path / "out"
     report = json.loads((tmp_path / "out" / "reinforce.json").read_text())
     policy, _, _ = load(tmp_path / "out")
     assert policy.config.decodings["learned"] == f"{report['rounds'][0]['head']}_cap2"
     assert policy.decoding_config("learned").exits == (report["rounds"][0]["head"],)
-    again = ReinforceConfig("student", str(tmp_path / "again"), cap=2, steps=20, groups_from=str(tmp_path / "out"))
+    again = ReinforceConfig(
+        "student", str(tmp_path / "again"), cap=2, steps=20, groups_from=str(tmp_path / "out")
+    )
     reinforce(again, Script())  # which is not asked
     assert json.loads((tmp_path / "again" / "reinforce.json").read_text()) == report
     lines = (tmp_path / "out" / "groups.jsonl").read_text().splitlines()
-    for damage in (lines[:1], [*lines, "{"], lines[1:], [lines[0], lines[1].replace('"seed": 3', '"seed": 9')]):
+    for damage in (
+        lines[:1],
+        [*lines, "{"],
+        lines[1:],
+        [lines[0], lines[1].replace('"seed": 3', '"seed": 9')],
+    ):
         (tmp_path / "out" / "groups.jsonl").write_text("\n".join([*damage, ""]))
         again.output_dir = str(tmp_path / "damaged")
         with pytest.raises(DatasetError, match=r"groups\.jsonl"):
@@ -178,8 +207,10 @@ GROUPS_LINES = {
     "many values": "[" + "[]," * 2_000_000 + "[]]\n",
     "deep": "[" * 100_000 + "\n",
     "other strata": '{"of": {"0": "x"}, "episodes": {}, "solved": {}}\n{}\n',
-    "no chunks": '{"of": {"0": "alike"}, "episodes": {"alike": [[0, "a", 0]], "differ": []}, '
-    '"solved": {"alike": 1, "differ": 0}}\n{}\n',
+    "no chunks": (
+        '{"of": {"0": "alike"}, "episodes": {"alike": [[0, "a", 0]], "differ": []}, '
+        '"solved": {"alike": 1, "differ": 0}}\n{}\n'
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""The folder of a run: damaged states, links and foreign files are refused, and nothing of others is lost."""
+"""The folder of a run: damaged states, links and foreign files are refused, and nothing of others
+is lost.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ import torch
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.files import write_text
-from training.teacher import TeacherRun, train
+from ceed_vla.training.teacher import TeacherRun, train
 
 
 class Payload:
@@ -41,7 +43,9 @@ def stopped(studio: Any, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("name", ["random_states_0.pkl", "optimizer.bin", "shards/.metadata"])
 @pytest.mark.parametrize("damage", ["half", "code", "missing"])
-def test_a_state_that_is_not_restored_stops_and_runs_no_code(stopped: Any, name: str, damage: str) -> None:
+def test_a_state_that_is_not_restored_stops_and_runs_no_code(
+    stopped: Any, name: str, damage: str
+) -> None:
     config, _, state = stopped
     file, touched = state / name, state / "touched"
     file.parent.mkdir(exist_ok=True)
@@ -63,17 +67,23 @@ def test_a_state_that_is_not_restored_stops_and_runs_no_code(stopped: Any, name:
 def test_descriptions_of_sharded_weights_are_read(tmp_path: Path) -> None:
     from torch.distributed import checkpoint
 
-    from training.states import check_metadata
+    from ceed_vla.training.states import check_metadata
 
     layers = {"a": torch.nn.Linear(2, 3).half(), "b": torch.nn.Linear(3, 1)}
-    checkpoint.save(torch.nn.ModuleDict(layers).state_dict(), checkpoint_id=tmp_path / "model", no_dist=True)
+    checkpoint.save(
+        torch.nn.ModuleDict(layers).state_dict(), checkpoint_id=tmp_path / "model", no_dist=True
+    )
     assert (tmp_path / "model" / ".metadata").is_file()
     check_metadata(tmp_path)
 
 
-@pytest.mark.parametrize("place", ["STATE", "STATE/optimizer.bin", "log.jsonl", "checkpoints", "tensorboard/x"])
+@pytest.mark.parametrize(
+    "place", ["STATE", "STATE/optimizer.bin", "log.jsonl", "checkpoints", "tensorboard/x"]
+)
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_a_resumed_run_stays_in_its_folder(stopped: Any, tmp_path: Path, place: str, kind: str) -> None:
+def test_a_resumed_run_stays_in_its_folder(
+    stopped: Any, tmp_path: Path, place: str, kind: str
+) -> None:
     config, progress, state = stopped
     path, outside = progress.parent / place.replace("STATE", state.name), tmp_path / "outside"
     if path.exists():
@@ -92,10 +102,16 @@ def test_the_run_folder_may_be_a_link(stopped: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("where", "name", "value"),
-    [("param_groups", "weight_decay", 0.9), ("param_groups", "betas", (0.5, 0.5)), ("state", "exp_avg_sq", None),
-     ("state", "step", torch.tensor(-1.0))],
-)  # fmt: skip
-def test_optimiser_settings_of_another_run_are_refused(stopped: Any, where: str, name: str, value: Any) -> None:
+    [
+        ("param_groups", "weight_decay", 0.9),
+        ("param_groups", "betas", (0.5, 0.5)),
+        ("state", "exp_avg_sq", None),
+        ("state", "step", torch.tensor(-1.0)),
+    ],
+)
+def test_optimiser_settings_of_another_run_are_refused(
+    stopped: Any, where: str, name: str, value: Any
+) -> None:
     from accelerate.utils.other import load
 
     config, _, state = stopped
@@ -133,11 +149,22 @@ def test_optimiser_states_of_other_weights_are_refused(stopped: Any) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", "{}", '{"step": 1}', '{"step": 0.5, "state": "state_a"}', '{"step": -1, "state": "state_a"}',
-     '{"step": 99, "state": "state_a"}', '{"step": 1, "state": "../state_a"}', '{"step": 1, "state": null}',
-     '{"step": 1, "state": "state_a", "processes": "x"}', '{"step": 1, "state": "STATE", "takeovers": 5}',
-     '{"step": 1, "state": "STATE", "takeovers": [["/etc"]]}', '{"step": 1, "state": "STATE"}'],
-)  # fmt: skip
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"step": 1}',
+        '{"step": 0.5, "state": "state_a"}',
+        '{"step": -1, "state": "state_a"}',
+        '{"step": 99, "state": "state_a"}',
+        '{"step": 1, "state": "../state_a"}',
+        '{"step": 1, "state": null}',
+        '{"step": 1, "state": "state_a", "processes": "x"}',
+        '{"step": 1, "state": "STATE", "takeovers": 5}',
+        '{"step": 1, "state": "STATE", "takeovers": [["/etc"]]}',
+        '{"step": 1, "state": "STATE"}',
+    ],
+)
 def test_a_damaged_progress_file_is_an_error(stopped: Any, text: str) -> None:
     config, progress, state = stopped
     config.rounds = 1
@@ -146,17 +173,22 @@ def test_a_damaged_progress_file_is_an_error(stopped: Any, text: str) -> None:
         TeacherRun(config, None, lambda *_: []).load_state()
 
 
-def test_damaged_lines_of_the_log_are_dropped(stopped: Any, read_log: Callable[..., dict[int, float]]) -> None:
+def test_damaged_lines_of_the_log_are_dropped(
+    stopped: Any, read_log: Callable[..., dict[int, float]]
+) -> None:
     config, progress, _ = stopped
     log = progress.parent / "log.jsonl"
     before = read_log(progress.parent)
-    log.write_text(log.read_text() + '{"step": "x"}\n[1]}\n{"loss": 2}\n\n{"step": 7, "loss": 1}\n{"st')
+    log.write_text(
+        log.read_text() + '{"step": "x"}\n[1]}\n{"loss": 2}\n\n{"step": 7, "loss": 1}\n{"st'
+    )
     train(config)
     assert read_log(progress.parent) == before
 
 
 @pytest.mark.parametrize(
-    "name", ["log.jsonl", "state_a/mine", "state_b", "checkpoints/last", "tensorboard", "takeover/x"]
+    "name",
+    ["log.jsonl", "state_a/mine", "state_b", "checkpoints/last", "tensorboard", "takeover/x"],
 )
 def test_files_of_somebody_else_are_left_alone(studio: Any, tmp_path: Path, name: str) -> None:
     file = tmp_path / "run" / name
@@ -170,11 +202,19 @@ def test_files_of_somebody_else_are_left_alone(studio: Any, tmp_path: Path, name
 
 @pytest.mark.parametrize(
     ("number", "started", "message"),
-    [(errno.ENOSPC, True, "disk full.*Make room there; the last complete"),
-     (errno.EDQUOT, False, "disk full.*Make room there; no state is complete"),
-     (errno.EACCES, True, r"\(\[Errno 13\] Permission denied: 'log'\)\. Make it writable; the last complete")],
-)  # fmt: skip
-def test_what_is_kept_is_there(studio: Any, tmp_path: Path, number: int, started: bool, message: str) -> None:
+    [
+        (errno.ENOSPC, True, "disk full.*Make room there; the last complete"),
+        (errno.EDQUOT, False, "disk full.*Make room there; no state is complete"),
+        (
+            errno.EACCES,
+            True,
+            r"\(\[Errno 13\] Permission denied: 'log'\)\. Make it writable; the last complete",
+        ),
+    ],
+)
+def test_what_is_kept_is_there(
+    studio: Any, tmp_path: Path, number: int, started: bool, message: str
+) -> None:
     run = TeacherRun(studio.train_config(tmp_path / "run", grounding_steps=0), None, None)
     (tmp_path / "run").mkdir(exist_ok=True)
     if started:
@@ -183,7 +223,9 @@ def test_what_is_kept_is_there(studio: Any, tmp_path: Path, number: int, started
         raise OSError(number, os.strerror(number), "log")
 
 
-def test_a_full_disk_names_the_file_that_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_file_that_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def write(self: Path, *_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 

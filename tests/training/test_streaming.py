@@ -1,4 +1,6 @@
-"""A streamed data set gives the batches of the decoded one; what is drawn follows from the step; memory is bounded."""
+"""A streamed data set gives the batches of the decoded one; what is drawn follows from the step;
+memory is bounded.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,18 @@ from ceed_vla.data import frame_stream
 from ceed_vla.data.frame_stream import StreamedImages, StreamingConfig
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.errors import ConfigError, DatasetError
-from training.distill import distill
-from training.distill_data import TrajectoriesConfig
-from training.mixture import Mixture
-from training.teacher import train
-from training.trajectories import collect, read_trajectories
-from training.windows import SlidingWindows
+from ceed_vla.training.distill import distill
+from ceed_vla.training.distill_data import TrajectoriesConfig
+from ceed_vla.training.mixture import Mixture
+from ceed_vla.training.teacher import train
+from ceed_vla.training.trajectories import collect, read_trajectories
+from ceed_vla.training.windows import SlidingWindows
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 CHUNK = 4
 LENGTHS = (70, 33, 5)  # windows of 32, 32, 6; 32, 1; 5 frames
-TWO_WINDOWS = StreamingConfig(above_gb=0, memory_gb=0.0075)  # of the four that the demonstrations have
+# of the four that the demonstrations have
+TWO_WINDOWS = StreamingConfig(above_gb=0, memory_gb=0.0075)
 ALL = StreamingConfig(above_gb=0)  # all windows of the small sets fit
 
 
@@ -49,9 +52,14 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     for length in LENGTHS:
         for step in range(length):
-            images = {name: random.integers(0, 255, (64, 64, 3)).astype(np.uint8) for name in (FRONT, WRIST)}
+            images = {
+                name: random.integers(0, 255, (64, 64, 3)).astype(np.uint8)
+                for name in (FRONT, WRIST)
+            }
             vector = np.full(2, step, np.float32)
-            dataset.add_frame({**images, "observation.state": vector, "action": vector, "task": "go"})
+            dataset.add_frame(
+                {**images, "observation.state": vector, "action": vector, "task": "go"}
+            )
         dataset.save_episode()
     dataset.finalize()
     return root
@@ -71,7 +79,7 @@ def assert_same_batches(one: FrameStore, other: FrameStore) -> None:
             assert equal if name == "task" else equal.all()
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("memory_gb", [0.5, 0.0016])
@@ -98,22 +106,28 @@ def test_memory_is_bounded(studio: Any) -> None:
     stores = [open_dataset(root, streaming=TWO_WINDOWS) for root in (studio.demo, studio.other)]
     for store in stores:
         store.batch(np.arange(len(store)), CHUNK)
-    assert sum(window.nbytes for window in frame_stream._held.values()) <= TWO_WINDOWS.memory_gb * 1e9
+    assert (
+        sum(window.nbytes for window in frame_stream._held.values()) <= TWO_WINDOWS.memory_gb * 1e9
+    )
 
 
-def test_a_window_is_decoded_once_while_it_is_open(studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_is_decoded_once_while_it_is_open(
+    studio: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mixture = Mixture([open_dataset(studio.demo, streaming=TWO_WINDOWS)], None, 0, CHUNK)
     decoded = []
     read = frame_stream.ImageReader.read
     monkeypatch.setattr(
-        frame_stream.ImageReader, "read", lambda *where: decoded.append(where[1:]) or read(*where)  # type: ignore[func-returns-value]
-    )  # fmt: skip
+        frame_stream.ImageReader,
+        "read",
+        lambda *where: decoded.append(where[1:]) or read(*where),  # type: ignore[func-returns-value]
+    )
     for step in range(25):  # four passes of 50 frames
         mixture.draw(8, step)
     assert len(decoded) <= 2 * (4 * 4 + 2)  # cameras, passes and windows
 
 
-# ---- which sets are streamed ------------------------------------------------------------------------------------
+# ---- which sets are streamed ---------------------------------------------------------------------
 
 
 def test_the_size_decides(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,13 +146,15 @@ def test_the_size_decides(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert all(isinstance(images, StreamedImages) for images in later.images.values())
 
 
-@pytest.mark.parametrize("settings", [{"above_gb": -1}, {"memory_gb": 0}, {"above_gb": float("nan")}])
+@pytest.mark.parametrize(
+    "settings", [{"above_gb": -1}, {"memory_gb": 0}, {"above_gb": float("nan")}]
+)
 def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"streaming\."):
         StreamingConfig(**settings)
 
 
-# ---- the order --------------------------------------------------------------------------------------------------
+# ---- the order -----------------------------------------------------------------------------------
 
 
 EDGES = np.array([0, 32, 64, 70, 102, 103, 108, 140, 150])
@@ -164,13 +180,16 @@ def test_draws_follow_from_the_step() -> None:
 
     whole = order()
     drawn = [draw(whole, step) for step in range(200)]
-    assert all(draw(order(), step) == drawn[step] for step in (0, 7, 150, 199))  # as a resumed run would
+    # as a resumed run would
+    assert all(draw(order(), step) == drawn[step] for step in (0, 7, 150, 199))
     for step in (0, 7, 150):
         windows = np.searchsorted(EDGES, drawn[step], side="right") - 1
         assert set(windows.tolist()) <= set(whole.open(step * 16).tolist())
     counts = np.bincount(np.concatenate(drawn), minlength=150)
     assert counts.min() > 0
-    assert np.abs(np.add.reduceat(counts, EDGES[:-1]) / np.diff(EDGES) / counts.mean() - 1).max() < 0.5
+    assert (
+        np.abs(np.add.reduceat(counts, EDGES[:-1]) / np.diff(EDGES) / counts.mean() - 1).max() < 0.5
+    )
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -179,16 +198,20 @@ def test_processes_share_a_draw(studio: Any, world: int) -> None:
     mixture = Mixture(stores, [1, 5], 0, CHUNK)
     assert mixture.windows[0] is not None
     whole = mixture.draw(12, 5)["observation.state"]
-    parts = torch.cat([mixture.draw(12, 5, rank, world)["observation.state"] for rank in range(world)])
+    parts = torch.cat(
+        [mixture.draw(12, 5, rank, world)["observation.state"] for rank in range(world)]
+    )
     assert sorted(parts.tolist()) == sorted(whole.tolist())
 
 
-# ---- training ---------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def from_maps(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Let streamed images be read from the decoded set: the same frames are drawn, and nothing is streamed."""
+    """Let streamed images be read from the decoded set: the same frames are drawn, and nothing is
+    streamed.
+    """
 
     def read(images: StreamedImages, frames: np.ndarray) -> np.ndarray:
         return open_dataset(images.reader.info.root).images[images.camera][frames]
@@ -197,16 +220,23 @@ def from_maps(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def test_losses_are_those_of_the_decoded_set(
-    studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]], from_maps: Callable[[], None],
+    studio: Any,
+    tmp_path: Path,
+    read_log: Callable[..., dict[int, float]],
+    from_maps: Callable[[], None],
     interrupt_at: Callable[[int], None],
-) -> None:  # fmt: skip
+) -> None:
     folders = [shutil.copytree(studio.demo, tmp_path / name) for name in ("demo", "grounding")]
     for folder in folders:
         shutil.rmtree(folder / ".frames", ignore_errors=True)
 
     def losses(name: str, **changes: Any) -> dict[int, float]:
         roots = {"roots": str(folders[0]), "grounding_roots": str(folders[1])}
-        train(studio.train_config(tmp_path / name, **{**roots, "streaming": TWO_WINDOWS, "steps": 6, **changes}))
+        train(
+            studio.train_config(
+                tmp_path / name, **{**roots, "streaming": TWO_WINDOWS, "steps": 6, **changes}
+            )
+        )
         return read_log(tmp_path / name)
 
     streamed = losses("streamed")
@@ -223,19 +253,30 @@ def test_losses_are_those_of_the_decoded_set(
 
 
 def test_trajectories_and_students_are_those_of_the_decoded_set(
-    studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]], from_maps: Callable[[], None]
+    studio: Any,
+    tmp_path: Path,
+    read_log: Callable[..., dict[int, float]],
+    from_maps: Callable[[], None],
 ) -> None:
-    collected = read_trajectories(collect(studio.collect_config(tmp_path / "collected", streaming=TWO_WINDOWS)))
+    collected = read_trajectories(
+        collect(studio.collect_config(tmp_path / "collected", streaming=TWO_WINDOWS))
+    )
     expected = read_trajectories(studio.trajectories)
     for name in ("root", "frame", "fixed_point", "guess", "previous"):
         np.testing.assert_array_equal(getattr(collected, name), getattr(expected, name))
 
     def losses(name: str, **changes: Any) -> dict[int, float]:
-        distill(studio.distill_config(tmp_path / name, **{"streaming": TWO_WINDOWS, "steps": 4, **changes}))
+        distill(
+            studio.distill_config(
+                tmp_path / name, **{"streaming": TWO_WINDOWS, "steps": 4, **changes}
+            )
+        )
         return read_log(tmp_path / name)
 
     streamed = losses("streamed")
-    assert losses("fits", streaming=ALL) == losses("decoded", streaming=StreamingConfig()) != streamed
+    assert (
+        losses("fits", streaming=ALL) == losses("decoded", streaming=StreamingConfig()) != streamed
+    )
     online = {"trajectories": TrajectoriesConfig(online=True)}
     drawn = losses("online", **online)
     from_maps()
@@ -243,7 +284,7 @@ def test_trajectories_and_students_are_those_of_the_decoded_set(
     assert losses("online, same frames", **online) == drawn
 
 
-# ---- what can be wrong ------------------------------------------------------------------------------------------
+# ---- what can be wrong ---------------------------------------------------------------------------
 
 
 def test_what_cannot_be_decoded_is_one_clear_error(mixed: Path, tmp_path: Path) -> None:
@@ -274,5 +315,7 @@ def test_a_bad_image_is_named_when_it_is_drawn(copy: Path) -> None:
 
 
 def test_memory_that_holds_no_window(copy: Path) -> None:
-    with pytest.raises(DatasetError, match=r"32 of its frames take 0\.00177 GB decoded, .* raise it"):
+    with pytest.raises(
+        DatasetError, match=r"32 of its frames take 0\.00177 GB decoded, .* raise it"
+    ):
         open_dataset(copy, streaming=StreamingConfig(above_gb=0, memory_gb=0.003))

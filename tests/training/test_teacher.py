@@ -1,4 +1,6 @@
-"""The teacher's training: it learns, resumes to the same losses, takes in takeover rounds, and refuses bad settings."""
+"""The teacher's training: it learns, resumes to the same losses, takes in takeover rounds, and
+refuses bad settings.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ from ceed_vla import supervision
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, DatasetError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.training.teacher import TeacherRun, TrainConfig, train
 from tests.helpers.edits import unsealed
-from training.teacher import TeacherRun, TrainConfig, train
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -38,7 +40,7 @@ def assert_same_run(one: Path, two: Path, read_log: Callable[..., dict[int, floa
     assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
 
 
-# ---- learning ---------------------------------------------------------------------------------------------------
+# ---- learning ------------------------------------------------------------------------------------
 
 
 def test_the_loss_falls(studio: Any, read_log: Callable[..., dict[int, float]]) -> None:
@@ -54,10 +56,15 @@ def test_the_final_checkpoint_is_without_the_head_that_only_training_uses(studio
     assert final.backbone.early_auxiliary is None
     assert final.backbone.auxiliary is not None
     state = json.loads((studio.teacher_run / "progress.json").read_text())["state"]
-    assert any("early_auxiliary" in name for name in load_file(studio.teacher_run / state / "model.safetensors"))
+    assert any(
+        "early_auxiliary" in name
+        for name in load_file(studio.teacher_run / state / "model.safetensors")
+    )
 
 
-def test_grounding_frames_come_first_and_then_beside(studio: Any, read_log: Callable[..., dict[int, float]]) -> None:
+def test_grounding_frames_come_first_and_then_beside(
+    studio: Any, read_log: Callable[..., dict[int, float]]
+) -> None:
     assert sorted(read_log(studio.teacher_run, "grounding_loss")) == list(range(1, 64))
     assert sorted(read_log(studio.teacher_run, "ar_loss")) == list(range(4, 64))
 
@@ -72,11 +79,17 @@ def test_a_policy_that_does_not_see_learns_no_actions(
         return {"target in a": 0.01, "target in b": 0.03 if len(asked) == 1 else 0.015}
 
     output, settings = tmp_path / "run", {"grounding_gate": 0.02, "steps": 2}
-    with pytest.raises(ConfigError, match=r"After 3 grounding steps target in b is off by 3\.0 cm \(median\); 1 of 2"):
+    with pytest.raises(
+        ConfigError,
+        match=r"After 3 grounding steps target in b is off by 3\.0 cm \(median\); 1 of 2",
+    ):
         train(studio.train_config(output, grounding_steps=3, **settings), localisation=localisation)
     assert read_log(output, "ar_loss") == {}
     assert (asked[0] / "model.safetensors").is_file()
-    train(studio.train_config(output, grounding_steps=5, resume=True, **settings), localisation=localisation)
+    train(
+        studio.train_config(output, grounding_steps=5, resume=True, **settings),
+        localisation=localisation,
+    )
     assert len(asked) == 2
     assert sorted(read_log(output, "grounding_loss")) == list(range(1, 8))
     assert sorted(read_log(output, "ar_loss")) == [6, 7]
@@ -115,7 +128,10 @@ def test_actions_are_learnt_beside_the_named_terms_alone(
 
 
 def test_training_continues_from_a_checkpoint(
-    studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]], tiny_policy: Callable[..., Any]
+    studio: Any,
+    tmp_path: Path,
+    read_log: Callable[..., dict[int, float]],
+    tiny_policy: Callable[..., Any],
 ) -> None:
     other = tiny_policy(chunk_size=8, n_action_steps=4)  # the checkpoint's own chunk of 4 wins
     config = studio.train_config(
@@ -129,10 +145,11 @@ def test_training_continues_from_a_checkpoint(
     settings["decoding"] |= {"watch": "executed", "max_iterations": 2, "confidence": 0.2}
     (student / "config.json").write_text(json.dumps(settings))
     more = replace(config, policy_path=str(student), output_dir=str(tmp_path / "strict"), steps=1)
-    assert ceed_vla.load(train(more))[0].config.decoding == DecodingConfig()  # a student's exit is not its own
+    # a student's exit is not its own
+    assert ceed_vla.load(train(more))[0].config.decoding == DecodingConfig()
 
 
-# ---- interrupts -------------------------------------------------------------------------------------------------
+# ---- interrupts ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +162,13 @@ def whole(studio: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("step", [0, 4, 8])
 def test_an_interrupted_run_resumes_to_the_same_losses(
-    studio: Any, whole: Path, tmp_path: Path, interrupt_at: Callable[[int], None], step: int,
+    studio: Any,
+    whole: Path,
+    tmp_path: Path,
+    interrupt_at: Callable[[int], None],
+    step: int,
     read_log: Callable[..., dict[int, float]],
-) -> None:  # fmt: skip
+) -> None:
     interrupt_at(step)
     with pytest.raises(KeyboardInterrupt):
         train(studio.train_config(tmp_path / "run"))
@@ -158,9 +179,13 @@ def test_an_interrupted_run_resumes_to_the_same_losses(
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_an_interrupt_inside_a_save_leaves_the_state_before(
-    studio: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str,
+    studio: Any,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
     read_log: Callable[..., dict[int, float]],
-) -> None:  # fmt: skip
+) -> None:
     from accelerate import Accelerator
 
     original = Accelerator.save_state
@@ -204,7 +229,7 @@ def test_a_full_disk_is_one_error_and_the_last_state_is_kept(
 ) -> None:
     code = (
         "import resource, signal, sys, draccus, json\n"
-        "from training.teacher import TrainConfig, TeacherRun\n"
+        "from ceed_vla.training.teacher import TrainConfig, TeacherRun\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "run = TeacherRun(draccus.decode(TrainConfig, json.loads(sys.argv[1])), None, None)\n"
         "save = run.save_state\n"
@@ -225,7 +250,7 @@ def test_a_full_disk_is_one_error_and_the_last_state_is_kept(
     assert max(read_log(tmp_path / "run")) == 12
 
 
-# ---- takeover rounds --------------------------------------------------------------------------------------------
+# ---- takeover rounds -----------------------------------------------------------------------------
 
 
 class Recorder:
@@ -264,14 +289,20 @@ def test_rounds_add_data(studio: Any, tmp_path: Path, write_dataset: Callable[..
 
 @pytest.mark.parametrize("fail_at", [1, 2])
 def test_an_interrupted_round_is_repeated(
-    studio: Any, tmp_path: Path, write_dataset: Callable[..., Path], fail_at: int,
+    studio: Any,
+    tmp_path: Path,
+    write_dataset: Callable[..., Path],
+    fail_at: int,
     read_log: Callable[..., dict[int, float]],
-) -> None:  # fmt: skip
-    train(studio.train_config(tmp_path / "whole", rounds=2), record_takeover=Recorder(write_dataset))
+) -> None:
+    train(
+        studio.train_config(tmp_path / "whole", rounds=2), record_takeover=Recorder(write_dataset)
+    )
     settings = {"rounds": 2, "save_every": 100}
     with pytest.raises(KeyboardInterrupt):
         train(
-            studio.train_config(tmp_path / "run", **settings), record_takeover=Recorder(write_dataset, fail_at=fail_at)
+            studio.train_config(tmp_path / "run", **settings),
+            record_takeover=Recorder(write_dataset, fail_at=fail_at),
         )
     again = Recorder(write_dataset)
     train(studio.train_config(tmp_path / "run", **settings, resume=True), record_takeover=again)
@@ -289,7 +320,7 @@ def test_takeover_data_with_other_features_are_refused(
         train(studio.train_config(tmp_path / "run", rounds=1), record_takeover=record)
 
 
-# ---- settings that cannot work ----------------------------------------------------------------------------------
+# ---- settings that cannot work -------------------------------------------------------------------
 
 
 def test_an_output_folder_in_use_is_refused(studio: Any) -> None:
@@ -323,7 +354,11 @@ def test_settings_that_cannot_work(
     error: type[Exception],
     message: str,
 ) -> None:
-    places = {"GROUNDING": str(studio.grounding), "MISSING": str(tmp_path / "missing"), "FILE": __file__}
+    places = {
+        "GROUNDING": str(studio.grounding),
+        "MISSING": str(tmp_path / "missing"),
+        "FILE": __file__,
+    }
     places["OTHERS"] = f"{studio.demo},{write_dataset(tmp_path / 'other', (5,), state_dim=6)}"
     changes = {key: places.get(value, value) for key, value in changes.items()}
     with pytest.raises(error, match=message):
@@ -332,24 +367,50 @@ def test_settings_that_cannot_work(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"steps": 0}, {"batch_size": 0}, {"save_every": 0}, {"mixed_precision": "fp8"}, {"takeover_weight": 1.0},
-     {"rounds": -1}, {"lr": float("inf")}, {"lr": 1e30}, {"lr": 0.0}, {"warmup": -5}, {"validate_every": -1},
-     {"seed": -1}, {"threads": 100_000}, {"weight_decay": float("nan")}, {"max_clipped": 2.0}, {"steps": "9"},
-     {"root_weights": "1,2"}, {"root_weights": "nan"}, {"root_weights": "-1"}, {"root_weights": "a"},
-     {"root_weights": "0"}],
-)  # fmt: skip
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"save_every": 0},
+        {"mixed_precision": "fp8"},
+        {"takeover_weight": 1.0},
+        {"rounds": -1},
+        {"lr": float("inf")},
+        {"lr": 1e30},
+        {"lr": 0.0},
+        {"warmup": -5},
+        {"validate_every": -1},
+        {"seed": -1},
+        {"threads": 100_000},
+        {"weight_decay": float("nan")},
+        {"max_clipped": 2.0},
+        {"steps": "9"},
+        {"root_weights": "1,2"},
+        {"root_weights": "nan"},
+        {"root_weights": "-1"},
+        {"root_weights": "a"},
+        {"root_weights": "0"},
+    ],
+)
 def test_values_out_of_range(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
         TrainConfig(**{"roots": "data", **changes})
 
 
-def test_grounding_data_need_the_target(studio: Any, tmp_path: Path, tiny_policy: Callable[..., Any]) -> None:
+def test_grounding_data_need_the_target(
+    studio: Any, tmp_path: Path, tiny_policy: Callable[..., Any]
+) -> None:
     with pytest.raises(DatasetError, match="auxiliary_scale has 0"):
         train(studio.train_config(tmp_path / "run", policy=tiny_policy(auxiliary_scale=[])))
-    train(studio.train_config(tmp_path / "run", policy=tiny_policy(auxiliary_scale=[]), grounding_roots="", steps=1))
+    train(
+        studio.train_config(
+            tmp_path / "run", policy=tiny_policy(auxiliary_scale=[]), grounding_roots="", steps=1
+        )
+    )
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = ceed_vla.CeedVLAPolicy.forward
 
     def forward(self: Any, batch: Any, reduction: str = "mean") -> Any:
@@ -361,13 +422,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(studio: Any, tmp_path: Path, mo
         train(studio.train_config(tmp_path / "run"))
 
 
-# ---- other ways to run ------------------------------------------------------------------------------------------
+# ---- other ways to run ---------------------------------------------------------------------------
 
 
 def test_bf16(studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]) -> None:
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process, says accelerate
+    # one precision a process, says accelerate
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         train(studio.train_config(tmp_path / "run", mixed_precision="bf16", steps=2))
     finally:

@@ -1,4 +1,6 @@
-"""Collected Jacobi trajectories: what they hold, against the policy's own decoding; interrupted collections."""
+"""Collected Jacobi trajectories: what they hold, against the policy's own decoding; interrupted
+collections.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ import torch
 import ceed_vla
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, DatasetError
-from training.trajectories import Trajectories, collect, read_trajectories
+from ceed_vla.training.trajectories import Trajectories, collect, read_trajectories
 
 SHIFT = 2 * 7  # executed steps times action dimensions of the tiny policy
 
@@ -35,7 +37,9 @@ def teacher(studio: Any) -> tuple[Any, Any, Any]:
     return ceed_vla.load(studio.teacher)
 
 
-def observations(studio: Any, teacher: tuple[Any, Any, Any], collected: Trajectories, rows: list[int]) -> Any:
+def observations(
+    studio: Any, teacher: tuple[Any, Any, Any], collected: Trajectories, rows: list[int]
+) -> Any:
     stores = [open_dataset(studio.demo), open_dataset(studio.other)]
     parts = [stores[collected.root[row]].batch(collected.frame[[row]], 4) for row in rows]
     batch = {k: torch.cat([p[k] for p in parts]) for k in parts[0] if k != "task"}
@@ -46,7 +50,7 @@ def table_of(folder: Path) -> Any:
     return {file.name: pq.read_table(file) for file in sorted(folder.glob("*.parquet"))}
 
 
-# ---- contents ---------------------------------------------------------------------------------------------------
+# ---- contents ------------------------------------------------------------------------------------
 
 
 def test_every_frame_once(collected: Trajectories) -> None:
@@ -77,7 +81,11 @@ def test_every_state_is_one_jacobi_update_of_the_one_before(
     batch = observations(studio, teacher, collected, rows)
     for i, row in enumerate(rows):
         states = torch.from_numpy(collected.states[row].astype(np.int64))  # (k + 1, n)
-        one = {k: v[i : i + 1].expand(len(states), *v.shape[1:]) for k, v in batch.items() if torch.is_tensor(v)}
+        one = {
+            k: v[i : i + 1].expand(len(states), *v.shape[1:])
+            for k, v in batch.items()
+            if torch.is_tensor(v)
+        }
         with torch.no_grad():
             _, (logits,) = backbone.packed_logits(backbone.embed_prefix(one), [states])
         updated = logits.argmax(-1)
@@ -87,7 +95,10 @@ def test_every_state_is_one_jacobi_update_of_the_one_before(
 
 def test_previous_is_the_fixed_point_h_frames_earlier(studio: Any, collected: Trajectories) -> None:
     stores = [open_dataset(studio.demo), open_dataset(studio.other)]
-    where = {key: i for i, key in enumerate(zip(collected.root.tolist(), collected.frame.tolist(), strict=True))}
+    where = {
+        key: i
+        for i, key in enumerate(zip(collected.root.tolist(), collected.frame.tolist(), strict=True))
+    }
     with_previous = 0
     for row, (root, frame) in enumerate(zip(collected.root, collected.frame, strict=True)):
         episode = stores[root].episode
@@ -101,7 +112,9 @@ def test_previous_is_the_fixed_point_h_frames_earlier(studio: Any, collected: Tr
     assert with_previous == 63 - 2 * 6  # the first two frames of six episodes have none
 
 
-def test_guesses_come_in_the_given_shares(studio: Any, teacher: tuple[Any, Any, Any], collected: Trajectories) -> None:
+def test_guesses_come_in_the_given_shares(
+    studio: Any, teacher: tuple[Any, Any, Any], collected: Trajectories
+) -> None:
     table = pq.read_table(studio.trajectories / "data0-00000.parquet").to_pydict()
     mid = teacher[0].tokenizer.zero.numpy()
     kinds = {"previous": 0, "mid": 0, "random": 0}
@@ -142,18 +155,26 @@ def test_meta_names_what_was_collected(studio: Any) -> None:
 
     assert meta["teacher"] == weights_hash(studio.teacher)
     sets = meta["datasets"]
-    assert [(s["name"], s["frames"], len(s["digest"])) for s in sets] == [("demo", 50, 16), ("other", 13, 16)]
-    assert (meta["chunk_size"], meta["action_dim"], meta["num_bins"], meta["shift_steps"]) == (4, 7, 63, 2)
+    assert [(s["name"], s["frames"], len(s["digest"])) for s in sets] == [
+        ("demo", 50, 16),
+        ("other", 13, 16),
+    ]
+    assert (meta["chunk_size"], meta["action_dim"], meta["num_bins"], meta["shift_steps"]) == (
+        4,
+        7,
+        63,
+        2,
+    )
     assert meta["guesses"] == pytest.approx({"previous": 0.7, "mid": 0.2, "random": 0.1})
     assert meta["shards"] == 2
 
 
-# ---- interrupts and several processes ---------------------------------------------------------------------------
+# ---- interrupts and several processes ------------------------------------------------------------
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.trajectories.EPISODES_PER_SHARD", 1)
+    monkeypatch.setattr("ceed_vla.training.trajectories.EPISODES_PER_SHARD", 1)
 
 
 @pytest.fixture
@@ -204,7 +225,7 @@ def test_workers_collect_the_same(studio: Any, whole: dict[str, Any], tmp_path: 
     assert table_of(tmp_path / "two") == whole
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_another_teacher_is_refused(studio: Any, tmp_path: Path) -> None:
@@ -254,7 +275,9 @@ def test_other_settings_in_the_same_folder(studio: Any) -> None:
         collect(studio.collect_config(studio.trajectories, seed=5, states=False, resume=True))
 
 
-def test_data_that_the_teacher_cannot_read(studio: Any, tmp_path: Path, write_dataset: Callable[..., Path]) -> None:
+def test_data_that_the_teacher_cannot_read(
+    studio: Any, tmp_path: Path, write_dataset: Callable[..., Path]
+) -> None:
     root = write_dataset(tmp_path / "other", (5,), cameras=["observation.images.top"])
     with pytest.raises(DatasetError, match="does not fit the policy"):
         collect(studio.collect_config(tmp_path / "bad", roots=str(root)))
@@ -266,7 +289,7 @@ def test_nothing_collected(tmp_path: Path) -> None:
         read_trajectories(tmp_path)
 
 
-# ---- files that somebody else wrote -------------------------------------------------------------------------------
+# ---- files that somebody else wrote --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -275,13 +298,29 @@ def copy(studio: Any, tmp_path: Path) -> Path:
 
 
 META_DAMAGES: list[dict[str, Any]] = [
-    {"num_bins": "63"}, {"num_bins": 0}, {"num_bins": 10**6}, {"chunk_size": None}, {"chunk_size": -4},
-    {"action_dim": 1.5}, {"block_length": True}, {"shards": 0}, {"shards": "2"}, {"shards": 1}, {"states": 1},
-    {"teacher": None}, {"datasets": None}, {"datasets": []}, {"datasets": [1, 2]}, {"datasets": [{"name": "demo"}]},
-    {"datasets": [{"name": "demo", "frames": -1}]}, {"datasets": [{"name": "demo", "frames": 50}]},
+    {"num_bins": "63"},
+    {"num_bins": 0},
+    {"num_bins": 10**6},
+    {"chunk_size": None},
+    {"chunk_size": -4},
+    {"action_dim": 1.5},
+    {"block_length": True},
+    {"shards": 0},
+    {"shards": "2"},
+    {"shards": 1},
+    {"states": 1},
+    {"teacher": None},
+    {"datasets": None},
+    {"datasets": []},
+    {"datasets": [1, 2]},
+    {"datasets": [{"name": "demo"}]},
+    {"datasets": [{"name": "demo", "frames": -1}]},
+    {"datasets": [{"name": "demo", "frames": 50}]},
     {"datasets": [{"name": "demo", "frames": 50}, {"name": "other", "frames": 5}]},
-    {"chunk_size": 5, "block_length": 35}, {"num_bins": 3}, {"states": False},
-]  # fmt: skip
+    {"chunk_size": 5, "block_length": 35},
+    {"num_bins": 3},
+    {"states": False},
+]
 
 
 @pytest.mark.parametrize("change", META_DAMAGES, ids=str)
@@ -301,7 +340,9 @@ def test_a_meta_file_that_is_no_mapping(studio: Any, copy: Path, text: str) -> N
         collect(studio.collect_config(copy, resume=True))
 
 
-def changed(name: str, change: Callable[[list[Any]], list[Any]], kind: Any = None) -> Callable[[Any], Any]:
+def changed(
+    name: str, change: Callable[[list[Any]], list[Any]], kind: Any = None
+) -> Callable[[Any], Any]:
     def edit(table: Any) -> Any:
         index = table.column_names.index(name)
         column = pa.array(change(table[name].to_pylist()), kind or table.schema.field(index).type)
@@ -331,13 +372,18 @@ SHARD_DAMAGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "short block": (changed("fixed_point", first([0] * 27)), r"blocks of 27\.\.28"),
     "empty block": (changed("previous", first(None)), "previous has 1 empty"),
     "empty token": (changed("guess", first([None] * 28)), "guess has 28 empty"),
-    "states of 9999": (changed("states", lambda v: [[9999] * len(x) for x in v]), "states has tokens"),
+    "states of 9999": (
+        changed("states", lambda v: [[9999] * len(x) for x in v]),
+        "states has tokens",
+    ),
     "other states": (changed("states", first([0] * 56)), "states"),
     "wide tokens": (changed("guess", lambda v: v, pa.list_(pa.int64())), "columns"),
     "no states": (lambda t: t.drop_columns(["states"]), "columns"),
     "another column": (lambda t: t.append_column("more", t["frame"]), "columns"),
     "bomb": (
-        lambda t: t.set_column(6, "fixed_point", pa.array([[0] * 1000] * len(t), pa.list_(pa.int16()))),
+        lambda t: t.set_column(
+            6, "fixed_point", pa.array([[0] * 1000] * len(t), pa.list_(pa.int16()))
+        ),
         "fixed_point has 50000 values in 50 rows",
     ),
     "no rows": (lambda t: t.slice(0, 0), "0 rows"),
@@ -408,7 +454,9 @@ def test_collections_before_the_block_length_was_written_go_on(studio: Any, copy
     assert table_of(copy) == table_of(studio.trajectories)
 
 
-def test_a_full_disk_leaves_no_half_shard(studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_half_shard(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def write_table(table: Any, where: Path, **options: Any) -> None:
         Path(where).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -12,11 +12,11 @@ import pytest
 from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError
 from ceed_vla.locks import lock_file
+from ceed_vla.training.distill import distill
+from ceed_vla.training.reinforce import ReinforceConfig, reinforce
+from ceed_vla.training.teacher import train
+from ceed_vla.training.trajectories import collect, read_trajectories
 from tests.helpers.holders import go_on, holder, stopped_writer
-from training.distill import distill
-from training.reinforce import ReinforceConfig, reinforce
-from training.teacher import train
-from training.trajectories import collect, read_trajectories
 
 
 @pytest.mark.slow
@@ -41,7 +41,9 @@ def test_runs(studio: Any, tmp_path: Path) -> None:
     assert not lock_file(folder).exists()
 
 
-def test_every_command_of_training_is_refused(studio: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_of_training_is_refused(
+    studio: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     beside = [f"--policy_path={studio.teacher}", f"--roots={studio.demo}", f"--output_dir={folder}"]
     with holder(folder) as first:
@@ -58,7 +60,9 @@ def test_every_command_of_training_is_refused(studio: Any, tmp_path: Path, capsy
         for words in (["exits", "--layers=[1]"], ["context"], ["open-loop"]):
             assert main([*words, *beside]) == 1
             assert who in capsys.readouterr().err
-        assert main(["convert", f"--path={tmp_path}", "--from=openvla", f"--output_dir={folder}"]) == 1
+        assert (
+            main(["convert", f"--path={tmp_path}", "--from=openvla", f"--output_dir={folder}"]) == 1
+        )
         assert who in capsys.readouterr().err
     assert not folder.exists()
 

@@ -1,4 +1,6 @@
-"""The pipeline on an image-text-to-text model: train, collect, distil, through the command line's own entry points."""
+"""The pipeline on an image-text-to-text model: train, collect, distil, through the command line's
+own entry points.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,30 @@ from tiny_vlms import make_tiny_vlm
 
 import ceed_vla
 from ceed_vla.cli import main
-from training.trajectories import read_trajectories
+from ceed_vla.training.trajectories import read_trajectories
 
 FINAL = Path("checkpoints/final/pretrained_model")
 
 
 def run(command: str, **flags: Any) -> None:
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('__', '.')}", str(value))]
+    words = [
+        word
+        for name, value in flags.items()
+        for word in (f"--{name.replace('__', '.')}", str(value))
+    ]
     assert main([command, *words]) == 0
 
 
 @pytest.fixture
-def train(write_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def train(
+    write_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
     """Fine-tune a tiny base of a family on a tiny data set; the folder of the run's checkpoint."""
     import ceed_vla.cli as cli
 
-    commands = {name: cli.Command(**{**vars(row), "simulator": None}) for name, row in cli.COMMANDS.items()}
+    commands = {
+        name: cli.Command(**{**vars(row), "simulator": None}) for name, row in cli.COMMANDS.items()
+    }
     monkeypatch.setattr(cli, "COMMANDS", commands)
     write_dataset(tmp_path / "demo")
 
@@ -62,19 +72,33 @@ def train(write_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytes
         "qwen2_5_vl",
         *(
             pytest.param(family, marks=pytest.mark.slow)
-            for family in ("llava", "llava_onevision", "paligemma", "qwen3_vl", "smolvlm", "smolvlm2")
+            for family in (
+                "llava",
+                "llava_onevision",
+                "paligemma",
+                "qwen3_vl",
+                "smolvlm",
+                "smolvlm2",
+            )
         ),
     ],
 )
 def test_train_collect_and_distil(
-    family: str, train: Callable[..., Path], tmp_path: Path, read_log: Callable[..., dict[int, float]]
+    family: str,
+    train: Callable[..., Path],
+    tmp_path: Path,
+    read_log: Callable[..., dict[int, float]],
 ) -> None:
     teacher = train(family, **{"policy.backbone.proprio": "projected"})
     assert set(read_log(tmp_path / family)) == {1, 2, 3}
     run(
-        "collect", policy_path=teacher, roots=tmp_path / "demo", output_dir=tmp_path / "trajectories", batch_size=16,
+        "collect",
+        policy_path=teacher,
+        roots=tmp_path / "demo",
+        output_dir=tmp_path / "trajectories",
+        batch_size=16,
         frame_stride=2,
-    )  # fmt: skip
+    )
     trajectories = read_trajectories(tmp_path / "trajectories", teacher)
     policy, pre, _ = ceed_vla.load(teacher)
     from ceed_vla.data.frames import open_dataset
@@ -83,10 +107,19 @@ def test_train_collect_and_distil(
     assert policy.decode(batch, "ar").tokens.tolist() == trajectories.fixed_point[:4].tolist()
     for states in ("online", "stored"):
         run(
-            "distill", teacher_path=teacher, trajectories__path=tmp_path / "trajectories", roots=tmp_path / "demo",
-            output_dir=tmp_path / states, steps=2, batch_size=4, eval_frames=4, eval_every=2, states=states,
-            mixed_precision="no", loss="paper" if states == "stored" else "trust_region",
-        )  # fmt: skip
+            "distill",
+            teacher_path=teacher,
+            trajectories__path=tmp_path / "trajectories",
+            roots=tmp_path / "demo",
+            output_dir=tmp_path / states,
+            steps=2,
+            batch_size=4,
+            eval_frames=4,
+            eval_every=2,
+            states=states,
+            mixed_precision="no",
+            loss="paper" if states == "stored" else "trust_region",
+        )
         measured = read_log(tmp_path / states, "teacher_agreement")
         assert measured[0] == 1.0  # the student starts as the teacher
         assert set(measured) == {0, 2}
@@ -102,8 +135,15 @@ def test_a_base_that_is_none(train: Callable[..., Path], tmp_path: Path, capfd: 
     """Exit code 1 and one line, before any training."""
     make_tiny_vlm("smolvlm", tmp_path / "whole")
     (tmp_path / "whole" / "model.safetensors").unlink()
-    for folder, message in (("nowhere", "is this the right folder"), ("whole", "has neither model.safetensors nor")):
-        flags = {"policy.backbone.type": "vlm", "policy.backbone.path": tmp_path / folder, "grounding_steps": 0}
+    for folder, message in (
+        ("nowhere", "is this the right folder"),
+        ("whole", "has neither model.safetensors nor"),
+    ):
+        flags = {
+            "policy.backbone.type": "vlm",
+            "policy.backbone.path": tmp_path / folder,
+            "grounding_steps": 0,
+        }
         flags |= {
             "roots": tmp_path / "demo",
             "output_dir": tmp_path / folder / "run",

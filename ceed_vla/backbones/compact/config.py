@@ -23,18 +23,22 @@ class CompactConfig(BackboneConfig):
     Attributes:
         image_size: Side of the square images that the stems see [px]; other sizes are resized.
         image_grid: A camera gives ``image_grid ** 2`` prefix tokens.
-        keypoints: Places that the stem of a camera finds (spatial softmax), as one more prefix token; 0 for none.
+        keypoints: Places that the stem of a camera finds (spatial softmax), as one more prefix
+            token; 0 for none.
         stem_channels: Channels of the four convolutions of a camera stem.
         max_instruction_words: Longest instruction [words].
         words: Rows of the word embedding (padding and unknown included).
-        known_words: Words of the instructions that were trained on; written with the vocabulary, 0 where nobody did.
+        known_words: Words of the instructions that were trained on; written with the vocabulary, 0
+            where nobody did.
         width: Model width ``d``.
         layers: Decoder layers.
         heads: Attention heads.
         mlp_width: Hidden width of the gated MLP.
-        kept_tokens: Prefix tokens that run beside the state, in order, as `ceed-vla distill --kept` chooses them; none
-            for all: first the words, then each camera's patches and its keypoints.
-        early_readout: Numbers of a prefix token that training regresses the grounding target from too; 0 for none.
+        kept_tokens: Prefix tokens that run beside the state, in order, as `ceed-vla distill --kept`
+            chooses them; none for all: first the words, then each camera's patches and its
+            keypoints.
+        early_readout: Numbers of a prefix token that training regresses the grounding target from
+            too; 0 for none.
     """
 
     steps: ClassVar[tuple[str, ...]] = ("ceed_vla_instruction_words",)
@@ -59,12 +63,14 @@ class CompactConfig(BackboneConfig):
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}.")
         if len(self.stem_channels) != 4 or any(channels % 4 for channels in self.stem_channels):
             raise ConfigError(
-                f"stem_channels is {self.stem_channels}; a stem has exactly 4 convolutions, of multiples of 4."
+                f"stem_channels is {self.stem_channels}; a stem has exactly 4 convolutions, of "
+                "multiples of 4."
             )
         if self.image_size % (8 * self.image_grid):
             raise ConfigError(
-                f"image_size {self.image_size} is not a multiple of 8 * image_grid = {8 * self.image_grid}; "
-                "the stem halves the image three times and then cuts it into the grid."
+                f"image_size {self.image_size} is not a multiple of 8 * image_grid = "
+                f"{8 * self.image_grid}; the stem halves the image three times and then cuts it "
+                "into the grid."
             )
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
@@ -76,15 +82,24 @@ class CompactConfig(BackboneConfig):
         return [step]
 
     def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
-        d, cell = self.width, self.image_size // (8 * self.image_grid)
+        d = self.width
+        cell = self.image_size // (8 * self.image_grid)
         prefix = self.max_instruction_words + len(shape.cameras) * self.image_grid**2
         rows = self.words + prefix + 2 * shape.vocabulary_size + shape.block_length
-        stem = self.stem_channels[3] * cell**2 * d + 9 * sum(a * b for a, b in pairwise(self.stem_channels))
-        return self.layers, (self.layers * (4 * d * d + 3 * d * self.mlp_width) + rows * d + len(shape.cameras) * stem)
+        stem = self.stem_channels[3] * cell**2 * d + 9 * sum(
+            a * b for a, b in pairwise(self.stem_channels)
+        )
+        return self.layers, (
+            self.layers * (4 * d * d + 3 * d * self.mlp_width)
+            + rows * d
+            + len(shape.cameras) * stem
+        )
 
     def finished(self) -> Self:
         return replace(self, early_readout=0)
 
     def validate_features(self, shape: PolicyShape) -> None:
         if not shape.state_dim:
-            raise ConfigError("The data have no observation.state; the compact backbone reads one state vector.")
+            raise ConfigError(
+                "The data have no observation.state; the compact backbone reads one state vector."
+            )

@@ -1,12 +1,13 @@
 r"""The embedded default: a small vision-language-action transformer, trained from scratch.
 
     cameras --stem--> 16 tokens each \
-    words   --embed--> L tokens        }--> prefix (bidirectional) --> [state token] predicts action token 0
+    words   --embed--> L tokens        }--> prefix (bidirectional) --> [state token]: action token 0
     state   --linear--> 1 token       /                                      |
-                                              block tokens 0..n-2 (causal) --+--> action tokens 1..n-1
+                                              block tokens 0..n-2 (causal) --+--> action tokens
+                                              1..n-1
 
-Positions are learned: one embedding for every prefix position and one for every block slot, so that one step of the
-decoder is a handful of kernels.
+Positions are learned: one embedding for every prefix position and one for every block slot, so that
+one step of the decoder is a handful of kernels.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from ceed_vla.images import check_images
 LANGUAGE_KEY = "observation.language.tokens"
 STATE_KEY = "observation.state"
 WORD_CODE = 16  # numbers a word that the camera stems see
-# Parts that learn in distillation; the others make the prefix embeddings, which student and teacher share.
+# Parts that learn in distillation; the others make the prefix embeddings, which student and teacher
+# share.
 DISTILLED = ("action_tokens", "slots", "layers", "final_norm", "head")
 
 
@@ -66,7 +68,9 @@ class Layer(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, t, d / H) of x (B, t, d)."""
         batch, length, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
+        qkv = self.qkv(self.attention_norm(x)).view(
+            batch, length, 3, self.heads, width // self.heads
+        )
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
@@ -90,27 +94,44 @@ class CompactBackbone(TrainableBackbone):
         self.cameras = self.augmented_images = tuple(shape.cameras)
         self.image_size, self.max_words = config.image_size, config.max_instruction_words
         self.state_dim = shape.state_dim
-        self.block_length, self.vocabulary_size, self._shape = shape.block_length, shape.vocabulary_size, shape
-        width, grid, self.num_layers = config.width, config.image_grid, config.layers
+        self.block_length = shape.block_length
+        self.vocabulary_size = shape.vocabulary_size
+        self._shape = shape
+        width = config.width
+        grid = config.image_grid
+        self.num_layers = config.layers
         self._recompute = False
         tokens = grid**2 + bool(config.keypoints)  # of a camera
         self.prefix_length = self.max_words + len(self.cameras) * tokens + 1
         self.keep(config.kept_tokens)
         self.words = nn.Embedding(config.words, width)
         self.word_codes = nn.Embedding(config.words, WORD_CODE)
-        seen = (config.stem_channels, grid, config.keypoints, self.image_size, width, self.max_words * WORD_CODE)
+        seen = (
+            config.stem_channels,
+            grid,
+            config.keypoints,
+            self.image_size,
+            width,
+            self.max_words * WORD_CODE,
+        )
         self.stems = nn.ModuleList(CameraStem(*seen) for _ in self.cameras)
         self.state = nn.Linear(self.state_dim, width)
         self.prefix_positions = nn.Parameter(torch.zeros(self.prefix_length, width))
         self.action_tokens = nn.Embedding(self.vocabulary_size, width)
         self.slots = nn.Parameter(torch.zeros(self.block_length, width))
-        self.layers = nn.ModuleList(Layer(width, config.heads, config.mlp_width) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            Layer(width, config.heads, config.mlp_width) for _ in range(config.layers)
+        )
         self.final_norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, self.vocabulary_size)
         if outputs := shape.auxiliary_dim:
-            self.auxiliary = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs))
+            self.auxiliary = nn.Sequential(
+                nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs)
+            )
             if kept := config.early_readout:
-                self.early_auxiliary = EarlyReadout(len(self.kept) or self.prefix_length, width, kept, width, outputs)
+                self.early_auxiliary = EarlyReadout(
+                    len(self.kept) or self.prefix_length, width, kept, width, outputs
+                )
         self._initialise()
 
     @property
@@ -118,29 +139,42 @@ class CompactBackbone(TrainableBackbone):
         return cast("list[Layer]", list(self.layers))
 
     def _initialise(self) -> None:
-        for embedding in (self.words.weight, self.prefix_positions, self.action_tokens.weight, self.slots):
+        for embedding in (
+            self.words.weight,
+            self.prefix_positions,
+            self.action_tokens.weight,
+            self.slots,
+        ):
             nn.init.normal_(embedding, std=0.5 if embedding is self.words.weight else 0.02)
         for layer in self.trunk:
             for linear in (layer.qkv, layer.gate_up):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             for linear in (layer.out, layer.down):
-                nn.init.normal_(linear.weight, std=(linear.in_features * 2 * len(self.trunk)) ** -0.5)
+                nn.init.normal_(
+                    linear.weight, std=(linear.in_features * 2 * len(self.trunk)) ** -0.5
+                )
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Rows of a batch with cameras (B, 3, any, any) in [0, 1], a finite state (B, D) and words (B, L)."""
+        """Rows of a batch with cameras (B, 3, any, any) in [0, 1], a finite state (B, D) and words
+        (B, L).
+        """
         wanted: dict[str, tuple[int | None, ...]] = {
             **dict.fromkeys(self.cameras, (3, None, None)),
             STATE_KEY: (self.state_dim,),
             LANGUAGE_KEY: (self.max_words,),
         }
-        rows = check_features(batch, wanted, finite=[STATE_KEY], ids={LANGUAGE_KEY: self.words.num_embeddings})
+        rows = check_features(
+            batch, wanted, finite=[STATE_KEY], ids={LANGUAGE_KEY: self.words.num_embeddings}
+        )
         images = {camera: batch[camera] for camera in self.cameras}
         check_images(images)
         for camera, image in images.items():
             if image.dtype != torch.float32:
-                raise ObservationError(f"{camera} is {image.dtype}; expected torch.float32 in [0, 1].")
+                raise ObservationError(
+                    f"{camera} is {image.dtype}; expected torch.float32 in [0, 1]."
+                )
         return rows
 
     def recompute_activations(self) -> None:
@@ -150,25 +184,38 @@ class CompactBackbone(TrainableBackbone):
         return self.trunk, self.final_norm, self.final_norm.normalized_shape[0]
 
     def coarse_branch(self) -> nn.Module:
-        """Of half the width, so that it costs a chunk about as much as the linear layer of an exit."""
-        shape, width = self._shape, self.final_norm.normalized_shape[0]
-        step, inner = shape.action_tokens.build(shape.chunk_size, shape.action_dim).tokens_per_step, max(width // 2, 1)
+        """Of half the width, so that it costs a chunk about as much as the linear layer of an
+        exit.
+        """
+        shape = self._shape
+        width = self.final_norm.normalized_shape[0]
+        step = shape.action_tokens.build(shape.chunk_size, shape.action_dim).tokens_per_step
+        inner = max(width // 2, 1)
         if step is None:
-            raise ConfigError("Exits of kind coarse pool the tokens of a step, and these belong to none; train linear.")
+            raise ConfigError(
+                "Exits of kind coarse pool the tokens of a step, and these belong to none; train "
+                "linear."
+            )
         return CoarseBranch(Layer(inner, math.gcd(inner, 4), 2 * inner), inner, width, step)
 
     def distillation_parameters(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if name.partition(".")[0] in DISTILLED]
 
     def keep(self, tokens: Sequence[int]) -> None:
-        """Run these prefix tokens alone, beside the state, which is the last; all for none of them."""
+        """Run these prefix tokens alone, beside the state, which is the last; all for none of
+        them.
+        """
         last = self.prefix_length - 1
         if any(token >= last for token in tokens) or sorted(set(tokens)) != list(tokens):
-            raise ConfigError(f"kept_tokens is {short(list(tokens))}; it must be some of 0..{last - 1}, in order.")
+            raise ConfigError(
+                f"kept_tokens is {short(list(tokens))}; it must be some of 0..{last - 1}, in order."
+            )
         self.kept = [*tokens, last] if tokens else []
 
     def embed_prefix(self, observation: dict[str, Tensor]) -> Tensor:
-        """Embeddings (B, P, d) of words, cameras and state (the state token comes last), or of those that are kept."""
+        """Embeddings (B, P, d) of words, cameras and state (the state token comes last), or of
+        those that are kept.
+        """
         words = observation[LANGUAGE_KEY]  # (B, L)
         instruction = self.word_codes(words).flatten(1)  # (B, L * c)
         tokens = [self.words(words)]  # (B, L, d)
@@ -209,24 +256,34 @@ class CompactBackbone(TrainableBackbone):
 
     def prefill_to(self, observation: dict[str, Tensor], depth: int) -> CutPrefix:
         embeddings = self.embed_prefix(observation)
-        cache, depth = self._cache(embeddings), check_depth(depth, self.num_layers)
+        cache = self._cache(embeddings)
+        depth = check_depth(depth, self.num_layers)
         x = self._run(embeddings, cache, depth=depth)
         logits = self.head(self._read(x, depth, cache)[:, -1])
         cache.seal_prefix(x.shape[1], shallow=True)
         return CutPrefix(logits, cache, depth, x)
 
     def extend(self, prefix: CutPrefix) -> Prefix:
-        cache, length = prefix.cache, prefix.hidden.shape[1]
+        cache = prefix.cache
+        length = prefix.hidden.shape[1]
         cache.unseal()
         x = self._run(prefix.hidden, cache, done=prefix.depth)
         cache.seal_prefix(length)
         return Prefix(logits=self.head(self.final_norm(x[:, -1])), cache=cache)
 
     def _run(
-        self, x: Tensor, cache: KVCache, mask: Tensor | None = None, depth: int | None = None, done: int = 0
+        self,
+        x: Tensor,
+        cache: KVCache,
+        mask: Tensor | None = None,
+        depth: int | None = None,
+        done: int = 0,
     ) -> Tensor:
-        """X (B, t, d) through the first `depth` layers without those that are `done`, behind what is in the cache."""
-        for index, layer in enumerate(islice(self.trunk, done, depth), done):  # a slice would be a new module
+        """X (B, t, d) through the first `depth` layers without those that are `done`, behind what
+        is in the cache.
+        """
+        # a slice would be a new module
+        for index, layer in enumerate(islice(self.trunk, done, depth), done):
             q, k, v = layer.project(x)
             keys, values = cache.write(index, k, v)  # (B, H, T, d / H)
             x = layer.finish(x, q, keys, values, mask)
@@ -244,7 +301,9 @@ class CompactBackbone(TrainableBackbone):
         mask: Tensor | None = None,
         blocks: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Hidden vectors (B, t, d) behind `depth` layers as the head reads them; the last are of embedded `blocks`."""
+        """Hidden vectors (B, t, d) behind `depth` layers as the head reads them; the last are of
+        embedded `blocks`.
+        """
         own = self.exits.get(depth)
         if own is None or depth == self.num_layers:
             return cast("Tensor", self.final_norm(x))
@@ -257,16 +316,26 @@ class CompactBackbone(TrainableBackbone):
         return cast("Tensor", own(own.beside(x, blocks)))
 
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        cache, length = prefix.cache, tokens.shape[1]
+        cache = prefix.cache
+        length = tokens.shape[1]
         block = self.action_tokens(tokens) + cache.rows(self.slots, length)  # (B, k, d)
-        mask, depth = cache.mask(length), check_depth(depth, self.num_layers)
-        return self.head(self._read(self._run(block, cache, mask, depth), depth, cache, mask, [block]))
+        mask = cache.mask(length)
+        depth = check_depth(depth, self.num_layers)
+        return self.head(
+            self._read(self._run(block, cache, mask, depth), depth, cache, mask, [block])
+        )
 
-    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    def depth_logits(
+        self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor]:
         check_linear(self.exits, depths)
-        cache, length = prefix.cache, tokens.shape[1]
-        block, mask = self.action_tokens(tokens) + cache.rows(self.slots, length), cache.mask(length)
-        x, found, done = block, [], 0
+        cache = prefix.cache
+        length = tokens.shape[1]
+        block = self.action_tokens(tokens) + cache.rows(self.slots, length)
+        mask = cache.mask(length)
+        x = block
+        found = []
+        done = 0
         for depth in depths:
             x = self._run(x, cache, mask, depth, done)
             found.append(self.head(self._read(x, depth, cache, blocks=[block])))
@@ -278,8 +347,10 @@ class CompactBackbone(TrainableBackbone):
         return cast("Tensor", self.head(self.final_norm(x)))
 
     def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
-        cache, length = prefix.cache, tokens.shape[1]
-        x, mask = self.action_tokens(tokens) + cache.rows(self.slots, length), cache.mask(length)
+        cache = prefix.cache
+        length = tokens.shape[1]
+        x = self.action_tokens(tokens) + cache.rows(self.slots, length)
+        mask = cache.mask(length)
         for index in check_program(program, self.num_layers):
             q, k, v = self.trunk[index].project(x)
             keys, values = cache.write(index, k, v)
@@ -290,15 +361,20 @@ class CompactBackbone(TrainableBackbone):
     def packed_logits(
         self, embeddings: Tensor, blocks: Sequence[Tensor], depth: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Teacher-forced logits of several blocks behind one prefix, in one forward; see `TrainableBackbone`.
+        """Teacher-forced logits of several blocks behind one prefix, in one forward; see
+        `TrainableBackbone`.
 
-        The blocks do not see each other and share their slots, so each sees exactly what `block_logits` shows it.
+        The blocks do not see each other and share their slots, so each sees exactly what
+        `block_logits` shows it.
         """
         n = self.block_length
         inputs = [self.action_tokens(block[:, : n - 1]) + self.slots[: n - 1] for block in blocks]
         x = torch.cat([embeddings, *inputs], dim=1)  # (B, P + b * (n - 1), d)
-        mask = self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device) if blocks else None
-        recompute, depth = self._recompute and self.training, check_depth(depth, self.num_layers)
+        mask = (
+            self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device) if blocks else None
+        )
+        recompute = self._recompute and self.training
+        depth = check_depth(depth, self.num_layers)
         for layer in self.trunk[:depth]:
             x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
         x = self._read(x, depth, mask=mask, blocks=inputs)
@@ -308,8 +384,12 @@ class CompactBackbone(TrainableBackbone):
 
     @staticmethod
     def _packed_mask(prefix: int, block: int, count: int, device: torch.device) -> Tensor:
-        """(T, T) boolean: prefix bidirectional and blind to blocks; blocks causal and blind to each other."""
+        """(T, T) boolean: prefix bidirectional and blind to blocks; blocks causal and blind to each
+        other.
+        """
         own = torch.ones(block, block, dtype=torch.bool, device=device).tril()
-        mask = torch.block_diag(torch.ones(prefix, prefix, dtype=torch.bool, device=device), *[own] * count)
+        mask = torch.block_diag(
+            torch.ones(prefix, prefix, dtype=torch.bool, device=device), *[own] * count
+        )
         mask[:, :prefix] = True
         return mask

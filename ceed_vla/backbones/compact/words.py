@@ -20,7 +20,9 @@ from ceed_vla.instructions import batch_instructions
 
 logger = logging.getLogger(__name__)
 
-PAD_ID, UNKNOWN_ID, FIRST_WORD_ID = 0, 1, 2
+PAD_ID = 0
+UNKNOWN_ID = 1
+FIRST_WORD_ID = 2
 MOST_WARNINGS = 100  # about words that a policy has never seen
 
 
@@ -37,7 +39,8 @@ def build_vocabulary(instructions: Iterable[str]) -> list[str]:
 @ProcessorStepRegistry.register(name="ceed_vla_instruction_words")
 @dataclass
 class InstructionWordsStep(InputsStep):
-    """Turn ``task`` strings into ``observation.language.tokens`` (B, L) int64, padded with 0; unknown words are 1.
+    """Turn ``task`` strings into ``observation.language.tokens`` (B, L) int64, padded with 0;
+    unknown words are 1.
 
     The whole vocabulary is saved with the pipeline, so that a checkpoint loads without a network.
     """
@@ -50,37 +53,58 @@ class InstructionWordsStep(InputsStep):
         wrong = [word for word in self.vocabulary if split_words(word) != [word]]
         if wrong or sorted(set(self.vocabulary)) != self.vocabulary:
             shown = f"has {wrong[0][:50]!r}" if wrong else "repeats a word, or is not in order"
-            raise ConfigError(f"vocabulary {shown}; it must hold different lower-case words, sorted.")
+            raise ConfigError(
+                f"vocabulary {shown}; it must hold different lower-case words, sorted."
+            )
         self._ids = {word: FIRST_WORD_ID + i for i, word in enumerate(self.vocabulary)}
         self._warned: set[str] = set()
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
-        """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
+        """Raise `ConfigError` unless these are the settings that the backbone's configuration
+        has.
+        """
         words = len(self.vocabulary)
         if not words:
             raise ConfigError("vocabulary is empty; every word would be an unknown one.")
         most = getattr(backbone, "max_instruction_words", self.max_words)
         room = getattr(backbone, "words", words + FIRST_WORD_ID) - FIRST_WORD_ID
         if self.max_words != most or words > room:
-            raise ConfigError(f"max_words {self.max_words} and {words} words; the backbone has {most} and {room}.")
+            raise ConfigError(
+                f"max_words {self.max_words} and {words} words; the backbone has {most} and {room}."
+            )
         known = getattr(backbone, "known_words", 0)
         if known not in (0, words):
             raise ConfigError(f"vocabulary has {words} words, {known} were trained. Copy it again.")
 
     def encode(self, instruction: str) -> list[int]:
-        """Ids of one instruction, padded to `max_words`; `ObservationError` if it is empty or longer."""
-        words, shown = split_words(instruction), repr(instruction[:200])
+        """Ids of one instruction, padded to `max_words`; `ObservationError` if it is empty or
+        longer.
+        """
+        words = split_words(instruction)
+        shown = repr(instruction[:200])
         if not words:
-            raise ObservationError(f"The instruction {shown} has no word; say what to do: 'put the cube in the bin'.")
+            raise ObservationError(
+                f"The instruction {shown} has no word; say what to do: 'put the cube in the bin'."
+            )
         if len(words) > self.max_words:
-            raise ObservationError(f"The instruction has {len(words)} words, more than {self.max_words}: {shown}.")
+            raise ObservationError(
+                f"The instruction has {len(words)} words, more than {self.max_words}: {shown}."
+            )
         if self._ids and not any(word in self._ids for word in words):
             known = ", ".join(self.vocabulary)[:300]
-            raise ObservationError(f"The policy knows no word of the instruction {shown}; it knows {known}.")
+            raise ObservationError(
+                f"The policy knows no word of the instruction {shown}; it knows {known}."
+            )
         for word in words:
-            if word not in self._ids and word not in self._warned and len(self._warned) < MOST_WARNINGS:
+            if (
+                word not in self._ids
+                and word not in self._warned
+                and len(self._warned) < MOST_WARNINGS
+            ):
                 self._warned.add(word)
-                logger.warning("The policy has never seen the word %r; it is read as unknown.", word[:50])
+                logger.warning(
+                    "The policy has never seen the word %r; it is read as unknown.", word[:50]
+                )
         ids = [self._ids.get(word, UNKNOWN_ID) for word in words]
         return ids + [PAD_ID] * (self.max_words - len(ids))
 
@@ -93,17 +117,30 @@ class InstructionWordsStep(InputsStep):
         return {**observation, OBS_LANGUAGE_TOKENS: ids}
 
 
-def make_instruction_step(instructions: Iterable[str], max_words: int, rows: int) -> InstructionWordsStep:
-    """The step for a data set's instructions, of `max_words` at most and words for an embedding of so many `rows`."""
+def make_instruction_step(
+    instructions: Iterable[str], max_words: int, rows: int
+) -> InstructionWordsStep:
+    """The step for a data set's instructions, of `max_words` at most and words for an embedding of
+    so many `rows`.
+    """
     instructions = list(instructions)
     vocabulary = build_vocabulary(instructions)
     if not vocabulary or (wordless := [text for text in instructions if not split_words(text)]):
-        shown = f"The instruction {wordless[0]!r} has no word" if vocabulary else "There is no instruction"
+        shown = (
+            f"The instruction {wordless[0]!r} has no word"
+            if vocabulary
+            else "There is no instruction"
+        )
         raise ConfigError(f"{shown} to take the vocabulary from; pass the metadata.")
     longest, text = max((len(split_words(text)), text) for text in instructions)
     if longest > max_words:
-        raise ConfigError(f"max_instruction_words is {max_words}, an instruction has {longest} words: {text!r}.")
-    words, room = len(vocabulary), rows - FIRST_WORD_ID
+        raise ConfigError(
+            f"max_instruction_words is {max_words}, an instruction has {longest} words: {text!r}."
+        )
+    words = len(vocabulary)
+    room = rows - FIRST_WORD_ID
     if words > room:
-        raise ConfigError(f"The instructions use {words} words; backbone.words = {rows} holds {room}. Raise it.")
+        raise ConfigError(
+            f"The instructions use {words} words; backbone.words = {rows} holds {room}. Raise it."
+        )
     return InstructionWordsStep(vocabulary=vocabulary, max_words=max_words)

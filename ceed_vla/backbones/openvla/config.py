@@ -12,7 +12,12 @@ from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.backbones.openvla.folder import check_config, describe_model, usual_prompt
 from ceed_vla.backbones.openvla.inputs import OpenVLAInputsStep
-from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig, least_sizes, read_architecture
+from ceed_vla.backbones.transformers.config import (
+    DTYPES,
+    TransformersConfig,
+    least_sizes,
+    read_architecture,
+)
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen
 from ceed_vla.instructions import check_template
@@ -21,13 +26,16 @@ from ceed_vla.instructions import check_template
 @BackboneConfig.register_subclass("openvla")
 @dataclass
 class OpenVLAConfig(TransformersConfig):
-    """An OpenVLA model: one or two vision towers, a projector and a Llama that writes one of 256 ids a number.
+    """An OpenVLA model: one or two vision towers, a projector and a Llama that writes one of 256
+    ids a number.
 
     Attributes:
         dtype: Type of the weights; "auto" takes the folder's.
-        quantization: "8bit" or "4bit" language model through bitsandbytes, on a GPU; needs weights by reference.
+        quantization: "8bit" or "4bit" language model through bitsandbytes, on a GPU; needs weights
+            by reference.
         camera: Feature of the camera it looks through; not needed where the policy has one camera.
-        prompt: Text around ``{instruction}``, which is lower-cased; the one of the model's language model if empty.
+        prompt: Text around ``{instruction}``, which is lower-cased; the one of the model's language
+            model if empty.
     """
 
     steps: ClassVar[tuple[str, ...]] = ("ceed_vla_openvla_inputs",)
@@ -43,8 +51,8 @@ class OpenVLAConfig(TransformersConfig):
             check_template(self.prompt, "backbone.prompt")
         if self.quantization != "none" and self.weights != "reference":
             raise ConfigError(
-                f"backbone.quantization is {self.quantization!r}: quantised weights cannot be copied; set "
-                'backbone.weights to "reference".'
+                f"backbone.quantization is {self.quantization!r}: quantised weights cannot be "
+                'copied; set backbone.weights to "reference".'
             )
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
@@ -57,8 +65,8 @@ class OpenVLAConfig(TransformersConfig):
         bins = architecture["n_action_bins"]
         if shape.vocabulary_size != bins:
             raise ConfigError(
-                f"The action tokens have {shape.vocabulary_size} values, the model {bins} action ids; set "
-                f"--policy.action_tokens.type=openvla with n_action_bins={bins}."
+                f"The action tokens have {shape.vocabulary_size} values, the model {bins} action "
+                f"ids; set --policy.action_tokens.type=openvla with n_action_bins={bins}."
             )
         if new:
             self.check_size(shape)
@@ -87,4 +95,6 @@ class OpenVLAConfig(TransformersConfig):
         if self.camera and self.camera not in shape.cameras:
             raise ConfigError(f"backbone.camera is {self.camera!r}; the policy has {known}.")
         if not self.camera and len(shape.cameras) > 1:
-            raise ConfigError(f"OpenVLA looks through one camera; set backbone.camera to one of {known}.")
+            raise ConfigError(
+                f"OpenVLA looks through one camera; set backbone.camera to one of {known}."
+            )

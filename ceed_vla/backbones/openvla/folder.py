@@ -1,4 +1,6 @@
-"""OpenVLA folders as they are published: configuration and statistics. Nothing in them is executed."""
+"""OpenVLA folders as they are published: configuration and statistics. Nothing in them is
+executed.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +11,49 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.backbones.transformers.config import DTYPES, least_sizes, published_folder, read_architecture
+from ceed_vla.backbones.transformers.config import (
+    DTYPES,
+    least_sizes,
+    published_folder,
+    read_architecture,
+)
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json
 
 STATISTICS = "dataset_statistics.json"  # of a fine-tune; wins over norm_stats in config.json
 # What of config.json describes the model; norm_stats belong to the action tokens.
-_MODEL = ("arch_specifier", "llm_backbone_id", "n_action_bins", "pad_to_multiple_of", "text_config", "torch_dtype")
-_LISTS = ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_model_kwargs")  # an entry a tower
+_MODEL = (
+    "arch_specifier",
+    "llm_backbone_id",
+    "n_action_bins",
+    "pad_to_multiple_of",
+    "text_config",
+    "torch_dtype",
+)
+# an entry a tower
+_LISTS = (
+    "timm_model_ids",
+    "image_sizes",
+    "timm_override_act_layers",
+    "timm_model_kwargs",
+)
 DESCRIBING = (*_MODEL, *_LISTS, "use_fused_vision_backbone")
 LANGUAGE_MODELS = ("llama", "mistral")
-# timm reads files and hubs by some names and settings, so only these are passed on: towers of Prismatic VLMs.
+# timm reads files and hubs by some names and settings, so only these are passed on: towers of
+# Prismatic VLMs.
 TOWERS = re.compile(
     r"vit_(tiny|small|base|large|so400m)_patch(8|14|16)"
     r"(_reg4)?(_dinov2|_siglip|_clip)?(_(224|256|336|384|512))?(\.[a-z0-9_]+)?"
 )
 _SIZES = ("depth", "embed_dim", "num_heads", "mlp_ratio", "patch_size", "reg_tokens", "init_values")
-_SWITCHES = ("class_token", "no_embed_class", "pos_embed", "global_pool", "dynamic_img_size", "pre_norm")
+_SWITCHES = (
+    "class_token",
+    "no_embed_class",
+    "pos_embed",
+    "global_pool",
+    "dynamic_img_size",
+    "pre_norm",
+)
 TOWER_SETTINGS = (*_SIZES, *_SWITCHES)
 TOWER_VALUES = (None, "learn", "none", "", "avg", "token", "map")  # beside numbers
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swish")
@@ -33,8 +61,9 @@ LARGEST_SIDE = 4096  # of an image [px]
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 # OpenVLA v0.1, the models on Vicuna
 VICUNA_PROMPT = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER: What action should the robot take to {instruction}? ASSISTANT:"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. USER: What action should the "
+    "robot take to {instruction}? ASSISTANT:"
 )
 
 
@@ -44,25 +73,45 @@ def usual_prompt(config: dict[str, Any]) -> str:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of an OpenVLA folder; `CheckpointError` for another kind of model, or contradictory entries."""
+    """config.json of an OpenVLA folder; `CheckpointError` for another kind of model, or
+    contradictory entries.
+    """
     file = published_folder(folder, "The path of the model") / "config.json"
     config = read_json(file)
     if config.get("model_type") != "openvla":
         raise CheckpointError(
             f"{file}: model_type is {config.get('model_type')!r}; this reader takes 'openvla'"
-            + (", and this is a checkpoint of ceed-vla already." if config.get("type") == "ceed_vla" else ".")
+            + (
+                ", and this is a checkpoint of ceed-vla already."
+                if config.get("type") == "ceed_vla"
+                else "."
+            )
         )
     return check_config(file, config)
 
 
 def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` as found in `file`, with the defaults of the format; `CheckpointError` for what cannot be built."""
-    with raised_as(CheckpointError, f"{file} holds a value of another kind than OpenVLA's", "copy it again."):
-        config = {"n_action_bins": 256, "pad_to_multiple_of": 64, "use_fused_vision_backbone": None, **config}
-        missing = [key for key in ("text_config", "timm_model_ids", "image_sizes") if key not in config]
+    """`config` as found in `file`, with the defaults of the format; `CheckpointError` for what
+    cannot be built.
+    """
+    with raised_as(
+        CheckpointError, f"{file} holds a value of another kind than OpenVLA's", "copy it again."
+    ):
+        config = {
+            "n_action_bins": 256,
+            "pad_to_multiple_of": 64,
+            "use_fused_vision_backbone": None,
+            **config,
+        }
+        missing = [
+            key for key in ("text_config", "timm_model_ids", "image_sizes") if key not in config
+        ]
         if missing:
-            raise CheckpointError(f"{file} lacks {', '.join(missing)}; it is no complete OpenVLA configuration.")
-        towers, text = config["timm_model_ids"], dict(config["text_config"])
+            raise CheckpointError(
+                f"{file} lacks {', '.join(missing)}; it is no complete OpenVLA configuration."
+            )
+        towers = config["timm_model_ids"]
+        text = dict(config["text_config"])
         read_architecture(json.dumps(text))
         least_sizes(text)
         if config["use_fused_vision_backbone"] is None:
@@ -71,7 +120,8 @@ def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
         for key in _LISTS:
             if config.get(key) is not None and len(config[key]) != expected:
                 raise CheckpointError(
-                    f"{file}: {key} has {len(config[key])} entries, use_fused_vision_backbone says {expected}."
+                    f"{file}: {key} has {len(config[key])} entries, use_fused_vision_backbone says "
+                    f"{expected}."
                 )
         _check_towers(file, config)
         text.setdefault("model_type", str(config.get("llm_backbone_id", "llama")).partition("-")[0])
@@ -79,19 +129,28 @@ def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
             text["model_type"] = "llama"
         if text["model_type"] not in LANGUAGE_MODELS:
             raise CheckpointError(
-                f"{file}: the language model (text_config.model_type) is {text['model_type']!r}; those that can be "
-                f"read, with a cache of keys and values, are {', '.join(LANGUAGE_MODELS)}."
+                f"{file}: the language model (text_config.model_type) is {text['model_type']!r}; "
+                "those that can be read, with a cache of keys and values, are "
+                f"{', '.join(LANGUAGE_MODELS)}."
             )
         types = [part.get(name) for part in (config, text) for name in ("torch_dtype", "dtype")]
         config["torch_dtype"] = str(next(filter(None, types), "float32")).removeprefix("torch.")
         if config["torch_dtype"] not in DTYPES:
-            raise CheckpointError(f"{file}: torch_dtype is {config['torch_dtype']!r}; choose {', '.join(DTYPES)}.")
-        padding, bins = config["pad_to_multiple_of"], config["n_action_bins"]
-        words = text.setdefault("vocab_size", 32000) - padding
-        if not (isinstance(padding, int) and padding >= 0 and isinstance(bins, int) and 2 < bins <= words):
             raise CheckpointError(
-                f"{file}: {config['n_action_bins']} action ids do not fit a vocabulary of {text['vocab_size']} that "
-                f"was padded by {config['pad_to_multiple_of']}."
+                f"{file}: torch_dtype is {config['torch_dtype']!r}; choose {', '.join(DTYPES)}."
+            )
+        padding = config["pad_to_multiple_of"]
+        bins = config["n_action_bins"]
+        words = text.setdefault("vocab_size", 32000) - padding
+        if not (
+            isinstance(padding, int)
+            and padding >= 0
+            and isinstance(bins, int)
+            and 2 < bins <= words
+        ):
+            raise CheckpointError(
+                f"{file}: {config['n_action_bins']} action ids do not fit a vocabulary of "
+                f"{text['vocab_size']} that was padded by {config['pad_to_multiple_of']}."
             )
         return {**config, "text_config": text}
 
@@ -101,27 +160,32 @@ def _check_towers(file: Path | str, config: dict[str, Any]) -> None:
     for name in config["timm_model_ids"]:
         if not isinstance(name, str) or not TOWERS.fullmatch(name):
             raise CheckpointError(
-                f"{file}: timm cannot build the vision tower {str(name)[:200]!r}; towers are timm's vision "
-                "transformers with DINOv2, SigLIP or CLIP weights, by their plain names."
+                f"{file}: timm cannot build the vision tower {str(name)[:200]!r}; towers are "
+                "timm's vision transformers with DINOv2, SigLIP or CLIP weights, by their plain "
+                "names."
             )
     for settings in config.get("timm_model_kwargs") or ():
         for name, value in settings.items():
-            number = isinstance(value, int | float) and abs(value) <= LARGEST_SIDE  # True and False too
+            # True and False too
+            number = isinstance(value, int | float) and abs(value) <= LARGEST_SIDE
             if name not in TOWER_SETTINGS or not (number or value in TOWER_VALUES):
                 raise CheckpointError(
-                    f"{file}: timm_model_kwargs sets {name!r} to {str(value)[:200]!r}; it may set numbers of "
-                    f"{', '.join(TOWER_SETTINGS)}."
+                    f"{file}: timm_model_kwargs sets {name!r} to {str(value)[:200]!r}; it may set "
+                    f"numbers of {', '.join(TOWER_SETTINGS)}."
                 )
     for layer in config.get("timm_override_act_layers") or ():
         if layer not in (None, *ACTIVATIONS):
             raise CheckpointError(
-                f"{file}: timm_override_act_layers has {layer!r}; it may have {', '.join(ACTIVATIONS)}."
+                f"{file}: timm_override_act_layers has {layer!r}; it may have "
+                f"{', '.join(ACTIVATIONS)}."
             )
     for size in config["image_sizes"]:
         sides = [size] if isinstance(size, int) else list(size)
         fits = all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
         if not fits or not 1 <= len(sides) <= 3:
-            raise CheckpointError(f"{file}: image_sizes has {size!r}; sides are whole numbers in [1, {LARGEST_SIDE}].")
+            raise CheckpointError(
+                f"{file}: image_sizes has {size!r}; sides are whole numbers in [1, {LARGEST_SIDE}]."
+            )
 
 
 def describe_model(folder: str | Path) -> dict[str, Any]:
@@ -131,11 +195,13 @@ def describe_model(folder: str | Path) -> dict[str, Any]:
 
 
 def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, dict[str, Any]]:
-    """The data set by whose statistics actions are un-normalised, and its ``q01``, ``q99`` and ``mask``, each (A,).
+    """The data set by whose statistics actions are un-normalised, and its ``q01``, ``q99`` and
+    ``mask``, each (A,).
 
-    They lie in ``norm_stats`` of config.json; a fine-tuned model may have its own in dataset_statistics.json, which
-    then count first. Where there are several, `unnorm_key` names the data set: `ConfigError` lists them if it
-    is missing or unknown. `CheckpointError` for statistics that are missing or incomplete.
+    They lie in ``norm_stats`` of config.json; a fine-tuned model may have its own in
+    dataset_statistics.json, which then count first. Where there are several, `unnorm_key` names the
+    data set: `ConfigError` lists them if it is missing or unknown. `CheckpointError` for statistics
+    that are missing or incomplete.
     """
     folder = Path(folder)
     sources = {folder / "config.json": read_config(folder).get("norm_stats") or {}}
@@ -143,30 +209,45 @@ def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, di
         sources = {folder / STATISTICS: read_json(folder / STATISTICS), **sources}
     for source, stats in sources.items():
         if not isinstance(stats, dict):
-            raise CheckpointError(f"{source}: the statistics are a {type(stats).__name__}; copy it again.")
+            raise CheckpointError(
+                f"{source}: the statistics are a {type(stats).__name__}; copy it again."
+            )
     first = next(iter(sources))
     known = ", ".join(sorted({key for stats in sources.values() for key in stats}))
     if not known:
-        raise CheckpointError(f"{folder} has neither norm_stats in config.json nor {STATISTICS}; copy it too.")
+        raise CheckpointError(
+            f"{folder} has neither norm_stats in config.json nor {STATISTICS}; copy it too."
+        )
     if not unnorm_key and len(sources[first]) != 1:
-        raise ConfigError(f"{first} has statistics of {len(sources[first])} data sets; choose an unnorm_key: {known}.")
+        raise ConfigError(
+            f"{first} has statistics of {len(sources[first])} data sets; choose an unnorm_key: "
+            f"{known}."
+        )
     key = unnorm_key or next(iter(sources[first]))
     file = next((source for source, stats in sources.items() if key in stats), None)
     if file is None:
         close = get_close_matches(key, known.split(", "), n=1)
         guess = f" (did you mean {close[0]}?)" if close else ""
-        raise ConfigError(f"unnorm_key is {key!r}{guess}; choose one of {known} ({' and '.join(map(str, sources))}).")
+        raise ConfigError(
+            f"unnorm_key is {key!r}{guess}; choose one of {known} "
+            f"({' and '.join(map(str, sources))})."
+        )
     return key, _quantiles(sources[file][key], f"{file}: the action statistics of {key}")
 
 
 def _quantiles(stats: Any, what: str) -> dict[str, Any]:
     """``q01``, ``q99`` and ``mask`` of one data set; `what` is what messages call it."""
-    with raised_as(CheckpointError, f"{what} need q01 and q99, one number a dimension", "copy them again."):
+    with raised_as(
+        CheckpointError, f"{what} need q01 and q99, one number a dimension", "copy them again."
+    ):
         action = stats["action"]
-        low, high = [float(v) for v in action["q01"]], [float(v) for v in action["q99"]]
+        low = [float(v) for v in action["q01"]]
+        high = [float(v) for v in action["q99"]]
         mask = [bool(v) for v in action.get("mask") or [True] * len(low)]
     if not all(math.isfinite(v) for v in (*low, *high)):
         raise CheckpointError(f"{what} hold NaN or infinity in q01 or q99; copy them again.")
     if not 0 < len(low) == len(high) == len(mask):
-        raise CheckpointError(f"{what} have {len(low)} values in q01, {len(high)} in q99 and {len(mask)} in mask.")
+        raise CheckpointError(
+            f"{what} have {len(low)} values in q01, {len(high)} in q99 and {len(mask)} in mask."
+        )
     return {"q01": low, "q99": high, "mask": mask}

@@ -1,4 +1,6 @@
-"""OpenVLA's image transform: one resized, cropped and normalised copy of the image for every vision tower."""
+"""OpenVLA's image transform: one resized, cropped and normalised copy of the image for every vision
+tower.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +18,38 @@ from ceed_vla.errors import CheckpointError, raised_as
 from ceed_vla.fields import short
 
 STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
-MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's numbers
+# in the order of Pillow's numbers
+MODES = (
+    "nearest",
+    "lanczos",
+    "bilinear",
+    "bicubic",
+    "box",
+    "hamming",
+)
 
 
 class _Transform:
     """The transform of one tower; `resize` of one number is the shorter side."""
 
     def __init__(self, values: dict[str, Any]) -> None:
-        size, crop, mode = values["size"], values["output_size"], values["interpolation"]
+        size = values["size"]
+        crop = values["output_size"]
+        mode = values["interpolation"]
         self.resize = [int(v) for v in ([size] if isinstance(size, int) else size)]
         self.crop = [int(v) for v in ([crop] * 2 if isinstance(crop, int) else crop)]
         self.mean, self.std = ([float(v) for v in values[name]] for name in ("mean", "std"))
         sides = (*self.resize, *self.crop)
-        if not all(1 <= side <= LARGEST_SIDE for side in sides) or len(self.crop) != 2 or len(self.resize) > 2:
+        if (
+            not all(1 <= side <= LARGEST_SIDE for side in sides)
+            or len(self.crop) != 2
+            or len(self.resize) > 2
+        ):
             raise ValueError(f"the sizes {self.resize} and {self.crop}")
         # Of pixels in [0, 1]; no NaN.
-        plausible = all(abs(v) <= 100 for v in self.mean) and all(1e-3 <= v <= 100 for v in self.std)
+        plausible = all(abs(v) <= 100 for v in self.mean) and all(
+            1e-3 <= v <= 100 for v in self.std
+        )
         if len(self.mean) != 3 or len(self.std) != 3 or not plausible:
             raise ValueError(f"the mean {self.mean} and the deviation {self.std}")
         self.interpolation = InterpolationMode(MODES[mode] if isinstance(mode, int) else mode)
@@ -46,32 +64,49 @@ class _Transform:
 class OpenVLAImages:
     """The image processor of an OpenVLA folder, from its preprocessor_config.json.
 
-    Published files hold a short form (``input_sizes``, ``interpolations``, ``means``, ``stds``, a strategy) and what it
-    was expanded to (``tvf_...``). The expanded form counts where both are there, as in the reference. `sizes` has
-    ``[S, S]`` of every tower's pixels. `CheckpointError` for settings missing, unknown, or of other towers.
+    Published files hold a short form (``input_sizes``, ``interpolations``, ``means``, ``stds``, a
+    strategy) and what it was expanded to (``tvf_...``). The expanded form counts where both are
+    there, as in the reference. `sizes` has ``[S, S]`` of every tower's pixels. `CheckpointError`
+    for settings missing, unknown, or of other towers.
     """
 
     def __init__(self, settings: dict[str, Any], file: Path | str) -> None:
         strategy = settings.get("image_resize_strategy", "letterbox")
         if strategy not in STRATEGIES:
-            raise CheckpointError(f"{file}: image_resize_strategy is {strategy!r}; it may be {', '.join(STRATEGIES)}.")
-        needed = f"input_sizes, interpolations ({', '.join(MODES)}), means and stds, one entry a vision tower"
+            raise CheckpointError(
+                f"{file}: image_resize_strategy is {strategy!r}; it may be {', '.join(STRATEGIES)}."
+            )
+        needed = (
+            f"input_sizes, interpolations ({', '.join(MODES)}), means and stds, one entry a vision "
+            "tower"
+        )
         with raised_as(CheckpointError, f"{file} needs {needed}", "copy it again."):
             sizes = [[int(v) for v in size[-2:]] for size in settings["input_sizes"]]
             self._transforms = [
-                _Transform(_expanded(settings, strategy, tower, size)) for tower, size in enumerate(sizes)
+                _Transform(_expanded(settings, strategy, tower, size))
+                for tower, size in enumerate(sizes)
             ]
             fill = [int(255 * value) for value in settings["means"][-1]]  # the last tower's
         self.sizes = [part.crop for part in self._transforms]
         if len(set(map(tuple, self.sizes))) != 1:
-            raise CheckpointError(f"{file}: the vision towers see {self.sizes} pixels; they must all be equal.")
-        boxed, self._fill = settings.get("tvf_do_letterbox"), settings.get("tvf_letterbox_fill") or fill
+            raise CheckpointError(
+                f"{file}: the vision towers see {self.sizes} pixels; they must all be equal."
+            )
+        boxed = settings.get("tvf_do_letterbox")
+        self._fill = settings.get("tvf_letterbox_fill") or fill
         if not isinstance(boxed, bool | None):
-            raise CheckpointError(f"{file}: tvf_do_letterbox is {short(boxed)}; it must be true or false.")
+            raise CheckpointError(
+                f"{file}: tvf_do_letterbox is {short(boxed)}; it must be true or false."
+            )
         self._letterbox = strategy == "letterbox" if boxed is None else boxed
         listed = self._fill if isinstance(self._fill, list) else []
-        if len(listed) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in listed):
-            raise CheckpointError(f"{file}: the letterbox is filled with {self._fill}; give three numbers in [0, 255].")
+        if len(listed) != 3 or not all(
+            type(value) is int and 0 <= value <= 255 for value in listed
+        ):
+            raise CheckpointError(
+                f"{file}: the letterbox is filled with {self._fill}; give three numbers in [0, "
+                "255]."
+            )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels (3 * towers, S, S) float32 of one picture of any size."""
@@ -82,8 +117,12 @@ class OpenVLAImages:
         return torch.vstack([transform(image) for transform in self._transforms])
 
 
-def _expanded(settings: dict[str, Any], strategy: str, tower: int, size: list[int]) -> dict[str, Any]:
-    """Resize, crop and normalisation of a tower: those in the file, or what the short form means."""
+def _expanded(
+    settings: dict[str, Any], strategy: str, tower: int, size: list[int]
+) -> dict[str, Any]:
+    """Resize, crop and normalisation of a tower: those in the file, or what the short form
+    means.
+    """
     usual: dict[str, dict[str, Any]] = {
         # "resize-naive" ignores the aspect ratio, the others scale the shorter side.
         "tvf_resize_params": {

@@ -1,4 +1,6 @@
-"""Image and instruction to OpenVLA's inputs, as a LeRobot step that carries the folder's tokenizer and settings."""
+"""Image and instruction to OpenVLA's inputs, as a LeRobot step that carries the folder's tokenizer
+and settings.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ EMPTY_TOKEN = 29871
 @ProcessorStepRegistry.register(name="ceed_vla_openvla_inputs")
 @dataclass
 class OpenVLAInputsStep(FilesStep, InputsStep):
-    """Make ``observation.openvla.input_ids``, ``...attention_mask`` (B, L) and ``...pixel_values`` (B, C, S, S)."""
+    """Make ``observation.openvla.input_ids``, ``...attention_mask`` (B, L) and ``...pixel_values``
+    (B, C, S, S).
+    """
 
     camera: str = "observation.images.front"  # feature of the camera
     prompt: str = PROMPT  # text with ``{instruction}`` in it
@@ -45,25 +49,30 @@ class OpenVLAInputsStep(FilesStep, InputsStep):
         wanted = backbone.prompt or self.prompt
         if self.camera not in shape.cameras or self.prompt != wanted:
             raise ConfigError(
-                f"camera {self.camera!r} and prompt {self.prompt!r}; the policy has {', '.join(shape.cameras)} and "
-                f"{wanted!r}."
+                f"camera {self.camera!r} and prompt {self.prompt!r}; the policy has "
+                f"{', '.join(shape.cameras)} and {wanted!r}."
             )
 
     def read_folder(self, path: str) -> Self:
         """Take tokenizer and image settings from an OpenVLA folder; returns self."""
         config = read_config(path)
         self.use(read_files(Path(path), (IMAGES_FILE, *TOKENIZER_FILES)), path)
-        words, largest = int(config["text_config"]["vocab_size"]), self._tokenizer.size - 1
+        words = int(config["text_config"]["vocab_size"])
+        largest = self._tokenizer.size - 1
         if max(largest, EMPTY_TOKEN) >= words:
             raise CheckpointError(
-                f"{path}: the tokenizer has ids up to {max(largest, EMPTY_TOKEN)} (empty token {EMPTY_TOKEN}), "
-                f"text_config.vocab_size in config.json is {words}; they belong to different models."
+                f"{path}: the tokenizer has ids up to {max(largest, EMPTY_TOKEN)} (empty token "
+                f"{EMPTY_TOKEN}), text_config.vocab_size in config.json is {words}; they belong to "
+                "different models."
             )
-        seen = [[size] * 2 if isinstance(size, int) else list(size[-2:]) for size in config["image_sizes"]]
+        seen = [
+            [size] * 2 if isinstance(size, int) else list(size[-2:])
+            for size in config["image_sizes"]
+        ]
         if self._images.sizes != seen:
             raise CheckpointError(
-                f"{Path(path) / IMAGES_FILE} prepares images of {self._images.sizes} pixels, the vision towers in "
-                f"config.json see {seen}; they belong to different models."
+                f"{Path(path) / IMAGES_FILE} prepares images of {self._images.sizes} pixels, the "
+                f"vision towers in config.json see {seen}; they belong to different models."
             )
         return self
 
@@ -77,7 +86,9 @@ class OpenVLAInputsStep(FilesStep, InputsStep):
         self.check_files()
         pictures = map(Image.fromarray, camera_pixels(observation, self.camera))
         pixels = torch.stack(list(map(self._images, pictures)))  # (B, C, S, S)
-        tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(pixels))
+        tasks = batch_instructions(
+            self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(pixels)
+        )
         ids, mask = self.encode(tasks)
         return {**observation, PIXELS_KEY: pixels, IDS_KEY: ids, MASK_KEY: mask}
 
@@ -86,9 +97,13 @@ class OpenVLAInputsStep(FilesStep, InputsStep):
 
     def encode(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, L) of the prompts, padded on the left, and their mask (B, L)."""
-        rows = [torch.tensor(self.encode_text(self.text(instruction))) for instruction in instructions]
+        rows = [
+            torch.tensor(self.encode_text(self.text(instruction))) for instruction in instructions
+        ]
         marks = [torch.ones_like(row) for row in rows]
-        ids, mask = (pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, marks))
+        ids, mask = (
+            pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, marks)
+        )
         return ids, mask
 
     def encode_text(self, text: str) -> list[int]:

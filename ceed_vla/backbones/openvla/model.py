@@ -1,11 +1,13 @@
-r"""OpenVLA: vision towers, a projector and a Llama, behind the `Backbone` protocol, with published weights.
+r"""OpenVLA: vision towers, a projector and a Llama, behind the `Backbone` protocol, with published
+weights.
 
     <s>   --embed-------------------> \
     image --towers, projector------->  inputs_embeds (B, P, d) --Llama--> cache, action token 0
     words, empty token 29871 --embed> /                            |
                               action ids 31999 - bin --embed-------+----> action tokens 1..n-1
 
-Only the action ids have scores: the last ``V`` before the padding of the vocabulary, counted downwards.
+Only the action ids have scores: the last ``V`` before the padding of the vocabulary, counted
+downwards.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 
 
 class VisionTowers(nn.Module):
-    """One timm tower, or two whose patch features are concatenated; their names are those of published weights."""
+    """One timm tower, or two whose patch features are concatenated; their names are those of
+    published weights.
+    """
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__()
@@ -39,9 +43,14 @@ class VisionTowers(nn.Module):
         return [tower for tower in (self.featurizer, self.fused_featurizer) if tower is not None]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3 * towers, S, S) to patch features (B, patches, width) of the second-to-last layers."""
+        """Pixels (B, 3 * towers, S, S) to patch features (B, patches, width) of the second-to-last
+        layers.
+        """
         pairs = zip(self._towers(), pixels.split(3, dim=1), strict=True)
-        features = [tower.get_intermediate_layers(part, n=[len(tower.blocks) - 2])[0] for tower, part in pairs]
+        features = [
+            tower.get_intermediate_layers(part, n=[len(tower.blocks) - 2])[0]
+            for tower, part in pairs
+        ]
         return torch.cat(features, dim=2)
 
 
@@ -52,13 +61,17 @@ def _tower(values: dict[str, Any], index: int) -> nn.Module:
     except ImportError as error:
         raise ConfigError("OpenVLA's vision towers need timm; install ceed_vla[vlm].") from error
     name = values["timm_model_ids"][index]
-    sizes, activations = values["image_sizes"], values.get("timm_override_act_layers")
+    sizes = values["image_sizes"]
+    activations = values.get("timm_override_act_layers")
     settings = {
         "img_size": sizes[index],
         "act_layer": activations[index] if activations else None,
-        **(values.get("timm_model_kwargs") or [{}, {}])[index],  # both lists were checked (`check_config`)
+        # both lists were checked (`check_config`)
+        **(values.get("timm_model_kwargs") or [{}, {}])[index],
     }
-    with raised_as(CheckpointError, f"timm cannot build {name!r} of config.json", "copy the folder again."):
+    with raised_as(
+        CheckpointError, f"timm cannot build {name!r} of config.json", "copy the folder again."
+    ):
         tower: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **settings)
     if len(getattr(tower, "blocks", ())) < 2:
         raise CheckpointError(f"The vision tower {name!r} is no transformer of at least 2 blocks.")
@@ -84,12 +97,14 @@ class Projector(nn.Module):
 class OpenVLABackbone(TransformersBackbone):
     """An OpenVLA model of a `check_config` with random weights of the type `dtype`.
 
-    A block has `block_length` tokens of `bins` values; published models write one action, fine-tuned ones several.
+    A block has `block_length` tokens of `bins` values; published models write one action,
+    fine-tuned ones several.
     """
 
     def __init__(self, values: dict[str, Any], block_length: int, bins: int, dtype: str) -> None:
         settings = dict(values["text_config"])
-        words = int(settings["vocab_size"]) - int(values["pad_to_multiple_of"])  # before it was padded
+        # before it was padded
+        words = int(settings["vocab_size"]) - int(values["pad_to_multiple_of"])
         super().__init__(block_length, bins, torch.arange(words - 1, words - 1 - bins, -1))
         self.words = words
         self.dtype = getattr(torch, dtype)
@@ -97,20 +112,27 @@ class OpenVLABackbone(TransformersBackbone):
             what = "text_config in config.json does not describe a model"
             with raised_as(CheckpointError, what, "copy the folder again."):
                 config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=self.dtype, trust_remote_code=False
+                )
             self.language_model = cast("PreTrainedModel", model)
             self.language_model.tie_weights()
             self.vision_backbone = VisionTowers(values).to(self.dtype)
             sizes = self.vision_backbone.width, config.hidden_size
-            self.projector = Projector(*sizes, fused=values["use_fused_vision_backbone"]).to(self.dtype)
+            self.projector = Projector(*sizes, fused=values["use_fused_vision_backbone"]).to(
+                self.dtype
+            )
 
     def own_name(self, published: str) -> str:
         if published.endswith("rotary_emb.inv_freq"):  # older transformers saved what is computed
             return ""
-        return published.replace(".scale_factor", ".gamma")  # the publisher renames timm's LayerScale
+        # the publisher renames timm's LayerScale
+        return published.replace(".scale_factor", ".gamma")
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Rows ``B`` of a batch with ids (B, L), their mask with padding on the left, and pixels (B, C, S, S)."""
+        """Rows ``B`` of a batch with ids (B, L), their mask with padding on the left, and pixels
+        (B, C, S, S).
+        """
         channels = 3 if self.vision_backbone.fused_featurizer is None else 6
         shapes: dict[str, tuple[int | None, ...]] = {
             PIXELS_KEY: (channels, None, None),
@@ -124,31 +146,44 @@ class OpenVLABackbone(TransformersBackbone):
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
         """Word embeddings with the image patches behind the first word of every row."""
-        ids, real = batch[IDS_KEY], batch[MASK_KEY].bool()
-        patches = self.projector(self.vision_backbone(batch[PIXELS_KEY].to(self.dtype)))  # (B, p, d)
+        ids = batch[IDS_KEY]
+        real = batch[MASK_KEY].bool()
+        # (B, p, d)
+        patches = self.projector(self.vision_backbone(batch[PIXELS_KEY].to(self.dtype)))
         words = self.language_model.get_input_embeddings()(ids)  # (B, L, d)
         first = real.long().argmax(dim=1).tolist()
+        # each (P, d)
         rows = [
-            torch.cat([w[: i + 1], p, w[i + 1 :]]) for w, p, i in zip(words, patches, first, strict=True)
-        ]  # each (P, d)
+            torch.cat([w[: i + 1], p, w[i + 1 :]])
+            for w, p, i in zip(words, patches, first, strict=True)
+        ]
         real = F.pad(real, (0, patches.shape[1]), value=True)  # its padding is on the left
         embeddings = PrefixEmbeddings.in_order(torch.stack(rows), real)
-        place = torch.arange(real.shape[1], device=real.device) - real.long().argmax(dim=1, keepdim=True)  # (B, P)
+        # (B, P)
+        place = torch.arange(real.shape[1], device=real.device) - real.long().argmax(
+            dim=1, keepdim=True
+        )
         embeddings.patches = (place > 0) & (place <= patches.shape[1])
         return embeddings
 
 
 def quantize(module: nn.Module, kind: str, device: str) -> None:
-    """Replace the linear layers inside `module`, for `device`, by "8bit" (LLM.int8) or "4bit" (NF4) ones.
+    """Replace the linear layers inside `module`, for `device`, by "8bit" (LLM.int8) or "4bit" (NF4)
+    ones.
 
     bitsandbytes quantises the weights when the module moves to a GPU.
     """
     if not str(device).startswith("cuda"):
-        raise ConfigError(f"backbone.quantization is {kind!r} and the device {device!r}; it needs a GPU (device=cuda).")
+        raise ConfigError(
+            f"backbone.quantization is {kind!r} and the device {device!r}; it needs a GPU "
+            "(device=cuda)."
+        )
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ConfigError(f"backbone.quantization {kind!r} needs bitsandbytes; install it, or set none.") from error
+        raise ConfigError(
+            f"backbone.quantization {kind!r} needs bitsandbytes; install it, or set none."
+        ) from error
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -156,14 +191,23 @@ def quantize(module: nn.Module, kind: str, device: str) -> None:
 
 
 def _quantized(bitsandbytes: Any, linear: nn.Linear, kind: str) -> nn.Module:
-    layers, bias = bitsandbytes.nn, linear.bias is not None
+    layers = bitsandbytes.nn
+    bias = linear.bias is not None
     weight = linear.weight.detach()
     if kind == "8bit":
-        layer = layers.Linear8bitLt(linear.in_features, linear.out_features, bias, has_fp16_weights=False)
-        layer.weight = layers.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
+        layer = layers.Linear8bitLt(
+            linear.in_features, linear.out_features, bias, has_fp16_weights=False
+        )
+        layer.weight = layers.Int8Params(
+            weight.to(torch.float16), requires_grad=False, has_fp16_weights=False
+        )
     else:
         layer = layers.Linear4bit(
-            linear.in_features, linear.out_features, bias, compute_dtype=weight.dtype, quant_type="nf4"
+            linear.in_features,
+            linear.out_features,
+            bias,
+            compute_dtype=weight.dtype,
+            quant_type="nf4",
         )
         layer.weight = layers.Params4bit(weight, requires_grad=False, quant_type="nf4")
     layer.bias = linear.bias

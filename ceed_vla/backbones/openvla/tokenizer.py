@@ -1,4 +1,6 @@
-"""Tokenizers of OpenVLA folders, read from the files themselves: later transformers rebuild Llama's by other rules."""
+"""Tokenizers of OpenVLA folders, read from the files themselves: later transformers rebuild Llama's
+by other rules.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 def read_tokenizer(folder: Path) -> _Fast | _SentencePiece:
     """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model.
 
-    Called with a text it gives ids below its `size`, with the marks of the text's beginning and end.
+    Called with a text it gives ids below its `size`, with the marks of the text's beginning and
+    end.
     """
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.is_file() else {}
@@ -46,13 +49,17 @@ class _Fast:
         missing = [token for token, number in special if number is None]
         if missing:
             raise CheckpointError(
-                f"{file.name} lacks {missing[0]!r}, which tokenizer_config.json puts around every text; do the two "
-                "belong together?"
+                f"{file.name} lacks {missing[0]!r}, which tokenizer_config.json puts around every "
+                "text; do the two belong together?"
             )
-        self._tokenizer.post_processor = TemplateProcessing(single=f"{first} $A {last}".strip(), special_tokens=special)
+        self._tokenizer.post_processor = TemplateProcessing(
+            single=f"{first} $A {last}".strip(), special_tokens=special
+        )
 
     def __call__(self, text: str) -> list[int]:
-        with raised_as(ObservationError, "The tokenizer fails on the prompt", "use the model's own."):
+        with raised_as(
+            ObservationError, "The tokenizer fails on the prompt", "use the model's own."
+        ):
             return list(self._tokenizer.encode(text).ids)
 
 

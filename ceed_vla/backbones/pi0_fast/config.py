@@ -20,15 +20,18 @@ from ceed_vla.tokens.base import ActionTokensConfig
 @ActionTokensConfig.register_subclass("pi0_fast")
 @dataclass
 class Pi0FastTokensConfig(ActionTokensConfig):
-    """The text that pi0-FAST writes; actions are in normalised units, which the post-processor undoes.
+    """The text that pi0-FAST writes; actions are in normalised units, which the post-processor
+    undoes.
 
     Everything but `max_tokens` and `check_marker` is filled by `ceed-vla convert --from pi0_fast`.
 
     Attributes:
         max_tokens: Slots ``n`` of a block; LeRobot's ``max_decoding_steps``.
-        check_marker: Refuse chunks that do not begin with "Action:"; LeRobot's ``validate_action_token_prefix``.
+        check_marker: Refuse chunks that do not begin with "Action:"; LeRobot's
+            ``validate_action_token_prefix``.
         skip_tokens: Text ids behind the FAST ids; LeRobot's ``fast_skip_tokens``.
-        scored: Text ids that the model scores, all of which a token may be; 0 restricts tokens to actions.
+        scored: Text ids that the model scores, all of which a token may be; 0 restricts tokens to
+            actions.
         num_tokens: Values of a token.
         bpe: The FAST tokenizer's BPE (JSON).
         scale: Its quantisation.
@@ -66,7 +69,8 @@ class Pi0FastTokensConfig(ActionTokensConfig):
         if not self.bpe:
             raise ConfigError(
                 "action_tokens.type is pi0_fast without its tokenizers; make the policy with "
-                "`ceed-vla convert --from pi0_fast`. For FAST tokens of own data set action_tokens.type=fast."
+                "`ceed-vla convert --from pi0_fast`. For FAST tokens of own data set "
+                "action_tokens.type=fast."
             )
         return Pi0FastTokenizer(self, chunk_steps, action_dim)
 
@@ -74,32 +78,43 @@ class Pi0FastTokensConfig(ActionTokensConfig):
 @BackboneConfig.register_subclass("pi0_fast")
 @dataclass
 class Pi0FastConfig(TransformersConfig):
-    """LeRobot's pi0-FAST with the weights of one of its checkpoints; made by `ceed-vla convert --from pi0_fast`."""
+    """LeRobot's pi0-FAST with the weights of one of its checkpoints; made by `ceed-vla convert
+    --from pi0_fast`.
+    """
 
-    steps: ClassVar[tuple[str, ...]] = ("pi0_fast_prepare_state_tokenizer_processor_step", "ceed_vla_pi0_fast_prompt")
+    steps: ClassVar[tuple[str, ...]] = (
+        "pi0_fast_prepare_state_tokenizer_processor_step",
+        "ceed_vla_pi0_fast_prompt",
+    )
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
         from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPytorch
 
-        from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone, decode_architecture, describe_model
+        from ceed_vla.backbones.pi0_fast.model import (
+            Pi0FastBackbone,
+            decode_architecture,
+            describe_model,
+        )
 
         tokens = shape.action_tokens
         if not isinstance(tokens, Pi0FastTokensConfig):
             raise ConfigError(
-                f"The backbone pi0_fast writes action tokens of type pi0_fast, not {tokens.type!r}; make the policy "
-                "with `ceed-vla convert --from pi0_fast`."
+                f"The backbone pi0_fast writes action tokens of type pi0_fast, not {tokens.type!r}"
+                "; make the policy with `ceed-vla convert --from pi0_fast`."
             )
         new = not self.architecture
         if new:
             self.architecture = describe_model(self.path)
             self.check_size(shape)
-        model = PI0FastPytorch(decode_architecture(self.architecture))  # without a tokenizer, whose ids are known
+        # without a tokenizer, whose ids are known
+        model = PI0FastPytorch(decode_architecture(self.architecture))
         backbone = Pi0FastBackbone(model, tokens.build(shape.chunk_size, shape.action_dim))
         backbone.fill(Path(self.path), new=new, reference=self.weights == "reference")
         return backbone
 
     def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
-        from lerobot.policies.pi0_fast import modeling_pi0_fast  # names of sizes stand for fixed ones there
+        # names of sizes stand for fixed ones there
+        from lerobot.policies.pi0_fast import modeling_pi0_fast
 
         variant = read_architecture(self.architecture).get("paligemma_variant", "gemma_2b")
         with raised_as(CheckpointError, "LeRobot's config.json cannot be used", "copy it again."):
@@ -108,6 +123,6 @@ class Pi0FastConfig(TransformersConfig):
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
         raise ConfigError(
-            "A pi0-FAST policy brings the processors of its LeRobot checkpoint. Fine-tune it with lerobot-train "
-            "--policy.type=pi0_fast, then `ceed-vla convert --from pi0_fast`."
+            "A pi0-FAST policy brings the processors of its LeRobot checkpoint. Fine-tune it with "
+            "lerobot-train --policy.type=pi0_fast, then `ceed-vla convert --from pi0_fast`."
         )

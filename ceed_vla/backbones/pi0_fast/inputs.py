@@ -1,4 +1,6 @@
-"""pi0-FAST's prompt as text ids: LeRobot's step, but with the tokenizer in the checkpoint instead of on a hub."""
+"""pi0-FAST's prompt as text ids: LeRobot's step, but with the tokenizer in the checkpoint instead
+of on a hub.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,19 @@ class PromptTokensStep(FilesStep, TokenizerProcessorStep):
     def __post_init__(self) -> None:
         """The tokenizer comes with `read_folder` or with the state."""
         longest, sides = self.max_length, ("left", "right")
-        if not isinstance(longest, int) or not 1 <= longest <= LONGEST_PROMPT or self.padding_side not in sides:
+        if (
+            not isinstance(longest, int)
+            or not 1 <= longest <= LONGEST_PROMPT
+            or self.padding_side not in sides
+        ):
             raise ConfigError(
-                f"max_length is {longest!r} and padding_side {self.padding_side!r}; they must be a whole number in "
-                f"[1, {LONGEST_PROMPT}] and one of {', '.join(sides)}."
+                f"max_length is {longest!r} and padding_side {self.padding_side!r}; they must be a "
+                f"whole number in [1, {LONGEST_PROMPT}] and one of {', '.join(sides)}."
             )
         if self.tokenizer_name is not None or self.tokenizer is not None:
-            raise ConfigError(f"tokenizer_name is {self.tokenizer_name!r}; the tokenizer is the step's state.")
+            raise ConfigError(
+                f"tokenizer_name is {self.tokenizer_name!r}; the tokenizer is the step's state."
+            )
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
         """Nothing here repeats the policy's configuration."""
@@ -54,6 +62,7 @@ def load_text_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     check_tokenizers(Path(folder))
-    what, advice = f"{folder} holds no text tokenizer that loads", "give the folder of PaliGemma's tokenizer."
+    what = f"{folder} holds no text tokenizer that loads"
+    advice = "give the folder of PaliGemma's tokenizer."
     with raised_as(CheckpointError, what, advice):
         return AutoTokenizer.from_pretrained(str(folder), **LOCAL)

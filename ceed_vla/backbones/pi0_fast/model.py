@@ -1,12 +1,14 @@
-"""LeRobot's pi0-FAST (PaliGemma that writes FAST tokens) behind the `Backbone` protocol, with its weights unchanged.
+"""LeRobot's pi0-FAST (PaliGemma that writes FAST tokens) behind the `Backbone` protocol, with its
+weights unchanged.
 
     [cameras | prompt, right-padded | BOS]  bidirectional        --> slot 0
     "Action: " <FAST ids> "|"               causal, variable length
 
-With the full vocabulary a token is any id of the text vocabulary, as LeRobot's own decoder chooses among all of
-them: greedy and strict Jacobi decoding give its tokens for any weights, while guesses, and whatever a Jacobi iteration
-writes behind a token that is not proven yet, are restricted to the ids that an action can hold. Restricted to actions,
-nothing else has a score at all. That reads 1 % of the head, as distillation must; no action of LeRobot's differs.
+With the full vocabulary a token is any id of the text vocabulary, as LeRobot's own decoder chooses
+among all of them: greedy and strict Jacobi decoding give its tokens for any weights, while guesses,
+and whatever a Jacobi iteration writes behind a token that is not proven yet, are restricted to the
+ids that an action can hold. Restricted to actions, nothing else has a score at all. That reads 1 %
+of the head, as distillation must; no action of LeRobot's differs.
 """
 
 from __future__ import annotations
@@ -49,27 +51,41 @@ EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_to
 
 
 class Pi0FastBackbone(TransformersBackbone):
-    """LeRobot's pi0-FAST, whose own tokenizer is not used, as a causal model over one block of text tokens."""
+    """LeRobot's pi0-FAST, whose own tokenizer is not used, as a causal model over one block of text
+    tokens.
+    """
 
     forbidden: Tensor | None
-    copies: Mapping[str, str] = {EMBEDDING: HEAD}  # published checkpoints hold the matrix that both share once
+    # published checkpoints hold the matrix that both share once
+    copies: Mapping[str, str] = {EMBEDDING: HEAD}
 
     def __init__(self, model: PI0FastPytorch, tokenizer: Pi0FastTokenizer) -> None:
         head = model.paligemma_with_expert.paligemma.lm_head
-        words, ids = int(head.out_features), tokenizer.action_ids
-        if tokenizer.block_length < 2 or tokenizer.scored not in (0, words) or int(ids.max()) >= words:
+        words = int(head.out_features)
+        ids = tokenizer.action_ids
+        if (
+            tokenizer.block_length < 2
+            or tokenizer.scored not in (0, words)
+            or int(ids.max()) >= words
+        ):
             raise ConfigError(
-                f"Blocks of {tokenizer.block_length} tokens, {tokenizer.scored or 'some'} of them scored and with "
-                f"text ids up to {int(ids.max())}, do not fit a model of {words} text ids; do tokenizer and weights "
-                "belong together?"
+                f"Blocks of {tokenizer.block_length} tokens, {tokenizer.scored or 'some'} of them "
+                f"scored and with text ids up to {int(ids.max())}, do not fit a model of {words} "
+                "text ids; do tokenizer and weights belong together?"
             )
-        full, ids = bool(tokenizer.scored), ids.to(head.weight.device)
+        full = bool(tokenizer.scored)
+        ids = ids.to(head.weight.device)
         super().__init__(tokenizer.block_length, tokenizer.vocabulary_size, None if full else ids)
         self.model = model
         self.config: PI0FastConfig = model.config
-        self.augmented_images = tuple(k for k in self.config.image_features if ".empty_camera_" not in k)
+        self.augmented_images = tuple(
+            k for k in self.config.image_features if ".empty_camera_" not in k
+        )
         self._bos = tokenizer.settings.bos
-        forbidden = torch.ones(words, dtype=torch.bool, device=ids.device).index_fill_(0, ids, False)  # (V,)
+        # (V,)
+        forbidden = torch.ones(words, dtype=torch.bool, device=ids.device).index_fill_(
+            0, ids, False
+        )
         self.register_buffer("forbidden", forbidden if full else None, persistent=False)
 
     @property
@@ -84,8 +100,12 @@ class Pi0FastBackbone(TransformersBackbone):
         return published if published.startswith("model.") else f"model.{published}"
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Rows of a batch with cameras (B, 3, H, W) in [0, 1] and LeRobot's prompt tokens and mask (B, L)."""
-        wanted: dict[str, tuple[int | None, ...]] = dict.fromkeys(self.augmented_images, (3, None, None))
+        """Rows of a batch with cameras (B, 3, H, W) in [0, 1] and LeRobot's prompt tokens and mask
+        (B, L).
+        """
+        wanted: dict[str, tuple[int | None, ...]] = dict.fromkeys(
+            self.augmented_images, (3, None, None)
+        )
         length = int(self.config.tokenizer_max_length)
         wanted |= {OBS_LANGUAGE_TOKENS: (length,), OBS_LANGUAGE_ATTENTION_MASK: (length,)}
         words = cast("nn.Linear", self.pretrained.get_output_embeddings()).out_features
@@ -94,13 +114,19 @@ class Pi0FastBackbone(TransformersBackbone):
         return rows
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
-        """Cameras, prompt and BOS as LeRobot's decoder embeds them; they see each other in both directions."""
+        """Cameras, prompt and BOS as LeRobot's decoder embeds them; they see each other in both
+        directions.
+        """
         # LeRobot's own method; it reads the configuration and the device only.
         images, image_masks = PI0FastPolicy._preprocess_images(cast("Any", self), batch)
-        tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK].bool()
+        tokens = batch[OBS_LANGUAGE_TOKENS]
+        mask = batch[OBS_LANGUAGE_ATTENTION_MASK].bool()
         bos = torch.full_like(tokens[:, :1], self._bos)
         embeds, real, attention, _, _ = self.model.embed_prefix_fast(
-            images, image_masks, torch.cat([tokens, bos], dim=1), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            images,
+            image_masks,
+            torch.cat([tokens, bos], dim=1),
+            torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
         )
         embeds = embeds.to(self._dtype)
         inputs = {
@@ -118,7 +144,9 @@ class Pi0FastBackbone(TransformersBackbone):
         return super()._run(embeds, cache, inputs)
 
     def distillation_parameters(self) -> list[str]:
-        """The language model's layers. The head equals the embeddings, which make the prefix; a checkpoint has one."""
+        """The language model's layers. The head equals the embeddings, which make the prefix; a
+        checkpoint has one.
+        """
         return [name for name in super().distillation_parameters() if ".lm_head." not in name]
 
     @property
@@ -130,8 +158,9 @@ class Pi0FastBackbone(TransformersBackbone):
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`.
 
-        With the full vocabulary, ids that no action holds score -inf behind a token that is not the greedy one,
-        as that is speculation. Behind greedy tokens every id keeps its score, so a fixed point is greedy.
+        With the full vocabulary, ids that no action holds score -inf behind a token that is not the
+        greedy one, as that is speculation. Behind greedy tokens every id keeps its score, so a
+        fixed point is greedy.
         """
         logits = super().block_logits(prefix, tokens, depth)
         if self.forbidden is not None and tokens.shape[1] > 1:
@@ -142,16 +171,24 @@ class Pi0FastBackbone(TransformersBackbone):
 
 
 def describe_model(folder: str | Path) -> str:
-    """LeRobot's configuration (JSON) in a checkpoint folder, for the CPU and without compilation."""
+    """LeRobot's configuration (JSON) in a checkpoint folder, for the CPU and without
+    compilation.
+    """
     values = read_json(Path(folder) / "config.json")
     kind = values.get("type")
     if kind != "pi0_fast":
-        raise CheckpointError(f"{folder} holds a policy of type {kind!r}; this reads LeRobot's 'pi0_fast'.")
-    return json.dumps({**values, "device": "cpu", "compile_model": False, "gradient_checkpointing": False})
+        raise CheckpointError(
+            f"{folder} holds a policy of type {kind!r}; this reads LeRobot's 'pi0_fast'."
+        )
+    return json.dumps(
+        {**values, "device": "cpu", "compile_model": False, "gradient_checkpointing": False}
+    )
 
 
 def decode_architecture(architecture: str) -> PI0FastConfig:
-    """LeRobot's configuration from its JSON; `CheckpointError` for values that LeRobot refuses, or without features."""
+    """LeRobot's configuration from its JSON; `CheckpointError` for values that LeRobot refuses, or
+    without features.
+    """
     values = read_architecture(architecture)
     values.pop("type", None)
     with raised_as(CheckpointError, "LeRobot's config.json cannot be used", "copy it again."):
@@ -159,6 +196,9 @@ def decode_architecture(architecture: str) -> PI0FastConfig:
         config.validate_features()
         for name, (low, high) in _RANGES.items():
             found = getattr(config, name)
-            if not all(low <= value <= high for value in (found if isinstance(found, tuple | list) else [found])):
+            if not all(
+                low <= value <= high
+                for value in (found if isinstance(found, tuple | list) else [found])
+            ):
                 raise ValueError(f"{name} is {found}; it must lie in [{low}, {high}]")
     return config

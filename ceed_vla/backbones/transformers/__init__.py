@@ -1,1 +1,3 @@
-"""What models of transformers share: a language model behind a prefix of embeddings, published weights and files."""
+"""What models of transformers share: a language model behind a prefix of embeddings, published
+weights and files.
+"""

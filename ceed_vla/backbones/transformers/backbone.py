@@ -1,8 +1,10 @@
-r"""What the models of transformers share: a language model that continues a prefix of embeddings on a cache.
+r"""What the models of transformers share: a language model that continues a prefix of embeddings on
+a cache.
 
     PrefixEmbeddings (B, P, d) --decoder--> cache, hidden (B, d) --score--> action token 0
                                                 |
-    tokens (B, k) --embed_tokens--> (B, k, d) --+--decoder--> (B, k, d) --score--> their successors (B, k, V)
+    tokens (B, k) --embed_tokens--> (B, k, d) --+--decoder--> (B, k, d) --score--> their successors
+    (B, k, V)
 
 A family says how an observation becomes `PrefixEmbeddings`, and where decoder and head are.
 """
@@ -37,7 +39,8 @@ class TransformersBackbone(TrainableBackbone):
 
     compilable = ("block",)
     action_ids: Tensor | None
-    copies: Mapping[str, str] = {}  # weights that a published folder may lack, with those that they then equal
+    # weights that a published folder may lack, with those that they then equal
+    copies: Mapping[str, str] = {}
 
     def __init__(self, block_length: int, vocabulary_size: int, action_ids: Tensor | None) -> None:
         super().__init__()
@@ -81,42 +84,66 @@ class TransformersBackbone(TrainableBackbone):
 
     def prefix_tokens(self, embeddings: PrefixEmbeddings) -> tuple[Tensor, Tensor, Tensor]:
         if embeddings.patches is None:
-            raise ConfigError(f"{type(self).__name__} marks no image patches, so all run; leave out keep<K>.")
+            raise ConfigError(
+                f"{type(self).__name__} marks no image patches, so all run; leave out keep<K>."
+            )
         return embeddings.embeds, embeddings.patches, embeddings.real & ~embeddings.patches
 
     def keep_tokens(self, embeddings: PrefixEmbeddings, kept: Tensor) -> PrefixEmbeddings:
-        inputs = {name: value.gather(1, kept) for name, value in embeddings.inputs.items()}  # those of `in_order`
+        # those of `in_order`
+        inputs = {name: value.gather(1, kept) for name, value in embeddings.inputs.items()}
         rows = torch.arange(len(embeddings), device=kept.device).unsqueeze(1)
         real = embeddings.real.gather(1, kept)
-        return PrefixEmbeddings(embeddings.embeds[rows, kept], real, embeddings.next_position, inputs)
+        return PrefixEmbeddings(
+            embeddings.embeds[rows, kept], real, embeddings.next_position, inputs
+        )
 
     def prefill_embeddings(self, embeddings: PrefixEmbeddings) -> TransformersPrefix:
         """`prefill` from what `embed_prefix` made."""
-        cache, real = TransformersCache(), embeddings.real
-        config: Any = self.decoder.config  # some rotary embeddings depend on how many positions there are
+        cache = TransformersCache()
+        real = embeddings.real
+        # some rotary embeddings depend on how many positions there are
+        config: Any = self.decoder.config
         rope = getattr(config, "rope_parameters", None) or {}
-        kind, length, most = rope.get("rope_type"), real.shape[1], config.max_position_embeddings
-        if kind == "longrope":  # which only changes once, where there is more than it was trained on first
+        kind = rope.get("rope_type")
+        length = real.shape[1]
+        most = config.max_position_embeddings
+        # which only changes once, where there is more than it was trained on first
+        if kind == "longrope":
             most = rope.get("original_max_position_embeddings") or most
         changes = kind == "dynamic" or (kind == "longrope" and length <= most)
         if changes and length + self.block_length > most:
             raise ConfigError(
-                f"The prompt has {length} positions and the block {self.block_length}; behind {most} this model's "
-                f"rope_scaling ({kind}) changes all positions, so keys and values cannot be kept. Use another model."
+                f"The prompt has {length} positions and the block {self.block_length}; behind "
+                f"{most} this model's rope_scaling ({kind}) changes all positions, so keys and "
+                "values cannot be kept. Use another model."
             )
         # The exits' own layers see the prefix too, with what the layer before is called with.
-        with _behind(self.decoder, [(depth, e.layer) for depth, e in self.exits.items() if e.layer is not None]):
-            hidden = self._run(embeddings.embeds, cache.begin(real.shape[1]), embeddings.inputs)[:, -1]  # (B, d)
+        with _behind(
+            self.decoder,
+            [(depth, e.layer) for depth, e in self.exits.items() if e.layer is not None],
+        ):
+            # (B, d)
+            hidden = self._run(embeddings.embeds, cache.begin(real.shape[1]), embeddings.inputs)[
+                :, -1
+            ]
         cache.seal_prefix(real.shape[1])
         padding = None if bool(real.all()) else real
-        return TransformersPrefix(self.score(hidden), cache, hidden, padding, embeddings.next_position)
+        return TransformersPrefix(
+            self.score(hidden), cache, hidden, padding, embeddings.next_position
+        )
 
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         if not isinstance(prefix, TransformersPrefix):
-            raise TokenError(f"The prefix is a {type(prefix).__name__}; {type(self).__name__} continues its own only.")
+            raise TokenError(
+                f"The prefix is a {type(prefix).__name__}; {type(self).__name__} continues its own "
+                "only."
+            )
         return self.score(self._block_hidden(prefix, tokens, check_depth(depth, self.num_layers)))
 
-    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    def depth_logits(
+        self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor]:
         check_linear(self.exits, depths)
         kept: list[Tensor] = []
         with _behind(self.decoder, [(depth, lambda x, **_: kept.append(x)) for depth in depths]):
@@ -125,13 +152,20 @@ class TransformersBackbone(TrainableBackbone):
         read = [norm(x) for norm, x in zip(norms, kept, strict=True)]
         return [self.score(x[0] if isinstance(x, tuple) else x) for x in read], kept[-1]
 
-    def _block_hidden(self, prefix: TransformersPrefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+    def _block_hidden(
+        self, prefix: TransformersPrefix, tokens: Tensor, depth: int | None = None
+    ) -> Tensor:
         """Hidden vectors (B, k, d) behind the committed tokens, from the first `depth` layers."""
-        cache, k = prefix.cache, tokens.shape[1]
+        cache = prefix.cache
+        k = tokens.shape[1]
         # The number of committed tokens would be a constant of a compiled forward.
         if isinstance(cache, TransformersCache) and cache.committed + k > self.block_length:
-            raise TokenError(f"{k} tokens after {cache.committed} committed exceed the block of {self.block_length}.")
-        inputs = {"position_ids": prefix.next_position.unsqueeze(1) + cache.slots(k, tokens.device)}  # (B, k)
+            raise TokenError(
+                f"{k} tokens after {cache.committed} committed exceed the block of "
+                f"{self.block_length}."
+            )
+        # (B, k)
+        inputs = {"position_ids": prefix.next_position.unsqueeze(1) + cache.slots(k, tokens.device)}
         if prefix.real is not None:
             inputs["attention_mask"] = cache.real(prefix.real, k)
         embeds = self.embed_tokens(tokens)
@@ -144,9 +178,13 @@ class TransformersBackbone(TrainableBackbone):
             return self._run(embeds, cache.begin(k, shallow=True), inputs)
 
     def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
-        """Hidden vectors (B, t, d) of embeddings (B, t, d), whose keys and values are appended to the cache."""
+        """Hidden vectors (B, t, d) of embeddings (B, t, d), whose keys and values are appended to
+        the cache.
+        """
         with runs(self.pretrained):
-            output = self.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **inputs)
+            output = self.decoder(
+                inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **inputs
+            )
         return cast("Tensor", output.last_hidden_state)
 
     def packed_logits(
@@ -168,10 +206,12 @@ class TransformersBackbone(TrainableBackbone):
         self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The same where layers run again in the backward pass, which would fill a cache twice."""
-        length, logits = embeddings.embeds.shape[1], []
+        length = embeddings.embeds.shape[1]
+        logits = []
         for block in blocks or [embeddings.real.new_empty(len(embeddings), 1, dtype=torch.int64)]:
             inputs = embeddings.joined(self.embed_tokens(block[:, :-1]))
-            hidden = self._run(inputs.pop("inputs_embeds"), None, inputs)[:, length - 1 :]  # (B, n, d)
+            # (B, n, d)
+            hidden = self._run(inputs.pop("inputs_embeds"), None, inputs)[:, length - 1 :]
             logits.append(self.score(hidden))
         return hidden[:, 0], logits[: len(blocks)]
 
@@ -182,7 +222,9 @@ class TransformersBackbone(TrainableBackbone):
     def recompute_activations(self) -> None:
         if not self.pretrained.supports_gradient_checkpointing:
             super().recompute_activations()
-        self.pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.pretrained.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
 
     def distillation_parameters(self) -> list[str]:
         """The language model's layers and an untied head. Embeddings make the prefix, and stay."""
@@ -197,14 +239,18 @@ class TransformersBackbone(TrainableBackbone):
 
     @torch.no_grad()
     def fill(self, folder: Path, *, new: bool, reference: bool) -> None:
-        """Read all weights of a published folder, of a `new` model or by `reference`: these stay there.
+        """Read all weights of a published folder, of a `new` model or by `reference`: these stay
+        there.
 
         `CheckpointError` for weights that are missing or unknown; see `copy_weights`.
         """
         if not (new or reference):
             return
-        own, files = self.state_dict(), weight_files(folder)
-        missing, unknown = copy_weights(self, files, self.own_name, lambda name: not self.own_name(name))
+        own = self.state_dict()
+        files = weight_files(folder)
+        missing, unknown = copy_weights(
+            self, files, self.own_name, lambda name: not self.own_name(name)
+        )
         for name, source in self.copies.items():
             if name in missing and source not in missing:
                 own[name].copy_(own[source])
@@ -212,8 +258,9 @@ class TransformersBackbone(TrainableBackbone):
         for problem, names in (("lacks", missing), ("has", unknown)):
             if names:
                 raise CheckpointError(
-                    f"{folder} {problem} {len(names)} weights (the first is {names[0]}), by what config.json "
-                    "describes; a shard is missing, or configuration and weights belong to different models."
+                    f"{folder} {problem} {len(names)} weights (the first is {names[0]}), by what "
+                    "config.json describes; a shard is missing, or configuration and weights "
+                    "belong to different models."
                 )
         if reference:
             self.refer()
@@ -229,15 +276,18 @@ def check_left_padding(batch: Mapping[str, Any], ids: str, mask: str) -> None:
     marks = batch[mask]
     if marks.shape != batch[ids].shape or not bool(marks[:, -1].all()):
         raise ObservationError(
-            f"{mask} {tuple(marks.shape)} does not mark left padding of {tuple(batch[ids].shape)} ids: "
-            "every prompt must end in the last column."
+            f"{mask} {tuple(marks.shape)} does not mark left padding of {tuple(batch[ids].shape)} "
+            "ids: every prompt must end in the last column."
         )
 
 
 @contextmanager
 def _first_layers(decoder: nn.Module, depth: int, own: DepthExit | None) -> Iterator[None]:
-    """Leave out the layers behind the first `depth`; the exit of that depth follows these, or else the final norm."""
-    layers, norm = cast("nn.ModuleList", decoder.layers), decoder.norm
+    """Leave out the layers behind the first `depth`; the exit of that depth follows these, or else
+    the final norm.
+    """
+    layers = cast("nn.ModuleList", decoder.layers)
+    norm = decoder.norm
     decoder.layers = layers[:depth]
     if own is not None:
         decoder.norm = own
@@ -251,13 +301,20 @@ def _first_layers(decoder: nn.Module, depth: int, own: DepthExit | None) -> Iter
 
 @contextmanager
 def _behind(decoder: nn.Module, found: Sequence[tuple[int, Callable[..., Any]]]) -> Iterator[None]:
-    """Call each function with the hidden vectors (B, t, d) behind so many layers, and the options of the last one."""
+    """Call each function with the hidden vectors (B, t, d) behind so many layers, and the options
+    of the last one.
+    """
 
-    def run(function: Callable[..., Any], _: nn.Module, __: Any, options: dict[str, Any], output: Any) -> None:
+    def run(
+        function: Callable[..., Any], _: nn.Module, __: Any, options: dict[str, Any], output: Any
+    ) -> None:
         function(output[0] if isinstance(output, tuple) else output, **options)
 
     layers = cast("nn.ModuleList", decoder.layers)
-    handles = [layers[depth - 1].register_forward_hook(partial(run, f), with_kwargs=True) for depth, f in found]
+    handles = [
+        layers[depth - 1].register_forward_hook(partial(run, f), with_kwargs=True)
+        for depth, f in found
+    ]
     try:
         yield
     finally:

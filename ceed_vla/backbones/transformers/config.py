@@ -1,4 +1,6 @@
-"""Settings that the families of published models share, and the architecture that describes such a model as JSON."""
+"""Settings that the families of published models share, and the architecture that describes such a
+model as JSON.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,22 @@ from ceed_vla.fields import Checked, chosen
 from ceed_vla.weights import check_sizes, weight_files
 
 DTYPES = ("float32", "bfloat16", "float16")
-WEIGHTS = ("copied", "reference")  # into checkpoints, or by reference to the folder they were read from
+# into checkpoints, or by reference to the folder they were read from
+WEIGHTS = (
+    "copied",
+    "reference",
+)
 # Names in the configurations of transformers; a model has one of each row.
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "depth")
 _WIDTH = ("hidden_size", "n_embd", "d_model", "embed_dim")
-_OTHERS = ("intermediate_size", "vocab_size", "num_attention_heads", "head_dim", "image_size", "patch_size")
+_OTHERS = (
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "head_dim",
+    "image_size",
+    "patch_size",
+)
 _PARTS = ("text_config", "vision_config")
 
 
@@ -27,9 +40,10 @@ class TransformersConfig(BackboneConfig, Checked, prefix="backbone."):
     """Base of families whose weights somebody else published.
 
     Attributes:
-        path: Local folder of the model as it was published (config.json, *.safetensors, tokenizer, image processor).
-        weights: "copied" into checkpoints, which then need nothing else, or by "reference": checkpoints hold only
-            what was trained, and read the rest from `path`.
+        path: Local folder of the model as it was published (config.json, *.safetensors, tokenizer,
+            image processor).
+        weights: "copied" into checkpoints, which then need nothing else, or by "reference":
+            checkpoints hold only what was trained, and read the rest from `path`.
         architecture: The folder's configuration (JSON); filled when a policy is new.
     """
 
@@ -41,34 +55,48 @@ class TransformersConfig(BackboneConfig, Checked, prefix="backbone."):
         return weight_files(Path(self.path)) if self.weights == "reference" else []
 
     def check_size(self, shape: PolicyShape) -> None:
-        """Refuse an `architecture` that describes more than the folder's weights, before a model is built of it."""
+        """Refuse an `architecture` that describes more than the folder's weights, before a model is
+        built of it.
+        """
         check_sizes(weight_files(Path(self.path)), *self.least_sizes(shape))
 
 
 def published_folder(path: str | Path, what: str) -> Path:
-    """The folder of a model as it was published; `CheckpointError`, which calls the `path` so, if there is none."""
+    """The folder of a model as it was published; `CheckpointError`, which calls the `path` so, if
+    there is none.
+    """
     if not str(path) or not Path(path).is_dir():
         raise CheckpointError(
-            f"{what} is {str(path)!r}, which is no folder; give the local folder of a model, with config.json and "
-            "*.safetensors. A model of a hub must be downloaded first."
+            f"{what} is {str(path)!r}, which is no folder; give the local folder of a model, with "
+            "config.json and *.safetensors. A model of a hub must be downloaded first."
         )
     return Path(path)
 
 
 def read_architecture(text: str) -> dict[str, Any]:
-    """The mapping in ``backbone.architecture``; `CheckpointError` if it names code of its own (auto_map) anywhere."""
-    with raised_as(CheckpointError, "backbone.architecture does not describe a model", "copy config.json again."):
+    """The mapping in ``backbone.architecture``; `CheckpointError` if it names code of its own
+    (auto_map) anywhere.
+    """
+    with raised_as(
+        CheckpointError,
+        "backbone.architecture does not describe a model",
+        "copy config.json again.",
+    ):
         values: dict[str, Any] = json.loads(text)
         if not isinstance(values, dict):
             raise TypeError(f"it is a {type(values).__name__}")
         remote = _names_code(values)
     if remote:
-        raise CheckpointError("backbone.architecture names code of its own (auto_map), which is never run.")
+        raise CheckpointError(
+            "backbone.architecture names code of its own (auto_map), which is never run."
+        )
     return values
 
 
 def least_sizes(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Layers of a transformer's configuration, and the fewest numbers that its weights have; of all its parts."""
+    """Layers of a transformer's configuration, and the fewest numbers that its weights have; of all
+    its parts.
+    """
     parts = [part for part in map(values.get, _PARTS) if isinstance(part, dict)]
     if parts:
         found = [least_sizes(part) for part in parts]
@@ -76,9 +104,12 @@ def least_sizes(values: Mapping[str, Any]) -> tuple[int, int]:
     sizes = {}
     for name in (*_LAYERS, *_WIDTH, *_OTHERS):
         value = values.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or value < 1
+        ):
             raise CheckpointError(
-                f"{name} of the model's configuration is {str(value)[:200]!r}; it must be a positive whole number."
+                f"{name} of the model's configuration is {str(value)[:200]!r}; it must be a "
+                "positive whole number."
             )
         sizes[name] = value or 0
     layers, width = (max(sizes[name] for name in names) for names in (_LAYERS, _WIDTH))

@@ -21,9 +21,11 @@ class PrefixEmbeddings:
     embeds: Tensor  # (B, P, d)
     real: Tensor  # (B, P) bool, False on the padding
     next_position: Tensor  # (B,) position of the first block token
-    # The other arguments, as the family makes them: ``position_ids``, and ``attention_mask`` where needed
+    # The other arguments, as the family makes them: ``position_ids``, and ``attention_mask`` where
+    # needed
     inputs: dict[str, Any] = field(default_factory=dict)
-    # (B, P) bool, image patches that may go, equally many a row; None where none may; needs `in_order`
+    # (B, P) bool, image patches that may go, equally many a row; None where none may; needs
+    # `in_order`
     patches: Tensor | None = None
 
     @classmethod
@@ -38,35 +40,51 @@ class PrefixEmbeddings:
         return len(self.embeds)
 
     def __getitem__(self, rows: Any) -> PrefixEmbeddings:
-        """The given rows; `ConfigError` where the language model reads something that is not arranged by rows."""
+        """The given rows; `ConfigError` where the language model reads something that is not
+        arranged by rows.
+        """
         inputs = {name: self._rows(name, value, rows) for name, value in self.inputs.items()}
         patches = None if self.patches is None else self.patches[rows]
-        return PrefixEmbeddings(self.embeds[rows], self.real[rows], self.next_position[rows], inputs, patches)
+        return PrefixEmbeddings(
+            self.embeds[rows], self.real[rows], self.next_position[rows], inputs, patches
+        )
 
     def _rows(self, name: str, value: Any, rows: Any) -> Any:
         if isinstance(value, dict):  # masks of several kinds of layers
             return {key: self._rows(key, part, rows) for key, part in value.items()}
         if not isinstance(value, Tensor | list | tuple):
             return value
-        if name == "deepstack_visual_embeds":  # Qwen3-VL: features of the image tokens, all rows in one list
+        # Qwen3-VL: features of the image tokens, all rows in one list
+        if name == "deepstack_visual_embeds":
             counts = self.inputs["visual_pos_masks"].sum(1).tolist()
-            return [torch.cat([layer.split(counts)[row] for row in rows.tolist()]) for layer in value]
+            return [
+                torch.cat([layer.split(counts)[row] for row in rows.tolist()]) for layer in value
+            ]
         if isinstance(value, Tensor) and name == "position_ids" and value.ndim == 3:  # (axes, B, P)
             return value[:, rows]
         if isinstance(value, Tensor) and value.shape[0] == len(self):
             return value[rows]
         if isinstance(value, Tensor) and value.shape[0] == 1:  # one for all rows
             return value
-        raise ConfigError(f"Rows cannot be taken of {name!r}, which the language model reads; use --states=stored.")
+        raise ConfigError(
+            f"Rows cannot be taken of {name!r}, which the language model reads; use "
+            "--states=stored."
+        )
 
     def joined(self, block: Tensor) -> dict[str, Any]:
-        """What the language model is called with for prefix and `block` (B, k, d) in one sequence, without cache."""
-        known, length, k = self.inputs["position_ids"], self.embeds.shape[1], block.shape[1]
+        """What the language model is called with for prefix and `block` (B, k, d) in one sequence,
+        without cache.
+        """
+        known = self.inputs["position_ids"]
+        length = self.embeds.shape[1]
+        k = block.shape[1]
         offsets = torch.arange(k, device=block.device)
         positions = (self.next_position.unsqueeze(1) + offsets).expand(*known.shape[:-1], -1)
         mask = self.inputs.get("attention_mask")
         if isinstance(mask, dict):
-            raise ConfigError(f"Layers with several masks ({', '.join(mask)}) allow no gradient checkpointing.")
+            raise ConfigError(
+                f"Layers with several masks ({', '.join(mask)}) allow no gradient checkpointing."
+            )
         marks = {  # of image tokens, such as Qwen3-VL's (B, P): none on the block
             name: F.pad(value, (0, k)) if getattr(value, "shape", ())[1:] == (length,) else value
             for name, value in self.inputs.items()
@@ -75,14 +93,18 @@ class PrefixEmbeddings:
             **marks,
             "inputs_embeds": torch.cat([self.embeds, block], dim=1),
             "position_ids": torch.cat([known, positions], dim=-1),
-            "attention_mask": F.pad(self.real.long(), (0, k), value=1)
-            if mask is None or mask.ndim == 2
-            else _causal_behind(mask, self.real, k),
+            "attention_mask": (
+                F.pad(self.real.long(), (0, k), value=1)
+                if mask is None or mask.ndim == 2
+                else _causal_behind(mask, self.real, k)
+            ),
         }
 
 
 def _causal_behind(mask: Tensor, real: Tensor, k: int) -> Tensor:
-    """The mask (B, 1, P + k, P + k) of a prefix with `mask` (B, 1, P, P) and a causal block of `k` tokens behind it."""
+    """The mask (B, 1, P + k, P + k) of a prefix with `mask` (B, 1, P, P) and a causal block of `k`
+    tokens behind it.
+    """
     allowed = mask if mask.dtype == torch.bool else mask == 0
     rows, _, length, _ = mask.shape
     seen = real[:, None, None].expand(rows, 1, k, length)
@@ -90,7 +112,9 @@ def _causal_behind(mask: Tensor, real: Tensor, k: int) -> Tensor:
     whole = torch.cat([F.pad(allowed, (0, k)), torch.cat([seen, block], dim=-1)], dim=2)
     if mask.dtype == torch.bool:
         return whole
-    return torch.zeros_like(whole, dtype=mask.dtype).masked_fill(~whole, torch.finfo(mask.dtype).min)
+    return torch.zeros_like(whole, dtype=mask.dtype).masked_fill(
+        ~whole, torch.finfo(mask.dtype).min
+    )
 
 
 @dataclass
@@ -103,6 +127,8 @@ class TransformersPrefix(Prefix[TransformersCache]):
 
     def moved(self, cache: StaticCache) -> TransformersPrefix:
         """The same in another cache; compiled code always gets a mask, and the one shape of it."""
-        real = self.logits.new_ones(len(self.logits), cache.length) if self.real is None else self.real
+        real = (
+            self.logits.new_ones(len(self.logits), cache.length) if self.real is None else self.real
+        )
         real = F.pad(real.long(), (0, cache.capacity - cache.length), value=1)  # (B, T)
         return replace(self, cache=cast("Any", cache), real=real)

@@ -30,12 +30,18 @@ TOKENIZER_FILES = (
 def read_files(folder: Path, names: Iterable[str] = TOKENIZER_FILES) -> dict[str, Tensor]:
     """The given files of `folder` that exist: name -> uint8 (bytes,)."""
     files = {name: folder / name for name in names if (folder / name).exists()}
-    found = {name: read_bytes(file, CheckpointError, most=MOST_BYTES) for name, file in files.items()}
-    return {name: torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for name, data in found.items()}
+    found = {
+        name: read_bytes(file, CheckpointError, most=MOST_BYTES) for name, file in files.items()
+    }
+    return {
+        name: torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for name, data in found.items()
+    }
 
 
 class FilesStep(abc.ABC):
-    """Beside a step's class as a base: its files lie in the checkpoint, which then needs no folder and no hub."""
+    """Beside a step's class as a base: its files lie in the checkpoint, which then needs no folder
+    and no hub.
+    """
 
     _files: Mapping[str, Tensor] = {}
 
@@ -51,8 +57,12 @@ class FilesStep(abc.ABC):
         with tempfile.TemporaryDirectory() as folder:
             for name, data in files.items():
                 if data.dtype != torch.uint8 or data.ndim != 1:
-                    raise CheckpointError(f"The file {name!r} is {data.dtype}; it must be bytes. Copy it again.")
-                Path(folder, plain_name(name, "A file in the checkpoint")).write_bytes(data.cpu().numpy().tobytes())
+                    raise CheckpointError(
+                        f"The file {name!r} is {data.dtype}; it must be bytes. Copy it again."
+                    )
+                Path(folder, plain_name(name, "A file in the checkpoint")).write_bytes(
+                    data.cpu().numpy().tobytes()
+                )
             try:
                 self._open(Path(folder))
             except CheckpointError as error:
@@ -62,7 +72,9 @@ class FilesStep(abc.ABC):
     def check_files(self) -> None:
         """Raise `CheckpointError` if there are none."""
         if not self._files:
-            raise CheckpointError("The pre-processor came without its files; copy the checkpoint again.")
+            raise CheckpointError(
+                "The pre-processor came without its files; copy the checkpoint again."
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self._files)

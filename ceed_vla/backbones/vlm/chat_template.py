@@ -1,4 +1,5 @@
-"""Chat templates of checkpoints: Jinja programs, so they run in a limited child (`ceed_vla.limited`).
+"""Chat templates of checkpoints: Jinja programs, so they run in a limited child
+(`ceed_vla.limited`).
 
 A template is rendered once, around the place of the instruction; acting only fills that place.
 """
@@ -20,4 +21,6 @@ def render(template: str, images: int, prompt: str, variables: Mapping[str, Any]
     try:
         return str(run_limited("template", job)["text"])
     except LimitError as error:
-        raise CheckpointError(f"The chat template cannot be rendered ({error}); copy it again.") from error
+        raise CheckpointError(
+            f"The chat template cannot be rendered ({error}); copy it again."
+        ) from error

@@ -10,7 +10,12 @@ import torch
 
 from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
-from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig, least_sizes, read_architecture
+from ceed_vla.backbones.transformers.config import (
+    DTYPES,
+    TransformersConfig,
+    least_sizes,
+    read_architecture,
+)
 from ceed_vla.backbones.vlm.inputs import CAMERAS, VLMInputsStep
 from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import ConfigError
@@ -21,14 +26,17 @@ from ceed_vla.instructions import check_template
 @BackboneConfig.register_subclass("vlm")
 @dataclass
 class VLMConfig(TransformersConfig):
-    """A transformers image-text-to-text model: LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM, PaliGemma and relatives.
+    """A transformers image-text-to-text model: LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM,
+    PaliGemma and relatives.
 
     Attributes:
         prompt: Text around ``{instruction}``, put into the model's chat format where it has one.
-        cameras: "separate" images, or all cameras "stacked" from top to bottom into one (fewer tokens).
-        proprio: The state as "text" (action tokens behind the prompt, LLaVA-VLA), one "projected" token, or "none".
-        action_ids: Bins are the "last" ordinary ids of the tokenizer, the same downwards ("last_reversed", as OpenVLA
-            and LLaVA-VLA), or "added" behind the tokenizer's.
+        cameras: "separate" images, or all cameras "stacked" from top to bottom into one (fewer
+            tokens).
+        proprio: The state as "text" (action tokens behind the prompt, LLaVA-VLA), one "projected"
+            token, or "none".
+        action_ids: Bins are the "last" ordinary ids of the tokenizer, the same downwards
+            ("last_reversed", as OpenVLA and LLaVA-VLA), or "added" behind the tokenizer's.
         dtype: Type of the weights.
         attention: Implementation of attention in transformers.
         action_token_ids: Vocabulary id of every bin; filled when a policy is new.
@@ -52,10 +60,14 @@ class VLMConfig(TransformersConfig):
         from ceed_vla.backbones.vlm import loading
         from ceed_vla.backbones.vlm.model import VLMBackbone
 
-        dtype, new, bins = getattr(torch, self.dtype), not self.architecture, shape.vocabulary_size
+        dtype = getattr(torch, self.dtype)
+        new = not self.architecture
+        bins = shape.vocabulary_size
         if new or self.weights == "reference":
             if not self.path:
-                raise ConfigError("backbone.path is empty; give the local folder of an image-text-to-text model.")
+                raise ConfigError(
+                    "backbone.path is empty; give the local folder of an image-text-to-text model."
+                )
             model = loading.load_model(self.path, dtype, self.attention)
             processor = load_processor(self.path)
             ids = loading.choose_action_ids(model, processor, self.action_ids, bins)
@@ -64,8 +76,8 @@ class VLMConfig(TransformersConfig):
             model = loading.build_model(self.architecture, dtype, self.attention)
         if len(self.action_token_ids) != bins:
             raise ConfigError(
-                f"backbone.action_token_ids has {len(self.action_token_ids)} ids for {bins} bins; the configuration "
-                "was edited by hand."
+                f"backbone.action_token_ids has {len(self.action_token_ids)} ids for {bins} bins; "
+                "the configuration was edited by hand."
             )
         backbone = VLMBackbone(
             model,
@@ -83,12 +95,19 @@ class VLMConfig(TransformersConfig):
         return backbone
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
-        return [VLMInputsStep(**self.input_settings(shape)).set_processor(load_processor(self.path))]
+        return [
+            VLMInputsStep(**self.input_settings(shape)).set_processor(load_processor(self.path))
+        ]
 
     def input_settings(self, shape: PolicyShape) -> dict[str, Any]:
         places = {"text": shape.state_dim, "projected": 1, "none": 0}[self.proprio]
         sizes = {camera: list(size[1:]) for camera, size in shape.cameras.items()}
-        return {"sizes": sizes, "layout": self.cameras, "prompt": self.prompt, "state_places": places}
+        return {
+            "sizes": sizes,
+            "layout": self.cameras,
+            "prompt": self.prompt,
+            "state_places": places,
+        }
 
     def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
         return least_sizes(read_architecture(self.architecture))
@@ -100,4 +119,6 @@ class VLMConfig(TransformersConfig):
                 "set --policy.backbone.proprio=none."
             )
         if self.cameras == "stacked" and len({size[2] for size in shape.cameras.values()}) > 1:
-            raise ConfigError(f"Cameras of different widths cannot be stacked: {dict(shape.cameras)}.")
+            raise ConfigError(
+                f"Cameras of different widths cannot be stacked: {dict(shape.cameras)}."
+            )

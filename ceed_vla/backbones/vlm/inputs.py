@@ -1,4 +1,6 @@
-"""Images and instruction to the inputs of an image-text-to-text model, as a LeRobot step that carries its processor."""
+"""Images and instruction to the inputs of an image-text-to-text model, as a LeRobot step that
+carries its processor.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +35,17 @@ LONGEST_PROMPT = 65_536  # [tokens]
 @ProcessorStepRegistry.register(name="ceed_vla_vlm_inputs")
 @dataclass
 class VLMInputsStep(FilesStep, InputsStep):
-    """Make ``observation.vlm.input_ids``, ``...attention_mask``, ``...pixel_values`` and what else the model reads.
+    """Make ``observation.vlm.input_ids``, ``...attention_mask``, ``...pixel_values`` and what else
+    the model reads.
 
-    Every tensor has the rows of the batch first. Where the model wants all images or patches in one list, the key is
-    ``observation.vlm_flat.*`` and the tensor (B, images or patches, ...).
+    Every tensor has the rows of the batch first. Where the model wants all images or patches in one
+    list, the key is ``observation.vlm_flat.*`` and the tensor (B, images or patches, ...).
     """
 
     # Camera feature -> [height, width] of its images [px], in the order of the prompt
     sizes: dict[str, list[int]] = field(default_factory=dict)
-    layout: str = chosen("separate", CAMERAS)  # "separate" images, or all cameras "stacked" from top to bottom into one
+    # "separate" images, or all cameras "stacked" from top to bottom into one
+    layout: str = chosen("separate", CAMERAS)
     prompt: str = "{instruction}"  # text with ``{instruction}`` in it
     # Tokens at the end of the prefix that the backbone fills with the state
     state_places: int = ranged(0, "[0, 16384]")
@@ -55,13 +59,17 @@ class VLMInputsStep(FilesStep, InputsStep):
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
         wanted = backbone.input_settings(shape)
         if wrong := [name for name, value in wanted.items() if getattr(self, name) != value]:
-            raise ConfigError(f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}.")
+            raise ConfigError(
+                f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}."
+            )
 
     def set_processor(self, processor: Any) -> VLMInputsStep:
         """Use `processor`; returns self."""
         with tempfile.TemporaryDirectory() as folder:
             processor.save_pretrained(folder)
-            self._files = read_files(Path(folder), sorted(file.name for file in Path(folder).iterdir()))
+            self._files = read_files(
+                Path(folder), sorted(file.name for file in Path(folder).iterdir())
+            )
         self._processor = processor
         return self
 
@@ -72,17 +80,27 @@ class VLMInputsStep(FilesStep, InputsStep):
         self.check_files()
         name = type(self._processor).__name__
         images = self._images(observation)  # (B lists of k images)
-        tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(images))
+        tasks = batch_instructions(
+            self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(images)
+        )
         texts = [self._text(task, len(row)) for task, row in zip(tasks, images, strict=True)]
         bos = self._processor.tokenizer.bos_token  # some chat templates write it
         once = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
         given = f"images of {self.sizes} with the prompt {texts[0]!r}"
-        with raised_as(ObservationError, f"{name} cannot read {given}", "use the checkpoint's own settings."):
-            inputs = dict(self._processor(images=images, text=texts, padding=True, return_tensors="pt", **once))
+        with raised_as(
+            ObservationError, f"{name} cannot read {given}", "use the checkpoint's own settings."
+        ):
+            inputs = dict(
+                self._processor(
+                    images=images, text=texts, padding=True, return_tensors="pt", **once
+                )
+            )
         inputs.pop("labels", None)
         if IDS not in inputs or inputs[IDS].shape[-1] > LONGEST_PROMPT:
             made = tuple(inputs[IDS].shape) if IDS in inputs else "no"
-            raise ObservationError(f"{name} made {made} ids of the prompt; at most {LONGEST_PROMPT} are read.")
+            raise ObservationError(
+                f"{name} made {made} ids of the prompt; at most {LONGEST_PROMPT} are read."
+            )
         self._add_state_places(inputs)
         return {**observation, **keyed(inputs, len(images))}
 
@@ -92,7 +110,8 @@ class VLMInputsStep(FilesStep, InputsStep):
         rows = len(cameras[0])
         if any(len(pixels) != rows for pixels in cameras):
             raise ObservationError(
-                f"The cameras {', '.join(self.sizes)} have {[len(p) for p in cameras]} rows; they must be equal."
+                f"The cameras {', '.join(self.sizes)} have {[len(p) for p in cameras]} rows; they "
+                "must be equal."
             )
         if self.layout == "stacked":
             cameras = [np.concatenate(cameras, axis=1)]  # (B, sum of heights, W, 3)
@@ -105,7 +124,9 @@ class VLMInputsStep(FilesStep, InputsStep):
         if isinstance(template, str) and not template.strip():
             raise CheckpointError("The checkpoint's chat template is empty; copy it again.")
         if template is None:
-            return str(getattr(processor, "image_token", "<image>")) * images + self.prompt.replace(PLACE, task)
+            return str(getattr(processor, "image_token", "<image>")) * images + self.prompt.replace(
+                PLACE, task
+            )
         if images not in self._rendered:
             text = render(template, images, self.prompt, processor.tokenizer.special_tokens_map)
             check_template(text, "The prompt in the checkpoint's chat format")
@@ -113,7 +134,8 @@ class VLMInputsStep(FilesStep, InputsStep):
         return self._rendered[images].replace(PLACE, task)
 
     def _add_state_places(self, inputs: dict[str, Tensor]) -> None:
-        ids, tokenizer = inputs[IDS], self._processor.tokenizer
+        ids = inputs[IDS]
+        tokenizer = self._processor.tokenizer
         if not self.state_places:
             return
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -121,7 +143,9 @@ class VLMInputsStep(FilesStep, InputsStep):
         ordinary = next(i for i in range(len(tokenizer)) if i not in special)
         for name, value in inputs.items():
             if value.shape == ids.shape:  # one entry a token
-                added = value.new_full((len(ids), self.state_places), {IDS: ordinary, MASK: 1}.get(name, 0))
+                added = value.new_full(
+                    (len(ids), self.state_places), {IDS: ordinary, MASK: 1}.get(name, 0)
+                )
                 inputs[name] = torch.cat([value, added], dim=1)
 
 
@@ -134,5 +158,7 @@ def keyed(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
         elif len(value) % rows == 0:
             named[FLAT_KEY + name] = value.unflatten(0, (rows, -1))
         else:
-            raise ObservationError(f"The processor made {len(value)} {name} of {rows} rows; each needs equally many.")
+            raise ObservationError(
+                f"The processor made {len(value)} {name} of {rows} rows; each needs equally many."
+            )
     return named

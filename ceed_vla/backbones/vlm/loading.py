@@ -24,45 +24,64 @@ from ceed_vla.weights import check_floating, check_sizes, check_weights, weight_
 def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """Read an image-text-to-text model with all its weights.
 
-    `CheckpointError` for another model, one that needs code of its own, and weights damaged, lacking or of other sizes.
+    `CheckpointError` for another model, one that needs code of its own, and weights damaged,
+    lacking or of other sizes.
     """
     folder = published_folder(folder, "backbone.path")
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        reason = "needs code of its own (auto_map), which is never run" if "auto_map" in config else "is none"
-        raise CheckpointError(
-            f"{folder / 'config.json'}: model_type {kind!r} {reason}; the image-text-to-text models that can be read "
-            f"are {', '.join(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))}."
+        reason = (
+            "needs code of its own (auto_map), which is never run"
+            if "auto_map" in config
+            else "is none"
         )
-    sizes = least_sizes(read_architecture(json.dumps({k: v for k, v in config.items() if k != "auto_map"})))
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type {kind!r} {reason}; the image-text-to-text "
+            "models that can be read are "
+            f"{', '.join(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))}."
+        )
+    sizes = least_sizes(
+        read_architecture(json.dumps({k: v for k, v in config.items() if k != "auto_map"}))
+    )
     files = weight_files(folder)
     check_sizes(files, *sizes)
     check_floating(files)
     with raised_as(CheckpointError, f"{folder} does not load", "copy it again."):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True, **LOCAL
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **LOCAL,
         )
     model, report = loaded
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(str(name) for name in report.get(problem, ())):
             raise CheckpointError(
-                f"{folder}: {len(names)} weights are {problem.removesuffix('_keys')} (the first is {names[0]}); "
-                "the weights belong to another configuration, or a file was lost."
+                f"{folder}: {len(names)} weights are {problem.removesuffix('_keys')} (the first is "
+                f"{names[0]}); the weights belong to another configuration, or a file was lost."
             )
     check_weights(model, folder)
     return cast("PreTrainedModel", model)
 
 
 def architecture(model: PreTrainedModel) -> str:
-    """The model's configuration as one line of JSON, from which `build_model` makes it without its folder."""
+    """The model's configuration as one line of JSON, from which `build_model` makes it without its
+    folder.
+    """
     return json.dumps(model.config.to_diff_dict(), sort_keys=True)
 
 
 def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The model of `architecture`'s text, with weights still to be read."""
     values = read_architecture(text)
-    with raised_as(CheckpointError, "backbone.architecture does not describe a model", "copy config.json again."):
+    with raised_as(
+        CheckpointError,
+        "backbone.architecture does not describe a model",
+        "copy config.json again.",
+    ):
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         model = AutoModelForImageTextToText.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
@@ -73,21 +92,23 @@ def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedMode
 def choose_action_ids(model: PreTrainedModel, processor: Any, kind: str, count: int) -> list[int]:
     """Vocabulary ids of `count` action bins, by the `kind` that `VLMConfig.action_ids` explains.
 
-    "Added" ids may need more rows in the model's embedding, which it then gets. `ConfigError` where tokenizer and model
-    disagree, or the vocabulary is too small.
+    "Added" ids may need more rows in the model's embedding, which it then gets. `ConfigError` where
+    tokenizer and model disagree, or the vocabulary is too small.
     """
-    tokenizer, rows = processor.tokenizer, cast("Any", model.get_input_embeddings()).num_embeddings
+    tokenizer = processor.tokenizer
+    rows = cast("Any", model.get_input_embeddings()).num_embeddings
     words = 1 + max(tokenizer.get_vocab().values())
     if words > rows:
         raise ConfigError(
-            f"{model.name_or_path}: the tokenizer has ids up to {words - 1}, the model's embedding only {rows} rows; "
-            "they belong to different models, or tokens were added to one of them only."
+            f"{model.name_or_path}: the tokenizer has ids up to {words - 1}, the model's embedding "
+            f"only {rows} rows; they belong to different models, or tokens were added to one of "
+            "them only."
         )
     image = getattr(model.config, "image_token_id", None)
     if image is not None and getattr(processor, "image_token_id", image) != image:
         raise ConfigError(
-            f"{model.name_or_path}: the image token is {processor.image_token_id} for the processor and {image} for "
-            "the model; take both from the same model."
+            f"{model.name_or_path}: the image token is {processor.image_token_id} for the "
+            f"processor and {image} for the model; take both from the same model."
         )
     if kind == "added":
         if words + count > rows:
@@ -98,43 +119,61 @@ def choose_action_ids(model: PreTrainedModel, processor: Any, kind: str, count: 
     ordinary = [i for i in range(words) if i not in special][-count:]
     if len(ordinary) < count:
         raise ConfigError(
-            f"{model.name_or_path}: the vocabulary has {len(ordinary)} ordinary ids, {count} action bins need more; "
-            "lower num_bins or set --policy.backbone.action_ids=added."
+            f"{model.name_or_path}: the vocabulary has {len(ordinary)} ordinary ids, {count} "
+            "action bins need more; lower num_bins or set --policy.backbone.action_ids=added."
         )
     return ordinary[::-1] if kind == "last_reversed" else ordinary
 
 
 @torch.no_grad()
 def check_decoding(backbone: VLMBackbone) -> None:
-    """Try on a few tokens what decoding relies on: a cache that can be cut, and a head that is one matrix."""
+    """Try on a few tokens what decoding relies on: a cache that can be cut, and a head that is one
+    matrix.
+    """
     model = cast("Any", backbone.model)
     ids = backbone.action_ids[None, :4]
     accepted = inspect.signature(model.forward).parameters
-    extra = {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in accepted else {}  # PaliGemma warns
+    # PaliGemma warns
+    extra = {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in accepted else {}
     needed = "Jacobi decoding needs a causal language model with attention in every layer."
-    with raised_as(ConfigError, f"{type(model).__name__} cannot continue a key/value cache that was cut back", needed):
-        afresh, continued = _with_and_without_cache(backbone.decoder, model.get_input_embeddings()(ids))
+    with raised_as(
+        ConfigError,
+        f"{type(model).__name__} cannot continue a key/value cache that was cut back",
+        needed,
+    ):
+        afresh, continued = _with_and_without_cache(
+            backbone.decoder, model.get_input_embeddings()(ids)
+        )
         logits = model(input_ids=ids, use_cache=False, **extra).logits  # (1, t, words)
         hidden = model.model(input_ids=ids, use_cache=False, **extra).last_hidden_state
         scores = model.get_output_embeddings()(hidden)
     if not _close(afresh, continued):
-        raise ConfigError(f"{type(model).__name__} gives other values from a key/value cache than without. {needed}")
+        raise ConfigError(
+            f"{type(model).__name__} gives other values from a key/value cache than without. "
+            f"{needed}"
+        )
     if not _close(logits, scores):
         raise ConfigError(
-            f"{type(model).__name__} does more behind its last layer than one matrix (a soft cap or a scale); "
-            "the scores of the action ids alone would be wrong."
+            f"{type(model).__name__} does more behind its last layer than one matrix (a soft cap "
+            "or a scale); the scores of the action ids alone would be wrong."
         )
 
 
 def _with_and_without_cache(decoder: Any, embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Last hidden vectors of embeddings (1, t, d), computed at once, and behind a first token in the cache."""
+    """Last hidden vectors of embeddings (1, t, d), computed at once, and behind a first token in
+    the cache.
+    """
     positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-    afresh = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+    afresh = decoder(
+        inputs_embeds=embeds, position_ids=positions, use_cache=False
+    ).last_hidden_state
     cache = TransformersCache()
 
     def run(part: Tensor, places: Tensor) -> Tensor:
         past = cache.begin(part.shape[1])
-        output = decoder(inputs_embeds=part, position_ids=places, past_key_values=past, use_cache=True)
+        output = decoder(
+            inputs_embeds=part, position_ids=places, past_key_values=past, use_cache=True
+        )
         return cast("Tensor", output.last_hidden_state)
 
     run(embeds[:, :1], positions[:, :1])

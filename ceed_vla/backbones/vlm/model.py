@@ -1,13 +1,16 @@
-r"""Any transformers image-text-to-text model as a backbone: LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM, PaliGemma.
+r"""Any transformers image-text-to-text model as a backbone: LLaVA, LLaVA-OneVision, Qwen2.5-VL,
+SmolVLM, PaliGemma.
 
-    images --vision tower, projector--> \
-    prompt --embed--------------------->  inputs_embeds (B, P, d) --language model--> cache, action token 0
+    images --vision tower, projector--> \ prompt --embed---------------------> inputs_embeds (B, P,
+    d) --language model--> cache, action token 0
     state  --as text, or projected----> /                                               |
-                                  action ids, one row of the embedding each --language model--> tokens 1..n-1
+                                  action ids, one row of the embedding each --language model-->
+                                  tokens 1..n-1
 
-The family's own code runs up to its language model, and what it would hand over (embeddings, positions, masks) is
-kept: positions of Qwen's rotary axes and PaliGemma's bidirectional prefix come out as that family means them. The
-block then continues behind the prefix as `generate()` would, on a cache that can be cut.
+The family's own code runs up to its language model, and what it would hand over (embeddings,
+positions, masks) is kept: positions of Qwen's rotary axes and PaliGemma's bidirectional prefix come
+out as that family means them. The block then continues behind the prefix as `generate()` would, on
+a cache that can be cut.
 """
 
 from __future__ import annotations
@@ -30,18 +33,23 @@ from ceed_vla.fields import short
 STATE_KEY = "observation.state"
 STATE_RANGE = 3.0  # the bins of a state span so many standard deviations to both sides
 _NOT_KEPT = ("input_ids", "past_key_values", "use_cache", "cache_position")
-IDS_KEY, MASK_KEY, PIXELS = ROW_KEY + IDS, ROW_KEY + MASK, "pixel_values"
+IDS_KEY = ROW_KEY + IDS
+MASK_KEY = ROW_KEY + MASK
+PIXELS = "pixel_values"
 
 
 class VLMBackbone(TransformersBackbone):
-    """A transformers image-text-to-text model (``AutoModelForImageTextToText``) behind the `Backbone` protocol.
+    """A transformers image-text-to-text model (``AutoModelForImageTextToText``) behind the
+    `Backbone` protocol.
 
     Args:
         model: The model.
         action_ids: (V,) vocabulary ids of the action bins 0..V-1.
         block_length: Tokens ``n`` of a block.
-        state_dim: Length of the normalised ``observation.state`` that takes the last places of the prefix; 0 for none.
-        project_state: The state is projected to one token instead of written as `state_dim` action tokens.
+        state_dim: Length of the normalised ``observation.state`` that takes the last places of the
+            prefix; 0 for none.
+        project_state: The state is projected to one token instead of written as `state_dim` action
+            tokens.
         auxiliary_dim: Outputs of the auxiliary regression; 0 for none.
     """
 
@@ -58,13 +66,22 @@ class VLMBackbone(TransformersBackbone):
         auxiliary_dim: int = 0,
     ) -> None:
         embedding = cast("nn.Embedding", model.get_input_embeddings())
-        rows, different = embedding.num_embeddings, len(set(action_ids))
-        if block_length < 1 or not 0 < different == len(action_ids) or min(action_ids) < 0 or max(action_ids) >= rows:
+        rows = embedding.num_embeddings
+        different = len(set(action_ids))
+        if (
+            block_length < 1
+            or not 0 < different == len(action_ids)
+            or min(action_ids) < 0
+            or max(action_ids) >= rows
+        ):
             raise ConfigError(
-                f"block_length is {block_length}, the action ids are {short(list(action_ids))}; a block needs a token, "
-                f"and the ids must be different ones in [0, {rows - 1}], the rows of the model's embedding."
+                f"block_length is {block_length}, the action ids are {short(list(action_ids))}; a "
+                f"block needs a token, and the ids must be different ones in [0, {rows - 1}], the "
+                "rows of the model's embedding."
             )
-        super().__init__(block_length, len(action_ids), torch.tensor(list(action_ids), device=model.device))
+        super().__init__(
+            block_length, len(action_ids), torch.tensor(list(action_ids), device=model.device)
+        )
         _make_causal(model)
         self.model = model
         width, device = embedding.embedding_dim, model.device
@@ -89,9 +106,15 @@ class VLMBackbone(TransformersBackbone):
         return language_model(self.model)
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Rows ``B`` of a batch with the processor's tensors, padded on the left, and the state where it is read."""
+        """Rows ``B`` of a batch with the processor's tensors, padded on the left, and the state
+        where it is read.
+        """
         found = batch.items() if isinstance(batch, Mapping) else ()
-        inputs = {k: v for k, v in found if str(k).startswith((ROW_KEY, FLAT_KEY)) and isinstance(v, Tensor)}
+        inputs = {
+            k: v
+            for k, v in found
+            if str(k).startswith((ROW_KEY, FLAT_KEY)) and isinstance(v, Tensor)
+        }
         wanted: dict[str, tuple[int | None, ...]] = {IDS_KEY: (None,), MASK_KEY: (None,)}
         wanted |= {key: (None,) * (value.ndim - 1) for key, value in inputs.items()}
         finite = [key for key, value in inputs.items() if value.is_floating_point()]
@@ -101,26 +124,36 @@ class VLMBackbone(TransformersBackbone):
         words = int(cast("Any", self.model).get_input_embeddings().num_embeddings)
         rows = check_features(batch, wanted, finite, {IDS_KEY: words})
         if not any(key.endswith(PIXELS) for key in inputs):
-            raise ObservationError(f"The observation lacks {ROW_KEY}{PIXELS}; use the checkpoint's pre-processor.")
+            raise ObservationError(
+                f"The observation lacks {ROW_KEY}{PIXELS}; use the checkpoint's pre-processor."
+            )
         check_left_padding(batch, IDS_KEY, MASK_KEY)
         return rows
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
-        """Run everything in front of the language model, on the tensors of `VLMInputsStep` and the normalised state."""
+        """Run everything in front of the language model, on the tensors of `VLMInputsStep` and the
+        normalised state.
+        """
         arguments = self._model_inputs(batch)
         real = arguments["attention_mask"].bool()
-        advice = "its processor and its configuration disagree, or another pre-processor made the observation."
-        with raised_as(ObservationError, f"{type(self.model).__name__} cannot read the observation", advice):
+        advice = (
+            "its processor and its configuration disagree, or another pre-processor made the "
+            "observation."
+        )
+        with raised_as(
+            ObservationError, f"{type(self.model).__name__} cannot read the observation", advice
+        ):
             given = language_model_arguments(self.trunk, self.decoder, arguments)
         embeds = given.pop("inputs_embeds")  # (B, P, d)
         positions = given.get("position_ids")  # (B, P) or (axes, B, P)
         if positions is None:
             raise ObservationError(
-                f"The observation lacks what {type(self.model).__name__} computes positions from, such as "
-                f"{ROW_KEY}mm_token_type_ids; it has {', '.join(sorted(arguments))}."
+                f"The observation lacks what {type(self.model).__name__} computes positions from, "
+                f"such as {ROW_KEY}mm_token_type_ids; it has {', '.join(sorted(arguments))}."
             )
         if self.state is not None:
-            token = self.state(batch[STATE_KEY].to(self.state.weight.dtype)).to(embeds.dtype)  # (B, d)
+            # (B, d)
+            token = self.state(batch[STATE_KEY].to(self.state.weight.dtype)).to(embeds.dtype)
             embeds = torch.cat([embeds[:, :-1], token.unsqueeze(1)], dim=1)
         last = positions.amax(dim=(0, 2)) if positions.ndim == 3 else positions.amax(dim=1)
         return PrefixEmbeddings(embeds, real, (last + 1).expand(len(embeds)), given)
@@ -128,13 +161,20 @@ class VLMBackbone(TransformersBackbone):
     def _model_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Arguments of the model's forward pass, with the positions of padded rows."""
         rows = {k.removeprefix(ROW_KEY): v for k, v in batch.items() if k.startswith(ROW_KEY)}
-        flat = {k.removeprefix(FLAT_KEY): v.flatten(0, 1) for k, v in batch.items() if k.startswith(FLAT_KEY)}
+        flat = {
+            k.removeprefix(FLAT_KEY): v.flatten(0, 1)
+            for k, v in batch.items()
+            if k.startswith(FLAT_KEY)
+        }
         arguments = {k: v for k, v in {**rows, **flat}.items() if k in self._accepted}
         arguments[PIXELS] = arguments[PIXELS].to(self.model.dtype)
         if self.state_dim and self.state is None:
             ids = arguments["input_ids"]
-            arguments["input_ids"] = torch.cat([ids[:, : -self.state_dim], self.state_ids(batch[STATE_KEY])], dim=1)
-        if not hasattr(self.trunk, "get_rope_index"):  # those with several rotary axes make their own
+            arguments["input_ids"] = torch.cat(
+                [ids[:, : -self.state_dim], self.state_ids(batch[STATE_KEY])], dim=1
+            )
+        # those with several rotary axes make their own
+        if not hasattr(self.trunk, "get_rope_index"):
             # PaliGemma counts from 1, and does so by itself only where it is given no positions.
             first = 1 if self.model.config.model_type == "paligemma" else 0
             mask = arguments["attention_mask"].long()
@@ -142,42 +182,55 @@ class VLMBackbone(TransformersBackbone):
         return arguments
 
     def state_ids(self, state: Tensor) -> Tensor:
-        """The normalised state (B, D) as ids (B, D) of action bins; values beyond `STATE_RANGE` are clipped."""
+        """The normalised state (B, D) as ids (B, D) of action bins; values beyond `STATE_RANGE` are
+        clipped.
+        """
         share = (state.float().clamp(-STATE_RANGE, STATE_RANGE) + STATE_RANGE) / (2 * STATE_RANGE)
         return self.action_ids[(share * (self.vocabulary_size - 1)).round().long()]
 
     def refer(self, new_rows: bool = True) -> None:
-        """Leave the model's weights where they are, trainable, but for embeddings that may have got new rows."""
-        vocabulary = (self.model.get_input_embeddings(), self.model.get_output_embeddings()) if new_rows else ()
+        """Leave the model's weights where they are, trainable, but for embeddings that may have got
+        new rows.
+        """
+        vocabulary = (
+            (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+            if new_rows
+            else ()
+        )
         own = {id(p) for module in vocabulary for p in module.parameters()}
         state = self.model.state_dict(keep_vars=True)
-        self.referenced = [f"model.{name}" for name, tensor in state.items() if id(tensor) not in own]
+        self.referenced = [
+            f"model.{name}" for name, tensor in state.items() if id(tensor) not in own
+        ]
 
 
 def _make_causal(model: PreTrainedModel) -> None:
     """Let tokens that come without a mask see earlier ones only.
 
-    Gemma inside PaliGemma attends in both directions where it gets no mask. Its prefix, which is meant to, comes with
-    one; `generate()` gives it one token a time after that, a block has many.
+    Gemma inside PaliGemma attends in both directions where it gets no mask. Its prefix, which is
+    meant to, comes with one; `generate()` gives it one token a time after that, a block has many.
     """
     for module in language_model(model).modules():
         if getattr(module, "is_causal", True) is False:
             if model.config._attn_implementation == "flash_attention_2":
                 raise ConfigError(
-                    f"{type(model).__name__} has a bidirectional prefix, which flash_attention_2 cannot follow with a "
-                    "causal block; set --policy.backbone.attention=sdpa."
+                    f"{type(model).__name__} has a bidirectional prefix, which flash_attention_2 "
+                    "cannot follow with a causal block; set --policy.backbone.attention=sdpa."
                 )
             cast("Any", module).is_causal = True
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
-    """The language model inside `model`, without its head; `ConfigError` if it is built otherwise."""
+    """The language model inside `model`, without its head; `ConfigError` if it is built
+    otherwise.
+    """
     trunk = getattr(model, "model", None)
     decoder = trunk.get_decoder() if isinstance(trunk, PreTrainedModel) else None
     if decoder is None or decoder is trunk or model.get_output_embeddings() is None:
         raise ConfigError(
-            f"{type(model).__name__} has no causal language model behind its vision tower that can be run alone; "
-            "use a model such as LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM or PaliGemma."
+            f"{type(model).__name__} has no causal language model behind its vision tower that can "
+            "be run alone; use a model such as LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM or "
+            "PaliGemma."
         )
     return cast("nn.Module", decoder)
 
@@ -186,8 +239,12 @@ class _Arrived(Exception):  # noqa: N818  (a message, not a mistake)
     """The forward pass has reached the language model."""
 
 
-def language_model_arguments(trunk: nn.Module, decoder: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Run `trunk` on `inputs` up to its language model `decoder`; what that would be called with, but for the cache."""
+def language_model_arguments(
+    trunk: nn.Module, decoder: nn.Module, inputs: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Run `trunk` on `inputs` up to its language model `decoder`; what that would be called with,
+    but for the cache.
+    """
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         raise _Arrived(kwargs)
@@ -199,4 +256,6 @@ def language_model_arguments(trunk: nn.Module, decoder: nn.Module, inputs: dict[
         return {k: v for k, v in arrived.args[0].items() if v is not None and k not in _NOT_KEPT}
     finally:
         handle.remove()
-    raise ConfigError(f"{type(trunk).__name__} did not call its language model {type(decoder).__name__}.")
+    raise ConfigError(
+        f"{type(trunk).__name__} did not call its language model {type(decoder).__name__}."
+    )

@@ -1,4 +1,6 @@
-"""Processors (tokenizer and image processor) of image-text-to-text models: never with code from a folder."""
+"""Processors (tokenizer and image processor) of image-text-to-text models: never with code from a
+folder.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,28 @@ from ceed_vla.files import read_json
 from ceed_vla.limited.tokenizers import check_tokenizers
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-LARGEST_SIDE, MOST_PIXELS = 8192, 2**25
+LARGEST_SIDE = 8192
+MOST_PIXELS = 2**25
 # Settings of image processors that decide how many numbers they make.
-_SIDES = ("height", "width", "shortest_edge", "longest_edge", "min_pixels", "max_pixels", "size", "crop_size")
+_SIDES = (
+    "height",
+    "width",
+    "shortest_edge",
+    "longest_edge",
+    "min_pixels",
+    "max_pixels",
+    "size",
+    "crop_size",
+)
 _PATCHES = ("patch_size", "merge_size", "temporal_patch_size", "max_image_tiles", "max_num_crops")
 _TOKENS = ("num_additional_image_tokens", "image_seq_length", "image_seq_len")
 SIZES = (*_SIDES, *_PATCHES, *_TOKENS)
 
 
 def load_processor(folder: str | Path, prompt: str = "") -> Any:
-    """The processor (tokenizer and image processor) of a folder, padding on the left; it will read `prompt`."""
+    """The processor (tokenizer and image processor) of a folder, padding on the left; it will read
+    `prompt`.
+    """
     from transformers import AutoProcessor
 
     for file in (Path(folder) / name for name in IMAGE_FILES):
@@ -29,12 +43,17 @@ def load_processor(folder: str | Path, prompt: str = "") -> Any:
     if Path(folder).is_dir():
         check_tokenizers(Path(folder), [prompt])
     needed = (
-        "it needs preprocessor_config.json or processor_config.json, and the tokenizer's files. Code from a "
-        "checkpoint is never run."
+        "it needs preprocessor_config.json or processor_config.json, and the tokenizer's files. "
+        "Code from a checkpoint is never run."
     )
-    with raised_as(CheckpointError, f"{folder} holds no processor that can be read", needed, passing=()):
+    with raised_as(
+        CheckpointError, f"{folder} holds no processor that can be read", needed, passing=()
+    ):
         processor = AutoProcessor.from_pretrained(str(folder), **LOCAL)
-    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+    if (
+        getattr(processor, "tokenizer", None) is None
+        or getattr(processor, "image_processor", None) is None
+    ):
         raise CheckpointError(
             f"{folder}: {type(processor).__name__} is no processor of images and text; "
             "copy tokenizer and image processor into the folder."
@@ -43,7 +62,9 @@ def load_processor(folder: str | Path, prompt: str = "") -> Any:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise CheckpointError(f"{folder}: the tokenizer has neither a padding nor an end token; add one.")
+            raise CheckpointError(
+                f"{folder}: the tokenizer has neither a padding nor an end token; add one."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return processor
 
@@ -51,7 +72,8 @@ def load_processor(folder: str | Path, prompt: str = "") -> Any:
 def _check_image_settings(what: str, values: dict[str, Any], area: bool = False) -> None:
     """Refuse sizes that no camera has, with which a processor would fill the memory."""
     kinds = [str(value) for name, value in values.items() if name.endswith("_processor_type")]
-    area = area or any("Qwen" in kind for kind in kinds)  # these count pixels where others give sides
+    # these count pixels where others give sides
+    area = area or any("Qwen" in kind for kind in kinds)
     for name, value in values.items():
         if isinstance(value, dict):
             _check_image_settings(what, value, area)
@@ -59,8 +81,13 @@ def _check_image_settings(what: str, values: dict[str, Any], area: bool = False)
         least = {"image_std": 1e-3, "image_mean": -100.0}.get(name)
         if least is not None and value is not None:
             numbers = value if isinstance(value, list) else [value]
-            if not numbers or not all(isinstance(v, int | float) and least <= v <= 100 for v in numbers):
-                raise CheckpointError(f"{what}: {name} is {str(value)[:100]}; numbers in [{least:g}, 100] are allowed.")
+            if not numbers or not all(
+                isinstance(v, int | float) and least <= v <= 100 for v in numbers
+            ):
+                raise CheckpointError(
+                    f"{what}: {name} is {str(value)[:100]}; numbers in [{least:g}, 100] are "
+                    "allowed."
+                )
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and name in SIZES and not 0 <= value <= most:
             raise CheckpointError(f"{what}: {name} is {value}; it must lie in [0, {most}].")

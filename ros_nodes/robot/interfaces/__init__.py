@@ -1,4 +1,6 @@
-"""How commands reach an arm, one file an interface; `base` has the table. Importing this fills it with ours."""
+"""How commands reach an arm, one file an interface; `base` has the table. Importing this fills it
+with ours.
+"""
 
 import importlib
 import pkgutil

@@ -11,10 +11,10 @@ from builtin_interfaces.msg import Time
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.yaml_fields import Fields
+from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 
 if TYPE_CHECKING:  # a robot that is commanded in joint positions needs no model
-    from ros_nodes.robot.kinematics import ModelArm
+    from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
 INTERFACES: dict[str, type[ActionInterface]] = {}
 
@@ -42,12 +42,15 @@ class Command:
 class ActionInterface(ABC):
     """How commands reach the arm: settings, message and topic of one kind of controller.
 
-    `settings` are what the robot's file has below ``interfaces.<name>``; a key that nobody takes is refused.
+    `settings` are what the robot's file has below ``interfaces.<name>``; a key that nobody takes is
+    refused.
     """
 
     message_type: ClassVar[Any]
     needs_model: ClassVar[bool] = False  # it cannot do without `CommandedArm.model`
-    commands_joints: ClassVar[bool] = True  # False if only the TCP is commanded: the arm's posture may be another
+    commands_joints: ClassVar[bool] = (
+        True  # False if only the TCP is commanded: the arm's posture may be another
+    )
 
     def __init__(self, settings: Fields) -> None:
         self.topic = settings.topic("topic")
@@ -58,14 +61,17 @@ class ActionInterface(ABC):
 
 
 def register_interface(name: str) -> Callable[[type[ActionInterface]], type[ActionInterface]]:
-    """Class decorator: robots' files and the parameter ``action_interface`` know the class by `name`.
+    """Class decorator: robots' files and the parameter ``action_interface`` know the class by
+    `name`.
 
     `ConfigError`: Another class has the name.
     """
 
     def register(kind: type[ActionInterface]) -> type[ActionInterface]:
         if name in INTERFACES:
-            raise ConfigError(f"There is an action interface {name!r} already; choose another name.")
+            raise ConfigError(
+                f"There is an action interface {name!r} already; choose another name."
+            )
         INTERFACES[name] = kind
         return kind
 

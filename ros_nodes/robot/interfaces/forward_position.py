@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from std_msgs.msg import Float64MultiArray
 
-from ros_nodes.robot.interfaces.base import ActionInterface, Command, CommandedArm, register_interface
+from ceed_vla.ros_nodes.robot.interfaces.base import (
+    ActionInterface,
+    Command,
+    CommandedArm,
+    register_interface,
+)
 
 
 @register_interface("forward_position")

@@ -7,8 +7,13 @@ from rclpy.duration import Duration
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.interfaces.base import ActionInterface, Command, CommandedArm, register_interface
-from ros_nodes.robot.yaml_fields import Fields
+from ceed_vla.ros_nodes.robot.interfaces.base import (
+    ActionInterface,
+    Command,
+    CommandedArm,
+    register_interface,
+)
+from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 
 
 @register_interface("joint_trajectory")
@@ -42,4 +47,6 @@ class JointTrajectories(ActionInterface):
 
 def _point(after: float, positions: Array, velocities: Array) -> JointTrajectoryPoint:
     time = Duration(nanoseconds=round(1e9 * after)).to_msg()
-    return JointTrajectoryPoint(positions=positions.tolist(), velocities=velocities.tolist(), time_from_start=time)
+    return JointTrajectoryPoint(
+        positions=positions.tolist(), velocities=velocities.tolist(), time_from_start=time
+    )

@@ -6,15 +6,21 @@ import numpy as np
 from geometry_msgs.msg import TwistStamped
 
 from ceed_vla.kinematics import Array, turn_vector
-from ros_nodes.robot.interfaces.base import ActionInterface, Command, CommandedArm, register_interface
-from ros_nodes.robot.yaml_fields import Fields
+from ceed_vla.ros_nodes.robot.interfaces.base import (
+    ActionInterface,
+    Command,
+    CommandedArm,
+    register_interface,
+)
+from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 
 
 @register_interface("servo_twist")
 class ServoTwists(ActionInterface):
     """The velocity of the commanded TCP, in the base frame; a hold is a zero twist.
 
-    Twists alone would drift from the commanded pose, so the measured distance times ``gain`` is added.
+    Twists alone would drift from the commanded pose, so the measured distance times ``gain`` is
+    added.
     """
 
     message_type = TwistStamped
@@ -33,7 +39,9 @@ class ServoTwists(ActionInterface):
         message.header.stamp, message.header.frame_id = command.stamp, self._frame
         if command.velocities.any():
             twist = message.twist
-            for vector, values in zip((twist.linear, twist.angular), self._twist(command, arm), strict=True):
+            for vector, values in zip(
+                (twist.linear, twist.angular), self._twist(command, arm), strict=True
+            ):
                 vector.x, vector.y, vector.z = values.tolist()
         return message
 

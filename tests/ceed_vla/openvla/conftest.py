@@ -1,4 +1,6 @@
-"""Tiny OpenVLA folders as they are published, with random weights, and their outputs by an independent route."""
+"""Tiny OpenVLA folders as they are published, with random weights, and their outputs by an
+independent route.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,26 @@ from ceed_vla.backbones.openvla.model import OpenVLABackbone
 EMPTY_TOKEN, WORDS, BINS = 29871, 32000, 256
 SIZE = 28
 STATS = {
-    "kitchen": {"action": {"q01": [-0.5, -1.0, 0.0], "q99": [0.5, 3.0, 1.0], "mask": [True, True, False]}},
+    "kitchen": {
+        "action": {"q01": [-0.5, -1.0, 0.0], "q99": [0.5, 3.0, 1.0], "mask": [True, True, False]}
+    },
     "garage": {"action": {"q01": [-100.0, 0.2, -1.0], "q99": [300.0, 0.4, 1.0]}},
 }
 DINO, SIGLIP, CLIP = (
-    "vit_base_patch14_reg4_dinov2.lvd142m", "vit_base_patch16_siglip_224", "vit_base_patch16_clip_224.openai",
-)  # fmt: skip
+    "vit_base_patch14_reg4_dinov2.lvd142m",
+    "vit_base_patch16_siglip_224",
+    "vit_base_patch16_clip_224.openai",
+)
 TOWERS = {
     DINO: {"depth": 3, "embed_dim": 16, "num_heads": 2},
     SIGLIP: {"depth": 3, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2.0, "patch_size": 14},
     CLIP: {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 14},
-    "vit_large_patch16_224.augreg_in21k_ft_in1k": {"depth": 3, "embed_dim": 16, "num_heads": 2, "patch_size": 14},
+    "vit_large_patch16_224.augreg_in21k_ft_in1k": {
+        "depth": 3,
+        "embed_dim": 16,
+        "num_heads": 2,
+        "patch_size": 14,
+    },
 }
 MEANS = {DINO: [0.485, 0.456, 0.406], CLIP: [0.48145466, 0.4578275, 0.40821073]}
 STDS = {DINO: [0.229, 0.224, 0.225], CLIP: [0.26862954, 0.26130258, 0.27577711]}
@@ -95,7 +106,9 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
 
 
 def write_folder(
@@ -127,26 +140,39 @@ def write_folder(
     random = np.random.default_rng(len(towers))
     weights, head = (
         {},
-        "embed_tokens.weight" if config["text_config"].get("tie_word_embeddings") else "lm_head.weight",
+        (
+            "embed_tokens.weight"
+            if config["text_config"].get("tie_word_embeddings")
+            else "lm_head.weight"
+        ),
     )
     for name, parameter in sorted(model.named_parameters()):
         scale = 1.0 if parameter.ndim < 2 or "embed" in name else 1.5 / parameter[0].numel() ** 0.5
         values = scale * random.standard_normal(tuple(parameter.shape), dtype=np.float32)
         if name.endswith(head):
             values[WORDS - bins : WORDS] *= 8  # so that the best of all ids is one of an action
-        weights[name.replace(".gamma", ".scale_factor")] = torch.from_numpy(values).to(parameter.dtype)
+        weights[name.replace(".gamma", ".scale_factor")] = torch.from_numpy(values).to(
+            parameter.dtype
+        )
     if shards == 1:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     names = sorted(weights)
-    files = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+    files = {
+        name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors"
+        for i, name in enumerate(names)
+    }
     for file in set(files.values()):
         save_file({name: weights[name] for name in names if files[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return folder
 
 
-KINDS: dict[str, tuple[list[str], int]] = {"fused": ([DINO, SIGLIP], 3), "siglip": ([SIGLIP], 1), "clip": ([CLIP], 1)}
+KINDS: dict[str, tuple[list[str], int]] = {
+    "fused": ([DINO, SIGLIP], 3),
+    "siglip": ([SIGLIP], 1),
+    "clip": ([CLIP], 1),
+}
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +215,7 @@ def _edit() -> Callable[..., None]:
     return edit
 
 
-# ---- the reference: the same weights through other code -----------------------------------------------------------
+# ---- the reference: the same weights through other code ------------------------------------------
 
 
 def reference_pixels(picture: np.ndarray, folder: Path) -> Tensor:
@@ -202,11 +228,15 @@ def reference_pixels(picture: np.ndarray, folder: Path) -> Tensor:
         square = Image.new("RGB", (side, side), tuple(int(255 * v) for v in config["means"][-1]))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
-    for mode, mean, std in zip(config["interpolations"], config["means"], config["stds"], strict=True):
+    for mode, mean, std in zip(
+        config["interpolations"], config["means"], config["stds"], strict=True
+    ):
         resample = getattr(Image.Resampling, mode.upper())
         if strategy == "resize-crop":
             shorter = min(image.size)
-            resized = image.resize(tuple(int(size * side / shorter) for side in image.size), resample)
+            resized = image.resize(
+                tuple(int(size * side / shorter) for side in image.size), resample
+            )
             left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
             resized = resized.crop((left, top, left + size, top + size))
         else:
@@ -226,7 +256,9 @@ class OnlyActions(LogitsProcessor):
 
 
 @torch.no_grad()
-def reference_tokens(backbone: OpenVLABackbone, ids: list[int], pixels: Tensor, count: int) -> list[int]:
+def reference_tokens(
+    backbone: OpenVLABackbone, ids: list[int], pixels: Tensor, count: int
+) -> list[int]:
     """Vocabulary ids of one row by timm's blocks one by one, and transformers' `generate()`."""
     vision, features, start = backbone.vision_backbone, [], 0
     for tower in (vision.featurizer, vision.fused_featurizer):
@@ -239,7 +271,9 @@ def reference_tokens(backbone: OpenVLABackbone, ids: list[int], pixels: Tensor, 
         features.append(x[:, tower.num_prefix_tokens :])
         start += 3
     words = backbone.language_model.get_input_embeddings()(torch.tensor([ids]))
-    embeds = torch.cat([words[:, :1], backbone.projector(torch.cat(features, dim=2)), words[:, 1:]], dim=1)
+    embeds = torch.cat(
+        [words[:, :1], backbone.projector(torch.cat(features, dim=2)), words[:, 1:]], dim=1
+    )
     output = backbone.language_model.generate(
         inputs_embeds=embeds,
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),

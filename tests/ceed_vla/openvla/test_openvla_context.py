@@ -1,4 +1,6 @@
-"""OpenVLA with some of its image patches: as the whole prompt whose other patches nothing attends to."""
+"""OpenVLA with some of its image patches: as the whole prompt whose other patches nothing attends
+to.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ PATCHES = 4  # 28 pixels, 14 a patch
 @pytest.fixture
 def model(published: Callable[[str], Path], pictures: np.ndarray) -> tuple[Any, Any]:
     """A policy with a random scorer, and prompts of three lengths."""
-    policy, pre, _ = published_policy(ConvertConfig(str(published("fused")), unnorm_key="kitchen", chunk_size=3))
+    policy, pre, _ = published_policy(
+        ConvertConfig(str(published("fused")), unnorm_key="kitchen", chunk_size=3)
+    )
     scorer, generator = ContextScorer(16, PATCHES), torch.Generator().manual_seed(0)
     for parameter in scorer.parameters():
         parameter.data += torch.randn(parameter.shape, generator=generator)
@@ -48,7 +52,10 @@ def test_it_is_the_whole_prompt_under_a_mask(model: tuple[Any, Any], kept: int) 
         seen[row, places[scores[row].argsort(descending=True)[kept:]]] = False
     positions = (whole.real.cumsum(1) - 1).clamp(min=0)  # of the unpruned prompt
     masked = PrefixEmbeddings(
-        whole.embeds, seen, whole.next_position, {"position_ids": positions, "attention_mask": seen.long()}
+        whole.embeds,
+        seen,
+        whole.next_position,
+        {"position_ids": positions, "attention_mask": seen.long()},
     )
     expected, pruned = (
         backbone.prefill_embeddings(masked),
@@ -79,7 +86,9 @@ def test_all_patches_are_as_ever_and_none_trains_otherwise(model: tuple[Any, Any
     embeddings = backbone.embed_prefix(batch)
     rows = embeddings[torch.tensor([2, 0])]
     assert torch.equal(rows.patches, embeddings.patches[[2, 0]])
-    kept = backbone.keep_tokens(embeddings, torch.arange(embeddings.embeds.shape[1] - 2).expand(3, -1))
+    kept = backbone.keep_tokens(
+        embeddings, torch.arange(embeddings.embeds.shape[1] - 2).expand(3, -1)
+    )
     _, (packed,) = backbone.packed_logits(kept, [few.tokens])
     behind = backbone.block_logits(backbone.prefill_embeddings(kept), few.tokens[:, :-1])
     torch.testing.assert_close(packed[:, 1:], behind, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,6 @@
-"""Converted OpenVLA models through collection and distillation: copied and by reference, whole and with adapters."""
+"""Converted OpenVLA models through collection and distillation: copied and by reference, whole and
+with adapters.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ FIXTURES = Path(__file__).parents[4] / "shared" / "fixtures"
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two recorded demonstrations."""
     pytest.importorskip("mujoco")
-    from sim.record import record
-    from sim.recording.config import RecordConfig
+    from ceed_vla.sim.record import record
+    from ceed_vla.sim.recording.config import RecordConfig
 
     root = tmp_path_factory.mktemp("recorded") / "data"
     record(RecordConfig(root=root, episodes=2, progress=False))
@@ -42,18 +44,27 @@ def published_model(name: str, folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "openvla-fused", "openvla-siglip"])
 @pytest.mark.parametrize("weights", ["copied", "reference"])
-def test_a_converted_model_is_distilled(name: str, weights: str, data: Path, tmp_path: Path) -> None:
+def test_a_converted_model_is_distilled(
+    name: str, weights: str, data: Path, tmp_path: Path
+) -> None:
     from ceed_vla.data.frames import open_dataset
-    from training.adapters import LoRAConfig
-    from training.distill import DistillConfig, TrajectoriesConfig, distill
-    from training.trajectories import CollectConfig, collect
+    from ceed_vla.training.adapters import LoRAConfig
+    from ceed_vla.training.distill import DistillConfig, TrajectoriesConfig, distill
+    from ceed_vla.training.trajectories import CollectConfig, collect
 
     model, teacher = published_model(name, tmp_path / "model"), tmp_path / "teacher"
     convert(ConvertConfig(str(model), str(teacher), weights=weights, chunk_size=3))
     settings: dict[str, Any] = {
-        "teacher_path": str(teacher), "roots": str(data), "steps": 3, "batch_size": 4, "eval_every": 0,
-        "eval_frames": 8, "mixed_precision": "no", "max_clipped": 1.0,  # the vocabulary is of other data
-    }  # fmt: skip
+        "teacher_path": str(teacher),
+        "roots": str(data),
+        "steps": 3,
+        "batch_size": 4,
+        "eval_every": 0,
+        # the vocabulary is of other data
+        "eval_frames": 8,
+        "mixed_precision": "no",
+        "max_clipped": 1.0,
+    }
     stored = tmp_path / "trajectories"
     collect(
         CollectConfig(
@@ -66,13 +77,20 @@ def test_a_converted_model_is_distilled(name: str, weights: str, data: Path, tmp
         )
     )
     if weights == "copied":
-        ways = {"trajectories": TrajectoriesConfig(str(stored)), "states": "stored", "loss": "paper"}
+        ways = {
+            "trajectories": TrajectoriesConfig(str(stored)),
+            "states": "stored",
+            "loss": "paper",
+        }
     else:
         ways = {
-            "trajectories": TrajectoriesConfig(online=True), "lora": LoRAConfig(rank=2), "gradient_checkpointing": True,
-        }  # fmt: skip
+            "trajectories": TrajectoriesConfig(online=True),
+            "lora": LoRAConfig(rank=2),
+            "gradient_checkpointing": True,
+        }
     student = distill(DistillConfig(output_dir=str(tmp_path / "student"), **settings, **ways))
-    assert ((student / "model.safetensors").stat().st_size > 1e6) == (weights == "copied")  # or adapters only
+    # or adapters only
+    assert ((student / "model.safetensors").stat().st_size > 1e6) == (weights == "copied")
     if weights == "copied" and name == "tiny":
         shutil.rmtree(model)
 

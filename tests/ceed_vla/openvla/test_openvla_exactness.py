@@ -1,4 +1,6 @@
-"""OpenVLA models decode what their reference does: the project's fixtures, and random folders through other code."""
+"""OpenVLA models decode what their reference does: the project's fixtures, and random folders
+through other code.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ from ceed_vla.engine import compiled
 from ceed_vla.verify import VerifyConfig, verify
 
 FRONT, IDS = "observation.images.front", "observation.openvla.input_ids"
-TASKS = ["Put the red cube on the plate", "open the drawer", "put the blue cube on the red plate", "open"]
+TASKS = [
+    "Put the red cube on the plate",
+    "open the drawer",
+    "put the blue cube on the red plate",
+    "open",
+]
 FIXTURES = Path(__file__).parents[4] / "shared" / "fixtures"
 KINDS = ("fused", "siglip", "clip")
 
@@ -53,9 +60,14 @@ def test_the_fixtures_are_reproduced(name: str) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_jacobi_ar_and_generate_agree(
-    kind: str, rows: int, models: Any, pictures: np.ndarray, reference_pixels: Any, reference_tokens: Any,
+    kind: str,
+    rows: int,
+    models: Any,
+    pictures: np.ndarray,
+    reference_pixels: Any,
+    reference_tokens: Any,
     published: Any,
-) -> None:  # fmt: skip
+) -> None:
     policy, pre = models(kind)
     batch = pre(observation(pictures, rows))
     autoregressive, strict = policy.decode(batch, "ar"), policy.decode(batch, "jacobi")
@@ -65,20 +77,27 @@ def test_jacobi_ar_and_generate_agree(
     ids, mask = batch[IDS], batch["observation.openvla.attention_mask"].bool()
     for row in range(rows):  # one by one, without padding
         pixels = reference_pixels(pictures[row], published(kind))
-        torch.testing.assert_close(batch["observation.openvla.pixel_values"][row], pixels, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            batch["observation.openvla.pixel_values"][row], pixels, atol=1e-6, rtol=0
+        )
         expected = reference_tokens(policy.backbone, ids[row][mask[row]].tolist(), pixels, 9)
         assert [31999 - token for token in strict.tokens[row].tolist()] == expected
-    assert len(set(map(tuple, strict.tokens.tolist()))) == rows  # the rows differ, so the inputs matter
+    # the rows differ, so the inputs matter
+    assert len(set(map(tuple, strict.tokens.tolist()))) == rows
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_and_depth(kind: str, models: Any, pictures: np.ndarray, keeps_the_contract: Any) -> None:
+def test_training_and_depth(
+    kind: str, models: Any, pictures: np.ndarray, keeps_the_contract: Any
+) -> None:
     policy, pre = models(kind)
     keeps_the_contract(policy.backbone, pre(observation(pictures, 3)))
 
 
 def test_the_loss_teaches_a_block(published: Any, pictures: np.ndarray) -> None:
-    policy, pre, _ = published_policy(ConvertConfig(str(published("siglip")), unnorm_key="kitchen", chunk_size=3))
+    policy, pre, _ = published_policy(
+        ConvertConfig(str(published("siglip")), unnorm_key="kitchen", chunk_size=3)
+    )
     batch = pre(observation(pictures, 2)) | {"action": torch.rand(2, 3, 3) * 0.4}
     policy.train()
     optimizer, losses = torch.optim.Adam(policy.get_optim_params(), 3e-3), []
@@ -93,7 +112,9 @@ def test_the_loss_teaches_a_block(published: Any, pictures: np.ndarray) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype: str, published: Any, pictures: np.ndarray) -> None:
-    source = ConvertConfig(str(published("siglip")), unnorm_key="kitchen", chunk_size=3, dtype=dtype)
+    source = ConvertConfig(
+        str(published("siglip")), unnorm_key="kitchen", chunk_size=3, dtype=dtype
+    )
     policy, pre, _ = published_policy(source)
     assert {p.dtype for p in policy.parameters()} == {getattr(torch, dtype)}
     result = policy.decode(pre(observation(pictures, 2)), "ar")
@@ -102,7 +123,9 @@ def test_half_precision(dtype: str, published: Any, pictures: np.ndarray) -> Non
 
 
 def test_one_action_by_default_and_select_action(published: Any, pictures: np.ndarray) -> None:
-    policy, pre, post = published_policy(ConvertConfig(str(published("siglip")), unnorm_key="garage"))
+    policy, pre, post = published_policy(
+        ConvertConfig(str(published("siglip")), unnorm_key="garage")
+    )
     batch = pre(observation(pictures, 2))
     action = post(policy.select_action(batch))
     assert action.shape == (2, 3)
@@ -111,7 +134,9 @@ def test_one_action_by_default_and_select_action(published: Any, pictures: np.nd
     assert high[0] == 300
 
 
-@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rows", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_compiled_tokens_are_the_eager_ones(rows: int, models: Any, pictures: np.ndarray) -> None:
     policy, pre = models("siglip")
     engine, batch = compiled(policy.backbone, "eager"), pre(observation(pictures, rows))

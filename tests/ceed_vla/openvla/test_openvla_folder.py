@@ -47,75 +47,184 @@ def shard(folder: Path) -> Path:
 HEAD = "language_model.lm_head.weight"
 DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "no config": ("siglip", lambda f, _: (f / CONFIG).unlink(), r"config\.json cannot be read"),
-    "damaged config": ("siglip", lambda f, _: (f / CONFIG).write_text("{"), r"config\.json is not JSON"),
+    "damaged config": (
+        "siglip",
+        lambda f, _: (f / CONFIG).write_text("{"),
+        r"config\.json is not JSON",
+    ),
     "config is a list": ("siglip", lambda f, _: (f / CONFIG).write_text("[]"), "holds a list"),
-    "another model": ("siglip", lambda f, e: e(f / CONFIG, model_type="llava"), "model_type is 'llava'"),
-    "a checkpoint of ours": ("siglip", lambda f, e: e(f / CONFIG, model_type=None, type="ceed_vla"),
-        "a checkpoint of ceed-vla already"),
-    "incomplete config": ("siglip", lambda f, _: (f / CONFIG).write_text('{"model_type": "openvla"}'),
-        "lacks text_config, timm_model_ids, image_sizes;"),
-    "one tower of two": ("fused", lambda f, e: e(f / CONFIG, timm_model_ids=["vit_base_patch16_siglip_224"]),
-        "timm_model_ids has 1 entries, use_fused_vision_backbone says 2"),
-    "unknown tower": ("siglip", lambda f, e: e(f / CONFIG, timm_model_ids=["vit_enormous"]),
-        "timm cannot build the vision tower 'vit_enormous'"),
-    "no transformer": ("siglip", lambda f, e: e(f / CONFIG, timm_model_ids=["resnet18"], timm_model_kwargs=[{}]),
-        "resnet18"),
-    "language model without a usable cache": ("siglip",
+    "another model": (
+        "siglip",
+        lambda f, e: e(f / CONFIG, model_type="llava"),
+        "model_type is 'llava'",
+    ),
+    "a checkpoint of ours": (
+        "siglip",
+        lambda f, e: e(f / CONFIG, model_type=None, type="ceed_vla"),
+        "a checkpoint of ceed-vla already",
+    ),
+    "incomplete config": (
+        "siglip",
+        lambda f, _: (f / CONFIG).write_text('{"model_type": "openvla"}'),
+        "lacks text_config, timm_model_ids, image_sizes;",
+    ),
+    "one tower of two": (
+        "fused",
+        lambda f, e: e(f / CONFIG, timm_model_ids=["vit_base_patch16_siglip_224"]),
+        "timm_model_ids has 1 entries, use_fused_vision_backbone says 2",
+    ),
+    "unknown tower": (
+        "siglip",
+        lambda f, e: e(f / CONFIG, timm_model_ids=["vit_enormous"]),
+        "timm cannot build the vision tower 'vit_enormous'",
+    ),
+    "no transformer": (
+        "siglip",
+        lambda f, e: e(f / CONFIG, timm_model_ids=["resnet18"], timm_model_kwargs=[{}]),
+        "resnet18",
+    ),
+    "language model without a usable cache": (
+        "siglip",
         lambda f, e: e(f / CONFIG, text_config={"model_type": "mamba"}),
-        r"'mamba'; those that can be read, with a cache of keys and values, are llama, mistral"),
-    "vocabulary too small": ("siglip",
+        r"'mamba'; those that can be read, with a cache of keys and values, are llama, mistral",
+    ),
+    "vocabulary too small": (
+        "siglip",
         lambda f, e: e(f / CONFIG, text_config={"model_type": "llama", "vocab_size": 128}),
-        "256 action ids do not fit a vocabulary of 128"),
-    "no weights": ("siglip", lambda f, _: (f / "model.safetensors").unlink(), "has neither model.safetensors"),
-    "pickled weights": ("siglip", lambda f, _: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        r"only pytorch_model\.bin; pickled files can run code when they are read"),
-    "truncated weights": ("siglip", lambda f, _: truncate(f / "model.safetensors"),
-        r"model\.safetensors do not load"),
-    "missing shard": ("fused", lambda f, _: shard(f).unlink(), r"lacks model-00001-of-00003\.safetensors"),
-    "truncated shard": ("fused", lambda f, _: truncate(shard(f)), r"model-00001-of-00003\.safetensors do not load"),
-    "index without shards": ("fused", lambda f, _: (f / INDEX).write_text('{"weight_map": {}}'), "lacks all shards"),
-    "shard that the index forgets": ("fused", lambda f, e: e(f / INDEX, weight_map={"a": shard(f).name}),
-        r"lacks \d+ weights .*by what config\.json describes"),
-    "missing weight": ("siglip", lambda f, _: rename_weight(f, HEAD, None),
-        r"lacks 1 weights .*the first is language_model\.lm_head\.weight"),
-    "weights of another vocabulary": ("siglip", lambda f, _: shrink_weight(f, HEAD),
-        r"lm_head\.weight has shape \(32063, 16\), config\.json describes \(32064, 16\)"),
-    "no tokenizer": ("siglip", lambda f, _: (f / "tokenizer.json").unlink(), r"lacks tokenizer\.json"),
-    "damaged tokenizer": ("siglip", lambda f, _: (f / "tokenizer.json").write_text("{}"),
-        r"tokenizer\.json cannot be read"),
-    "tokenizer with more words than the model": ("siglip", lambda f, _: add_word(f, 40000),
-        r"the tokenizer has ids up to 40000 .*vocab_size in config\.json is 32064"),
-    "no image settings": ("siglip", lambda f, _: (f / "preprocessor_config.json").unlink(),
-        r"lacks preprocessor_config\.json"),
-    "images for other towers": ("siglip",
-        lambda f, e: e(f / "preprocessor_config.json", input_sizes=[[3, 28, 28]] * 2, means=[[0.5] * 3] * 2,
-                       stds=[[0.5] * 3] * 2, interpolations=["bicubic"] * 2),
-        r"prepares images of \[\[28, 28\], \[28, 28\]\] pixels, the vision towers in config\.json see \[\[28, 28\]\]"),
-    "unknown strategy": ("siglip", lambda f, e: e(f / "preprocessor_config.json", image_resize_strategy="stretch"),
-        "'stretch'; it may be resize-naive, letterbox, resize-crop"),
-    "masks of another action": ("siglip",
-        lambda f, e: e(f / CONFIG, norm_stats={"kitchen": {"action": {"q01": [0], "q99": [1], "mask": [True] * 2}}}),
-        "the action statistics of kitchen have 1 values in q01, 1 in q99 and 2 in mask"),
-    "no statistics": ("siglip", lambda f, e: e(f / CONFIG, norm_stats=None),
-        r"has neither norm_stats in config\.json nor dataset_statistics\.json"),
-    "values of another kind": ("siglip", lambda f, e: e(f / CONFIG, image_sizes=224),
-        r"config\.json holds a value of another kind than OpenVLA's"),
-    "unknown type of weights": ("siglip", lambda f, e: e(f / CONFIG, torch_dtype="float8"),
-        "torch_dtype is 'float8'; choose float32, bfloat16, float16"),
-    "unknown interpolation": ("siglip", lambda f, e: e(f / "preprocessor_config.json", interpolations=["cubic"]),
-        r"preprocessor_config\.json needs .*interpolations \(nearest, lanczos, bilinear, bicubic"),
-    "no mean for a tower": ("fused", lambda f, e: e(f / "preprocessor_config.json", means=[[0.5] * 3]),
-        "needs input_sizes, .* one entry a vision tower"),
-    "images of another size than the towers see": ("siglip",
+        "256 action ids do not fit a vocabulary of 128",
+    ),
+    "no weights": (
+        "siglip",
+        lambda f, _: (f / "model.safetensors").unlink(),
+        "has neither model.safetensors",
+    ),
+    "pickled weights": (
+        "siglip",
+        lambda f, _: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        r"only pytorch_model\.bin; pickled files can run code when they are read",
+    ),
+    "truncated weights": (
+        "siglip",
+        lambda f, _: truncate(f / "model.safetensors"),
+        r"model\.safetensors do not load",
+    ),
+    "missing shard": (
+        "fused",
+        lambda f, _: shard(f).unlink(),
+        r"lacks model-00001-of-00003\.safetensors",
+    ),
+    "truncated shard": (
+        "fused",
+        lambda f, _: truncate(shard(f)),
+        r"model-00001-of-00003\.safetensors do not load",
+    ),
+    "index without shards": (
+        "fused",
+        lambda f, _: (f / INDEX).write_text('{"weight_map": {}}'),
+        "lacks all shards",
+    ),
+    "shard that the index forgets": (
+        "fused",
+        lambda f, e: e(f / INDEX, weight_map={"a": shard(f).name}),
+        r"lacks \d+ weights .*by what config\.json describes",
+    ),
+    "missing weight": (
+        "siglip",
+        lambda f, _: rename_weight(f, HEAD, None),
+        r"lacks 1 weights .*the first is language_model\.lm_head\.weight",
+    ),
+    "weights of another vocabulary": (
+        "siglip",
+        lambda f, _: shrink_weight(f, HEAD),
+        r"lm_head\.weight has shape \(32063, 16\), config\.json describes \(32064, 16\)",
+    ),
+    "no tokenizer": (
+        "siglip",
+        lambda f, _: (f / "tokenizer.json").unlink(),
+        r"lacks tokenizer\.json",
+    ),
+    "damaged tokenizer": (
+        "siglip",
+        lambda f, _: (f / "tokenizer.json").write_text("{}"),
+        r"tokenizer\.json cannot be read",
+    ),
+    "tokenizer with more words than the model": (
+        "siglip",
+        lambda f, _: add_word(f, 40000),
+        r"the tokenizer has ids up to 40000 .*vocab_size in config\.json is 32064",
+    ),
+    "no image settings": (
+        "siglip",
+        lambda f, _: (f / "preprocessor_config.json").unlink(),
+        r"lacks preprocessor_config\.json",
+    ),
+    "images for other towers": (
+        "siglip",
+        lambda f, e: e(
+            f / "preprocessor_config.json",
+            input_sizes=[[3, 28, 28]] * 2,
+            means=[[0.5] * 3] * 2,
+            stds=[[0.5] * 3] * 2,
+            interpolations=["bicubic"] * 2,
+        ),
+        r"prepares images of \[\[28, 28\], \[28, 28\]\] pixels, "
+        r"the vision towers in config\.json see \[\[28, 28\]\]",
+    ),
+    "unknown strategy": (
+        "siglip",
+        lambda f, e: e(f / "preprocessor_config.json", image_resize_strategy="stretch"),
+        "'stretch'; it may be resize-naive, letterbox, resize-crop",
+    ),
+    "masks of another action": (
+        "siglip",
+        lambda f, e: e(
+            f / CONFIG,
+            norm_stats={"kitchen": {"action": {"q01": [0], "q99": [1], "mask": [True] * 2}}},
+        ),
+        "the action statistics of kitchen have 1 values in q01, 1 in q99 and 2 in mask",
+    ),
+    "no statistics": (
+        "siglip",
+        lambda f, e: e(f / CONFIG, norm_stats=None),
+        r"has neither norm_stats in config\.json nor dataset_statistics\.json",
+    ),
+    "values of another kind": (
+        "siglip",
+        lambda f, e: e(f / CONFIG, image_sizes=224),
+        r"config\.json holds a value of another kind than OpenVLA's",
+    ),
+    "unknown type of weights": (
+        "siglip",
+        lambda f, e: e(f / CONFIG, torch_dtype="float8"),
+        "torch_dtype is 'float8'; choose float32, bfloat16, float16",
+    ),
+    "unknown interpolation": (
+        "siglip",
+        lambda f, e: e(f / "preprocessor_config.json", interpolations=["cubic"]),
+        r"preprocessor_config\.json needs .*interpolations \(nearest, lanczos, bilinear, bicubic",
+    ),
+    "no mean for a tower": (
+        "fused",
+        lambda f, e: e(f / "preprocessor_config.json", means=[[0.5] * 3]),
+        "needs input_sizes, .* one entry a vision tower",
+    ),
+    "images of another size than the towers see": (
+        "siglip",
         lambda f, e: e(f / "preprocessor_config.json", input_sizes=[[3, 56, 56]]),
-        r"prepares images of \[\[56, 56\]\] pixels, the vision towers in config\.json see \[\[28, 28\]\]"),
-    "towers of two sizes": ("fused",
+        r"prepares images of \[\[56, 56\]\] pixels, "
+        r"the vision towers in config\.json see \[\[28, 28\]\]",
+    ),
+    "towers of two sizes": (
+        "fused",
         lambda f, e: e(f / "preprocessor_config.json", input_sizes=[[3, 28, 28], [3, 42, 42]]),
-        r"the vision towers see \[\[28, 28\], \[42, 42\]\] pixels; they must all be equal"),
-    "statistics without quantiles": ("siglip",
+        r"the vision towers see \[\[28, 28\], \[42, 42\]\] pixels; they must all be equal",
+    ),
+    "statistics without quantiles": (
+        "siglip",
         lambda f, e: e(f / CONFIG, norm_stats={"kitchen": {"action": {"q01": [0.0]}}}),
-        r"config\.json: the action statistics of kitchen need q01 and q99, one number a dimension"),
-}  # fmt: skip
+        r"config\.json: the action statistics of kitchen need q01 and q99, one number a dimension",
+    ),
+}
 
 
 def add_word(folder: Path, number: int) -> None:
@@ -126,7 +235,9 @@ def add_word(folder: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_folder_that_cannot_be_used_is_one_clear_error(damage: str, copied: Any, edit: Any) -> None:
+def test_a_folder_that_cannot_be_used_is_one_clear_error(
+    damage: str, copied: Any, edit: Any
+) -> None:
     kind, break_it, message = DAMAGES[damage]
     folder = copied(kind)
     break_it(folder, edit)
@@ -166,13 +277,22 @@ def test_statistics_of_a_fine_tune_count_first(copied: Any) -> None:
     own = {"kitchen": {"action": {"q01": [-7], "q99": [7]}}}
     (folder / "dataset_statistics.json").write_text(json.dumps(own))
     assert action_statistics(folder) == ("kitchen", {"q01": [-7.0], "q99": [7.0], "mask": [True]})
-    assert action_statistics(folder, "garage")[1]["q01"] == [-100.0, 0.2, -1.0]  # of the base, still there
-    with pytest.raises(ConfigError, match=r"'kitchn' \(did you mean kitchen\?\); choose one of garage, kitchen"):
+    # of the base, still there
+    assert action_statistics(folder, "garage")[1]["q01"] == [
+        -100.0,
+        0.2,
+        -1.0,
+    ]
+    with pytest.raises(
+        ConfigError, match=r"'kitchn' \(did you mean kitchen\?\); choose one of garage, kitchen"
+    ):
         action_statistics(folder, "kitchn")
 
 
 @pytest.mark.parametrize(("most", "refused"), [(20, True), (100, False)])
-def test_positions_that_depend_on_the_length_are_refused(most: int, refused: bool, copied: Any, edit: Any) -> None:
+def test_positions_that_depend_on_the_length_are_refused(
+    most: int, refused: bool, copied: Any, edit: Any
+) -> None:
     folder = copied()
     text = json.loads((folder / CONFIG).read_text())["text_config"]
     scaling = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": most}
@@ -192,15 +312,25 @@ def test_positions_that_change_once_are_refused_where_they_do(copied: Any, edit:
     heads = text["hidden_size"] // text["num_attention_heads"]
     factors = {"short_factor": [1.0] * (heads // 2), "long_factor": [3.0] * (heads // 2)}
     for most, refused in ((20, True), (100, False), (2, False)):
-        rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors, "original_max_position_embeddings": most}
-        edit(folder / CONFIG, text_config={**text, "rope_parameters": rope, "max_position_embeddings": 4096})
+        rope = {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            **factors,
+            "original_max_position_embeddings": most,
+        }
+        edit(
+            folder / CONFIG,
+            text_config={**text, "rope_parameters": rope, "max_position_embeddings": 4096},
+        )
         policy, pre, _ = build(folder)
         batch = pre({"observation.images.front": torch.zeros(1, 3, 8, 8), "task": "open"})
         if refused:
             with pytest.raises(ConfigError, match=r"behind 20 .*\(longrope\) .* cannot be kept"):
                 policy.decode(batch, "jacobi")
         else:
-            assert torch.equal(policy.decode(batch, "ar").tokens, policy.decode(batch, "jacobi").tokens)
+            assert torch.equal(
+                policy.decode(batch, "ar").tokens, policy.decode(batch, "jacobi").tokens
+            )
 
 
 def test_one_file_wins_over_an_index_that_was_left_behind(copied: Any) -> None:
@@ -211,12 +341,16 @@ def test_one_file_wins_over_an_index_that_was_left_behind(copied: Any) -> None:
 
 def test_weights_are_converted_and_unknown_ones_refused(copied: Any) -> None:
     folder = copied()
-    weights = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights = {
+        name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     save_file(weights, folder / "model.safetensors")
     policy, _, _ = build(folder, dtype="float32")
     assert policy.backbone.projector.fc1.weight.dtype == torch.float32
     save_file({**weights, "action_head.weight": torch.ones(1)}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"has 1 weights \(the first is action_head\.weight\)"):
+    with pytest.raises(
+        CheckpointError, match=r"has 1 weights \(the first is action_head\.weight\)"
+    ):
         build(folder, dtype="float32")
 
 
@@ -233,7 +367,9 @@ def test_a_tied_head_is_not_missing(copied: Any) -> None:
 def test_settings_of_the_language_model_count(published: Any, copied: Any) -> None:
     text = {"model_type": "llama", "rope_theta": 77.0, "rms_norm_eps": 1e-3}
     known = json.loads((published("siglip") / CONFIG).read_text())["text_config"]
-    config = build(copied("siglip", text_config={**known, **text}))[0].backbone.language_model.config
+    config = build(copied("siglip", text_config={**known, **text}))[
+        0
+    ].backbone.language_model.config
     assert config.rope_parameters["rope_theta"] == 77
     assert config.rms_norm_eps == 1e-3
 

@@ -1,4 +1,6 @@
-"""Images, prompts and tokenizers become what OpenVLA was trained on; observations that cannot are refused."""
+"""Images, prompts and tokenizers become what OpenVLA was trained on; observations that cannot are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,25 @@ def test_prompts_are_padded_on_the_left(model: tuple[Any, Any]) -> None:
     ids, mask = batch[IDS], batch[MASK]
     assert ids.shape == mask.shape == (2, 17)
     assert mask.sum(1).tolist() == [17, 15]
-    words = json.loads((Path(model[0].config.backbone.path) / "tokenizer.json").read_text())["model"]["vocab"]
-    text = ["<s>", "In", ":", "What", "action", "should", "the", "robot", "take", "to", "open", "?", "Out", ":"]
+    words = json.loads((Path(model[0].config.backbone.path) / "tokenizer.json").read_text())[
+        "model"
+    ]["vocab"]
+    text = [
+        "<s>",
+        "In",
+        ":",
+        "What",
+        "action",
+        "should",
+        "the",
+        "robot",
+        "take",
+        "to",
+        "open",
+        "?",
+        "Out",
+        ":",
+    ]
     assert ids[1][2:].tolist() == [*(words[word] for word in text), EMPTY_TOKEN]
     one = model[1]({FRONT: image, "task": "open"})  # one instruction for the whole batch
     assert one[IDS].tolist() == [ids[1][2:].tolist()] * 2
@@ -84,7 +103,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "0 to 255": (torch.full((1, 3, 8, 8), 255.0), "from 255 to 255; images lie in"),
     "normalised": (torch.full((1, 3, 8, 8), -0.5), "images lie in"),
     "NaN": (torch.full((1, 3, 8, 8), float("nan")), "images lie in"),
-    "int64": (torch.zeros(1, 3, 8, 8, dtype=torch.int64), r"int64; images are floats in \[0, 1\] or uint8"),
+    "int64": (
+        torch.zeros(1, 3, 8, 8, dtype=torch.int64),
+        r"int64; images are floats in \[0, 1\] or uint8",
+    ),
 }
 
 
@@ -108,10 +130,15 @@ def test_an_instruction_that_cannot_be_read(task: Any, model: tuple[Any, Any]) -
         (lambda b: b.pop(PIXELS), "lacks 'observation.openvla.pixel_values'"),
         (lambda b: b.update({PIXELS: torch.zeros(1, 6, 28, 28)}), r"expected \(B, 3, any, any\)"),
         (lambda b: b.update({IDS: b[IDS][:, 1:]}), "does not mark left padding"),
-        (lambda b: b.update({MASK: b[MASK].flip(1) * 0}), "every prompt must end in the last column"),
+        (
+            lambda b: b.update({MASK: b[MASK].flip(1) * 0}),
+            "every prompt must end in the last column",
+        ),
     ],
 )
-def test_a_batch_that_was_not_pre_processed(change: Any, message: str, model: tuple[Any, Any]) -> None:
+def test_a_batch_that_was_not_pre_processed(
+    change: Any, message: str, model: tuple[Any, Any]
+) -> None:
     batch = model[1]({FRONT: torch.zeros(1, 3, 8, 8), "task": "open"})
     change(batch)
     with pytest.raises(ObservationError, match=message):

@@ -36,7 +36,9 @@ def test_encoding_equals_the_reference(tokenizer: OpenVLATokenizer) -> None:
     low, high = np.array(Q01), np.array(Q99)
     normalised = np.where(MASK, 2 * (actions - low) / (high - low) - 1, actions)
     ids = 32000 - np.digitize(np.clip(normalised, -1, 1), np.linspace(-1, 1, 256))
-    assert np.array_equal(tokenizer.encode(torch.from_numpy(actions)).numpy(), 31999 - ids.reshape(50, 6))
+    assert np.array_equal(
+        tokenizer.encode(torch.from_numpy(actions)).numpy(), 31999 - ids.reshape(50, 6)
+    )
     assert tokenizer.clipped > 0
 
 
@@ -52,14 +54,19 @@ def test_a_round_trip_errs_by_half_a_bin(tokenizer: OpenVLATokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("actions", "message"), [(torch.zeros(1, 3, 2), "expected"), (torch.full((1, 2, 3), float("nan")), "finite")]
+    ("actions", "message"),
+    [(torch.zeros(1, 3, 2), "expected"), (torch.full((1, 2, 3), float("nan")), "finite")],
 )
-def test_actions_without_tokens(tokenizer: OpenVLATokenizer, actions: torch.Tensor, message: str) -> None:
+def test_actions_without_tokens(
+    tokenizer: OpenVLATokenizer, actions: torch.Tensor, message: str
+) -> None:
     with pytest.raises(TokenError, match=message):
         tokenizer.encode(actions)
 
 
-@pytest.mark.parametrize("tokens", [torch.full((1, 6), 256), torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 6)])
+@pytest.mark.parametrize(
+    "tokens", [torch.full((1, 6), 256), torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 6)]
+)
 def test_tokens_without_actions(tokenizer: OpenVLATokenizer, tokens: torch.Tensor) -> None:
     with pytest.raises(TokenError):
         tokenizer.decode(tokens)
@@ -82,9 +89,11 @@ def test_quantiles_that_define_nothing(changes: dict[str, object], message: str)
 def test_quantiles_from_data() -> None:
     config = OpenVLATokensConfig()
     stats = {
-        "q01": torch.tensor([-1.0, 0.0]), "q99": torch.tensor([2.0, 1.0]),
-        "min": torch.tensor([-3.0, 0.0]), "max": torch.tensor([3.0, 1.0]),
-    }  # fmt: skip
+        "q01": torch.tensor([-1.0, 0.0]),
+        "q99": torch.tensor([2.0, 1.0]),
+        "min": torch.tensor([-3.0, 0.0]),
+        "max": torch.tensor([3.0, 1.0]),
+    }
     config.fit(2, stats)
     assert (config.q01, config.q99, config.mask) == ([-1.0, 0.0], [2.0, 1.0], [True, False])
     with pytest.raises(ConfigError, match="no action statistics"):

@@ -1,8 +1,8 @@
 """What published folders differ in, against the libraries that OpenVLA was published with.
 
-`golden.json` holds what transformers 4.40.1 and timm 0.9.10 give for the folders that `VARIANTS` describes, whose
-weights numpy draws. They were run once, in float32, as OpenVLA's processor and greedy decoding use them; all ids of the
-vocabulary were candidates.
+`golden.json` holds what transformers 4.40.1 and timm 0.9.10 give for the folders that `VARIANTS`
+describes, whose weights numpy draws. They were run once, in float32, as OpenVLA's processor and
+greedy decoding use them; all ids of the vocabulary were candidates.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from ceed_vla.verify import VerifyConfig, verify
 
 GOLDEN = Path(__file__).parent / "golden.json"
 DINO, SIGLIP, CLIP = (
-    "vit_base_patch14_reg4_dinov2.lvd142m", "vit_base_patch16_siglip_224", "vit_base_patch16_clip_224.openai",
-)  # fmt: skip
+    "vit_base_patch14_reg4_dinov2.lvd142m",
+    "vit_base_patch16_siglip_224",
+    "vit_base_patch16_clip_224.openai",
+)
 IN1K = "vit_large_patch16_224.augreg_in21k_ft_in1k"
 FUSED = [DINO, SIGLIP]
 TASKS = ["put the red cube on the plate", "Open the drawer"]
@@ -39,13 +41,25 @@ EXPANDED = {  # contradicts the short form, and wins
     "tvf_do_letterbox": True,
     "tvf_letterbox_fill": [10, 200, 90],
 }
-# folder settings (see write_folder), and what images and decoding are: size, chunk, unnorm_key, tokenizer, files
+# folder settings (see write_folder), and what images and decoding are: size, chunk, unnorm_key,
+# tokenizer, files
 VARIANTS: dict[str, dict[str, Any]] = {
-    "letterbox": {"towers": FUSED, "pixels": {"image_resize_strategy": "letterbox"}, "size": (40, 64)},
-    "letterbox tall": {"towers": FUSED, "pixels": {"image_resize_strategy": "letterbox"}, "size": (57, 40)},
+    "letterbox": {
+        "towers": FUSED,
+        "pixels": {"image_resize_strategy": "letterbox"},
+        "size": (40, 64),
+    },
+    "letterbox tall": {
+        "towers": FUSED,
+        "pixels": {"image_resize_strategy": "letterbox"},
+        "size": (57, 40),
+    },
     "resize-crop": {
         "towers": FUSED,
-        "pixels": {"image_resize_strategy": "resize-crop", "interpolations": ["lanczos", "bilinear"]},
+        "pixels": {
+            "image_resize_strategy": "resize-crop",
+            "interpolations": ["lanczos", "bilinear"],
+        },
         "size": (60, 44),
     },
     "expanded transforms": {"pixels": EXPANDED, "size": (40, 64)},
@@ -64,7 +78,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float16": {"torch_dtype": "float16"},
     "no mask": {"norm_stats": {"kitchen": action()}},
     "mask in the middle": {"norm_stats": {"kitchen": action(mask=[True, False, True])}},
-    "several data sets": {"norm_stats": {"attic": {"action": {"q01": [0.0], "q99": [9.0]}}, "kitchen": action()}},
+    "several data sets": {
+        "norm_stats": {"attic": {"action": {"q01": [0.0], "q99": [9.0]}}, "kitchen": action()}
+    },
     "statistics of a fine-tune": {
         "norm_stats": {"attic": {"action": {"q01": [0.0], "q99": [9.0]}}},
         "files": {"dataset_statistics.json": {"kitchen": action(mask=[True, True, False])}},
@@ -74,35 +90,73 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "128 bins": {"n_action_bins": 128},
     "Llama tokenizer": {"tokenizer": "json"},
     "Llama tokenizer, older file": {"tokenizer": "model"},
-    "end token": {"tokenizer": "json", "files": {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer",
-                                                                          "add_eos_token": True}}},
+    "end token": {
+        "tokenizer": "json",
+        "files": {
+            "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "add_eos_token": True}
+        },
+    },
     "Vicuna's prompt": {"tokenizer": "json", "llm_backbone_id": "vicuna-v15-7b"},
-}  # fmt: skip
+}
 
 
 def write_variant(folder: Path, name: str, write_folder: Callable[..., Path]) -> tuple[int, str]:
     """Write a variant's folder with its images; returns the actions of a chunk and the data set."""
-    settings = {"towers": [SIGLIP], "chunk": 3, "size": (40, 48), "tokenizer": "words", "files": {}, **ONE}
+    settings = {
+        "towers": [SIGLIP],
+        "chunk": 3,
+        "size": (40, 48),
+        "tokenizer": "words",
+        "files": {},
+        **ONE,
+    }
     settings |= VARIANTS[name]
-    chunk, (height, width), kind, files = (settings.pop(key) for key in ("chunk", "size", "tokenizer", "files"))
+    chunk, (height, width), kind, files = (
+        settings.pop(key) for key in ("chunk", "size", "tokenizer", "files")
+    )
     write_folder(folder, **settings)
     if kind != "words":
         write_llama_tokenizer(folder, kind)
     for file, values in files.items():
         (folder / file).write_text(json.dumps(values))
     random = np.random.default_rng(0)
-    coarse = random.integers(0, 256, (len(TASKS), height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
-    np.savez(folder / "images.npz", images=coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :height, :width])
+    coarse = random.integers(
+        0, 256, (len(TASKS), height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8
+    )
+    np.savez(
+        folder / "images.npz", images=coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :height, :width]
+    )
     return chunk, "kitchen"
 
 
 def write_llama_tokenizer(folder: Path, kind: str) -> None:
     """A byte-pair tokenizer as Llama's, as tokenizer.json or as tokenizer.model."""
     letters = [chr(c) for c in range(97, 123)] + list("▁WOI?.,:")
-    merges = [("t", "h"), ("▁", "th"), ("▁th", "e"), ("o", "t"), ("b", "ot"), ("▁", "a"), ("c", "t"), ("i", "o"),
-              ("io", "n"), ("▁a", "ct"), ("▁act", "ion"), ("r", "o"), ("▁", "ro"), ("▁ro", "bot")]  # fmt: skip
+    merges = [
+        ("t", "h"),
+        ("▁", "th"),
+        ("▁th", "e"),
+        ("o", "t"),
+        ("b", "ot"),
+        ("▁", "a"),
+        ("c", "t"),
+        ("i", "o"),
+        ("io", "n"),
+        ("▁a", "ct"),
+        ("▁act", "ion"),
+        ("r", "o"),
+        ("▁", "ro"),
+        ("▁ro", "bot"),
+    ]
     joined = [left + right for left, right in merges]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *joined, *letters]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *joined,
+        *letters,
+    ]
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     if kind == "model":
@@ -122,7 +176,9 @@ def write_llama_tokenizer(folder: Path, kind: str) -> None:
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     bpe = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     values = json.loads(tokenizer.to_str())
     values["model"]["merges"] = [" ".join(pair) for pair in merges]  # as older files spell them
     (folder / "tokenizer.json").write_text(json.dumps(values))
@@ -144,7 +200,9 @@ def test_a_variant_equals_the_published_libraries(
         raise
 
 
-def test_both_files_of_a_llama_tokenizer_are_one_tokenizer(write_folder: Any, tmp_path: Path) -> None:
+def test_both_files_of_a_llama_tokenizer_are_one_tokenizer(
+    write_folder: Any, tmp_path: Path
+) -> None:
     from ceed_vla.backbones.openvla.tokenizer import read_tokenizer
 
     found = []
@@ -152,6 +210,11 @@ def test_both_files_of_a_llama_tokenizer_are_one_tokenizer(write_folder: Any, tm
         write_variant(tmp_path / kind, "one action", write_folder)
         write_llama_tokenizer(tmp_path / kind, kind)
         found.append(read_tokenizer(tmp_path / kind))
-    for text in ("In: What action should the robot take to open?\nOut:", " the  robot", "ünïcode", ""):
+    for text in (
+        "In: What action should the robot take to open?\nOut:",
+        " the  robot",
+        "ünïcode",
+        "",
+    ):
         assert found[0](text) == found[1](text), text
     assert found[0].size == found[1].size

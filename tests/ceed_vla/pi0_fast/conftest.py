@@ -1,4 +1,6 @@
-"""LeRobot's pi0-FAST, tiny and random, over tokenizer folders made on the spot; and its own decoder as the oracle."""
+"""LeRobot's pi0-FAST, tiny and random, over tokenizer folders made on the spot; and its own decoder
+as the oracle.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ import pytest
 import torch
 from lerobot.policies.pi0_fast import modeling_pi0_fast as lerobot_pi0
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-from tiny_pi0_fast import SKIP, STOP, WORDS, tiny_config, tiny_sizes, write_fast_tokenizer, write_text_tokenizer
+from tiny_pi0_fast import (
+    SKIP,
+    STOP,
+    WORDS,
+    tiny_config,
+    tiny_sizes,
+    write_fast_tokenizer,
+    write_text_tokenizer,
+)
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -31,13 +41,18 @@ Build = Callable[..., lerobot_pi0.PI0FastPolicy]
 @pytest.fixture
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
     """Builds LeRobot's policy, tiny and random, over tokenizer folders made on the spot."""
-    chunks = 0.4 * torch.randn(300, STEPS, DIM, generator=torch.Generator().manual_seed(0)).cumsum(1)
+    chunks = 0.4 * torch.randn(300, STEPS, DIM, generator=torch.Generator().manual_seed(0)).cumsum(
+        1
+    )
     write_fast_tokenizer(tmp_path / "fast", chunks)
 
-    def load_fast(path: str, **_: Any) -> SimpleNamespace:  # what LeRobot uses of the processor that is remote code
+    # what LeRobot uses of the processor that is remote code
+    def load_fast(path: str, **_: Any) -> SimpleNamespace:
         numbers = json.loads((Path(path) / "processor_config.json").read_text())
         bpe = PreTrainedTokenizerFast(tokenizer_file=str(Path(path) / "tokenizer.json"))
-        return SimpleNamespace(bpe_tokenizer=bpe, min_token=numbers["min_token"], scale=numbers["scale"])
+        return SimpleNamespace(
+            bpe_tokenizer=bpe, min_token=numbers["min_token"], scale=numbers["scale"]
+        )
 
     monkeypatch.setattr(lerobot_pi0, "AutoProcessor", SimpleNamespace(from_pretrained=load_fast))
 
@@ -54,7 +69,9 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
 
 
 def observe(batch: int, seed: int = 0) -> dict[str, Tensor]:
-    """Cameras of another size, and prompts of different lengths, padded on the right as LeRobot pads them."""
+    """Cameras of another size, and prompts of different lengths, padded on the right as LeRobot
+    pads them.
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, PROMPT + 1, (batch, 1), generator=generator)
     mask = torch.arange(PROMPT) < lengths
@@ -80,10 +97,16 @@ def wrap(policy: Any, vocabulary: str = "full") -> tuple[Pi0FastBackbone, Pi0Fas
     return Pi0FastBackbone(policy.model, tokenizer).eval(), tokenizer
 
 
-def lerobot_tokens(policy: Any, batch: dict[str, Tensor], stop: int, *, cached: bool = True) -> Tensor:
-    """Tokens of LeRobot's own decoder; what it writes behind a row's stop token, which it never reads, is cut."""
+def lerobot_tokens(
+    policy: Any, batch: dict[str, Tensor], stop: int, *, cached: bool = True
+) -> Tensor:
+    """Tokens of LeRobot's own decoder; what it writes behind a row's stop token, which it never
+    reads, is cut.
+    """
     images, masks = policy._preprocess_images(batch)
-    decode = policy.model.sample_actions_fast_kv_cache if cached else policy.model.sample_actions_fast
+    decode = (
+        policy.model.sample_actions_fast_kv_cache if cached else policy.model.sample_actions_fast
+    )
     tokens = decode(
         images,
         masks,
@@ -95,7 +118,9 @@ def lerobot_tokens(policy: Any, batch: dict[str, Tensor], stop: int, *, cached: 
     return torch.where((tokens == stop).cumsum(1) > 0, stop, tokens)
 
 
-def decode(backbone: Any, tokenizer: Any, batch: Any, config: DecodingConfig, **more: Any) -> DecodeResult:
+def decode(
+    backbone: Any, tokenizer: Any, batch: Any, config: DecodingConfig, **more: Any
+) -> DecodeResult:
     with torch.no_grad():
         return decode_block(backbone, backbone.prefill(batch), tokenizer, config, **more)
 
@@ -107,7 +132,9 @@ def overfit(policy: Any, batch: dict[str, Tensor], target: Tensor, steps: int = 
     prompt = (batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK])
     fast = torch.cat([torch.full_like(target[:, :1], 2), target], dim=1)  # behind BOS
     for _ in range(steps):
-        loss = policy.model.forward(images, masks, *prompt, fast, torch.ones_like(fast, dtype=torch.bool))["loss"]
+        loss = policy.model.forward(
+            images, masks, *prompt, fast, torch.ones_like(fast, dtype=torch.bool)
+        )["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -116,6 +143,15 @@ def overfit(policy: Any, batch: dict[str, Tensor], target: Tensor, steps: int = 
 @pytest.fixture
 def lab(build: Build, tmp_path: Path) -> SimpleNamespace:
     """The builder and its helpers."""
-    sizes = {"WORDS": WORDS, "SKIP": SKIP, "STEPS": STEPS, "DIM": DIM, "STOP": STOP, "CAMERAS": CAMERAS}
+    sizes = {
+        "WORDS": WORDS,
+        "SKIP": SKIP,
+        "STEPS": STEPS,
+        "DIM": DIM,
+        "STOP": STOP,
+        "CAMERAS": CAMERAS,
+    }
     parts = (observe, wrap, lerobot_tokens, decode, overfit)
-    return SimpleNamespace(build=build, folder=tmp_path, **sizes, **{part.__name__: part for part in parts})
+    return SimpleNamespace(
+        build=build, folder=tmp_path, **sizes, **{part.__name__: part for part in parts}
+    )

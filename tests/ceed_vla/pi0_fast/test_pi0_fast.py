@@ -1,4 +1,6 @@
-"""pi0-FAST: our greedy and Jacobi tokens against LeRobot's own decoder, on tiny models with LeRobot's classes."""
+"""pi0-FAST: our greedy and Jacobi tokens against LeRobot's own decoder, on tiny models with
+LeRobot's classes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
 from ceed_vla.backbones.pi0_fast.tokens import text_ids
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.engine import compiled
-from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, ObservationError, TokenError
+from ceed_vla.errors import (
+    CheckpointError,
+    ConfigError,
+    MalformedChunkError,
+    ObservationError,
+    TokenError,
+)
 from ceed_vla.tokens.fast_codec import FastCodec
 
 STRICT = [
@@ -64,22 +72,29 @@ def test_decoding_ends_with_the_last_stop_token(lab: Any) -> None:
     ar = lab.decode(backbone, tokenizer, batch, DecodingConfig(method="ar"))
     slot = int((ar.tokens[0] != stop).sum())
     assert ar.forwards == slot <= 4
-    jacobi = lab.decode(backbone, tokenizer, batch, DecodingConfig(guess="mid", window=8), record_states=True)
+    jacobi = lab.decode(
+        backbone, tokenizer, batch, DecodingConfig(guess="mid", window=8), record_states=True
+    )
     assert jacobi.forwards <= slot
     assert jacobi.states is not None
     assert torch.equal(jacobi.states[-1], jacobi.tokens)
-    first = lab.decode(*lab.wrap(lab.build(stop_id=int(ar.tokens[0, 0]))), batch, DecodingConfig(guess="mid"))
+    first = lab.decode(
+        *lab.wrap(lab.build(stop_id=int(ar.tokens[0, 0]))), batch, DecodingConfig(guess="mid")
+    )
     assert (first.forwards, first.exit_reason, first.exact.tolist()) == (0, ["stop"], [True])
 
 
 def test_states_hold_only_action_ids_where_greedy_has_not_confirmed_others(lab: Any) -> None:
     policy, batch = lab.build(3), lab.observe(2)
     backbone, tokenizer = lab.wrap(policy)
-    result = lab.decode(backbone, tokenizer, batch, DecodingConfig(guess="random"), record_states=True)
+    result = lab.decode(
+        backbone, tokenizer, batch, DecodingConfig(guess="random"), record_states=True
+    )
     assert result.states is not None
     assert len(result.states) > 3
     for state in result.states:
-        greedy = (state == result.tokens).long().cumprod(1).bool()  # the proven part may hold any id, as LeRobot's
+        # the proven part may hold any id, as LeRobot's
+        greedy = (state == result.tokens).long().cumprod(1).bool()
         assert bool((greedy | torch.isin(state, tokenizer.action_ids)).all())
 
 
@@ -117,8 +132,16 @@ def test_malformed_chunks_are_counted_errors_not_zeros(lab: Any) -> None:
     good = tokenizer.encode(0.3 * torch.randn(3, lab.STEPS, lab.DIM))
     short = good.clone()
     short[1, 3:] = tokenizer.stop
-    assert policy.detokenize_actions(short, lab.STEPS, lab.DIM).shape == (3, lab.STEPS, lab.DIM)  # LeRobot fills it up
-    with pytest.raises(MalformedChunkError, match=r"1 of 3 chunks are malformed, the first in row 1: .* coefficients"):
+    # LeRobot fills it up
+    assert policy.detokenize_actions(short, lab.STEPS, lab.DIM).shape == (
+        3,
+        lab.STEPS,
+        lab.DIM,
+    )
+    with pytest.raises(
+        MalformedChunkError,
+        match=r"1 of 3 chunks are malformed, the first in row 1: .* coefficients",
+    ):
         tokenizer.decode(short)
     unmarked = good.roll(-2, dims=1)
     with pytest.raises(MalformedChunkError, match="not with 'Action: '"):
@@ -135,12 +158,16 @@ def test_malformed_chunks_are_counted_errors_not_zeros(lab: Any) -> None:
 def test_a_cap_or_deadline_ends_where_there_is_a_chunk(lab: Any) -> None:
     policy, batch = lab.build(), lab.observe(2)
     backbone, tokenizer = lab.wrap(policy)
-    goes_on = lab.decode(backbone, tokenizer, batch, DecodingConfig(guess="random", max_iterations=2))
-    assert torch.equal(goes_on.tokens, lab.lerobot_tokens(policy, batch, lab.STOP))  # two iterations gave no chunk
+    goes_on = lab.decode(
+        backbone, tokenizer, batch, DecodingConfig(guess="random", max_iterations=2)
+    )
+    # two iterations gave no chunk
+    assert torch.equal(goes_on.tokens, lab.lerobot_tokens(policy, batch, lab.STOP))
     ticks = iter(float(t) for t in range(100))
     late = DecodingConfig(guess="random", deadline_s=1.5)
     cut = lab.decode(backbone, tokenizer, batch, late, clock=lambda: next(ticks))
-    assert torch.equal(cut.tokens, goes_on.tokens)  # a robot that got half a chunk would have to hold
+    # a robot that got half a chunk would have to hold
+    assert torch.equal(cut.tokens, goes_on.tokens)
 
 
 def test_the_previous_chunk_is_shifted_in_time(lab: Any) -> None:
@@ -168,8 +195,12 @@ def test_bad_input(lab: Any) -> None:
     with pytest.raises(ConfigError, match="the model scores 600"):
         replace(tokenizer.settings, scored=600).build(lab.STEPS, lab.DIM)
     with pytest.raises(ConfigError, match="too few for"):
-        replace(tokenizer.settings, words=200, stop=5, marker=[6, 7], scored=0).build(lab.STEPS, lab.DIM)
-    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+        replace(tokenizer.settings, words=200, stop=5, marker=[6, 7], scored=0).build(
+            lab.STEPS, lab.DIM
+        )
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    )
     with pytest.raises(ConfigError, match="no BOS token"):
         text_ids(plain)
     with pytest.raises(ConfigError, match="are no bins"):
@@ -185,7 +216,14 @@ def test_bad_input(lab: Any) -> None:
 
 @pytest.mark.parametrize(
     ("vocabulary", "rows"),
-    [("full", 2), *(pytest.param(v, rows, marks=pytest.mark.slow) for v in ("full", "actions") for rows in (1, 4))],
+    [
+        ("full", 2),
+        *(
+            pytest.param(v, rows, marks=pytest.mark.slow)
+            for v in ("full", "actions")
+            for rows in (1, 4)
+        ),
+    ],
 )
 def test_compiled_tokens_are_the_eager_ones(lab: Any, vocabulary: str, rows: int) -> None:
     backbone, tokenizer = lab.wrap(lab.build(), vocabulary)

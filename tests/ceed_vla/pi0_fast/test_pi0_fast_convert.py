@@ -1,4 +1,6 @@
-"""From a LeRobot checkpoint to one of ours: the same tokens and actions, offline and without code of a checkpoint."""
+"""From a LeRobot checkpoint to one of ours: the same tokens and actions, offline and without code
+of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ IDS = "observation.language.tokens"
 
 @pytest.fixture
 def published(lab: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A LeRobot checkpoint folder that has learnt two chunks, its policy and processors, and raw observations."""
+    """A LeRobot checkpoint folder that has learnt two chunks, its policy and processors, and raw
+    observations.
+    """
     random = torch.Generator().manual_seed(7)
     policy = lab.build(5)
     monkeypatch.setattr(tokenizer_processor, "AutoProcessor", modeling_pi0_fast.AutoProcessor)
@@ -39,7 +43,10 @@ def published(lab: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     }
     pre, post = make_pi0_fast_pre_post_processors(policy.config, stats)
     raw: dict[str, Any] = {key: torch.rand(2, 3, 40, 32, generator=random) for key in lab.CAMERAS}
-    raw |= {"observation.state": torch.rand(2, 4, generator=random), "task": ["w31 w32", "w33 w34_w35"]}
+    raw |= {
+        "observation.state": torch.rand(2, 4, generator=random),
+        "task": ["w31 w32", "w33 w34_w35"],
+    }
     _, tokenizer = lab.wrap(policy)
     chunks = 0.4 * torch.randn(2, lab.STEPS, lab.DIM, generator=random).cumsum(1)
     lab.overfit(policy, pre(raw), tokenizer.encode(chunks))
@@ -56,7 +63,9 @@ def published(lab: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     for module in (modeling_pi0_fast, tokenizer_processor):
         monkeypatch.setattr(module, "AutoProcessor", SimpleNamespace(from_pretrained=refuse))
-    return SimpleNamespace(folder=folder, raw=raw, tokens=expected, actions=actions, policy=policy, ids=pre(raw)[IDS])
+    return SimpleNamespace(
+        folder=folder, raw=raw, tokens=expected, actions=actions, policy=policy, ids=pre(raw)[IDS]
+    )
 
 
 def convert_pi0_fast(source: Path, output: Path, **settings: Any) -> Path:
@@ -78,7 +87,8 @@ def test_a_converted_checkpoint_acts_as_lerobots(lab: Any, published: Any, weigh
     for name in ("text", "fast", *(() if weights == "reference" else ("lerobot",))):
         shutil.rmtree(lab.folder / name)  # the checkpoint needs nothing else
     bundle = load(output)
-    assert torch.equal(bundle[1](published.raw)[IDS], published.ids)  # no mark of LeRobot's action tokenizer
+    # no mark of LeRobot's action tokenizer
+    assert torch.equal(bundle[1](published.raw)[IDS], published.ids)
     for decoding in ("ar", "jacobi", "ceed"):
         tokens, actions = act(bundle, published.raw, decoding)
         assert torch.equal(tokens, published.tokens)
@@ -90,7 +100,12 @@ def test_a_converted_checkpoint_acts_as_lerobots(lab: Any, published: Any, weigh
 
 def test_the_command_converts(lab: Any, published: Any, capsys: pytest.CaptureFixture[str]) -> None:
     output = lab.folder / "ours"
-    flags = ["--from=pi0_fast", f"--output_dir={output}", "--vocabulary=actions", "--weights=reference"]
+    flags = [
+        "--from=pi0_fast",
+        f"--output_dir={output}",
+        "--vocabulary=actions",
+        "--weights=reference",
+    ]
     assert main(["convert", str(published.folder), *flags]) == 0
     assert "pi0-FAST, weights reference, vocabulary actions" in capsys.readouterr().out
     policy, pre, post = load(output)
@@ -107,19 +122,28 @@ def test_steps_that_would_run_code_are_refused(lab: Any, published: Any) -> None
     assert any(step["registry_name"] == "action_tokenizer_processor" for step in pipeline["steps"])
     output = convert_pi0_fast(published.folder, lab.folder / "ours", weights="reference")
     copied = json.loads((output / file.name).read_text())
-    assert not any(step["registry_name"] == "action_tokenizer_processor" for step in copied["steps"])
+    assert not any(
+        step["registry_name"] == "action_tokenizer_processor" for step in copied["steps"]
+    )
 
     unsealed(output)
     ran = lab.folder / "ran"
     bad = {"class": "subprocess.Popen", "config": {"args": ["touch", str(ran)]}}
-    for folder, read in ((published.folder, lambda f: convert_pi0_fast(f, lab.folder / "bad")), (output, load)):
+    for folder, read in (
+        (published.folder, lambda f: convert_pi0_fast(f, lab.folder / "bad")),
+        (output, load),
+    ):
         values = json.loads((folder / file.name).read_text())
         (folder / file.name).write_text(json.dumps({**values, "steps": [*values["steps"], bad]}))
-        with pytest.raises(CheckpointError, match=r"a step 'subprocess\.Popen', which could run code"):
+        with pytest.raises(
+            CheckpointError, match=r"a step 'subprocess\.Popen', which could run code"
+        ):
             read(folder)
     values["steps"].append({"registry_name": "action_tokenizer_processor", "config": {}})
     (output / file.name).write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="a step 'action_tokenizer_processor', which could run code"):
+    with pytest.raises(
+        CheckpointError, match="a step 'action_tokenizer_processor', which could run code"
+    ):
         load(output)
     assert not ran.exists()
 
@@ -131,8 +155,12 @@ def test_a_temperature_is_said_to_be_left_out(lab: Any, published: Any, caplog: 
     assert "temperature 0.5; here it decodes greedily" in caplog.text
 
 
-def test_a_distilled_layer_is_saved_and_the_rest_stays_a_reference(lab: Any, published: Any) -> None:
-    output = convert_pi0_fast(published.folder, lab.folder / "ours", weights="reference", vocabulary="actions")
+def test_a_distilled_layer_is_saved_and_the_rest_stays_a_reference(
+    lab: Any, published: Any
+) -> None:
+    output = convert_pi0_fast(
+        published.folder, lab.folder / "ours", weights="reference", vocabulary="actions"
+    )
     policy, pre, post = load(output)
     learning = policy.backbone.distillation_parameters()
     assert learning
@@ -142,9 +170,13 @@ def test_a_distilled_layer_is_saved_and_the_rest_stays_a_reference(lab: Any, pub
     with torch.no_grad():
         dict(policy.backbone.named_parameters())[learning[0]].add_(0.001)
     save(lab.folder / "student", policy, pre, post)
-    assert set(load_file(lab.folder / "student" / "model.safetensors")) == {f"backbone.{n}" for n in learning}
+    assert set(load_file(lab.folder / "student" / "model.safetensors")) == {
+        f"backbone.{n}" for n in learning
+    }
     again, pre, post = load(lab.folder / "student")
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in policy.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in policy.state_dict().items()
+    )
     _, actions = act((again, pre, post), published.raw, "jacobi")
     assert torch.allclose(actions, published.actions, atol=1e-6)
 

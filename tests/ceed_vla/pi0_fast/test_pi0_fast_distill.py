@@ -1,4 +1,6 @@
-"""A converted pi0-FAST through distillation on recorded data: its layers learn, and decoding stays exact."""
+"""A converted pi0-FAST through distillation on recorded data: its layers learn, and decoding stays
+exact.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ from ceed_vla.convert import ConvertConfig, convert
 def test_a_converted_model_is_distilled(recompute: bool, tmp_path: Path) -> None:
     pytest.importorskip("mujoco")
     from ceed_vla.data.frames import open_dataset
-    from sim.record import record
-    from sim.recording.config import RecordConfig
-    from training.distill import DistillConfig, TrajectoriesConfig, distill
+    from ceed_vla.sim.record import record
+    from ceed_vla.sim.recording.config import RecordConfig
+    from ceed_vla.training.distill import DistillConfig, TrajectoriesConfig, distill
 
     record(RecordConfig(root=tmp_path / "data", episodes=2, progress=False))
     store = open_dataset(tmp_path / "data")
@@ -29,7 +31,15 @@ def test_a_converted_model_is_distilled(recompute: bool, tmp_path: Path) -> None
     with tiny_sizes():
         source = write_pi0_fast(tmp_path / "tiny", chunks, state_dim=14)
         teacher = tmp_path / "teacher"
-        convert(ConvertConfig(str(source), str(teacher), from_="pi0_fast", vocabulary="actions", weights="reference"))
+        convert(
+            ConvertConfig(
+                str(source),
+                str(teacher),
+                from_="pi0_fast",
+                vocabulary="actions",
+                weights="reference",
+            )
+        )
         student = distill(
             DistillConfig(
                 teacher_path=str(teacher),
@@ -49,7 +59,10 @@ def test_a_converted_model_is_distilled(recompute: bool, tmp_path: Path) -> None
     learnt = set(load_file(student / "model.safetensors"))  # the rest stays where it was
     assert learnt == {f"backbone.{name}" for name in policy.backbone.distillation_parameters()}
     batch = pre(store.batch(np.arange(4), 4))
-    assert not torch.equal(before.backbone.prefill(batch).logits, policy.backbone.prefill(batch).logits)
-    # Three steps from random weights write no whole chunks yet; tokens are compared without reading them.
+    assert not torch.equal(
+        before.backbone.prefill(batch).logits, policy.backbone.prefill(batch).logits
+    )
+    # Three steps from random weights write no whole chunks yet; tokens are compared without reading
+    # them.
     greedy = policy.decode(batch, "ar", read=False)
     assert torch.equal(greedy.tokens, policy.decode(batch, "jacobi", read=False).tokens)

@@ -1,4 +1,6 @@
-"""A tiny pi0-FAST that LeRobot's own loss taught one movement: its tokens by every decoder, in fewer forwards."""
+"""A tiny pi0-FAST that LeRobot's own loss taught one movement: its tokens by every decoder, in
+fewer forwards.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def movement() -> tuple[list[dict[str, Any]], Tensor]:
     path = torch.stack([time.sin(), time.cos(), (time.sin() > 0).float()], dim=1)  # (N + m, A)
     image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     frames = [
-        {"observation.images.front": image, "observation.state": path[i : i + 1, :2], "task": ["put the cube in"]}
+        {
+            "observation.images.front": image,
+            "observation.state": path[i : i + 1, :2],
+            "task": ["put the cube in"],
+        }
         for i in range(FRAMES)
     ]
     return frames, path.unfold(0, STEPS, 1)[:FRAMES].transpose(1, 2)
@@ -39,17 +45,25 @@ def inputs(backbone: Any, batch: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def teach(folder: Path, checkpoint: Path, frames: list[dict[str, Any]], chunks: Tensor) -> None:
-    """Train the folder's weights with LeRobot's loss, through the inputs that our conversion makes."""
+    """Train the folder's weights with LeRobot's loss, through the inputs that our conversion
+    makes.
+    """
     convert(ConvertConfig(str(checkpoint), str(folder / "untrained"), from_="pi0_fast"))
     policy, pre, _ = load(folder / "untrained")
     model = policy.backbone.model.train()
     batches = [pre(frame) for frame in frames]
-    batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0] if isinstance(batches[0][key], Tensor)}
+    batch = {
+        key: torch.cat([b[key] for b in batches])
+        for key in batches[0]
+        if isinstance(batches[0][key], Tensor)
+    }
     bos = torch.full((FRAMES, 1), policy.tokenizer.settings.bos)
     target = torch.cat([bos, policy.tokenizer.encode(chunks)], dim=1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(250):
-        loss = model(*inputs(policy.backbone, batch), target, torch.ones_like(target, dtype=torch.bool))["loss"]
+        loss = model(
+            *inputs(policy.backbone, batch), target, torch.ones_like(target, dtype=torch.bool)
+        )["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -66,7 +80,8 @@ def test_every_decoder_writes_lerobots_tokens_in_fewer_forwards(tmp_path: Path) 
         convert(ConvertConfig(str(checkpoint), str(tmp_path / "ours"), from_="pi0_fast"))
         policy, pre, _ = load(tmp_path / "ours")
     backbone, tokenizer = policy.backbone, policy.tokenizer
-    backbone.model._paligemma_tokenizer = load_text_tokenizer(tmp_path / "text")  # LeRobot's decoder asks it for BOS
+    # LeRobot's decoder asks it for BOS
+    backbone.model._paligemma_tokenizer = load_text_tokenizer(tmp_path / "text")
     forwards, previous = torch.zeros(3), None
     names = ("ar", "mid", "previous")
     for frame in frames:
@@ -77,10 +92,16 @@ def test_every_decoder_writes_lerobots_tokens_in_fewer_forwards(tmp_path: Path) 
         stop = tokenizer.settings.stop  # LeRobot never reads what is behind it
         expected = torch.where((written == stop).cumsum(1) > 0, stop, written)
         for row, name in enumerate(names):
-            config = DecodingConfig(method="ar") if name == "ar" else DecodingConfig(guess=name, window=32)
+            config = (
+                DecodingConfig(method="ar")
+                if name == "ar"
+                else DecodingConfig(guess=name, window=32)
+            )
             result = policy.decode(batch, config, previous=previous, shift_steps=1)
             assert torch.equal(result.tokens, expected)
             forwards[row] += result.forwards
         previous = expected
     assert forwards[2] < forwards[1] < forwards[0]
-    print({name: round(float(count) / FRAMES, 1) for name, count in zip(names, forwards, strict=True)})
+    print(
+        {name: round(float(count) / FRAMES, 1) for name, count in zip(names, forwards, strict=True)}
+    )

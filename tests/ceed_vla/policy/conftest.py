@@ -22,7 +22,14 @@ TASKS = ["put the red cube in the bin", "push the blue cube"]
 
 
 def tiny_config(**changes: Any) -> CeedVLAConfig:
-    sizes = {"width": 32, "layers": 2, "heads": 2, "mlp_width": 32, "stem_channels": [8] * 4, "chunk_size": 4}
+    sizes = {
+        "width": 32,
+        "layers": 2,
+        "heads": 2,
+        "mlp_width": 32,
+        "stem_channels": [8] * 4,
+        "chunk_size": 4,
+    }
     return tabletop_config(**{**sizes, "n_action_steps": 2, "num_bins": 31, **changes})
 
 
@@ -62,13 +69,17 @@ def batch(processors: tuple[Any, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(policy: CeedVLAPolicy, processors: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(
+    policy: CeedVLAPolicy, processors: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     return save(tmp_path_factory.mktemp("checkpoint") / "policy", policy, *processors)
 
 
 @pytest.fixture
 def folder(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint without a manifest: its files may be changed, to see what reads them say of it."""
+    """A copy of the checkpoint without a manifest: its files may be changed, to see what reads them
+    say of it.
+    """
     return unsealed(shutil.copytree(checkpoint, tmp_path / "policy"))
 
 

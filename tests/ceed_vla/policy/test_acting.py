@@ -53,15 +53,25 @@ def test_a_warm_start_needs_fewer_forwards(policy: CeedVLAPolicy, batch: dict[st
     assert none.forwards == policy.decode(batch, "jacobi").forwards
 
 
-def test_predicting_chunks_keeps_the_warm_start(policy: CeedVLAPolicy, batch: dict[str, Any]) -> None:
+def test_predicting_chunks_keeps_the_warm_start(
+    policy: CeedVLAPolicy, batch: dict[str, Any]
+) -> None:
     policy.reset()
     first = policy.predict_action_chunk(batch)
     assert first.shape == (2, 4, 7)
     cold = policy.decode(batch, "ceed")
     assert torch.equal(first, cold.actions)
-    assert torch.equal(policy.predict_action_chunk(batch), policy.decode(batch, "ceed", previous=cold.tokens).actions)
+    assert torch.equal(
+        policy.predict_action_chunk(batch),
+        policy.decode(batch, "ceed", previous=cold.tokens).actions,
+    )
     one = {key: value[:1] for key, value in batch.items() if isinstance(value, Tensor)}
-    assert policy.predict_action_chunk(one).shape == (1, 4, 7)  # another number of rows: a new start
+    # another number of rows: a new start
+    assert policy.predict_action_chunk(one).shape == (
+        1,
+        4,
+        7,
+    )
     policy.reset()
     assert torch.equal(policy.predict_action_chunk(batch), first)
 
@@ -109,16 +119,24 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing state": (lambda b: b.pop(STATE), "lacks 'observation.state'"),
     "not pre-processed": (lambda b: b.pop(TOKENS), "pre-processor"),
     "state size": (lambda b: b.update({STATE: b[STATE][:, :6]}), r"\(2, 6\), expected \(B, 14\)"),
-    "channels last": (lambda b: b.update({FRONT: b[FRONT].permute(0, 2, 3, 1)}), r"expected \(B, 3, any, any\)"),
+    "channels last": (
+        lambda b: b.update({FRONT: b[FRONT].permute(0, 2, 3, 1)}),
+        r"expected \(B, 3, any, any\)",
+    ),
     "unbatched image": (lambda b: b.update({FRONT: b[FRONT][0]}), r"\(3, 96, 96\)"),
-    "byte image": (lambda b: b.update({FRONT: (b[FRONT] * 255).byte()}), r"uint8; images are floats in \[0, 1\]"),
+    "byte image": (
+        lambda b: b.update({FRONT: (b[FRONT] * 255).byte()}),
+        r"uint8; images are floats in \[0, 1\]",
+    ),
     "fewer rows": (lambda b: b.update({STATE: b[STATE][:1]}), "rows B"),
     "NaN state": (lambda b: b[STATE].fill_(float("nan")), "not finite"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_observation_is_one_clear_error(policy: CeedVLAPolicy, batch: dict[str, Any], kind: str) -> None:
+def test_a_bad_observation_is_one_clear_error(
+    policy: CeedVLAPolicy, batch: dict[str, Any], kind: str
+) -> None:
     change, message = BAD[kind]
     change(batch)
     with pytest.raises(ObservationError, match=message):

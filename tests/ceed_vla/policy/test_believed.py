@@ -18,7 +18,7 @@ from ceed_vla.decoding import named_config
 from ceed_vla.engine import compiled
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.files import read_json, write_text
-from ros_nodes.robot.robot_file import load_robot_config
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 
 HUGE = 10**5000  # Python does not even write it
 TOKENS = ActionTokenizer([-1.0, -1.0], [1.0, 1.0], chunk_steps=3, num_bins=11)
@@ -54,7 +54,7 @@ BLOCK = torch.zeros(2, 6, dtype=torch.int64)
         lambda: open_dataset("nowhere"),
         lambda: load_robot_config(None),  # type: ignore[arg-type]
     ],
-)  # fmt: skip
+)
 def test_refused_in_a_line(wrong: Callable[[], Any]) -> None:
     with pytest.raises(CeedVLAError) as error:
         wrong()

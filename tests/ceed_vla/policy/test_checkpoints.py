@@ -26,7 +26,12 @@ TOKENS = "observation.language.tokens"
 
 @pytest.mark.parametrize("how", ["load", "from_pretrained", "parent folder"])
 def test_a_saved_policy_acts_the_same(
-    policy: CeedVLAPolicy, batch: dict[str, Any], checkpoint: Path, tmp_path: Path, how: str, raw_observation: Any
+    policy: CeedVLAPolicy,
+    batch: dict[str, Any],
+    checkpoint: Path,
+    tmp_path: Path,
+    how: str,
+    raw_observation: Any,
 ) -> None:
     if how == "load":
         loaded, pre, post = load(checkpoint)
@@ -57,7 +62,9 @@ def test_a_checkpoint_is_replaced_file_by_file(
     folder = shutil.copytree(checkpoint, tmp_path / "policy")
     (folder / "notes.txt").write_text("kept")
     save(folder, policy, *processors)
-    assert {f.name for f in folder.iterdir()} == {f.name for f in checkpoint.iterdir()} | {"notes.txt"}
+    assert {f.name for f in folder.iterdir()} == {f.name for f in checkpoint.iterdir()} | {
+        "notes.txt"
+    }
     assert weights_hash(folder) == weights_hash(checkpoint)
 
 
@@ -119,7 +126,9 @@ def test_missing_weights_are_refused_unless_asked_for(
     assert "backbone.head.bias" in caplog.text
 
 
-def test_processors_are_needed_to_load_but_not_for_the_policy(checkpoint: Path, tmp_path: Path) -> None:
+def test_processors_are_needed_to_load_but_not_for_the_policy(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     folder = unsealed(shutil.copytree(checkpoint, tmp_path / "bare"))
     (folder / "policy_preprocessor.json").write_text("{")
     for loader in (load, CeedVLAPolicy.from_pretrained):
@@ -135,7 +144,9 @@ def test_processors_are_needed_to_load_but_not_for_the_policy(checkpoint: Path, 
 def test_a_name_is_never_looked_up_on_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda **_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda **_: pytest.fail("asked the hub")
+    )
     for loader in (load, CeedVLAPolicy.from_pretrained, resolve_checkpoint):
         with pytest.raises(CheckpointError, match="No checkpoint folder at someone/policy"):
             loader("someone/policy")
@@ -146,7 +157,9 @@ def test_a_name_is_never_looked_up_on_a_hub(monkeypatch: pytest.MonkeyPatch) -> 
 OLD = Path(__file__).parents[2] / "fixtures" / "checkpoint_850480e"
 
 
-def test_a_checkpoint_of_the_first_format_decodes_as_it_did(raw_observation: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_first_format_decodes_as_it_did(
+    raw_observation: Any, tmp_path: Path
+) -> None:
     """Written by 850480e, with the tokens that it decoded there: it must load for ever."""
     expected = json.loads((OLD / "expected.json").read_text())
     policy, pre, post = load(OLD)
@@ -154,14 +167,18 @@ def test_a_checkpoint_of_the_first_format_decodes_as_it_did(raw_observation: Any
     for name, tokens in expected.items():
         result = policy.decode(pre(raw_observation(rows=3, size=32)), name, previous=previous)
         assert result.tokens.tolist() == tokens, name
-    assert policy.decode(pre(raw_observation(rows=3, size=32)), previous=previous).exit_reason == ["confidence"] * 3
+    assert (
+        policy.decode(pre(raw_observation(rows=3, size=32)), previous=previous).exit_reason
+        == ["confidence"] * 3
+    )
     save(tmp_path / "new", policy, pre, post)
     assert json.loads((tmp_path / "new" / "config.json").read_text())["format_version"] == 3
     assert load(tmp_path / "new")[0].config == policy.config
     import lerobot_policy_ceed_vla  # noqa: F401  (LeRobot's tools import their plugins, and read the file themselves)
 
     assert (
-        PreTrainedConfig.from_pretrained(OLD, cli_overrides=["--n_action_steps=1"]).decoding == policy.config.decoding
+        PreTrainedConfig.from_pretrained(OLD, cli_overrides=["--n_action_steps=1"]).decoding
+        == policy.config.decoding
     )
 
 
@@ -185,22 +202,48 @@ def test_other_formats_are_named(tmp_path: Path, change: dict[str, Any], message
 @pytest.mark.parametrize("mode", ["MEAN_STD", "MIN_MAX", "QUANTILES"])
 def test_a_state_that_never_moves_loads_again(mode: str, tmp_path: Path) -> None:
     still = {"min": [0.0] * 14, "max": [1.0] * 14, "q01": [0.0] * 14, "q99": [1.0] * 14}
-    stats = {STATE: {"mean": np.zeros(14), "std": np.ones(14), **{k: np.array(v) for k, v in still.items()}}}
-    for name, value in (("mean", 5.0), ("std", 0.0), ("min", 5.0), ("max", 5.0), ("q01", 5.0), ("q99", 5.0)):
+    stats = {
+        STATE: {
+            "mean": np.zeros(14),
+            "std": np.ones(14),
+            **{k: np.array(v) for k, v in still.items()},
+        }
+    }
+    for name, value in (
+        ("mean", 5.0),
+        ("std", 0.0),
+        ("min", 5.0),
+        ("max", 5.0),
+        ("q01", 5.0),
+        ("q99", 5.0),
+    ):
         stats[STATE][name][1] = value
     config = tabletop_config()
-    config.normalization_mapping = {**config.normalization_mapping, "STATE": NormalizationMode(mode)}
-    policy = CeedVLAPolicy(config, stats)  # LeRobot's tools give these to the normaliser of a checkpoint, too
+    config.normalization_mapping = {
+        **config.normalization_mapping,
+        "STATE": NormalizationMode(mode),
+    }
+    # LeRobot's tools give these to the normaliser of a checkpoint, too
+    policy = CeedVLAPolicy(config, stats)
     assert stats[STATE]["std"][1] > 0
     assert stats[STATE]["max"][1] > 5
     save(tmp_path, policy, *make_ceed_vla_pre_post_processors(config, stats, instructions=["go"]))
     _, pre, _ = load(tmp_path)
-    raw = {STATE: torch.full((1, 14), 5.0), **{c: torch.zeros(1, 3, 96, 96) for c in config.cameras}, "task": "go"}
+    raw = {
+        STATE: torch.full((1, 14), 5.0),
+        **{c: torch.zeros(1, 3, 96, 96) for c in config.cameras},
+        "task": "go",
+    }
     assert pre(raw)[STATE][0, 1].abs() <= 1
 
 
 def test_actions_that_a_step_normalises_need_tokens_that_know() -> None:
     config = tabletop_config()
-    config.normalization_mapping = {**config.normalization_mapping, "ACTION": NormalizationMode.MEAN_STD}
-    with pytest.raises(ConfigError, match="ACTION MEAN_STD, but uniform tokens write what a data set has"):
+    config.normalization_mapping = {
+        **config.normalization_mapping,
+        "ACTION": NormalizationMode.MEAN_STD,
+    }
+    with pytest.raises(
+        ConfigError, match="ACTION MEAN_STD, but uniform tokens write what a data set has"
+    ):
         CeedVLAPolicy(config)

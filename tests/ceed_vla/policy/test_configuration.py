@@ -16,19 +16,22 @@ FRONT, STATE = "observation.images.front", "observation.state"
 
 def test_action_ranges_come_from_the_data(tiny_config: Any) -> None:
     stats = {
-        "min": torch.tensor([-1.0, -2.0, 0.0]), "max": torch.tensor([3.0, 2.0, 1.0]),
-        "q01": torch.tensor([-0.5, -1.0, 0.0]), "q99": torch.tensor([2.0, 1.5, 1.0]),
-    }  # fmt: skip
+        "min": torch.tensor([-1.0, -2.0, 0.0]),
+        "max": torch.tensor([3.0, 2.0, 1.0]),
+        "q01": torch.tensor([-0.5, -1.0, 0.0]),
+        "q99": torch.tensor([2.0, 1.5, 1.0]),
+    }
     features = {"output_features": {"action": PolicyFeature(FeatureType.ACTION, (3,))}}
     ranges = {"action_low": [], "action_high": []}
     quantile = CeedVLAPolicy(
         tiny_config(**features, **ranges, action_range="quantile"), dataset_stats={"action": stats}
     )
     assert quantile.config.action_tokens.action_high == pytest.approx([2.0, 1.5, 1.0])
-    assert quantile.config.action_tokens.action_low[:2] == pytest.approx(
-        [-2.0, -1.5]
-    )  # symmetric: zero is a bin centre
-    extremes = CeedVLAPolicy(tiny_config(**features, **ranges, action_range="min_max"), dataset_stats={"action": stats})
+    # symmetric: zero is a bin centre
+    assert quantile.config.action_tokens.action_low[:2] == pytest.approx([-2.0, -1.5])
+    extremes = CeedVLAPolicy(
+        tiny_config(**features, **ranges, action_range="min_max"), dataset_stats={"action": stats}
+    )
     assert extremes.config.action_tokens.action_high[:2] == pytest.approx([3.0, 2.0])
     with pytest.raises(ConfigError, match="action statistics"):
         CeedVLAPolicy(tiny_config(**features, **ranges, action_range="quantile"))
@@ -59,12 +62,20 @@ def test_settings_that_cannot_work(changes: dict[str, Any], message: str, tiny_c
 
 @pytest.mark.parametrize(
     ("inputs", "outputs", "message"),
-    [([STATE], ["action"], "no camera"), ([FRONT], ["action"], "no observation.state"), ([FRONT, STATE], [], "action")],
+    [
+        ([STATE], ["action"], "no camera"),
+        ([FRONT], ["action"], "no observation.state"),
+        ([FRONT, STATE], [], "action"),
+    ],
 )
-def test_features_that_cannot_be_served(inputs: list[str], outputs: list[str], message: str, tiny_config: Any) -> None:
+def test_features_that_cannot_be_served(
+    inputs: list[str], outputs: list[str], message: str, tiny_config: Any
+) -> None:
     config = tiny_config()
     config.input_features = {k: v for k, v in (config.input_features or {}).items() if k in inputs}
-    config.output_features = {k: v for k, v in (config.output_features or {}).items() if k in outputs}
+    config.output_features = {
+        k: v for k, v in (config.output_features or {}).items() if k in outputs
+    }
     with pytest.raises(ConfigError, match=message):
         CeedVLAPolicy(config)
     with pytest.raises(ConfigError, match="gripper_dims"):
@@ -73,14 +84,21 @@ def test_features_that_cannot_be_served(inputs: list[str], outputs: list[str], m
 
 def test_names_whose_measurement_is_stale_are_forgotten(tiny_config: Any) -> None:
     config = tiny_config()
-    config.decodings, config.decode_with = {"risk0.1": "cap1", "plan": "cap2", "plan12": "cap2"}, "plan12"
+    config.decodings, config.decode_with = (
+        {"risk0.1": "cap1", "plan": "cap2", "plan12": "cap2"},
+        "plan12",
+    )
     config.forget("risk", new={"risk0.2": "cap3"})
-    assert (config.decodings, config.decode_with) == ({"plan": "cap2", "plan12": "cap2", "risk0.2": "cap3"}, "plan12")
+    assert (config.decodings, config.decode_with) == (
+        {"plan": "cap2", "plan12": "cap2", "risk0.2": "cap3"},
+        "plan12",
+    )
     config.forget("plan", new={"plan": "cap1"})
+    # not what is gone
     assert (config.decodings, config.decode_with) == (
         {"risk0.2": "cap3", "plan": "cap1"},
         "ceed",
-    )  # not what is gone
+    )
     config.decode_with = "cap2"
     config.forget()
     assert (config.decodings, config.decode_with) == ({}, "cap2")

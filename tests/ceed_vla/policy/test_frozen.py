@@ -15,7 +15,9 @@ from ceed_vla.errors import TokenError
 A = 7
 
 
-def test_frozen_steps_stay_and_every_decoder_continues_them(policy: CeedVLAPolicy, batch: Any) -> None:
+def test_frozen_steps_stay_and_every_decoder_continues_them(
+    policy: CeedVLAPolicy, batch: Any
+) -> None:
     free = policy.decode(batch, "ar").tokens
     frozen = (free[:, :A] + 9) % policy.tokenizer.vocabulary_size
     ar = policy.decode(batch, "ar", frozen=frozen)
@@ -33,7 +35,9 @@ def test_shift_steps_replaces_the_checkpoints_own(policy: CeedVLAPolicy, batch: 
     previous = torch.arange(28).repeat(2, 1)
 
     def first_state(shift: int | None) -> torch.Tensor:
-        result = policy.decode(batch, "jacobi", previous=previous, shift_steps=shift, record_states=True)
+        result = policy.decode(
+            batch, "jacobi", previous=previous, shift_steps=shift, record_states=True
+        )
         assert result.states is not None
         return result.states[0][:, 1:]
 

@@ -35,7 +35,8 @@ def test_words_become_ids(words: InstructionWordsStep, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize(
-    ("task", "message"), [("", "for any number of rows"), (" ?! ", "has no word"), ("go " * 13, "13 words")]
+    ("task", "message"),
+    [("", "for any number of rows"), (" ?! ", "has no word"), ("go " * 13, "13 words")],
 )
 def test_an_instruction_that_cannot_be_read(
     processors: tuple[Any, Any], task: str, message: str, raw_observation: Any

@@ -21,13 +21,21 @@ FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "o
 TOKENS = "observation.language.tokens"
 
 
-def test_lerobots_factories_find_the_policy(checkpoint: Path, batch: dict[str, Any], raw_observation: Any) -> None:
+def test_lerobots_factories_find_the_policy(
+    checkpoint: Path, batch: dict[str, Any], raw_observation: Any
+) -> None:
     from lerobot.configs import PreTrainedConfig
-    from lerobot.policies.factory import get_policy_class, make_policy_config, make_pre_post_processors
+    from lerobot.policies.factory import (
+        get_policy_class,
+        make_policy_config,
+        make_pre_post_processors,
+    )
 
     assert get_policy_class("ceed_vla") is CeedVLAPolicy
     assert isinstance(make_policy_config("ceed_vla", device="cpu"), CeedVLAConfig)
-    config = PreTrainedConfig.from_pretrained(checkpoint, cli_overrides=["--decoding.max_iterations=1"])
+    config = PreTrainedConfig.from_pretrained(
+        checkpoint, cli_overrides=["--decoding.max_iterations=1"]
+    )
     assert isinstance(config, CeedVLAConfig)
     assert config.decoding.max_iterations == 1
     pre, _ = make_pre_post_processors(config, str(checkpoint))
@@ -64,7 +72,9 @@ def test_the_vocabulary_comes_from_the_data_set_that_lerobot_train_opens(tiny_co
     assert pre.steps[2].vocabulary == ["table", "the", "wipe"]
 
 
-def test_optimisers_keep_contiguous_states(make_policy: Any, training_batch: dict[str, Any]) -> None:
+def test_optimisers_keep_contiguous_states(
+    make_policy: Any, training_batch: dict[str, Any]
+) -> None:
     policy = make_policy()  # in evaluation mode the camera stems lie channels-last
     weight = policy.backbone.stems[0].convolutions[1].weight
     assert not weight.is_contiguous()
@@ -95,7 +105,9 @@ def test_importing_the_policy_registers_what_lerobots_factory_needs(checkpoint: 
     subprocess.run([sys.executable, "-c", code, str(checkpoint)], check=True)
 
 
-def test_lerobots_tools_choose_a_decoding_by_its_name(checkpoint: Path, batch: dict[str, Any]) -> None:
+def test_lerobots_tools_choose_a_decoding_by_its_name(
+    checkpoint: Path, batch: dict[str, Any]
+) -> None:
     config = CeedVLAConfig.from_pretrained(checkpoint, cli_overrides=["--decode_with=cap1"])
     policy = CeedVLAPolicy.from_pretrained(checkpoint, config=config)
     expected = policy.decode(batch, "cap1").actions

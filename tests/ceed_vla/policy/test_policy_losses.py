@@ -1,4 +1,6 @@
-"""The training losses of the policy against loops and numpy, its packed forward against the cached one."""
+"""The training losses of the policy against loops and numpy, its packed forward against the cached
+one.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ import torch
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.errors import ConfigError
-from ceed_vla.supervision import augment, auxiliary_loss, grounding_loss, label_table, random_shift, soft_cross_entropy
+from ceed_vla.supervision import (
+    augment,
+    auxiliary_loss,
+    grounding_loss,
+    label_table,
+    random_shift,
+    soft_cross_entropy,
+)
 
 FRONT, STATE = "observation.images.front", "observation.state"
 ENVIRONMENT = "observation.environment_state"
@@ -32,17 +41,23 @@ def test_packed_blocks_do_not_see_each_other(policy: CeedVLAPolicy, batch: dict[
         torch.testing.assert_close(state, backbone.prefix_state(embeddings), atol=1e-5, rtol=1e-5)
 
 
-def test_the_loss_of_a_batch_is_the_mean_of_its_rows(policy: CeedVLAPolicy, training_batch: dict[str, Any]) -> None:
+def test_the_loss_of_a_batch_is_the_mean_of_its_rows(
+    policy: CeedVLAPolicy, training_batch: dict[str, Any]
+) -> None:
     rows, _ = policy(training_batch, reduction="none")
     mean, parts = policy(training_batch)
     assert rows.shape == (2,)
     assert mean.item() == pytest.approx(rows.mean().item())
     weight = policy.config.auxiliary_weight
-    assert mean.item() == pytest.approx(parts["ar_loss"] + weight * parts["auxiliary_loss"], rel=1e-5)
+    assert mean.item() == pytest.approx(
+        parts["ar_loss"] + weight * parts["auxiliary_loss"], rel=1e-5
+    )
     assert all(isinstance(value, float) for value in parts.values())
 
 
-def test_steps_past_the_end_do_not_count(policy: CeedVLAPolicy, training_batch: dict[str, Any]) -> None:
+def test_steps_past_the_end_do_not_count(
+    policy: CeedVLAPolicy, training_batch: dict[str, Any]
+) -> None:
     before, _ = policy(training_batch, reduction="none")
     other = training_batch["action"].clone()
     other[1, 2:] = -other[1, 2:]
@@ -52,7 +67,9 @@ def test_steps_past_the_end_do_not_count(policy: CeedVLAPolicy, training_batch: 
     assert policy(free, reduction="none")[0][1] != before[1]
 
 
-def test_without_the_target_there_is_no_auxiliary_loss(policy: CeedVLAPolicy, training_batch: dict[str, Any]) -> None:
+def test_without_the_target_there_is_no_auxiliary_loss(
+    policy: CeedVLAPolicy, training_batch: dict[str, Any]
+) -> None:
     del training_batch[ENVIRONMENT]
     loss, parts = policy(training_batch)
     assert "auxiliary_loss" not in parts
@@ -95,10 +112,14 @@ def test_soft_cross_entropy_equals_loops(sigma: float) -> None:
     found = soft_cross_entropy(logits, tokens, sigma)
     for b in range(2):
         for i in range(3):
-            log_q = logits[b, i].double().numpy() - np.log(np.exp(logits[b, i].double().numpy()).sum())
+            log_q = logits[b, i].double().numpy() - np.log(
+                np.exp(logits[b, i].double().numpy()).sum()
+            )
             bins = np.arange(7) - int(tokens[b, i])
             label = np.exp(-0.5 * (bins / sigma) ** 2) if sigma else (bins == 0).astype(float)
-            assert found[b, i].item() == pytest.approx(-(label / label.sum() * log_q).sum(), rel=1e-5)
+            assert found[b, i].item() == pytest.approx(
+                -(label / label.sum() * log_q).sum(), rel=1e-5
+            )
     if sigma:
         torch.testing.assert_close(label_table(7, sigma, torch.device("cpu")).sum(1), torch.ones(7))
 

@@ -1,4 +1,6 @@
-"""Real-time chunking as LeRobot asks for it: what is left of the running chunk begins the next one."""
+"""Real-time chunking as LeRobot asks for it: what is left of the running chunk begins the next
+one.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def test_lerobots_engine_takes_the_policy(policy: CeedVLAPolicy) -> None:
 
 
 @pytest.mark.parametrize("delay", range(4))
-def test_the_left_over_is_continued(policy: CeedVLAPolicy, batch: Any, chunk: torch.Tensor, delay: int) -> None:
+def test_the_left_over_is_continued(
+    policy: CeedVLAPolicy, batch: Any, chunk: torch.Tensor, delay: int
+) -> None:
     left = chunk[:, 1:]  # one step was executed
     actions = policy.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=left)
     assert torch.equal(actions[:, :delay], left[:, :delay])
@@ -77,7 +81,9 @@ def test_increments_are_made_up_behind_frozen_steps(
     left = free[:, :2].clone()
     left[:, :, 0] -= 0.1  # moved 0.2 too little
     actions = policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=left)
-    assert torch.equal(actions[:, :2], tokens.decode(tokens.encode(torch.cat([left, left], dim=1)))[:, :2])
+    assert torch.equal(
+        actions[:, :2], tokens.decode(tokens.encode(torch.cat([left, left], dim=1)))[:, :2]
+    )
     assert torch.equal(actions[:, 2:, 1], free[:, 2:, 1])  # no increment
     high = policy.config.action_tokens.action_high[0]
     reach = (free[:, :, 0].sum(1)).minimum(left[:, :, 0].sum(1) + 2 * high)
@@ -110,11 +116,14 @@ def test_what_is_made_up_stays_within_the_ranges() -> None:
     plan = torch.tensor([[[0.8, 0.5], [0.6, 0.5], [0.2, 0.5], [0.0, -0.5]]])
     frozen = tokens.encode(torch.tensor([[[-0.2, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]]))[:, :2]
     joined = tokens.decode(made_up(tokens, tokens.encode(plan), frozen, [0]))
-    expected = torch.tensor([[[-0.2, 0.0], [1.0, 0.5], [0.8, 0.5], [0.0, -0.5]]])  # 1.0 too little: 0.4, then 0.6
+    # 1.0 too little: 0.4, then 0.6
+    expected = torch.tensor([[[-0.2, 0.0], [1.0, 0.5], [0.8, 0.5], [0.0, -0.5]]])
     assert torch.allclose(joined, expected, atol=1e-6)
 
 
-def test_a_whole_chunk_cannot_be_frozen(policy: CeedVLAPolicy, batch: Any, chunk: torch.Tensor) -> None:
+def test_a_whole_chunk_cannot_be_frozen(
+    policy: CeedVLAPolicy, batch: Any, chunk: torch.Tensor
+) -> None:
     actions = policy.predict_action_chunk(batch, inference_delay=50, prev_chunk_left_over=chunk)
     assert torch.equal(actions[:, : M - 1], chunk[:, : M - 1])
 
@@ -130,7 +139,9 @@ def test_a_whole_chunk_cannot_be_frozen(policy: CeedVLAPolicy, batch: Any, chunk
         ({"prev_chunk_left_over": torch.full((3, A), torch.nan)}, "NaN|finite"),
     ],
 )
-def test_a_wrong_left_over_is_named(policy: CeedVLAPolicy, batch: Any, change: Any, message: str) -> None:
+def test_a_wrong_left_over_is_named(
+    policy: CeedVLAPolicy, batch: Any, change: Any, message: str
+) -> None:
     given = {"inference_delay": 1, "prev_chunk_left_over": torch.ones(3, A), **change}
     with pytest.raises((ConfigError, TokenError), match=message):
         policy.predict_action_chunk(batch, **given)

@@ -1,4 +1,6 @@
-"""What a checkpoint says is neither executed nor believed: steps, paths, sizes, statistics, weights, scores."""
+"""What a checkpoint says is neither executed nor believed: steps, paths, sizes, statistics,
+weights, scores.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ LOADERS = [load, CeedVLAPolicy.from_pretrained]
 Loader = Callable[[Path], Any]
 
 
-# ---- code -------------------------------------------------------------------------------------------------------
+# ---- code ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -36,7 +38,11 @@ Loader = Callable[[Path], Any]
     [
         {"class": "subprocess.Popen", "config": {"args": ["touch", "MARK"]}},
         {"class": "os.system", "config": {"command": "touch MARK"}},
-        {"registry_name": "to_batch_processor", "class": "subprocess.Popen", "config": {"args": ["touch", "MARK"]}},
+        {
+            "registry_name": "to_batch_processor",
+            "class": "subprocess.Popen",
+            "config": {"args": ["touch", "MARK"]},
+        },
         {"registry_name": "reward_classifier_processor", "config": {"pretrained_path": "x"}},
         {"registry_name": "action_tokenizer_processor", "config": {}},
         {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": "someone/model"}},
@@ -45,7 +51,9 @@ Loader = Callable[[Path], Any]
         {},
     ],
 )
-def test_no_step_outside_the_list_is_built(folder: Path, name: str, bad: dict[str, Any], loader: Loader) -> None:
+def test_no_step_outside_the_list_is_built(
+    folder: Path, name: str, bad: dict[str, Any], loader: Loader
+) -> None:
     mark = folder.parent / "ran"
     text = json.dumps(bad).replace("MARK", str(mark))
     edit(folder / name, lambda values: values["steps"].append(json.loads(text)))
@@ -54,7 +62,9 @@ def test_no_step_outside_the_list_is_built(folder: Path, name: str, bad: dict[st
     assert not mark.exists()
 
 
-def test_steps_of_a_package_that_the_user_named_are_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_a_package_that_the_user_named_are_built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = types.ModuleType("somebodys_package")
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -72,20 +82,26 @@ def test_steps_of_a_package_that_the_user_named_are_built(folder: Path, monkeypa
         edit(folder / PRE, lambda values: values["steps"].append(entry))
         with pytest.raises(CheckpointError, match=r"somebodys_step.*--discover_packages_path"):
             load(folder)
-        monkeypatch.setattr(sys, "argv", ["lerobot-eval", "--env.discover_packages_path=somebodys_package"])
+        monkeypatch.setattr(
+            sys, "argv", ["lerobot-eval", "--env.discover_packages_path=somebodys_package"]
+        )
         _, pre, _ = load(folder)
         assert isinstance(pre.steps[-1], Theirs)
     finally:
         ProcessorStepRegistry.unregister("somebodys_step")
 
 
-# ---- paths ------------------------------------------------------------------------------------------------------
+# ---- paths ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("name", ["../state.safetensors", "/state.safetensors", "a/../../s.safetensors", "", 5, "."])
+@pytest.mark.parametrize(
+    "name", ["../state.safetensors", "/state.safetensors", "a/../../s.safetensors", "", 5, "."]
+)
 def test_a_state_file_stays_in_the_folder(folder: Path, name: Any, loader: Loader) -> None:
-    shutil.copy(next(folder.glob("*_normalizer_processor.safetensors")), folder.parent / "state.safetensors")
+    shutil.copy(
+        next(folder.glob("*_normalizer_processor.safetensors")), folder.parent / "state.safetensors"
+    )
     edit(folder / PRE, lambda v: step(v, "normalizer_processor").update(state_file=name))
     with pytest.raises(CheckpointError, match="plain name"):
         loader(folder)
@@ -100,7 +116,7 @@ def test_features_have_plain_names(folder: Path) -> None:
         load(folder)
 
 
-# ---- sizes ------------------------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -120,19 +136,23 @@ def test_no_model_is_built_that_the_weights_do_not_fill(
     folder: Path, sizes: dict[str, int], loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "ceed_vla.backbones.compact.config.CompactConfig.build", lambda *_: pytest.fail("a model was built")
+        "ceed_vla.backbones.compact.config.CompactConfig.build",
+        lambda *_: pytest.fail("a model was built"),
     )
     edit(folder / "config.json", lambda values: values["backbone"].update(sizes))
     with pytest.raises(CheckpointError, match=r"different models|must be a whole number"):
         loader(folder)
 
 
-# ---- normalisation ----------------------------------------------------------------------------------------------
+# ---- normalisation -------------------------------------------------------------------------------
 
 
 def _without(name: str, file: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        edit(folder / file, lambda v: v.update(steps=[s for s in v["steps"] if s["registry_name"] != name]))
+        edit(
+            folder / file,
+            lambda v: v.update(steps=[s for s in v["steps"] if s["registry_name"] != name]),
+        )
 
     return change
 
@@ -151,7 +171,9 @@ def _statistics(**changes: torch.Tensor | None) -> Callable[[Path], None]:
 
 
 def _settings(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit(folder / PRE, lambda v: step(v, "normalizer_processor")["config"].update(changes))
+    return lambda folder: edit(
+        folder / PRE, lambda v: step(v, "normalizer_processor")["config"].update(changes)
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,10 +181,16 @@ def _settings(**changes: Any) -> Callable[[Path], None]:
     [
         (_without("normalizer_processor", PRE), "lacks the step 'normalizer_processor'"),
         (_without("unnormalizer_processor", POST), "lacks the step 'unnormalizer_processor'"),
-        (_without("ceed_vla_instruction_words", PRE), "lacks the step 'ceed_vla_instruction_words'"),
+        (
+            _without("ceed_vla_instruction_words", PRE),
+            "lacks the step 'ceed_vla_instruction_words'",
+        ),
         (_statistics(mean=None, std=None), r"needs \(14,\) floats 'mean' .* it has none"),
         (_statistics(std=torch.zeros(14)), "divides dimension 0"),
-        (_statistics(std=torch.ones(14).index_fill(0, torch.tensor(3), -1.0)), "divides dimension 3"),
+        (
+            _statistics(std=torch.ones(14).index_fill(0, torch.tensor(3), -1.0)),
+            "divides dimension 3",
+        ),
         (_statistics(mean=torch.full((14,), torch.nan)), "not finite"),
         (_statistics(mean=torch.full((14,), 1e30)), "beyond 1e"),
         (_statistics(std=torch.ones(14, dtype=torch.int64)), "torch.int64"),
@@ -174,14 +202,18 @@ def _settings(**changes: Any) -> Callable[[Path], None]:
         (_settings(eps=1e6), "eps is"),
     ],
 )
-def test_a_normaliser_says_what_it_was_trained_with(folder: Path, change: Callable[[Path], None], message: str) -> None:
+def test_a_normaliser_says_what_it_was_trained_with(
+    folder: Path, change: Callable[[Path], None], message: str
+) -> None:
     change(folder)
     for loader in LOADERS:
         with pytest.raises(CheckpointError, match=message):
             loader(folder)
 
 
-def test_a_state_that_never_moves_gets_a_width(policy: CeedVLAPolicy, tmp_path: Path, raw_observation: Any) -> None:
+def test_a_state_that_never_moves_gets_a_width(
+    policy: CeedVLAPolicy, tmp_path: Path, raw_observation: Any
+) -> None:
     from ceed_vla.checkpoints import save
     from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 
@@ -191,22 +223,30 @@ def test_a_state_that_never_moves_gets_a_width(policy: CeedVLAPolicy, tmp_path: 
     assert pre({**raw_observation(), "task": "put it"})[STATE].abs().max() < 1e5
 
 
-# ---- weights and scores -----------------------------------------------------------------------------------------
+# ---- weights and scores --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (lambda w: w.index_fill(0, torch.tensor(0), torch.nan), "head.weight holds NaN or infinity"),
-        (lambda w: w.index_fill(0, torch.tensor(0), torch.inf), "head.weight holds NaN or infinity"),
+        (
+            lambda w: w.index_fill(0, torch.tensor(0), torch.nan),
+            "head.weight holds NaN or infinity",
+        ),
+        (
+            lambda w: w.index_fill(0, torch.tensor(0), torch.inf),
+            "head.weight holds NaN or infinity",
+        ),
         (torch.zeros_like, "head.weight holds nothing but zeros"),
         (lambda w: w.long(), "head.weight is of type I64"),
         (lambda w: w.bool(), "head.weight is of type BOOL"),
         (lambda w: w[:5].clone(), r"head.weight has shape \(5, 32\)"),
     ],
 )
-def test_weights_that_no_training_writes(folder: Path, value: Any, message: str, loader: Loader) -> None:
+def test_weights_that_no_training_writes(
+    folder: Path, value: Any, message: str, loader: Loader
+) -> None:
     file = folder / "model.safetensors"
     edit_tensors(file, backbone__head__weight=value(load_file(file)["backbone.head.weight"]))
     with pytest.raises(CheckpointError, match=message):

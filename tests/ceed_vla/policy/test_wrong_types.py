@@ -1,4 +1,6 @@
-"""What callers pass that is of another kind ends in an error of ours, also inside LeRobot's tools."""
+"""What callers pass that is of another kind ends in an error of ours, also inside LeRobot's
+tools.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def call(policy: CeedVLAPolicy, name: str) -> Callable[[Any], Any]:
         ("observation.language.tokens", torch.full((2, 12), 100_000)),
     ],
 )
-@pytest.mark.parametrize("method", ["decode", "predict_action_chunk", "select_action", "forward", "augment"])
+@pytest.mark.parametrize(
+    "method", ["decode", "predict_action_chunk", "select_action", "forward", "augment"]
+)
 def test_observations_of_another_kind(
     policy: CeedVLAPolicy, training_batch: dict[str, Any], key: str, value: Any, method: str
 ) -> None:
@@ -58,7 +62,8 @@ def test_observations_of_another_kind(
 
 @pytest.mark.parametrize("batch", [None, 5, [], "observation", {}])
 @pytest.mark.parametrize(
-    "method", ["decode", "predict_action_chunk", "select_action", "forward", "augment", "check_observation"]
+    "method",
+    ["decode", "predict_action_chunk", "select_action", "forward", "augment", "check_observation"],
 )
 def test_what_is_no_batch(policy: CeedVLAPolicy, batch: Any, method: str) -> None:
     with pytest.raises(ObservationError, match="pre-processor"):
@@ -87,7 +92,9 @@ def test_what_is_no_batch(policy: CeedVLAPolicy, batch: Any, method: str) -> Non
         {"previous": torch.zeros(2, 28, dtype=torch.long, device="meta")},
     ],
 )
-def test_arguments_of_another_kind(policy: CeedVLAPolicy, batch: Any, arguments: dict[str, Any]) -> None:
+def test_arguments_of_another_kind(
+    policy: CeedVLAPolicy, batch: Any, arguments: dict[str, Any]
+) -> None:
     with pytest.raises((TokenError, CeedVLAError)):
         policy.decode(batch, **arguments)
 
@@ -118,21 +125,59 @@ def test_instructions_of_another_kind(processors: Any, raw_observation: Any, tas
         ("config.json", lambda v: v["decoding"].pop("max_iterations"), "lacks 'max_iterations'"),
         ("config.json", lambda v: v.pop("delta_dims"), "lacks 'delta_dims'"),
         ("config.json", lambda v: v["decoding"].update(window=True), "window is True"),
-        ("config.json", lambda v: v.update(n_action_steps="2"), "n_action_steps is '2', which is read as 2"),
+        (
+            "config.json",
+            lambda v: v.update(n_action_steps="2"),
+            "n_action_steps is '2', which is read as 2",
+        ),
         ("config.json", lambda v: v["action_tokens"].update(num_bins="31"), "num_bins is '31'"),
-        ("config.json", lambda v: v["decoding"].update(exits=["cap1"]), "whose place is max_iterations"),
-        (PRE, lambda v: v["steps"].append({"registry_name": "ceed_vla_vlm_inputs"}), "could run code"),
-        (PRE, lambda v: v["steps"].append({"registry_name": "absolute_actions_processor"}), "could run code"),
-        (PRE, lambda v: step(v, "ceed_vla_instruction_words")["config"]["vocabulary"].reverse(), "in order"),
-        (PRE, lambda v: step(v, "ceed_vla_instruction_words")["config"]["vocabulary"].pop(), "were trained"),
-        (POST, lambda v: v["steps"].append({"registry_name": "rename_observations_processor"}), "run code"),
+        (
+            "config.json",
+            lambda v: v["decoding"].update(exits=["cap1"]),
+            "whose place is max_iterations",
+        ),
+        (
+            PRE,
+            lambda v: v["steps"].append({"registry_name": "ceed_vla_vlm_inputs"}),
+            "could run code",
+        ),
+        (
+            PRE,
+            lambda v: v["steps"].append({"registry_name": "absolute_actions_processor"}),
+            "could run code",
+        ),
+        (
+            PRE,
+            lambda v: step(v, "ceed_vla_instruction_words")["config"]["vocabulary"].reverse(),
+            "in order",
+        ),
+        (
+            PRE,
+            lambda v: step(v, "ceed_vla_instruction_words")["config"]["vocabulary"].pop(),
+            "were trained",
+        ),
         (
             POST,
-            lambda v: v["steps"].append({"registry_name": "absolute_actions_processor", "config": {"enabled": True}}),
+            lambda v: v["steps"].append({"registry_name": "rename_observations_processor"}),
+            "run code",
+        ),
+        (
+            POST,
+            lambda v: v["steps"].append(
+                {"registry_name": "absolute_actions_processor", "config": {"enabled": True}}
+            ),
             "relative actions",
         ),
-        (POST, lambda v: step(v, "unnormalizer_processor").update(state_file=None), "empty state_file"),
-        (POST, lambda v: step(v, "device_processor")["config"].update(device="CPU"), "device is 'CPU'"),
+        (
+            POST,
+            lambda v: step(v, "unnormalizer_processor").update(state_file=None),
+            "empty state_file",
+        ),
+        (
+            POST,
+            lambda v: step(v, "device_processor")["config"].update(device="CPU"),
+            "device is 'CPU'",
+        ),
     ],
 )
 def test_lerobots_tools_end_in_an_error_of_ours(
@@ -146,7 +191,9 @@ def test_lerobots_tools_end_in_an_error_of_ours(
 
     def build() -> None:
         config = PreTrainedConfig.from_pretrained(folder)
-        make_pre_post_processors(CeedVLAPolicy.from_pretrained(folder, config=config).config, str(folder))
+        make_pre_post_processors(
+            CeedVLAPolicy.from_pretrained(folder, config=config).config, str(folder)
+        )
 
     with pytest.raises(CeedVLAError, match=message):
         build()
@@ -185,7 +232,11 @@ def test_what_load_returns_refuses_other_types(folder: Path) -> None:
             pre(given)
         with pytest.raises(ObservationError, match="postprocessor cannot read"):
             post(given)
-    for call in (lambda: policy.train("x"), lambda: policy.load_state_dict(3), lambda: policy.load_state_dict({})):
+    for call in (
+        lambda: policy.train("x"),
+        lambda: policy.load_state_dict(3),
+        lambda: policy.load_state_dict({}),
+    ):
         with pytest.raises(CeedVLAError):
             call()
     policy.auxiliary_terms = "x"
@@ -193,8 +244,12 @@ def test_what_load_returns_refuses_other_types(folder: Path) -> None:
         auxiliary_loss(policy, torch.zeros(1), torch.zeros(1, 4), torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize("options", [{"push_to_hub": True}, {"state_dict": 5}, {"state_dict": {1: 2}}])
-def test_what_cannot_be_saved(policy: CeedVLAPolicy, tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"push_to_hub": True}, {"state_dict": 5}, {"state_dict": {1: 2}}]
+)
+def test_what_cannot_be_saved(
+    policy: CeedVLAPolicy, tmp_path: Path, options: dict[str, Any]
+) -> None:
     with pytest.raises(CeedVLAError):
         policy.save_pretrained(tmp_path / "saved", **options)
     with pytest.raises(CheckpointError, match="cannot be written"):

@@ -25,7 +25,8 @@ TASKS = (
     "press",
     "open the drawer",
 )
-# Attention to the last 16 tokens only, in one layer of two: what "<family>+sliding" changes in the language model.
+# Attention to the last 16 tokens only, in one layer of two: what "<family>+sliding" changes in the
+# language model.
 CHANGES: dict[str, dict[str, Any]] = {
     "llava": {"model_type": "mistral", "sliding_window": 16},
     "qwen2_5_vl": {
@@ -38,7 +39,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a family's tiny random model. Large weights: every token depends on all before it."""
+    """Folder of a family's tiny random model. Large weights: every token depends on all before
+    it.
+    """
     folders: dict[str, Path] = {}
 
     def make(family: str) -> Path:
@@ -75,11 +78,17 @@ def backbone(base: Callable[[str], Path]) -> Callable[..., tuple[VLMBackbone, VL
 
 @pytest.fixture(scope="session")
 def observe() -> Callable[..., dict[str, Tensor]]:
-    """Inputs of random images and states for the given number of rows, each with its own instruction."""
+    """Inputs of random images and states for the given number of rows, each with its own
+    instruction.
+    """
 
-    def make(step: VLMInputsStep, rows: int, seed: int = 0, state_dim: int = 5) -> dict[str, Tensor]:
+    def make(
+        step: VLMInputsStep, rows: int, seed: int = 0, state_dim: int = 5
+    ) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(seed)
-        cameras = {name: torch.rand(rows, 3, *size, generator=random) for name, size in step.sizes.items()}
+        cameras = {
+            name: torch.rand(rows, 3, *size, generator=random) for name, size in step.sizes.items()
+        }
         state = torch.randn(rows, state_dim, generator=random)
         transition: Any = {
             "observation": {**cameras, "observation.state": state},
@@ -92,11 +101,19 @@ def observe() -> Callable[..., dict[str, Tensor]]:
 
 @pytest.fixture(scope="session")
 def generate() -> Callable[..., Tensor]:
-    """The block (B, n) as transformers' own `generate()` writes it, restricted to the action ids."""
+    """The block (B, n) as transformers' own `generate()` writes it, restricted to the action
+    ids.
+    """
 
     def run(backbone: VLMBackbone, observation: dict[str, Tensor], **settings: Any) -> Tensor:
-        inputs = {k.removeprefix(ROW_KEY): v for k, v in observation.items() if k.startswith(ROW_KEY)}
-        inputs |= {k.removeprefix(FLAT_KEY): v.flatten(0, 1) for k, v in observation.items() if k.startswith(FLAT_KEY)}
+        inputs = {
+            k.removeprefix(ROW_KEY): v for k, v in observation.items() if k.startswith(ROW_KEY)
+        }
+        inputs |= {
+            k.removeprefix(FLAT_KEY): v.flatten(0, 1)
+            for k, v in observation.items()
+            if k.startswith(FLAT_KEY)
+        }
         if backbone.state_dim:
             places = inputs["input_ids"][:, -backbone.state_dim :]
             places.copy_(backbone.state_ids(observation["observation.state"]))

@@ -1,4 +1,6 @@
-"""Every family: Jacobi == AR == transformers' own `generate()`, and training sees what decoding sees."""
+"""Every family: Jacobi == AR == transformers' own `generate()`, and training sees what decoding
+sees.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ SLIDING = ("llava+sliding", "qwen2_5_vl+sliding")
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("family", [*FAMILIES, *SLIDING])
 @torch.no_grad()
-def test_jacobi_is_ar_is_generate(family: str, rows: int, backbone: Any, observe: Any, generate: Any) -> None:
+def test_jacobi_is_ar_is_generate(
+    family: str, rows: int, backbone: Any, observe: Any, generate: Any
+) -> None:
     model, step = backbone(family)
     observation = observe(step, rows, seed=rows)
     assert model.check_observation(observation) == rows
@@ -50,7 +54,12 @@ def without_cache(model: VLMBackbone, observation: dict[str, torch.Tensor]) -> t
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "settings",
-    [{"action_ids": "added"}, {"action_ids": "last_reversed"}, {"state_dim": 5}, {"layout": "stacked"}],
+    [
+        {"action_ids": "added"},
+        {"action_ids": "last_reversed"},
+        {"state_dim": 5},
+        {"layout": "stacked"},
+    ],
     ids=["added", "last_reversed", "state", "stacked"],
 )
 @torch.no_grad()
@@ -95,7 +104,9 @@ def test_rows_do_not_influence_each_other(family: str, backbone: Any, observe: A
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SLIDING])
-def test_training_and_depth(family: str, backbone: Any, observe: Any, keeps_the_contract: Any) -> None:
+def test_training_and_depth(
+    family: str, backbone: Any, observe: Any, keeps_the_contract: Any
+) -> None:
     model, step = backbone(family)
     keeps_the_contract(model, observe(step, 3))
 
@@ -104,10 +115,16 @@ def test_training_and_depth(family: str, backbone: Any, observe: Any, keeps_the_
     ("family", "rows"),
     [
         ("qwen2_5_vl+sliding", 2),
-        *(pytest.param(family, rows, marks=pytest.mark.slow) for family in (*FAMILIES, SLIDING[0]) for rows in (1, 4)),
+        *(
+            pytest.param(family, rows, marks=pytest.mark.slow)
+            for family in (*FAMILIES, SLIDING[0])
+            for rows in (1, 4)
+        ),
     ],
 )
-def test_compiled_tokens_are_the_eager_ones(family: str, rows: int, backbone: Any, observe: Any) -> None:
+def test_compiled_tokens_are_the_eager_ones(
+    family: str, rows: int, backbone: Any, observe: Any
+) -> None:
     model, step = backbone(family)
     tokens = ActionTokenizer([-1.0] * 7, [1.0] * 7, 2, num_bins=255)
     assert_same_tokens(model, compiled(model, "eager"), observe(step, rows), tokens)

@@ -21,7 +21,12 @@ FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 def raw(rows: int = 2, **changes: Any) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     cameras = {name: torch.rand(rows, 3, 64, 96, generator=random) for name in (FRONT, WRIST)}
-    return {**cameras, "observation.state": torch.zeros(rows, 5), "task": ["push it", "press"][:rows], **changes}
+    return {
+        **cameras,
+        "observation.state": torch.zeros(rows, 5),
+        "task": ["push it", "press"][:rows],
+        **changes,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +53,17 @@ def test_every_tensor_has_the_rows_first(family: str, steps: Any) -> None:
 
 def test_one_instruction_serves_all_rows(steps: Any) -> None:
     pipeline = steps()
-    assert torch.equal(pipeline(raw(task="press"))[IDS_KEY], pipeline(raw(task=["press"] * 2))[IDS_KEY])
+    assert torch.equal(
+        pipeline(raw(task="press"))[IDS_KEY], pipeline(raw(task=["press"] * 2))[IDS_KEY]
+    )
 
 
 def test_floats_and_bytes_are_the_same_image(steps: Any) -> None:
     pipeline, pixels = steps(), f"{ROW_KEY}pixel_values"
     image = (raw()[FRONT] * 255).round().to(torch.uint8)
-    assert torch.equal(pipeline(raw(**{FRONT: image}))[pixels], pipeline(raw(**{FRONT: image / 255}))[pixels])
+    assert torch.equal(
+        pipeline(raw(**{FRONT: image}))[pixels], pipeline(raw(**{FRONT: image / 255}))[pixels]
+    )
 
 
 def test_stacked_cameras_are_one_image(steps: Any, base: Any) -> None:
@@ -73,7 +82,9 @@ def test_places_for_the_state_are_the_last_tokens(steps: Any) -> None:
         assert torch.equal(placed[IDS_KEY][:, :-5], plain[IDS_KEY])
         assert placed[MASK_KEY][:, -5:].all()
         lengths = {
-            v.shape[1] for k, v in placed.items() if k.endswith(("input_ids", "attention_mask", "token_type_ids"))
+            v.shape[1]
+            for k, v in placed.items()
+            if k.endswith(("input_ids", "attention_mask", "token_type_ids"))
         }
         assert lengths == {plain[IDS_KEY].shape[1] + 5}
 
@@ -82,10 +93,14 @@ def test_a_saved_step_needs_no_folder(steps: Any, tmp_path: Any) -> None:
     for family in FAMILIES:
         pipeline = steps(family)
         pipeline.save_pretrained(tmp_path / family, config_filename="pre.json")
-        again = PolicyProcessorPipeline.from_pretrained(tmp_path / family, config_filename="pre.json")
+        again = PolicyProcessorPipeline.from_pretrained(
+            tmp_path / family, config_filename="pre.json"
+        )
         one, two = pipeline(raw()), again(raw())
         assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one if key.startswith((ROW_KEY, FLAT_KEY)))
+        assert all(
+            torch.equal(one[key], two[key]) for key in one if key.startswith((ROW_KEY, FLAT_KEY))
+        )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +120,9 @@ def test_observations_that_are_refused(changes: dict[str, Any], message: str, st
 def test_a_missing_camera_is_named(steps: Any) -> None:
     observation = raw()
     del observation[WRIST]
-    with pytest.raises(ObservationError, match=r"lacks 'observation.images.wrist'; it has observation.images.front"):
+    with pytest.raises(
+        ObservationError, match=r"lacks 'observation.images.wrist'; it has observation.images.front"
+    ):
         steps()(observation)
 
 

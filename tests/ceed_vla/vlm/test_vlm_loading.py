@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES
 
 from ceed_vla.backbones.vlm.config import VLMConfig
-from ceed_vla.backbones.vlm.loading import architecture, build_model, check_decoding, choose_action_ids, load_model
+from ceed_vla.backbones.vlm.loading import (
+    architecture,
+    build_model,
+    check_decoding,
+    choose_action_ids,
+    load_model,
+)
 from ceed_vla.backbones.vlm.model import IDS_KEY, MASK_KEY, STATE_KEY, VLMBackbone
 from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
@@ -40,25 +46,33 @@ def copy(base: Any, tmp_path: Path) -> Path:
 def test_a_model_is_rebuilt_from_its_architecture(family: str, base: Any) -> None:
     model = load(base(family))
     again = build_model(architecture(model), torch.float32, "sdpa")
-    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
     assert architecture(again) == architecture(model)
 
 
 def test_sharded_weights_are_read(copy: Path) -> None:
     whole = load(copy).state_dict()
     (copy / "model.safetensors").unlink()
-    model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.from_pretrained(copy))
+    model = transformers.AutoModelForImageTextToText.from_config(
+        transformers.AutoConfig.from_pretrained(copy)
+    )
     model.load_state_dict(whole)
     model.save_pretrained(copy, max_shard_size="100KB")
     assert len(list(copy.glob("model-*.safetensors"))) > 2
     assert all(torch.equal(load(copy).state_dict()[name], tensor) for name, tensor in whole.items())
     lost = sorted(copy.glob("model-*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(CheckpointError, match=f"lacks {lost.name}, which model.safetensors.index.json names"):
+    with pytest.raises(
+        CheckpointError, match=f"lacks {lost.name}, which model.safetensors.index.json names"
+    ):
         load(copy)
 
 
-@pytest.mark.parametrize(("path", "message"), [("nowhere", "no folder"), (".", r"config\.json cannot be read")])
+@pytest.mark.parametrize(
+    ("path", "message"), [("nowhere", "no folder"), (".", r"config\.json cannot be read")]
+)
 def test_folders_that_hold_no_model(path: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / path)
@@ -85,7 +99,9 @@ def test_code_in_a_folder_is_never_run(copy: Path, tmp_path: Path) -> None:
         load(copy)
     for file in ("processor_config.json", "tokenizer_config.json", "preprocessor_config.json"):
         if (copy / file).is_file():
-            change_json(copy / file, auto_map={"AutoProcessor": "processing_own.P"}, processor_class="P")
+            change_json(
+                copy / file, auto_map={"AutoProcessor": "processing_own.P"}, processor_class="P"
+            )
     with pytest.raises(CheckpointError, match="Code from a checkpoint is never run"):
         load_processor(copy)
     assert not proof.exists()
@@ -104,7 +120,9 @@ def test_damaged_and_missing_weights(copy: Path) -> None:
     save_file(rest, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="1 weights are missing"):
         load(copy)
-    save_file({**weights, name: weights[name][:3]}, copy / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**weights, name: weights[name][:3]}, copy / "model.safetensors", metadata={"format": "pt"}
+    )
     with pytest.raises(CheckpointError, match="mismatch"):
         load(copy)
     (copy / "model.safetensors").write_bytes(b"\x00" * 32)
@@ -119,7 +137,7 @@ def test_a_folder_without_processor(copy: Path) -> None:
         load_processor(copy)
 
 
-# ---- vocabulary -------------------------------------------------------------------------------------------------
+# ---- vocabulary ----------------------------------------------------------------------------------
 
 
 def test_action_ids_avoid_what_has_a_meaning(base: Any) -> None:
@@ -140,7 +158,8 @@ def test_tokenizer_and_model_that_disagree(copy: Path) -> None:
     model, processor = load(copy), load_processor(copy)
     processor.tokenizer.add_tokens([f"<new{i}>" for i in range(20)])
     with pytest.raises(
-        ConfigError, match=r"copy: the tokenizer has ids up to \d+, the model's embedding only \d+ rows"
+        ConfigError,
+        match=r"copy: the tokenizer has ids up to \d+, the model's embedding only \d+ rows",
     ):
         choose_action_ids(model, processor, "last", 255)
     processor = load_processor(copy)
@@ -150,7 +169,9 @@ def test_tokenizer_and_model_that_disagree(copy: Path) -> None:
 
 
 def test_a_vocabulary_that_is_too_small(copy: Path) -> None:
-    with pytest.raises(ConfigError, match=r"lower num_bins or set --policy.backbone.action_ids=added"):
+    with pytest.raises(
+        ConfigError, match=r"lower num_bins or set --policy.backbone.action_ids=added"
+    ):
         choose_action_ids(load(copy), load_processor(copy), "last", 2000)
 
 
@@ -160,10 +181,15 @@ def test_action_ids_outside_the_vocabulary(ids: list[int], copy: Path) -> None:
         VLMBackbone(load(copy), ids, 14)
 
 
-# ---- models that cannot serve -----------------------------------------------------------------------------------
+# ---- models that cannot serve --------------------------------------------------------------------
 
 
-TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 def test_a_model_without_a_usable_cache() -> None:
@@ -175,11 +201,19 @@ def test_a_model_without_a_usable_cache() -> None:
     }
     config = transformers.AutoConfig.for_model(
         "lfm2_vl",
-        text_config={**TINY, **text, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        text_config={
+            **TINY,
+            **text,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
         vision_config={**TINY, "model_type": "siglip2_vision_model"},
     )
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
-    with pytest.raises(ConfigError, match="Jacobi decoding needs a causal language model with attention"):
+    with pytest.raises(
+        ConfigError, match="Jacobi decoding needs a causal language model with attention"
+    ):
         check_decoding(VLMBackbone(model, range(100, 200), 14))
 
 
@@ -204,7 +238,7 @@ def test_a_model_of_another_build() -> None:
         VLMBackbone(model, range(100), 14)
 
 
-# ---- settings and observations ----------------------------------------------------------------------------------
+# ---- settings and observations -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -239,7 +273,9 @@ def test_a_policy_without_path() -> None:
         ({MASK_KEY: torch.zeros(2, 7, dtype=torch.long)}, "left padding"),
     ],
 )
-def test_batches_that_are_refused(changes: dict[str, Any], message: str, backbone: Any, observe: Any) -> None:
+def test_batches_that_are_refused(
+    changes: dict[str, Any], message: str, backbone: Any, observe: Any
+) -> None:
     model, step = backbone("smolvlm", state_dim=5)
     batch = {**observe(step, 2), **changes}
     with pytest.raises(ObservationError, match=message):

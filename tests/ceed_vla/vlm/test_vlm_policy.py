@@ -1,4 +1,6 @@
-"""Policies around an image-text-to-text model: their checkpoints stand alone, or leave the base where it is."""
+"""Policies around an image-text-to-text model: their checkpoints stand alone, or leave the base
+where it is.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def new_policy(base: Path, chunk_size: int = 2, **settings: Any) -> tuple[CeedVL
 def observation(rows: int = 2) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     cameras = {
-        f"observation.images.{name}": torch.rand(rows, 3, 96, 96, generator=random) for name in ("front", "wrist")
+        f"observation.images.{name}": torch.rand(rows, 3, 96, 96, generator=random)
+        for name in ("front", "wrist")
     }
     state = torch.randn(rows, 14, generator=random)
     return {**cameras, "observation.state": state, "task": ["push the red cube", "lift"][:rows]}
@@ -48,9 +51,13 @@ def observation(rows: int = 2) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("proprio", ["text", "projected"])
-def test_a_checkpoint_needs_no_base_folder(family: str, proprio: str, base: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_needs_no_base_folder(
+    family: str, proprio: str, base: Any, tmp_path: Path
+) -> None:
     folder = shutil.copytree(base(family), tmp_path / "base")
-    policy, pre, post = new_policy(folder, proprio=proprio, action_ids="added" if proprio == "text" else "last")
+    policy, pre, post = new_policy(
+        folder, proprio=proprio, action_ids="added" if proprio == "text" else "last"
+    )
     save(tmp_path / "policy", policy, pre, post)
     shutil.rmtree(folder)
     loaded, loaded_pre, _ = ceed_vla.load(tmp_path / "policy")
@@ -72,7 +79,8 @@ def test_a_checkpoint_may_leave_the_weights_where_they_are(base: Any, tmp_path: 
     policy.backbone.model.requires_grad_(False)
     save(tmp_path / "policy", policy, pre, post)
     written = load_file(tmp_path / "policy" / "model.safetensors")
-    assert not [name for name in written if name.startswith("backbone.model.")]  # no row of the embeddings is new
+    # no row of the embeddings is new
+    assert not [name for name in written if name.startswith("backbone.model.")]
     loaded, _, _ = ceed_vla.load(tmp_path / "policy")
     batch = pre(observation())
     assert torch.equal(loaded.decode(batch, "ar").tokens, policy.decode(batch, "ar").tokens)
@@ -83,7 +91,9 @@ def test_a_checkpoint_may_leave_the_weights_where_they_are(base: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("action_ids", ["last", "added"])
-def test_tied_embeddings_by_reference_are_written_once(action_ids: str, base: Any, tmp_path: Path) -> None:
+def test_tied_embeddings_by_reference_are_written_once(
+    action_ids: str, base: Any, tmp_path: Path
+) -> None:
     policy, pre, post = new_policy(base("paligemma"), weights="reference", action_ids=action_ids)
     model = policy.backbone.model
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
+import ceed_vla.axes  # noqa: F401 - registers its decoders
 from benchmarks.models.trunk import ACTION_DIM, SHAPES, CompactTrunk, Trunk
-from ceed_vla.decoding import BlockRequest, DecodeResult, find_decoder, named_config
+from ceed_vla.decoding import BlockRequest, DecodeResult, named_config
 from ceed_vla.engine import compiled
 
 # a chunk, of the shipped student's early exit, which takes 1.28 to 1.31 (recipes/MODEL_CARD.md)
@@ -68,11 +69,8 @@ def decodes(backbone: Any, prefix: Any, rows: int) -> Timed:
 
     def run(name: str) -> Callable[[], DecodeResult]:
         config = named_config(name)
-        entry, options = find_decoder(config.method)
-        request = BlockRequest(
-            config, guess=guess, tokens_per_step=step, executed_steps=executed, options=options
-        )
-        return lambda: entry.make(backbone, prefix, request)
+        request = BlockRequest(config, guess=guess, tokens_per_step=step, executed_steps=executed)
+        return lambda: config.decoder.decode(backbone, prefix, request)
 
     return {name: run(name) for name in ("ar", "ar_h", *CAPS, *LOOPS)}
 

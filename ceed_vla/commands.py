@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -26,6 +27,7 @@ class Command:
     # Module and class that add a simulator's flags to the configuration; `arguments` of that class
     # gives the function's further arguments. For commands that may not import the simulator.
     simulator: str = ""
+    axis: str = ""  # the folder in `ceed_vla.axes` that it belongs to; gone with that folder
 
 
 _RESUMABLE = "go on with the same command and --resume=true"
@@ -82,24 +84,27 @@ COMMANDS = {
     ),
     "exits": Command(
         "train exits of a frozen policy: forwards that end after a few layers",
-        "ceed_vla.training.exits ExitsConfig exits",
+        "ceed_vla.training.axes.depth ExitsConfig exits",
+        axis="depth",
         must="policy.path roots output_dir layers",
         may="kind steps batch_size lr device seed threads",
     ),
     "reinforce": Command(
         "learn when to exit from what becomes of episodes",
-        "ceed_vla.training.reinforce ReinforceConfig reinforce",
+        "ceed_vla.training.axes.learned ReinforceConfig reinforce",
+        axis="learned",
         must="policy.path output_dir",
         may="env.type env.task cap decay rounds groups scouts groups_from seed workers",
         kept=(
             "groups so far, if any, are in {output_dir}; teach with them: "
             "--groups_from={output_dir}"
         ),
-        simulator="ceed_vla.sim.hooks ReinforceSimulation",
+        simulator="ceed_vla.sim.axes.learned ReinforceSimulation",
     ),
     "context": Command(
         "train which prefix tokens of a frozen policy are run: the others cost nothing",
-        "ceed_vla.training.context ContextConfig context",
+        "ceed_vla.training.axes.context ContextConfig context",
+        axis="context",
         must="policy.path roots output_dir",
         may="dropped steps batch_size lr seed",
     ),
@@ -199,6 +204,14 @@ COMMANDS = {
         "is missing",
         "ceed_vla.doctor DoctorConfig doctor",
     ),
+}
+
+
+_AXES = Path(__file__).parent / "axes"
+COMMANDS = {
+    name: command
+    for name, command in COMMANDS.items()
+    if not command.axis or (_AXES / command.axis).is_dir()
 }
 
 

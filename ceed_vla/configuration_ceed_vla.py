@@ -11,7 +11,8 @@ from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTr
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-import ceed_vla.backbones.compact.config  # these register what they have
+import ceed_vla.axes  # these register what they have
+import ceed_vla.backbones.compact.config
 import ceed_vla.backbones.openvla.config
 import ceed_vla.backbones.pi0_fast.config
 import ceed_vla.backbones.vlm.config
@@ -22,7 +23,7 @@ from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, in_current_format, read_values
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.names import CEED, MOST_OWN, OWN, named_config
-from ceed_vla.decoding.registry import find_decoder, find_exit
+from ceed_vla.decoding.registry import find_exit
 from ceed_vla.devices import check_device, check_device_name
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import check_fields, ranged, short
@@ -182,8 +183,8 @@ class CeedVLAConfig(PreTrainedConfig):
         kinds: list[Any] = [type(self.backbone), type(self.action_tokens)]
         for decoding in (self.decoding, *map(self.named, (self.decode_with, *self.decodings))):
             kinds += [
-                find_decoder(decoding.method)[0].make,
-                *(find_exit(name)[0].make for name in decoding.exits),
+                decoding.decoder.decode,
+                *(find_exit(name).rule for name in decoding.exits),
             ]
         names = {str(kind.__module__).partition(".")[0] for kind in kinds}
         self.packages = sorted(names - {"ceed_vla", "__main__"})
@@ -210,8 +211,8 @@ class CeedVLAConfig(PreTrainedConfig):
     def check_without_exits(self, folder: Path) -> None:
         """Raise `CheckpointError` if a folder without exits names a decoding that needs one."""
         for name in (CEED, self.decode_with, *self.decodings):
-            entry, _ = find_decoder(self.named(name).method)
-            if any("{exit}" in rung for rung in entry.ladder):
+            decoder = self.named(name).decoder
+            if any("{exit}" in rung for rung in decoder.ladder):
                 decoding = f"its decoding {name!r} ({self.named(name).method})"
                 raise CheckpointError(
                     f"{folder} lacks {EXITS}, which {decoding} needs; copy the whole checkpoint "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-from ceed_vla.backbones.base import Backbone, Prefix, check_depth
+from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.cache import StaticCache
 from ceed_vla.errors import ConfigError, TokenError
 
@@ -65,12 +65,16 @@ class CompiledBackbone(nn.Module):
         # Positions behind the prefix that some block reaches when it is filled up.
         self._reach = max(n - k + self._window(k) for k in range(1, n + 1))
         self._caches: dict[tuple[Any, ...], StaticCache] = {}
-        self._block, self._prefill = inner.block_logits, inner.prefill
+        self._block = inner.block_logits
+        self._shallow: Any = getattr(inner, "shallow_logits", None)
+        self._prefill = inner.prefill
         self._rest = getattr(inner, "prefill_embeddings", None)  # of the tokens that are kept
-        for name, part in (("_block", "block"), ("_prefill", "prefill"), ("_rest", "prefill")):
-            if part in inner.compilable and getattr(self, name):
-                options = {"fullgraph": True, "dynamic": False, "backend": backend, "mode": mode}
-                setattr(self, name, self._run(torch.compile, getattr(self, name), **options))
+        options = {"fullgraph": True, "dynamic": False, "backend": backend, "mode": mode}
+        parts = {"_block": "block", "_shallow": "block", "_prefill": "prefill", "_rest": "prefill"}
+        for name, part in parts.items():
+            function = getattr(self, name)
+            if part in inner.compilable and function is not None:
+                setattr(self, name, self._run(torch.compile, function, **options))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["backbone"], name)
@@ -107,8 +111,24 @@ class CompiledBackbone(nn.Module):
         return cast("Prefix[StaticCache]", prefix.moved(cache))
 
     @torch.no_grad()
-    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        cache, (rows, k) = prefix.cache, tokens.shape
+    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        cache = self._placed_tokens(prefix, tokens)
+        cache.place(tokens.shape[1], shallow=False)
+        return self._forward(self._block, prefix, tokens)
+
+    @torch.no_grad()
+    def shallow_logits(self, prefix: Prefix, tokens: Tensor, depth: int) -> Tensor:
+        """As the backbone's (`ReadsDepths`), compiled for each depth."""
+        cache = self._placed_tokens(prefix, tokens)
+        if depth in self.exits:
+            self.exits[depth].check(cache.committed)
+        cache.place(tokens.shape[1], shallow=depth < self.num_layers)
+        return self._forward(self._shallow, prefix, tokens, depth)
+
+    def _placed_tokens(self, prefix: Prefix, tokens: Tensor) -> StaticCache:
+        """The cache that the next `tokens` (B, k) go to; `TokenError` if they do not fit."""
+        cache = prefix.cache
+        k = tokens.shape[1]
         if not isinstance(cache, StaticCache):
             raise TokenError(
                 f"The prefix is in a {type(cache).__name__}; prefill it with the compiled backbone."
@@ -118,13 +138,16 @@ class CompiledBackbone(nn.Module):
                 f"{k} tokens after {cache.committed} committed ones exceed the block of "
                 f"{self.block_length}."
             )
-        depth = check_depth(depth, self.num_layers)
-        if depth in self.exits:
-            self.exits[depth].check(cache.committed)
-        cache.place(k, shallow=depth < self.num_layers)
+        return cache
+
+    def _forward(
+        self, forward: Callable[..., Any], prefix: Prefix, tokens: Tensor, *more: int
+    ) -> Tensor:
+        """Run compiled code on `tokens` (B, k), filled up to a window."""
+        rows, k = tokens.shape
         filled = torch.zeros(rows, self._window(k), dtype=torch.int64, device=tokens.device)
         filled[:, :k] = tokens
-        return cast("Tensor", self._run(self._block, prefix, filled, depth)[:, :k])
+        return cast("Tensor", self._run(forward, prefix, filled, *more)[:, :k])
 
     def compile_now(self, prefix: Prefix) -> None:
         """Compile every window, which some chunk would wait for otherwise."""

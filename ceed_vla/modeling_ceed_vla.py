@@ -16,9 +16,8 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
+from ceed_vla.axes import SAVED
 from ceed_vla.backbones.base import runs
-from ceed_vla.backbones.context import load_context, save_context
-from ceed_vla.backbones.exits import load_exits, save_exits
 from ceed_vla.checkpoints.manifest import check_files, held_still
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block, prefill
@@ -178,8 +177,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
         except ConfigError as error:
             raise CheckpointError(f"{folder}: config.json cannot be used ({error}).") from error
         load_weights(policy, folder, strict)
-        load_exits(policy.backbone, folder)
-        load_context(policy.backbone, folder)
+        for saved in SAVED:
+            saved.load(policy.backbone, folder)
         if not policy.backbone.exits:
             CeedVLAConfig.read(folder, "cpu").check_without_exits(folder)
         if meta is not None:
@@ -210,8 +209,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
             )
         self.config._save_pretrained(save_directory)
         save_weights(self, save_directory, state_dict)
-        save_exits(self.backbone, save_directory)
-        save_context(self.backbone, save_directory)
+        for saved in SAVED:
+            saved.save(self.backbone, save_directory)
 
     def to(self, *arguments: Any, **options: Any) -> Any:
         """As torch's; `ConfigError` if there is no such device or type."""
@@ -224,8 +223,9 @@ class CeedVLAPolicy(PreTrainedPolicy):
 
     # what moves or converts it; these are no submodules
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        for own in (*self.backbone.exits.values(), *self.backbone.context):
-            own._apply(fn)
+        for saved in SAVED:
+            for own in saved.modules(self.backbone):
+                own._apply(fn)
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> CeedVLAPolicy:
@@ -262,6 +262,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         frozen: Tensor | None = None,
         read: bool = True,
         on_proven: Callable[[Tensor, int, int], None] | None = None,
+        deadline_s: float | None = None,
     ) -> DecodeResult:
         """Decode one action chunk for every row of a pre-processed batch. Keeps no state.
 
@@ -281,6 +282,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
             read: Turn the tokens into actions; without it malformed chunks of variable length are
                 no error.
             on_proven: See `BlockRequest`; of "ar" and "jacobi", exits included.
+            deadline_s: Time for the block behind the prefill, beside a deadline of the decoding
+                [s].
 
         Returns:
             Tokens (B, n), actions (B, m, A) in the environment's units, forwards, iterations, exit
@@ -296,24 +299,14 @@ class CeedVLAPolicy(PreTrainedPolicy):
         self.check_observation(batch)
         _check_switches(record_states=record_states, read=read)
         config = self.decoding_config(decoding)
-        usual, longest = self.config.n_action_steps, self.config.chunk_size
+        usual = self.config.n_action_steps
         shift_steps = usual if shift_steps is None else shift_steps
         executed_steps = usual if executed_steps is None else executed_steps
-        if type(executed_steps) is not int or not 1 <= executed_steps <= longest:
-            raise ConfigError(
-                f"executed_steps is {short(executed_steps)}; it must be in [1, {longest}]."
-            )
-        if not isinstance(generator, torch.Generator | None):
-            raise ConfigError(
-                f"generator is a {type(generator).__name__}; pass a torch.Generator or None."
-            )
+        self._check_request(executed_steps, generator)
         started = time.perf_counter()
         with runs(self.backbone):
             prefix = prefill(self.backbone, batch, config)
-            # or its time, and a deadline's, would be that of its launches
-            if prefix.logits.is_cuda:
-                torch.cuda.synchronize(prefix.logits.device)
-            prefilled = time.perf_counter()
+            prefilled = _now(prefix.logits.device)
             result = decode_block(
                 self.backbone,
                 prefix,
@@ -326,11 +319,24 @@ class CeedVLAPolicy(PreTrainedPolicy):
                 generator=generator,
                 record_states=record_states,
                 on_proven=on_proven,
+                deadline_s=deadline_s,
             )
         if read:
             result.actions = self.tokenizer.decode(result.tokens)
-        result.seconds = {"prefill": prefilled - started, "decode": time.perf_counter() - prefilled}
+        decoded = _now(prefix.logits.device)
+        result.seconds = {"prefill": prefilled - started, "decode": decoded - prefilled}
         return result
+
+    def _check_request(self, executed_steps: int, generator: torch.Generator | None) -> None:
+        longest = self.config.chunk_size
+        if type(executed_steps) is not int or not 1 <= executed_steps <= longest:
+            raise ConfigError(
+                f"executed_steps is {short(executed_steps)}; it must be in [1, {longest}]."
+            )
+        if not isinstance(generator, torch.Generator | None):
+            raise ConfigError(
+                f"generator is a {type(generator).__name__}; pass a torch.Generator or None."
+            )
 
     def decoding_config(self, decoding: str | DecodingConfig) -> DecodingConfig:
         """Resolve a decoder's name for this checkpoint."""
@@ -432,6 +438,13 @@ class CeedVLAPolicy(PreTrainedPolicy):
     ) -> tuple[Tensor, dict[str, float]]:
         """Loss of the teacher and its parts; see `ceed_vla.supervision.teacher_loss`."""
         return teacher_loss(self, batch, reduction)
+
+
+def _now(device: torch.device) -> float:
+    """The time [s], when the device has done what was launched: a deadline counts from there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _check_switches(**switches: object) -> None:

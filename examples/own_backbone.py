@@ -76,8 +76,8 @@ class OwnBackbone(TrainableBackbone):
         return x + self.places[: x.shape[1]]
 
     # (B, t, d)
-    def run(self, x: Tensor, cache: KVCache | None = None, depth: int | None = None) -> Tensor:
-        for i, layer in enumerate(self.layers[:depth]):
+    def run(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        for i, layer in enumerate(self.layers):
             q, k, v = layer.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             if cache is not None:
                 k, v = cache.write(i, k, v)  # all so far: (B, H, T, d / H)
@@ -105,13 +105,10 @@ class OwnBackbone(TrainableBackbone):
         cache.seal_prefix(x.shape[1])
         return Prefix(logits, cache)
 
-    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        # (B, k) -> (B, k, V)
+    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:  # (B, k) -> (B, k, V)
         start = prefix.cache.committed
-        k = tokens.shape[1]
-        return self.head(
-            self.run(self.tokens(tokens) + self.slots[start : start + k], prefix.cache, depth)
-        )
+        slots = self.slots[start : start + tokens.shape[1]]
+        return self.head(self.run(self.tokens(tokens) + slots, prefix.cache))
 
     def packed_logits(
         self, embeddings: Tensor, blocks: Sequence[Tensor]

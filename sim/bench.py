@@ -9,18 +9,15 @@ faster one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 import ceed_vla.sim.rivals
-from ceed_vla.backbones.compact.config import CompactConfig
-from ceed_vla.backbones.context import CONTEXT
-from ceed_vla.backbones.exits import described_exits
+from ceed_vla.axes import AXES
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.fields import chosen
@@ -36,14 +33,13 @@ BENCH = "bench.json"
 TABLE = "bench.md"
 PARETO = "pareto.png"
 ROWS = (
-    "jacobi,jacobi_h,jacobi_mid,jacobi_random,ngram8_h,pdvla,cap1,cap2,cap3,cap4,cap2_fresh,cap3_fresh,ceed,"
+    "jacobi,jacobi_h,jacobi_mid,jacobi_random,cap1,cap2,cap3,cap4,cap2_fresh,cap3_fresh,ceed,"
     "conf0.2_cap2_fresh,gap0.2_cap2,deadline8"
 )
 TEACHER_ROWS = (
-    "teacher_ar_h,teacher_jacobi_h,teacher_cap1,teacher_cap2,teacher_cap3,teacher_cap2_fresh,teacher_cap3_fresh,"
-    "teacher_cap4_fresh,teacher_from_cap1"
+    "teacher_ar_h,teacher_jacobi_h,teacher_cap1,teacher_cap2,teacher_cap3,teacher_cap2_fresh,"
+    "teacher_cap3_fresh,teacher_cap4_fresh"
 )
-CONTEXT_ROW = "keep24_conf0.2_cap2"  # of a policy with a scorer of prefix tokens
 
 
 @dataclass
@@ -79,10 +75,12 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             for name in usual_rows(policy)
             if config.workers == 1 or not name.startswith("deadline")
         ]
-        rows = [*usual, *policy.decodings, *depth_rows(*described_exits(folder))]
-        rows += [CONTEXT_ROW] * (folder / CONTEXT).is_file()
-        rows += program_rows(policy)
-        config.decoders = ",".join([*rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
+        rows = [*usual, *policy.decodings]
+        for axis in AXES.values():
+            rows += axis.bench_rows(policy, folder)
+        if config.teacher.path:
+            rows.append(TEACHER_ROWS)
+        config.decoders = ",".join(rows)
     config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them
     own = (BENCH, TABLE, PARETO)
     with claimed_folder("output_dir", config.output_dir, own, (REPORT, EPISODES)) as folder:
@@ -104,36 +102,9 @@ def _bench(config: BenchConfig, folder: Path) -> dict[str, Any]:
 
 
 def usual_rows(policy: CeedVLAConfig) -> list[str]:
-    """What every policy of its kind can: PD-VLA's mask is the compact backbone's, FAST tokens have
-    no neighbours.
-    """
-    ordered = policy.action_tokens.ordered
-    compact = isinstance(policy.backbone, CompactConfig)
-    left_out = (*("ngram", "conf") * (not ordered), *("pdvla",) * (not (ordered and compact)))
+    """What every policy of its kind can: FAST tokens have no neighbours."""
+    left_out = () if policy.action_tokens.ordered else ("conf",)
     return [name for name in ROWS.split(",") if not name.startswith(left_out)]
-
-
-def depth_rows(kind: str, depths: Sequence[int]) -> list[str]:
-    """What a policy with exits can: Balcony's and ASE's, DSSD's, DeeR-VLA's, LayerSkip's,
-    Spec-VLA's and DEL's.
-    """
-    rows = [f"depth{depth}_cap2_fresh" for depth in depths]
-    if kind == "linear":
-        rows += [f"sure{depth}p0.2_conf0.2_cap2" for depth in depths[1:]]
-    if kind in ("linear", "coarse"):
-        rows += [
-            f"deer{upper}t3_conf0.2_cap2" for lower, upper in pairwise(depths) if upper == lower + 1
-        ]
-    if kind == "linear":
-        rows += [f"spec{depths[0]}x4", f"spec{depths[0]}x4r2", "del"]
-    return rows
-
-
-def program_rows(config: CeedVLAConfig) -> list[str]:
-    """CoLa's: a first forward without the last layer but one, where the backbone runs programs."""
-    layers = config.backbone.layers if isinstance(config.backbone, CompactConfig) else 0
-    program = "-".join(str(i) for i in range(layers) if i != layers - 2)
-    return [f"program{program}_cap2"] * (2 < layers <= 16)  # more make no name
 
 
 def floor(report: Mapping[str, Any], model: str) -> float:

@@ -11,16 +11,13 @@ from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.names import named_config, names_help
 from ceed_vla.errors import ConfigError
 
-TEACHER_PREFIX, DRAFT_PREFIX = "teacher_", "teacher_from_"
+TEACHER_PREFIX = "teacher_"
 HONEST_RIVALS = {  # rows of every table with a teacher, and what they show
     "teacher_ar": "the teacher token by token",
     "teacher_cap4": "what the teacher reaches in 4 forwards without distillation",
 }
 ONLY = "only="  # before a name of --decoders: the rivals are not added
-DECODERS = (
-    f"{names_help()}; all with {TEACHER_PREFIX} in front, or {DRAFT_PREFIX}: the teacher's exact "
-    "chunk, begun from the policy's"
-)
+DECODERS = f"{names_help()}; all with {TEACHER_PREFIX} in front"
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,6 @@ class Row:
     decoding: DecodingConfig  # the decoding with every field resolved
     delay: int = 0  # control steps that pass while a chunk is decoded
     suffix: str = ""  # what the name says of the delay
-    draft: str = ""  # the policy's decoding from whose chunk the teacher begins; "" for none
 
     def delayed(self, milliseconds: float, fps: int, suffix: str = "") -> Row:
         """This row where a chunk takes so long, rounded up to whole control steps; itself for 0."""
@@ -59,7 +55,7 @@ def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
     if not names:
         raise ConfigError(f"--decoders is empty; name at least one of {DECODERS}.")
     for name in names:
-        named_config(name.removeprefix(DRAFT_PREFIX).removeprefix(TEACHER_PREFIX))
+        named_config(name.removeprefix(TEACHER_PREFIX))
         if name.startswith(TEACHER_PREFIX) and not has_teacher:
             raise ConfigError(
                 f"Decoder {name!r} needs the teacher; pass --teacher.path=<checkpoint folder>."
@@ -87,7 +83,6 @@ def resolve_rows(names: Sequence[str], configs: dict[str, Any]) -> list[Row]:
     rows = []
     for name in names:
         model = "teacher" if name.startswith(TEACHER_PREFIX) else "policy"
-        draft = name.removeprefix(DRAFT_PREFIX) if name.startswith(DRAFT_PREFIX) else ""
-        decoding = "jacobi_h" if draft else name.removeprefix(TEACHER_PREFIX)
-        rows.append(Row(name, model, configs[model].named(decoding), draft=draft))
+        decoding = configs[model].named(name.removeprefix(TEACHER_PREFIX))
+        rows.append(Row(name, model, decoding))
     return rows

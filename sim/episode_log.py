@@ -126,11 +126,7 @@ class EpisodeLog:
             for n, row in self.identity["decoders"].items()
             if theirs["decoders"].get(n) == row
         }
-        return {
-            n: found[n]
-            for n, row in same.items()
-            if {row["model"], *["policy"] * ("draft" in row)} <= models
-        }
+        return {name: found[name] for name, row in same.items() if row["model"] in models}
 
     def start(self, results: Results) -> None:
         """Write a file of `results`."""

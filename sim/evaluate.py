@@ -342,10 +342,11 @@ def _identity(
         "policy": fingerprint(config.policy.path),
         "teacher": fingerprint(config.teacher.path) if config.teacher.path else None,
         "decoders": {
-            row.name: (
-                {"model": row.model, **asdict(row.decoding)}
-                | {name: getattr(row, name) for name in ("delay", "draft") if getattr(row, name)}
-            )
+            row.name: {
+                "model": row.model,
+                **asdict(row.decoding),
+                **({"delay": row.delay} if row.delay else {}),
+            }
             for row in rows
         },
     }
@@ -362,7 +363,7 @@ def _whole_shards(config: EvalConfig, rows: Sequence[Row], results: Results) -> 
     whole shard.
     """
     for row in rows:
-        if "random" in (row.decoding.guess, row.draft.rpartition("_")[2]):
+        if row.decoding.guess == "random":
             done = {episode.seed for episode in results[row.name]}
             whole = {
                 seed

@@ -33,10 +33,9 @@ from ceed_vla.sim.evaluate import EvalConfig, shard_runner, shards
 from ceed_vla.sim.grounding import GroundingConfig, grounding
 from ceed_vla.sim.record import record, recorded_policy
 from ceed_vla.sim.recording.config import RecordConfig
-from ceed_vla.sim.serial_groups import SerialGroups
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
-from ceed_vla.workers import MOST, Workers
+from ceed_vla.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -104,24 +103,6 @@ class TeacherSimulation(StudentSimulation):
             "privileged": known,
             "localisation": located if self.grounding_gate and known else None,
         }
-
-
-@dataclass
-class ReinforceSimulation:
-    """The flags by which `reinforce` uses a simulator.
-
-    Attributes:
-        env: Where episodes run; it has ``snapshot`` and what goes with it, see
-            `ceed_vla.sim.environment`.
-        workers: Processes that share them.
-    """
-
-    env: EnvConfig = field(default_factory=mixed_tabletop)
-    workers: int = ranged(PROCESSES, MOST)
-
-    def arguments(self) -> dict[str, Any]:
-        """What the command's function takes besides the configuration."""
-        return {"rollouts": SerialGroups(self.env, self.workers)}
 
 
 def localisation(env: EnvConfig, policy: Path, instruction: str = "") -> dict[str, float]:

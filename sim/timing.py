@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.decoding.registry import find_decoder
 from ceed_vla.engine import CompiledBackbone, compiled
 from ceed_vla.sim.decoders import Row
-from ceed_vla.sim.drafted import DraftedRunner
 from ceed_vla.sim.environment import Bundle, EnvPool, observation_batch
 from ceed_vla.sim.rollout import PolicyRunner, drive
 from ceed_vla.tensors import check_tokens
@@ -154,11 +152,7 @@ def bare_parts(bundle: Bundle) -> Probe:
 
 def engines_of(decoding: DecodingConfig, engines: Sequence[str]) -> Sequence[str]:
     """Those of `engines` that a decoder can run in."""
-    return (
-        ("eager",)
-        if getattr(find_decoder(decoding.method)[0].make, "eager_only", False)
-        else engines
-    )
+    return ("eager",) if not decoding.decoder.compiles else engines
 
 
 def in_engine(bundle: Bundle, engine: str) -> Bundle:
@@ -178,9 +172,6 @@ def make_runner(
     run.
     """
     generator = torch.Generator().manual_seed(row.decoding.seed)
-    if row.draft:
-        draft = PolicyRunner(bundles["policy"], row.draft, generator, executed_steps, row.delay)
-        return DraftedRunner(bundles[row.model], draft, executed_steps, row.delay)
     return PolicyRunner(bundles[row.model], row.decoding, generator, executed_steps, row.delay)
 
 

@@ -375,7 +375,7 @@ def test_tokenizers(tmp_path: Path) -> None:
 
 
 def test_groups(tmp_path: Path) -> None:
-    from ceed_vla.training.reinforce import read_groups
+    from ceed_vla.training.axes.learned import read_groups
 
     good = tmp_path.parent / f"{tmp_path.name}-groups"
     good.mkdir()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ceed_vla.axes import SAVED
 from ceed_vla.checkpoints import save
 from ceed_vla.data.files import is_whole
 from ceed_vla.devices import check_device
@@ -150,8 +151,10 @@ class Run:
         self.post = post
         if check := getattr(self.closed_loop, "check", None):
             check(policy.config)
-        policy.config.forget()  # nor do exits and scorer say anything of the weights that come
-        policy.backbone.exits, policy.backbone.context = {}, ()
+        # Its own decodings, exits and scorer do not apply to the new weights.
+        policy.config.forget()
+        for saved in SAVED:
+            saved.detach(policy.backbone)
         if self.settings.gradient_checkpointing:
             policy.backbone.recompute_activations()
         if not any(parameter.requires_grad for parameter in policy.parameters()):

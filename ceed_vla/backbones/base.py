@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ceed_vla.cache import BlockCache, StaticCache
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
-from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
 
 
@@ -25,7 +24,7 @@ class Prefix[C: BlockCache]:
 
     logits: Tensor  # scores (B, V) of the first action token
     cache: C  # keys and values of the prefix; decoders write the block behind them
-    # tokens that were left out of it (`ceed_vla.backbones.context`)
+    # Tokens that were left out of it.
     dropped: int = field(default=0, kw_only=True)
 
     def moved(self, cache: StaticCache) -> Prefix[Any]:
@@ -33,36 +32,33 @@ class Prefix[C: BlockCache]:
         return replace(cast("Prefix[Any]", self), cache=cache, logits=self.logits.clone())
 
 
-@dataclass
-class CutPrefix(Prefix[Any]):
-    """A prefix that only the first layers have seen; its logits are their exit's."""
-
-    depth: int  # so many
-    hidden: Tensor  # what they made of it, for the layers that follow
-
-
 class Backbone(Protocol):
-    """A causal model over a block of action tokens."""
+    """A causal model over a block of action tokens.
 
-    block_length: int  # tokens ``n`` of one block
-    vocabulary_size: int  # action values ``V`` of one token. No other token has a score
-    num_layers: int  # layers of a full forward
+    What else a model may offer is in `ceed_vla.backbones.capabilities`.
+
+    Attributes:
+        block_length: Tokens ``n`` of one block.
+        vocabulary_size: Action values ``V`` of one token. No other token has a score.
+        num_layers: Layers of a forward.
+    """
+
+    block_length: int
+    vocabulary_size: int
+    num_layers: int
 
     @abc.abstractmethod
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         """Run the prefix of every row once."""
 
     @abc.abstractmethod
-    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
         """Score the successors of `tokens`.
 
         Args:
-            prefix: From `prefill`, which runs all layers.
+            prefix: From `prefill`.
             tokens: (B, k) in ``[0, V)``, in the block slots ``c .. c + k - 1`` with ``c =
                 prefix.cache.committed``.
-            depth: Run only so many of the first layers, then final norm and head; None runs all.
-                The cache of the others is not touched, and nothing can be committed before a pass
-                through all.
 
         Returns:
             Logits (B, k, V). Output ``i`` depends on the prefix, the committed tokens and
@@ -81,11 +77,8 @@ class TrainableBackbone(nn.Module, Backbone):
             adds; or None.
         augmented_images: Keys of image tensors (B, 3, H, W) in [0, 1] that training shifts and
             brightens.
-        cuts: Whether it has `prefill_to`, `extend` and `continue_block`.
-        exits: Depth -> `ceed_vla.backbones.exits.DepthExit`, which reads it; they are no part of
-            the model's weights.
-        context: The `ceed_vla.backbones.context.ContextScorer` that chooses prefix tokens, if there
-            is one; as these.
+        exits: Depth -> module that reads the hidden vectors behind it; no part of the weights.
+        context: The module that chooses prefix tokens, if there is one; no part of the weights.
         referenced: Names of the weights that a checkpoint leaves in the folder they were read from.
         compilable: What `ceed_vla.engine` may compile, of "prefill" and "block", which runs on a
             `StaticCache` too.
@@ -95,15 +88,15 @@ class TrainableBackbone(nn.Module, Backbone):
     early_auxiliary: nn.Module | None
     augmented_images: tuple[str, ...] = ()
     compilable: tuple[str, ...] = ()
-    cuts: bool = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.auxiliary = self.early_auxiliary = (
-            None  # attributes of the class would hide submodules
-        )
-        self.exits: dict[int, Any] = {}  # a dictionary, whose modules are not registered
-        self.context: tuple[Any, ...] = ()  # and neither are a tuple's
+        # Attributes of the class would hide submodules.
+        self.auxiliary = None
+        self.early_auxiliary = None
+        # Modules in a dictionary or tuple are not registered.
+        self.exits: dict[int, Any] = {}
+        self.context: tuple[Any, ...] = ()
         self.referenced: list[str] = []
 
     @abc.abstractmethod
@@ -120,81 +113,14 @@ class TrainableBackbone(nn.Module, Backbone):
 
     @abc.abstractmethod
     def packed_logits(
-        self, embeddings: Any, blocks: Sequence[Tensor], depth: int | None = None
+        self, embeddings: Any, blocks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of `blocks` (B, n) behind one prefix of `embed_prefix`; they do not
         see each other.
 
-        With a `depth` they are those of its exit. Returns the hidden vector (B, d) that predicts
-        slot 0, and for every block logits (B, n, V) that predict its own tokens 0..n-1.
+        Returns the hidden vector (B, d) that predicts slot 0, and for every block logits (B, n, V)
+        that predict its own tokens 0..n-1.
         """
-
-    def prefill_to(self, observation: dict[str, Tensor], depth: int) -> CutPrefix:
-        """Run the prefix through the first `depth` layers; `ConfigError` where it is not cut."""
-        raise ConfigError(
-            f"{type(self).__name__} runs a prefix through all layers at once (`prefill_to`)."
-        )
-
-    def extend(self, prefix: CutPrefix) -> Prefix:
-        """Run a cut prefix through the other layers; it may not be used any more."""
-        raise NotImplementedError
-
-    def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
-        """What `block_logits` gives for the tokens of a forward that ended at `depth`, behind the
-        extended prefix.
-        """
-        raise NotImplementedError
-
-    def prefix_tokens(self, embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, P, d) of what `embed_prefix` made; which (B, P) may go, equally many a row;
-        and which stay.
-        """
-        raise ConfigError(
-            f"{type(self).__name__} runs all tokens of a prefix (`prefix_tokens`); leave out "
-            "keep<K>."
-        )
-
-    def keep_tokens(self, embeddings: Any, kept: Tensor) -> Any:
-        """What `embed_prefix` made, of the tokens `kept` (B, K) alone, in order and each at its own
-        position.
-        """
-        raise NotImplementedError
-
-    def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:
-        """The layers, the norm behind the last one, and the width ``d``; `ConfigError` where exits
-        cannot be.
-        """
-        raise ConfigError(
-            f"{type(self).__name__} has no exits (`exit_parts`): every forward runs all of its "
-            "layers."
-        )
-
-    def coarse_branch(self) -> nn.Module:
-        """A new `CoarseBranch` for an exit that `DepthExit.beside` shows the block; `ConfigError`
-        where none can be.
-        """
-        raise ConfigError(
-            f"{type(self).__name__} has no exits of kind coarse (`coarse_branch`); train linear "
-            "ones."
-        )
-
-    def depth_logits(
-        self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
-    ) -> tuple[list[Tensor], Tensor]:
-        """As `block_logits` at each of the `depths`, in ascending order, from one forward to the
-        last of them.
-
-        Linear exits only. The second is what `continue_block` goes on with.
-        """
-        raise ConfigError(
-            f"{type(self).__name__} reads no forward at several depths (`depth_logits`)."
-        )
-
-    def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
-        """As `block_logits`, through the layers of a `check_program`, in its order; nothing of it
-        can be committed.
-        """
-        raise ConfigError(f"{type(self).__name__} runs no programs of layers (`program_logits`).")
 
     def recompute_activations(self) -> None:
         """Keep only the layers' inputs for the backward pass (gradient checkpointing);
@@ -212,25 +138,6 @@ class TrainableBackbone(nn.Module, Backbone):
     def distillation_parameters(self) -> list[str]:
         """Names of the parameters that learn in distillation; the others make `embed_prefix`."""
         return [name for name, _ in self.named_parameters()]
-
-
-def check_depth(depth: int | None, layers: int) -> int:
-    """`depth`, or all `layers` if None; raises `ConfigError` outside [1, layers]."""
-    if depth is not None and not (isinstance(depth, int) and 1 <= depth <= layers):
-        raise ConfigError(f"depth is {depth!r}; it must be whole layers, in [1, {layers}].")
-    return layers if depth is None else depth
-
-
-def check_program(program: Sequence[int], layers: int) -> Sequence[int]:
-    """`program`; raises `ConfigError` unless it lists 1 to twice the `layers`, each in [0, layers -
-    1].
-    """
-    if not 1 <= len(program) <= 2 * layers or not all(
-        isinstance(i, int) and 0 <= i < layers for i in program
-    ):
-        allowed = f"1 to {2 * layers} layers, of 0 to {layers - 1}"
-        raise ConfigError(f"The program is {short(list(program))}; it must list {allowed}.")
-    return program
 
 
 def check_features(

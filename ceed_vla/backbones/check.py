@@ -8,7 +8,8 @@ import torch
 from lerobot.utils.constants import OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
-from ceed_vla.backbones.base import TrainableBackbone
+from ceed_vla.backbones.base import Prefix, TrainableBackbone
+from ceed_vla.backbones.capabilities import ReadsDepths, offers, require
 from ceed_vla.decoding import BlockRequest, DecodingConfig, decode_autoregressive, decode_jacobi
 from ceed_vla.errors import ConfigError
 
@@ -53,15 +54,8 @@ def check_backbone(
             "a block that is not causal, or a cache",
         )
     prefix.cache.roll_back()
-    shallow = backbone.block_logits(prefix, greedy[:, : n - 1], depth=1)
-    prefix.cache.roll_back()
-    if backbone.num_layers > 1 and torch.equal(
-        shallow, backbone.block_logits(prefix, greedy[:, : n - 1])
-    ):
-        raise ConfigError(
-            f"block_logits gives the same behind 1 of {backbone.num_layers} layers: it ignores "
-            "depth."
-        )
+    if backbone.num_layers > 1 and offers(backbone, ReadsDepths):
+        _check_depths(backbone, prefix, greedy)
     again = decode_autoregressive(backbone, prefix, GREEDY).tokens
     compared += _compare(
         again, greedy, "a prefix that was used before", "a cache that is not rolled back"
@@ -101,6 +95,18 @@ def check_untrained(
         OBS_LANGUAGE_TOKENS: torch.randint(1, 256, (rows, instruction_tokens)),
     }
     return check_backbone(backbone, observation, action_dim=config.action_dim)
+
+
+def _check_depths(backbone: TrainableBackbone, prefix: Prefix, greedy: Tensor) -> None:
+    """Raise `ConfigError` if a pass through the first layer gives the scores of all layers."""
+    tokens = greedy[:, : backbone.block_length - 1]
+    shallow = require(backbone, ReadsDepths, "The check").shallow_logits(prefix, tokens, 1)
+    prefix.cache.roll_back()
+    if torch.equal(shallow, backbone.block_logits(prefix, tokens)):
+        raise ConfigError(
+            f"shallow_logits gives the same behind 1 of {backbone.num_layers} layers: it ignores "
+            "depth."
+        )
 
 
 def _compare(tokens: Tensor, greedy: Tensor, route: str, suspects: str) -> int:

@@ -1,27 +1,34 @@
-"""Decoding of action blocks: greedy autoregressive, and Jacobi with early exit; one file a decoder.
+"""Decoding of action blocks: greedy autoregressive, and Jacobi with early exit.
 
-prefix = backbone.prefill(observation) result = decode_block(backbone, prefix, tokens, "cap2",
-previous=last.tokens, shift_steps=4, executed_steps=4)
+    prefix = backbone.prefill(observation)
+    result = decode_block(
+        backbone, prefix, tokens, "cap2", previous=last.tokens, shift_steps=4, executed_steps=4
+    )
+
+Reading order: `config` (how to decode), `names` (the name of a decoding), `request` (one block),
+`autoregressive`, `jacobi`, `exits` (what ends it early), `result`. The axes of early exit register
+their decoders in `ceed_vla.axes`; this package knows none of them.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import time
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
+from ceed_vla.backbones.capabilities import Compiled, offers, require
 from ceed_vla.decoding.autoregressive import decode_autoregressive
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.exits import ExitRule, Seen
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.names import named_config
 from ceed_vla.decoding.registry import (
+    Decoder,
+    Numbers,
+    Options,
     decoder_ladders,
     exit_ladders,
     find_decoder,
@@ -35,22 +42,44 @@ from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 from ceed_vla.tokens.grammar import GrammarBackbone
 
-# each registers what it holds; another can be added, or deleted
-for _file in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_file.name}")
+__all__ = [
+    "BlockRequest",
+    "DecodeResult",
+    "Decoder",
+    "DecodingConfig",
+    "ExitRule",
+    "Numbers",
+    "Options",
+    "Seen",
+    "decode_autoregressive",
+    "decode_block",
+    "decode_jacobi",
+    "decoder_ladders",
+    "exit_ladders",
+    "find_decoder",
+    "named_config",
+    "prefill",
+    "register_decoder",
+    "register_exit",
+]
 
 
 def prefill(backbone: Backbone, batch: dict[str, Tensor], config: DecodingConfig) -> Prefix:
-    """Run the prefix, as the decoder has it made: by its ``prefill(backbone, batch, options)``, or
-    whole.
+    """Run the prefix as the decoder wants it; whole, where it does not say.
+
+    Raises:
+        ConfigError: The decoder does not run on this backbone.
     """
-    entry, options = find_decoder(config.method)
-    if getattr(entry.make, "eager_only", False) and hasattr(backbone, "compile_now"):
+    decoder = config.decoder
+    if not decoder.compiles and offers(backbone, Compiled):
         raise ConfigError(
             f"{config.method} runs eagerly only; use the backbone that was not compiled."
         )
-    own = getattr(entry.make, "prefill", None)
-    return backbone.prefill(batch) if own is None else cast("Prefix", own(backbone, batch, options))
+    for capability in decoder.needs:
+        require(backbone, capability, config.method)
+    if decoder.prefill is None:
+        return backbone.prefill(batch)
+    return decoder.prefill(backbone, batch, config.options)
 
 
 def decode_block(
@@ -66,15 +95,28 @@ def decode_block(
     generator: torch.Generator | None = None,
     record_states: bool = False,
     on_proven: Callable[[Tensor, int, int], None] | None = None,
+    deadline_s: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> DecodeResult:
-    """Make the guess that a decoding names (`ceed_vla.decoding.names`) and decode one block from
-    it.
+    """Make the guess that a decoding names (`ceed_vla.decoding.names`) and decode one block.
 
-    The `prefix`, of ``backbone.prefill``, may be decoded several times. `previous` are tokens (B,
-    n) of the last chunk (rows of -1 have none), of which `shift_steps` were executed since. Random
-    guesses are drawn from `generator`; a new one from ``config.seed`` if None, so that equal calls
-    give equal guesses; see `BlockRequest`. No actions come.
+    A `prefix` of ``backbone.prefill`` may be decoded several times. The result has no actions.
+
+    Args:
+        backbone: The model.
+        prefix: What the block is decoded behind.
+        tokens: The action vocabulary.
+        decoding: A name, or what it stands for.
+        previous: Tokens (B, n) of the chunk before; rows of -1 have none.
+        shift_steps: Steps of it that were executed since.
+        executed_steps: See `BlockRequest`.
+        frozen: See `BlockRequest`.
+        generator: Source of random guesses; a new one from ``config.seed`` if None, so that equal
+            calls give equal guesses.
+        record_states: See `BlockRequest`.
+        on_proven: See `BlockRequest`.
+        deadline_s: See `BlockRequest`.
+        clock: See `BlockRequest`.
 
     Raises:
         ConfigError: Settings that do not fit the block.
@@ -93,7 +135,6 @@ def decode_block(
     elif previous is not None:  # token by token it is not read
         shape = (len(prefix.logits), tokens.block_length)
         check_tokens(previous, "The previous chunk", shape, tokens.vocabulary_size, none=True)
-    entry, options = find_decoder(config.method)
     request = BlockRequest(
         config=config,
         guess=guess,
@@ -106,10 +147,10 @@ def decode_block(
         readable=tokens.readable if tokens.stop is not None else None,
         record_states=record_states,
         on_proven=on_proven,
-        options=options,
+        deadline_s=deadline_s,
         clock=clock,
     )
-    result = entry.make(backbone, prefix, request)
+    result = config.decoder.decode(backbone, prefix, request)
     if not isinstance(result, DecodeResult):
         raise ConfigError(
             f"The decoder {config.method!r} returned a {type(result).__name__}, not a DecodeResult."

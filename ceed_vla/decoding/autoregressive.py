@@ -1,5 +1,5 @@
-"""Greedy autoregressive decoding: the reference. Cached, one token a forward, no look at the
-host.
+"""Greedy autoregressive decoding, the reference: cached, one token a forward, without a transfer
+to the host until its end.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.decoding.finite import check_rows, row_sums
+from ceed_vla.decoding.host import check_rows, row_sums
 from ceed_vla.decoding.registry import register_decoder
-from ceed_vla.decoding.request import BlockRequest, after_stop
+from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
 
 
@@ -31,50 +31,45 @@ def decode_autoregressive(
         ConfigError: More executed steps than the block has.
         NotFiniteError: Scores of a row are NaN or infinite.
     """
-    started = request.clock()
     stop = request.stop
-    batch = prefix.logits.shape[0]
     n = backbone.block_length
     tokens, given, wanted = request.begin(backbone, prefix, guessed=False)  # (B, n)
-
-    # Scores (B, V) of the first slot that is free.
+    free = max(given, 1)  # the first slot that takes a forward
+    # Scores (B, V) of the first free slot.
     first = _next_scores(backbone, prefix, tokens[:, :given]) if given else prefix.logits
-    # scores, looked at once, at the end
-    best = torch.empty(batch, n, dtype=first.dtype, device=first.device)
+    best = torch.empty(len(tokens), n, dtype=first.dtype, device=first.device)
     torch.max(first, -1, out=(best[:, given], tokens[:, given]))
     states = [tokens.clone()] if request.record_states else None
     slot = given + 1
     while slot < wanted:
+        # The only transfer in the loop, where there is a stop token.
         if stop is not None and (tokens[:, :slot] == stop).any(1).all():
-            break  # The only look at the host, where there is a stop token.
+            break
         logits = _next_scores(backbone, prefix, tokens[:, slot - 1 : slot])
         torch.max(logits, -1, out=(best[:, slot], tokens[:, slot]))
         slot += 1
         if states is not None:
             states.append(tokens.clone())
         if request.on_proven is not None and slot % (request.tokens_per_step or n) == 0:
-            check_rows(row_sums(best[:, given:slot], backbone).cpu().numpy())
-            request.on_proven(tokens, slot, slot - max(given, 1))
+            check_rows(row_sums(best[:, given:slot]).cpu().numpy())
+            request.on_proven(tokens, slot, slot - free)
 
-    check_rows(row_sums(best[:, given:slot], backbone).cpu().numpy())
-    ended = torch.zeros(batch, dtype=torch.bool)  # (B,) rows with a stop token
-    iterations = torch.full((batch,), slot - max(given, 1))
+    check_rows(row_sums(best[:, given:slot]).cpu().numpy())
+    ended = torch.zeros(len(tokens), dtype=torch.bool)  # (B,) rows with a stop token
+    iterations = torch.full((len(tokens),), slot - free)
     if stop is not None:
         ended = (tokens[:, :slot] == stop).any(1).cpu()
         tokens[:, slot:] = stop
-        tokens, states = after_stop(stop, tokens, states)
+        tokens, states = request.finished(tokens, states)
         iterations = iterations.where(~ended, (tokens != stop).sum(1).cpu())
-    if tokens.is_cuda:
-        torch.cuda.synchronize(tokens.device)  # or the time below would be that of the launches
     return DecodeResult(
         tokens=tokens,
-        forwards=slot - max(given, 1),
+        forwards=slot - free,
         iterations=iterations,
         exit_reason=["stop" if row else "complete" for row in ended.tolist()],
-        exact_tokens=torch.full((batch,), wanted),
-        exact=torch.full((batch,), wanted == n),
+        exact_tokens=torch.full((len(tokens),), wanted),
+        exact=torch.full((len(tokens),), wanted == n),
         states=states,
-        seconds={"decode": request.clock() - started},
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from ceed_vla.decoding.registry import find_decoder, find_exit
+from ceed_vla.decoding.registry import Decoder, find_decoder, find_exit
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ceed_vla.tokens.base import GUESSES
@@ -55,9 +57,9 @@ class DecodingConfig:
         if isinstance(self.exits, list):
             object.__setattr__(self, "exits", tuple(self.exits))
         check_fields(self)
-        find_decoder(self.method)
+        _ = self.decoder, self.options
         for name in self.exits:
-            if field := find_exit(name)[0].make.field:
+            if field := find_exit(name).rule.field:
                 raise ConfigError(f"exits has {name!r}, whose place is {field}; set that.")
         if self.window is not None and (self.confidence is not None or self.exits):
             raise ConfigError(
@@ -71,6 +73,16 @@ class DecodingConfig:
                 'set. Use watch "executed" to decode fewer tokens, or method "jacobi".'
             )
 
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The decoder that `method` names."""
+        return find_decoder(self.method)
+
+    @cached_property
+    def options(self) -> Any:
+        """What `method` says beside the kind of decoder; see `Decoder.options`."""
+        return self.decoder.parse(self.method)
+
     @property
     def relaxations(self) -> list[str]:
         """Settings that may end decoding before the fixed point."""
@@ -82,6 +94,5 @@ class DecodingConfig:
         """Whether the result is the autoregressive greedy block for certain: nothing relaxes
         anything.
         """
-        entry, options = find_decoder(self.method)
-        relaxes = getattr(entry.make, "relaxes", None)
-        return not self.relaxations and self.watch == "block" and not (relaxes and relaxes(options))
+        relaxed = self.relaxations or self.watch != "block" or self.decoder.relaxes(self.options)
+        return not relaxed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ceed_vla.decoding.registry import find_exit, register_exit
-from ceed_vla.errors import ConfigError, raised_as
+from ceed_vla.errors import ConfigError
 
 if TYPE_CHECKING:
     from ceed_vla.decoding.config import DecodingConfig
@@ -41,7 +42,7 @@ class Seen:
 
 
 class ExitRule(abc.ABC):
-    """Ends rows early."""
+    """Ends rows early. It is made once for a decoding and keeps no state."""
 
     reason: ClassVar[str]  # what `DecodeResult.exit_reason` says of rows that it ended
     # Setting of `DecodingConfig` that holds its option, made by `kind`; rules without are in
@@ -190,15 +191,17 @@ class Deadline(ExitRule):
         return seen.elapsed_s + seen.iteration_s > self.deadline_s
 
 
-def exit_rules(config: DecodingConfig, ordered: bool = True) -> list[ExitRule]:
+def exit_rules(config: DecodingConfig, ordered: bool = True) -> tuple[ExitRule, ...]:
     """The rules of `config`, in the order in which they give their reason.
 
-    `ConfigError` for a rule that compares neighbouring tokens, and tokens that are not `ordered`.
+    Args:
+        config: The decoding.
+        ordered: Whether neighbouring tokens stand for neighbouring actions.
+
+    Raises:
+        ConfigError: A rule that compares neighbouring tokens, for tokens that are not ordered.
     """
-    rules: list[ExitRule] = [] if config.confidence is None else [Confidence(config.confidence)]
-    rules += [entry.make(**options) for entry, options in map(find_exit, config.exits)]
-    rules += [] if config.max_iterations is None else [Cap(config.max_iterations)]
-    rules += [] if config.deadline_s is None else [Deadline(config.deadline_s)]
+    rules = _rules(config)
     wrong = [rule.reason for rule in rules if rule.ordered]
     if wrong and not ordered:
         raise ConfigError(
@@ -208,33 +211,19 @@ def exit_rules(config: DecodingConfig, ordered: bool = True) -> list[ExitRule]:
     return rules
 
 
-def measure(rule: ExitRule, logits: Tensor, tokens: Tensor) -> Tensor | None:
-    """What `rule` measures (B, k), or None; `ConfigError` if it fails, or gives something else."""
-    with raised_as(
-        ConfigError, f"The exit rule {type(rule).__name__} does not work: measure", "correct it."
-    ):
-        measured = rule.measure(logits, tokens)
-        if measured is not None and getattr(measured, "shape", None) != tokens.shape:
-            raise TypeError(
-                f"it gave {type(measured).__name__}, not a tensor {tuple(tokens.shape)}"
-            )
-    return measured
-
-
-def ended(rule: ExitRule, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
-    """Which rows `rule` ends: (B,) bool, or one answer; `ConfigError` if it fails, or gives
-    something else.
-    """
-    with raised_as(
-        ConfigError, f"The exit rule {type(rule).__name__} does not work: ends", "correct it."
-    ):
-        rows = rule.ends(seen, measured)
-        shape = seen.exact.shape
-        if not isinstance(rows, bool) and not (
-            isinstance(rows, np.ndarray) and rows.shape == shape
-        ):
-            raise TypeError(f"it gave {type(rows).__name__}, not a bool or a numpy array {shape}")
-    return rows
+@lru_cache(maxsize=256)  # a robot decodes every chunk with the same ones
+def _rules(config: DecodingConfig) -> tuple[ExitRule, ...]:
+    rules: list[ExitRule] = []
+    if config.confidence is not None:
+        rules.append(Confidence(config.confidence))
+    for name in config.exits:
+        kind = find_exit(name)
+        rules.append(kind.rule(**kind.groups(name)))
+    if config.max_iterations is not None:
+        rules.append(Cap(config.max_iterations))
+    if config.deadline_s is not None:
+        rules.append(Deadline(config.deadline_s))
+    return tuple(rules)
 
 
 def mass_near(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -10,16 +10,19 @@ iterations, is AR's greedy block.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.decoding.exits import ExitRule, Seen, ended, exit_rules, measure
-from ceed_vla.decoding.finite import check_rows, row_sums, to_host
+from ceed_vla.decoding.exit_tracker import ExitTracker
+from ceed_vla.decoding.host import check_rows, row_sums, to_host
 from ceed_vla.decoding.registry import register_decoder
-from ceed_vla.decoding.request import BlockRequest, after_stop
+from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
+from ceed_vla.decoding.rows import Rows
 
 
 @register_decoder("jacobi", "jacobi", "to the fixed point")
@@ -27,12 +30,11 @@ from ceed_vla.decoding.result import DecodeResult
 def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode a block from its guess until every row is at its fixed point or meets an exit rule.
 
-    The first iteration computes the whole block, so its tail is a useful warm start; the next ones
-    stop at the slots that are watched, unless the tail is to be fresh. Rows that are done stay as
-    they are while the others go on. The only look at the host is the convergence test, once an
-    iteration. Several blocks may be decoded behind one prefix: the cache is rolled back at the
-    start. A frozen prefix costs no forward of its own: the first iteration reads it together with
-    the guess behind it, keeps it, and proves the first free token.
+    The first iteration computes the whole block, so that its tail is a useful warm start; the next
+    ones stop at the watched slots, unless the tail is to be fresh. Rows that are done keep their
+    tokens while the others go on. A frozen prefix costs no forward of its own: the first iteration
+    reads it together with the guess behind it, keeps it, and proves the first free token. Several
+    blocks may be decoded behind one prefix, which is rolled back at the start.
 
     Raises:
         TokenError: No guess, or a guess or frozen tokens of another shape or with tokens outside
@@ -40,173 +42,129 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         ConfigError: Executed steps or exit rules that do not fit the block.
         NotFiniteError: Scores of a running row are NaN or infinite.
     """
-    started = last = request.clock()
-    batch = prefix.logits.shape[0]
-    n = backbone.block_length
-    rules = exit_rules(request.config, ordered=request.ordered and request.stop is None)
-    tokens, given, watched = request.begin(backbone, prefix)  # (B, n)
-    best = prefix.logits.amax(-1, keepdim=True)
-    # (B, 1), of all scores so far; the first ones travel with those of an iteration
-    sums = row_sums(best, backbone)
-    host = tokens.cpu().numpy().copy()  # (B, n), the state that the convergence test compares with
-    measured = _first_measures(rules, prefix.logits, tokens[:, :1], watched, given)
-    states = [tokens.clone()] if request.record_states else None
-    # Without frozen tokens the prefix gives token 0; behind them the first free token takes a
-    # forward.
-    rows = Rows(batch, n, max(given, 1))
-    if request.stop is not None:
-        rows.end(host[:, 0] == request.stop, "stop", 0)
+    block = JacobiBlock(backbone, prefix, request)  # y(0), the guess
+    rows = block.rows
+    exits = ExitTracker(
+        request, prefix.logits, block.tokens, rows, watched=block.watched, given=block.given
+    )
+    observers, recorder = request.observers(block.tokens)
+    while (span := block.next_span(prefix)) is not None:
+        # Forward: every slot of the span at once, from the state before.
+        logits, best, new = jacobi_iteration(backbone, prefix, block.tokens, span, rows.running)
+        wanted = exits.measure(logits, new, span.first)
+        # The one transfer to the host.
+        fresh, sums, *measured = to_host(new, block.unchecked + row_sums(best), *wanted)
+        block.check(sums)
+        # Compare with the state before, and accept up to the first slot that changed.
+        moved = block.accept(fresh, span)
+        # Exit: rows that are proven, then rows that are good enough.
+        rows.end_proven(block.watched, block.forwards)
+        exits.end_rows(block.forwards, span.first, moved, measured)
+        for observe in observers:
+            observe(block.tokens, rows.exact, block.forwards)
+        block.commit(prefix)
+    return block.result(recorder.states if recorder else None)
 
-    def readable() -> np.ndarray:
-        return (
-            np.ones(batch, dtype=bool)
-            if request.readable is None
-            else request.readable(tokens).cpu().numpy()
-        )
 
-    last_slot = n if request.config.tail == "fresh" else watched
-    window = request.config.window or n
-    # slots [0, end) are computed
-    end = min(n, max(given, 1) + window)
-    forwards = 0
-    while end > max(given, 1) and rows.running.any():
-        start = prefix.cache.committed  # slots [0, start] are right in every running row
-        first = max(start + 1, given)
-        logits, best, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows.running)
-        forwards += 1
-        sums = sums + row_sums(best, backbone)
-        wanted = [
-            measure(rule, logits[:, : watched - first], new[:, : watched - first]) for rule in rules
-        ]
-        # The one host synchronisation. `fresh` is (B, k).
-        fresh, found, *values = to_host(new, sums, *(m for m in wanted if m is not None))
-        check_rows(found, rows.running if forwards > 1 else None)
-        for mine, tensor in zip(measured, wanted, strict=True):
-            value = None if tensor is None else values.pop(0)
-            if mine is not None and value is not None:
-                mine[:, first - given :] = value
+class Span(NamedTuple):
+    """Slots ``first .. end - 1``, which one iteration computes."""
 
-        rows.accept(host[:, first:end], fresh, first)
-        moved = np.zeros((batch, watched), dtype=np.int64)
-        moved[:, first:end] = np.abs(fresh - host[:, first:end])[:, : watched - first]
-        host[:, first:end] = fresh
-        if request.stop is not None:
-            proven = np.arange(first, end) < rows.exact[:, None]  # (B, k)
-            rows.end(((fresh == request.stop) & proven).any(1), "stop", forwards)
-        stable = rows.exact >= watched
-        if stable.any():
-            rows.end(rows.exact >= n, "converged", forwards)
-            rows.end(stable, "stable", forwards)
-        now = request.clock()
-        times = now - started, now - last
-        seen = Seen(forwards, rows.exact, watched, moved, *times, readable)
-        last = now
-        for rule, mine in zip(rules, measured, strict=True):
-            ends = ended(rule, seen, mine)  # half a chunk serves nobody
-            rows.end(ends & readable() if np.any(ends) else ends, rule.reason, forwards)
-
-        if states is not None:
-            states.append(tokens.clone())
-        if request.on_proven is not None:
-            request.on_proven(tokens, int(rows.exact.min()), forwards)
-        if rows.running.any():
-            # The last right slot is an input of the next iteration; everything before it is final.
-            prefix.cache.commit(int(rows.exact[rows.running].min()) - 1 - start)
-        end = min(last_slot, prefix.cache.committed + 1 + window)
-
-    if not forwards:
-        check_rows(sums.cpu().numpy())
-    if request.stop is not None:
-        tokens, states = after_stop(request.stop, tokens, states)
-    return rows.result(tokens, forwards, states, request.clock() - started)
+    first: int
+    end: int
 
 
 def jacobi_iteration(
-    backbone: Backbone, prefix: Prefix, tokens: Tensor, first: int, end: int, running: np.ndarray
+    backbone: Backbone, prefix: Prefix, tokens: Tensor, span: Span, running: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Recompute the slots ``first .. end - 1`` of `tokens` (B, n) from all that are not committed,
-    in place.
+    """Compute the k slots of `span` from all `tokens` (B, n) that are not committed, in place.
 
-    Returns logits (B, k, V), their largest (B, k), and tokens (B, k) of those slots; rows that are
-    done keep theirs.
+    Returns their logits (B, k, V), the largest of them (B, k), and their tokens (B, k); rows that
+    are not `running` keep theirs.
     """
     start = prefix.cache.committed
-    # of slots start + 1 .. end - 1
-    logits = backbone.block_logits(prefix, tokens[:, start : end - 1])
-    logits = logits[:, first - start - 1 :]  # (B, k, V)
+    logits = backbone.block_logits(prefix, tokens[:, start : span.end - 1])
+    logits = logits[:, span.first - start - 1 :]  # (B, k, V)
     best, new = logits.max(-1)  # (B, k)
     if not running.all():
-        new = torch.where(
-            torch.from_numpy(running).to(new.device).unsqueeze(1), new, tokens[:, first:end]
-        )
-    tokens[:, first:end] = new
+        mask = torch.from_numpy(running).to(new.device).unsqueeze(1)
+        new = torch.where(mask, new, tokens[:, span.first : span.end])
+    tokens[:, span.first : span.end] = new
     return logits, best, new
 
 
-class Rows:
-    """What is known about every row of a block, on the host.
+class JacobiBlock:
+    """The state of a block between iterations.
 
     Attributes:
-        running: (B,) bool, rows without an exit reason.
-        exact: (B,) leading tokens proven equal to greedy AR.
-        iterations: (B,) iterations until the row ended.
-        reasons: Exit reason of every row, None while it runs.
+        tokens: (B, n) int64 on the prefix's device, the newest state.
+        given: Frozen tokens at its start.
+        watched: End ``M`` of the slots that must be right.
+        rows: What is proven of every row.
+        forwards: Iterations done.
+        unchecked: (B, 1) `row_sums` of scores that the host has not seen: at first the prefix's.
     """
 
-    def __init__(self, batch: int, block_length: int, exact: int) -> None:
-        self.block_length = block_length
-        self.running = np.ones(batch, dtype=bool)
-        self.exact: np.ndarray = np.full(batch, exact, dtype=np.int64)
-        self.iterations = np.zeros(batch, dtype=np.int64)
-        self.reasons: list[str | None] = [None] * batch
+    def __init__(self, backbone: Backbone, prefix: Prefix, request: BlockRequest) -> None:
+        self.request = request
+        self.length = backbone.block_length
+        self.tokens, self.given, self.watched = request.begin(backbone, prefix)
+        self.host = self.tokens.cpu().numpy().copy()  # (B, n), the state to compare with
+        # Without frozen tokens the prefix gives token 0; behind them the first free token takes a
+        # forward.
+        self.rows = Rows(len(self.tokens), self.length, max(self.given, 1))
+        self.forwards = 0
+        self.unchecked: Tensor | int = row_sums(prefix.logits.amax(-1, keepdim=True))
+        self._last = self.length if request.config.tail == "fresh" else self.watched
+        if request.stop is not None:
+            self.rows.end(self.host[:, 0] == request.stop, "stop", 0)
 
-    def accept(self, old: np.ndarray, new: np.ndarray, first: int) -> None:
-        """Prove tokens of the running rows: `new` (B, k) was computed from `old` (B, k), from slot
-        `first` on.
+    def next_span(self, prefix: Prefix) -> Span | None:
+        """The slots of the next iteration; None when every row has ended."""
+        if not self.rows.running.any():
+            return None
+        window = self.request.config.window or self.length
+        if self.forwards:
+            end = min(self._last, prefix.cache.committed + 1 + window)
+        else:
+            end = min(self.length, max(self.given, 1) + window)
+        first = max(prefix.cache.committed + 1, self.given)
+        return Span(first, end) if end > max(self.given, 1) else None
 
-        The first changed slot is right now, as all slots before it were; no change proves every
-        slot. A window that ends before what a row has proven already takes nothing back.
+    def check(self, sums: np.ndarray) -> None:
+        """Check the scores (B, 1) of an iteration; raises `NotFiniteError`."""
+        check_rows(sums, self.rows.running if self.forwards else None)
+        self.unchecked = 0
+        self.forwards += 1
+
+    def accept(self, fresh: np.ndarray, span: Span) -> np.ndarray:
+        """Compare the new tokens (B, k) of `span` with the old ones, prove what they prove, and
+        keep them.
+
+        Returns by how many bins (B, M) each watched token moved.
         """
-        changed = new != old  # (B, k)
-        proven = np.where(changed.any(1), changed.argmax(1) + 1, new.shape[1])  # (B,)
-        self.exact = np.where(self.running, np.maximum(self.exact, first + proven), self.exact)
+        old = self.host[:, span.first : span.end]
+        self.rows.accept(old, fresh, span.first)
+        moved = np.zeros((len(fresh), self.watched), dtype=np.int64)
+        watched = max(self.watched - span.first, 0)
+        moved[:, span.first : span.end] = np.abs(fresh - old)[:, :watched]
+        self.host[:, span.first : span.end] = fresh
+        if self.request.stop is not None:
+            proven = np.arange(span.first, span.end) < self.rows.exact[:, None]  # (B, k)
+            stopped = (fresh == self.request.stop) & proven
+            self.rows.end(stopped.any(1), "stop", self.forwards)
+        return moved
 
-    def end(self, rows: np.ndarray | bool, reason: str, iteration: int) -> None:
-        """End those of `rows` (B,) bool that run. Behind a stop token there is nothing left to
-        prove.
+    def commit(self, prefix: Prefix) -> None:
+        """Make the cache keep what is proven in all running rows.
+
+        The last proven slot is an input of the next iteration; everything before it is final.
         """
-        for row in np.flatnonzero(self.running & rows):
-            self.reasons[row], self.iterations[row], self.running[row] = reason, iteration, False
-            if reason == "stop":
-                self.exact[row] = self.block_length
+        if self.rows.running.any():
+            prefix.cache.commit(self.rows.proven - 1 - prefix.cache.committed)
 
-    def result(
-        self, tokens: Tensor, forwards: int, states: list[Tensor] | None, seconds: float
-    ) -> DecodeResult:
-        return DecodeResult(
-            tokens=tokens,
-            forwards=forwards,
-            iterations=torch.from_numpy(self.iterations),
-            exit_reason=[reason or "converged" for reason in self.reasons],
-            exact_tokens=torch.from_numpy(self.exact),
-            exact=torch.from_numpy(self.exact >= self.block_length),
-            states=states,
-            seconds={"decode": seconds},
-        )
-
-
-def _first_measures(
-    rules: list[ExitRule], logits: Tensor, tokens: Tensor, watched: int, given: int
-) -> list[np.ndarray | None]:
-    """What each rule measures in the watched slots behind the given ones (B, M - f).
-
-    Slot 0 has the prefix's `logits` (B, V) and `tokens` (B, 1).
-    """
-    measured: list[np.ndarray | None] = []
-    for rule in rules:
-        slot = measure(rule, logits[:, None], tokens)  # (B, 1)
-        values = None if slot is None else np.zeros((len(logits), watched - given))
-        if slot is not None and values is not None and not given:
-            values[:, :1] = slot.float().cpu().numpy()
-        measured.append(values)
-    return measured
+    def result(self, states: list[Tensor] | None) -> DecodeResult:
+        """The result, when all rows have ended."""
+        if isinstance(self.unchecked, Tensor):  # there was no forward
+            check_rows(self.unchecked.cpu().numpy())
+        tokens, states = self.request.finished(self.tokens, states)
+        return self.rows.result(tokens, self.forwards, states)

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.decoding.registry import LONGEST_NAME, match_decoder, match_exit, meanings
+from ceed_vla.decoding.registry import DECODERS, EXITS, LONGEST_NAME, meanings
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import short
 
@@ -79,7 +79,7 @@ def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
         changes["tail"] = parts.pop()
     if head == CEED and not parts:
         return replace(ceed, **changes)
-    if match_decoder(head):
+    if DECODERS.match(head):
         changes["method"] = head
     else:
         parts = [head, *parts]
@@ -87,13 +87,12 @@ def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
         parts.pop()
         changes["watch"] = "executed"
     for part in parts:
-        found = match_exit(part)
-        if found is None or found[0].make.field in changes:
+        kind = EXITS.match(part)
+        if kind is None or kind.rule.field in changes:
             raise _unknown(decoding)
-        entry, options = found
         changes["watch"] = "executed"
-        if entry.make.field:
-            changes[entry.make.field] = entry.make.kind(options[entry.make.field])
+        if field := kind.rule.field:
+            changes[field] = kind.rule.kind(kind.groups(part)[field])
         else:
             changes["exits"] = (*changes.get("exits", ()), part)
     if not changes:

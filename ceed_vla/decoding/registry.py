@@ -1,96 +1,163 @@
-"""Decoders and exit rules by the pattern of their names; each registers itself where it is
+"""Decoders and exit rules, found by the pattern of their names; each is registered where it is
 written.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ceed_vla.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ceed_vla.backbones.base import Backbone, Prefix
+    from ceed_vla.decoding.request import BlockRequest
+    from ceed_vla.decoding.result import DecodeResult
+
+    Decode = Callable[[Backbone, Prefix, BlockRequest], DecodeResult]
+    Prefill = Callable[[Any, dict[str, Tensor], Any], Prefix]
+
 LONGEST_NAME = 60
 _RESERVED = ("ceed", "h", "fresh", "mid", "random", "previous")
+# Attributes that earlier versions read from the function of a decoder.
+_FORMER = {"relaxes": "relaxes", "prefill": "prefill", "eager_only": "compiles"}
+
+
+class Options:
+    """What the name of a decoder says beside its kind: a frozen dataclass with one field for every
+    named group of the pattern.
+    """
+
+    @classmethod
+    def parse(cls, groups: Mapping[str, str | None]) -> Self:
+        """The options of a name; a group that is absent leaves the default of its field."""
+        kinds = typing.get_type_hints(cls)
+        return cls(**{name: kinds[name](text) for name, text in groups.items() if text})
+
+
+class Numbers(tuple[int, ...]):
+    """Numbers that a name joins by dashes: ``1-2-4``."""
+
+    def __new__(cls, text: str) -> Self:
+        return super().__new__(cls, (int(number) for number in text.split("-")))
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One decoder or exit rule."""
-
-    pattern: str  # of its names; named groups are its options
-    shown: str  # its name in messages: "cap<K>"
-    meaning: str  # in a few words; none for what is not shown
-    make: Any  # the decoder, or the class of the rule
-    # Names of it that calibration and search try, from the strictest on; "{exit}" is an exit's
-    # depth.
-    ladder: tuple[str, ...] = ()
-
-
-class _Registry(dict[str, Entry]):
-    """Entries by their patterns.
+class Decoder:
+    """A way to decode a block.
 
     Attributes:
-        setting: Field of `DecodingConfig` that names them.
+        pattern: Regular expression of its names.
+        shown: Its name in messages, such as ``cap<K>``.
+        meaning: What it does, in a few words.
+        decode: Decodes one block: ``decode(backbone, prefix, request) -> DecodeResult``.
+        options: Kind of the options in its names; None passes the named groups on as text.
+        relaxes: Whether it may return other tokens than the greedy ones, by its options.
+        compiles: Whether it runs on a compiled backbone.
+        prefill: Runs the prefix, ``prefill(backbone, observation, options) -> Prefix``; None for
+            ``backbone.prefill(observation)``.
+        needs: Capabilities that the backbone must offer (`ceed_vla.backbones.capabilities`).
+        ladder: Names that calibration and search try, strictest first; ``{exit}`` stands for the
+            depth of an exit.
     """
+
+    pattern: str
+    shown: str
+    meaning: str
+    decode: Decode
+    options: type[Options] | None = None
+    relaxes: Callable[[Any], bool] = lambda _: False
+    compiles: bool = True
+    prefill: Prefill | None = None
+    needs: tuple[type, ...] = ()
+    ladder: tuple[str, ...] = ()
+
+    def parse(self, name: str) -> Any:
+        """The options in a name that matches the pattern."""
+        found = re.fullmatch(self.pattern, name, re.ASCII)
+        assert found is not None
+        return found.groupdict() if self.options is None else self.options.parse(found.groupdict())
+
+    @property
+    def home(self) -> str:
+        """The module that it is written in."""
+        return self.decode.__module__
+
+
+@dataclass(frozen=True)
+class ExitKind:
+    """Exit rules of one kind.
+
+    Attributes:
+        pattern: Regular expression of its names; named groups are arguments of `rule`, as text.
+        shown: Its name in messages.
+        meaning: When it ends decoding, in a few words; empty for a rule that is not listed.
+        rule: The class, an `ExitRule`.
+        ladder: As in `Decoder`.
+    """
+
+    pattern: str
+    shown: str
+    meaning: str
+    rule: Any
+    ladder: tuple[str, ...] = ()
+
+    def groups(self, name: str) -> dict[str, str]:
+        """The named groups in a name that matches the pattern."""
+        found = re.fullmatch(self.pattern, name, re.ASCII)
+        assert found is not None
+        return found.groupdict()
+
+    @property
+    def home(self) -> str:
+        """The module that it is written in."""
+        return str(self.rule.__module__)
+
+
+class Registry[E: (Decoder, ExitKind)](dict[str, E]):
+    """Entries by their patterns; `setting` is the field of `DecodingConfig` that names them."""
 
     def __init__(self, setting: str) -> None:
         super().__init__()
         self.setting = setting
 
-    def register[F: Callable[..., Any]](
-        self, pattern: str, shown: str, meaning: str, ladder: Sequence[str] = ()
-    ) -> Callable[[F], F]:
-        """Register what is decorated for names that match `pattern`.
-
-        A decoder is a function ``decode(backbone, prefix, request) -> DecodeResult``. An `ExitRule`
-        is made with the named groups of `pattern`, texts, as keyword arguments. `ceed-vla tune`,
-        and for rules `ceed-vla calibrate`, try the names of its `ladder`, from the strictest to the
-        loosest.
-        """
-        if wrong := [
-            name for name in ladder if not re.fullmatch(pattern, name.format(exit=1), re.ASCII)
-        ]:
+    def add(self, entry: E) -> None:
+        """Register an entry; `ConfigError` if its name or ladder cannot be used."""
+        for rung in entry.ladder:
+            if not re.fullmatch(entry.pattern, rung.format(exit=1), re.ASCII):
+                raise ConfigError(
+                    f"The ladder of {entry.shown!r} has {rung!r}, which its pattern "
+                    f"{entry.pattern!r} does not match."
+                )
+        if "_" in entry.shown or entry.shown in _RESERVED:
             raise ConfigError(
-                f"The ladder of {shown!r} has {wrong[0]!r}, which its pattern {pattern!r} does not "
-                "match."
-            )
-        if "_" in shown or shown in _RESERVED:
-            raise ConfigError(
-                f"The name {shown!r} cannot be registered: underscores join the parts of a "
+                f"The name {entry.shown!r} cannot be registered: underscores join the parts of a "
                 f"decoding's name, and {', '.join(_RESERVED)} are taken."
             )
+        for other in _entries():
+            same = other.shown.partition("<")[0] == entry.shown.partition("<")[0]
+            if same and other.home != entry.home:
+                raise ConfigError(f"The name {entry.shown!r} is {other.home}'s; choose another.")
+        self[entry.pattern] = entry
 
-        def add(made: F) -> F:
-            if self.setting == "exits" and not isinstance(getattr(made, "reason", None), str):
-                raise ConfigError(
-                    f"The exit rule {made.__name__} has no reason, the text that results give; set "
-                    "one."
-                )
-            for entry in (*_DECODERS.values(), *_EXITS.values()):
-                taken = shown.partition("<")[0] == entry.shown.partition("<")[0]
-                if taken and entry.make.__module__ != made.__module__:
-                    raise ConfigError(
-                        f"The name {shown!r} is {entry.make.__module__}'s; choose another."
-                    )
-            self[pattern] = Entry(pattern, shown, meaning, made, tuple(ladder))
-            return made
-
-        return add
-
-    def match(self, name: str) -> tuple[Entry, dict[str, str]] | None:
-        """The entry of that name and its options; None for an unknown name."""
-        if len(name) <= LONGEST_NAME:
-            for entry in self.values():
-                if found := re.fullmatch(entry.pattern, name, re.ASCII):
-                    return entry, found.groupdict()
+    def match(self, name: str) -> E | None:
+        """The entry that a name belongs to; None for an unknown one."""
+        if len(name) > LONGEST_NAME:
+            return None
+        for entry in self.values():
+            if re.fullmatch(entry.pattern, name, re.ASCII):
+                return entry
         return None
 
-    def find(self, name: str) -> tuple[Entry, dict[str, str]]:
+    def find(self, name: str) -> E:
         """As `match`; `ConfigError` for an unknown name."""
-        if found := self.match(name):
-            return found
+        if entry := self.match(name):
+            return entry
         known = ", ".join(entry.shown for entry in self.values()) or "none is installed"
         raise ConfigError(
             f"decoding.{self.setting} is {name[:LONGEST_NAME]!r}; known: {known}. One of another "
@@ -98,36 +165,119 @@ class _Registry(dict[str, Entry]):
         )
 
     def ladders(self, exits: Sequence[int] = ()) -> dict[str, tuple[str, ...]]:
-        """What can be tried of every entry that has a ladder: "conf" -> ("conf0.9", ...,
-        "conf0.1").
+        """What can be tried of every entry with a ladder: "conf" -> ("conf0.9", ..., "conf0.1").
 
-        One that needs an exit has a ladder for every depth of `exits`: "deer3" -> ("deer3t0.5",
+        One that needs an exit has a ladder for every depth in `exits`: "deer3" -> ("deer3t0.5",
         ..., "deer3t3").
         """
         found: dict[str, tuple[str, ...]] = {}
         for entry in self.values():
             name = entry.shown.partition("<")[0]
-            if "{exit}" in "".join(entry.ladder):
-                found |= {
-                    f"{name}{k}": tuple(rung.format(exit=k) for rung in entry.ladder) for k in exits
-                }
+            if any("{exit}" in rung for rung in entry.ladder):
+                for depth in exits:
+                    rungs = tuple(rung.format(exit=depth) for rung in entry.ladder)
+                    found[f"{name}{depth}"] = rungs
             elif entry.ladder:
                 found[name] = entry.ladder
         return found
 
 
-_DECODERS = _Registry("method")
-_EXITS = _Registry("exits")
-register_decoder = _DECODERS.register
-match_decoder = _DECODERS.match
-find_decoder = _DECODERS.find
-register_exit = _EXITS.register
-match_exit = _EXITS.match
-find_exit = _EXITS.find
-decoder_ladders, exit_ladders = _DECODERS.ladders, _EXITS.ladders
+DECODERS: Registry[Decoder] = Registry("method")
+EXITS: Registry[ExitKind] = Registry("exits")
+
+
+def register_decoder(
+    pattern: str,
+    shown: str,
+    meaning: str,
+    ladder: Sequence[str] = (),
+    *,
+    options: type[Options] | None = None,
+    relaxes: bool | Callable[[Any], bool] = False,
+    compiles: bool = True,
+    prefill: Prefill | None = None,
+    needs: Sequence[type] = (),
+) -> Callable[[Decode], Decode]:
+    """Register the decorated function as the decoder of names that match `pattern`; see `Decoder`.
+
+    Raises:
+        ConfigError: The name is taken or cannot be used, or the ladder does not match the pattern.
+    """
+    relaxing = relaxes if callable(relaxes) else lambda _: bool(relaxes)
+
+    def add(decode: Decode) -> Decode:
+        DECODERS.add(
+            Decoder(
+                pattern=pattern,
+                shown=shown,
+                meaning=meaning,
+                decode=decode,
+                options=options,
+                relaxes=relaxing,
+                compiles=compiles,
+                prefill=prefill,
+                needs=tuple(needs),
+                ladder=tuple(ladder),
+            )
+        )
+        return decode
+
+    return add
+
+
+def register_exit[R](
+    pattern: str, shown: str, meaning: str, ladder: Sequence[str] = ()
+) -> Callable[[type[R]], type[R]]:
+    """Register the decorated `ExitRule` for names that match `pattern`; see `ExitKind`.
+
+    Raises:
+        ConfigError: The name is taken or cannot be used, the ladder does not match the pattern, or
+            the rule has no `reason`.
+    """
+
+    def add(rule: type[R]) -> type[R]:
+        if not isinstance(getattr(rule, "reason", None), str):
+            raise ConfigError(
+                f"The exit rule {rule.__name__} has no reason, the text that results give; set one."
+            )
+        EXITS.add(ExitKind(pattern, shown, meaning, rule, tuple(ladder)))
+        return rule
+
+    return add
+
+
+def _entries() -> list[Decoder | ExitKind]:
+    return [*DECODERS.values(), *EXITS.values()]
+
+
+def find_decoder(name: str) -> Decoder:
+    """The decoder that a name belongs to; `ConfigError` for an unknown one."""
+    decoder = DECODERS.find(name)
+    for former, present in _FORMER.items():
+        if hasattr(decoder.decode, former):
+            raise ConfigError(
+                f"The decoder {decoder.shown!r} has the attribute {former!r} on its function; "
+                f"pass {present}=... to register_decoder instead."
+            )
+    return decoder
+
+
+def find_exit(name: str) -> ExitKind:
+    """The kind of an exit rule's name; `ConfigError` for an unknown one."""
+    return EXITS.find(name)
+
+
+def decoder_ladders(exits: Sequence[int] = ()) -> dict[str, tuple[str, ...]]:
+    """Ladders of all decoders; see `Registry.ladders`."""
+    return DECODERS.ladders(exits)
+
+
+def exit_ladders() -> dict[str, tuple[str, ...]]:
+    """Ladders of all exit rules."""
+    return EXITS.ladders()
 
 
 def meanings() -> str:
     """All decoders and exit rules with their meanings, for help and messages."""
-    shown = [entry for entry in (*_DECODERS.values(), *_EXITS.values()) if entry.meaning]
+    shown = [entry for entry in _entries() if entry.meaning]
     return ", ".join(f"{entry.shown} ({entry.meaning})" for entry in shown)

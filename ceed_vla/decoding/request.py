@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.decoding.observers import Observer, ProvenStream, StateRecorder
 from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.tensors import check_tokens, is_plain
 
@@ -24,41 +26,100 @@ class BlockRequest:
     then. Freezing them makes the rest of the next chunk a continuation of what really happens
     ("real-time chunking"), exactly as a causal model defines it: the greedy continuation of the
     frozen tokens.
+
+    Attributes:
+        config: How to decode, and what ends decoding.
+        guess: (B, n) int64, the first state. Slot 0 is not read, as the prefix gives it. AR fills
+            up from it.
+        tokens_per_step: Tokens of one control step; None where tokens belong to no step.
+        ordered: Whether neighbouring tokens stand for neighbouring actions.
+        exact_dims: Dimensions of a step that stay exact where others may be near.
+        executed_steps: Steps ``h`` that are executed before the next replan; None for all.
+        frozen: (B, k * tokens_per_step) int64, tokens of the first ``k`` steps, which stay.
+        stop: Token that ends a row as soon as it is proven; None where every block is full.
+        readable: Which rows (B,) of tokens (B, n) decode to a chunk; None for all.
+        record_states: Keep every state.
+        on_proven: Called while decoding goes on with the tokens (B, n), the leading tokens that
+            are proven in every row, and the forwards so far. Proven tokens no longer change.
+        deadline_s: Time for this block, counted as the deadline of `config`, beside that [s].
+        forwards_before: Forwards that ran before, which a cap counts too.
+        clock: Time [s], for deadlines.
+        started: When decoding began [s].
     """
 
-    config: DecodingConfig = field(default_factory=DecodingConfig)  # what ends decoding
-    # (B, n) int64, the first state; slot 0 is not read, as the prefix knows it. AR fills up from
-    # it.
+    config: DecodingConfig = field(default_factory=DecodingConfig)
     guess: Tensor | None = None
-    tokens_per_step: int | None = 1  # tokens of one step; None where tokens belong to no step
-    ordered: bool = True  # whether neighbouring tokens stand for neighbouring actions
-    # dimensions of a step that stay exact where others may be near
+    tokens_per_step: int | None = 1
+    ordered: bool = True
     exact_dims: tuple[int, ...] = ()
-    executed_steps: int | None = (
-        None  # steps ``h`` that are executed before the next replan; None for all
-    )
-    frozen: Tensor | None = (
-        None  # (B, k * tokens_per_step) int64, given tokens of the first ``k`` steps, which stay
-    )
-    stop: int | None = (
-        None  # token that ends a row as soon as it is proven; None where every block is full
-    )
-    # Which rows (B,) bool of tokens (B, n) stand for a chunk; None for all.
+    executed_steps: int | None = None
+    frozen: Tensor | None = None
+    stop: int | None = None
     readable: Callable[[Tensor], Tensor] | None = None
-    record_states: bool = False  # keep every state
-    # Told, while decoding goes on, the tokens (B, n), how many leading ones are right in every row,
-    # and the forwards so far. Those that are right do not change any more.
+    record_states: bool = False
     on_proven: Callable[[Tensor, int, int], None] | None = None
-    options: Mapping[str, str] = field(default_factory=dict)  # named groups of the decoder's name
-    clock: Callable[[], float] = time.perf_counter  # time in seconds, for deadlines
+    deadline_s: float | None = None
+    forwards_before: int = 0
+    clock: Callable[[], float] = time.perf_counter
+    started: float = -1.0
+
+    def __post_init__(self) -> None:
+        if self.started < 0:
+            object.__setattr__(self, "started", self.clock())
+
+    @property
+    def options(self) -> Any:
+        """What the decoder's name says beside its kind; see `Decoder.options`."""
+        return self.config.options
+
+    def begin(
+        self, backbone: Backbone, prefix: Prefix, guessed: bool = True
+    ) -> tuple[Tensor, int, int]:
+        """Roll the prefix back and make the first state.
+
+        Args:
+            backbone: The model.
+            prefix: What the block is decoded behind.
+            guessed: Whether the decoder needs a guess; without one, the state is 0.
+
+        Returns:
+            The guess (B, n) on the prefix's device, with the frozen tokens in it, or else the
+            prefix's own first one; how many tokens are frozen; the end ``M`` of the watched slots.
+
+        Raises:
+            TokenError: No guess where one is needed, or tokens that do not fit.
+            ConfigError: Executed steps that do not fit the block.
+        """
+        (rows, _), device, n = prefix.logits.shape, prefix.logits.device, backbone.block_length
+        given = self.frozen_tokens(backbone, rows)
+        watched = self.watched_tokens(n, given)
+        if self.guess is not None:
+            check_tokens(self.guess, "The guess", (rows, n), backbone.vocabulary_size)
+            tokens = self.guess.to(device, torch.int64, copy=True)
+        elif guessed or watched < n:
+            raise TokenError(
+                f"{self.config.method} does not decode all {n} tokens anew; pass a guess "
+                f"({rows}, {n})."
+            )
+        else:
+            tokens = torch.zeros(rows, n, dtype=torch.int64, device=device)
+        if given:
+            tokens[:, :given] = cast("Tensor", self.frozen)
+        else:
+            tokens[:, 0] = prefix.logits.argmax(-1)
+        prefix.cache.roll_back()
+        return tokens, given, watched
 
     def frozen_tokens(self, backbone: Backbone, batch: int) -> int:
-        """How many tokens are given, after a check of them.
+        """How many tokens are frozen, after a check of them.
 
-        `ConfigError` where tokens belong to no step; `TokenError` for those of no whole steps, or
-        outside the vocabulary, or if nothing is left to decode.
+        Raises:
+            ConfigError: Tokens belong to no step.
+            TokenError: The frozen tokens are no whole steps, or outside the vocabulary, or nothing
+                is left to decode.
         """
-        frozen, n = self.frozen, backbone.block_length
+        frozen = self.frozen
+        n = backbone.block_length
         if frozen is None:
             return 0
         if self.tokens_per_step is None:
@@ -80,64 +141,56 @@ class BlockRequest:
         """End ``M`` of the slots that must be right: the `given` ones and those of the executed
         steps behind them.
 
-        `ConfigError` for more executed steps than the block has.
+        Raises:
+            ConfigError: More executed steps than the block has.
         """
-        if (
-            self.config.watch == "block"
-            or self.executed_steps is None
-            or self.tokens_per_step is None
-        ):
+        executed = self.executed_steps
+        width = self.tokens_per_step
+        if self.config.watch == "block" or executed is None or width is None:
             return block_length
-        if block_length % self.tokens_per_step:
+        if block_length % width:
             raise ConfigError(
-                f"A block of {block_length} tokens is not a whole number of steps of "
-                f"{self.tokens_per_step} tokens."
+                f"A block of {block_length} tokens is not a whole number of steps of {width} "
+                "tokens."
             )
-        steps = block_length // self.tokens_per_step
-        if not 1 <= self.executed_steps <= steps:
+        steps = block_length // width
+        if not 1 <= executed <= steps:
+            raise ConfigError(f"executed_steps is {executed}; a block has {steps} steps.")
+        return min(given + executed * width, block_length)
+
+    def refuse_jacobi_settings(self) -> None:
+        """Raise `ConfigError` for settings of Jacobi decoding, which others would ignore."""
+        config = self.config
+        if config.relaxations or config.tail == "fresh" or config.window:
             raise ConfigError(
-                f"executed_steps is {self.executed_steps}; a block has {steps} steps."
+                f"The decoder {config.method} has no exits, fresh tail or window, which are "
+                "settings of jacobi; leave them out."
             )
-        return min(given + self.executed_steps * self.tokens_per_step, block_length)
 
-    def begin(
-        self, backbone: Backbone, prefix: Prefix, guessed: bool = True
-    ) -> tuple[Tensor, int, int]:
-        """What a decoder starts from, behind a prefix that is rolled back: the guess (B, n) with
-        the frozen tokens, or the prefix's own first one, on the prefix's device; how many are
-        frozen; and the end ``M`` of the watched slots.
+    def observers(self, guess: Tensor) -> tuple[list[Observer], StateRecorder | None]:
+        """What watches the block from its `guess` (B, n) on; the second keeps its states."""
+        recorder = StateRecorder(guess) if self.record_states else None
+        observers: list[Observer] = [] if recorder is None else [recorder]
+        if self.on_proven is not None:
+            observers.append(ProvenStream(self.on_proven))
+        return observers, recorder
 
-        Without a guess, which only some need to be `guessed`, the state is 0. `TokenError` and
-        `ConfigError` for a guess, frozen tokens or executed steps that do not fit.
+    def rows_readable(self, tokens: Tensor) -> np.ndarray:
+        """Which rows (B,) of `tokens` (B, n) decode to a chunk."""
+        if self.readable is None:
+            return np.ones(len(tokens), dtype=bool)
+        return self.readable(tokens).cpu().numpy()
+
+    def finished(
+        self, tokens: Tensor, states: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """`tokens` (B, n) and `states` with the stop token in every slot behind the first one of
+        the block's row.
         """
-        (rows, _), device, n = prefix.logits.shape, prefix.logits.device, backbone.block_length
-        given = self.frozen_tokens(backbone, rows)
-        watched = self.watched_tokens(n, given)
-        if self.guess is not None:
-            check_tokens(self.guess, "The guess", (rows, n), backbone.vocabulary_size)
-            tokens = self.guess.to(device, torch.int64, copy=True)
-        elif guessed or watched < n:
-            raise TokenError(
-                f"{self.config.method} does not decode all {n} tokens anew; pass a guess ({rows}, "
-                f"{n})."
-            )
-        else:
-            tokens = torch.zeros(rows, n, dtype=torch.int64, device=device)
-        if given:
-            tokens[:, :given] = cast("Tensor", self.frozen)
-        else:
-            tokens[:, 0] = prefix.logits.argmax(-1)
-        prefix.cache.roll_back()
-        return tokens, given, watched
-
-
-def after_stop(
-    stop: int, block: Tensor, states: list[Tensor] | None
-) -> tuple[Tensor, list[Tensor] | None]:
-    """`block` (B, n) and `states` with `stop` in every slot behind the first `stop` of the block's
-    row.
-    """
-    ends = (block == stop).int()  # (B, n)
-    behind = ends.cumsum(1) - ends > 0
-    filled = None if states is None else [state.masked_fill(behind, stop) for state in states]
-    return block.masked_fill(behind, stop), filled
+        if self.stop is None:
+            return tokens, states
+        ends = (tokens == self.stop).int()  # (B, n)
+        behind = ends.cumsum(1) - ends > 0
+        if states is not None:
+            states = [state.masked_fill(behind, self.stop) for state in states]
+        return tokens.masked_fill(behind, self.stop), states

@@ -46,7 +46,7 @@ class DecodeResult:
             the trajectory to train on; where the last forward only verified, the last two states
             are equal.
         actions: (B, m, A) in the tokenizer's units, filled by the policy.
-        seconds: Times "prefill" and "decode" [s]; a decoder fills the second.
+        seconds: Times "prefill" and "decode" [s], filled by the policy.
     """
 
     tokens: Tensor

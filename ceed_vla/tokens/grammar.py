@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
+from ceed_vla.backbones.capabilities import ReadsDepths, require
+
+# Score of a forbidden token: finite, so that only a broken model has scores that are not.
+FORBIDDEN = -1e30
 
 
 class Grammar:
@@ -52,13 +56,14 @@ class Grammar:
 
 
 class GrammarBackbone:
-    """`backbone` with the scores of tokens that cannot complete a chunk set to -inf.
+    """`backbone` with the scores of tokens that cannot complete a chunk set to `FORBIDDEN`.
 
     `prefix` is the one that it will decode behind; the attribute is the same under the grammar.
     """
 
     def __init__(self, backbone: Backbone, prefix: Prefix, grammar: Grammar) -> None:
-        self.backbone, self.grammar = backbone, grammar
+        self.backbone = backbone
+        self.grammar = grammar
         self.block_length, self.vocabulary_size = backbone.block_length, backbone.vocabulary_size
         self.num_layers = backbone.num_layers
         batch = prefix.logits.shape[0]
@@ -75,10 +80,20 @@ class GrammarBackbone:
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         return self.backbone.prefill(observation)
 
-    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        return self._allowed(prefix, tokens, self.backbone.block_logits(prefix, tokens))
+
+    def shallow_logits(self, prefix: Prefix, tokens: Tensor, depth: int) -> Tensor:
+        reader = require(self.backbone, ReadsDepths, "A forward of some layers")
+        return self._allowed(prefix, tokens, reader.shallow_logits(prefix, tokens, depth))
+
+    def shallow_layers(self, depth: int) -> int:
+        return require(self.backbone, ReadsDepths, "A forward of some layers").shallow_layers(depth)
+
+    def _allowed(self, prefix: Prefix, tokens: Tensor, logits: Tensor) -> Tensor:
+        """`logits` (B, k, V) of the successors of `tokens` (B, k), under the grammar."""
         start = prefix.cache.committed
         k = tokens.shape[1]
-        logits = self.backbone.block_logits(prefix, tokens, depth)
         # The committed slots came in earlier calls.
         self._lengths[:, start : start + k] = self.grammar.lengths[tokens]
         used = self._lengths[:, : start + k].cumsum(1)[:, start:]  # (B, k)
@@ -87,4 +102,5 @@ class GrammarBackbone:
         )
 
     def _mask(self, logits: Tensor, used: Tensor, slots: Tensor) -> Tensor:
-        return logits.masked_fill(~self.grammar.allowed(used, slots), -torch.inf)
+        least = max(torch.finfo(logits.dtype).min, FORBIDDEN)
+        return logits.masked_fill(~self.grammar.allowed(used, slots), least)

@@ -287,7 +287,7 @@ class Predictor:
             left = deadline - time.monotonic() - self._prefill_s
             own = self._decoding.deadline_s
             allowed = max(left if own is None else min(left, own), _LEAST_DEADLINE)
-            arguments["decoding"] = replace(self._decoding, deadline_s=allowed)
+            arguments["deadline_s"] = allowed
         if request.previous is not None:
             previous = torch.as_tensor(request.previous).unsqueeze(0)  # (1, n)
             arguments |= {"previous": previous, "shift_steps": request.shift_steps}
@@ -348,13 +348,9 @@ class Predictor:
 
     def _decoding_config(self, name: str) -> Any:
         """The named configuration, for the steps that are executed before the next replan."""
-        from ceed_vla.decoding.registry import find_decoder
-
         steps = self._settings.replan_steps
         config = self._policy.decoding_config(name)
-        if self._settings.engine == "compiled" and getattr(
-            find_decoder(config.method)[0].make, "eager_only", False
-        ):
+        if self._settings.engine == "compiled" and not config.decoder.compiles:
             raise ConfigError(f"engine is compiled; {name} ({config.method}) runs eager only.")
         # Greedy decoding of all steps has no tail of guesses that the next chunk could freeze.
         return (

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
-from ceed_vla.backbones.base import Prefix, TrainableBackbone
-from ceed_vla.backbones.exits import KINDS, make_exits
+from ceed_vla.axes.depth.exits import KINDS, make_exits
+from ceed_vla.backbones.base import Prefix
+from ceed_vla.backbones.capabilities import MakesLayers, offers
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.cache import KVCache, TransformersCache
-from ceed_vla.decoding import BlockRequest, DecodingConfig, decode_autoregressive, find_decoder
+from ceed_vla.decoding import BlockRequest, DecodingConfig, decode_autoregressive
 from ceed_vla.errors import ConfigError, TokenError
 
 PREFIX_KEY = "prefix_ids"
@@ -154,17 +155,14 @@ def depth_is_a_shorter_model(backbone: Any, observation: dict[str, Tensor]) -> N
         for committed in (0, n // 2):
             prefix.cache.commit(committed)
             other.cache.commit(committed)
-            shallow = backbone.block_logits(prefix, tokens[:, committed:], depth=depth)
+            shallow = backbone.shallow_logits(prefix, tokens[:, committed:], depth)
             assert torch.equal(shallow, shorter.block_logits(other, tokens[:, committed:]))
             assert not torch.equal(shallow, whole[:, committed:])
             with pytest.raises(TokenError, match="Cannot commit 1"):
                 prefix.cache.commit(1)
-            full = backbone.block_logits(prefix, tokens[:, committed:], depth=layers)
+            full = backbone.shallow_logits(prefix, tokens[:, committed:], layers)
             assert committed or torch.equal(full, whole)
         prefix.cache.roll_back()
-    for wrong in (0, layers + 1, 1.5):
-        with pytest.raises(ConfigError, match="depth is"):
-            backbone.block_logits(prefix, tokens, depth=wrong)
 
 
 def trains_as_it_decodes(backbone: Any, observation: dict[str, Tensor]) -> None:
@@ -307,8 +305,8 @@ def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) ->
     base, names = backbone.block_logits(prefix, tokens[:, :-1]), set(backbone.state_dict())
     greedy = decode_autoregressive(backbone, prefix, BlockRequest(DecodingConfig(method="ar")))
     for kind in KINDS:
-        if kind == "coarse" and type(backbone).coarse_branch is TrainableBackbone.coarse_branch:
-            with pytest.raises(ConfigError, match="no exits of kind coarse"):
+        if kind == "coarse" and not offers(backbone, MakesLayers):
+            with pytest.raises(ConfigError, match="kind coarse needs a model with the capability"):
                 make_exits(backbone, [1], kind)
             continue
         backbone.exits = make_exits(backbone, range(1, layers), kind)
@@ -321,15 +319,15 @@ def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) ->
         with torch.no_grad():
             assert torch.equal(backbone.block_logits(again, tokens[:, :-1]), base)
             for depth in backbone.exits:
-                shallow = backbone.block_logits(again, tokens[:, :-1], depth)
+                shallow = backbone.shallow_logits(again, tokens[:, :-1], depth)
                 with pytest.raises(TokenError, match="Cannot commit 1"):
                     again.cache.commit(1)
-                _, (packed,) = backbone.packed_logits(
+                (packed,) = backbone.packed_depth_logits(
                     backbone.embed_prefix(observation), [tokens], depth
                 )
                 seen = shallow.isfinite()
                 torch.testing.assert_close(packed[:, 1:][seen], shallow[seen], rtol=1e-4, atol=1e-4)
-        _, (packed,) = backbone.packed_logits(backbone.embed_prefix(observation), [tokens], 1)
+        (packed,) = backbone.packed_depth_logits(backbone.embed_prefix(observation), [tokens], 1)
         packed[:, 1:].logsumexp(-1).sum().backward()
         assert all(
             p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.exits[1].parameters()
@@ -338,13 +336,12 @@ def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) ->
             with torch.no_grad():
                 several, _ = backbone.depth_logits(again, tokens[:, :-1], list(backbone.exits))
             for depth, logits in zip(backbone.exits, several, strict=True):
-                alone = backbone.block_logits(again, tokens[:, :-1], depth)
+                alone = backbone.shallow_logits(again, tokens[:, :-1], depth)
                 seen = alone.isfinite()
                 torch.testing.assert_close(logits[seen], alone[seen], rtol=1e-5, atol=1e-5)
         for name in ("depth1", *["spec1x3", "del"] * (kind == "linear")):
-            entry, options = find_decoder(name)
-            request = BlockRequest(DecodingConfig(method=name), tokens, options=options)
-            result = entry.make(backbone, again, request)
+            config = DecodingConfig(method=name)
+            result = config.decoder.decode(backbone, again, BlockRequest(config, tokens))
             assert torch.equal(result.tokens, greedy.tokens), name
             assert bool(result.exact.all())
             assert bool((result.layer_forwards >= result.iterations).all())

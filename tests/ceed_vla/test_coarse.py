@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ceed_vla.axes.depth.exits import make_exits
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.compact.model import CompactBackbone
 from ceed_vla.backbones.config import PolicyShape
-from ceed_vla.backbones.exits import make_exits
 from ceed_vla.decoding import DecodingConfig, named_config
-from ceed_vla.decoding.registry import find_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.engine import compiled
 from ceed_vla.errors import ConfigError
@@ -72,16 +71,16 @@ def test_no_score_reads_a_later_token(
     other[:, first:] = (tokens[:, first:] + torch.randint(1, BINS, (ROWS, n - first))) % BINS
     prefix, embeddings = backbone.prefill(observation), backbone.embed_prefix(observation)
     for depth in backbone.exits:
-        seen = [backbone.block_logits(prefix, block[:, :-1], depth) for block in (tokens, other)]
+        seen = [backbone.shallow_logits(prefix, block[:, :-1], depth) for block in (tokens, other)]
         assert torch.equal(seen[0][:, :first], seen[1][:, :first])
         assert not torch.equal(seen[0][:, first], seen[1][:, first])
         packed = [
-            backbone.packed_logits(embeddings, [tokens, block], depth)[1]
+            backbone.packed_depth_logits(embeddings, [tokens, block], depth)
             for block in (tokens, other)
         ]
         assert torch.equal(packed[0][1][:, : first + 1], packed[1][1][:, : first + 1])
         assert torch.equal(packed[0][0], packed[1][0])  # blocks do not see each other
-        few = backbone.block_logits(prefix, tokens[:, :first], depth)  # the first tokens alone
+        few = backbone.shallow_logits(prefix, tokens[:, :first], depth)  # the first tokens alone
         torch.testing.assert_close(few, seen[0][:, :first], rtol=1e-4, atol=1e-4)
 
 
@@ -111,14 +110,14 @@ def test_untrained_they_are_the_linear_ones() -> None:
     )
     for depth in coarse.exits:
         found = [
-            m.block_logits(p, tokens[:, :-1], depth)
+            m.shallow_logits(p, tokens[:, :-1], depth)
             for m, p in zip((coarse, linear), prefixes, strict=True)
         ]
         assert torch.equal(*found)
     linear.exits[2].linear.weight.normal_(std=0.1)
     coarse.exits[2].linear.weight.copy_(linear.exits[2].linear.weight)
     found = [
-        m.block_logits(p, tokens[:, :-1], 2)
+        m.shallow_logits(p, tokens[:, :-1], 2)
         for m, p in zip((coarse, linear), prefixes, strict=True)
     ]
     assert torch.equal(*found)
@@ -138,16 +137,15 @@ def test_two_exits_decide_as_they_score(frozen: int) -> None:
 
     def decode(name: str, cut: int | None = None) -> Any:
         config = named_config(name)
-        entry, options = find_decoder(config.method)
         prefix = backbone.prefill_to(observation, cut) if cut else backbone.prefill(observation)
-        return entry.make(backbone, prefix, BlockRequest(config, options=options, **run))
+        return config.decoder.decode(backbone, prefix, BlockRequest(config, **run))
 
     loose = decode("deer3t1000", 3)
     assert loose.exit_reason == ["depths_agree"] * ROWS
     prefix, state = backbone.prefill_to(observation, 3), guess.clone()
     state[:, 0] = prefix.logits.argmax(-1)
     state[:, : 3 * frozen] = guess[:, :0] if given is None else given
-    expected = backbone.block_logits(prefix, state[:, :-1], 3).argmax(-1)
+    expected = backbone.shallow_logits(prefix, state[:, :-1], 3).argmax(-1)
     state[:, max(3 * frozen, 1) :] = expected[:, max(3 * frozen, 1) - 1 :]
     assert torch.equal(loose.tokens, state)
     greedy = decode("ar").tokens
@@ -164,7 +162,7 @@ def test_behind_committed_tokens_they_are_refused() -> None:
     backbone.block_logits(prefix, tokens[:, :4])
     prefix.cache.commit(4)
     for call in (
-        lambda: backbone.block_logits(prefix, tokens[:, 4:8], 2),
+        lambda: backbone.shallow_logits(prefix, tokens[:, 4:8], 2),
         lambda: backbone.depth_logits(prefix, tokens[:, 4:8], [1, 2]),
     ):
         with pytest.raises(
@@ -173,17 +171,15 @@ def test_behind_committed_tokens_they_are_refused() -> None:
         ):
             call()
     for name in ("spec1x3", "del"):
-        entry, options = find_decoder(name)
-        request = BlockRequest(
-            DecodingConfig(method=name), guess=tokens, options=options, tokens_per_step=3
-        )
+        config = DecodingConfig(method=name)
+        request = BlockRequest(config, guess=tokens, tokens_per_step=3)
         with pytest.raises(ConfigError, match="drafts need kind linear"):
-            entry.make(backbone, prefix, request)
+            config.decoder.decode(backbone, prefix, request)
 
 
 def test_tokens_of_no_step_have_none() -> None:
     backbone, _ = model(4, 3, 4)
-    tokens = backbone._shape.action_tokens.build(4, 3)
+    tokens = backbone.shape.action_tokens.build(4, 3)
     tokens.tokens_per_step = None
 
     class Free(UniformTokensConfig):
@@ -203,7 +199,7 @@ def test_compiled_code_reads_them_the_same() -> None:
     backbone, observation = model(5, 3, 4)
     tokens, engine = torch.randint(BINS, (ROWS, 12)), compiled(backbone, "eager")
     for k in (5, 11):  # filled up to 6 or 11 tokens
-        eager = backbone.block_logits(backbone.prefill(observation), tokens[:, :k], 2)
-        found = engine.block_logits(engine.prefill(observation), tokens[:, :k], 2)
+        eager = backbone.shallow_logits(backbone.prefill(observation), tokens[:, :k], 2)
+        found = engine.shallow_logits(engine.prefill(observation), tokens[:, :k], 2)
         torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()

@@ -239,7 +239,7 @@ def test_deadline_is_anytime(toy, deadline: float, durations: list[float], forwa
     assert result.forwards == forwards
     assert result.exit_reason == ["deadline"] * 2
     assert result.iterations.tolist() == [forwards] * 2
-    assert result.seconds["decode"] == pytest.approx(sum(durations[:forwards]))
+    assert clock() - 100.0 == pytest.approx(sum(durations[:forwards]))
 
 
 def test_a_distant_deadline_changes_nothing(toy) -> None:

@@ -14,9 +14,9 @@ from decoders import jacobi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ceed_vla.axes.learned.rule import FEATURES, features, head_name
 from ceed_vla.decoding import named_config
 from ceed_vla.decoding.exits import Seen, exit_rules
-from ceed_vla.decoding.learned import FEATURES, features, head_name
 from ceed_vla.errors import ConfigError
 
 

@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceed_vla import load
-from ceed_vla.decoding import BlockRequest, DecodingConfig, loop
-from ceed_vla.decoding.loop import decode_loop
+from ceed_vla.axes.launch_ahead import decoder as loop
+from ceed_vla.axes.launch_ahead.decoder import decode_loop
+from ceed_vla.decoding import BlockRequest, DecodingConfig
 from ceed_vla.engine import compiled
 from ceed_vla.errors import ConfigError, NotFiniteError, TokenError
 
 
 def request(guess: torch.Tensor | None, count: int, **more: Any) -> BlockRequest:
-    return BlockRequest(guess=guess, options={"count": str(count)}, **more)
+    more.setdefault("config", DecodingConfig(method=f"loop{count}"))
+    return BlockRequest(guess=guess, **more)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -9,14 +9,15 @@ from decoders import greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ceed_vla.axes.drafts.ngram import _Lookup, decode_ngram, draft
 from ceed_vla.decoding import BlockRequest, DecodingConfig
-from ceed_vla.decoding.jacobi import Rows
-from ceed_vla.decoding.ngram import _Lookup, decode_ngram, draft
+from ceed_vla.decoding.rows import Rows
 from ceed_vla.errors import ConfigError, TokenError
 
 
 def request(guess: torch.Tensor | None, length: int = 4, **more: object) -> BlockRequest:
-    return BlockRequest(guess=guess, options={"length": str(length)}, **more)  # type: ignore[arg-type]
+    more.setdefault("config", DecodingConfig(method=f"ngram{length}"))
+    return BlockRequest(guess=guess, **more)  # type: ignore[arg-type]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -50,7 +51,7 @@ def test_every_token_is_the_greedy_one(
 def test_only_the_executed_steps_are_decoded(toy) -> None:
     backbone, observation = toy(3, 2, 12, 31)
     prefix, guess = backbone.prefill(observation), torch.zeros(2, 12, dtype=torch.int64)
-    config = DecodingConfig(method="ngram", watch="executed")
+    config = DecodingConfig(method=f"ngram{length}", watch="executed")
     result = decode_ngram(
         backbone, prefix, request(guess, config=config, tokens_per_step=3, executed_steps=2)
     )
@@ -76,7 +77,7 @@ def test_the_tail_is_a_warm_start(toy) -> None:
     backbone, observation = toy(2, 1, 12, 31)
     guess, config = (
         torch.zeros(1, 12, dtype=torch.int64),
-        DecodingConfig(method="ngram", watch="executed"),
+        DecodingConfig(method="ngram4", watch="executed"),
     )
     asked = request(guess, config=config, tokens_per_step=3, executed_steps=2)
     assert (decode_ngram(backbone, backbone.prefill(observation), asked).tokens[:, 6:] != 0).any()
@@ -119,7 +120,7 @@ def test_what_it_cannot_decode(toy) -> None:
     prefix, guess = backbone.prefill(observation), torch.zeros(1, 6, dtype=torch.int64)
     with pytest.raises(TokenError, match="guess"):
         decode_ngram(backbone, prefix, request(None))
-    capped = DecodingConfig(method="ngram", max_iterations=1)
+    capped = DecodingConfig(method="ngram4", max_iterations=1)
     for wrong in (
         request(guess, config=capped),
         request(guess, 0),

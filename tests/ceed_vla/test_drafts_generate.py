@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ceed_vla.backbones.exits import make_exits
-from ceed_vla.decoding import BlockRequest, DecodingConfig, find_decoder
+from ceed_vla.axes.depth.exits import make_exits
+from ceed_vla.decoding import BlockRequest, DecodingConfig
 
 NAMES = (
     "spec1x1",
@@ -29,12 +29,10 @@ NAMES = (
 
 
 def decoded(backbone: Any, prefix: Any, name: str, guess: Tensor, period: int) -> Any:
-    entry, options = find_decoder(name)
     prefix.cache.roll_back()
     config = DecodingConfig(method=name)
-    return entry.make(
-        backbone, prefix, BlockRequest(config, guess, tokens_per_step=period, options=options)
-    )
+    request = BlockRequest(config, guess, tokens_per_step=period)
+    return config.decoder.decode(backbone, prefix, request)
 
 
 @pytest.mark.usefixtures("poisoned")

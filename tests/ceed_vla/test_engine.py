@@ -130,16 +130,15 @@ def test_every_depth_and_position_scores_as_the_eager_block(kind: str, llama: An
             model.block_logits(prefix, tokens)
             prefix.cache.commit(c)
         for k, depth in ((N - c, None), (1, 2), (N - c, 1), ((N - c + 1) // 2, None)):
+            part = tokens[:, c : c + k]
             scores = [
-                m.block_logits(p, tokens[:, c : c + k], depth)
+                m.shallow_logits(p, part, depth) if depth else m.block_logits(p, part)
                 for m, p in ((backbone, eager), (engine, fast))
             ]
             torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-4)
-    engine.block_logits(fast, tokens[:, N - 1 :], depth=1)
+    engine.shallow_logits(fast, tokens[:, N - 1 :], 1)
     with pytest.raises(TokenError, match="Cannot commit 1"):
         fast.cache.commit(1)
-    with pytest.raises(ConfigError, match="depth is 3"):
-        engine.block_logits(fast, tokens[:, N - 1 :], depth=3)
     with pytest.raises(TokenError, match=f"2 tokens after {N - 1} committed"):
         engine.block_logits(fast, tokens[:, :2])
     assert dict(backbone.named_modules()) == layers

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ceed_vla import load
-from ceed_vla.backbones.exits import EXITS, KINDS, make_exits
+from ceed_vla.axes.depth.exits import EXITS, KINDS, make_exits
+from ceed_vla.axes.drafts.speculation import PRIOR, _Online
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.decoding import prefill
 from ceed_vla.decoding.exits import mass_near
-from ceed_vla.decoding.speculation import PRIOR, _Online
 from ceed_vla.engine import compiled
 from ceed_vla.errors import CheckpointError, ConfigError, NotFiniteError
 from tests.helpers.edits import unsealed
@@ -373,7 +373,7 @@ def test_an_exit_of_a_bfloat16_model_learns_in_float32(llama: Any) -> None:
     backbone.exits = make_exits(backbone, [1], "linear")
     assert {p.dtype for p in backbone.exits[1].parameters()} == {torch.float32}
     embeddings = backbone.embed_prefix(observation)
-    _, (logits,) = backbone.packed_logits(
+    (logits,) = backbone.packed_depth_logits(
         embeddings, [torch.zeros(2, 6, dtype=torch.int64)], depth=1
     )
     assert logits.dtype == torch.bfloat16
@@ -395,9 +395,9 @@ def test_compiled_code_behind_an_exit_is_the_same_at_every_position(llama: Any) 
         prefix = engine.prefill(observation)
         engine.block_logits(prefix, torch.zeros(2, 5, dtype=torch.int64))
         prefix.cache.commit(committed)
-        engine.block_logits(prefix, torch.zeros(2, 1, dtype=torch.int64), depth=1)
+        engine.shallow_logits(prefix, torch.zeros(2, 1, dtype=torch.int64), 1)
         found.append(len(graphs))
     assert found[0] == found[-1]
     backbone.exits = make_exits(backbone, [1], "layer")
     with pytest.raises(ConfigError, match="has not seen the committed tokens"):
-        engine.block_logits(prefix, torch.zeros(2, 1, dtype=torch.int64), depth=1)
+        engine.shallow_logits(prefix, torch.zeros(2, 1, dtype=torch.int64), 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.models.trunk import CompactTrunk
+from ceed_vla.axes.programs.decoder import check_program
 from ceed_vla.backbones.base import Prefix
-from ceed_vla.decoding import decode_block, decoder_ladders, named_config
+from ceed_vla.decoding import decode_block, decoder_ladders, named_config, prefill
 from ceed_vla.engine import compiled
 from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.tokens.uniform import ActionTokenizer
@@ -157,10 +157,10 @@ def test_a_full_forward_follows_from_its_tokens() -> None:
 
 
 def test_what_cannot_run_is_refused() -> None:
-    backbone, prefix, tokens = made(4)
-    for wrong in ([], [LAYERS], [-1], [0] * (2 * LAYERS + 1), [0.5], ["0"]):
+    backbone, prefix, _ = made(4)
+    for wrong in ([], [LAYERS], [-1], [0] * (2 * LAYERS + 1)):
         with pytest.raises(ConfigError, match="must list 1 to 6 layers, of 0 to 2"):
-            backbone.program_logits(prefix, tokens, wrong)  # type: ignore[arg-type]
+            check_program(wrong, LAYERS)
     for name, message in {
         "program0-3": "of 0 to 2",
         "program0-0-0-0-0-0-0": "must list 1 to 6 layers",
@@ -171,17 +171,12 @@ def test_what_cannot_run_is_refused() -> None:
     for name in ("program", "program0-", "program-1", "program0--1", "program0,1"):
         with pytest.raises(ConfigError, match="Unknown decoder"):
             named_config(name)
-    with pytest.raises(ConfigError, match="runs no programs"):
-        decode_block(
-            SimpleNamespace(num_layers=LAYERS, block_length=N), prefix, TOKENS, "program0-1"
-        )  # type: ignore[arg-type]
 
 
-def test_a_backbone_that_runs_none_says_so() -> None:
-    from tests.ceed_vla.conftest import LlamaBackbone  # a model of transformers
-
-    with pytest.raises(ConfigError, match="LlamaBackbone runs no programs"):
-        LlamaBackbone.program_logits(object.__new__(LlamaBackbone), None, None, [0])  # type: ignore[arg-type]
+def test_a_backbone_that_runs_none_is_refused_by_the_name_of_the_capability(llama: Any) -> None:
+    backbone, observation = llama(0, 1, N, 255)
+    with pytest.raises(ConfigError, match="RunsPrograms; a LlamaBackbone lacks program_logits"):
+        prefill(backbone, observation, named_config("program0-1"))
 
 
 def test_every_command_knows_the_name() -> None:

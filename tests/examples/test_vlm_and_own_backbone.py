@@ -120,9 +120,10 @@ def test_the_check_finds_what_is_wrong(own: Any) -> None:
         prefix.calls = getattr(prefix, "calls", 0) + 1
         return right(prefix, tokens) * (1 if prefix.calls < 14 else -1)
 
-    backbone.block_logits = lambda prefix, tokens, depth=None: right(prefix, tokens)
+    backbone.shallow_logits = lambda prefix, tokens, depth: right(prefix, tokens)
     with pytest.raises(ConfigError, match="it ignores depth"):
         check_backbone(backbone, observation, action_dim=7)
+    del backbone.shallow_logits
     for wrong, message in (
         (not_causal, r"strict Jacobi decoding differ .* a block that is not causal"),
         (rows_mixed, r"packed_logits differ"),

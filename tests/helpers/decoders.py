@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -30,5 +31,5 @@ def jacobi(
 ) -> DecodeResult:
     """Jacobi decoding; with `executed_steps` only these must be right."""
     if request.get("executed_steps") is not None:
-        config = DecodingConfig(**{**vars(config), "watch": "executed"})
+        config = replace(config, watch="executed")
     return decode_jacobi(backbone, prefix, BlockRequest(config, guess, **request))

@@ -16,7 +16,7 @@ import torch
 import ceed_vla
 from ceed_vla.checkpoints import weights_hash
 from ceed_vla.errors import ConfigError
-from ceed_vla.training.context import LEAST, REPORT, ContextConfig, Scored, context
+from ceed_vla.training.axes.context import LEAST, REPORT, ContextConfig, Scored, context
 from ceed_vla.training.distill import distill
 from ceed_vla.training.distill_data import DistillData, TrajectoriesConfig
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import ceed_vla
-from ceed_vla.backbones.exits import EXITS
+from ceed_vla.axes.depth.exits import EXITS
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.errors import ConfigError
-from ceed_vla.training.exits import REPORT, ExitsConfig, exits
+from ceed_vla.training.axes.depth import REPORT, ExitsConfig, exits
 from ceed_vla.training.teacher import train
 
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from ceed_vla import load
-from ceed_vla.decoding.learned import FEATURES, Group
+from ceed_vla.axes.learned.rule import FEATURES, Group
 from ceed_vla.errors import ConfigError, DatasetError, SimulationError
+from ceed_vla.sim.axes.learned import SerialGroups, group_runner
 from ceed_vla.sim.environment import EnvPool, joined
 from ceed_vla.sim.rollout import PolicyRunner, rollout
-from ceed_vla.sim.serial_groups import SerialGroups, group_runner
 from ceed_vla.sim.tabletop.env import TabletopEnv
 from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
-from ceed_vla.training.reinforce import (
+from ceed_vla.training.axes.learned import (
     START,
     ReinforceConfig,
     Strata,

@@ -12,8 +12,8 @@ import pytest
 from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError
 from ceed_vla.locks import lock_file
+from ceed_vla.training.axes.learned import ReinforceConfig, reinforce
 from ceed_vla.training.distill import distill
-from ceed_vla.training.reinforce import ReinforceConfig, reinforce
 from ceed_vla.training.teacher import train
 from ceed_vla.training.trajectories import collect, read_trajectories
 from tests.helpers.holders import go_on, holder, stopped_writer

@@ -12,7 +12,6 @@ one step of the decoder is a handful of kernels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, cast
@@ -22,18 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ceed_vla.backbones.base import (
-    CutPrefix,
-    Prefix,
-    TrainableBackbone,
-    check_depth,
-    check_features,
-    check_program,
-)
-from ceed_vla.backbones.coarse import CoarseBranch
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
+from ceed_vla.backbones.compact.capabilities import CompactCapabilities
+from ceed_vla.backbones.compact.layer import Layer
 from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
 from ceed_vla.backbones.config import PolicyShape
-from ceed_vla.backbones.exits import check_linear
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.fields import short
@@ -47,47 +39,13 @@ WORD_CODE = 16  # numbers a word that the camera stems see
 DISTILLED = ("action_tokens", "slots", "layers", "final_norm", "head")
 
 
-class Layer(nn.Module):
-    """Pre-norm attention and gated MLP."""
+class CompactBackbone(CompactCapabilities, TrainableBackbone):
+    """Small VLA trunk behind the `Backbone` protocol; `CompactConfig` says what its sizes are.
 
-    def __init__(self, width: int, heads: int, mlp_width: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm = nn.LayerNorm(width, bias=False)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.mlp_norm = nn.LayerNorm(width, bias=False)
-        self.gate_up = nn.Linear(width, 2 * mlp_width, bias=False)
-        self.down = nn.Linear(mlp_width, width, bias=False)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The layer without a cache."""
-        q, k, v = self.project(x)
-        return self.finish(x, q, k, v, mask)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, t, d / H) of x (B, t, d)."""
-        batch, length, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(
-            batch, length, 3, self.heads, width // self.heads
-        )
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
-    def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend, then the MLP; mask (t, T) is True where attention is allowed, None allows all."""
-        batch, length, width = x.shape
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, t, d / H)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
-
-
-class CompactBackbone(TrainableBackbone):
-    """Small VLA trunk behind the `Backbone` protocol; `CompactConfig` says what its sizes are."""
+    What it offers beside that is in `CompactCapabilities`.
+    """
 
     compilable = ("prefill", "block")
-    cuts = True
 
     def __init__(self, shape: PolicyShape, config: Any) -> None:
         super().__init__()
@@ -96,7 +54,7 @@ class CompactBackbone(TrainableBackbone):
         self.state_dim = shape.state_dim
         self.block_length = shape.block_length
         self.vocabulary_size = shape.vocabulary_size
-        self._shape = shape
+        self.shape = shape
         width = config.width
         grid = config.image_grid
         self.num_layers = config.layers
@@ -180,24 +138,6 @@ class CompactBackbone(TrainableBackbone):
     def recompute_activations(self) -> None:
         self._recompute = True
 
-    def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:
-        return self.trunk, self.final_norm, self.final_norm.normalized_shape[0]
-
-    def coarse_branch(self) -> nn.Module:
-        """Of half the width, so that it costs a chunk about as much as the linear layer of an
-        exit.
-        """
-        shape = self._shape
-        width = self.final_norm.normalized_shape[0]
-        step = shape.action_tokens.build(shape.chunk_size, shape.action_dim).tokens_per_step
-        inner = max(width // 2, 1)
-        if step is None:
-            raise ConfigError(
-                "Exits of kind coarse pool the tokens of a step, and these belong to none; train "
-                "linear."
-            )
-        return CoarseBranch(Layer(inner, math.gcd(inner, 4), 2 * inner), inner, width, step)
-
     def distillation_parameters(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if name.partition(".")[0] in DISTILLED]
 
@@ -232,20 +172,12 @@ class CompactBackbone(TrainableBackbone):
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         return self.prefill_embeddings(self.embed_prefix(observation))
 
-    def prefix_tokens(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        may_go = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        may_go[:, -1] = False  # the state, which predicts slot 0
-        return embeddings, may_go, ~may_go
-
-    def keep_tokens(self, embeddings: Tensor, kept: Tensor) -> Tensor:
-        return embeddings.gather(1, kept.unsqueeze(-1).expand(-1, -1, embeddings.shape[2]))
-
     def prefill_embeddings(self, embeddings: Tensor) -> Prefix:
         """`prefill` from embeddings (B, P, d) that `embed_prefix` made."""
         cache = self._cache(embeddings)
         x = self._run(embeddings, cache)
         cache.seal_prefix(embeddings.shape[1])
-        return Prefix(logits=self.head(self.final_norm(x[:, -1])), cache=cache)
+        return Prefix(logits=self._scores(x[:, -1]), cache=cache)
 
     def _cache(self, embeddings: Tensor) -> KVCache:
         batch, length, width = embeddings.shape
@@ -254,22 +186,9 @@ class CompactBackbone(TrainableBackbone):
         own = sum(depth_exit.layer is not None for depth_exit in self.exits.values())
         return KVCache(*sizes, device=embeddings.device, dtype=embeddings.dtype, exits=own)
 
-    def prefill_to(self, observation: dict[str, Tensor], depth: int) -> CutPrefix:
-        embeddings = self.embed_prefix(observation)
-        cache = self._cache(embeddings)
-        depth = check_depth(depth, self.num_layers)
-        x = self._run(embeddings, cache, depth=depth)
-        logits = self.head(self._read(x, depth, cache)[:, -1])
-        cache.seal_prefix(x.shape[1], shallow=True)
-        return CutPrefix(logits, cache, depth, x)
-
-    def extend(self, prefix: CutPrefix) -> Prefix:
-        cache = prefix.cache
-        length = prefix.hidden.shape[1]
-        cache.unseal()
-        x = self._run(prefix.hidden, cache, done=prefix.depth)
-        cache.seal_prefix(length)
-        return Prefix(logits=self.head(self.final_norm(x[:, -1])), cache=cache)
+    def _embed(self, cache: KVCache, tokens: Tensor) -> Tensor:
+        """Embeddings (B, k, d) of the next `tokens` (B, k) of a block."""
+        return self.action_tokens(tokens) + cache.rows(self.slots, tokens.shape[1])
 
     def _run(
         self,
@@ -279,87 +198,30 @@ class CompactBackbone(TrainableBackbone):
         depth: int | None = None,
         done: int = 0,
     ) -> Tensor:
-        """X (B, t, d) through the first `depth` layers without those that are `done`, behind what
-        is in the cache.
+        """Run x (B, t, d) through the first `depth` layers without those that are `done`.
+
+        Keys and values go behind what is in the cache.
         """
-        # a slice would be a new module
+        # A slice of the module list would be a new module.
         for index, layer in enumerate(islice(self.trunk, done, depth), done):
             q, k, v = layer.project(x)
             keys, values = cache.write(index, k, v)  # (B, H, T, d / H)
             x = layer.finish(x, q, keys, values, mask)
             if index + 1 in self.exits and not cache.prefix_length:
-                own = self.exits[index + 1]  # the prefix, as its layer sees it
-                if own.layer is not None:
-                    cache.write(own.slot, *own.layer.project(x)[1:])
+                self.exits[index + 1].see_prefix(x, cache)
         return x
 
-    def _read(
-        self,
-        x: Tensor,
-        depth: int,
-        cache: KVCache | None = None,
-        mask: Tensor | None = None,
-        blocks: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """Hidden vectors (B, t, d) behind `depth` layers as the head reads them; the last are of
-        embedded `blocks`.
-        """
-        own = self.exits.get(depth)
-        if own is None or depth == self.num_layers:
-            return cast("Tensor", self.final_norm(x))
-        if own.kind != "linear" and cache is not None:
-            own.check(cache.committed)
-        if own.layer is not None:
-            q, k, v = own.layer.project(x)
-            keys, values = cache.write(own.slot, k, v) if cache is not None else (k, v)
-            x = own.layer.finish(x, q, keys, values, mask)
-        return cast("Tensor", own(own.beside(x, blocks)))
-
-    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        cache = prefix.cache
-        length = tokens.shape[1]
-        block = self.action_tokens(tokens) + cache.rows(self.slots, length)  # (B, k, d)
-        mask = cache.mask(length)
-        depth = check_depth(depth, self.num_layers)
-        return self.head(
-            self._read(self._run(block, cache, mask, depth), depth, cache, mask, [block])
-        )
-
-    def depth_logits(
-        self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
-    ) -> tuple[list[Tensor], Tensor]:
-        check_linear(self.exits, depths)
-        cache = prefix.cache
-        length = tokens.shape[1]
-        block = self.action_tokens(tokens) + cache.rows(self.slots, length)
-        mask = cache.mask(length)
-        x = block
-        found = []
-        done = 0
-        for depth in depths:
-            x = self._run(x, cache, mask, depth, done)
-            found.append(self.head(self._read(x, depth, cache, blocks=[block])))
-            done = depth
-        return found, x
-
-    def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
-        x = self._run(hidden, prefix.cache, prefix.cache.mask(hidden.shape[1]), done=depth)
+    def _scores(self, x: Tensor) -> Tensor:
+        """Scores (..., V) of hidden vectors (..., d) behind the last layer."""
         return cast("Tensor", self.head(self.final_norm(x)))
 
-    def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
+    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
         cache = prefix.cache
-        length = tokens.shape[1]
-        x = self.action_tokens(tokens) + cache.rows(self.slots, length)
-        mask = cache.mask(length)
-        for index in check_program(program, self.num_layers):
-            q, k, v = self.trunk[index].project(x)
-            keys, values = cache.write(index, k, v)
-            x = self.trunk[index].finish(x, q, keys, values, mask)
-        cache.disown()
-        return cast("Tensor", self.head(self.final_norm(x)))
+        x = self._run(self._embed(cache, tokens), cache, cache.mask(tokens.shape[1]))
+        return self._scores(x)
 
     def packed_logits(
-        self, embeddings: Tensor, blocks: Sequence[Tensor], depth: int | None = None
+        self, embeddings: Tensor, blocks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of several blocks behind one prefix, in one forward; see
         `TrainableBackbone`.
@@ -367,19 +229,31 @@ class CompactBackbone(TrainableBackbone):
         The blocks do not see each other and share their slots, so each sees exactly what
         `block_logits` shows it.
         """
+        x, _ = self._packed(embeddings, blocks, self.num_layers)
+        return self._unpacked(self.final_norm(x), embeddings.shape[1])
+
+    def _packed(
+        self, embeddings: Tensor, blocks: Sequence[Tensor], depth: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Hidden vectors (B, P + b * (n - 1), d) of a prefix and b blocks behind `depth` layers,
+        and the embedded blocks (B, n - 1, d).
+        """
         n = self.block_length
+        length = embeddings.shape[1]
         inputs = [self.action_tokens(block[:, : n - 1]) + self.slots[: n - 1] for block in blocks]
-        x = torch.cat([embeddings, *inputs], dim=1)  # (B, P + b * (n - 1), d)
-        mask = (
-            self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device) if blocks else None
-        )
+        x = torch.cat([embeddings, *inputs], dim=1)
+        mask = self._packed_mask(length, n - 1, len(blocks), x.device) if blocks else None
         recompute = self._recompute and self.training
-        depth = check_depth(depth, self.num_layers)
         for layer in self.trunk[:depth]:
             x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
-        x = self._read(x, depth, mask=mask, blocks=inputs)
-        state = x[:, embeddings.shape[1] - 1]  # (B, d)
-        parts = x[:, embeddings.shape[1] :].split(n - 1, dim=1)
+        return x, inputs
+
+    def _unpacked(self, x: Tensor, prefix: int) -> tuple[Tensor, list[Tensor]]:
+        """The hidden vector (B, d) that predicts slot 0, and the logits (B, n, V) of every block,
+        of what the head reads (B, T, d) behind `prefix` positions.
+        """
+        state = x[:, prefix - 1]  # (B, d)
+        parts = x[:, prefix:].split(self.block_length - 1, dim=1)
         return state, [self.head(torch.cat([state.unsqueeze(1), part], dim=1)) for part in parts]
 
     @staticmethod

@@ -155,14 +155,20 @@ class Pi0FastBackbone(TransformersBackbone):
         layer: Any = cast("nn.ModuleList", self.decoder.layers)[0]
         return layer.self_attn.q_proj.weight.dtype  # type: ignore[no-any-return]
 
-    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`.
+    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        """See `Backbone` and `_speculative`."""
+        return self._speculative(super().block_logits(prefix, tokens), tokens)
+
+    def shallow_logits(self, prefix: Prefix, tokens: Tensor, depth: int) -> Tensor:
+        return self._speculative(super().shallow_logits(prefix, tokens, depth), tokens)
+
+    def _speculative(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """`logits` (B, k, V) behind `tokens` (B, k), of which some may be guesses.
 
         With the full vocabulary, ids that no action holds score -inf behind a token that is not the
         greedy one, as that is speculation. Behind greedy tokens every id keeps its score, so a
         fixed point is greedy.
         """
-        logits = super().block_logits(prefix, tokens, depth)
         if self.forbidden is not None and tokens.shape[1] > 1:
             wrong = logits[:, :-1].argmax(-1) != tokens[:, 1:]  # (B, k - 1)
             speculative = wrong.cumsum(1).bool()  # outputs 1 .. k - 1

@@ -12,9 +12,7 @@ A family says how an observation becomes `PrefixEmbeddings`, and where decoder a
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,15 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_depth, runs
-from ceed_vla.backbones.exits import DepthExit, check_linear
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, runs
+from ceed_vla.backbones.transformers.capabilities import TransformersCapabilities
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings, TransformersPrefix
 from ceed_vla.cache import TransformersCache
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, TokenError
 from ceed_vla.weights import copy_weights, weight_files
 
 
-class TransformersBackbone(TrainableBackbone):
+class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
     """A language model of transformers behind the `Backbone` protocol.
 
     `action_ids` (V,) are the vocabulary ids of the tokens; None where a token is any id.
@@ -82,22 +80,6 @@ class TransformersBackbone(TrainableBackbone):
         """Run the prefix of every row once; rows may have prompts of different lengths."""
         return self.prefill_embeddings(self.embed_prefix(observation))
 
-    def prefix_tokens(self, embeddings: PrefixEmbeddings) -> tuple[Tensor, Tensor, Tensor]:
-        if embeddings.patches is None:
-            raise ConfigError(
-                f"{type(self).__name__} marks no image patches, so all run; leave out keep<K>."
-            )
-        return embeddings.embeds, embeddings.patches, embeddings.real & ~embeddings.patches
-
-    def keep_tokens(self, embeddings: PrefixEmbeddings, kept: Tensor) -> PrefixEmbeddings:
-        # those of `in_order`
-        inputs = {name: value.gather(1, kept) for name, value in embeddings.inputs.items()}
-        rows = torch.arange(len(embeddings), device=kept.device).unsqueeze(1)
-        real = embeddings.real.gather(1, kept)
-        return PrefixEmbeddings(
-            embeddings.embeds[rows, kept], real, embeddings.next_position, inputs
-        )
-
     def prefill_embeddings(self, embeddings: PrefixEmbeddings) -> TransformersPrefix:
         """`prefill` from what `embed_prefix` made."""
         cache = TransformersCache()
@@ -118,44 +100,38 @@ class TransformersBackbone(TrainableBackbone):
                 f"{most} this model's rope_scaling ({kind}) changes all positions, so keys and "
                 "values cannot be kept. Use another model."
             )
-        # The exits' own layers see the prefix too, with what the layer before is called with.
-        with _behind(
-            self.decoder,
-            [(depth, e.layer) for depth, e in self.exits.items() if e.layer is not None],
-        ):
-            # (B, d)
-            hidden = self._run(embeddings.embeds, cache.begin(real.shape[1]), embeddings.inputs)[
-                :, -1
-            ]
+        with self.exits_see_prefix():
+            x = self._run(embeddings.embeds, cache.begin(real.shape[1]), embeddings.inputs)
+        hidden = x[:, -1]  # (B, d)
         cache.seal_prefix(real.shape[1])
         padding = None if bool(real.all()) else real
         return TransformersPrefix(
             self.score(hidden), cache, hidden, padding, embeddings.next_position
         )
 
-    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        return self.score(self._block_hidden(self._own(prefix), tokens))
+
+    def _block_hidden(self, prefix: TransformersPrefix, tokens: Tensor) -> Tensor:
+        """Hidden vectors (B, k, d) of the next `tokens` (B, k) of a block."""
+        embeds, inputs = self._block_inputs(prefix, tokens)
+        return self._run(embeds, prefix.cache.begin(tokens.shape[1]), inputs)
+
+    def _own(self, prefix: Prefix) -> TransformersPrefix:
+        """The prefix, which `TokenError` refuses if it is another model's."""
         if not isinstance(prefix, TransformersPrefix):
             raise TokenError(
                 f"The prefix is a {type(prefix).__name__}; {type(self).__name__} continues its own "
                 "only."
             )
-        return self.score(self._block_hidden(prefix, tokens, check_depth(depth, self.num_layers)))
+        return prefix
 
-    def depth_logits(
-        self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
-    ) -> tuple[list[Tensor], Tensor]:
-        check_linear(self.exits, depths)
-        kept: list[Tensor] = []
-        with _behind(self.decoder, [(depth, lambda x, **_: kept.append(x)) for depth in depths]):
-            self._block_hidden(cast("TransformersPrefix", prefix), tokens, depths[-1])
-        norms = (self.exits.get(depth, cast("nn.Module", self.decoder.norm)) for depth in depths)
-        read = [norm(x) for norm, x in zip(norms, kept, strict=True)]
-        return [self.score(x[0] if isinstance(x, tuple) else x) for x in read], kept[-1]
-
-    def _block_hidden(
-        self, prefix: TransformersPrefix, tokens: Tensor, depth: int | None = None
-    ) -> Tensor:
-        """Hidden vectors (B, k, d) behind the committed tokens, from the first `depth` layers."""
+    def _block_inputs(
+        self, prefix: TransformersPrefix, tokens: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What the language model is called with for the next `tokens` (B, k) of a block:
+        embeddings (B, k, d), and the other arguments.
+        """
         cache = prefix.cache
         k = tokens.shape[1]
         # The number of committed tokens would be a constant of a compiled forward.
@@ -164,18 +140,11 @@ class TransformersBackbone(TrainableBackbone):
                 f"{k} tokens after {cache.committed} committed exceed the block of "
                 f"{self.block_length}."
             )
-        # (B, k)
-        inputs = {"position_ids": prefix.next_position.unsqueeze(1) + cache.slots(k, tokens.device)}
+        positions = prefix.next_position.unsqueeze(1) + cache.slots(k, tokens.device)  # (B, k)
+        inputs: dict[str, Any] = {"position_ids": positions}
         if prefix.real is not None:
             inputs["attention_mask"] = cache.real(prefix.real, k)
-        embeds = self.embed_tokens(tokens)
-        if depth is None or depth == self.num_layers:
-            return self._run(embeds, cache.begin(k), inputs)
-        own = self.exits.get(depth)
-        if own is not None and isinstance(cache, TransformersCache):
-            own.check(cache.committed)
-        with _first_layers(self.decoder, depth, own):
-            return self._run(embeds, cache.begin(k, shallow=True), inputs)
+        return self.embed_tokens(tokens), inputs
 
     def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
         """Hidden vectors (B, t, d) of embeddings (B, t, d), whose keys and values are appended to
@@ -188,19 +157,29 @@ class TransformersBackbone(TrainableBackbone):
         return cast("Tensor", output.last_hidden_state)
 
     def packed_logits(
-        self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor], depth: int | None = None
+        self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        if self.training and self.pretrained.is_gradient_checkpointing and depth is None:
+        if self.training and self.pretrained.is_gradient_checkpointing:
             return self._packed_without_cache(embeddings, blocks)
         prefix = self.prefill_embeddings(embeddings)
-        logits = []
-        for block in blocks:
-            prefix.cache.roll_back()
-            hidden = [prefix.hidden.unsqueeze(1)]
-            if block.shape[1] > 1:
-                hidden.append(self._block_hidden(prefix, block[:, :-1], depth))
-            logits.append(self.score(torch.cat(hidden, dim=1)))  # (B, n, V)
-        return prefix.hidden, logits
+        return prefix.hidden, [
+            self._block_scores(prefix, block, self._block_hidden) for block in blocks
+        ]
+
+    def _block_scores(
+        self,
+        prefix: TransformersPrefix,
+        block: Tensor,
+        forward: Callable[[TransformersPrefix, Tensor], Tensor],
+    ) -> Tensor:
+        """Logits (B, n, V) of a `block` (B, n): slot 0 by the prefix, the others by the hidden
+        vectors that `forward` makes of tokens.
+        """
+        prefix.cache.roll_back()
+        hidden = [prefix.hidden.unsqueeze(1)]
+        if block.shape[1] > 1:
+            hidden.append(forward(prefix, block[:, :-1]))
+        return self.score(torch.cat(hidden, dim=1))
 
     def _packed_without_cache(
         self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
@@ -214,10 +193,6 @@ class TransformersBackbone(TrainableBackbone):
             hidden = self._run(inputs.pop("inputs_embeds"), None, inputs)[:, length - 1 :]
             logits.append(self.score(hidden))
         return hidden[:, 0], logits[: len(blocks)]
-
-    def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:
-        model = cast("Any", self.decoder)
-        return list(model.layers), model.norm, int(model.config.hidden_size)
 
     def recompute_activations(self) -> None:
         if not self.pretrained.supports_gradient_checkpointing:
@@ -279,44 +254,3 @@ def check_left_padding(batch: Mapping[str, Any], ids: str, mask: str) -> None:
             f"{mask} {tuple(marks.shape)} does not mark left padding of {tuple(batch[ids].shape)} "
             "ids: every prompt must end in the last column."
         )
-
-
-@contextmanager
-def _first_layers(decoder: nn.Module, depth: int, own: DepthExit | None) -> Iterator[None]:
-    """Leave out the layers behind the first `depth`; the exit of that depth follows these, or else
-    the final norm.
-    """
-    layers = cast("nn.ModuleList", decoder.layers)
-    norm = decoder.norm
-    decoder.layers = layers[:depth]
-    if own is not None:
-        decoder.norm = own
-        if own.layer is not None:
-            decoder.layers.append(own.layer)
-    try:
-        yield
-    finally:
-        decoder.layers, decoder.norm = layers, norm
-
-
-@contextmanager
-def _behind(decoder: nn.Module, found: Sequence[tuple[int, Callable[..., Any]]]) -> Iterator[None]:
-    """Call each function with the hidden vectors (B, t, d) behind so many layers, and the options
-    of the last one.
-    """
-
-    def run(
-        function: Callable[..., Any], _: nn.Module, __: Any, options: dict[str, Any], output: Any
-    ) -> None:
-        function(output[0] if isinstance(output, tuple) else output, **options)
-
-    layers = cast("nn.ModuleList", decoder.layers)
-    handles = [
-        layers[depth - 1].register_forward_hook(partial(run, f), with_kwargs=True)
-        for depth, f in found
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

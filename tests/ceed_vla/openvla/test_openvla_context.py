@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ceed_vla.backbones.context import ContextScorer
+from ceed_vla.axes.context.scorer import ContextScorer
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.convert import ConvertConfig
 from ceed_vla.convert.openvla import published_policy

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import ceed_vla
 from ceed_vla import CeedVLAConfig, CeedVLAPolicy
-from ceed_vla.backbones.exits import make_exits
+from ceed_vla.axes.depth.exits import make_exits
 from ceed_vla.checkpoints import load, save, seal, weights_hash
 from ceed_vla.checkpoints.manifest import MANIFEST, SEALED, check_files, own_files
 from ceed_vla.cli import main

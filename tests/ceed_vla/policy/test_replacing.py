@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ceed_vla import CeedVLAPolicy
-from ceed_vla.backbones.exits import make_exits
+from ceed_vla.axes.depth.exits import make_exits
 from ceed_vla.checkpoints import load, save
 from ceed_vla.checkpoints.manifest import MANIFEST, check_files, hash_of, own_files
 from ceed_vla.checkpoints.replacing import PENDING, replacing_folder

@@ -2,7 +2,7 @@
 
     spec2x4   drafts of 4 tokens from the exit behind 2 layers (LayerSkip)
     spec2x4r3 the same, and a drafted token counts as right within 3 bins, but for grippers: not
-    exact (Spec-VLA)
+              exact (Spec-VLA)
     del       depth and length by expected tokens a layer call (DEL, arXiv 2504.05598)
 
 Drafts of layers are not committed, so each reads those before it again.
@@ -11,16 +11,18 @@ Drafts of layers are not committed, so each reads those before it again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ceed_vla.axes.drafts.verification import Drafter, decode_drafts
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.decoding.drafts import Drafter, decode_drafts
-from ceed_vla.decoding.jacobi import Rows
-from ceed_vla.decoding.registry import register_decoder
+from ceed_vla.backbones.capabilities import ComparesDepths, HasExits, ReadsDepths, require
+from ceed_vla.decoding.registry import Options, register_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
+from ceed_vla.decoding.rows import Rows
 from ceed_vla.errors import ConfigError
 
 LONGEST = 12  # tokens of a draft that `del` considers
@@ -36,13 +38,14 @@ class _Layers(Drafter):
     def draft(
         self, backbone: Backbone, prefix: Prefix, tokens: Tensor, rows: Rows, exact: int, end: int
     ) -> int:
-        depth, start = self.depth, prefix.cache.committed
+        reader = require(backbone, ReadsDepths, "A draft of layers")
+        start = prefix.cache.committed
         for slot in range(exact, end - 1):
-            # (B,)
-            drafted = backbone.block_logits(prefix, tokens[:, start:slot], depth)[:, -1].argmax(-1)
+            logits = reader.shallow_logits(prefix, tokens[:, start:slot], self.depth)
+            drafted = logits[:, -1].argmax(-1)  # (B,)
             mine = torch.from_numpy(rows.running & (rows.exact <= slot)).to(drafted.device)
             tokens[:, slot] = torch.where(mine, drafted, tokens[:, slot])
-        return (end - 1 - exact) * depth
+        return (end - 1 - exact) * self.depth
 
 
 class _Online(_Layers):
@@ -73,34 +76,44 @@ class _Online(_Layers):
         self.depth, self.length = max(pairs, key=rate)
 
 
+@dataclass(frozen=True)
+class SpecOptions(Options):
+    """Layers that draft, tokens of a draft, and bins within which a drafted token stays."""
+
+    depth: int
+    length: int
+    near: int = 0
+
+
 @register_decoder(
     r"spec(?P<depth>\d+)x(?P<length>\d+)(r(?P<near>\d+))?",
     "spec<K>x<L>",
     "drafts of K layers; r<R>: within R bins",
     ("spec{exit}x4", "spec{exit}x4r2"),
+    options=SpecOptions,
+    relaxes=lambda options: bool(options.near),
+    needs=(ReadsDepths,),
 )
 def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Greedy tokens, drafted ``L`` at a time by ``K`` layers and their exit; with ``r<R>`` not
     exact.
 
-    Raises as `decode_drafts`, and `ConfigError` for a backbone of fewer layers or drafts of no
-    tokens.
+    Raises:
+        ConfigError: A backbone of fewer layers, or drafts of no tokens; and as `decode_drafts`.
     """
-    depth = int(request.options["depth"])
-    length = int(request.options["length"])
-    if not (1 <= depth < backbone.num_layers and length >= 1):
+    options: SpecOptions = request.options
+    if not (1 <= options.depth < backbone.num_layers and options.length >= 1):
         raise ConfigError(
-            f"spec{depth}x{length}: a token or more, by some of {backbone.num_layers} layers."
+            f"spec{options.depth}x{options.length}: a token or more, by some of "
+            f"{backbone.num_layers} layers."
         )
-    return decode_drafts(
-        backbone, prefix, request, _Layers(depth, length), int(request.options["near"] or 0)
-    )
+    drafter = _Layers(options.depth, options.length)
+    return decode_drafts(backbone, prefix, request, drafter, options.near)
 
 
-decode_spec.relaxes = lambda options: bool(int(options["near"] or 0))  # type: ignore[attr-defined]
-
-
-@register_decoder("del", "del", "as spec, K and L chosen online", ("del",))
+@register_decoder(
+    "del", "del", "as spec, K and L chosen online", ("del",), needs=(ReadsDepths, ComparesDepths)
+)
 def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Greedy tokens; depth and length of every draft are those that promise most tokens a layer
     call.
@@ -108,9 +121,10 @@ def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> Dec
     A verifying forward shows, beside its own tokens, what every exit would have drafted in its
     place.
 
-    Raises as `decode_drafts`, and `ConfigError` for a backbone without exits to choose from.
+    Raises:
+        ConfigError: A backbone without exits to choose from; and as `decode_drafts`.
     """
-    exits = getattr(backbone, "exits", {})
+    exits = require(backbone, HasExits, "del").exits
     depths = [depth for depth, own in exits.items() if own.layer is None]
     if not depths:
         raise ConfigError(

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
-from ceed_vla.backbones.context import CONTEXT, ContextScorer, keep_scored
+from ceed_vla.axes.context.scorer import CONTEXT, ContextScorer, keep_scored
+from ceed_vla.backbones.capabilities import ChoosesPrefix, require
 from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import CeedVLAError
 from ceed_vla.fields import COUNTS, ranged
@@ -56,8 +57,9 @@ class Scored:
 
     def __init__(self, data: DistillData, rows: Any) -> None:
         self.batch = data.observations(rows)
-        self.backbone = data.policy.backbone
-        self.fixed = data.policy.decode(self.batch, "jacobi", read=False).tokens
+        policy: Any = data.policy
+        self.backbone = policy.backbone
+        self.fixed = policy.decode(self.batch, "jacobi", read=False).tokens
         self.embeddings = self.backbone.embed_prefix(self.batch)
         self.tokens: tuple[Tensor, Tensor, Tensor] = self.backbone.prefix_tokens(self.embeddings)
         self.full = self._behind(self.embeddings)
@@ -90,7 +92,8 @@ def _context(config: ContextConfig, output: Path) -> Path:
     data = DistillData(config.roots, policy, pre, eval_frames=config.eval_frames, seed=config.seed)
     data.split()
     frames = Scored(data, data.held_out)
-    scorer = ContextScorer(policy.backbone.exit_parts()[2], int(frames.tokens[1][0].sum()))
+    chooser = require(policy.backbone, ChoosesPrefix, "context")
+    scorer = ContextScorer(chooser.exit_parts()[2], int(frames.tokens[1][0].sum()))
     train(scorer, data, config)
     worth = held_out(scorer, frames, config.seed)
     if policy.backbone.context:

@@ -9,32 +9,46 @@ follows. The result is exact: every token is the greedy one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from ceed_vla.axes.drafts.verification import Drafter, decode_drafts
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.decoding.drafts import Drafter, decode_drafts
-from ceed_vla.decoding.jacobi import Rows
-from ceed_vla.decoding.registry import register_decoder
+from ceed_vla.decoding.registry import Options, register_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
+from ceed_vla.decoding.rows import Rows
 from ceed_vla.errors import ConfigError
 
-DRAFT = 8  # tokens, where the name says no number
+
+@dataclass(frozen=True)
+class NgramOptions(Options):
+    """Tokens of a draft."""
+
+    length: int = 8
 
 
 @register_decoder(
-    r"ngram(?P<length>\d*)", "ngram<L>", "drafts of L, verified", ("ngram4", "ngram8")
+    r"ngram(?P<length>\d*)",
+    "ngram<L>",
+    "drafts of L, verified",
+    ("ngram4", "ngram8"),
+    options=NgramOptions,
 )
 def decode_ngram(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode a block by drafting up to ``L`` tokens behind the proven ones and verifying them in
     one forward.
 
     As in Jacobi decoding, the first forward computes the whole block, so that its tail is a warm
-    start. Raises as `decode_drafts`, and `ConfigError` for drafts of no tokens.
+    start.
+
+    Raises:
+        ConfigError: Drafts of no tokens; and as `decode_drafts`.
     """
-    length = int(request.options["length"] or DRAFT)
+    length = request.options.length
     if length < 1:
         raise ConfigError(f"ngram drafts {length} tokens; it must be at least one.")
     return decode_drafts(backbone, prefix, request, _Lookup(length, request.tokens_per_step or 1))

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from ceed_vla.axes.learned.rule import FEATURES, Group, head_name
 from ceed_vla.checkpoints import load, save
-from ceed_vla.decoding.learned import FEATURES, Group, head_name
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, Checked, ranged, short
 from ceed_vla.files import parse_json, read_text, write_text
@@ -42,7 +42,7 @@ LARGEST = 99.0  # weight that a name holds
 DIFFER, ALIKE = "differ", "alike"
 MOST_GROUPS = 2**26  # [bytes] of a file of groups
 MOST_STATES = 64  # of a group; the largest --cap
-Rollouts = Any  # ceed_vla.sim.serial_groups.SerialGroups: training never imports the simulation
+Rollouts = Any  # ceed_vla.sim.axes.learned.SerialGroups: training never imports the simulation
 
 
 @dataclass

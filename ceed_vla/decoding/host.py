@@ -1,8 +1,8 @@
-"""Scores that are no numbers end decoding: their argmax would be bin 0, a full action in every
-dimension.
+"""What the host learns of a forward: new tokens, what exit rules measure, and whether scores are
+finite, in one transfer.
 
-The sum of the largest scores of a row tells it, and travels with the tokens in a transfer that is
-made anyway.
+The argmax of non-finite scores would be bin 0, a full action in every dimension. The sum of a row's
+largest scores shows them, and travels with the tokens.
 """
 
 from __future__ import annotations
@@ -11,23 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ceed_vla.backbones.base import Backbone
 from ceed_vla.errors import NotFiniteError
 
 
-def row_sums(best: Tensor, backbone: Backbone) -> Tensor:
-    """Finite (B, 1) float32 if all the largest scores `best` (B, k) of a row are.
-
-    Where a grammar forbids every token of a slot, -inf is legal; so it only looks for NaN and +inf.
-    """
-    if getattr(backbone, "grammar", None) is not None:
-        best = best.clamp(min=0)  # keeps NaN
+def row_sums(best: Tensor) -> Tensor:
+    """Sums (B, 1) float32 of the largest scores `best` (B, k), finite if all of a row are."""
     return best.float().sum(1, keepdim=True)
 
 
 def check_rows(sums: np.ndarray, running: np.ndarray | None = None) -> None:
-    """Raise `NotFiniteError` if one of the `row_sums` (B, 1) is not finite in a row that is still
-    running.
+    """Check the `row_sums` (B, 1) of the rows that are `running` (B,), or of all.
+
+    Raises:
+        NotFiniteError: The scores of a row are NaN or infinite.
     """
     finite = np.isfinite(sums)
     if finite.all():
@@ -45,13 +41,12 @@ def to_host(tokens: Tensor, *more: Tensor) -> list[np.ndarray]:
     """Tokens (B, k) int64 and `more` (B, ...) float32 as arrays, in one transfer; on the CPU they
     share memory.
 
-    Token ids travel as float32, which holds those below 2^24.
+    Token ids travel as float32, which represents those below 2^24 exactly.
     """
     parts = [part.float() for part in more]
     if tokens.device.type == "cpu":
         return [tokens.numpy(), *(part.numpy() for part in parts)]
     widths = np.cumsum([tokens.shape[1], *(part.shape[1] for part in parts)])
-    first, *rest = np.split(
-        torch.cat([tokens.float(), *parts], dim=1).cpu().numpy(), widths[:-1], axis=1
-    )
+    together = torch.cat([tokens.float(), *parts], dim=1).cpu().numpy()
+    first, *rest = np.split(together, widths[:-1], axis=1)
     return [first.astype(np.int64), *rest]

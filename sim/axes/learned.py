@@ -8,20 +8,21 @@ from the same state of the simulator, and the same decoder drives each to the en
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import batched
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from lerobot.envs.configs import EnvConfig
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ceed_vla.axes.learned.rule import Group, Learned, features
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding.exits import Seen
-from ceed_vla.decoding.learned import Group, Learned, features
 from ceed_vla.decoding.registry import register_exit
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import ranged
 from ceed_vla.sim.environment import TAKEOVER_SEEDS, EnvPool, joined, observation_batch, turns
 from ceed_vla.sim.rollout import (
     SHARD,
@@ -33,7 +34,8 @@ from ceed_vla.sim.rollout import (
     stack_previous,
     tokens_per_step,
 )
-from ceed_vla.workers import Workers
+from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
+from ceed_vla.workers import MOST, Workers
 
 Decision = tuple[int, str, int]  # seed, task, chunks before it
 Outcome = tuple[str, int, str, bool, int]  # decoder, seed, task, whether it was solved, chunks
@@ -50,7 +52,7 @@ class Watched(Learned):
     kept: ClassVar[list[NDArray[np.float64]]] = []  # (B, F) of every iteration of the last block
 
     def __init__(self) -> None:
-        self.kept.clear()
+        """It has no weights."""
 
     def ends(self, seen: Seen, measured: np.ndarray | None) -> NDArray[np.bool_]:
         assert measured is not None
@@ -60,7 +62,7 @@ class Watched(Learned):
 
 @dataclass
 class SerialGroups:
-    """Rollouts for `ceed_vla.training.reinforce`, shared by `workers` processes; `env` has
+    """Rollouts for `ceed_vla.training.axes.learned`, shared by `workers` processes; `env` has
     ``snapshot`` and ``restore``.
     """
 
@@ -95,6 +97,24 @@ class SerialGroups:
         with Workers(self.workers, group_runner, policy, self.env, decoder, cap) as workers:
             for found in workers.map(batched(decisions, SHARD)):
                 yield from found
+
+
+@dataclass
+class ReinforceSimulation:
+    """The flags by which `reinforce` uses a simulator.
+
+    Attributes:
+        env: Where episodes run; it has ``snapshot`` and what goes with it, see
+            `ceed_vla.sim.environment`.
+        workers: Processes that share them.
+    """
+
+    env: EnvConfig = field(default_factory=mixed_tabletop)
+    workers: int = ranged(2, MOST)
+
+    def arguments(self) -> dict[str, Any]:
+        """What the command's function takes besides the configuration."""
+        return {"rollouts": SerialGroups(self.env, self.workers)}
 
 
 def group_runner(
@@ -157,6 +177,7 @@ def _paths(
         return
     observations = [episode.env.observe() for episode in episodes]
     batch = observation_batch(observations, [episode.result.instruction for episode in episodes])
+    Watched.kept.clear()
     result = runner.policy.decode(
         runner.preprocessor(batch),
         f"watched_cap{cap}",

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ceed_vla.backbones.exits import EXITS, KINDS, make_exits
+import ceed_vla.axes  # noqa: F401 - axes that build on this one add kinds of exits
+from ceed_vla.axes.depth.exits import EXITS, KINDS, make_exits
+from ceed_vla.backbones.capabilities import TrainsDepths, require
 from ceed_vla.checkpoints import load, save
 from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.devices import check_device
@@ -56,7 +58,7 @@ class ExitsConfig(BesideConfig):
     """
 
     layers: list[int] = ranged([], "[1, 4096]")
-    kind: str = chosen("linear", KINDS)
+    kind: str = chosen("linear", tuple(KINDS))
     reads: str = chosen("states", READS)
     guesses: str = "0.8,0.1,0.1"
     device: str = "cpu"
@@ -158,7 +160,9 @@ def divergences(backbone: Any, embeddings: Any, blocks: list[Tensor]) -> dict[in
         )
     found = {}
     for depth in backbone.exits:
-        _, logits = backbone.packed_logits(embeddings, blocks, depth)
+        logits = require(backbone, TrainsDepths, "exits").packed_depth_logits(
+            embeddings, blocks, depth
+        )
         own = torch.cat(logits).float().log_softmax(-1)
         found[depth] = F.kl_div(own, full, reduction="none", log_target=True).sum(-1).mean()
     return found
@@ -178,10 +182,10 @@ def held_out(policy: Any, data: OnlineData, shares: Any, seed: int) -> dict[int,
     batch = data.batch(data.held_out, draw)
     embeddings = policy.backbone.embed_prefix(batch)
     found = {}
+    blocks = [batch["teacher_states"], batch["fixed_point"]]
+    trained = require(policy.backbone, TrainsDepths, "exits")
     for depth in (*policy.backbone.exits, policy.backbone.num_layers):
-        _, logits = policy.backbone.packed_logits(
-            embeddings, [batch["teacher_states"], batch["fixed_point"]], depth
-        )
+        logits = trained.packed_depth_logits(embeddings, blocks, depth)
         guessed, drafted = ((scores.argmax(-1) - batch["fixed_point"]).abs() for scores in logits)
         right = {"same": guessed <= 0, "near": guessed <= 2, "drafts": drafted <= 0}
         found[depth] = {

@@ -79,10 +79,7 @@ def load_context(backbone: Any, folder: Path) -> None:
             "token that may go. Copy the checkpoint again."
         )
     scorer = ContextScorer(backbone.exit_parts()[2], places[0])
-    if wrong := [
-        name
-        for names in copy_weights(scorer, [file], skip=lambda name: name == "views")
-        for name in names
-    ]:
+    missing, unknown = copy_weights(scorer, [file])
+    if wrong := [*missing, *unknown]:
         raise CheckpointError(f"{file} does not belong to this model: {', '.join(wrong)}.")
     backbone.context = (scorer.eval().requires_grad_(False),)

@@ -1,0 +1,72 @@
+"""Context: Jacobi decoding behind the tokens that matter most of the prefix:
+``keep24_conf0.2_cap2``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ceed_vla.axes.context.scorer import CONTEXT, keep_scored
+from ceed_vla.backbones.base import Backbone, Prefix
+from ceed_vla.backbones.capabilities import ChoosesPrefix
+from ceed_vla.decoding.jacobi import decode_jacobi
+from ceed_vla.decoding.registry import Options, register_decoder
+from ceed_vla.decoding.request import BlockRequest
+from ceed_vla.decoding.result import DecodeResult
+from ceed_vla.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class KeepOptions(Options):
+    """Prefix tokens that run, of those that may go."""
+
+    kept: int
+
+
+def prefill_kept(backbone: Any, batch: dict[str, Tensor], options: KeepOptions) -> Prefix:
+    """Run the prefix tokens that score best, if more may go.
+
+    Raises:
+        ConfigError: The policy has no scorer of so many tokens.
+    """
+    embeddings = backbone.embed_prefix(batch)
+    x, may_go, stays = backbone.prefix_tokens(embeddings)
+    dropped = max(int(may_go[0].sum()) - options.kept, 0)
+    if dropped and [len(scorer.place) for scorer in backbone.context] != [options.kept + dropped]:
+        raise ConfigError(
+            f"Keeping {options.kept} of {options.kept + dropped} prefix tokens needs a checkpoint "
+            f"whose {CONTEXT} scores so many: ceed-vla context."
+        )
+    if dropped:
+        scores = backbone.context[0](x, may_go, stays)  # (B, N)
+        embeddings = keep_scored(backbone, embeddings, scores, options.kept)
+    prefix: Prefix = backbone.prefill_embeddings(embeddings)
+    prefix.dropped = dropped
+    return prefix
+
+
+@register_decoder(
+    r"keep(?P<kept>[1-9]\d{0,4})",
+    "keep<K>",
+    "K best prefix tokens",
+    ("keep32", "keep24", "keep16"),
+    options=KeepOptions,
+    relaxes=True,
+    prefill=prefill_kept,
+    needs=(ChoosesPrefix,),
+)
+@torch.no_grad()
+def decode_kept(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
+    """`decode_jacobi`; where tokens were left out, nothing is proven about the whole prefix (arXiv
+    2412.12559).
+    """
+    result = decode_jacobi(backbone, prefix, request)
+    if prefix.dropped:
+        given = request.frozen_tokens(backbone, len(prefix.logits))
+        result.exact_tokens = torch.full_like(result.exact_tokens, given)
+        result.exact = torch.zeros_like(result.exact)
+    return result

@@ -1,0 +1,3 @@
+"""Depth: forwards of the first layers alone, read by exits (ASE, Balcony, DSSD, DeeR-VLA)."""
+
+REQUIRES: tuple[str, ...] = ()

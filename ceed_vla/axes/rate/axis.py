@@ -1,0 +1,61 @@
+"""The axis of rate: exits of kind "coarse"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ceed_vla.axes.base import Axis
+from ceed_vla.axes.depth.exits import KINDS, LinearExit
+from ceed_vla.axes.rate.coarse import CoarseBranch
+from ceed_vla.backbones.capabilities import MakesLayers, require
+from ceed_vla.errors import ConfigError
+
+
+class CoarseExit(LinearExit):
+    """A linear exit whose input a branch of one token a control step adds to."""
+
+    kind = "coarse"
+
+    def __init__(self, norm: nn.Module, width: int, branch: CoarseBranch) -> None:
+        super().__init__(norm, width)
+        self.branch = branch.to(next(norm.parameters()))
+
+    def check(self, committed: int) -> None:
+        super(LinearExit, self).check(committed)  # the branch reads whole steps
+
+    def read(self, x: Tensor, cache: Any, mask: Tensor | None, blocks: Sequence[Tensor]) -> Tensor:
+        if cache is not None:
+            self.check(cache.committed)
+        if blocks:
+            added = torch.cat([self.branch(block) for block in blocks], dim=1)
+            x = x + F.pad(added, (0, 0, x.shape[1] - added.shape[1], 0))
+        return super().read(x, cache, mask, blocks)
+
+
+def make_coarse(
+    backbone: Any, layers: Sequence[nn.Module], norm: nn.Module, width: int, depth: int, slot: int
+) -> CoarseExit:
+    """An exit with a branch of half the width, so that it costs a chunk about as much as the linear
+    layer of an exit.
+
+    Raises:
+        ConfigError: The model makes no layers, or its tokens belong to no step.
+    """
+    maker = require(backbone, MakesLayers, "An exit of kind coarse")
+    if maker.tokens_per_step is None:
+        raise ConfigError(
+            "Exits of kind coarse pool the tokens of a step, and these belong to none; train "
+            "linear."
+        )
+    inner = max(width // 2, 1)
+    branch = CoarseBranch(maker.new_layer(inner), inner, width, maker.tokens_per_step)
+    return CoarseExit(norm, width, branch)
+
+
+KINDS["coarse"] = make_coarse
+AXIS = Axis("rate")

@@ -1,0 +1,156 @@
+"""What the compact backbone offers beside prefill and block forward; see
+`ceed_vla.backbones.capabilities`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ceed_vla.backbones.base import Prefix
+from ceed_vla.backbones.capabilities import CutPrefix, check_linear
+from ceed_vla.backbones.compact.layer import Layer
+from ceed_vla.backbones.config import PolicyShape
+from ceed_vla.cache import KVCache
+
+
+class CompactCapabilities:
+    """Mix-in of `CompactBackbone`: it reads depths, cuts prefixes, and runs programs."""
+
+    exits: dict[int, Any]
+    num_layers: int
+    final_norm: nn.LayerNorm
+    head: nn.Linear
+    shape: PolicyShape
+    embed_prefix: Any
+    _cache: Any
+    _embed: Any
+    _run: Any
+    _scores: Any
+    _packed: Any
+    _unpacked: Any
+    _packed_mask: Any
+
+    @property
+    def trunk(self) -> list[Layer]:
+        """The layers."""
+        raise NotImplementedError
+
+    # ---- ReadsDepths, ComparesDepths, TrainsDepths -----------------------------------------------
+
+    def shallow_logits(self, prefix: Prefix, tokens: Tensor, depth: int) -> Tensor:
+        cache = prefix.cache
+        block = self._embed(cache, tokens)  # (B, k, d)
+        mask = cache.mask(tokens.shape[1])
+        x = self._run(block, cache, mask, depth)
+        return cast("Tensor", self.head(self._read(x, depth, cache, mask, [block])))
+
+    def shallow_layers(self, depth: int) -> int:
+        own = self.exits.get(depth)
+        return depth + (own is not None and own.layer is not None)
+
+    def depth_logits(
+        self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor]:
+        check_linear(self.exits, depths)
+        cache = prefix.cache
+        block = self._embed(cache, tokens)  # (B, k, d)
+        mask = cache.mask(tokens.shape[1])
+        x = block
+        found = []
+        done = 0
+        for depth in depths:
+            x = self._run(x, cache, mask, depth, done)
+            found.append(self.head(self._read(x, depth, cache, None, [block])))
+            done = depth
+        return found, x
+
+    def packed_depth_logits(
+        self, embeddings: Tensor, blocks: Sequence[Tensor], depth: int
+    ) -> list[Tensor]:
+        x, inputs = self._packed(embeddings, blocks, depth)
+        prefix = embeddings.shape[1]
+        mask = None
+        if blocks:
+            mask = self._packed_mask(prefix, inputs[0].shape[1], len(blocks), x.device)
+        logits: list[Tensor] = self._unpacked(self._read(x, depth, None, mask, inputs), prefix)[1]
+        return logits
+
+    def _read(
+        self,
+        x: Tensor,
+        depth: int,
+        cache: KVCache | None,
+        mask: Tensor | None,
+        blocks: Sequence[Tensor],
+    ) -> Tensor:
+        """Hidden vectors (B, t, d) behind `depth` layers as the head reads them; the last are of
+        embedded `blocks`.
+        """
+        own = self.exits.get(depth)
+        if own is None or depth == self.num_layers:
+            return cast("Tensor", self.final_norm(x))
+        return cast("Tensor", own.read(x, cache, mask, blocks))
+
+    # ---- HasExits, MakesLayers -------------------------------------------------------------------
+
+    def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:
+        return self.trunk, self.final_norm, self.final_norm.normalized_shape[0]
+
+    @cached_property
+    def tokens_per_step(self) -> int | None:
+        shape = self.shape
+        return shape.action_tokens.build(shape.chunk_size, shape.action_dim).tokens_per_step
+
+    def new_layer(self, width: int) -> nn.Module:
+        return Layer(width, math.gcd(width, 4), 2 * width)
+
+    # ---- CutsPrefix ------------------------------------------------------------------------------
+
+    def prefill_to(self, observation: dict[str, Tensor], depth: int) -> CutPrefix:
+        embeddings = self.embed_prefix(observation)
+        cache = self._cache(embeddings)
+        x = self._run(embeddings, cache, depth=depth)
+        logits = self.head(self._read(x, depth, cache, None, ())[:, -1])
+        cache.seal_prefix(x.shape[1], shallow=True)
+        return CutPrefix(logits, cache, depth, x)
+
+    def extend(self, prefix: CutPrefix) -> Prefix:
+        cache = prefix.cache
+        length = prefix.hidden.shape[1]
+        cache.unseal()
+        x = self._run(prefix.hidden, cache, done=prefix.depth)
+        cache.seal_prefix(length)
+        return Prefix(logits=self._scores(x[:, -1]), cache=cache)
+
+    def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
+        x = self._run(hidden, prefix.cache, prefix.cache.mask(hidden.shape[1]), done=depth)
+        return cast("Tensor", self._scores(x))
+
+    # ---- RunsPrograms ----------------------------------------------------------------------------
+
+    def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
+        cache = prefix.cache
+        x = self._embed(cache, tokens)
+        mask = cache.mask(tokens.shape[1])
+        for index in program:
+            q, k, v = self.trunk[index].project(x)
+            keys, values = cache.write(index, k, v)
+            x = self.trunk[index].finish(x, q, keys, values, mask)
+        cache.disown()
+        return cast("Tensor", self._scores(x))
+
+    # ---- ChoosesPrefix ---------------------------------------------------------------------------
+
+    def prefix_tokens(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        may_go = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        may_go[:, -1] = False  # the state, which predicts slot 0
+        return embeddings, may_go, ~may_go
+
+    def keep_tokens(self, embeddings: Tensor, kept: Tensor) -> Tensor:
+        return embeddings.gather(1, kept.unsqueeze(-1).expand(-1, -1, embeddings.shape[2]))

@@ -1,0 +1,1 @@
+"""Rollouts that axes of early exit learn from; one file an axis."""

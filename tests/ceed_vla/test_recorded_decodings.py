@@ -1,0 +1,143 @@
+"""Decoding gives what version 9257658 gave: 31 decodings of 200 closed-loop observations.
+
+The fixture holds what the pre-processor returned (seeds 40000 and up, the shipped student driving)
+and the results. All of them are the same in float64, so that rounding decides none.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ceed_vla import load
+from ceed_vla.axes.context.scorer import ContextScorer
+from ceed_vla.axes.depth.exits import make_exits
+from ceed_vla.decoding import decode_block, prefill
+
+RECORDED = Path(__file__).parents[1] / "fixtures" / "decoded_9257658.zip"
+CAMERAS = ("observation.images.front", "observation.images.wrist")
+EXECUTED = 4  # steps
+STEP = 7  # tokens
+
+
+class Recorded:
+    """The observations, and what was decoded from them."""
+
+    def __init__(self) -> None:
+        with zipfile.ZipFile(RECORDED) as archive:
+            values = np.load(io.BytesIO(archive.read("decoded.npz")))
+            self.values = {name: values[name] for name in values.files}
+            count = len(self.values["state"])
+            self.images = {
+                camera: np.asarray(Image.open(io.BytesIO(archive.read(f"{camera}.png")))).reshape(
+                    count, 96, 96, 3
+                )
+                for camera in CAMERAS
+            }
+        self.names: list[str] = self.values["names"].tolist()
+
+    def observation(self, index: int) -> dict[str, Tensor]:
+        batch = {
+            camera: torch.from_numpy(images[index].copy()).permute(2, 0, 1)[None].float() / 255
+            for camera, images in self.images.items()
+        }
+        words = self.values["words"][index : index + 1].astype(np.int64)
+        state = self.values["state"][index : index + 1]
+        return {
+            **batch,
+            "observation.state": torch.from_numpy(state),
+            "observation.language.tokens": torch.from_numpy(words),
+        }
+
+    def previous(self, index: int) -> Tensor | None:
+        """Tokens (1, n) of the chunk before; None at the start of an episode."""
+        tokens = self.values["previous"][index : index + 1].astype(np.int64)
+        return None if tokens.min() < 0 else torch.from_numpy(tokens)
+
+    def result(self, name: str, index: int) -> tuple[list[int], int, int, int, str]:
+        row = self.names.index(name)
+        numbers = [int(self.values[part][row, index]) for part in ("forwards", "layers", "exact")]
+        reason = str(self.values["exits"][row, index])
+        return self.values["tokens"][row, index].tolist(), *numbers, reason  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Recorded:
+    return Recorded()
+
+
+@pytest.fixture(scope="module")
+def student() -> Any:
+    """The shipped student with linear exits and a scorer of prefix tokens, drawn from a seed."""
+    policy = load("student")[0]
+    backbone = policy.backbone
+    generator = torch.Generator().manual_seed(0)
+    exits = make_exits(backbone, [1, 2, 3], "linear")
+    scorer = ContextScorer(backbone.exit_parts()[2], backbone.prefix_length - 1)
+    with torch.no_grad():
+        for depth in sorted(exits):
+            weight = exits[depth].linear.weight
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
+        for name, parameter in sorted(scorer.named_parameters()):
+            scale = 0.1 if parameter.ndim > 1 else 1.0
+            drawn = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(drawn + (1.0 if name == "norm.weight" else 0.0))
+    backbone.exits = {depth: own.eval().requires_grad_(False) for depth, own in exits.items()}
+    backbone.context = (scorer.eval().requires_grad_(False),)
+    return policy
+
+
+@torch.no_grad()
+def decoded(policy: Any, recorded: Recorded, name: str, index: int) -> Any:
+    """What `name` decodes now; with "@1" in it, one step of the chunk before is frozen."""
+    base, _, frozen = name.partition("@")
+    config = policy.config.named(base)
+    previous = recorded.previous(index)
+    stay = None
+    if frozen:
+        before = torch.full((1, 56), 127) if previous is None else previous
+        stay = before[:, EXECUTED * STEP : (EXECUTED + int(frozen)) * STEP]
+    result = decode_block(
+        policy.backbone,
+        prefill(policy.backbone, recorded.observation(index), config),
+        policy.tokenizer,
+        config,
+        previous=previous,
+        shift_steps=EXECUTED,
+        executed_steps=EXECUTED,
+        frozen=stay,
+    )
+    return (
+        result.tokens[0].tolist(),
+        result.forwards,
+        int(result.layer_forwards[0]),
+        int(result.exact_tokens[0]),
+        result.exit_reason[0],
+    )
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [range(0, 200, 25), pytest.param(range(200), marks=pytest.mark.slow)],
+    ids=["eight", "all"],
+)
+def test_every_decoding_gives_what_it_gave(
+    recorded: Recorded, student: Any, indices: range
+) -> None:
+    assert len(recorded.names) == 31
+    assert bool(recorded.values["sure"].all())
+    wrong = [
+        f"{name} of observation {index}"
+        for index in indices
+        for name in recorded.names
+        if decoded(student, recorded, name, index) != recorded.result(name, index)
+    ]
+    assert not wrong, wrong

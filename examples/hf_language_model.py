@@ -6,10 +6,12 @@ causal language model (Llama, Qwen, Gemma, SmolLM: one with `model.layers` and `
 that one, and reads its instructions with that folder's tokenizer. From demonstrations to a teacher,
 with the environment of own_environment.py:
 
-    export PYTHONPATH=examples ceed-vla record --root demos --mode perturb --env.type=point_reach
-    --discover_packages_path=own_environment ceed-vla train --roots demos --output_dir teacher
-    --grounding_steps 0 --rounds 0 --env.type=point_reach \
-        --policy.backbone.type=hf_lm --discover_packages_path=own_environment,hf_language_model
+    export PYTHONPATH=examples
+    ceed-vla record --root demos --mode perturb --env.type=point_reach \
+        --discover_packages_path=own_environment
+    ceed-vla train --roots demos --output_dir teacher --grounding_steps 0 --rounds 0 \
+        --env.type=point_reach --policy.backbone.type=hf_lm \
+        --discover_packages_path=own_environment,hf_language_model
 
 `TransformersBackbone` has cache, decoding, training and exits; what is here is the prefix, and how
 the model is made.

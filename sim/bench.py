@@ -24,7 +24,9 @@ from ceed_vla.fields import chosen
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
 from ceed_vla.sim.episode_log import EPISODES
-from ceed_vla.sim.evaluate import REPORT, EvalConfig, evaluate
+from ceed_vla.sim.evaluate import evaluate
+from ceed_vla.sim.evaluation_config import EvalConfig
+from ceed_vla.sim.evaluation_report import REPORT
 from ceed_vla.sim.plots import FORWARDS, INK, row_color, save_figure
 from ceed_vla.sim.report import PAIRED, PAIRED_COLUMNS, cells, markdown_table, paired_rows
 from ceed_vla.sim.timing import ENGINES

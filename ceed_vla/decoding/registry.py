@@ -8,19 +8,12 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from ceed_vla.errors import ConfigError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ceed_vla.backbones.base import Backbone, Prefix
-    from ceed_vla.decoding.request import BlockRequest
-    from ceed_vla.decoding.result import DecodeResult
-
-    Decode = Callable[[Backbone, Prefix, BlockRequest], DecodeResult]
-    Prefill = Callable[[Any, dict[str, Tensor], Any], Prefix]
+Decode = Callable[[Any, Any, Any], Any]  # backbone, prefix, BlockRequest -> DecodeResult
+Prefill = Callable[[Any, Any, Any], Any]  # backbone, observation, options -> Prefix
 
 LONGEST_NAME = 60
 _RESERVED = ("ceed", "h", "fresh", "mid", "random", "previous")
@@ -127,18 +120,7 @@ class Registry[E: (Decoder, ExitKind)](dict[str, E]):
         self.setting = setting
 
     def add(self, entry: E) -> None:
-        """Register an entry; `ConfigError` if its name or ladder cannot be used."""
-        for rung in entry.ladder:
-            if not re.fullmatch(entry.pattern, rung.format(exit=1), re.ASCII):
-                raise ConfigError(
-                    f"The ladder of {entry.shown!r} has {rung!r}, which its pattern "
-                    f"{entry.pattern!r} does not match."
-                )
-        if "_" in entry.shown or entry.shown in _RESERVED:
-            raise ConfigError(
-                f"The name {entry.shown!r} cannot be registered: underscores join the parts of a "
-                f"decoding's name, and {', '.join(_RESERVED)} are taken."
-            )
+        """Register an entry; `ConfigError` if its name is another module's."""
         for other in _entries():
             same = other.shown.partition("<")[0] == entry.shown.partition("<")[0]
             if same and other.home != entry.home:
@@ -182,6 +164,21 @@ class Registry[E: (Decoder, ExitKind)](dict[str, E]):
         return found
 
 
+def _check_name(pattern: str, shown: str, ladder: Sequence[str]) -> None:
+    """Raise `ConfigError` if a name or a ladder cannot be registered."""
+    for rung in ladder:
+        if not re.fullmatch(pattern, rung.format(exit=1), re.ASCII):
+            raise ConfigError(
+                f"The ladder of {shown!r} has {rung!r}, which its pattern {pattern!r} does not "
+                "match."
+            )
+    if "_" in shown or shown in _RESERVED:
+        raise ConfigError(
+            f"The name {shown!r} cannot be registered: underscores join the parts of a decoding's "
+            f"name, and {', '.join(_RESERVED)} are taken."
+        )
+
+
 DECODERS: Registry[Decoder] = Registry("method")
 EXITS: Registry[ExitKind] = Registry("exits")
 
@@ -203,6 +200,7 @@ def register_decoder(
     Raises:
         ConfigError: The name is taken or cannot be used, or the ladder does not match the pattern.
     """
+    _check_name(pattern, shown, ladder)
     relaxing = relaxes if callable(relaxes) else lambda _: bool(relaxes)
 
     def add(decode: Decode) -> Decode:
@@ -234,6 +232,7 @@ def register_exit[R](
         ConfigError: The name is taken or cannot be used, the ladder does not match the pattern, or
             the rule has no `reason`.
     """
+    _check_name(pattern, shown, ladder)
 
     def add(rule: type[R]) -> type[R]:
         if not isinstance(getattr(rule, "reason", None), str):

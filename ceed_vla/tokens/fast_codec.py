@@ -1,8 +1,8 @@
 """FAST (arXiv 2501.09747): a chunk of actions as the byte-pair-encoded string of its rounded cosine
 coefficients.
 
-    (m, A) normalised --DCT over time--> (m, A) coefficients --x scale, round--> integers, low
-    frequencies first
+    (m, A) normalised --DCT over time--> (m, A) coefficients
+           --x scale, round--> integers, low frequencies first
            --one character each--> text of m * A characters --BPE--> a few ids
 
 The text is the one of the published tokenizers, so `FastCodec` reads their folders too, without

@@ -51,7 +51,7 @@ def test_every_token_is_the_greedy_one(
 def test_only_the_executed_steps_are_decoded(toy) -> None:
     backbone, observation = toy(3, 2, 12, 31)
     prefix, guess = backbone.prefill(observation), torch.zeros(2, 12, dtype=torch.int64)
-    config = DecodingConfig(method=f"ngram{length}", watch="executed")
+    config = DecodingConfig(method="ngram4", watch="executed")
     result = decode_ngram(
         backbone, prefix, request(guess, config=config, tokens_per_step=3, executed_steps=2)
     )

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ceed_vla import CeedVLAPolicy, load
+from ceed_vla.axes import AXES
+from ceed_vla.axes.context.scorer import CONTEXT
+from ceed_vla.axes.depth.exits import EXITS, KINDS
 from ceed_vla.backbones.compact.config import CompactConfig
-from ceed_vla.backbones.openvla.config import OpenVLAConfig
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding.names import named_config
@@ -22,17 +25,14 @@ from ceed_vla.errors import ConfigError, MalformedChunkError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.sim.bench import (
     BENCH,
-    CONTEXT_ROW,
     PARETO,
     ROWS,
     TABLE,
     TEACHER_ROWS,
     BenchConfig,
     bench,
-    depth_rows,
     markdown,
     pareto,
-    program_rows,
     rows_of,
     usual_rows,
 )
@@ -113,27 +113,52 @@ def test_the_figure_greys_what_another_row_beats() -> None:
     assert all(dot.get_ydata()[0] > 0 for dot in dots)  # none that failed is half an episode
 
 
-@pytest.mark.parametrize(
-    "name", [*f"{ROWS},{TEACHER_ROWS}".split(","), CONTEXT_ROW, *depth_rows("linear", [2, 4, 5])]
-)
+@pytest.mark.parametrize("name", f"{ROWS},{TEACHER_ROWS}".split(","))
 def test_the_usual_rows_are_known(name: str) -> None:
     parse_decoders(name, has_teacher=True)
 
 
-def test_exits_bring_their_rows() -> None:
-    assert depth_rows("", []) == []
-    assert depth_rows("layer", [2, 3]) == ["depth2_cap2_fresh", "depth3_cap2_fresh"]
-    rows = ["deer5t3_conf0.2_cap2", "spec2x4", "spec2x4r2", "del"]
-    sure = ["sure4p0.2_conf0.2_cap2", "sure5p0.2_conf0.2_cap2"]
-    assert depth_rows("linear", [2, 4, 5])[3:] == sure + rows
+def axis_rows(axis: str, folder: Path, config: CeedVLAConfig, kind: str, depths: str) -> list[str]:
+    """Rows of an axis for a checkpoint folder with exits."""
+    about = {"kind": kind, "depths": depths}
+    save_file({"weight": torch.zeros(1)}, folder / EXITS, metadata=about)
+    return AXES[axis].bench_rows(config, folder)
+
+
+def test_every_axis_has_rows_for_what_a_policy_can(tmp_path: Path) -> None:
     config = CeedVLAConfig.read(resolve_checkpoint("student"))
-    assert program_rows(config) == ["program0-1-3_cap2"]
-    assert program_rows(replace(config, backbone=CompactConfig(layers=2))) == []
-    assert depth_rows("coarse", [2, 4, 5])[3:] == rows[:1]  # drafts read behind committed tokens
+    assert {name: axis.bench_rows(config, tmp_path) for name, axis in AXES.items()} == {
+        "context": [],
+        "depth": [],
+        "drafts": ["ngram8_h"],
+        "launch_ahead": [],
+        "learned": [],
+        "programs": ["program0-1-3_cap2"],
+        "rate": [],
+    }
+    shallow = replace(config, backbone=CompactConfig(layers=2))
+    assert AXES["programs"].bench_rows(shallow, tmp_path) == []
+    fresh = ["depth2_cap2_fresh", "depth4_cap2_fresh", "depth5_cap2_fresh"]
+    sure = ["sure4p0.2_conf0.2_cap2", "sure5p0.2_conf0.2_cap2"]
+    deer = ["deer5t3_conf0.2_cap2"]
+    rows = [axis_rows("depth", tmp_path, config, kind, "2,4,5") for kind in KINDS]
+    assert dict(zip(KINDS, rows, strict=True)) == {
+        "linear": fresh + sure + deer,
+        "layer": fresh,
+        "coarse": fresh + deer,
+    }
+    drafts = ["ngram8_h", "spec2x4", "spec2x4r2", "del"]
+    assert axis_rows("drafts", tmp_path, config, "linear", "2,4,5") == drafts
+    # Those of other kinds would have to see committed tokens.
+    assert axis_rows("drafts", tmp_path, config, "coarse", "2,4,5") == ["ngram8_h"]
+    for name in [*fresh, *sure, *deer, *drafts]:
+        assert parse_decoders(name, has_teacher=False) == [name]
+    (tmp_path / CONTEXT).touch()
+    assert AXES["context"].bench_rows(config, tmp_path) == ["keep24_conf0.2_cap2"]
 
 
 def test_decoders_run_in_the_engines_that_they_can_run_in() -> None:
-    rows = [Row(name, "policy", named_config(name)) for name in ("cap1", "pdvla")]
+    rows = [Row(name, "policy", named_config(name)) for name in ("cap1", "deer2t1")]
     assert [engines_of(row.decoding, ("eager", "compiled")) for row in rows] == [
         ("eager", "compiled"),
         ("eager",),
@@ -158,7 +183,7 @@ def test_a_row_that_runs_eagerly_only_is_timed_beside_compiled_ones(
     )
     config = EvalConfig(
         policy=CheckpointPath("student"),
-        decoders="ceed,pdvla",
+        decoders="ceed,sure2p0.2_conf0.2_cap2",
         engine="compiled",
         episodes=1,
         timing_chunks=2,
@@ -167,42 +192,14 @@ def test_a_row_that_runs_eagerly_only_is_timed_beside_compiled_ones(
         output_dir=str(tmp_path / "out"),
     )
     engines = evaluate(config)["timing"]["engines"]
-    assert (engines["ceed"], engines["pdvla"]) == ("compiled", "eager")
-
-
-def test_pdvla_counts_the_forwards_of_every_row() -> None:
-    policy, pre, _ = load("student")
-    random = torch.Generator().manual_seed(0)
-    rows = [
-        pre(
-            {
-                **{c: torch.rand(1, 3, 96, 96, generator=random) for c in policy.config.cameras},
-                "observation.state": torch.rand(1, 14, generator=random),
-                "task": "push the red cube",
-            }
-        )
-        for _ in range(3)
-    ]
-    together = {
-        key: torch.cat([row[key] for row in rows])
-        for key, value in rows[0].items()
-        if torch.is_tensor(value)
-    }
-    found, alone = (
-        policy.decode(together, "pdvla_mid"),
-        [policy.decode(row, "pdvla_mid") for row in rows],
-    )
-    assert found.iterations.tolist() == [int(row.iterations) for row in alone]
-    assert torch.equal(found.tokens, torch.cat([row.tokens for row in alone]))
-    assert found.forwards == max(found.iterations.tolist())
-    assert not found.exact.any()
+    assert (engines["ceed"], engines["sure2p0.2_conf0.2_cap2"]) == ("compiled", "eager")
 
 
 @pytest.mark.slow
 def test_from_the_options_to_the_files(tmp_path: Path) -> None:
     config = BenchConfig(
         policy=CheckpointPath("student"),
-        decoders="cap1,pdvla",
+        decoders="cap1",
         episodes=1,
         seed=40_000,
         timing_chunks=2,
@@ -224,7 +221,7 @@ def test_from_the_options_to_the_files(tmp_path: Path) -> None:
             "ratio_to_floor",
         } <= row.keys()
     assert stored["decoders"]["ar"]["equal_to_ar"] == stored["decoders"]["ar_h"]["equal_to_ar"] == 1
-    assert stored["decoders"]["pdvla"]["equal_to_ar"] < 1
+    assert stored["decoders"]["cap1"]["equal_to_ar"] < 1
     assert stored["timing"]["parts"]["act"]["total"]["p50"] > 0
 
 
@@ -243,7 +240,6 @@ def test_the_usual_rows_are_those_that_a_policy_can() -> None:
     small = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32, "stem_channels": [8] * 4}
     uniform = tabletop_config(**small)
     assert usual_rows(uniform) == ROWS.split(",")
-    assert "pdvla" not in usual_rows(replace(uniform, backbone=OpenVLAConfig()))
     tokens = FastTokensConfig(most_ids=300)
     tokens.fit_chunks(torch.randn(200, 8, 7, generator=torch.Generator().manual_seed(0)))
     policy = CeedVLAPolicy(tabletop_config(action_tokens=tokens, **small)).eval()

@@ -3,8 +3,7 @@ r"""The embedded default: a small vision-language-action transformer, trained fr
     cameras --stem--> 16 tokens each \
     words   --embed--> L tokens        }--> prefix (bidirectional) --> [state token]: action token 0
     state   --linear--> 1 token       /                                      |
-                                              block tokens 0..n-2 (causal) --+--> action tokens
-                                              1..n-1
+                               block tokens 0..n-2 (causal) -----------------+--> tokens 1..n-1
 
 Positions are learned: one embedding for every prefix position and one for every block slot, so that
 one step of the decoder is a handful of kernels.

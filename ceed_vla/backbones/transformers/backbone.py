@@ -3,8 +3,7 @@ a cache.
 
     PrefixEmbeddings (B, P, d) --decoder--> cache, hidden (B, d) --score--> action token 0
                                                 |
-    tokens (B, k) --embed_tokens--> (B, k, d) --+--decoder--> (B, k, d) --score--> their successors
-    (B, k, V)
+    tokens (B, k) --embed_tokens--> (B, k, d) --+--decoder--> (B, k, d) --score--> (B, k, V)
 
 A family says how an observation becomes `PrefixEmbeddings`, and where decoder and head are.
 """

@@ -1,11 +1,10 @@
 r"""Any transformers image-text-to-text model as a backbone: LLaVA, LLaVA-OneVision, Qwen2.5-VL,
 SmolVLM, PaliGemma.
 
-    images --vision tower, projector--> \ prompt --embed---------------------> inputs_embeds (B, P,
-    d) --language model--> cache, action token 0
-    state  --as text, or projected----> /                                               |
-                                  action ids, one row of the embedding each --language model-->
-                                  tokens 1..n-1
+    images --vision tower, projector--> \
+    prompt --embed--------------------->  (B, P, d) --language model--> cache, action token 0
+    state  --as text, or projected----> /                  |
+    action ids, one row of the embedding each -------------+----------> action tokens 1..n-1
 
 The family's own code runs up to its language model, and what it would hand over (embeddings,
 positions, masks) is kept: positions of Qwen's rotary axes and PaliGemma's bidirectional prefix come

@@ -1,103 +1,108 @@
-"""Each axis of early exit is a file: without it everything else decodes as before (its trainer is
-one more).
+"""Each axis of early exit can be deleted: its folder, trainer, rollouts and tests go, and
+the fast tests of decoding, policy and bench pass in what is left.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-AXES = {
-    "depth": ("depth1_cap2", "deer2t1", "sure2p0.5"),
-    "speculation": ("spec1x2", "del"),
-    "ngram": ("ngram4",),
-    "programs": ("program0-1_cap2",),
-    "context": ("keep8",),
-    "learned": ("head1x0x0x0x-1",),
-}
-PRELOAD = (
-    "import json, os, sys, torch, transformers, lerobot.configs.policies, "
-    "lerobot.policies.pretrained"
+AXES = sorted(file.parent.name for file in (ROOT / "ceed_vla" / "axes").glob("*/axis.py"))
+BESIDE = ("training", "sim", "ros_nodes")  # install inside `ceed_vla`
+REST = (
+    "tests/ceed_vla/test_decoding_block.py",
+    "tests/ceed_vla/test_decoding_config.py",
+    "tests/ceed_vla/test_decoding_exits.py",
+    "tests/ceed_vla/test_decoding_frozen.py",
+    "tests/ceed_vla/test_decoding_guesses.py",
+    "tests/ceed_vla/test_decoding_stop.py",
+    "tests/ceed_vla/test_exactness.py",
+    "tests/ceed_vla/test_recorded_decodings.py",
+    "tests/ceed_vla/policy/test_acting.py",
+    "tests/ceed_vla/policy/test_configuration.py",
+    "tests/ceed_vla/policy/test_frozen.py",
+    "tests/ceed_vla/policy/test_real_time.py",
+    "tests/sim/test_bench.py",
 )
-WITHOUT = """
-import ceed_vla
-from ceed_vla.backbones.config import PolicyShape
-from ceed_vla.backbones.compact.config import CompactConfig
-from ceed_vla.decoding import decode_block, prefill
-from ceed_vla.decoding.names import named_config
-from ceed_vla.errors import CeedVLAError
-from ceed_vla.tokens.uniform import UniformTokensConfig
-assert ceed_vla.__file__.startswith(folder)
-torch.manual_seed(0)
-settings = UniformTokensConfig(action_low=[-1.0] * 7, action_high=[1.0] * 7)
-shape = PolicyShape({"observation.images.front": (3, 32, 32)}, 5, 7, 3, settings)
-sizes = CompactConfig(
-    image_size=32, stem_channels=[8] * 4, width=32, layers=3, heads=2, mlp_width=48
-)
-backbone = sizes.build(shape).eval()
-for parameter in backbone.parameters():
-    torch.nn.init.normal_(parameter, std=0.4)
-images = {"observation.images.front": torch.rand(1, 3, 32, 32)}
-words = torch.randint(1, 256, (1, 12))
-batch = {**images, "observation.state": torch.randn(1, 5), "observation.language.tokens": words}
-
-@torch.no_grad()
-def decode(name):
-    config = named_config(name)
-    prefix, tokens = prefill(backbone, batch, config), settings.build(3, 7)
-    return decode_block(backbone, prefix, tokens, config, executed_steps=2)
-
-for name in gone:
-    try:
-        decode(name)
-    except CeedVLAError as error:
-        assert "nown" in str(error), error
-    else:
-        raise AssertionError(name + " still decodes")
-print(json.dumps([folder, {name: decode(name).tokens.tolist() for name in kept}]), flush=True)
-"""
-EACH = """
-for folder, gone, kept in json.loads(sys.argv[2]):
-    child = os.fork()
-    if not child:
-        sys.path.insert(0, folder)
-        exec(sys.argv[1])
-        os._exit(0)
-    assert not os.waitpid(child, 0)[1], folder
-"""
+ALL = ("tests/ceed_vla", "tests/training/axes", "tests/sim")  # and all that is about other axes
 
 
-@pytest.mark.slow
-def test_an_axis_can_be_deleted(tmp_path: Path) -> None:
-    jobs = []
-    for axis, names in {"none": (), **AXES}.items():
-        folder = tmp_path / axis
-        shutil.copytree(
-            ROOT / "ceed_vla", folder / "ceed_vla", ignore=shutil.ignore_patterns("__pycache__")
-        )
-        if names:
-            (folder / "ceed_vla" / "decoding" / f"{axis}.py").unlink()
-        kept = [
-            name
-            for name in ("ar", "jacobi_h", "conf0.2_cap2", "depth1_cap2", "ngram4")
-            if name not in names
-        ]
-        jobs.append((str(folder), names, kept))
+def copied(folder: Path) -> Path:
+    """The parts of the repository that the tests need, with the links of a clone."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    parts = ("ceed_vla/", *(f"{name}/" for name in BESIDE), "benchmarks/", "tests/", "pyproject")
+    for name in listing.split("\0"):
+        if name.startswith(parts) and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    for name in BESIDE:
+        (folder / "ceed_vla" / name).symlink_to(Path("..") / name)
+    return folder
+
+
+def built_on(axis: str) -> list[str]:
+    """The axes that go with `axis`: those that require it."""
+    lines = {
+        other: (ROOT / "ceed_vla" / "axes" / other / "__init__.py").read_text() for other in AXES
+    }
+    return [other for other, text in lines.items() if f'REQUIRES = ("{axis}"' in text]
+
+
+def delete(folder: Path, axis: str) -> None:
+    """Delete an axis, as a maintainer would: its folder, and the files named after it."""
+    shutil.rmtree(folder / "ceed_vla" / "axes" / axis)
+    shutil.rmtree(folder / "tests" / "ceed_vla" / "axes" / axis)
+    for beside in ("training", "sim"):
+        (folder / beside / "axes" / f"{axis}.py").unlink(missing_ok=True)
+        (folder / "tests" / beside / "axes" / f"test_{axis}.py").unlink(missing_ok=True)
+
+
+def failures(folder: Path, tests: tuple[str, ...]) -> str:
+    """The output of the `tests` in a copy, empty if they pass."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(
-        [sys.executable, "-c", PRELOAD + EACH, WITHOUT, json.dumps(jobs)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=2700
     )
-    assert not done.returncode, done.stderr
-    found = dict(json.loads(line) for line in done.stdout.splitlines())
-    assert len(found) == 1 + len(AXES)
-    for folder, _, kept in jobs:
-        assert found[folder] == {name: found[str(tmp_path / "none")][name] for name in kept}
+    return "" if not done.returncode else done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@pytest.mark.timeout(6000)
+@pytest.mark.parametrize(
+    "tests",
+    [
+        pytest.param(REST, marks=pytest.mark.slow, id="rest"),
+        pytest.param(ALL, marks=pytest.mark.external, id="all"),  # an hour of two cores
+    ],
+)
+def test_an_axis_can_be_deleted(tests: tuple[str, ...], tmp_path: Path) -> None:
+    def without(axis: str) -> str:
+        folder = copied(tmp_path / axis)
+        for name in (axis, *built_on(axis)):
+            delete(folder, name)
+        return failures(folder, tests)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(AXES, pool.map(without, AXES), strict=True))
+    assert found == dict.fromkeys(AXES, "")
+
+
+def test_every_axis_is_found() -> None:
+    assert AXES == [
+        "context",
+        "depth",
+        "drafts",
+        "launch_ahead",
+        "learned",
+        "programs",
+        "rate",
+    ]
+    assert built_on("depth") == ["rate"]

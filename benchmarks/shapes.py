@@ -26,8 +26,8 @@ import torch
 
 import ceed_vla.axes  # noqa: F401 - registers its decoders
 from benchmarks.models.trunk import ACTION_DIM, SHAPES, CompactTrunk, Trunk
+from ceed_vla.compiled.engine import compiled
 from ceed_vla.decoding import BlockRequest, DecodeResult, named_config
-from ceed_vla.engine import compiled
 
 # a chunk, of the shipped student's early exit, which takes 1.28 to 1.31 (recipes/MODEL_CARD.md)
 FORWARDS = 1.28

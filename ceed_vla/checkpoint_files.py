@@ -6,11 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,18 +18,14 @@ from ceed_vla.fields import short
 from ceed_vla.files import count_values, read_json
 from ceed_vla.folders import WEIGHTS, resolve_checkpoint
 
-logger = logging.getLogger(__name__)
-
 FORMAT_VERSION = 3
 MOST_VALUES = 50_000  # of config.json: a policy's has a few hundred
-_SINCE_3 = {"tail"}  # settings of the decoding that older formats do not have
-_REMOVED = ("tolerance_bins", "stable_iterations")  # of the decoding, in format 1
 
 
 def read_values(folder: Path) -> dict[str, Any]:
-    """What config.json says, in the current format.
+    """What config.json says.
 
-    `CheckpointError` for another policy's, a newer format, or a missing decoding setting, which no
+    `CheckpointError` for another policy's, another format, or a missing decoding setting, which no
     default replaces.
     """
     file = folder / "config.json"
@@ -53,22 +45,16 @@ def read_values(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: action_tokens in config.json are not fitted; copy it again."
         )
-    version = values.get("format_version", 1)
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} has format_version {short(version)}, this version reads 1 to {FORMAT_VERSION}"
-            "; update ceed_vla."
+            f"{file} has format_version {short(values.get('format_version'))}, this version reads "
+            f"{FORMAT_VERSION}. Make the checkpoint anew, or use the version that wrote it."
         )
     _check_packages(folder, values.get("packages", []))
     found = values.get("decoding")
     decoding: dict[str, Any] = found if isinstance(found, dict) else {}
-    expected = {item.name for item in fields(DecodingConfig)} - (
-        _SINCE_3 if version < FORMAT_VERSION else set()
-    )
-    if version == 1:
-        expected = expected - {"watch", "exits"} | {"executed_steps", *_REMOVED}
-    lost = sorted(expected - decoding.keys())
-    if version == FORMAT_VERSION and "delta_dims" not in values:
+    lost = sorted({item.name for item in fields(DecodingConfig)} - decoding.keys())
+    if "delta_dims" not in values:
         raise CheckpointError(
             f"{folder}: config.json lacks 'delta_dims'; copy the checkpoint again."
         )
@@ -76,9 +62,7 @@ def read_values(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: decoding in config.json lacks {lost[0]!r}; copy the checkpoint again."
         )
-    if version == 1:
-        values = _from_format_1(folder, values)
-    return {**values, "format_version": FORMAT_VERSION}
+    return values
 
 
 def check_kinds(values: Any, read: Any, name: str = "it") -> None:
@@ -111,47 +95,6 @@ def _check_packages(folder: Path, packages: object) -> None:
             f"trust it, name it: --discover_packages_path={','.join(missing)} (policy_node: "
             "discover_packages), or import it first."
         )
-
-
-def _from_format_1(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` of a checkpoint without ``format_version``: it decodes as it did."""
-    decoding = dict(values["decoding"])
-    executed, tolerance, _ = (decoding.pop(name) for name in ("executed_steps", *_REMOVED))
-    if tolerance not in (0, None) and any(
-        tolerance if isinstance(tolerance, list) else [tolerance]
-    ):
-        raise CheckpointError(
-            f"{folder}: decoding.tolerance_bins in config.json is {short(tolerance)}; that rule is "
-            "gone, as confidence ends sooner at the same success. Set it to 0, and confidence to "
-            "0.2."
-        )
-    if executed not in (None, values.get("n_action_steps")):
-        logger.warning(
-            "%s watched %s steps; now the %s executed ones",
-            folder,
-            executed,
-            values.get("n_action_steps"),
-        )
-    decoding |= {"watch": "block" if executed is None else "executed", "exits": []}
-    renamed = (("action_tokens", "fast", "most_ids"), ("backbone", "compact", "words"))
-    for setting, kind, after in renamed:
-        part = values.get(setting)
-        if isinstance(part, dict) and part.get("type") == kind:
-            values[setting] = {
-                after if name == "vocabulary_size" else name: value for name, value in part.items()
-            }
-    return {**values, "decoding": decoding}
-
-
-@contextmanager
-def in_current_format(folder: Path) -> Iterator[Path]:
-    """A folder with the config.json of `folder` in the current format, for readers of LeRobot's
-    that parse the file.
-    """
-    values = read_values(folder)
-    with tempfile.TemporaryDirectory() as temporary:
-        (Path(temporary) / "config.json").write_text(json.dumps(values))
-        yield Path(temporary)
 
 
 def weights_hash(path: str | Path) -> str:

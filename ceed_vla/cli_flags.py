@@ -25,6 +25,8 @@ from ceed_vla.errors import CeedVLAError
 from ceed_vla.fields import type_hints
 from ceed_vla.folders import unambiguous
 
+_TEXTS = ("STR", "PATH", "FILE")  # kinds of flags that are not read as YAML
+
 
 def parse_flags[T](
     config_class: type[T], flags: Sequence[str], positional: str = "", renamed: str = ""
@@ -97,37 +99,50 @@ def _read_words(
     """
     values: dict[str, Any] = {}
     words = list(flags)
-    seen = set()
+    seen: set[str] = set()
     while words:
         word = words.pop(0)
         if positional and not word.startswith("--") and positional not in seen:
             word = f"--{positional}={word}"
-        name, equals, text = word.removeprefix("--").partition("=")
-        name = names.current(name, kinds)
-        if name not in kinds and f"{name}.path" in kinds:
-            name = f"{name}.path"  # --policy FOLDER
-        if not word.startswith("--") or name not in kinds:
-            check_moved(name, config_class)
-            raise unknown(name, kinds, word)
+        name = _flag_name(word, config_class, names, kinds)
         if name in seen:
             raise UsageError(f"--{name} is given twice")
         seen.add(name)
-        if not equals and words and not words[0].startswith("--"):
-            text = words.pop(0)
-            equals = "="
-        elif not equals and kinds[name] == "BOOL":
-            text = "true"
-        is_text = kinds[name] in ("STR", "PATH", "FILE")
-        if not text.strip() and not (is_text and equals):
-            raise UsageError(f"--{name} needs a value")
+        text = _text_of(name, word, words, kinds[name])
         if kinds[name] == "PATH" and name in names.flag_of.values():
             text = unambiguous(text)
         *outer, last = names.field(name).split(".")
         place = values
         for part in outer:
             place = place.setdefault(part, {})
-        place[last] = text if is_text else read_yaml(text, f"--{name}")
+        place[last] = text if kinds[name] in _TEXTS else read_yaml(text, f"--{name}")
     return values
+
+
+def _flag_name(word: str, config_class: type[Any], names: Names, kinds: Mapping[str, str]) -> str:
+    """The flag that a word of the command line names, by its present name."""
+    name = names.current(word.removeprefix("--").partition("=")[0], kinds)
+    if name not in kinds and f"{name}.path" in kinds:
+        name = f"{name}.path"  # --policy FOLDER
+    if not word.startswith("--") or name not in kinds:
+        check_moved(name, config_class)
+        raise unknown(name, kinds, word)
+    return name
+
+
+def _text_of(name: str, word: str, words: list[str], kind: str) -> str:
+    """The value of the flag `name`: behind the "=" of its word, or the first of the `words` that
+    follow, which it then leaves.
+    """
+    _, equals, text = word.partition("=")
+    if not equals and words and not words[0].startswith("--"):
+        text = words.pop(0)
+        equals = "="
+    elif not equals and kind == "BOOL":
+        text = "true"
+    if not text.strip() and not (kind in _TEXTS and equals):
+        raise UsageError(f"--{name} needs a value")
+    return text
 
 
 def _nested_defaults(config_class: type[Any]) -> dict[str, Any]:

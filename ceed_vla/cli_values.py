@@ -57,12 +57,33 @@ def check_moved(name: str, config_class: type[Any]) -> None:
 
 def read_yaml(text: str, source: str) -> Any:
     """YAML by the rules of version 1.2, where 010 is ten and "no" is a text; neither aliases nor
-    repeated names. The message of a `UsageError` begins with `source`.
+    repeated names.
+
+    Args:
+        text: The YAML.
+        source: Where it is from: the message of an error begins with it.
+
+    Returns:
+        The value.
+
+    Raises:
+        UsageError: The text is no such YAML, or too large.
     """
     import yaml
 
     if sum(map(text.count, _MARKS)) > MOST_MARKS:
         raise UsageError(f"{source} cannot be read: it has more than {MOST_MARKS} lines and values")
+    loader = _yaml_loader()
+    try:
+        return yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError, RecursionError, MemoryError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UsageError(f"{source} cannot be read: {reason}") from error
+
+
+def _yaml_loader() -> type[Any]:
+    """A loader of YAML 1.2; made here because `yaml` takes long to import."""
+    import yaml
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
@@ -99,11 +120,7 @@ def read_yaml(text: str, source: str) -> Any:
         tag = f"tag:yaml.org,2002:{kind}"
         Loader.add_implicit_resolver(tag, re.compile(rf"^(?:{pattern})$"), None)
         Loader.add_constructor(tag, lambda loader, node, read=read: read(str(node.value)))
-    try:
-        return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError, RecursionError, MemoryError) as error:
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise UsageError(f"{source} cannot be read: {reason}") from error
+    return Loader
 
 
 def read_config(

@@ -20,7 +20,7 @@ import ceed_vla.tokens.fast
 import ceed_vla.tokens.openvla  # noqa: F401
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
-from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, in_current_format, read_values
+from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, read_values
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.names import CEED, MOST_OWN, OWN, named_config
 from ceed_vla.decoding.registry import find_exit
@@ -154,8 +154,8 @@ class CeedVLAConfig(PreTrainedConfig):
         folder = resolve_checkpoint(pretrained_name_or_path, ("config.json",))
         if not options.get("cli_overrides"):
             return cls.read(folder)
-        with in_current_format(folder) as current:
-            return super().from_pretrained(current, **options)
+        read_values(folder)
+        return super().from_pretrained(folder, **options)
 
     @classmethod
     def read(cls, folder: Path, device: str | None = None) -> CeedVLAConfig:
@@ -317,30 +317,9 @@ class CeedVLAConfig(PreTrainedConfig):
         for name in (*(self.input_features or {}), *(self.output_features or {})):
             plain_name(name, "The name of a feature", ConfigError)
         self.drop_unused_features()
-        for name, feature in {
-            **(self.input_features or {}),
-            **(self.output_features or {}),
-        }.items():
-            if not isinstance(feature, PolicyFeature) or not isinstance(
-                feature.shape, tuple | list
-            ):
-                raise ConfigError(
-                    f"The feature {name} is {short(feature)}; it must have a type and a shape."
-                )
-            sides = tuple(feature.shape)
-            if not sides or not all(type(n) is int and 1 <= n <= MOST_SIDE for n in sides):
-                raise ConfigError(
-                    f"The feature {name} has the shape {sides}; sides are whole, in [1, "
-                    f"{MOST_SIDE}]."
-                )
-            if feature.type is FeatureType.VISUAL and (len(sides) != 3 or sides[0] != 3):
-                raise ConfigError(
-                    f"The camera {name} has the shape {sides}; expected (3, height, width)."
-                )
-            if feature.type in (FeatureType.STATE, FeatureType.ENV) and len(sides) != 1:
-                raise ConfigError(
-                    f"The feature {name} has the shape {sides}; expected one number, its length."
-                )
+        features = {**(self.input_features or {}), **(self.output_features or {})}
+        for name, feature in features.items():
+            _check_feature(name, feature)
         if not self.image_features:
             raise ConfigError(
                 "The data have no camera: ceed_vla needs at least one observation.images.<camera> "
@@ -361,3 +340,22 @@ class CeedVLAConfig(PreTrainedConfig):
                 f"auxiliary_scale has {terms} entries, observation.environment_state "
                 f"{state.shape[0]}."
             )
+
+
+def _check_feature(name: str, feature: object) -> None:
+    """Raise `ConfigError` unless a feature of the data has a shape that fits its type."""
+    if not isinstance(feature, PolicyFeature) or not isinstance(feature.shape, tuple | list):
+        raise ConfigError(
+            f"The feature {name} is {short(feature)}; it must have a type and a shape."
+        )
+    sides = tuple(feature.shape)
+    if not sides or not all(type(side) is int and 1 <= side <= MOST_SIDE for side in sides):
+        raise ConfigError(
+            f"The feature {name} has the shape {sides}; sides are whole, in [1, {MOST_SIDE}]."
+        )
+    if feature.type is FeatureType.VISUAL and (len(sides) != 3 or sides[0] != 3):
+        raise ConfigError(f"The camera {name} has the shape {sides}; expected (3, height, width).")
+    if feature.type in (FeatureType.STATE, FeatureType.ENV) and len(sides) != 1:
+        raise ConfigError(
+            f"The feature {name} has the shape {sides}; expected one number, its length."
+        )

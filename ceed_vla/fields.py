@@ -171,10 +171,7 @@ def options_of(hint: Any) -> tuple[Any, ...]:
 
 def short(value: object) -> str:
     """A value in a message: one line, cut."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # Python writes no whole number of more than 4300 digits
-        text = f"a {type(value).__name__}"
+    text = " ".join(repr(value).split())
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 

@@ -76,14 +76,6 @@ class CeedVLAPolicy(PreTrainedPolicy):
         dataset_meta: Any | None = None,
         **_: Any,
     ) -> None:
-        if not isinstance(config, CeedVLAConfig):
-            raise ConfigError(
-                f"config is a {type(config).__name__}; a CeedVLAPolicy needs a CeedVLAConfig."
-            )
-        if not isinstance(dataset_stats, Mapping | None):
-            raise ConfigError(
-                f"dataset_stats is a {type(dataset_stats).__name__}; pass statistics or None."
-            )
         super().__init__(config)
         if dataset_meta is not None:
             dataset_stats = {} if dataset_stats is None else dataset_stats
@@ -137,9 +129,6 @@ class CeedVLAPolicy(PreTrainedPolicy):
                 are read. The checkpoint's action ranges stay.
         """
         folder = resolve_checkpoint(pretrained_name_or_path, POLICY_FILES)
-        _check_switches(strict=strict, merge_adapters=merge_adapters)
-        if not isinstance(config, CeedVLAConfig | None):
-            raise ConfigError(f"config is a {type(config).__name__}; pass a CeedVLAConfig or None.")
         with held_still(folder):
             check_files(folder)
             chosen = CeedVLAConfig.read(folder) if config is None else config
@@ -200,47 +189,17 @@ class CeedVLAPolicy(PreTrainedPolicy):
         self, save_directory: Path, state_dict: dict[str, Tensor] | None = None
     ) -> None:
         """Configuration and weights; weights that the backbone refers to stay where they are."""
-        if state_dict is not None and not (
-            isinstance(state_dict, Mapping)
-            and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state_dict.items())
-        ):
-            raise CheckpointError(
-                f"state_dict is {short(state_dict)}; it must map names to tensors."
-            )
         self.config._save_pretrained(save_directory)
         save_weights(self, save_directory, state_dict)
         for saved in SAVED:
             saved.save(self.backbone, save_directory)
 
-    def to(self, *arguments: Any, **options: Any) -> Any:
-        """As torch's; `ConfigError` if there is no such device or type."""
-        try:
-            return super().to(*arguments, **options)
-        except (RuntimeError, TypeError, ValueError, OverflowError, AssertionError) as error:
-            raise ConfigError(
-                f"It cannot move to {short(arguments or options)} ({short(error)})."
-            ) from error
-
-    # what moves or converts it; these are no submodules
+    # Moves and converts modules that are no submodules, too.
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for saved in SAVED:
             for own in saved.modules(self.backbone):
                 own._apply(fn)
         return super()._apply(fn, recurse)
-
-    def train(self, mode: bool = True) -> CeedVLAPolicy:
-        """As torch's, for true or false only."""
-        _check_switches(mode=mode)
-        return super().train(mode)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any
-    ) -> Any:
-        """As torch's; `CheckpointError` for what is no weights, or another model's."""
-        try:
-            return super().load_state_dict(state_dict, *arguments, **options)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"These weights do not load ({short(str(error))}).") from error
 
     # ---- acting ----------------------------------------------------------------------------------
 
@@ -297,12 +256,15 @@ class CeedVLAPolicy(PreTrainedPolicy):
             NotFiniteError: The model's scores are NaN or infinite.
         """
         self.check_observation(batch)
-        _check_switches(record_states=record_states, read=read)
         config = self.decoding_config(decoding)
         usual = self.config.n_action_steps
         shift_steps = usual if shift_steps is None else shift_steps
         executed_steps = usual if executed_steps is None else executed_steps
-        self._check_request(executed_steps, generator)
+        longest = self.config.chunk_size
+        if type(executed_steps) is not int or not 1 <= executed_steps <= longest:
+            raise ConfigError(
+                f"executed_steps is {short(executed_steps)}; it must be in [1, {longest}]."
+            )
         started = time.perf_counter()
         with runs(self.backbone):
             prefix = prefill(self.backbone, batch, config)
@@ -326,17 +288,6 @@ class CeedVLAPolicy(PreTrainedPolicy):
         decoded = _now(prefix.logits.device)
         result.seconds = {"prefill": prefilled - started, "decode": decoded - prefilled}
         return result
-
-    def _check_request(self, executed_steps: int, generator: torch.Generator | None) -> None:
-        longest = self.config.chunk_size
-        if type(executed_steps) is not int or not 1 <= executed_steps <= longest:
-            raise ConfigError(
-                f"executed_steps is {short(executed_steps)}; it must be in [1, {longest}]."
-            )
-        if not isinstance(generator, torch.Generator | None):
-            raise ConfigError(
-                f"generator is a {type(generator).__name__}; pass a torch.Generator or None."
-            )
 
     def decoding_config(self, decoding: str | DecodingConfig) -> DecodingConfig:
         """Resolve a decoder's name for this checkpoint."""
@@ -445,9 +396,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _check_switches(**switches: object) -> None:
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name} is {short(value)}; it must be true or false.")

@@ -218,76 +218,91 @@ def _of_named_package(name: str) -> bool:
 def check_processors(folder: Path, config: Any) -> None:
     """Check both processors of a checkpoint of this package: its steps, their settings, and its
     normalisation.
+
+    Args:
+        folder: The checkpoint.
+        config: The policy's configuration.
+
+    Raises:
+        CheckpointError: A step that may not be there, that is missing, or that does not fit.
     """
+    own = _own_steps(config)
+    pre = read_steps(folder, PREPROCESSOR, {n: kind for n, kind in own.items() if n not in _AFTER})
+    post = read_steps(folder, POSTPROCESSOR, {n: own[n] for n in (*_AFTER, DEVICE)})
+    if _is_relative(pre) != _is_relative(post):
+        raise CheckpointError(
+            f"{folder}: only one of the processors works with relative actions; copy both again."
+        )
+    _check_complete(folder / PREPROCESSOR, pre, (*config.backbone.steps, NORMALIZER, DEVICE))
+    _check_complete(folder / POSTPROCESSOR, post, (UNNORMALIZER, DEVICE))
+    for step in (*pre, *post):
+        _check_step(step, own, config)
+    check_device(next(step for step in post if step.name == DEVICE).settings.get("device", "cpu"))
+    _check_normalisation(pre, post, config)
+    for step in (*pre, *post):
+        _check_normalised_features(step, config)
+
+
+def _own_steps(config: Any) -> dict[str, Maker]:
+    """The steps that this package writes for a policy, by their registered names."""
     from lerobot.processor import ProcessorStepRegistry
 
-    # The steps that this package writes for such a policy; another's backbone may use any of them.
+    # Another package's backbone may use any of them.
     ours = type(config.backbone).__module__.startswith("ceed_vla.")
     names = config.backbone.steps if ours else ProcessorStepRegistry.list()
     kinds = {
         name: ProcessorStepRegistry.get(name) for name in names if name.startswith("ceed_vla_")
     }
-    own = {
-        **_PLAIN,
-        **{n: kind for n, kind in kinds.items() if kind.__module__.startswith("ceed_vla.")},
-    }
-    pre = read_steps(folder, PREPROCESSOR, {n: kind for n, kind in own.items() if n not in _AFTER})
-    post = read_steps(folder, POSTPROCESSOR, {n: own[n] for n in (*_AFTER, DEVICE)})
-    relative = [
-        any(s.settings.get("enabled") for s in p if s.name.endswith("_actions_processor"))
-        for p in (pre, post)
-    ]
-    if relative[0] != relative[1]:
-        raise CheckpointError(
-            f"{folder}: only one of the processors works with relative actions; copy both again."
+    own = {n: kind for n, kind in kinds.items() if kind.__module__.startswith("ceed_vla.")}
+    return {**_PLAIN, **own}
+
+
+def _is_relative(steps: list[Step]) -> bool:
+    """Whether a processor works with relative actions."""
+    return any(
+        step.settings.get("enabled") for step in steps if step.name.endswith("_actions_processor")
+    )
+
+
+def _check_complete(file: Path, steps: list[Step], wanted: tuple[str, ...]) -> None:
+    """Raise `CheckpointError` unless a processor has every `wanted` step."""
+    if missing := set(wanted) - {step.name for step in steps}:
+        raise CheckpointError(f"{file} lacks the step {min(missing)!r}; copy it again.")
+
+
+def _check_step(step: Step, own: dict[str, Maker], config: Any) -> None:
+    """Raise `CheckpointError` unless the settings of a step fit the policy."""
+    if step.name.startswith("ceed_vla_") and step.name in own:
+        problem = f"{step} does not fit config.json"
+        with raised_as(CheckpointError, problem, "copy both again.", CheckpointError):
+            own[step.name](**step.settings).check_policy(config.backbone, config.shape)
+    if step.name == DEVICE and step.settings.get("float_dtype") not in (None, "float32"):
+        raise step.error(
+            f"changes the type to {step.settings['float_dtype']}; the policy reads float32."
         )
-    needed = {
-        PREPROCESSOR: (*config.backbone.steps, NORMALIZER, DEVICE),
-        POSTPROCESSOR: (UNNORMALIZER, DEVICE),
-    }
-    for (name, wanted), steps in zip(needed.items(), (pre, post), strict=True):
-        if missing := set(wanted) - {step.name for step in steps}:
-            raise CheckpointError(
-                f"{folder / name} lacks the step {min(missing)!r}; copy it again."
-            )
-    for step in (*pre, *post):
-        if step.name.startswith("ceed_vla_") and step.name in own:
-            with raised_as(
-                CheckpointError,
-                f"{step} does not fit config.json",
-                "copy both again.",
-                CheckpointError,
-            ):
-                own[step.name](**step.settings).check_policy(config.backbone, config.shape)
-        if step.name == DEVICE and step.settings.get("float_dtype") not in (None, "float32"):
-            raise step.error(
-                f"changes the type to {step.settings['float_dtype']}; the policy reads float32."
-            )
-        if step.name == "rename_observations_processor" and (
-            lost := sorted(
-                set(step.settings.get("rename_map", {})) & set(config.input_features or {})
-            )
-        ):
+    if step.name == "rename_observations_processor":
+        read = set(config.input_features or {})
+        lost = sorted(set(step.settings.get("rename_map", {})) & read)
+        if lost:
             raise step.error(
                 f"renames {lost[0]}, which the policy reads by that name; copy it again."
             )
-    check_device(next(step for step in post if step.name == DEVICE).settings.get("device", "cpu"))
-    _check_normalisation(pre, post, config)
+
+
+def _check_normalised_features(step: Step, config: Any) -> None:
+    """Raise `CheckpointError` if a step normalises other features than the policy has."""
     inputs = config.input_features or {}
     outputs = config.output_features or {}
-    for step in (*pre, *post):
-        features = {NORMALIZER: {**inputs, **outputs}, UNNORMALIZER: outputs}.get(step.name)
-        if features is None:
-            continue
-        wanted_shapes = {
-            name: (feature.type.value, tuple(feature.shape)) for name, feature in features.items()
-        }
-        # Older checkpoints of lerobot-train also normalise features that the policy does not use.
-        found_shapes = {
-            name: found for name, found in _shapes(step).items() if config.uses(name, found[0])
-        }
-        if found_shapes != wanted_shapes:
-            raise step.error("normalises other features than config.json has; copy both again.")
+    features = {NORMALIZER: {**inputs, **outputs}, UNNORMALIZER: outputs}.get(step.name)
+    if features is None:
+        return
+    wanted = {
+        name: (feature.type.value, tuple(feature.shape)) for name, feature in features.items()
+    }
+    # Older checkpoints of lerobot-train also normalise features that the policy does not use.
+    found = {name: shape for name, shape in _shapes(step).items() if config.uses(name, shape[0])}
+    if found != wanted:
+        raise step.error("normalises other features than config.json has; copy both again.")
 
 
 def check_foreign_processors(folder: Path, config: PreTrainedConfig) -> None:

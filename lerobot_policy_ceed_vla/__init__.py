@@ -12,7 +12,7 @@ from lerobot.configs.policies import PreTrainedConfig
 
 import ceed_vla.configuration_ceed_vla
 import ceed_vla.processor_ceed_vla
-from ceed_vla.checkpoint_files import check_kinds, in_current_format
+from ceed_vla.checkpoint_files import check_kinds, read_values
 from ceed_vla.errors import CeedVLAError, CheckpointError, root_cause
 from ceed_vla.files import read_json
 
@@ -37,10 +37,10 @@ def _explaining(read: Any) -> Any:
         ours = folder.is_dir() and _is_ours(read_json(folder / "config.json"))
         try:
             if ours:
-                with in_current_format(folder) as current:
-                    config = read(cls, current, **options)
-                    check_kinds(read_json(current / "config.json"), draccus.encode(config))
-                    return config
+                values = read_values(folder)
+                config = read(cls, folder, **options)
+                check_kinds(values, draccus.encode(config))
+                return config
             return read(cls, pretrained_name_or_path, **options)
         except CeedVLAError:
             raise

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ceed_vla.cache import BlockCache, StaticCache
+from ceed_vla.cache import BlockCache
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
 from ceed_vla.tensors import is_plain
 
@@ -24,10 +24,9 @@ class Prefix[C: BlockCache]:
 
     logits: Tensor  # scores (B, V) of the first action token
     cache: C  # keys and values of the prefix; decoders write the block behind them
-    # Tokens that were left out of it.
-    dropped: int = field(default=0, kw_only=True)
+    dropped: int = field(default=0, kw_only=True)  # tokens that were left out of it
 
-    def moved(self, cache: StaticCache) -> Prefix[Any]:
+    def moved(self, cache: Any) -> Prefix[Any]:
         """The same in another cache, with logits that no later run of compiled code overwrites."""
         return replace(cast("Prefix[Any]", self), cache=cache, logits=self.logits.clone())
 
@@ -80,8 +79,8 @@ class TrainableBackbone(nn.Module, Backbone):
         exits: Depth -> module that reads the hidden vectors behind it; no part of the weights.
         context: The module that chooses prefix tokens, if there is one; no part of the weights.
         referenced: Names of the weights that a checkpoint leaves in the folder they were read from.
-        compilable: What `ceed_vla.engine` may compile, of "prefill" and "block", which runs on a
-            `StaticCache` too.
+        compilable: What `ceed_vla.compiled.engine` may compile, of "prefill" and "block", which
+            runs on a `StaticCache` too.
     """
 
     auxiliary: nn.Module | None
@@ -146,12 +145,19 @@ def check_features(
     finite: Sequence[str] = (),
     ids: Mapping[str, int] | None = None,
 ) -> int:
-    """Check the tensors of a pre-processed batch, and return its rows ``B``, which all features
-    share.
+    """Check the tensors of a pre-processed batch.
 
-    `wanted` has the shape of every feature without the rows, None for any size. Those in `finite`
-    are float32 without NaN and infinity, those in `ids` whole numbers below the given end. All else
-    is an `ObservationError`.
+    Args:
+        batch: As the pre-processor makes it.
+        wanted: Shape of every feature without the rows; None for any size.
+        finite: Features that are float32 without NaN and infinity.
+        ids: Features that are whole numbers, and the end below which they lie.
+
+    Returns:
+        The rows ``B`` of the batch, which all features share.
+
+    Raises:
+        ObservationError: A feature is missing, or is anything else than the above.
     """
     if not isinstance(batch, Mapping):
         raise ObservationError(
@@ -160,50 +166,64 @@ def check_features(
     first = next(iter(wanted))
     rows = 0
     for key, shape in wanted.items():
-        value = batch.get(key)
-        if not is_plain(value):
-            have = (
-                ", ".join(sorted(str(k) for k in batch if str(k).startswith("observation.")))
-                or "none"
-            )
-            kind = f"has {key!r} as {type(value).__name__}, not as a dense tensor"
-            problem = f"lacks {key!r}" if value is None else kind
-            raise ObservationError(
-                f"The observation {problem}; it has {have}. Use the checkpoint's pre-processor."
-            )
-        found, *sizes = tuple(value.shape) or (0,)
-        rows = found if key == first else rows
-        fits = len(sizes) == len(shape) and all(
-            b in (None, a) for a, b in zip(sizes, shape, strict=True)
-        )
-        if not fits or found != rows or not found:
+        found = tuple(_dense(batch, key).shape)
+        if key == first:
+            rows = found[0] if found else 0
+        if not rows or not _fits(found, (rows, *shape)):
             expected = ", ".join("any" if size is None else str(size) for size in shape)
             raise ObservationError(
-                f"{key} has shape {tuple(value.shape)}, expected (B, {expected}) with the rows B "
-                f"of {first}."
+                f"{key} has shape {found}, expected (B, {expected}) with the rows B of {first}."
             )
     for key in finite:
-        if batch[key].dtype != torch.float32:
-            raise ObservationError(f"{key} is {batch[key].dtype}; expected torch.float32.")
-        if not torch.isfinite(batch[key]).all():
-            raise ObservationError(f"{key} is not finite: {str(batch[key].tolist())[:200]}.")
+        _check_finite(batch, key)
     for key, end in (ids or {}).items():
-        if batch[key].dtype not in (torch.int64, torch.int32):
-            raise ObservationError(
-                f"{key} is {batch[key].dtype}; expected whole numbers (torch.int64)."
-            )
-        least, most = torch.stack(batch[key].aminmax()).tolist()
-        if not 0 <= least <= most < end:
-            raise ObservationError(
-                f"{key} has ids from {least} to {most}; they must lie in [0, {end - 1}]."
-            )
+        _check_ids(batch, key, end)
     return rows
 
 
+def _dense(batch: Mapping[str, Any], key: str) -> Tensor:
+    """The feature `key` of a batch, which must be a dense tensor."""
+    value = batch.get(key)
+    if is_plain(value):
+        return value
+    features = sorted(str(name) for name in batch if str(name).startswith("observation."))
+    problem = f"has {key!r} as {type(value).__name__}, not as a dense tensor"
+    if value is None:
+        problem = f"lacks {key!r}"
+    raise ObservationError(
+        f"The observation {problem}; it has {', '.join(features) or 'none'}. Use the checkpoint's "
+        "pre-processor."
+    )
+
+
+def _fits(found: Sequence[int], expected: Sequence[int | None]) -> bool:
+    """Whether a tensor has the sides that are expected; None is any size."""
+    return len(found) == len(expected) and all(
+        side in (None, size) for size, side in zip(found, expected, strict=True)
+    )
+
+
+def _check_finite(batch: Mapping[str, Any], key: str) -> None:
+    if batch[key].dtype != torch.float32:
+        raise ObservationError(f"{key} is {batch[key].dtype}; expected torch.float32.")
+    if not torch.isfinite(batch[key]).all():
+        raise ObservationError(f"{key} is not finite: {str(batch[key].tolist())[:200]}.")
+
+
+def _check_ids(batch: Mapping[str, Any], key: str, end: int) -> None:
+    if batch[key].dtype not in (torch.int64, torch.int32):
+        raise ObservationError(
+            f"{key} is {batch[key].dtype}; expected whole numbers (torch.int64)."
+        )
+    least, most = torch.stack(batch[key].aminmax()).tolist()
+    if not 0 <= least <= most < end:
+        raise ObservationError(
+            f"{key} has ids from {least} to {most}; they must lie in [0, {end - 1}]."
+        )
+
+
 def runs(model: nn.Module) -> AbstractContextManager[None]:
-    """What torch or a library raises where a model of a checkpoint's settings does not run, as a
-    `CheckpointError`.
-    """
+    """Re-raise errors from running the model as `CheckpointError`."""
     advice = (
         "contradict each other, model and batch have other devices or types, or memory is short."
     )

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ceed_vla.cache import KVCache, StaticCache, TransformersCache
+from ceed_vla.cache import KVCache, TransformersCache
+from ceed_vla.compiled.static_cache import StaticCache
 from ceed_vla.errors import CeedVLAError, ConfigError, TokenError
 
 L, B, H, D = 2, 3, 2, 4

@@ -22,8 +22,8 @@ from ceed_vla.backbones.check import check_backbone
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.compact.model import CompactBackbone
 from ceed_vla.backbones.config import PolicyShape
+from ceed_vla.compiled.engine import compiled
 from ceed_vla.decoding import decode_block
-from ceed_vla.engine import compiled
 from ceed_vla.errors import ConfigError, NotFiniteError, TokenError
 from ceed_vla.tokens.uniform import ActionTokenizer, UniformTokensConfig
 

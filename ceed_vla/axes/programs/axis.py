@@ -7,14 +7,13 @@ from typing import Any
 
 from ceed_vla.axes.base import Axis
 from ceed_vla.axes.programs import decoder as decoder  # registers it
-from ceed_vla.backbones.compact.config import CompactConfig
 
 MOST_LAYERS = 16  # more make no name
 
 
 def bench_rows(config: Any, folder: Path) -> list[str]:
     """A first forward without the last layer but one, for backbones that run programs."""
-    layers = config.backbone.layers if isinstance(config.backbone, CompactConfig) else 0
+    layers = config.backbone.layers if config.backbone.type == "compact" else 0
     if not 2 < layers <= MOST_LAYERS:
         return []
     program = "-".join(str(i) for i in range(layers) if i != layers - 2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ceed_vla.backbones.base import Prefix
 from ceed_vla.backbones.capabilities import CutPrefix, check_linear
 from ceed_vla.backbones.compact.layer import Layer
-from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.cache import KVCache
+
+if TYPE_CHECKING:
+    from ceed_vla.backbones.config import PolicyShape
 
 
 class CompactCapabilities:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,13 @@ from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
 from ceed_vla.backbones.compact.capabilities import CompactCapabilities
 from ceed_vla.backbones.compact.layer import Layer
 from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
-from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.fields import short
 from ceed_vla.images import check_images
+
+if TYPE_CHECKING:
+    from ceed_vla.backbones.config import PolicyShape
 
 LANGUAGE_KEY = "observation.language.tokens"
 STATE_KEY = "observation.state"

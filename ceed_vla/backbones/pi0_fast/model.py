@@ -32,7 +32,7 @@ from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone
 from ceed_vla.backbones.transformers.config import read_architecture
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
-from ceed_vla.cache import StaticCache
+from ceed_vla.compiled.static_cache import StaticCache
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json
 from ceed_vla.images import check_images

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ceed_vla.backbones.base import Prefix
-from ceed_vla.cache import StaticCache, TransformersCache
+from ceed_vla.cache import TransformersCache
+from ceed_vla.compiled.static_cache import StaticCache
 from ceed_vla.errors import ConfigError
 
 

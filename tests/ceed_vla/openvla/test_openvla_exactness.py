@@ -14,10 +14,10 @@ import torch
 from engines import assert_same_tokens
 
 from ceed_vla import CeedVLAPolicy
+from ceed_vla.compiled.engine import compiled
 from ceed_vla.convert import ConvertConfig
 from ceed_vla.convert.openvla import published_policy
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.engine import compiled
 from ceed_vla.verify import VerifyConfig, verify
 
 FRONT, IDS = "observation.images.front", "observation.openvla.input_ids"

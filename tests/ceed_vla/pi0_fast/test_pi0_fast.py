@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
 from ceed_vla.backbones.pi0_fast.tokens import text_ids
+from ceed_vla.compiled.engine import compiled
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.engine import compiled
 from ceed_vla.errors import (
     CheckpointError,
     ConfigError,

@@ -13,7 +13,7 @@ from engines import assert_same_tokens
 from tiny_vlms import FAMILIES
 
 from ceed_vla.backbones.vlm.model import MASK_KEY, STATE_KEY, VLMBackbone
-from ceed_vla.engine import compiled
+from ceed_vla.compiled.engine import compiled
 from ceed_vla.tokens.uniform import ActionTokenizer
 
 SLIDING = ("llava+sliding", "qwen2_5_vl+sliding")

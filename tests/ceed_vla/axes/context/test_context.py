@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from ceed_vla import load
 from ceed_vla.axes.context.scorer import CONTEXT, ContextScorer, keep_scored
 from ceed_vla.checkpoints import save, weights_hash
+from ceed_vla.compiled.engine import compiled
 from ceed_vla.decoding import DecodingConfig, decoder_ladders, prefill
-from ceed_vla.engine import compiled
 from ceed_vla.errors import CheckpointError, ConfigError
 from tests.helpers.edits import unsealed
 

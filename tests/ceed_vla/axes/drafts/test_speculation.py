@@ -9,7 +9,7 @@ import torch
 
 from ceed_vla import load
 from ceed_vla.axes.drafts.speculation import PRIOR, _Online
-from ceed_vla.engine import compiled
+from ceed_vla.compiled.engine import compiled
 from ceed_vla.errors import ConfigError
 
 make_exits = pytest.importorskip(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from ceed_vla import load
 from ceed_vla.axes.launch_ahead import decoder as loop
 from ceed_vla.axes.launch_ahead.decoder import decode_loop
+from ceed_vla.compiled.engine import compiled
 from ceed_vla.decoding import BlockRequest, DecodingConfig
-from ceed_vla.engine import compiled
 from ceed_vla.errors import ConfigError, NotFiniteError, TokenError
 
 

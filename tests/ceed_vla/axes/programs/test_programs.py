@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.models.trunk import CompactTrunk
 from ceed_vla.axes.programs.decoder import check_program
 from ceed_vla.backbones.base import Prefix
+from ceed_vla.compiled.engine import compiled
 from ceed_vla.decoding import decode_block, decoder_ladders, named_config, prefill
-from ceed_vla.engine import compiled
 from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.tokens.uniform import ActionTokenizer
 

@@ -17,9 +17,9 @@ from ceed_vla.axes.depth.exits import make_exits
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.compact.model import CompactBackbone
 from ceed_vla.backbones.config import PolicyShape
+from ceed_vla.compiled.engine import compiled
 from ceed_vla.decoding import DecodingConfig, named_config
 from ceed_vla.decoding.request import BlockRequest
-from ceed_vla.engine import compiled
 from ceed_vla.errors import ConfigError
 from ceed_vla.tokens.uniform import UniformTokensConfig
 

@@ -114,7 +114,6 @@ class KVCache(BlockCache):
                 "least 1."
             )
         self.capacity = capacity
-        self.causal = True
         self._last = num_layers - 1
         self._keys = [
             torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers + exits)
@@ -149,7 +148,7 @@ class KVCache(BlockCache):
 
     def mask(self, k: int) -> Tensor | None:
         """(k, length + k), True where one of the next `k` tokens may attend; None allows all."""
-        if k == 1 or not self.causal:
+        if k == 1:
             return None
         return torch.ones(k, self.length + k, dtype=torch.bool, device=self._keys[0].device).tril(
             self.length

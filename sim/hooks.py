@@ -29,7 +29,8 @@ from ceed_vla.sim.environment import (
     has_expert,
 )
 from ceed_vla.sim.episode_log import fingerprint
-from ceed_vla.sim.evaluate import EvalConfig, shard_runner, shards
+from ceed_vla.sim.evaluation import shard_runner, shards
+from ceed_vla.sim.evaluation_config import EvalConfig
 from ceed_vla.sim.grounding import GroundingConfig, grounding
 from ceed_vla.sim.record import record, recorded_policy
 from ceed_vla.sim.recording.config import RecordConfig

@@ -27,7 +27,8 @@ from ceed_vla.sim.environment import (
     observation_batch,
     turns,
 )
-from ceed_vla.sim.evaluate import MOVED, load_bundles
+from ceed_vla.sim.evaluation import load_bundles
+from ceed_vla.sim.evaluation_config import MOVED
 from ceed_vla.sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure
 from ceed_vla.sim.rollout import PolicyRunner, Replan, drive, stack_previous
 from ceed_vla.sim.settings import CheckpointPath, DrivenConfig

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ceed_vla.compiled.engine import CompiledBackbone, compiled
 from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.engine import CompiledBackbone, compiled
 from ceed_vla.sim.decoders import Row
 from ceed_vla.sim.environment import Bundle, EnvPool, observation_batch
 from ceed_vla.sim.rollout import PolicyRunner, drive

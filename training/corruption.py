@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from ceed_vla.training.trajectories import GUESSES
+from ceed_vla.training.shards import GUESSES
 
 PREVIOUS = GUESSES.index("previous")
 RANDOM = GUESSES.index("random")

@@ -29,6 +29,7 @@ from ceed_vla.outputs import owned_folder
 from ceed_vla.supervision import finish_training
 from ceed_vla.training.adapters import attach_student
 from ceed_vla.training.clipping import check_clipping
+from ceed_vla.training.collect_config import guess_shares
 from ceed_vla.training.corruption import PREVIOUS, StateDraw, draw_states
 from ceed_vla.training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
 from ceed_vla.training.losses import after_first_divergence, find_loss, needs
@@ -37,7 +38,6 @@ from ceed_vla.training.run import ClosedLoop, Run
 from ceed_vla.training.run_config import ANY_NUMBER, RunConfig
 from ceed_vla.training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES
 from ceed_vla.training.summary import Summary
-from ceed_vla.training.trajectories import guess_shares
 from ceed_vla.wording import counted
 
 STEPS = 400  # without a budget

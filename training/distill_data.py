@@ -23,6 +23,7 @@ from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import check_fields
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.training.collector import distinct_states
 from ceed_vla.training.corruption import PREVIOUS, StateDraw, guess_states
 from ceed_vla.training.held_out import SHARE, held_out_frames
 from ceed_vla.training.losses import chunk_distance, mixed_labels
@@ -32,7 +33,6 @@ from ceed_vla.training.trajectories import (
     are_those,
     check_storable,
     describe,
-    distinct_states,
     layout_of,
     read_trajectories,
 )

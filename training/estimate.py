@@ -17,7 +17,7 @@ from ceed_vla.training.defaults import take_from_data
 from ceed_vla.training.fit_tokens import fit_action_tokens
 from ceed_vla.training.mixture import Mixture
 from ceed_vla.training.optim import computes_bfloat16
-from ceed_vla.training.teacher import TeacherObjective
+from ceed_vla.training.teacher_objective import TeacherObjective
 from ceed_vla.training.train_config import TrainConfig
 
 

@@ -14,29 +14,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
 from ceed_vla.checkpoints import load
-from ceed_vla.data.frames import ACTION, FrameStore, open_dataset
+from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CeedVLAError, ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, Checked, ranged
-from ceed_vla.files import replacing, write_text
-from ceed_vla.outputs import MADE_BY, claimed_folder, default_console
+from ceed_vla.files import write_text
+from ceed_vla.outputs import MADE_BY, claimed_folder
 from ceed_vla.tokens.base import ActionTokens
 from ceed_vla.training.held_out import SHARES, held_out_frames
 from ceed_vla.training.mixture import check_compatible, check_fits
+from ceed_vla.training.open_loop_report import MEAN_ACTION, draw_actions, print_table
 from ceed_vla.training.settings import full_disk, split_list
 
-REPORT, PICTURE = "open_loop.json", "open_loop.png"
-MEAN_ACTION = "mean action"
+REPORT = "open_loop.json"
+PICTURE = "open_loop.png"
 LEARNT = 0.5  # share of the mean action's error: where ar makes more, a policy has learnt little
 _WARM_UP = 3  # chunks that are decoded before the clock runs
 _DRAWN = 200  # frames
@@ -113,8 +111,7 @@ def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
 
 def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
     """As `open_loop`, into a folder of its own."""
-    roots = split_list(config.roots)
-    if not config.policy_path or not roots:
+    if not config.policy_path or not split_list(config.roots):
         raise ConfigError(
             "Set --policy.path to a checkpoint, and --roots to data that it was not trained on."
         )
@@ -131,6 +128,74 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
         name: _Row(policy.config.named(name))
         for name in dict.fromkeys(["ar", *split_list(config.decoders)])
     }
+    data = _chosen_data(config, policy, pre, steps)
+    constant = _decode_all((policy, pre, post), rows, data, steps)
+    report: dict[str, Any] = {
+        "program": MADE_BY,
+        "policy": config.policy_path,
+        "data": [
+            {"root": root, "chunks": len(frames)}
+            for root, frames in zip(data.roots, data.frames, strict=True)
+        ],
+        "executed_steps": steps,
+        "rows": {
+            MEAN_ACTION: {"error": round(float(np.mean(constant)), 5)},
+            **{
+                name: _entry(row, rows["ar"], policy.tokenizer, steps, data.episodes)
+                for name, row in rows.items()
+            },
+        },
+        "threads": torch.get_num_threads(),
+    }
+    report["ratio"] = _ratio(report, rows["ar"])
+    with full_disk(folder, "nothing was written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
+        drawn = {
+            name: np.concatenate(row.drawn[: len(data.frames[0])]) for name, row in rows.items()
+        }
+        shown = np.flatnonzero(data.masks[0])[:_DRAWN]
+        draw_actions(data.stores[0], shown, drawn, folder / PICTURE)
+    print_table(report)
+    print(f"Written: {folder / REPORT}, {folder / PICTURE}")
+    print(verdict(report["ratio"], config.gate or LEARNT))
+    if config.gate and not _passes(report["ratio"], config.gate):
+        raise OpenLoopError(
+            f"The policy does not pass --gate {config.gate:g}: it has not learnt enough of its "
+            "task. Train longer, or on more episodes, before it is distilled."
+        )
+    return report
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Data:
+    """The data sets that are looked at, and where in them a chunk is decoded."""
+
+    roots: list[str]
+    stores: list[FrameStore]
+    masks: list[NDArray[np.bool_]]  # of every store (N,): which frames are looked at
+    frames: list[NDArray[np.int64]]  # of every store (C,): where a chunk is decoded
+
+    @property
+    def moments(self) -> list[tuple[FrameStore, int]]:
+        """Store and frame of every chunk, in order."""
+        pairs = zip(self.stores, self.frames, strict=True)
+        return [(store, int(frame)) for store, frames in pairs for frame in frames]
+
+    @property
+    def episodes(self) -> list[tuple[str, int]]:
+        """Root and episode of every chunk, in order."""
+        return [(str(store.root), int(store.episode[frame])) for store, frame in self.moments]
+
+
+def _chosen_data(config: OpenLoopConfig, policy: Any, pre: Any, steps: int) -> _Data:
+    """The data sets with episodes to look at, and a chunk after every `steps` frames of these;
+    `DatasetError` for data that are unreadable, without actions, or do not fit the policy.
+    """
+    roots = split_list(config.roots)
     stores = [open_dataset(root) for root in roots]
     check_compatible(stores)
     looked_at = [_looked_at(store, config.held_out) for store in stores]
@@ -149,91 +214,31 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
             raise DatasetError(
                 f"{store.root} holds no actions to compare with; it has {', '.join(store.shapes)}."
             )
-    actions = np.concatenate([store.action for store in stores if store.action is not None])
-    # (A,)
-    width = np.ptp(actions, axis=0)
-    mean = actions.mean(0)
-    width[width == 0] = 1.0
     most = math.ceil(config.chunks / len(stores))  # of a data set
-    places = [
-        np.arange(len(store)) - np.searchsorted(store.episode, store.episode) for store in stores
-    ]
-    plans = [
-        np.flatnonzero((p % steps == 0) & mask)[:most]
-        for p, mask in zip(places, masks, strict=True)
-    ]
-    moments = [
-        (store, int(frame)) for store, plan in zip(stores, plans, strict=True) for frame in plan
-    ]
-    episodes = [(str(store.root), int(store.episode[frame])) for store, frame in moments]
-    constant: list[float] = []
-    for place, (store, frame) in enumerate(
-        tqdm(moments, desc="open loop", unit="chunk", dynamic_ncols=True)
-    ):
-        raw = store.batch(np.array([frame]), steps)
-        goes_on = place and episodes[place] == episodes[place - 1]
-        wanted = raw["action"][0][~raw["action_is_pad"][0]].numpy()  # (steps or fewer, A)
-        constant.append(float((np.abs(mean - wanted) / width).mean()))
-        for row in rows.values():
-            _decode(
-                policy,
-                pre,
-                row,
-                raw,
-                steps,
-                goes_on=bool(goes_on),
-                warm_up=0 if place else _WARM_UP,
-            )
-            readable = policy.tokenizer.readable(row.tokens[-1][None])
-            chunk = np.full((len(wanted), len(width)), np.nan, dtype=np.float32)
-            if readable:
-                chunk = (
-                    post(policy.tokenizer.decode(row.tokens[-1][None]))[0, : len(wanted)]
-                    .cpu()
-                    .float()
-                    .numpy()
-                )
-            row.errors.append(float((np.abs(chunk - wanted) / width).mean()))
-            row.drawn.append(chunk)
-    report: dict[str, Any] = {
-        "program": MADE_BY,
-        "policy": config.policy_path,
-        "data": [
-            {"root": root, "chunks": len(plan)} for root, plan in zip(roots, plans, strict=True)
-        ],
-        "executed_steps": steps,
-        "rows": {
-            MEAN_ACTION: {"error": round(float(np.mean(constant)), 5)},
-            **{
-                name: _entry(row, rows["ar"], policy.tokenizer, steps, episodes)
-                for name, row in rows.items()
-            },
-        },
-        "threads": torch.get_num_threads(),
-    }
-    own, mean_error = (report["rows"][name]["error"] for name in ("ar", MEAN_ACTION))
-    mostly_malformed = 2 * rows["ar"].errors_malformed > len(rows["ar"].errors)
-    known = own is not None and mean_error and not mostly_malformed
-    report["ratio"] = round(own / mean_error, 4) if known else None
-    with full_disk(folder, "nothing was written"):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-        drawn = {name: np.concatenate(row.drawn[: len(plans[0])]) for name, row in rows.items()}
-        _draw(stores[0], np.flatnonzero(masks[0])[:_DRAWN], drawn, folder / PICTURE)
-    _print(report)
-    print(f"Written: {folder / REPORT}, {folder / PICTURE}")
-    print(verdict(report["ratio"], config.gate or LEARNT))
-    if config.gate and not _passes(report["ratio"], config.gate):
-        raise OpenLoopError(
-            f"The policy does not pass --gate {config.gate:g}: it has not learnt enough of its "
-            "task. Train longer, or on more episodes, before it is distilled."
-        )
-    return report
+    frames = []
+    for store, mask in zip(stores, masks, strict=True):
+        in_episode = np.arange(len(store)) - np.searchsorted(store.episode, store.episode)  # (N,)
+        frames.append(np.flatnonzero((in_episode % steps == 0) & mask)[:most])
+    return _Data(roots, stores, masks, frames)
 
 
 def _looked_at(store: FrameStore, held_out: float) -> NDArray[np.bool_]:
     """Which frames (N,) are looked at; none where there are too few episodes to hold one out."""
     return held_out_frames(store, held_out) if held_out else np.ones(len(store), dtype=bool)
+
+
+# ---- what the errors say -------------------------------------------------------------------------
+
+
+def _ratio(report: dict[str, Any], own: _Row) -> float | None:
+    """The error of ar as a share of the mean action's; None where most chunks are malformed, or the
+    actions never change.
+    """
+    error = report["rows"]["ar"]["error"]
+    mean_error = report["rows"][MEAN_ACTION]["error"]
+    mostly_malformed = 2 * own.errors_malformed > len(own.errors)
+    known = error is not None and mean_error and not mostly_malformed
+    return round(error / mean_error, 4) if known else None
 
 
 def _passes(ratio: float | None, gate: float) -> bool:
@@ -251,6 +256,39 @@ def verdict(ratio: float | None, gate: float) -> str:
         f"Verdict: it follows the demonstrations ({share}, at most {gate:g}). Success shows in a "
         "closed loop only."
     )
+
+
+# ---- decoding ------------------------------------------------------------------------------------
+
+
+def _decode_all(
+    bundle: tuple[Any, Any, Any], rows: dict[str, _Row], data: _Data, steps: int
+) -> list[float]:
+    """Decode every chunk with every row; returns the mean action's errors, an entry a chunk."""
+    policy, pre, post = bundle
+    actions = np.concatenate([store.action for store in data.stores if store.action is not None])
+    mean = actions.mean(0)  # (A,)
+    width = np.ptp(actions, axis=0)  # (A,)
+    width[width == 0] = 1.0
+    episodes = data.episodes
+    constant: list[float] = []
+    for place, (store, frame) in enumerate(
+        tqdm(data.moments, desc="open loop", unit="chunk", dynamic_ncols=True)
+    ):
+        raw = store.batch(np.array([frame]), steps)
+        goes_on = place > 0 and episodes[place] == episodes[place - 1]
+        wanted = raw["action"][0][~raw["action_is_pad"][0]].numpy()  # (steps or fewer, A)
+        constant.append(float((np.abs(mean - wanted) / width).mean()))
+        for row in rows.values():
+            _decode(policy, pre, row, raw, steps, goes_on=goes_on, warm_up=0 if place else _WARM_UP)
+            tokens = row.tokens[-1][None]  # (1, n)
+            chunk = np.full((len(wanted), len(width)), np.nan, dtype=np.float32)
+            if policy.tokenizer.readable(tokens):
+                decoded = post(policy.tokenizer.decode(tokens))  # (1, T, A)
+                chunk = decoded[0, : len(wanted)].cpu().float().numpy()
+            row.errors.append(float((np.abs(chunk - wanted) / width).mean()))
+            row.drawn.append(chunk)
+    return constant
 
 
 @torch.inference_mode()
@@ -321,73 +359,3 @@ def _entry(
         "tokens_equal_ar": round(float((own == other)[live].double().mean()), 5),
         "total_ms": {"p50": p50, "p95": p95, "p99": p99},
     }
-
-
-def _print(report: dict[str, Any]) -> None:
-    chunks = sum(data["chunks"] for data in report["data"])
-    table = Table(
-        "decoder",
-        "error [% of range]",
-        "forwards mean / p95",
-        "layers",
-        "tokens = AR",
-        "latency [ms] p50 / p95",
-        "malformed",
-        title=f"{chunks} chunks, {report['executed_steps']} steps of each; held-out data, no "
-        "closed loop",
-    )
-    for name, entry in report["rows"].items():
-        error = "-" if entry["error"] is None else f"{100 * entry['error']:.2f}"
-        error += (
-            f" ± {100 * entry['error_pm95']:.2f}" if entry.get("error_pm95") is not None else ""
-        )
-        if name == MEAN_ACTION:
-            table.add_row(name, error)
-            continue
-        latency = entry["total_ms"]
-        table.add_row(
-            name,
-            error,
-            f"{entry['forwards_mean']:.2f} / {entry['forwards_p95']:g}",
-            f"{entry['block_layers_mean']:.1f} + {entry['prefix_layers_mean']:.1f}",
-            f"{100 * entry['tokens_equal_ar']:.1f} %",
-            f"{latency['p50']:.1f} / {latency['p95']:.1f}",
-            str(entry["malformed"]),
-        )
-    default_console().print(table)
-
-
-def _draw(
-    store: FrameStore,
-    frames: NDArray[np.int64],
-    actions: dict[str, NDArray[np.float32]],
-    path: Path,
-) -> None:
-    """Demonstrated and decoded actions of `frames` (F,), a panel for every dimension."""
-    assert store.action is not None
-    names = store.labels.get(ACTION, [])
-    names = (
-        names
-        if len(names) == store.action.shape[1]
-        else [f"action {i}" for i in range(store.action.shape[1])]
-    )
-    with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9.0, 1.3 * len(names) + 0.6), layout="constrained")
-        panels = np.atleast_1d(figure.subplots(len(names), 1, sharex=True))
-        for dim, (panel, label) in enumerate(zip(panels, names, strict=True)):
-            panel.plot(
-                store.action[frames, dim],
-                color="black",
-                linewidth=2.0,
-                alpha=0.3,
-                label="demonstrated",
-            )
-            for name, found in actions.items():
-                panel.plot(found[: len(frames), dim], linewidth=0.8, label=name)
-            panel.set_ylabel(str(label))
-        panels[0].legend(
-            ncols=len(actions) + 1, loc="lower left", bbox_to_anchor=(0, 1), frameon=False
-        )
-        panels[-1].set_xlabel("frame")
-        with replacing(path) as file:
-            figure.savefig(file, format="png", dpi=120, metadata={"Software": MADE_BY})

@@ -4,53 +4,38 @@ from.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ceed_vla.axes import SAVED
 from ceed_vla.checkpoints import save
-from ceed_vla.data.files import is_whole
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
-from ceed_vla.files import parse_json, read_bytes, read_json, settle, strange, write_text
+from ceed_vla.files import settle
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from ceed_vla.outputs import named_folder
 from ceed_vla.supervision import finish_training
 from ceed_vla.training import states
 from ceed_vla.training.budget import FEW_STEPS, STEP, StepTimer
-from ceed_vla.training.optim import build_optimizers, computes_bfloat16, cosine_factor
+from ceed_vla.training.optim import build_optimizers, cosine_factor
+from ceed_vla.training.processes import layer_classes, new_accelerator
 from ceed_vla.training.run_config import ANY_NUMBER, RunConfig
-from ceed_vla.training.settings import full_disk
+from ceed_vla.training.run_folder import CHECKPOINTS, TRACKER, RunFolder
 from ceed_vla.training.summary import Summary
 
 logger = logging.getLogger(__name__)
 
 # What a closed-loop check needs: policy folder -> (successes, episodes).
 ClosedLoop = Callable[[Path], tuple[int, int]]
-
-PROGRESS = "progress.json"
-# written in turns, so that the last complete one survives an interrupt
-STATES = (
-    "state_a",
-    "state_b",
-)
-MOST_LOG = 2**28  # [bytes]
-LOG = "log.jsonl"
-CHECKPOINTS = "checkpoints"
-TRACKER = "tensorboard"
-TAKEOVER = "takeover"
 
 
 class Run:
@@ -65,37 +50,16 @@ class Run:
     name = "run"
 
     def __init__(self, config: RunConfig, device: str, closed_loop: ClosedLoop | None) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import (
-            DistributedDataParallelKwargs,
-            DistributedType,
-            InitProcessGroupKwargs,
-            set_seed,
-        )
-
-        self.settings, self.closed_loop = config, closed_loop
-        self.output = named_folder("output_dir", config.output_dir)
-        self._check_folder()
+        self.settings = config
+        self.closed_loop = closed_loop
+        self.folder = RunFolder(config.output_dir, config.resume)
+        self.output = self.folder.path
         check_device(device)
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)  # accelerate takes the current one
         if config.threads:
             torch.set_num_threads(config.threads)
-        precision = config.mixed_precision
-        if precision == "auto":
-            precision = "bf16" if computes_bfloat16(device) else "no"
-        self.accelerator = Accelerator(
-            mixed_precision=precision,
-            log_with="tensorboard",
-            project_dir=str(self.output),
-            cpu=device == "cpu",
-            kwargs_handlers=[
-                # grounding frames use no action head
-                DistributedDataParallelKwargs(find_unused_parameters=True),
-                # while one validates or records, the others wait
-                InitProcessGroupKwargs(timeout=timedelta(hours=6)),
-            ],
-        )
+        self.accelerator = new_accelerator(config.mixed_precision, device, self.output)
         set_seed(config.seed)
         self.step = 0
         self.total = config.steps or 0
@@ -106,30 +70,6 @@ class Run:
             self._check_split(config.batch_size, "batch_size")
         if self.sharded and config.muon_lr:
             raise ConfigError("Muon does not work on sharded weights; set --muon_lr=0 under FSDP.")
-
-    def _check_folder(self) -> None:
-        folder = self.settings.output_dir
-        started = (self.output / PROGRESS).exists()
-        if started and not self.settings.resume:
-            raise ConfigError(
-                f"{folder} already holds a run; continue it with --resume=true or choose another "
-                "folder."
-            )
-        if self.settings.resume and not started:
-            raise CheckpointError(f"{folder} has no {PROGRESS}; there is nothing to resume there.")
-        names = [] if started else [PROGRESS, LOG, CHECKPOINTS, TRACKER, TAKEOVER, *STATES]
-        foreign = next((name for name in names if os.path.lexists(self.output / name)), None)
-        if foreign:
-            raise ConfigError(
-                f"{folder} holds {foreign}, which a run would replace, but no {PROGRESS}: another "
-                "program's, or of a run that ended before its first state. Name a new or empty "
-                "folder."
-            )
-        if elsewhere := next(strange(self.output), None) if started else None:
-            raise CheckpointError(
-                f"{elsewhere} is a link, a pipe or a device; a run reads and writes only files of "
-                "its own folder. Put the file itself there."
-            )
 
     def prepare(
         self,
@@ -248,16 +188,33 @@ class Run:
 
     def run(self) -> Path:
         """Train to the end, and return the folder of the final checkpoint."""
-        settings = self.settings
         started = time.monotonic()
-        if settings.resume:
+        if self.settings.resume:
             self.load_state()
         else:
             self.save_state()  # from here on an interrupt can be resumed
-        with self._writing():
-            self._trim_log()
+        with self.folder.writing():
+            if self.accelerator.is_main_process:
+                self.folder.trim_log(self.step)
             self.accelerator.init_trackers(TRACKER)
         self.model.train()
+        planned = self.total
+        self._take_steps(started)
+        finish_training(self.policy)
+        final = self.save_policy("final")
+        self._end(final, time.monotonic() - started, planned)
+        self.validate(final)
+        with self.folder.writing():
+            self.accelerator.end_training()
+        return final
+
+    def _take_steps(self, started: float) -> None:
+        """All steps that are left, with what is logged, validated and saved between them; the run
+        began at `started` [s].
+        """
+        settings = self.settings
+        first_step = self.step
+        timer = StepTimer()
         with tqdm(
             total=self.total,
             initial=self.step,
@@ -266,9 +223,6 @@ class Run:
             dynamic_ncols=True,
             disable=not self.accelerator.is_main_process,
         ) as bar:
-            first = self.step
-            planned = self.total
-            timer = StepTimer()
             while self.step < self.total:
                 self.before_step()
                 began = time.monotonic()
@@ -279,30 +233,24 @@ class Run:
                 bar.update()
                 if self.step % settings.log_every == 0:
                     elapsed = time.monotonic() - started
-                    values = self._mean_over_processes(
-                        {**values, "steps_per_s": (self.step - first) / elapsed}
-                    )
+                    speed = (self.step - first_step) / elapsed
+                    values = self._mean_over_processes({**values, "steps_per_s": speed})
                     self.log(values)
                     if settings.max_minutes:
                         self._keep_to_budget(elapsed, timer.means())
                         bar.total = self.total
                     bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
                 self.after_step()
-                if (
-                    settings.validate_every
-                    and self.step % settings.validate_every == 0
-                    and self.step < self.total
-                ):
-                    self.validate(self.save_policy("last"))
-                if self.step % settings.save_every == 0 or self.step == self.total:
-                    self.save_state()
-        finish_training(self.policy)
-        final = self.save_policy("final")
-        self._end(final, time.monotonic() - started, planned)
-        self.validate(final)
-        with self._writing():
-            self.accelerator.end_training()
-        return final
+                self._validate_and_save()
+
+    def _validate_and_save(self) -> None:
+        """What comes after this step: a validation, a state, both or neither."""
+        settings = self.settings
+        validates = settings.validate_every and self.step % settings.validate_every == 0
+        if validates and self.step < self.total:
+            self.validate(self.save_policy("last"))
+        if self.step % settings.save_every == 0 or self.step == self.total:
+            self.save_state()
 
     def _keep_to_budget(self, elapsed: float, seconds: dict[str, float]) -> None:
         """Set the steps that the budget allows, `elapsed` seconds after the start."""
@@ -371,20 +319,10 @@ class Run:
 
     def log(self, values: dict[str, float]) -> None:
         """Write values of this step to tensorboard and ``log.jsonl``."""
-        with self._writing():
+        with self.folder.writing():
             self.accelerator.log(values, step=self.step)
             if self.accelerator.is_main_process:
-                with (self.output / LOG).open("a") as file:
-                    file.write(json.dumps({"step": self.step, **values}) + "\n")
-
-    def _trim_log(self) -> None:
-        """Drop log lines of steps that will be taken (again)."""
-        file = self.output / LOG
-        if self.accelerator.is_main_process and file.is_file():
-            content = read_bytes(file, most=MOST_LOG) if self.settings.resume else b""
-            lines = content.decode(errors="replace").splitlines()
-            kept = [line for line in lines if is_whole(_step_of(line), 0, self.step)]
-            write_text(file, "".join(f"{line}\n" for line in kept))
+                self.folder.append_log(self.step, values)
 
     def validate(self, folder: Path) -> None:
         """Measure a checkpoint in closed loop, where there is a simulator."""
@@ -401,7 +339,7 @@ class Run:
             self.accelerator, self.model, self.policy, self.settings.lora.rank > 0
         )
         if self.accelerator.is_main_process:
-            with self._writing():
+            with self.folder.writing():
                 save(folder, self.policy, self.pre, self.post, weights)
         self.accelerator.wait_for_everyone()
         return folder
@@ -410,11 +348,9 @@ class Run:
         """Write all that resuming needs. The state before it stays valid until this one is
         complete.
         """
-        progress = self.output / PROGRESS
-        first = not progress.is_file() or self._read_progress()["state"] == STATES[1]
-        name = STATES[0] if first else STATES[1]
+        name = self.folder.next_state(self.total)
         self.accelerator.wait_for_everyone()  # every process has read the name
-        with self._writing():
+        with self.folder.writing():
             self.accelerator.save_state(str(self.output / name))
         self._undo_empty_step()
         self.accelerator.wait_for_everyone()
@@ -425,16 +361,16 @@ class Run:
                 "processes": self.accelerator.num_processes,
                 "total": self.total,
             }
-            with self._writing():
+            with self.folder.writing():
                 settle(*(file for file in (self.output / name).rglob("*") if file.is_file()))
-                write_text(progress, json.dumps({**done, **self.state_dict()}))
+                self.folder.write_progress({**done, **self.state_dict()})
         self.accelerator.wait_for_everyone()
 
     def load_state(self) -> None:
         """Continue from the last complete state; `CheckpointError` for one that cannot be read, or
         of other sizes.
         """
-        progress = self._read_progress()
+        progress = self.folder.read_progress(self.total)
         folder = self.output / progress["state"]
         advice = "repeat the settings it was started with, or start again in another folder."
         with raised_as(CheckpointError, f"{folder} cannot be resumed", advice, passing=()):
@@ -451,30 +387,6 @@ class Run:
         self._undo_empty_step()
         self.load_state_dict(progress)
 
-    def _read_progress(self) -> dict[str, Any]:
-        """What `save_state` wrote beside the state; the number of processes only since it
-        matters.
-        """
-        file = self.output / PROGRESS
-        progress: dict[str, Any] = {"processes": 1, "total": self.total, **read_json(file)}
-        fits = is_whole(progress.get("step"), 0, self.total) and is_whole(progress["processes"], 1)
-        fits = fits and is_whole(progress["total"], 0)
-        if not fits or progress.get("state") not in STATES:
-            raise CheckpointError(
-                f"{file} holds {str(progress)[:200]}; it must name a step up to {self.total}, the "
-                f"run's steps now, and a state, {' or '.join(STATES)}. Repeat the settings the run "
-                "was started with, or start again."
-            )
-        return progress
-
-    def _writing(self) -> AbstractContextManager[None]:
-        kept = "the last complete state is kept; go on with --resume=true"
-        started = (self.output / PROGRESS).exists()
-        return full_disk(
-            self.output,
-            kept if started else "no state is complete yet; start again in a new folder",
-        )
-
     def _undo_empty_step(self) -> None:
         """Before the first step: torch takes one without gradients to write the state of sharded
         optimisers.
@@ -482,23 +394,3 @@ class Run:
         if self.sharded and self.step == 0:
             for optimizer in self.optimizers:
                 optimizer.state.clear()
-
-
-def layer_classes(policy: CeedVLAPolicy) -> list[str]:
-    """Names of the repeated layers of a policy's model: classes of the largest lists of equal
-    modules.
-    """
-    lists = [
-        list(m) for m in policy.backbone.modules() if isinstance(m, nn.ModuleList | nn.Sequential)
-    ]
-    return sorted(
-        {type(m[0]).__name__ for m in lists if len(m) > 1 and len({type(x) for x in m}) == 1}
-    )
-
-
-def _step_of(line: str) -> object:
-    """The step of a line of ``log.jsonl``; None of a damaged one."""
-    try:
-        return parse_json(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return None

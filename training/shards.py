@@ -89,35 +89,45 @@ def read_shard(
 
     A `DatasetError` names the file and what is wrong in it.
     """
+    number = _data_set_of(file, meta)
+    most = meta["datasets"][number]["frames"]
+    table = _read_columns(file, meta, most)
+    _check_frames(file, table, number, most, frames)
+    _check_tokens(file, table, meta)
+    _check_states(file, table, meta)
+    return table
 
-    def require(fits: Any, what: str) -> None:
-        if not fits:
-            raise DatasetError(
-                f"{file}: {what}. Remove it, and collect it again with --resume=true."
-            )
 
+def _require(file: Path, fits: Any, what: str) -> None:
+    """Raise a `DatasetError` that says what is wrong in a file unless it `fits`."""
+    if not fits:
+        raise DatasetError(f"{file}: {what}. Remove it, and collect it again with --resume=true.")
+
+
+def _data_set_of(file: Path, meta: dict[str, Any]) -> int:
+    """The number of the data set that a shard's name stands for."""
     sets = meta["datasets"]
-    n = meta["block_length"]
-    bins = meta["num_bins"]
     name = _NAME.fullmatch(file.name)
-    require(
-        name and int(name[1]) < len(sets), f"its name stands for none of the {len(sets)} data sets"
-    )
+    known = name and int(name[1]) < len(sets)
+    _require(file, known, f"its name stands for none of the {len(sets)} data sets")
     assert name is not None
-    number = int(name[1])
-    most = sets[int(name[1])]["frames"]
+    return int(name[1])
+
+
+def _read_columns(file: Path, meta: dict[str, Any], most: int) -> pa.Table:
+    """The columns of `SCHEMA` of at most so many rows, none of them with empty values."""
+    n = meta["block_length"]
+    # Jacobi decoding ends after n iterations
+    most_states = (n + 2) * n if meta["states"] else n
+    shapes = {key: (n if kind == _BLOCK else 1,) for key, kind in SCHEMA.items()}
+    shapes["states"] = (most_states,)
     with readable(file, "remove it, and collect it again with --resume=true"):
-        # Jacobi decoding ends after n iterations
-        most_states = (n + 2) * n if meta["states"] else n
-        shapes = {key: (n if kind == _BLOCK else 1,) for key, kind in SCHEMA.items()}
-        shapes["states"] = (most_states,)
         opened = open_parquet(file, shapes)
-        require(
-            0 < opened.metadata.num_rows <= most,
-            f"it has {opened.metadata.num_rows} rows of {most} frames",
-        )
+        rows = opened.metadata.num_rows
+        _require(file, 0 < rows <= most, f"it has {rows} rows of {most} frames")
         found = {field.name: field.type for field in opened.schema_arrow}
-        require(
+        _require(
+            file,
             found == SCHEMA,
             f"it has the columns {str(found)[:300]}, not {', '.join(SCHEMA)} of 16-bit blocks",
         )
@@ -127,55 +137,92 @@ def read_shard(
             nulls = table[key].null_count + (
                 pc.list_flatten(table[key]).null_count if kind == _BLOCK else 0
             )
-            require(not nulls, f"{key} has {nulls} empty values")
-    root, frame = (table[key].to_numpy() for key in ("root", "frame"))
-    require((root == number).all(), f"root is {root.min()}..{root.max()}, its name says {number}")
+            _require(file, not nulls, f"{key} has {nulls} empty values")
+    return table
+
+
+def _check_frames(
+    file: Path, table: pa.Table, number: int, most: int, frames: NDArray[np.int64] | None
+) -> None:
+    """Check that rows are of distinct frames of data set `number`: of `frames`, where they are
+    known.
+    """
+    root = table["root"].to_numpy()
+    frame = table["frame"].to_numpy()
+    _require(
+        file, (root == number).all(), f"root is {root.min()}..{root.max()}, its name says {number}"
+    )
     inside = frame.min() >= 0 and frame.max() < most and len(np.unique(frame)) == len(frame)
-    require(
+    _require(
+        file,
         inside,
         f"frame is {frame.min()}..{frame.max()}; the data set has {most} frames, each at most once",
     )
     if frames is not None:
-        require(
+        _require(
+            file,
             np.array_equal(np.sort(frame), np.sort(frames)),
             f"it holds {len(frame)} other frames than it should",
         )
     kinds = pc.unique(table["guess_kind"]).to_pylist()
-    require(
-        set(kinds) <= set(GUESSES), f"guess_kind is {str(kinds)[:100]}, not {', '.join(GUESSES)}"
+    _require(
+        file,
+        set(kinds) <= set(GUESSES),
+        f"guess_kind is {str(kinds)[:100]}, not {', '.join(GUESSES)}",
     )
+
+
+def _check_tokens(file: Path, table: pa.Table, meta: dict[str, Any]) -> None:
+    """Check that blocks have `block_length` tokens below `num_bins`; previous ones may be all
+    -1.
+    """
+    n = meta["block_length"]
+    bins = meta["num_bins"]
     for key in ("guess", "previous", "fixed_point"):
-        longest = lengths_of(table[key])
-        require(
-            (longest == n).all(),
-            f"{key} has blocks of {longest.min()}..{longest.max()} tokens, not {n}",
+        lengths = lengths_of(table[key])
+        _require(
+            file,
+            (lengths == n).all(),
+            f"{key} has blocks of {lengths.min()}..{lengths.max()} tokens, not {n}",
         )
-    guess, previous, fixed = (blocks(table, key, n) for key in ("guess", "previous", "fixed_point"))
-    lengths = lengths_of(table["states"])
-    states = pc.list_flatten(table["states"]).to_numpy()
-    steps = table["iterations"].to_numpy()
-    for key, tokens in (("guess", guess), ("fixed_point", fixed), ("states", states)):
+    for key in ("guess", "fixed_point", "states"):
+        tokens = pc.list_flatten(table[key]).to_numpy()
         right = not len(tokens) or 0 <= tokens.min() <= tokens.max() < bins
-        require(right, f"{key} has tokens outside [0, {bins})")
+        _require(file, right, f"{key} has tokens outside [0, {bins})")
+    previous = blocks(table, "previous", n)
     none = (previous == -1).all(1)
-    require(
+    _require(
+        file,
         ((previous >= 0) & (previous < bins)).all(1)[~none].all(),
         f"previous has tokens outside [0, {bins})",
     )
-    require((steps >= 1).all(), f"iterations is {steps.min()}")
+
+
+def _check_states(file: Path, table: pa.Table, meta: dict[str, Any]) -> None:
+    """Check that states lead from guess to fixed point in so many iterations, where they are
+    kept.
+    """
+    n = meta["block_length"]
+    steps = table["iterations"].to_numpy()
+    states = pc.list_flatten(table["states"]).to_numpy()
+    _require(file, (steps >= 1).all(), f"iterations is {steps.min()}")
     if not meta["states"]:
-        require(not len(states), "it has states, which were not to be kept")
-        return table
-    require(
-        (lengths == (steps + 1) * n).all(), f"states are not iterations + 1 blocks of {n} tokens"
+        _require(file, not len(states), "it has states, which were not to be kept")
+        return
+    lengths = lengths_of(table["states"])
+    _require(
+        file,
+        (lengths == (steps + 1) * n).all(),
+        f"states are not iterations + 1 blocks of {n} tokens",
     )
     rows = np.split(states, np.cumsum(lengths)[:-1])
+    guesses = blocks(table, "guess", n)
+    fixed_points = blocks(table, "fixed_point", n)
     ends = all(
-        (r[:n] == g).all() and (r[-n:] == f).all()
-        for r, g, f in zip(rows, guess, fixed, strict=True)
+        (row[:n] == guess).all() and (row[-n:] == fixed).all()
+        for row, guess, fixed in zip(rows, guesses, fixed_points, strict=True)
     )
-    require(ends, "states do not lead from guess to fixed_point")
-    return table
+    _require(file, ends, "states do not lead from guess to fixed_point")
 
 
 def lengths_of(column: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,17 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ceed_vla.checkpoints import load
-from ceed_vla.data.files import is_whole
 from ceed_vla.data.frames import open_dataset
-from ceed_vla.decoding.names import CEED
-from ceed_vla.errors import CheckpointError, ConfigError
-from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.errors import ConfigError
 from ceed_vla.outputs import owned_folder
-from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from ceed_vla.supervision import AUGMENTATION_NOISE, augmentation_size, grounding_loss
+from ceed_vla.supervision import AUGMENTATION_NOISE, augmentation_size
 from ceed_vla.training.adapters import attach
 from ceed_vla.training.budget import (
     ACTION,
@@ -41,17 +35,11 @@ from ceed_vla.training.budget import (
     probe,
 )
 from ceed_vla.training.clipping import check_clipping
-from ceed_vla.training.defaults import (
-    Privileged,
-    check_target,
-    describe,
-    named_terms,
-    take_from_data,
-)
-from ceed_vla.training.fit_tokens import fit_action_tokens
-from ceed_vla.training.mixture import Mixture, check_compatible, check_fits
-from ceed_vla.training.run import TAKEOVER, ClosedLoop, Run
+from ceed_vla.training.defaults import Privileged, describe, named_terms
+from ceed_vla.training.mixture import Mixture, check_fits
+from ceed_vla.training.run import ClosedLoop, Run
 from ceed_vla.training.run_config import ANY_NUMBER
+from ceed_vla.training.run_folder import TAKEOVER
 from ceed_vla.training.settings import number_list, split_list
 from ceed_vla.training.summary import (
     NOTHING_HELD_OUT,
@@ -59,9 +47,15 @@ from ceed_vla.training.summary import (
     Summary,
     find_held_out,
     held_out_batches,
-    mean_forwards,
-    token_accuracy,
 )
+from ceed_vla.training.teacher_measures import (
+    add_forwards,
+    add_token_accuracy,
+    check_localisation,
+)
+from ceed_vla.training.teacher_objective import TeacherObjective
+from ceed_vla.training.teacher_policy import check_demonstrations, initial_policy
+from ceed_vla.training.teacher_state import Sizes, read_sizes, read_takeovers
 from ceed_vla.training.train_config import TrainConfig
 from ceed_vla.wording import counted
 
@@ -73,38 +67,6 @@ Localisation = Callable[[Path], dict[str, float]]
 # 0) -> the recorded roots. It is called again when the run is resumed from a state before the end
 # of that round.
 RecordTakeover = Callable[[Path, int, Path, float], list[Path]]
-
-
-class TeacherObjective(nn.Module):
-    """Loss of demonstrations plus auxiliary loss of grounding frames, in one call (DDP needs
-    that).
-    """
-
-    def __init__(self, policy: CeedVLAPolicy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(
-        self,
-        batch: dict[str, Tensor] | None,
-        grounding: dict[str, Tensor] | None,
-        share: float,
-        grounding_share: float,
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Scalar loss and its parts, weighted with the shares of the two in their whole batches
-        (`Run.share`).
-        """
-        parts: dict[str, float] = {}
-        total: Any = 0.0
-        if batch is not None:
-            loss, parts = self.policy(batch)
-            total = share * loss
-            parts = {name: share * value for name, value in parts.items()}
-        if grounding is not None:
-            loss = grounding_share * grounding_loss(self.policy, grounding)
-            parts["grounding_loss"] = loss.item()
-            total = total + self.policy.config.auxiliary_weight * loss
-        return total, parts
 
 
 def train(config: TrainConfig, **simulation: Any) -> Path:
@@ -155,7 +117,7 @@ class TeacherRun(Run):
         # LeRobot replaces one that is not there
         asked = config.policy.asked_device or config.policy.device or "cpu"
         super().__init__(config, asked, closed_loop)
-        self.config, self.privileged = config, privileged
+        self.config = config
         self.record_takeover: Any = record_takeover  # needed for rounds, as is the other for a gate
         self.localisation: Any = localisation
         self.demonstrations = [
@@ -164,10 +126,12 @@ class TeacherRun(Run):
         self.grounding = [
             open_dataset(root, decode=False) for root in split_list(config.grounding_roots)
         ]
-        self._check_data()
+        check_demonstrations(self.demonstrations)
+        if (config.grounding_steps != 0 or config.grounding_batch) and not self.grounding:
+            logger.warning("No --grounding_roots: training without grounding frames.")
         if self.grounding and config.grounding_batch:
             self._check_split(config.grounding_batch, "grounding_batch")
-        policy, pre, post = self._policy()
+        policy, pre, post = initial_policy(config, self.demonstrations, self.grounding, privileged)
         for store in (*self.demonstrations, *self.grounding):
             check_fits(store, policy.config, pre)
         own = config.named_terms
@@ -225,8 +189,7 @@ class TeacherRun(Run):
                 config.steps,
             )
             self.warned = True
-        self.batch_size, self.speeds = plan.batch_size, plan.speeds
-        self.first = self.most_first = plan.grounding_steps
+        self._take_sizes(Sizes(plan.grounding_steps, plan.batch_size, plan.speeds))
         self._check_split(self.batch_size, "batch_size")
         self.total = self.first + plan.steps
 
@@ -254,45 +217,6 @@ class TeacherRun(Run):
         with torch.random.fork_rng():
             seconds = self._mean_over_processes(probe(kinds))
         return Speeds(seconds.get(GROUNDING, 0.0), seconds[ACTION], size)
-
-    def _check_data(self) -> None:
-        if not self.demonstrations:
-            raise ConfigError("No data: set --roots to one or more recorded folders.")
-        for store in self.demonstrations:
-            if store.action is None:
-                raise ConfigError(
-                    f"{store.root} holds no actions; name it in --grounding_roots instead."
-                )
-        check_compatible(self.demonstrations)
-        if (self.config.grounding_steps != 0 or self.config.grounding_batch) and not self.grounding:
-            logger.warning("No --grounding_roots: training without grounding frames.")
-
-    def _policy(self) -> tuple[CeedVLAPolicy, Any, Any]:
-        config = self.config
-        if config.policy_path:
-            adapted = config.lora.rank > 0
-            policy, pre, post = load(
-                config.policy_path, device=config.policy.device, merge_adapters=not adapted
-            )
-            relaxed: dict[str, Any] = {
-                "max_iterations": None,
-                "confidence": None,
-                "exits": (),
-                "deadline_s": None,
-            }
-            strict = replace(policy.config.decoding, method="jacobi", watch="block", **relaxed)
-            policy.config.decoding, policy.config.decode_with = strict, CEED
-        else:
-            chosen = deepcopy(config.policy)  # it is filled in; the settings can be used again
-            stats = take_from_data(chosen, self.demonstrations, self.grounding, self.privileged)
-            fit_action_tokens(chosen, self.demonstrations)
-            policy = CeedVLAPolicy(chosen, dataset_stats=stats)
-            tasks = [
-                task for store in (*self.demonstrations, *self.grounding) for task in store.tasks
-            ]
-            pre, post = make_ceed_vla_pre_post_processors(chosen, stats, instructions=tasks)
-        check_target(policy.config, self.demonstrations, self.grounding, self.privileged)
-        return policy, pre, post
 
     def _mixture(self) -> Mixture:
         config = self.config
@@ -393,26 +317,16 @@ class TeacherRun(Run):
         return batch, self.share(len(noise), size)
 
     def _check_grounding(self) -> None:
+        """Save the policy and a state, and raise `ConfigError` unless it passes the gate."""
         folder = self.save_policy("grounded")
         self.save_state()
         errors: dict[str, float] = self._of_the_first(lambda: self.localisation(folder))
         self.model.train()
-        over = {
-            name: error for name, error in errors.items() if not error <= self.config.grounding_gate
-        }
         logger.info(
             "median localisation error: %s",
-            ", ".join(f"{n} {100 * e:.1f} cm" for n, e in errors.items()),
+            ", ".join(f"{name} {100 * error:.1f} cm" for name, error in errors.items()),
         )
-        if over:
-            worst = max(over, key=lambda name: over[name])
-            raise ConfigError(
-                f"After {self.first} grounding steps {worst} is off by {100 * over[worst]:.1f} cm "
-                f"(median); {len(over)} of {len(errors)} are over "
-                f"--grounding_gate={self.config.grounding_gate:g} m. A policy that does not see "
-                "where things are learns nothing from actions: go on with --resume=true and more "
-                "--grounding_steps, give more --grounding_roots, or look at `ceed-vla grounding`."
-            )
+        check_localisation(errors, self.config.grounding_gate, self.first)
 
     def _of_the_first(self, find: Callable[[], Any]) -> Any:
         """What the first process finds, in every process."""
@@ -434,66 +348,35 @@ class TeacherRun(Run):
         self.model.train()
 
     def state_dict(self) -> dict[str, Any]:
-        sizes = {"first": self.first, "batch_size": self.batch_size}
-        return {
-            "takeovers": self.takeovers,
-            "sizes": {**sizes, "speeds": [self.speeds.grounding, self.speeds.action]},
-        }
+        sizes = Sizes(self.first, self.batch_size, self.speeds)
+        return {"takeovers": self.takeovers, "sizes": sizes.entry()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         rounds = state.get("takeovers")
         most = self.config.rounds or 0
         if self.config.max_minutes and isinstance(rounds, list):
             most = max(most, len(rounds))  # a shorter budget has none of its own
-        rounds = rounds if isinstance(rounds, list) and len(rounds) <= most else [None]
         folder = (self.output / TAKEOVER).resolve()
-        for roots in rounds:
-            inside = isinstance(roots, list) and all(isinstance(root, str) for root in roots)
-            if not inside or not all(Path(root).resolve().is_relative_to(folder) for root in roots):
-                raise CheckpointError(
-                    f"{self.output} cannot be resumed: its takeovers are "
-                    f"{str(state.get('takeovers'))[:200]}; they must be data sets in {folder}, of "
-                    f"{most} rounds at most."
-                )
-        self.takeovers = rounds
+        self.takeovers = read_takeovers(rounds, self.output, folder, most)
         self.mixture = self._mixture()
         if self.config.max_minutes:
-            self._load_sizes(state.get("sizes"))
+            self._load_sizes(read_sizes(state.get("sizes"), self.output, self.total))
 
-    def _load_sizes(self, sizes: Any) -> None:
-        """Go on with the sizes that were chosen when the run began; `CheckpointError` for damaged
-        ones.
-        """
-        try:
-            first = sizes["first"]
-            batch_size = sizes["batch_size"]
-            speeds = [float(s) for s in sizes["speeds"]]
-            grounding, action = speeds
-            fits = (
-                is_whole(first, 0, self.total)
-                and is_whole(batch_size, 1)
-                and all(0 <= s < 1e6 for s in speeds)
-            )
-        except (TypeError, KeyError, ValueError):
-            fits = False
-        if not fits:
-            raise CheckpointError(
-                f"{self.output} cannot be resumed with --max_minutes: its sizes are "
-                f"{str(sizes)[:200]}; they must be those that a run with --max_minutes chose. "
-                "Leave the flag out and give --steps, or start again."
-            )
-        self._check_split(batch_size, "batch_size")
-        if (
-            self.config.grounding_steps is not None
-            and self.grounding
-            and self.config.grounding_steps > first
-        ):
+    def _load_sizes(self, sizes: Sizes) -> None:
+        """Go on with the sizes that were chosen when the run began."""
+        self._check_split(sizes.batch_size, "batch_size")
+        steps = self.config.grounding_steps
+        if steps is not None and self.grounding and steps > sizes.first:
             # a gate was not met, and more are given
-            self.total += self.config.grounding_steps - first
-            first = self.config.grounding_steps
-        self.first = self.most_first = first
-        self.batch_size = batch_size
-        self.speeds = Speeds(grounding, action, batch_size)
+            self.total += steps - sizes.first
+            sizes = replace(sizes, first=steps)
+        self._take_sizes(sizes)
+
+    def _take_sizes(self, sizes: Sizes) -> None:
+        self.first = sizes.first
+        self.most_first = sizes.first
+        self.batch_size = sizes.batch_size
+        self.speeds = sizes.speeds
 
     # ---- the end ---------------------------------------------------------------------------------
 
@@ -509,22 +392,11 @@ class TeacherRun(Run):
             return
         size = max(1, min(PART, self.batch_size // self.num_parts))  # what fitted into memory
         batches = partial(held_out_batches, held, self.pre, self.policy.config.chunk_size, size)
-        summary.measured |= token_accuracy(
-            self.policy, lambda batch: self.model(batch, None, 1.0, 1.0), batches()
-        )
-        found = summary.measured
-        summary.lines.append(
-            f"Token accuracy {found['held_out_token_accuracy']:.3f} on {held}, shown the tokens "
-            f"before; {found['constant_token_accuracy']:.3f} for the most frequent token of every "
-            "slot"
+        add_token_accuracy(
+            summary, held, self.policy, lambda batch: self.model(batch, None, 1.0, 1.0), batches
         )
         if not self.sharded and self.policy.tokenizer.stop is None:
-            block = self.policy.config.block_length
-            strict = mean_forwards(self.policy, next(batches()), "jacobi")
-            summary.measured["jacobi_forwards"] = strict
-            summary.lines.append(
-                f"Forwards a chunk: {block - 1} token by token, {strict:.1f} with strict Jacobi"
-            )
+            add_forwards(summary, self.policy, next(batches()))
 
     def next_command(self, checkpoint: Path) -> str:
         config = self.config

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,104 +25,31 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ceed_vla.checkpoints import load, weights_hash
-from ceed_vla.data.frame_stream import StreamingConfig
-from ceed_vla.data.frames import FrameStore, open_dataset
-from ceed_vla.decoding import DecodingConfig
+from ceed_vla.checkpoints import weights_hash
+from ceed_vla.data.frames import FrameStore
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
-from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, ranged
 from ceed_vla.files import replacing, write_text
 from ceed_vla.outputs import owned_folder
-from ceed_vla.training.clipping import MOST_CLIPPED, check_clipping
+from ceed_vla.training.clipping import check_clipping
+from ceed_vla.training.collect_config import CollectConfig, guess_shares
+from ceed_vla.training.collector import Collector, WorkUnit, opened_inputs
 from ceed_vla.training.mixture import check_fits
-from ceed_vla.training.settings import SHARES, full_disk, number_list, split_list
+from ceed_vla.training.settings import full_disk
 from ceed_vla.training.shards import (
     GUESSES,
     META,
     MOST_TOKENS,
-    SCHEMA,
     blocks,
     find_shards,
     lengths_of,
     read_meta,
     read_shard,
 )
-from ceed_vla.workers import MOST, Workers
+from ceed_vla.workers import Workers
 
 logger = logging.getLogger(__name__)
 
 EPISODES_PER_SHARD = 64
-
-
-@dataclass
-class CollectConfig:
-    """Settings of `ceed-vla collect`.
-
-    Attributes:
-        policy_path: The teacher's checkpoint.
-        roots: Comma-separated LeRobotDataset folders.
-        output_dir: Where shards and ``meta.json`` go.
-        states: Keep every Jacobi state; false keeps only guess and fixed point (an AR decode, about
-            twice as fast).
-        guesses: Shares of previous, mid and random guesses.
-        device: Where to decode.
-        frame_stride: Visit every k-th frame of an episode; it must divide the policy's
-            ``n_action_steps``.
-        max_frames: About so many frames, of whole episodes drawn at random (0: all).
-        batch_size: Frames decoded together.
-        shard_index: This process's part, from 0.
-        num_shards: Processes that share the work; under torchrun or `accelerate launch` leave both
-            out.
-        workers: Processes that this one starts for its part.
-        seed: Seed of episodes and guesses.
-        threads: CPU threads; 0 leaves torch's default.
-        max_clipped: Largest share of a dimension's actions far outside the policy's range.
-        streaming: Which data sets are decoded into files, and how much of the others is in memory.
-        resume: Skip shards that are complete; they are checked.
-    """
-
-    policy_path: str = ""
-    roots: str = ""
-    output_dir: str = ""
-    states: bool = True
-    guesses: str = "0.7,0.2,0.1"
-    device: str = "cpu"
-    frame_stride: int = ranged(2, COUNTS)
-    max_frames: int = ranged(0, "[0, 1e9]")
-    batch_size: int = ranged(64, "[1, 1e6]")
-    shard_index: int = ranged(0, "[0, 1e6]")
-    num_shards: int = ranged(1, "[1, 1e6]")
-    workers: int = ranged(1, MOST)
-    seed: int = ranged(0, SEEDS)
-    threads: int = ranged(0, THREADS)
-    max_clipped: float = ranged(MOST_CLIPPED, SHARES)
-    streaming: StreamingConfig = field(default_factory=StreamingConfig)
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        guess_shares(self.guesses)
-        if self.shard_index >= self.num_shards:
-            raise ConfigError(
-                f"shard_index is {self.shard_index}; of {self.num_shards} shards it must be one of "
-                f"0..{self.num_shards - 1}."
-            )
-
-
-@dataclass
-class Trajectories:
-    """Collected trajectories of one or more data sets."""
-
-    root: NDArray[np.int64]  # (N,) index of the data set
-    frame: NDArray[np.int64]  # (N,) frame index in that data set
-    fixed_point: NDArray[np.int16]  # (N, n) int16, ``Y*``
-    guess: NDArray[np.int16]  # (N, n) int16, ``y(0)``
-    # (N, n) int16, fixed point of the frame ``h`` steps earlier (not shifted); -1 where there is
-    # none
-    previous: NDArray[np.int16]
-    # For every row the states (k + 1, n) from guess to fixed point; empty when they were not kept
-    states: list[NDArray[np.int16]]
-    meta: dict[str, Any]  # contents of ``meta.json``
 
 
 def collect(config: CollectConfig) -> Path:
@@ -149,18 +76,9 @@ def _collect(config: CollectConfig, output: Path) -> Path:
     """This process's shards, into `output`."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    policy, pre, stores = found = _opened(config)
-    steps = policy.config.n_action_steps
-    check_storable(policy)
-    if steps % config.frame_stride:
-        raise ConfigError(
-            f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}."
-        )
-    if not stores:
-        raise ConfigError("No data: set --roots to one or more recorded folders.")
-    for store in stores:
-        check_fits(store, policy.config, pre)
-    check_clipping(policy.tokenizer, stores, config.max_clipped)
+    inputs = opened_inputs(config)
+    policy, pre, stores = inputs
+    _check_inputs(config, policy, pre, stores)
     units = list(_work_units(stores, config))
     kept = "complete shards are kept; go on with --resume=true"
     with full_disk(output, kept):
@@ -181,7 +99,7 @@ def _collect(config: CollectConfig, output: Path) -> Path:
             dynamic_ncols=True,
         ) as bar,
         Workers(
-            config.workers, _Collector, config, *([found, bar.update] if alone else [])
+            config.workers, Collector, config, *([inputs, bar.update] if alone else [])
         ) as workers,
     ):
         bar.update(bar.total - sum(len(f) for _, _, f in missing))
@@ -195,46 +113,25 @@ def _collect(config: CollectConfig, output: Path) -> Path:
     return output
 
 
-def _opened(config: CollectConfig) -> tuple[Any, Any, list[FrameStore]]:
-    """Policy, pre-processor and data sets."""
-    if config.device == "cuda" and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # every process its own GPU
-    policy, pre, _ = load(config.policy_path, device=config.device)
-    return (
-        policy,
-        pre,
-        [open_dataset(root, streaming=config.streaming) for root in split_list(config.roots)],
-    )
-
-
-def check_storable(policy: Any) -> None:
-    """Raise `ConfigError` unless trajectories can hold a policy's tokens."""
-    if policy.tokenizer.vocabulary_size > MOST_TOKENS:
+def _check_inputs(
+    config: CollectConfig, policy: Any, pre: Any, stores: Sequence[FrameStore]
+) -> None:
+    """Raise unless trajectories of this policy can be collected on these data sets."""
+    check_storable(policy)
+    steps = policy.config.n_action_steps
+    if steps % config.frame_stride:
         raise ConfigError(
-            f"The policy's tokens have {policy.tokenizer.vocabulary_size} values; trajectories "
-            "store 16 bits. Restrict them to actions (pi0-FAST: convert with "
-            "--vocabulary=actions)."
+            f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}."
         )
+    if not stores:
+        raise ConfigError("No data: set --roots to one or more recorded folders.")
+    for store in stores:
+        check_fits(store, policy.config, pre)
+    check_clipping(policy.tokenizer, stores, config.max_clipped)
 
 
-def guess_shares(text: str) -> NDArray[np.float64]:
-    """Three non-negative shares (previous, mid, random), normalised; `ConfigError` for other text,
-    or none positive.
-    """
-    shares = number_list(text, "guesses")
-    if len(shares) != len(GUESSES) or not sum(shares):
-        raise ConfigError(
-            f"guesses is {text!r}; give the shares of {', '.join(GUESSES)}, e.g. 0.7,0.2,0.1."
-        )
-    return np.array(shares) / sum(shares)
-
-
-def _work_units(
-    stores: Sequence[FrameStore], config: CollectConfig
-) -> Iterator[tuple[int, str, NDArray[np.int64]]]:
-    """(store index, shard name, frames): groups of episodes, thinned to `max_frames` over all
-    stores.
-    """
+def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator[WorkUnit]:
+    """Groups of episodes, thinned to `max_frames` over all stores."""
     available = sum(len(s) for s in stores) / config.frame_stride
     keep = min(1.0, config.max_frames / available) if config.max_frames else 1.0
     random = np.random.default_rng(config.seed)
@@ -253,102 +150,14 @@ def _work_units(
             yield index, f"data{index}-{part // EPISODES_PER_SHARD:05d}.parquet", frames
 
 
-class _Collector:
-    """Decodes the frames of one work unit after the other, in the order that "previous" guesses
-    need.
-
-    `found` is what `_opened` gives; None: it is opened here, in a process of its own (see
-    `Workers`).
-    """
-
-    stores: list[FrameStore]
-
-    def __init__(
-        self, config: CollectConfig, found: Any = None, advance: Callable[[int], Any] = int
-    ) -> None:
-        self.config = config
-        self.shares = guess_shares(config.guesses)
-        self.advance = advance
-        self.policy, self.pre, self.stores = found or _opened(config)
-        self.steps, self.n = self.policy.config.n_action_steps, self.policy.config.block_length
-
-    def __call__(self, unit: tuple[int, str, NDArray[np.int64]]) -> tuple[pa.Table, int]:
-        """The trajectories of a unit, and how many of its chunks are malformed."""
-        (root, _, frames), self.malformed = unit, 0
-        store = self.stores[root]
-        random = np.random.default_rng([self.config.seed, root, int(frames[0])])
-        start = np.searchsorted(store.episode, store.episode[frames])
-        waves = (frames - start) // self.steps
-        known: dict[int, NDArray[np.int16]] = {}
-        rows: list[dict[str, Any]] = []
-        for wave in range(int(waves.max()) + 1):
-            of_wave = frames[waves == wave]
-            for part in range(0, len(of_wave), self.config.batch_size):
-                chosen = of_wave[part : part + self.config.batch_size]
-                rows += [
-                    {"root": root, **row} for row in self._decode(store, chosen, known, random)
-                ]
-                self.advance(len(chosen))
-        table = pa.table(
-            {key: pa.array([row[key] for row in rows], kind) for key, kind in SCHEMA.items()}
+def check_storable(policy: Any) -> None:
+    """Raise `ConfigError` unless trajectories can hold a policy's tokens."""
+    if policy.tokenizer.vocabulary_size > MOST_TOKENS:
+        raise ConfigError(
+            f"The policy's tokens have {policy.tokenizer.vocabulary_size} values; trajectories "
+            "store 16 bits. Restrict them to actions (pi0-FAST: convert with "
+            "--vocabulary=actions)."
         )
-        return table, self.malformed
-
-    def _decode(
-        self,
-        store: FrameStore,
-        frames: NDArray[np.int64],
-        known: dict[int, NDArray[np.int16]],
-        random: np.random.Generator,
-    ) -> list[dict[str, Any]]:
-        batch = self.pre(store.batch(frames, self.policy.config.chunk_size))
-        previous = np.full((len(frames), self.n), -1, dtype=np.int16)
-        for i, frame in enumerate(frames.tolist()):
-            earlier = frame - self.steps
-            if earlier in known and store.episode[earlier] == store.episode[frame]:
-                previous[i] = known[earlier]
-        kinds = random.choice(3, size=len(frames), p=self.shares)
-        kinds[(kinds == 0) & (previous[:, 0] < 0)] = 2  # nothing to shift: a random guess instead
-        # of every row the distinct ones: guess first, fixed point last
-        states: dict[int, NDArray[np.int16]] = {}
-        method = "jacobi" if self.config.states else "ar"
-        for kind in np.unique(kinds):
-            chosen = np.flatnonzero(kinds == kind)
-            part = {
-                key: value[chosen]
-                for key, value in batch.items()
-                if isinstance(value, torch.Tensor)
-            }
-            before = torch.from_numpy(previous[chosen].astype(np.int64))
-            decoding = DecodingConfig(
-                method=method, guess=GUESSES[kind], seed=int(random.integers(2**31))
-            )
-            result = self.policy.decode(
-                part, decoding, previous=before, record_states=True, read=False
-            )
-            self.malformed += int((~self.policy.tokenizer.readable(result.tokens)).sum())
-            # (k, B, n)
-            found = torch.stack([*result.states, result.tokens]).cpu().numpy().astype(np.int16)
-            states |= {row: distinct_states(found[:, i]) for i, row in enumerate(chosen.tolist())}
-        known |= {frame: states[i][-1] for i, frame in enumerate(frames.tolist())}
-        return [
-            {
-                "frame": frame,
-                "guess_kind": GUESSES[kinds[i]],
-                "iterations": len(states[i]) - 1,
-                "guess": states[i][0],
-                "previous": previous[i],
-                "fixed_point": states[i][-1],
-                "states": states[i].reshape(-1) if self.config.states else np.empty(0, np.int16),
-            }
-            for i, frame in enumerate(frames.tolist())
-        ]
-
-
-def distinct_states(states: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Drop repeated states (k, n); a Jacobi trajectory repeats only its fixed point."""
-    kept = states[np.append(True, (states[1:] != states[:-1]).any(1))]
-    return kept if len(kept) > 1 else np.concatenate([kept, kept])
 
 
 def _write_meta(
@@ -409,6 +218,25 @@ def layout_of(policy: Any) -> dict[str, int]:
         "num_bins": config.action_tokens.vocabulary_size,
         "shift_steps": config.n_action_steps,
     }
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trajectories:
+    """Collected trajectories of one or more data sets."""
+
+    root: NDArray[np.int64]  # (N,) index of the data set
+    frame: NDArray[np.int64]  # (N,) frame index in that data set
+    fixed_point: NDArray[np.int16]  # (N, n) int16, ``Y*``
+    guess: NDArray[np.int16]  # (N, n) int16, ``y(0)``
+    # (N, n) int16, fixed point of the frame ``h`` steps earlier (not shifted); -1 where there is
+    # none
+    previous: NDArray[np.int16]
+    # For every row the states (k + 1, n) from guess to fixed point; empty when they were not kept
+    states: list[NDArray[np.int16]]
+    meta: dict[str, Any]  # contents of ``meta.json``
 
 
 def read_trajectories(

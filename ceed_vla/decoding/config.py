@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -82,6 +82,10 @@ class DecodingConfig:
     def options(self) -> Any:
         """What `method` says beside the kind of decoder; see `Decoder.options`."""
         return self.decoder.parse(self.method)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the fields, as another process finds the decoder by its name."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @property
     def relaxations(self) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field, replace
+from multiprocessing.reduction import ForkingPickler
 
 import draccus
 import pytest
@@ -127,3 +129,13 @@ def test_can_be_set_from_the_command_line() -> None:
         Holder, args=["--decoding.max_iterations=3", "--decoding.watch=executed"]
     )
     assert parsed.decoding == DecodingConfig(max_iterations=3, watch="executed")
+
+
+def test_a_decoding_goes_to_another_process() -> None:
+    config = named_config("conf0.2_cap2")
+    assert config.decoder.shown == "jacobi"
+    assert ForkingPickler.dumps(config)
+    again = copy.copy(config)
+    assert again == config
+    assert "decoder" not in vars(again)
+    assert again.decoder is config.decoder

@@ -16,9 +16,9 @@ from ceed_vla import CeedVLAPolicy, load
 from ceed_vla.axes import AXES
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.compiled.engine import CompiledBackbone, compiled
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding.names import named_config
-from ceed_vla.engine import CompiledBackbone, compiled
 from ceed_vla.errors import ConfigError, MalformedChunkError
 from ceed_vla.folders import CONTEXT, EXITS
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ceed_vla.sim.tune
+import ceed_vla.sim.tune_search
 from ceed_vla import load
 from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.evaluate import EvalConfig, evaluate
 from ceed_vla.sim.settings import CheckpointPath
-from ceed_vla.sim.tune import NAMED, Plan, Search, Trial, TuneConfig, tune
+from ceed_vla.sim.tune import TuneConfig, tune
+from ceed_vla.sim.tune_plan import NAMED, Plan, Trial
+from ceed_vla.sim.tune_search import Search
 
 
 @pytest.fixture
@@ -87,9 +89,9 @@ def test_slow_plans_run_no_episode_and_the_better_half_runs_on(
         driven.append((trial.plan.decoding, len(seeds)))
         trial.solved |= dict.fromkeys(seeds, trial.plan.cap == 2)
 
-    monkeypatch.setattr(ceed_vla.sim.tune, "measure", measure)
+    monkeypatch.setattr(ceed_vla.sim.tune_search, "measure", measure)
     monkeypatch.setattr(
-        ceed_vla.sim.tune, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None)
+        ceed_vla.sim.tune_search, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None)
     )
     monkeypatch.setattr(search, "drive", drive)
     plans = [Plan(cap=cap) for cap in (1, 2, 3, 4)]
@@ -129,7 +131,7 @@ def test_a_plan_that_the_policy_cannot_decode_is_left_out(
             if self.decoding.startswith("spec"):
                 raise ConfigError("fewer layers")
 
-    monkeypatch.setattr(ceed_vla.sim.tune, "PolicyRunner", Runner)
+    monkeypatch.setattr(ceed_vla.sim.tune_search, "PolicyRunner", Runner)
     search.observed = {4: [[({}, "go")]]}
     assert search.runs(Plan(decoder="ngram4"))
     assert not search.runs(Plan(decoder="spec2x4"))
@@ -143,9 +145,9 @@ def test_others_are_drawn_for_plans_that_do_not_fit(
             n: SimpleNamespace(total=[0.05 if n.startswith("cap4") else 0.008]) for n in runners
         }, {}
 
-    monkeypatch.setattr(ceed_vla.sim.tune, "measure", measure)
+    monkeypatch.setattr(ceed_vla.sim.tune_search, "measure", measure)
     monkeypatch.setattr(
-        ceed_vla.sim.tune, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None)
+        ceed_vla.sim.tune_search, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None)
     )
     drawn = (
         [Plan(cap=4, executed_steps=steps) for steps in range(1, 9)]

@@ -66,7 +66,7 @@ def test_a_teachers_malformed_chunks_are_counted_and_replaced_by_demonstrations(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from ceed_vla.training import trajectories
+    from ceed_vla.training import collector
 
     policy, pre, _ = load(teacher)
     # nothing makes its chunks whole any more
@@ -86,7 +86,7 @@ def test_a_teachers_malformed_chunks_are_counted_and_replaced_by_demonstrations(
     _, replaced = mixed_labels(tokens, tokens, distance, float("inf"))
     assert replaced.tolist() == [True, True, False, False]
 
-    monkeypatch.setattr(trajectories, "load", lambda *_, **__: (policy, pre, None))
+    monkeypatch.setattr(collector, "load", lambda *_, **__: (policy, pre, None))
     folder = collect(studio.collect_config(tmp_path / "trajectories", policy_path=str(teacher)))
     assert "of the teacher's chunks are malformed" in caplog.text
     assert len(read_trajectories(folder, str(teacher)).fixed_point) == 63

@@ -153,7 +153,7 @@ def test_the_picture_shows_the_first_data_set_alone(
 ) -> None:
     drawn: dict[str, Any] = {}
     monkeypatch.setattr(
-        "ceed_vla.training.open_loop._draw",
+        "ceed_vla.training.open_loop.draw_actions",
         lambda store, frames, actions, path: drawn.update(actions),
     )
     roots = f"{studio.other},{studio.demo}"

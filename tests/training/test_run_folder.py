@@ -219,7 +219,7 @@ def test_what_is_kept_is_there(
     (tmp_path / "run").mkdir(exist_ok=True)
     if started:
         (tmp_path / "run" / "progress.json").write_text("{}")
-    with pytest.raises(CeedVLAError, match=message), run._writing():
+    with pytest.raises(CeedVLAError, match=message), run.folder.writing():
         raise OSError(number, os.strerror(number), "log")
 
 

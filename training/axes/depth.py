@@ -31,12 +31,12 @@ from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.fields import THREADS, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
+from ceed_vla.training.collect_config import guess_shares
 from ceed_vla.training.corruption import StateDraw, draw_states
 from ceed_vla.training.distill_data import OnlineData
 from ceed_vla.training.objective import fixed_points
 from ceed_vla.training.optim import cosine_factor
 from ceed_vla.training.settings import BesideConfig
-from ceed_vla.training.trajectories import guess_shares
 
 REPORT = "exits.json"
 READS = ("states", "fixed_points")

@@ -1,0 +1,150 @@
+"""What an evaluation consists of: its models, its rows, and its episodes in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ceed_vla.checkpoints import load
+from ceed_vla.errors import ConfigError
+from ceed_vla.sim.decoders import Row, parse_decoders, resolve_rows
+from ceed_vla.sim.environment import Bundle, EnvPool, flags, joined, turns
+from ceed_vla.sim.episode_log import Results, fingerprint
+from ceed_vla.sim.evaluation_config import EvalConfig
+from ceed_vla.sim.rollout import EpisodeResult, rollout
+from ceed_vla.sim.timing import Probe, Samples, make_runner
+from ceed_vla.wording import counted
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation has gathered so far.
+
+    Attributes:
+        config: Its options, with `executed_steps` filled in.
+        rows: Decoders, with their delays.
+        bundles: Policy, pre- and post-processor by model: "policy" and maybe "teacher".
+        results: Finished episodes by row.
+        pool: The environments.
+        executed_steps: Steps executed of each chunk.
+        probes: What is timed besides the rows, by name.
+        samples: Times by row, once latency is measured.
+        timing: The report's entry on latency; empty until it is measured.
+    """
+
+    config: EvalConfig
+    rows: list[Row]
+    bundles: dict[str, Bundle]
+    results: Results
+    pool: EnvPool
+    executed_steps: int
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+    samples: dict[str, Samples] = field(default_factory=dict)
+    timing: dict[str, Any] = field(default_factory=dict)
+
+
+def decoder_names(config: EvalConfig) -> list[str]:
+    """The decoders to evaluate, with those that a teacher adds; `ConfigError` for unknown ones."""
+    return parse_decoders(config.decoders, has_teacher=bool(config.teacher.path))
+
+
+def rows_of(config: EvalConfig, bundles: dict[str, Bundle]) -> list[Row]:
+    """Every decoder with every given delay."""
+    rows = resolve_rows(
+        decoder_names(config), {model: bundle[0].config for model, bundle in bundles.items()}
+    )
+    return [
+        row.delayed(ms, config.env.fps)
+        for ms in dict.fromkeys(config.delay_ms or [0.0])
+        for row in rows
+    ]
+
+
+def load_bundles(config: Any) -> dict[str, Bundle]:
+    """Load ``policy`` and, where it is given, ``teacher``; both replan after
+    ``config.executed_steps`` steps.
+
+    Raises:
+        CheckpointError: A checkpoint that cannot be loaded.
+        ConfigError: No policy, no such device, or more steps are to be executed than a chunk has.
+    """
+    paths = {"policy": config.policy.given(), "teacher": config.teacher.path}
+    bundles = {model: load(path, device=config.device) for model, path in paths.items() if path}
+    for model, (policy, _, _) in bundles.items():
+        if (config.executed_steps or 1) > policy.config.chunk_size:
+            raise ConfigError(
+                f"--executed_steps is {config.executed_steps}; "
+                f"a chunk of {paths[model]} has {counted(policy.config.chunk_size, 'step')}."
+            )
+    return {model: joined(bundle, config.env) for model, bundle in bundles.items()}
+
+
+def identity_of(
+    config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle]
+) -> dict[str, Any]:
+    """What decides an episode."""
+    options = ("seed", "episodes", "executed_steps", "batch", "instruction")
+    return {
+        "env": flags(config.env),
+        **{name: getattr(config, name) for name in options},
+        "device": str(bundles["policy"][0].config.device),
+        "policy": fingerprint(config.policy.path),
+        "teacher": fingerprint(config.teacher.path) if config.teacher.path else None,
+        "decoders": {
+            row.name: {
+                "model": row.model,
+                **asdict(row.decoding),
+                **({"delay": row.delay} if row.delay else {}),
+            }
+            for row in rows
+        },
+    }
+
+
+# ---- episodes ------------------------------------------------------------------------------------
+
+
+def planned_episodes(config: EvalConfig) -> list[tuple[int, str]]:
+    """(seed, task) of every episode."""
+    tasks = turns(config.env)
+    return [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]
+
+
+def shards(config: EvalConfig) -> list[list[tuple[int, str]]]:
+    """(seed, task) of the episodes that one decoder runs before the next one."""
+    plan = planned_episodes(config)
+    return [plan[start : start + config.batch] for start in range(0, len(plan), config.batch)]
+
+
+def whole_shards(config: EvalConfig, rows: Sequence[Row], results: Results) -> Results:
+    """`results` without the episodes that cannot be continued: random guesses come from one source
+    for a whole shard.
+    """
+    for row in rows:
+        if row.decoding.guess == "random":
+            done = {episode.seed for episode in results[row.name]}
+            whole = {
+                seed
+                for shard in shards(config)
+                if done >= {s for s, _ in shard}
+                for seed, _ in shard
+            }
+            results[row.name] = [episode for episode in results[row.name] if episode.seed in whole]
+    return results
+
+
+def shard_runner(
+    config: EvalConfig, pool: EnvPool
+) -> Callable[[tuple[Row, Any]], tuple[str, list[EpisodeResult]]]:
+    """What runs the episodes of a shard by the decoder of a row, in a process of its own; see
+    `Workers`.
+    """
+    bundles = load_bundles(config)
+    executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
+
+    def run(item: tuple[Row, list[tuple[int, str]]]) -> tuple[str, list[EpisodeResult]]:
+        row, episodes = item
+        return row.name, rollout(make_runner(row, bundles, executed), pool, episodes)
+
+    return run

@@ -1,0 +1,83 @@
+"""``report.json`` of an evaluation, and the files that are drawn and written from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ceed_vla.checkpoints import resolve_checkpoint, weights_hash
+from ceed_vla.files import write_text
+from ceed_vla.outputs import MADE_BY
+from ceed_vla.sim.decoders import Row
+from ceed_vla.sim.evaluation import Evaluation
+from ceed_vla.sim.plots import write_plots
+from ceed_vla.sim.report import markdown
+from ceed_vla.sim.summary import hardware, paired_entries, row_entry, versions
+from ceed_vla.sim.timing import summarise
+
+REPORT = "report.json"
+MARKDOWN = "report.md"
+
+
+def build_report(run: Evaluation, *, complete: bool) -> dict[str, Any]:
+    """The contents of ``report.json``: what `run` has gathered so far."""
+    config = run.config
+    policy = run.bundles["policy"][0]
+    return {
+        "program": MADE_BY,
+        "complete": complete,
+        "env": config.env.type,
+        "task": config.env.task,
+        "split": getattr(config.env, "split", None),
+        "seeds": {"first": config.seed, "count": config.episodes},
+        "executed_steps": config.executed_steps,
+        "fps": config.env.fps,
+        "max_episode_steps": run.pool.max_episode_steps,
+        "chunk_size": policy.config.chunk_size,
+        "block_length": policy.config.block_length,
+        "policy": _checkpoint_entry(config.policy.path),
+        "teacher": _checkpoint_entry(config.teacher.path) if config.teacher.path else None,
+        "decoders": {row.name: _decoder_entry(run, row) for row in run.rows},
+        "timing": run.timing,
+        "versions": versions(),
+        "hardware": hardware(str(policy.config.device)),
+    }
+
+
+def _decoder_entry(run: Evaluation, row: Row) -> dict[str, Any]:
+    entry = row_entry(run.results[row.name])
+    if row.name in run.samples:
+        entry |= summarise(
+            run.samples[row.name],
+            run.samples[row.reference],
+            run.bundles[row.model][0].tokenizer,
+            run.executed_steps,
+        )
+    entry |= {"delay_steps": row.delay, "delay_of": row.name.removesuffix(row.suffix)}
+    entry["paired"] = paired_entries(
+        row.name,
+        run.results,
+        (f"ar{row.suffix}", f"teacher_ar{row.suffix}", f"teacher_{row.name}"),
+    )
+    entry["decoding"] = {**asdict(row.decoding), "exits": list(row.decoding.exits)}
+    return entry
+
+
+def _checkpoint_entry(path: str) -> dict[str, str]:
+    return {"name": resolve_checkpoint(path).name, "sha256": weights_hash(path)}
+
+
+def write_json(report: dict[str, Any], folder: Path) -> Path:
+    """Write ``report.json``, and return its path."""
+    write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
+    return folder / REPORT
+
+
+def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Write ``report.json``, ``report.md`` and the plots, and return their paths in this order."""
+    files = [write_json(report, folder), folder / MARKDOWN]
+    plots = write_plots(report, folder)
+    write_text(folder / MARKDOWN, markdown(report, [plot.name for plot in plots]))
+    return files + plots

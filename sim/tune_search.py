@@ -1,0 +1,273 @@
+"""The evolutionary search of ``ceed-vla tune``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from itertools import batched
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ceed_vla.decoding import decoder_ladders, exit_ladders
+from ceed_vla.errors import ConfigError
+from ceed_vla.sim.environment import Bundle, EnvPool, turns
+from ceed_vla.sim.rollout import SHARD, PolicyRunner
+from ceed_vla.sim.timing import (
+    ENGINES,
+    Observations,
+    bare_parts,
+    collect_observations,
+    engines_of,
+    in_engine,
+    measure,
+    percentiles,
+)
+from ceed_vla.sim.tune_config import PLAY_OFF, TuneConfig
+from ceed_vla.sim.tune_plan import NAMED, Plan, Trial
+from ceed_vla.workers import Workers
+
+OVER_FLOOR = (1.2, 1.5, 2.0, 3.0)  # budgets, where none is given
+GUESSES = ("", "mid")
+BEST = 4  # of every budget that play off
+BEST_BY_HAND = 2  # of every budget that play off, of those that a hand would name
+OTHER_DECODERS = 0.2  # share of random plans with a decoder that is not Jacobi's
+REDRAWS = 4  # times that plans are drawn for those that did not fit
+
+
+class Search:
+    """The search of one run; `run` returns all trials that fit the largest budget."""
+
+    def __init__(self, config: TuneConfig, bundle: Bundle, pool: EnvPool, workers: Workers) -> None:
+        self.config = config
+        self.bundle = bundle
+        self.pool = pool
+        self.workers = workers
+        self.random = np.random.default_rng(config.search_seed)
+        self.tasks = turns(config.env)
+        self.steps = bundle[0].config.chunk_size
+        self.usual = min(bundle[0].config.n_action_steps, self.steps)
+        engines = ENGINES[:2] if config.engine == "fastest" else (config.engine,)
+        self.timed = {engine: in_engine(bundle, engine) for engine in engines}
+        self.observed: dict[int, list[Observations]] = {}
+        probes = {engine: bare_parts(timed) for engine, timed in self.timed.items()}
+        _, parts = measure({}, probes, self.observations(self.usual))
+        found = [
+            {name: percentiles(seconds)["p50"] for name, seconds in own.items()}
+            for own in parts.values()
+        ]
+        self.floor = round(min(own["prefill"] + own["block"] for own in found), 3)
+        self.budgets = sorted(
+            config.budgets_ms or [round(self.floor * factor, 3) for factor in OVER_FLOOR]
+        )
+        self.trials: list[Trial] = []
+        self.seen: set[tuple[str, int]] = set()
+        self.exits = sorted(getattr(bundle[0].backbone, "exits", {}))
+        self.rejected = 0
+
+    def run(self) -> list[Trial]:
+        """All generations."""
+        named = [replace(plan, executed_steps=self.usual) for plan in NAMED]
+        self.halve([*self.admit(named), *self.populate(self.drawn)], "generation 1")
+        for generation in range(1, self.config.generations):
+            self.halve(
+                self.populate(partial(self.child, self.parents())), f"generation {generation + 1}"
+            )
+        return self.trials
+
+    def populate(self, draw: Callable[[], Plan]) -> list[Trial]:
+        """A population of plans within the largest budget: for those that do not fit others are
+        drawn, for a while.
+        """
+        fitting: list[Trial] = []
+        for _ in range(1 + REDRAWS):
+            fitting += self.admit([draw() for _ in range(self.config.population - len(fitting))])
+        return fitting
+
+    def observations(self, steps: int) -> list[Observations]:
+        """Observations at the replans of episodes that execute so many steps."""
+        if steps not in self.observed:
+            driver = PolicyRunner(self.bundle, "jacobi_h", None, steps)
+            seeds = ((self.config.seed + i, self.tasks[i % len(self.tasks)]) for i in range(10**6))
+            self.observed[steps] = collect_observations(
+                driver, self.pool, seeds, self.config.chunks
+            )
+        return self.observed[steps]
+
+    def timed_plans(self, plans: Sequence[Plan]) -> list[Trial]:
+        """Every plan, timed in its faster engine; those that execute equally many steps take
+        turns.
+        """
+        found: list[Trial] = []
+        for steps in sorted({plan.executed_steps for plan in plans}):
+            found += self._timed_in_turns(
+                [plan for plan in plans if plan.executed_steps == steps], steps
+            )
+        return found
+
+    def _timed_in_turns(self, plans: Sequence[Plan], steps: int) -> list[Trial]:
+        """`plans`, which all execute so many steps, timed in their faster engines."""
+        policy = self.bundle[0]
+        pairs = {
+            f"{plan.decoding} {engine}": (plan, engine)
+            for plan in plans
+            for engine in engines_of(policy.config.named(plan.decoding), tuple(self.timed))
+        }
+        bundles = {"eager": self.bundle, **self.timed}
+        runners = {
+            name: PolicyRunner(
+                bundles[engine], plan.decoding, torch.Generator().manual_seed(0), steps
+            )
+            for name, (plan, engine) in pairs.items()
+        }
+        samples, _ = measure(runners, {}, self.observations(steps))
+        fastest: dict[Plan, Trial] = {}
+        for name, (plan, engine) in pairs.items():
+            times = percentiles(samples[name].total)
+            if plan not in fastest or times["p50"] < fastest[plan].p50:
+                fastest[plan] = Trial(plan, times["p50"], times["p99"], engine)
+        return list(fastest.values())
+
+    def runs(self, plan: Plan) -> bool:
+        """Whether this policy can decode so: it may have no exits or fewer layers, or the decoder
+        other settings.
+        """
+        observation, instruction = self.observations(plan.executed_steps)[0][0]
+        try:
+            runner = PolicyRunner(self.bundle, plan.decoding, None, plan.executed_steps)
+            runner.decode([observation], [instruction], [None])
+        except ConfigError:
+            return False
+        return True
+
+    def drawn(self) -> Plan:
+        """A random plan, on all axes that are registered with a ladder."""
+        ladders = exit_ladders()
+        steps = int(self.random.integers(min(2, self.steps), self.steps + 1))
+        decoders = [name for ladder in decoder_ladders(self.exits).values() for name in ladder]
+        other = bool(decoders) and self.random.random() < OTHER_DECODERS
+        decoder = str(self.random.choice(decoders)) if other else ""
+        if decoder and self.random.random() < 0.5:  # most of them take no exit rule
+            return Plan(decoder=decoder, executed_steps=steps)
+        signal = str(self.random.choice(["", *ladders]))
+        threshold = str(self.random.choice(ladders[signal])) if signal else ""
+        cap = int(self.random.integers(0, 5))
+        fresh = bool(self.random.random() < 0.5)
+        return Plan(
+            threshold, cap, fresh, str(self.random.choice(GUESSES, p=(0.85, 0.15))), steps, decoder
+        )
+
+    def child(self, parents: Sequence[Plan]) -> Plan:
+        """A plan whose settings come from two parents, one of them drawn anew."""
+        first, second = (parents[int(self.random.integers(len(parents)))] for _ in range(2))
+        new = self.drawn()
+        names = [field.name for field in fields(Plan)]
+        changed = self.random.choice(names)
+        genes = {
+            n: getattr(new if n == changed else (first, second)[int(self.random.integers(2))], n)
+            for n in names
+        }
+        return Plan(**genes)
+
+    def admit(self, candidates: Sequence[Plan]) -> list[Trial]:
+        """Time the candidates that are new and run, and drop those over the largest budget."""
+        new = {(plan.decoding, plan.executed_steps): plan for plan in candidates}
+        new = {key: plan for key, plan in new.items() if key not in self.seen}
+        self.seen |= new.keys()
+        new = {key: plan for key, plan in new.items() if self.runs(plan)}
+        times = self.timed_plans(list(new.values()))
+        admitted = [trial for trial in times if trial.p50 <= self.budgets[-1]]
+        self.rejected += len(times) - len(admitted)
+        self.trials += admitted
+        return admitted
+
+    def halve(self, trials: list[Trial], title: str) -> None:
+        """Successive halving: a quarter of the episodes for all, then twice as many for the best of
+        every budget.
+        """
+        left = trials
+        for share in (4, 2, 1):
+            episodes = -(-self.config.episodes // share)
+            for trial in tqdm(
+                left, desc=f"{title}, {episodes} episodes", unit="plan", dynamic_ncols=True
+            ):
+                self.drive(trial, range(self.config.seed, self.config.seed + episodes))
+            kept = {
+                id(trial)
+                for budget in self.budgets
+                for trial in self.best(left, budget, max(1, len(left) // 4))
+            }
+            left = [trial for trial in left if id(trial) in kept]
+
+    def best(self, trials: Sequence[Trial], budget: float, count: int) -> list[Trial]:
+        """The `count` best within a budget."""
+        within = [trial for trial in trials if trial.p50 <= budget]
+        return sorted(within, key=lambda trial: (-trial.rate, trial.p50))[:count]
+
+    def parents(self) -> list[Plan]:
+        """The plans that the next generation comes from: the best of every budget."""
+        known = [trial for trial in self.trials if trial.plan.decoder != "ceed"]
+        found = [trial.plan for budget in self.budgets for trial in self.best(known, budget, 4)]
+        return found or [self.drawn() for _ in range(4)]
+
+    def final(self) -> list[tuple[float, Trial | None, Trial | None]]:
+        """For every budget what the search chose and the best of `NAMED`, timed again together, on
+        fresh seeds.
+        """
+        episodes = PLAY_OFF * self.config.episodes
+        playing, named = self._play_off(episodes)
+        chosen = [
+            [next(iter(self.best(trials, budget, 1)), None) for trials in (playing, named)]
+            for budget in self.budgets
+        ]
+        fresh = {t.plan: replace(t, solved={}, layers=[]) for pair in chosen for t in pair if t}
+        first = self.config.seed + episodes
+        for trial in tqdm(fresh.values(), desc="fresh seeds", unit="plan", dynamic_ncols=True):
+            self.drive(trial, range(first, first + episodes))
+        pairs = [[trial and fresh[trial.plan] for trial in pair] for pair in chosen]
+        return [
+            (budget, found, hand) for budget, (found, hand) in zip(self.budgets, pairs, strict=True)
+        ]
+
+    def _play_off(self, episodes: int) -> tuple[list[Trial], list[Trial]]:
+        """The best trials of every budget after so many episodes and timed again, and those of them
+        that a hand would name.
+        """
+        names = {plan.decoding for plan in NAMED}
+        by_hand = [
+            trial
+            for trial in self.trials
+            if trial.plan.decoding in names and trial.plan.executed_steps == self.usual
+        ]
+        playing: dict[Plan, Trial] = {}
+        for budget in self.budgets:
+            best = self.best(self.trials, budget, BEST)
+            best += self.best(by_hand, budget, BEST_BY_HAND)
+            playing |= {trial.plan: trial for trial in best}
+        for trial in tqdm(
+            playing.values(), desc=f"play-off, {episodes} episodes", unit="plan", dynamic_ncols=True
+        ):
+            self.drive(trial, range(self.config.seed, self.config.seed + episodes))
+        # in turns, as a budget cuts between neighbours
+        for again in self.timed_plans(list(playing)):
+            known = playing[again.plan]
+            known.p50 = again.p50
+            known.p99 = again.p99
+            known.engine = again.engine
+        return list(playing.values()), [trial for trial in by_hand if trial.plan in playing]
+
+    def drive(self, trial: Trial, seeds: range) -> None:
+        """Run the episodes that are missing of `seeds`."""
+        missing = [seed for seed in seeds if seed not in trial.solved]
+        episodes = [
+            (seed, self.tasks[(seed - self.config.seed) % len(self.tasks)]) for seed in missing
+        ]
+        plan = trial.plan
+        for found in self.workers.map(
+            (plan.decoding, plan.executed_steps, shard) for shard in batched(episodes, SHARD)
+        ):
+            trial.solved |= {result.seed: result.success for result in found}
+            for result in found:
+                trial.layers += np.add(result.block_layers, result.prefix_layers).tolist()

@@ -1,4 +1,4 @@
-"""The command-line entry: exit codes, messages, flags and help."""
+"""The command-line entry: exit codes, messages and help. `test_cli_flags` has the flags."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +15,8 @@ import pytest
 
 import ceed_vla
 from ceed_vla import cli
-from ceed_vla.cli_flags import UsageError, parse_flags
-from ceed_vla.cli_values import _typed
-from ceed_vla.errors import ConfigError, DatasetError
-from ceed_vla.fields import check_fields, ranged
-
-
-@dataclass
-class Inner:
-    """A nested configuration.
-
-    Attributes:
-        path: Where it lies.
-        width: Its width.
-        sizes: Its sizes.
-    """
-
-    path: str = ""
-    width: int = 8
-    sizes: list[int] = field(default_factory=list)
-
-
-@dataclass
-class ToyConfig:
-    """Do something to a folder.
-
-    Attributes:
-        root: The folder.
-        steps: How often; a sentence that is long enough to need a second line of text, so that
-            wrapping is seen, even on a terminal that is as wide as the help text may become.
-        mode: "good" or "fine".
-        rate: How fast.
-        resume: Go on.
-        inner: What is inside.
-    """
-
-    root: Path
-    steps: int = 3
-    mode: str = "good"
-    rate: float = ranged(0.5, "(0, 1]")
-    resume: bool = False
-    unexplained: int = 0
-    inner: Inner = field(default_factory=lambda: Inner(width=16, sizes=[1, 2]))
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.mode not in ("good", "fine"):
-            raise ConfigError(f"unknown mode {self.mode!r}; choose good or fine")
+from ceed_vla.errors import DatasetError
+from tests.helpers.toy_config import ToyConfig
 
 
 @pytest.fixture
@@ -384,89 +339,3 @@ def test_packages_of_the_user_are_imported_first(
     assert "'no.such.package' cannot be imported" in capsys.readouterr().err
     assert cli.main(["toy", "--root=x", "--discover_packages_path"]) == 2
     assert "--discover_packages_path needs a value" in capsys.readouterr().err
-
-
-def test_setting_one_nested_flag_keeps_the_other_defaults() -> None:
-    config = parse_flags(ToyConfig, ["--root=x", "--inner.path=p"])
-    assert config.inner == Inner("p", 16, [1, 2])
-
-
-def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("root: from_file\nsteps: 4\ninner:\n  path: p\n  width: 2\n")
-    config = parse_flags(ToyConfig, ["--config_path", str(file), "--inner.width=5"])
-    assert config == ToyConfig(Path("from_file"), steps=4, inner=Inner("p", 5, [1, 2]))
-
-
-def test_no_path_is_none() -> None:
-    assert _typed("none", str | None, "policy_path") is None
-    assert _typed("nobody", str | None, "policy_path") == "nobody"
-
-
-@pytest.mark.parametrize("value", ["007", "null", "a: b", "true", "-x"])
-def test_text_stays_text(value: str) -> None:
-    config = parse_flags(ToyConfig, ["--root", value, f"--inner.path={value}"])
-    assert (config.root, config.inner.path) == (Path(value), value)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[1, 2]", "no mapping"),
-        ("", "no mapping"),
-        ("a: [", "cannot be read"),
-        ("\xff", "cannot be read"),
-        ("\0", "cannot be read"),
-        ("- " * 5000 + "a", "nested too deep"),
-        ("{" * 3000, "nested too deep"),
-        ("inner: &a {path: p}\nroot: *a", "alias"),
-        ("steps: 1\nsteps: 2", "'steps' stands there twice"),
-        ("1: 2", "a name in it is no text"),
-        ("? [1]\n: 2", "a name in it is no text"),
-        ("root: !!python/object/apply:os.getcwd []", "cannot be read"),
-        ("stesp: 2", "unknown flag '--stesp'; did you mean --steps?"),
-        ("inner: {widht: 2}", "unknown flag '--inner.widht'; did you mean --inner.width?"),
-        ("inner: 5", "--inner is 5; it must be"),
-        ("inner: {width: {a: 1}}", "--inner.width is {'a': 1}; it must be a whole number"),
-        ("mode: [good]", "--mode is ['good']; it must be a text"),
-        ("root:", "--root is None; it must be a path"),
-        ("rate: .inf", "--rate is '.inf'; it must be a finite number"),
-        ("mode: " + "x" * 2**20, "more than 1048 kB"),
-        ("sizes: [" + "[]," * 100_000 + "]", "more than 20000 lines and values"),
-        ("mode: |\n" + "\n" * 100_000, "more than 20000 lines and values"),
-    ],
-)
-def test_unusable_file(tmp_path: Path, text: str, words: str) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(UsageError) as error:
-        parse_flags(ToyConfig, ["--root=x", f"--config_path={file}"])
-    assert "run.yaml" in str(error.value)
-    assert words in str(error.value)
-    assert len(str(error.value)) < 1000
-
-
-def test_a_folder_and_a_device_are_no_files_of_flags(tmp_path: Path) -> None:
-    for path in (tmp_path, "/dev/zero"):
-        with pytest.raises(UsageError, match="is no file"):
-            parse_flags(ToyConfig, ["--root=x", f"--config_path={path}"])
-
-
-def test_numbers_are_those_of_yaml_1_2() -> None:
-    config = parse_flags(
-        ToyConfig, ["--root=x", "--steps=010", "--rate=1e-3", "--inner.sizes=[010, 1]"]
-    )
-    assert (config.steps, config.rate, config.inner.sizes) == (10, 0.001, [10, 1])
-
-
-@pytest.mark.parametrize(
-    ("flags", "resume"),
-    [
-        (["--resume"], True),
-        (["--resume", "--steps=2"], True),
-        (["--resume", "false"], False),
-        (["--resume=true"], True),
-    ],
-)
-def test_switches(flags: list[str], resume: bool) -> None:
-    assert parse_flags(ToyConfig, ["--root=x", *flags]).resume is resume

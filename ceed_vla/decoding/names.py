@@ -72,11 +72,7 @@ def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
     if len(decoding) > LONGEST_NAME:  # of what a checkpoint's own name stands for
         raise _unknown(decoding)
     head, *parts = decoding.split("_")
-    changes: dict[str, Any] = {}
-    if parts and parts[-1] in _GUESSES and head != "ar":
-        changes["guess"] = parts.pop()
-    if parts and parts[-1] == FRESH and head != "ar":
-        changes["tail"] = parts.pop()
+    changes = {} if head == "ar" else _endings(parts)
     if head == CEED and not parts:
         return replace(ceed, **changes)
     if DECODERS.match(head):
@@ -87,25 +83,41 @@ def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
         parts.pop()
         changes["watch"] = "executed"
     for part in parts:
-        kind = EXITS.match(part)
-        if kind is None or kind.rule.field in changes:
+        if not _add_exit(part, changes):
             raise _unknown(decoding)
-        changes["watch"] = "executed"
-        if field := kind.rule.field:
-            changes[field] = kind.rule.kind(kind.groups(part)[field])
-        else:
-            changes["exits"] = (*changes.get("exits", ()), part)
     if not changes:
         raise _unknown(decoding)
     try:
         return DecodingConfig(**changes)
     except ConfigError as error:
-        reason = (
-            str(error)
-            .replace("max_iterations", "its cap K")
-            .replace("confidence", "its confidence P")
-        )
+        reason = str(error).replace("max_iterations", "its cap K")
+        reason = reason.replace("confidence", "its confidence P")
         raise ConfigError(f"Decoder {decoding!r}: {reason}") from error
+
+
+def _endings(parts: list[str]) -> dict[str, Any]:
+    """What the last `parts` of a name say of guess and tail; they are removed."""
+    changes: dict[str, Any] = {}
+    if parts and parts[-1] in _GUESSES:
+        changes["guess"] = parts.pop()
+    if parts and parts[-1] == FRESH:
+        changes["tail"] = parts.pop()
+    return changes
+
+
+def _add_exit(part: str, changes: dict[str, Any]) -> bool:
+    """Add the exit rule that a part of a name stands for; false if there is none, or one of its
+    kind already.
+    """
+    kind = EXITS.match(part)
+    if kind is None or kind.rule.field in changes:
+        return False
+    changes["watch"] = "executed"
+    if field := kind.rule.field:
+        changes[field] = kind.rule.kind(kind.groups(part)[field])
+    else:
+        changes["exits"] = (*changes.get("exits", ()), part)
+    return True
 
 
 def _unknown(decoding: object) -> ConfigError:
@@ -116,5 +128,5 @@ def _unknown(decoding: object) -> ConfigError:
     )
     return ConfigError(
         f"Unknown decoder {shown}; choose from {names_help()}. One of another package needs "
-        "--discover_packages_path."
+        "--discover_packages_path; those of an axis are known once ceed_vla.axes is imported."
     )

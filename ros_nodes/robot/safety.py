@@ -19,123 +19,49 @@ This is software: it is no safety-rated stop.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.kinematics import Array
-from ceed_vla.ros_nodes.robot.pose_trust import PHYSICAL_VELOCITY, JointBounds, PoseTrust, by_name
+from ceed_vla.ros_nodes.robot.frozen_states import FROZEN_TIME, FROZEN_WAY, FrozenStates
+from ceed_vla.ros_nodes.robot.pose_trust import JointBounds, PoseTrust, by_name
+from ceed_vla.ros_nodes.robot.safety_checks import age_fault, clamp, command_fault, displaced
+from ceed_vla.ros_nodes.robot.safety_decisions import (
+    CLAMPS,
+    DISPLACED,
+    MOVED,
+    NOT_ENABLED,
+    SYNCHRONIZE,
+    UNSETTLED,
+    Decision,
+    Hold,
+)
+from ceed_vla.ros_nodes.robot.safety_limits import JOINT_STATES, NEAR, SafetyLimits
 
-JOINT_STATES = "joint_states"
-CLAMPS = ("position", "step", "velocity", "acceleration", "gripper")
+__all__ = [
+    "CLAMPS",
+    "DISPLACED",
+    "FROZEN_TIME",
+    "FROZEN_WAY",
+    "JOINT_STATES",
+    "MAX_DT",
+    "MOVED",
+    "NEAR",
+    "NOT_ENABLED",
+    "SYNCHRONIZE",
+    "UNSETTLED",
+    "Decision",
+    "Hold",
+    "SafetyFilter",
+    "SafetyLimits",
+]
+
 # Longest time between two commands that counts for `max_velocity` [s]: after a stall the command
 # catches up slowly.
 MAX_DT = 0.05
-# Joint states that do not change for so long [s] while commands went on by so much [rad] are no
-# measurements.
-FROZEN_TIME, FROZEN_WAY = 0.5, 0.05
-# Codes of holds: the pose is not trusted yet; it is another than before; the arm has left the last
-# command.
-UNSETTLED = "unsettled_pose"
-MOVED = "moved_pose"
-DISPLACED = "displaced"
-SYNCHRONIZE = "Are the clocks of both computers synchronized (chrony, PTP)?"
-NOT_ENABLED = "not enabled"  # why motion is disabled by an operator
-NEAR = 1e-9  # rounding of a distance that may be `limits.step` [rad]
-
-
-@dataclass(frozen=True)
-class SafetyLimits:
-    """What an arm may do.
-
-    `ConfigError`: Wrong lengths, limits that are not finite or in the wrong order, a timeout that
-    is not positive.
-    """
-
-    joint_names: tuple[str, ...]  # J, in the order of every array here
-    position_low: Array  # (J,) [rad]
-    position_high: Array  # (J,) [rad]
-    max_velocity: Array  # (J,) [rad/s]: change of the command per second
-    # (J,) [rad]: distance of a command from the measured position, and of a new pose from the last
-    max_step: Array
-    # input name -> largest age [s]; "joint_states" must be one of them
-    timeouts: Mapping[str, float]
-    gripper_low: float = 0.0  # opening [m]
-    gripper_high: float = 0.1  # opening [m]
-    # (J,) that the joints reach physically [rad/s], for `PoseTrust`; empty: the larger of
-    # `max_velocity` and `PHYSICAL_VELOCITY`.
-    physical_velocity: Array = field(default_factory=lambda: np.empty(0))
-    max_acceleration: Array | None = (
-        None  # (J,) of commands [rad/s^2]; a hold stops at once all the same
-    )
-    # Whether commands are joint positions. A twist moves the tool and leaves the posture to its
-    # controller, so that the commanded joints may differ from the measured ones; its hold is a zero
-    # twist.
-    commands_joints: bool = True
-
-    def __post_init__(self) -> None:
-        names = tuple(self.joint_names)
-        object.__setattr__(self, "joint_names", names)
-        if not names or len(set(names)) != len(names):
-            raise ConfigError(f"joint_names are {list(names)}; give every joint once.")
-        if not np.size(self.physical_velocity):
-            object.__setattr__(
-                self, "physical_velocity", np.maximum(self.max_velocity, PHYSICAL_VELOCITY)
-            )
-        for name in (
-            "position_low",
-            "position_high",
-            "max_velocity",
-            "max_step",
-            "physical_velocity",
-        ):
-            value = np.array(getattr(self, name), dtype=np.float64)
-            if value.shape != (len(names),) or not np.isfinite(value).all():
-                raise ConfigError(
-                    f"{name} is {value.tolist()}; give one finite number for each of {list(names)}."
-                )
-            if not name.startswith("position") and (value <= 0).any():
-                raise ConfigError(f"{name} is {value.tolist()}; every value must be positive.")
-            object.__setattr__(self, name, value)
-        if (self.position_low >= self.position_high).any():
-            joint = names[int((self.position_low >= self.position_high).argmax())]
-            raise ConfigError(f"The lower position limit of {joint} is not below the upper one.")
-        if JOINT_STATES not in self.timeouts:
-            raise ConfigError(
-                f"timeouts has {sorted(self.timeouts)}; {JOINT_STATES!r} must have one."
-            )
-        wrong = {name: value for name, value in self.timeouts.items() if not 0 < value < math.inf}
-        if wrong:
-            raise ConfigError(f"The timeouts {wrong} must be positive and finite [s].")
-        if not -math.inf < self.gripper_low < self.gripper_high < math.inf:
-            raise ConfigError(
-                f"The gripper limits [{self.gripper_low}, {self.gripper_high}] must be finite and "
-                "in order."
-            )
-
-
-@dataclass(frozen=True)
-class Hold:
-    """Why the arm holds."""
-
-    code: str  # docs/robots.md explains each; holds are counted by it
-    detail: str  # the same for a person, with values and limits
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What to send."""
-
-    # (J,) [rad], always finite and inside the limits; None if there was no command yet and nobody
-    # knows where the arm is: send nothing then.
-    positions: Array | None
-    gripper: float | None  # opening [m]; None if it was not commanded since `SafetyFilter.enable`
-    hold: Hold | None  # why this repeats the last command; None in normal motion
-    clamped: tuple[str, ...] = ()  # which of `CLAMPS` changed what was asked for
 
 
 class SafetyFilter:
@@ -159,9 +85,8 @@ class SafetyFilter:
         self.clamps: Counter[str] = Counter(dict.fromkeys(CLAMPS, 0))
         self.holds: Counter[str] = Counter()
         self._fault: Hold | None = Hold("no_joint_states", "no joint state has come yet")
-        self._latched: Hold | None = (
-            None  # joint states that cannot be true came while motion was enabled
-        )
+        # Joint states that cannot be true came while motion was enabled.
+        self._latched: Hold | None = None
         self._trust = PoseTrust(
             JointBounds(
                 limits.joint_names,
@@ -174,9 +99,7 @@ class SafetyFilter:
         )
         self._why_disabled = NOT_ENABLED
         self._last: Array | None = None  # last command, inside the limits
-        # The newest positions, since when they are the same though commands moved [s], and the
-        # command then.
-        self._still: tuple[Array, float, Array | None] | None = None
+        self._frozen = FrozenStates()
         self._speed: Array = np.zeros(len(limits.joint_names))  # of the last command [rad/s]
         self._gripper: float | None = None
 
@@ -216,7 +139,13 @@ class SafetyFilter:
             self._fault = Hold("bad_joint_states", str(error))
             return self._fault
         outside, jump = self._trust.take(measured, times)
-        frozen = self._frozen(measured, float(times.min()))
+        frozen = self._frozen.take(
+            measured,
+            float(times.min()),
+            self._last,
+            max_step=self.limits.max_step,
+            follows=self.follows,
+        )
         doubt = outside or jump
         if (doubt or frozen) and self.enabled and self._latched is None:
             code = "implausible_joint_states" if doubt else "frozen_joint_states"
@@ -229,7 +158,10 @@ class SafetyFilter:
         none came.
         """
         return (
-            self._latched or self._fault or self._age_fault(JOINT_STATES, age) or self._untrusted()
+            self._latched
+            or self._fault
+            or age_fault(self.limits, JOINT_STATES, age)
+            or self._untrusted()
         )
 
     def enable(self, age: float | None, *, moving: bool = False) -> Hold | None:
@@ -254,7 +186,7 @@ class SafetyFilter:
         measured = self.measured
         assert measured is not None  # a trusted pose
         self._latched = None
-        self._still = None
+        self._frozen.forget()
         self._gripper = None
         if not moving:
             self._last = np.clip(measured, self.limits.position_low, self.limits.position_high)
@@ -282,8 +214,9 @@ class SafetyFilter:
         """Unlatch the stop and accept the pose in which the joint states settle; motion still needs
         `enable`.
 
-        Returns how that pose differs from the last trusted one; "" if it does not, or none has
-        settled yet.
+        Returns:
+            How that pose differs from the last trusted one; "" if it does not, or none has settled
+            yet.
         """
         elsewhere = self._trust.elsewhere
         self.stopped = None
@@ -312,17 +245,19 @@ class SafetyFilter:
                 is checked.
             hold: The caller's own reason to hold: "starved", a worker that failed, ...
 
-        `ConfigError`: There are neither positions nor a reason to hold.
+        Returns:
+            What to send. A hold repeats the last command.
+
+        Raises:
+            ConfigError: There are neither positions nor a reason to hold.
         """
         if positions is None and hold is None:
             raise ConfigError("There is no command; pass a reason to hold.")
         wanted = np.empty(0) if positions is None else np.asarray(positions, dtype=np.float64)
-        late = next(
-            filter(None, (self._age_fault(name, ages.get(name)) for name in self.limits.timeouts)),
-            None,
-        )
+        faults = (age_fault(self.limits, name, ages.get(name)) for name in self.limits.timeouts)
+        late = next(filter(None, faults), None)
         fault = self.forbidden or self._latched or self._fault or late or self._untrusted()
-        reason = fault or hold or self._command_fault(wanted, gripper, dt)
+        reason = fault or hold or command_fault(self.limits, wanted, gripper, dt)
         age = ages.get(JOINT_STATES)
         if self._last is None and self._trust.pose is not None and self.pose_fault(age) is None:
             self._last = np.clip(
@@ -334,12 +269,16 @@ class SafetyFilter:
             return Decision(self._held(age), self._gripper, reason)
         dt = min(dt, MAX_DT)
         before = self._last
+        pose = self._trust.pose
         assert before is not None
-        allowed, clamped = self._clamp(wanted, dt)
+        assert pose is not None
+        allowed, clamped = clamp(
+            self.limits, wanted, last=before, measured=pose, speed=self._speed, dt=dt
+        )
         if np.any(np.abs(allowed - before) > self.limits.max_velocity * dt + NEAR):
             self.holds[DISPLACED] += 1
             self._speed = np.zeros_like(self._speed)
-            return Decision(None, self._gripper, self._displaced(before))
+            return Decision(None, self._gripper, displaced(self.limits, before, pose))
         self._last = allowed
         self._speed = (allowed - before) / dt
         if gripper is not None:
@@ -385,115 +324,10 @@ class SafetyFilter:
             return None
         near = np.abs(last - pose) <= self.limits.max_step + NEAR
         newest = self._trust.newest
-        if newest is not None and self._age_fault(JOINT_STATES, age) is None:
+        if newest is not None and age_fault(self.limits, JOINT_STATES, age) is None:
             near &= np.abs(last - newest) <= self.limits.max_step + NEAR
         return self.last_command if near.all() else None
 
     def _stale_pose(self, age: float | None) -> Hold | None:
-        late = self._age_fault(JOINT_STATES, age)
+        late = age_fault(self.limits, JOINT_STATES, age)
         return None if late is None else Hold("stale", late.detail)
-
-    def _age_fault(self, name: str, age: float | None) -> Hold | None:
-        limit = self.limits.timeouts[name]
-        if age is None:
-            return Hold("stale", f"{name} never came")
-        if not age <= limit:  # NaN too
-            return Hold("stale", f"{name} is {age:.2f} s old, the limit is {limit:.2f} s")
-        if age < -limit:
-            detail = f"{name} lies {-age:.2f} s in the future, the limit is {limit:.2f} s"
-            return Hold("clock", f"{detail}; did the clock go back? {SYNCHRONIZE}")
-        return None
-
-    def _frozen(self, measured: Array, stamp: float) -> str:
-        """How the same positions (J,) come again and again while the command moves on; "" if they
-        do not.
-        """
-        still, command = self._still, self._last
-        if (
-            still is None
-            or still[2] is None
-            or stamp < still[1]
-            or not np.array_equal(measured, still[0])
-        ):
-            self._still = measured, stamp, command
-            return ""
-        way = 0.0 if command is None else float(np.abs(command - still[2]).max())
-        # an arm at rest: its time to follow begins with the command that moves it
-        if way < 0.1 * FROZEN_WAY:
-            self._still = measured, stamp, still[2]
-        if not self.follows or stamp - still[1] <= FROZEN_TIME:
-            return ""
-        if way <= min(FROZEN_WAY, 0.5 * float(self.limits.max_step.min())):
-            return ""
-        return (
-            f"the joint states are the same for {stamp - still[1]:.2f} s, while the command moved "
-            f"{way:.3f} rad"
-        )
-
-    def _command_fault(self, wanted: Array, gripper: float | None, dt: float) -> Hold | None:
-        if not dt > 0:  # NaN too
-            return Hold("clock", f"{dt} s passed since the last command; did the clock go back?")
-        joints = len(self.limits.joint_names)
-        if wanted.shape != (joints,):
-            return Hold("joint_set", f"a command of shape {wanted.shape} for {joints} joints")
-        if not np.isfinite(wanted).all() or not math.isfinite(gripper or 0.0):
-            return Hold("not_finite", f"the command is {wanted.tolist()}, gripper {gripper}")
-        return None
-
-    def _clamp(self, wanted: Array, dt: float) -> tuple[Array, tuple[str, ...]]:
-        """The nearest command to `wanted` (J,) within position and step limits, and what changed
-        it.
-
-        It is further from the last command than the velocity allows only where the arm was moved
-        away from that.
-        """
-        limits = self.limits
-        last = self._last
-        measured = self._trust.pose
-        assert last is not None
-        assert measured is not None
-        clamped = []
-        reach = limits.max_velocity * dt
-        step = limits.max_step if limits.commands_joints else np.full_like(limits.max_step, np.inf)
-        lowest = np.maximum(limits.position_low, measured - step)
-        highest = np.minimum(limits.position_high, measured + step)
-        slowest = last - reach
-        fastest = last + reach
-        if limits.max_acceleration is not None:  # never faster than what can stop where it shall
-            gain = limits.max_acceleration * dt
-            way = np.clip(wanted, lowest, highest) - last
-            stop = np.sqrt(gain**2 + 2.0 * limits.max_acceleration * np.abs(way)) - gain
-            slowest = last + dt * np.minimum(
-                np.maximum(self._speed - gain, -stop), self._speed + gain
-            )
-            fastest = last + dt * np.maximum(
-                np.minimum(self._speed + gain, stop), self._speed - gain
-            )
-        for kind, low, high in (
-            ("position", limits.position_low, limits.position_high),
-            ("step", measured - step, measured + step),
-            ("velocity", last - reach, last + reach),
-            ("acceleration", slowest, fastest),
-        ):
-            inside = np.clip(wanted, low, high)
-            if not np.array_equal(inside, wanted):
-                clamped.append(kind)
-            wanted = inside
-        # Braking must not lead away from the measured position, nor a position outside the limits
-        # out of them.
-        return np.clip(wanted, lowest, highest), tuple(clamped)
-
-    def _displaced(self, last: Array) -> Hold:
-        """The hold of an arm that something else has moved away from the `last` command (J,)
-        [rad].
-        """
-        pose = self._trust.pose
-        assert pose is not None
-        way = np.abs(last - pose) - self.limits.max_step
-        joint = int(way.argmax())
-        return Hold(
-            DISPLACED,
-            f"{self.limits.joint_names[joint]} is at {pose[joint]:.4g} rad, the last command at "
-            f"{last[joint]:.4g}, further than limits.step ({self.limits.max_step[joint]:.3g}); "
-            "motion goes on from the pose",
-        )

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.models.trunk import SHAPES, CompactTrunk, Trunk
-from ceed_vla.engine import compiled
+from ceed_vla.compiled.engine import compiled
 
 LLAMA = {
     **SHAPES["openvla-0.3b"],

@@ -2,16 +2,14 @@
 resumes by itself.
 
 The simulated robot, the policy node, and this process, which passes the robot's messages on and can
-spoil them on the way. One policy node lives through all the faults that need no restart.
-`test_policy_node` has the short versions.
+spoil them on the way. One policy node lives through all the faults that need no restart; those that
+need a node of their own are in `test_faults_of_the_node`. `test_policy_node` has the short
+versions.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
-import signal
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,119 +20,15 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 import robots_page
 from rcl_interfaces.srv import GetParameters
-from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
-from std_msgs.msg import Float64MultiArray, String
-from std_srvs.srv import SetBool, Trigger
+from std_msgs.msg import String
+from std_srvs.srv import SetBool
 
-from ceed_vla.ros_nodes.robot.messages import LATCHED, SENSOR, array_to_image
-from tests.ros_nodes.conftest import Graph, Status
+from ceed_vla.ros_nodes.robot.messages import SENSOR, array_to_image
+from tests.helpers.fault_bench import COMMANDS, RELAYED, Bench, lost
+from tests.ros_nodes.conftest import Graph
 
 slow = pytest.mark.slow
-COMMANDS = "/forward_position_controller/commands"
-AT_REST = 0.05  # [rad/s]
-RELAYED = ("-r", "front/image_raw:=/relay/front", "-r", "joint_states:=/relay/joint_states")
-
-
-class Bench:
-    """A simulated robot and a policy node, with this process between them.
-
-    Attributes:
-        graph: The processes.
-        status: Diagnostics of the policy node.
-        states: Joint states as the robot sent them.
-        commands: Commands that reached the robot, each with its time [s].
-        image: What becomes of front images; None loses one.
-        joints: What becomes of joint states.
-    """
-
-    def __init__(self, graph: Graph, *policy: str) -> None:
-        self.graph, self.status = graph, Status(graph)
-        self.states: list[JointState] = []
-        self.commands: list[tuple[float, np.ndarray]] = []
-        self.repair()
-        node = graph.node
-        self._front = node.create_publisher(Image, "/relay/front", SENSOR)
-        self._joints = node.create_publisher(JointState, "/relay/joint_states", SENSOR)
-        self.instruction = node.create_publisher(String, "/policy/instruction", LATCHED)
-        node.create_subscription(Image, "/front/image_raw", self._pass_image, SENSOR)
-        node.create_subscription(JointState, "/joint_states", self._pass_joints, SENSOR)
-        node.create_subscription(Float64MultiArray, COMMANDS, self._on_command, 10)
-        graph.start("sim_node", "-p", "publish_instruction:=false")
-        # On a busy machine a fault may last long; what happens then has a test of its own.
-        own = ("-p", "autostart:=true", "-p", "start_enabled:=false", "-p", "resume_within:=60.0")
-        graph.start("policy_node", *RELAYED, *own, *policy)
-
-    def repair(self) -> None:
-        """Pass everything on as it is."""
-        self.image: Callable[[Image], Image | None] = lambda message: message
-        self.joints: Callable[[JointState], JointState | None] = lambda message: message
-
-    def begin(self, seed: int) -> None:
-        """A new scene, with the policy at work."""
-        self.repair()
-        self.graph.call("/policy/enable", SetBool, SetBool.Request(data=False))
-        self.graph.set_parameters("/sim", seed=seed, task="cube_in_bin")
-        told = self.graph.call("/sim/reset_episode", Trigger).message
-        self.instruction.publish(String(data=told))
-        self.graph.spin(0.3)
-        self.graph.call("/policy/reset", Trigger)  # the arm is elsewhere all at once
-        self.enable()
-        self.graph.wait(self.moves, "the arm to move")
-
-    def enable(self) -> None:
-        """Allow motion, as soon as the pose is trusted: this process, the relay, may be slow."""
-        answer = self.graph.call("/policy/enable", SetBool, SetBool.Request(data=True))
-        for _ in range(20):
-            if not answer.message.startswith(("stale", "unsettled_pose")):
-                break
-            self.graph.spin(0.2)
-            answer = self.graph.call("/policy/enable", SetBool, SetBool.Request(data=True))
-        assert answer.success, answer.message
-
-    def moves(self) -> bool:
-        """Whether the arm moves now."""
-        return bool(self.states) and float(np.abs(self.states[-1].velocity[:7]).max()) > 2 * AT_REST
-
-    def check_rest(self) -> None:
-        """The arm comes to rest within a second, and stays there."""
-        self.graph.spin(0.7)
-        first = len(self.states)
-        self.graph.spin(0.3)
-        calm = self.states[first:]
-        assert calm
-        assert max(float(np.abs(state.velocity[:7]).max()) for state in calm) < AT_REST
-        np.testing.assert_allclose(calm[-1].position[:7], calm[0].position[:7], atol=2e-3)
-
-    def check_goes_on(self, since: int | None = None) -> None:
-        """The arm moves again, and since a number of commands no joint was commanded to jump."""
-        self.status.state("moving")
-        self.graph.wait(self.moves, "the arm to move again", timeout=10.0)
-        for (_, before), (_, after) in itertools.pairwise(
-            self.commands[since:] if since is not None else ()
-        ):
-            assert np.abs(after - before).max() < 0.25  # 3.5 rad/s for at most 50 ms, and a bit
-
-    def _pass_image(self, message: Image) -> None:
-        changed = self.image(message)
-        if changed is not None:
-            self._front.publish(changed)
-
-    def _pass_joints(self, message: JointState) -> None:
-        self.states.append(message)
-        changed = self.joints(
-            JointState(
-                header=message.header,
-                name=list(message.name),
-                position=list(message.position),
-                velocity=list(message.velocity),
-            )
-        )
-        if changed is not None:
-            self._joints.publish(changed)
-
-    def _on_command(self, message: Float64MultiArray) -> None:
-        self.commands.append((time.monotonic(), np.array(message.data)))
 
 
 @pytest.fixture(scope="module")
@@ -181,10 +75,6 @@ def from_the_future(message: JointState) -> JointState:
     """As if the clock of this computer had been set back."""
     message.header.stamp.sec += 60
     return message
-
-
-def lost(message: Any) -> None:
-    return None
 
 
 @pytest.mark.parametrize(
@@ -425,51 +315,3 @@ def test_a_driver_that_restarts_with_zeros_moves_nothing(bench: Bench) -> None:
     bench.check_goes_on()
     early = np.array([command for _, command in bench.commands[since : since + 20]])
     assert np.abs(early - true).max() <= 0.3 + 1e-6  # limits.step
-
-
-@slow
-@pytest.mark.parametrize("mode", ["process", "thread"])
-def test_sigterm_during_inference_ends_it_with_the_arm_at_rest(graph: Graph, mode: str) -> None:
-    bench = Bench(graph, "-p", "inference_delay:=0.6", "-p", f"inference_mode:={mode}")
-    bench.status.state("disabled")
-    bench.begin(seed=5)  # with answers that take so long, the next one is always under way
-    assert graph.stop("policy_node", signal.SIGTERM, timeout=10.0) == 0
-    bench.check_rest()
-    assert "Traceback" not in graph.output("policy_node")
-
-
-@slow
-def test_simulated_time_that_jumps_back_holds_until_new_inputs_come(graph: Graph) -> None:
-    bench = Bench(graph, "-r", "wrist/image_raw:=/relay/wrist", "-p", "use_sim_time:=true")
-    clock = graph.node.create_publisher(Clock, "/clock", SENSOR)
-    now = [1000.0]
-
-    def stamped(message: Any) -> Any:
-        message.header.stamp.sec, message.header.stamp.nanosec = (
-            int(now[0]),
-            int(1e9 * (now[0] % 1)),
-        )
-        return message
-
-    def advance() -> None:
-        now[0] += 0.01
-        message = Clock()
-        message.clock.sec, message.clock.nanosec = int(now[0]), int(1e9 * (now[0] % 1))
-        clock.publish(message)
-
-    graph.node.create_timer(0.01, advance)
-    bench.repair = lambda: None  # type: ignore[method-assign]
-    bench.image = bench.joints = stamped
-    wrist = graph.node.create_publisher(Image, "/relay/wrist", SENSOR)
-    graph.node.create_subscription(
-        Image, "/wrist/image_raw", lambda m: wrist.publish(stamped(m)), SENSOR
-    )
-    bench.status.state("disabled")
-    bench.begin(seed=6)
-    bench.status.state("moving")
-    bench.image = bench.joints = lost  # nothing new comes, so that the cause stays to be seen
-    now[0] -= 500.0
-    bench.status.state("holding", "clock")
-    bench.check_rest()
-    bench.image = bench.joints = stamped
-    bench.check_goes_on()

@@ -65,51 +65,70 @@ EVENTS = st.one_of(
 )
 
 
+class CheckedFilter:
+    """A filter that lives through events; every command that leaves it is checked."""
+
+    def __init__(self) -> None:
+        self.safety = SafetyFilter(limits())
+        self.commands = 0
+        self._now = 10.0
+        self._last: np.ndarray | None = None  # command (J,) since the last `enable` [rad]
+        self._gripper_set = False
+
+    def live_through(self, kind: str, *values: Any) -> None:
+        """One event of `EVENTS`."""
+        self._now += 0.01
+        if kind == "measure":
+            names = NAMES[: len(values[0])] + ("other",) * (len(values[0]) - 2)
+            self.safety.measure(names, values[0], self._now)
+        elif kind == "settle":
+            self._now += 0.3
+            settle(self.safety, values[0], self._now)
+        elif kind == "command":
+            self._command(*values)
+        elif kind == "enable":
+            if self.safety.enable(0.0) is None:
+                self._last = None
+                self._gripper_set = False
+        else:
+            getattr(self.safety, kind)()
+
+    def _command(self, positions: list[float], gripper: float, dt: float, age: float) -> None:
+        ages = {"joint_states": age, "front": 0.0}
+        decision = self.safety.command(np.array(positions), gripper, dt=dt, ages=ages)
+        self.commands += 1
+        self._gripper_set |= decision.hold is None
+        assert (decision.gripper is not None) == self._gripper_set
+        assert decision.gripper is None or 0 <= decision.gripper <= 0.1
+        if not self.safety.enabled or self.safety.stopped or not age <= 0.2:
+            assert decision.hold
+        if decision.positions is None:
+            assert decision.hold
+            return
+        self._check_positions(decision.positions, decision.hold, dt)
+        self._last = decision.positions
+
+    def _check_positions(self, sent: np.ndarray, hold: Hold | None, dt: float) -> None:
+        bounds = self.safety.limits
+        assert np.isfinite(sent).all()
+        assert (sent >= bounds.position_low).all()
+        assert (sent <= bounds.position_high).all()
+        assert (np.abs(sent - self.safety.measured) <= bounds.max_step + 1e-6).all()
+        if self._last is None:
+            return
+        reach = bounds.max_velocity * min(max(dt, 0), MAX_DT)
+        assert (np.abs(sent - self._last) <= np.nan_to_num(reach) + 1e-8).all()
+        if hold:
+            assert np.array_equal(sent, self._last)
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(events=st.lists(EVENTS, max_size=40))
 def test_no_command_is_ever_unsafe(events: list[tuple[Any, ...]]) -> None:
-    safety = SafetyFilter(limits())
-    last, gripper_set = None, False
-    commands, now = 0, 10.0
-    for kind, *values in [("settle", [0.1, 0.2]), ("enable",), *events]:
-        now += 0.01
-        if kind == "measure":
-            names = NAMES[: len(values[0])] + ("other",) * (len(values[0]) - 2)
-            safety.measure(names, values[0], now)
-        elif kind == "settle":
-            now += 0.3
-            settle(safety, values[0], now)
-        elif kind != "command":
-            if kind == "enable":
-                if safety.enable(0.0) is None:
-                    last, gripper_set = None, False
-            else:
-                getattr(safety, kind)()
-        else:
-            positions, gripper, dt, age = values
-            ages = {"joint_states": age, "front": 0.0}
-            decision = safety.command(np.array(positions), gripper, dt=dt, ages=ages)
-            commands += 1
-            gripper_set |= decision.hold is None
-            assert (decision.gripper is not None) == gripper_set
-            assert decision.gripper is None or 0 <= decision.gripper <= 0.1
-            if not safety.enabled or safety.stopped or not age <= 0.2:
-                assert decision.hold
-            sent = decision.positions
-            if sent is None:
-                assert decision.hold
-                continue
-            assert np.isfinite(sent).all()
-            assert (sent >= safety.limits.position_low).all()
-            assert (sent <= safety.limits.position_high).all()
-            assert (np.abs(sent - safety.measured) <= safety.limits.max_step + 1e-6).all()
-            if last is not None:
-                reach = safety.limits.max_velocity * min(max(dt, 0), MAX_DT)
-                assert (np.abs(sent - last) <= np.nan_to_num(reach) + 1e-8).all()
-                if decision.hold:
-                    assert np.array_equal(sent, last)
-            last = sent
-    assert sum(safety.holds.values()) <= commands
+    checked = CheckedFilter()
+    for event in [("settle", [0.1, 0.2]), ("enable",), *events]:
+        checked.live_through(*event)
+    assert sum(checked.safety.holds.values()) <= checked.commands
 
 
 # ---- one rule each -------------------------------------------------------------------------------

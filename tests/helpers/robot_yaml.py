@@ -1,0 +1,17 @@
+"""Files of robots, written for a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG = Path(__file__).resolve().parents[2] / "launch" / "config"
+
+
+def write(folder: Path, values: Any) -> Path:
+    """`folder`/robot.yaml with these values."""
+    file = folder / "robot.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file

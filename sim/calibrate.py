@@ -148,9 +148,8 @@ class Measured:
     forwards: NDArray[np.float64]  # forwards of every chunk
     layers: NDArray[np.float64]  # layers of every chunk, of its block and its prefix
     solved: list[bool]  # whether every episode was solved
-    deadline_ms: float | None = (
-        None  # what one must allow for so many forwards, where they are bounded
-    )
+    # what one must allow for so many forwards, where they are bounded
+    deadline_ms: float | None = None
 
     def entry(self, epsilons: Sequence[float]) -> dict[str, Any]:
         """For the report."""

@@ -9,9 +9,8 @@ from difflib import SequenceMatcher
 from itertools import combinations
 
 ALIKE = 0.9  # ratio of difflib from which two instructions are compared word by word
-SAME_WORD = (
-    0.8  # and from which two words are spellings of one: "cube" and "cubes", not "into" and "onto"
-)
+# and from which two words are spellings of one: "cube" and "cubes", not "into" and "onto"
+SAME_WORD = 0.8
 FILLERS = {"a", "an", "the", "please"}  # words that change no meaning
 MOST_COMPARED = 400  # instructions: pairs are compared in less than a few seconds
 

@@ -32,9 +32,8 @@ from ceed_vla.sim.render import check_image_size, coarsen, render, tune
 
 CAMERA = "corner2"
 CAMERA_POSITION = (0.75, 0.075, 0.7)  # LeRobot moves the camera to here
-SMOOTH = (
-    2  # a goal in the air is a ball of 3 px, and only its size, in shades, tells how far away it is
-)
+# a goal in the air is a ball of 3 px, and only its size, in shades, tells how far away it is
+SMOOTH = 2
 MESH_CELL = 0.004  # [m]
 HAND_STEPS = 40  # until a hand that is sent somewhere is there
 

@@ -31,7 +31,7 @@ _DELAYS = 32  # answers that the expected delay looks back on
 
 @dataclass(frozen=True)
 class Plan:
-    """A chunk to ask for."""
+    """A chunk to request."""
 
     id: int  # the answer repeats it
     # tokens (n,) of the running chunk for the warm start; None without one
@@ -70,8 +70,8 @@ class StreamCounters:
 class ChunkStream:
     """Which action each step executes, when the next chunk is due, and how many steps it will take.
 
-    `plan` is asked whenever a request could be sent; `offer` or `cancel` follows. `target` takes a
-    step at a boundary.
+    Call `plan` whenever a request could be sent; `offer` or `cancel` follows. `target` takes a step
+    at a boundary.
 
     Args:
         chunk_steps: ``m``.
@@ -104,7 +104,8 @@ class ChunkStream:
         delay_steps: float = 1.0,
         least_lead: float = 0.0,
     ) -> None:
-        self.action_dt, self._least_lead = action_dt, least_lead
+        self.action_dt = action_dt
+        self._least_lead = least_lead
         self.counters = StreamCounters()
         self._delays: deque[float] = deque(maxlen=_DELAYS)
         self._ids = itertools.count(1)
@@ -126,7 +127,7 @@ class ChunkStream:
 
     @property
     def pending(self) -> int | None:
-        """Id of the plan that is waited for."""
+        """Id of the plan whose answer is pending."""
         return self._next.plan.id if self._next else None
 
     @property
@@ -154,29 +155,31 @@ class ChunkStream:
         return max(self.delay_steps + self.margin / self.action_dt, self._least_lead)
 
     def start(self) -> None:
-        """Begin without a chunk: hold until the first one arrives, and ask for it at once."""
+        """Begin without a chunk: hold until the first one arrives; its request is due at once."""
         self.stop()
         self.started = True
 
     def stop(self) -> None:
         """Forget the running chunk and any answer under way; hold until `start`."""
-        self.started = self._replan_now = self._seam = self._moving = (
-            False  # the last: in a step of a chunk
-        )
+        self.started = False
+        self._replan_now = False
+        self._seam = False  # the next step is the first one of its chunk
+        self._moving = False  # the running step is one of a chunk
         self._running: _Chunk | None = None
         self._next: _Chunk | None = None
         self._consumed = 0  # steps taken from chunks
         self._boundaries = 0  # the same with the steps that were held
 
     def preempt(self) -> None:
-        """Ask for a new chunk at once and ignore the answer under way: the instruction changed."""
-        self._next, self._replan_now = None, True
+        """Make a new chunk due at once and ignore the pending answer: the instruction changed."""
+        self._next = None
+        self._replan_now = True
 
     def plan(self, remaining: float = 0.0, wait: float = 0.0) -> Plan | None:
         """The chunk to ask for now, or None if none is due.
 
         `remaining` are the steps until the next one is consumed, at most 1 as a rule; `wait` those
-        until the next chance to ask, with a newer observation.
+        until the next chance to send a request, with a newer observation.
         """
         if not self.started or self._next is not None:
             return None
@@ -209,7 +212,8 @@ class ChunkStream:
     def cancel(self, plan_id: int) -> None:
         """The request was not sent, or failed: it is due again at once."""
         if self.pending == plan_id:
-            self._next, self._replan_now = None, True
+            self._next = None
+            self._replan_now = True
 
     def offer(
         self,
@@ -224,7 +228,7 @@ class ChunkStream:
         `remaining` as in `plan`.
 
         It takes over at the next boundary. Of an answer that is not `whole` these are the first
-        actions (k, A); the others follow. Returns False if nobody waits for it any more.
+        actions (k, A); the others follow. Returns False if the answer is no longer pending.
         `ConfigError`: Actions that are no finite (m, A).
         """
         fits = actions.ndim == 2 and (
@@ -259,7 +263,8 @@ class ChunkStream:
             self.counters.starved += 1
             return Target("starved")
         self._consumed += 1
-        seam, self._seam = self._seam, False
+        seam = self._seam
+        self._seam = False
         assert self._running.actions is not None
         return Target("chunk", self._running.actions[index], self._running.plan.id, index, seam)
 
@@ -303,12 +308,13 @@ class ChunkStream:
             return
         self.counters.switched += 1
         self.counters.late += taken > chunk.frozen_steps
-        self._running, self._seam = chunk, True
+        self._running = chunk
+        self._seam = True
 
 
 @dataclass
 class _Chunk:
-    """A chunk whose step 0 is the step that was next when it was asked for."""
+    """A chunk whose step 0 is the step that was next when it was requested."""
 
     plan: Plan
     start: int  # steps consumed until then: steps that are held move nothing, so they do not count

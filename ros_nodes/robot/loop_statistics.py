@@ -50,9 +50,8 @@ class LoopStatistics:
         self.deadline_misses = 0  # chunks that came after their deadline
         self.errors = 0  # requests that ended in an error
         self.last_error = ""
-        self.seam_step = (
-            0.0  # largest change of a joint between two commands where a new chunk took over [rad]
-        )
+        # largest change of a joint between two commands where a new chunk took over [rad]
+        self.seam_step = 0.0
         self.inner_step = 0.0  # the same elsewhere [rad]
         self._last_sent: float | None = None
         self._last_positions: NDArray[np.float64] | None = None

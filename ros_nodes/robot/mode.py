@@ -1,5 +1,7 @@
-"""What a policy node does at a moment: every answer, diagnostic and ``~/state`` is a function of
-it. Free of ROS.
+"""What a policy node tells operators at a moment: every answer, diagnostic and ``~/state`` is a
+function of it. Free of ROS.
+
+`controller_states` has the states that the control loop goes through.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from enum import StrEnum
 from ceed_vla.ros_nodes.robot.safety import Hold
 from ceed_vla.ros_nodes.robot.texts import short
 
-WAITING, STARVED = "waiting", "starved"
+WAITING = "waiting"  # code of a hold: for the first chunk, or what it needs
+STARVED = "starved"  # code of a hold: the chunk ended before the next one came
 LOADING = "the policy is being loaded"
 # Holds that are no fault of the robot or its inputs.
 HARMLESS = (WAITING, STARVED, "disabled", "no_instruction", "bad_instruction")
@@ -28,7 +31,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class State:
-    """A mode and what to say about it."""
+    """A mode and its reason."""
 
     mode: Mode
     code: str = ""  # of the hold

@@ -5,7 +5,7 @@ policy at a time.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,8 +37,24 @@ def toward(last: Array, goal: Array, speed: float, dt: float, braking: Array | N
     return command
 
 
+@dataclass(frozen=True)
+class HomeMove:
+    """A slow move to a pose, without the policy."""
+
+    goal: Array  # (J,) [rad]
+    speed: float  # of the joint with the longest way [rad/s]
+
+    def command(self, last: Array, dt: float, braking: Array | None) -> Array:
+        """The command (J,) [rad] after the `last` one; arguments and result as in `toward`."""
+        return toward(last, self.goal, self.speed, dt, braking)
+
+    def reached_by(self, command: Array) -> bool:
+        """Whether a command (J,) [rad] is the goal, but for rounding."""
+        return bool(np.allclose(command, self.goal, rtol=0.0, atol=1e-9))
+
+
 class Motion:
-    """Where the arm shall be at the end of the step that runs; actions do what
+    """Where the arm is to be at the end of the running step; actions mean what
     ``robot.action.kind`` says.
 
     Attributes:
@@ -47,7 +63,8 @@ class Motion:
     """
 
     def __init__(self, robot: RobotConfig, model: ArmKinematics | None = None) -> None:
-        self._robot, self._model = robot, model
+        self._robot = robot
+        self._model = model
         self.joints: Array = np.zeros(len(robot.arm.joints))
         self.gripper: float | None = None
         self._open = True
@@ -99,13 +116,13 @@ class Motion:
         )
 
     def copy(self) -> Motion:
-        """Where everything is now: one that may go ahead, or come back by `restore`."""
+        """A copy of everything: it can be advanced by itself, or be given to `restore`."""
         other = copy(self)
         other._pose = copy(self._pose)
         return other
 
     def restore(self, other: Motion) -> None:
-        """Undo what was done since `other` was copied."""
+        """Undo everything since `other` was copied."""
         vars(self).update(vars(other.copy()))
 
     def advance(
@@ -136,7 +153,7 @@ class Motion:
                 self.gripper = min(max(gripper.policy.ours(value), gripper.closed), gripper.open)
             self._open = self.gripper > 0.5 * (gripper.closed + gripper.open)
         if self._pose is not None:
-            assert self._model is not None  # `robot_file` has seen to it
+            assert self._model is not None  # `robot_file` has checked it
             self._pose.advance(np.clip(action, -1.0, 1.0))
             start = self.joints if base is None else base
             way = self._model.solve(self.joints, self._pose.position, self._pose.matrix) - start

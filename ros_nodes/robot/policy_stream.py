@@ -1,5 +1,5 @@
-"""The chunk stream of a policy: asks for the chunks that are due, takes the answers, and times
-images to commands.
+"""The chunk stream of a policy on its step grid: requests the chunks that are due, takes the
+answers, and times images to commands.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ceed_vla.ros_nodes.robot.texts import instruction_problem
 _FIRST_RETRY = 0.1
 _LAST_RETRY = 2.0
 _SLOW = 1.5  # steps that an answer takes
-# policies that no instruction reaches
-_SPEECHLESS = (
+# policy types that take no instruction
+_WITHOUT_INSTRUCTION = (
     "act",
     "diffusion",
     "multi_task_dit",
@@ -34,7 +34,7 @@ _SPEECHLESS = (
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _SentRequest:
     """A request whose chunk does not move the arm yet."""
 
     plan: Plan
@@ -44,14 +44,16 @@ class _Asked:
 
 
 class PolicyStream(ChunkStream):
-    """Asks a `worker` that has begun, one request at a time, from the newest observation, as soon
-    as it is ready.
+    """Requests chunks from a `worker` that has begun, one at a time and each from the newest
+    observation, as soon as the worker is ready.
 
-    `replan_steps` is as in `ChunkStream`; with None the checkpoint decides. Times `now` are the
-    grid's, steady [s].
+    It owns the `grid`: others read it, and only the methods here move it. `replan_steps` is as in
+    `ChunkStream`; with None the checkpoint decides. Times `now` are the grid's, steady [s].
 
     Attributes:
-        instruction: What the policy is told.
+        grid: Where in the running step the newest tick is.
+        statistics: What the loop counts and measures.
+        instruction: The policy's.
         failure: `Response.code` of the last answer, unless it is the instruction's.
         pace: Real seconds in one of the grid, whose time may be a simulation's.
     """
@@ -73,15 +75,16 @@ class PolicyStream(ChunkStream):
         self._observations = observations
         self._motion = motion
         self._worker = worker
-        self._asked: dict[int, _Asked] = {}
-        self._replan_steps, self._loaded = replan_steps, False
+        self._requests: dict[int, _SentRequest] = {}
+        self._replan_steps = replan_steps
+        self._loaded = False
         super().__init__(1, 1, grid.action_dt, least_lead=1.01 / grid.ticks_per_step)
         self._load()
         self.instruction = instruction
         self.try_again()
 
     def _load(self) -> bool:
-        """Whether the policy is there; the first time its chunks' length is known."""
+        """Whether the policy is loaded; the first time, take its chunks' length over."""
         if not self._loaded and self._worker.ready and self._worker.failed is None:
             spec = self._worker.spec
             try:
@@ -98,16 +101,68 @@ class PolicyStream(ChunkStream):
         self._load()
         return self._worker.failed
 
+    # ---- the step grid ---------------------------------------------------------------------------
+
+    def count_tick(self, now: float, dt: float) -> None:
+        """Number the tick at `now` [s], `dt` [s] after the last one."""
+        self.grid.count(now, dt)
+
+    def start(self) -> None:
+        """Begin without a chunk; the first step begins with the next tick."""
+        super().start()
+        self.grid.begin_now()
+
     def stop(self) -> None:
-        """Forget all chunks and what was asked; hold until `start`."""
+        """Forget all chunks and requests; hold until `start`."""
         super().stop()
-        self._asked.clear()
-        self._fresh: _Asked | None = (
-            None  # the next command is the first computed from this request
-        )
+        self._requests.clear()
+        # the next command is the first one that is computed from this request
+        self._fresh: _SentRequest | None = None
+
+    def next_step(self) -> Target:
+        """Go on to the next step of the grid; returns what it does."""
+        self.statistics.slips += self.grid.begin_step()
+        return self.target()
+
+    def end_step(self) -> None:
+        """Let the running step end with this tick."""
+        self.grid.begin_now()
+
+    def extend_step(self) -> None:
+        """Let the running step last a whole step from this tick on."""
+        self.grid.begin_now()
+        self.grid.begin_step()
+
+    def redo(self) -> Target | None:
+        """As in `ChunkStream`, unless more than `grace` of the running step is over."""
+        if self.grid.part > self.grace * self.grid.ticks_per_step:
+            return None
+        return super().redo()
+
+    def images_came(self, now: float) -> None:
+        """All cameras have new images: request the next chunk if the next images would come too
+        late for it, and move the grid so that such images come just in time.
+        """
+        self.grid.images.append(now)
+        if not self.started:
+            return
+        plan = self.request_if_due(now)
+        if plan is not None and plan.deadline_s is not None:
+            slack = plan.frozen_steps + self.grid.remaining(now) - self.lead
+            self.grid.align(slack * self.grid.action_dt, self.grid.until_images(now))
+
+    def request_after_tick(self, now: float) -> None:
+        """Request the next chunk if it is due, though no images have come; the grid then moves
+        back towards them.
+        """
+        plan = self.request_if_due(now)
+        if plan is not None and plan.deadline_s is not None:
+            self.grid.delay()
+
+    # ---- the worker ------------------------------------------------------------------------------
 
     def instruct(self, instruction: str) -> None:
-        """Ask for a chunk that does something else, at once."""
+        """Change the instruction; the request of a chunk that follows it is due at once."""
         if instruction != self.instruction:
             self.instruction = instruction
             self.try_again()
@@ -128,15 +183,20 @@ class PolicyStream(ChunkStream):
             return self._observations.fault
         if not self._loaded:
             return Hold(WAITING, "for the policy, which is being loaded")
-        if not self.instruction.strip() and self._worker.spec.policy_type not in _SPEECHLESS:
+        if (
+            not self.instruction.strip()
+            and self._worker.spec.policy_type not in _WITHOUT_INSTRUCTION
+        ):
             return Hold(
                 "no_instruction", "publish one on ~/instruction or set the parameter instruction"
             )
         return Hold("bad_instruction", self._refusal) if self._refusal is not None else None
 
-    def ask_if_due(self, now: float) -> Plan | None:
-        """Ask for the next chunk unless images that are still to come will do; the plan that was
-        sent, if any.
+    def request_if_due(self, now: float) -> Plan | None:
+        """Request the next chunk, unless images that are still to come are in time for it.
+
+        Returns:
+            The plan that was sent; None if none was.
         """
         if (
             not self._loaded
@@ -153,19 +213,23 @@ class PolicyStream(ChunkStream):
         plan = self.plan(
             self.grid.remaining(now), (self.grid.until_images(now) + UNSURE) / self.action_dt
         )
-        if plan is None or self._ask(plan, now):
+        if plan is None or self._request(plan, now):
             return plan
         self.cancel(plan.id)
         return None
 
-    def receive(self, now: float) -> bool:
-        """Take the policy's answer if there is one; whether it will be used."""
+    def take_answer(self, now: float) -> bool:
+        """Take the policy's answer if there is one.
+
+        Returns:
+            Whether it will be used; `StepRunner.receive` says when.
+        """
         response = self._worker.poll()
         if response is None:
-            self._look_again()
+            self._check_suspects()
             return False
         self._observations.judge(response.seen)
-        asked = self._asked.pop(response.id, None)
+        request = self._requests.pop(response.id, None)
         accepted = False
         if response.id == LOOK or response.code == BAD_IMAGE:
             self.cancel(response.id)  # the next tick holds, without a failure of the policy
@@ -188,18 +252,22 @@ class PolicyStream(ChunkStream):
         if not accepted:
             return False
         self.statistics.last_error = ""
-        if asked is not None:  # no step of it was taken yet
-            late = asked.plan.deadline_s is not None and now - asked.sent > asked.plan.deadline_s
+        if request is not None:  # no step of it was taken yet
+            late = (
+                request.plan.deadline_s is not None and now - request.sent > request.plan.deadline_s
+            )
             self.statistics.deadline_misses += late
-            self._asked = {response.id: replace(asked, decode_s=response.seconds.get("total", 0.0))}
+            self._requests = {
+                response.id: replace(request, decode_s=response.seconds.get("total", 0.0))
+            }
         return True
 
     def target(self) -> Target:
         target = super().target()
-        asked = self._asked.get(target.chunk_id or 0)
-        if asked is not None and target.index >= asked.plan.frozen_steps:
-            self._fresh = asked
-            self._asked.clear()
+        request = self._requests.get(target.chunk_id or 0)
+        if request is not None and target.index >= request.plan.frozen_steps:
+            self._fresh = request
+            self._requests.clear()
         return target
 
     def commanded(self, clock: float) -> None:
@@ -213,26 +281,32 @@ class PolicyStream(ChunkStream):
         self.statistics.beyond_decode.append(latency - self._fresh.decode_s)
         self._fresh = None
 
-    def _ask(self, plan: Plan, now: float) -> bool:
-        """Send the newest observation to the policy; False if it cannot be sent."""
+    def _request(self, plan: Plan, now: float) -> bool:
+        """Send a request with the newest observation; False if it cannot be sent."""
         try:
             observation = self._observations.snapshot(self._motion)
         except ObservationError:  # the objection of the next tick says what is wrong
             return False
         taken = self._observations.image_stamp
         deadline = None if plan.deadline_s is None else plan.deadline_s * self.pace
-        work = plan.previous, plan.shift_steps, plan.frozen_steps, deadline
         request = Request(
-            plan.id, observation, self.instruction, *work, stream=plan.deadline_s is None
+            plan.id,
+            observation,
+            self.instruction,
+            plan.previous,
+            plan.shift_steps,
+            plan.frozen_steps,
+            deadline,
+            stream=plan.deadline_s is None,
         )
         if not self._worker.submit(request):
             return False
-        self._told = self.instruction
-        self._asked[plan.id] = _Asked(plan, math.nan if taken is None else taken, now)
+        self._requested_instruction = self.instruction
+        self._requests[plan.id] = _SentRequest(plan, math.nan if taken is None else taken, now)
         return True
 
-    def _look_again(self) -> None:
-        """Have images decoded that may end a camera's fault."""
+    def _check_suspects(self) -> None:
+        """Have images decoded that may end a camera's fault; their answer has the id `LOOK`."""
         suspects = self._observations.suspects() if self._worker.idle else {}
         if suspects:
             self._worker.submit(Request(LOOK, suspects, ""))
@@ -241,7 +315,7 @@ class PolicyStream(ChunkStream):
         self.cancel(response.id)
         if response.code != BAD_INSTRUCTION:
             self.failure = response.code
-        elif self._told == self.instruction:
+        elif self._requested_instruction == self.instruction:
             self._refusal = response.error
         self._retry_at = now + min(_FIRST_RETRY * 2**self._failures, _LAST_RETRY)
         self._failures = min(self._failures + 1, 10)

@@ -26,9 +26,8 @@ from ceed_vla.ros_nodes.robot.texts import short
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 _LARGEST_KEPT = 2**25  # blocks; the most that glibc takes [B]
 _MOST_KEPT = 2**28  # of free memory [B]
-_POLL = (
-    0.2  # longest time between a signal and the end of the loop, without any message or timer [s]
-)
+# longest time between a signal and the end of the loop, without any message or timer [s]
+_POLL = 0.2
 
 
 def raise_priority(priority: int, *, only_this_thread: bool, second: int | None = None) -> str:

@@ -1,7 +1,7 @@
 """The time line of commands: ticks at a fixed rate, steps of so many ticks, moved so that images
 come just in time.
 
-Free of ROS and of clocks: times are given.
+Free of ROS and of clocks: times are given. `PolicyStream` owns the grid; others only read it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from ceed_vla.errors import ConfigError
 
 SLEW = 0.02  # largest change of the time between two ticks, in periods
 UNSURE = 0.0015  # images that are expected to come with less slack than this are not waited for [s]
-_SLACK = 0.004  # wanted between the arrival of images and the last moment to ask with them [s]
+_SLACK = 0.004  # wanted between the arrival of images and the last moment to use them [s]
 _LATE = 0.004  # how far the grid is delayed when images are missed [s]
 _DEAD_BAND = 0.001  # deviation from `_SLACK` at which the grid stays [s]
-# what is learnt of a surprise; the largest drift [s] from one chunk to the next
-_GAIN = 0.5
-_FASTEST_DRIFT = 0.006
+_GAIN = 0.5  # share of a surprise that the drift takes over
+_FASTEST_DRIFT = 0.006  # from one chunk to the next [s]
 
 
 class StepGrid:
@@ -28,8 +27,8 @@ class StepGrid:
     they are.
 
     A step begins at the tick that is the last of the step before; its own ticks are 1 to
-    `ticks_per_step`. That may be no whole number (30 steps a second at 100 Hz): then it begins
-    between two ticks. A tick may be moved by `slew` periods; 0 where somebody else gives the ticks,
+    `ticks_per_step`. That need not be a whole number (30 steps a second at 100 Hz): then it begins
+    between two ticks. A tick may be moved by `slew` periods; 0 where the ticks come from elsewhere,
     such as /clock. `ConfigError`: A rate that is too low for the steps.
     """
 
@@ -44,12 +43,14 @@ class StepGrid:
         self.ticks_per_step = float(round(ticks)) if abs(ticks - round(ticks)) < 1e-6 else ticks
         self.nominal = 1.0 / rate  # time between two ticks [s]
         self.period = self.nominal  # until the next tick but one, nearly always the same [s]
-        self._rate, self._slew = rate, slew
+        self._rate = rate
+        self._slew = slew
         self._shift = 0.0  # how much earlier the ticks shall come [s]
         self._drift = 0.0  # of the cameras against the steps, from one chunk to the next [s]
         self._expected = math.nan  # what `align` is told next, unless cameras drift otherwise [s]
         self.images: deque[float] = deque(maxlen=9)  # when sets of new images were complete [s]
-        self._origin, self._tick = 0.0, 0  # time of tick 0 [s], the newest tick
+        self._origin = 0.0  # time of tick 0 [s]
+        self._tick = 0  # the newest tick
         self._first = 0.0  # tick at which the step that runs began
 
     def count(self, now: float, dt: float) -> None:
@@ -74,6 +75,11 @@ class StepGrid:
     def part(self) -> float:
         """Tick of the step that runs."""
         return self._tick - self._first
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the step that runs should have ended before this tick."""
+        return self.part > self.ticks_per_step + 1e-6
 
     @property
     def at_end(self) -> bool:
@@ -115,7 +121,7 @@ class StepGrid:
         return 1.1 / self._rate
 
     def delay(self) -> None:
-        """Move the grid back: what could be waited for is over, and the images that were expected
+        """Move the grid back: the request could wait no longer, and the images that were expected
         have not come.
         """
         if self._slew and len(self.images) > 1:

@@ -59,11 +59,13 @@ class Streaming:
         self._told = told
         self._dry = node.get_parameter("dry_run").value
         self._simulated = node.get_parameter("use_sim_time").value
-        interface, gripper = setup.interface, setup.robot.gripper
+        interface = setup.interface
+        gripper = setup.robot.gripper
         topic = "~/preview_command" if self._dry else interface.topic
         self._commands = node.create_publisher(interface.message_type, topic, COMMAND)
         self._publishers = [self._commands]
-        self._planned, self._shown = None, 0
+        self._planned = None
+        self._shown = 0  # the chunk that ~/planned had last
         if self._dry:
             self._planned = node.create_publisher(JointTrajectory, "~/planned", COMMAND)
             self._publishers.append(self._planned)
@@ -107,7 +109,8 @@ class Streaming:
         chunk, _ = controller.stream.upcoming
         if chunk in (0, self._shown) or self._planned is None or controller.stream.partial:
             return
-        self._shown, dt = chunk, controller.grid.action_dt
+        self._shown = chunk
+        dt = controller.grid.action_dt
         message = JointTrajectory(joint_names=[*self._setup.arm.joints, "gripper"])
         message.header.stamp = self._node.get_clock().now().to_msg()
         for index, (joints, opening) in enumerate(controller.planned()):
@@ -138,19 +141,23 @@ class Streaming:
             self._gripped = opening, now
 
     def _look_for_others(self) -> None:
-        """Two commanders would pull the arm to and fro: then nothing is sent. And how fast
+        """Two commanders would pull the arm to and fro: then nothing is sent. Also measure how fast
         simulated time runs.
         """
-        (wall, time_then), self._paced = self._paced, (time.monotonic(), self.now())
-        if (
-            self._simulated
-            and time_then > 0.0
-            and 0.02 < (passed := self._paced[1] - time_then) < 20.0
-        ):
-            self._setup.controller.stream.pace = (self._paced[0] - wall) / passed
+        self._measure_pace()
         self._setup.controller.note_conflict(self._other_commanders() or self._other_drivers())
         if self._simulated:
             self._setup.controller.watch_ticks(time.monotonic() - self._ticked)
+
+    def _measure_pace(self) -> None:
+        """How many real seconds a second of the step grid takes."""
+        wall_before, before = self._paced
+        wall = time.monotonic()
+        now = self.now()
+        self._paced = wall, now
+        passed = now - before
+        if self._simulated and before > 0.0 and 0.02 < passed < 20.0:
+            self._setup.controller.stream.pace = (wall - wall_before) / passed
 
     def _other_commanders(self) -> str | None:
         """Which nodes publish on a command topic of this node too."""

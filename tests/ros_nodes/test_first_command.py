@@ -96,9 +96,8 @@ class Driver:
         self.world, self.names = world, names
         self.number = 0
         self.due = world.now + offset
-        self.wrong: np.ndarray | None = (
-            None  # what it publishes instead of the arm's pose (7,) [rad]
-        )
+        # what it publishes instead of the arm's pose (7,) [rad]
+        self.wrong: np.ndarray | None = None
 
     def publish(self) -> None:
         self.due += PERIOD

@@ -48,9 +48,8 @@ class ActionInterface(ABC):
 
     message_type: ClassVar[Any]
     needs_model: ClassVar[bool] = False  # it cannot do without `CommandedArm.model`
-    commands_joints: ClassVar[bool] = (
-        True  # False if only the TCP is commanded: the arm's posture may be another
-    )
+    # False if only the TCP is commanded: the arm's posture may be another
+    commands_joints: ClassVar[bool] = True
 
     def __init__(self, settings: Fields) -> None:
         self.topic = settings.topic("topic")

@@ -281,8 +281,9 @@ def test_a_second_publisher_of_the_same_joints_is_a_conflict_and_one_of_others_i
         answer = bench.graph.call("/policy/enable", SetBool, SetBool.Request(data=True))
         assert not answer.success
         assert answer.message.startswith("conflict")
-        sent = np.array([command for _, command in bench.commands[since:]])
-        assert np.abs(sent - true).max() < 0.6  # it moved on until then, but not towards zero
+        # If it moved on until then, not towards zero.
+        for _, command in bench.commands[since:]:
+            assert np.abs(np.array(command) - true).max() < 0.6
     finally:
         node.destroy_timer(timer)
         node.destroy_publisher(other)

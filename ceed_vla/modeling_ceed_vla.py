@@ -240,9 +240,9 @@ class CeedVLAPolicy(PreTrainedPolicy):
                 is ready.
             read: Turn the tokens into actions; without it malformed chunks of variable length are
                 no error.
-            on_proven: See `BlockRequest`; of "ar" and "jacobi", exits included.
+            on_proven: See `BlockRequest`.
             deadline_s: Time for the block behind the prefill, beside a deadline of the decoding
-                [s].
+                [s]; of Jacobi decodings.
 
         Returns:
             Tokens (B, n), actions (B, m, A) in the environment's units, forwards, iterations, exit
@@ -265,6 +265,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
             raise ConfigError(
                 f"executed_steps is {short(executed_steps)}; it must be in [1, {longest}]."
             )
+        if deadline_s is not None and not deadline_s > 0:
+            raise ConfigError(f"deadline_s is {deadline_s}; it must be positive.")
         started = time.perf_counter()
         with runs(self.backbone):
             prefix = prefill(self.backbone, batch, config)

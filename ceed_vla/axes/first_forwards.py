@@ -35,6 +35,7 @@ def first_then_jacobi(
     Raises:
         ConfigError: A cap that leaves no full forward; and as `decode_jacobi`.
     """
+    request = request.begun()
     count = len(forwards)
     cap = request.config.max_iterations
     if cap is not None and cap <= count:

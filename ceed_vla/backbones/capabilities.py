@@ -57,7 +57,7 @@ class HasExits(Protocol):
     """Modules may read the hidden vectors behind some layers.
 
     Attributes:
-        exits: Depth -> what reads it (`Exit`). They are no part of the model's weights.
+        exits: Depth -> the module that reads it. They are no part of the model's weights.
     """
 
     exits: Mapping[int, Any]
@@ -177,5 +177,9 @@ def require[C](model: object, capability: type[C], purpose: str) -> C:
 
 
 def _missing(model: object, capability: type) -> list[str]:
+    """What a model lacks of a capability; one that wraps another offers what both have."""
     names = [*getattr(capability, "__annotations__", ()), *vars(capability)]
-    return [name for name in names if not name.startswith("_") and not hasattr(model, name)]
+    public = [name for name in names if not name.startswith("_")]
+    inner = vars(model).get("backbone") if capability is not Compiled else None
+    parts = [model] if inner is None else [model, inner]
+    return [name for name in public if not all(hasattr(part, name) for part in parts)]

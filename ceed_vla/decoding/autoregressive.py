@@ -12,6 +12,7 @@ from ceed_vla.decoding.host import check_rows, row_sums
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
+from ceed_vla.errors import ConfigError
 
 
 @register_decoder("ar", "ar", "token by token; ar_h: the executed steps")
@@ -28,9 +29,13 @@ def decode_autoregressive(
 
     Raises:
         TokenError: No guess where one is needed, or a guess or frozen tokens that do not fit.
-        ConfigError: More executed steps than the block has.
+        ConfigError: More executed steps than the block has, or a deadline.
         NotFiniteError: Scores of a row are NaN or infinite.
     """
+    if request.deadline_s is not None:
+        raise ConfigError(
+            "Token by token, nothing ends early: leave out deadline_s, or use jacobi."
+        )
     stop = request.stop
     n = backbone.block_length
     tokens, given, wanted = request.begin(backbone, prefix, guessed=False)  # (B, n)

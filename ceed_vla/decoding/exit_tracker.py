@@ -42,7 +42,8 @@ class ExitTracker:
         self.watched = watched
         self.given = given
         self.rules = _rules_of(request)
-        self.last = request.started  # when the iteration before ended [s]
+        self.last = request.clock()  # when the iteration before ended [s]
+        self.started = self.last if request.started is None else request.started
         # By rule, (B, M - given) of the watched slots that are free; None for nothing.
         self.kept = [self._first(rule, logits, tokens[:, :1]) for rule in self.rules]
 
@@ -82,7 +83,7 @@ class ExitTracker:
             if kept is not None:
                 kept[:, first - self.given :] = next(values)
         now = self.request.clock()
-        elapsed = now - self.request.started
+        elapsed = now - self.started
         last = now - self.last
         self.last = now
 

@@ -42,6 +42,7 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         ConfigError: Executed steps or exit rules that do not fit the block.
         NotFiniteError: Scores of a running row are NaN or infinite.
     """
+    request = request.begun()
     block = JacobiBlock(backbone, prefix, request)  # y(0), the guess
     rows = block.rows
     exits = ExitTracker(

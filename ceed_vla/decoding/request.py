@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -40,11 +40,12 @@ class BlockRequest:
         readable: Which rows (B,) of tokens (B, n) decode to a chunk; None for all.
         record_states: Keep every state.
         on_proven: Called while decoding goes on with the tokens (B, n), the leading tokens that
-            are proven in every row, and the forwards so far. Proven tokens no longer change.
+            are proven in every row, and the forwards so far. Proven tokens no longer change. AR,
+            Jacobi decoding and drafts call it.
         deadline_s: Time for this block, counted as the deadline of `config`, beside that [s].
         forwards_before: Forwards that ran before, which a cap counts too.
         clock: Time [s], for deadlines.
-        started: When decoding began [s].
+        started: When decoding began [s]; None before (`begun`).
     """
 
     config: DecodingConfig = field(default_factory=DecodingConfig)
@@ -61,11 +62,11 @@ class BlockRequest:
     deadline_s: float | None = None
     forwards_before: int = 0
     clock: Callable[[], float] = time.perf_counter
-    started: float = -1.0
+    started: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.started < 0:
-            object.__setattr__(self, "started", self.clock())
+    def begun(self) -> BlockRequest:
+        """This request, whose time runs from now on if it does not yet."""
+        return replace(self, started=self.clock()) if self.started is None else self
 
     @property
     def options(self) -> Any:
@@ -161,7 +162,8 @@ class BlockRequest:
     def refuse_jacobi_settings(self) -> None:
         """Raise `ConfigError` for settings of Jacobi decoding, which others would ignore."""
         config = self.config
-        if config.relaxations or config.tail == "fresh" or config.window:
+        relaxed = config.relaxations or self.deadline_s is not None
+        if relaxed or config.tail == "fresh" or config.window:
             raise ConfigError(
                 f"The decoder {config.method} has no exits, fresh tail or window, which are "
                 "settings of jacobi; leave them out."

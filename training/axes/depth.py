@@ -92,6 +92,7 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
     policy.requires_grad_(False)
     if policy.backbone.exits:
         policy.config.forget()
+    require(policy.backbone, TrainsDepths, "exits")
     policy.backbone.exits = made = make_exits(policy.backbone, config.layers, config.kind)
     if any(p.dtype != torch.float32 for own in made.values() for p in own.parameters()):
         raise ConfigError(

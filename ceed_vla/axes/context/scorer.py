@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ceed_vla.errors import CheckpointError
+from ceed_vla.backbones.capabilities import ChoosesPrefix, require
+from ceed_vla.errors import CheckpointError, raised_as
 from ceed_vla.files import regular
 from ceed_vla.folders import CONTEXT as CONTEXT
 from ceed_vla.weights import copy_weights, opened
@@ -78,7 +79,11 @@ def load_context(backbone: Any, folder: Path) -> None:
             f"{file} scores places of shape {tuple(places)}; a scorer has one number for every "
             "token that may go. Copy the checkpoint again."
         )
-    scorer = ContextScorer(backbone.exit_parts()[2], places[0])
+    with raised_as(
+        CheckpointError, f"{file} does not belong to this model", "copy it again.", passing=()
+    ):
+        width = require(backbone, ChoosesPrefix, CONTEXT).exit_parts()[2]
+    scorer = ContextScorer(width, places[0])
     missing, unknown = copy_weights(scorer, [file])
     if wrong := [*missing, *unknown]:
         raise CheckpointError(f"{file} does not belong to this model: {', '.join(wrong)}.")

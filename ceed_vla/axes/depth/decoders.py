@@ -171,6 +171,7 @@ def _first_or_more(
     reason: str,
 ) -> DecodeResult:
     """A forward of the deepest of `depths`, then Jacobi decoding for rows that it does not end."""
+    request = request.begun()
     depth = depths[-1]
     _check_layers(backbone, request, depths[0], depth)
     if request.tokens_per_step is None or not request.ordered or request.record_states:

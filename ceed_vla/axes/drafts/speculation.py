@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ceed_vla.axes.drafts.verification import Drafter, decode_drafts
+from ceed_vla.axes.drafts.verification import Drafter, check_drafts, decode_drafts
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.backbones.capabilities import ComparesDepths, HasExits, ReadsDepths, require
 from ceed_vla.decoding.registry import Options, register_decoder
@@ -124,6 +124,7 @@ def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> Dec
     Raises:
         ConfigError: A backbone without exits to choose from; and as `decode_drafts`.
     """
+    check_drafts(request)
     exits = require(backbone, HasExits, "del").exits
     depths = [depth for depth, own in exits.items() if own.layer is None]
     if not depths:

@@ -59,7 +59,7 @@ def decode_drafts(
         ConfigError: Tokens of variable length, or settings that only Jacobi decoding has.
         NotFiniteError: Scores of a running row are NaN or infinite.
     """
-    _check(request, near)
+    check_drafts(request, near)
     block = DraftedBlock(backbone, prefix, request, drafter)
     rows = block.rows
     observers, recorder = request.observers(block.tokens)
@@ -85,7 +85,7 @@ def decode_drafts(
         block.tell(drafter, fresh, others, known, span)
         rows.end_proven(block.watched, block.forwards)
         for observe in observers:
-            observe(block.tokens, rows.exact, block.forwards)
+            observe(block.tokens, np.minimum(rows.exact, near_tokens.exact), block.forwards)
         if rows.running.any():
             prefix.cache.commit(rows.proven - 1 - prefix.cache.committed)
     states = recorder.states if recorder else None
@@ -95,7 +95,7 @@ def decode_drafts(
     return result
 
 
-def _check(request: BlockRequest, near: int) -> None:
+def check_drafts(request: BlockRequest, near: int = 0) -> None:
     """Raise `ConfigError` for a request that drafts cannot serve."""
     if request.stop is not None or request.tokens_per_step is None:
         raise ConfigError(

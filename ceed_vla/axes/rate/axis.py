@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ class CoarseExit(LinearExit):
 
     kind = "coarse"
 
-    def __init__(self, norm: nn.Module, width: int, branch: CoarseBranch) -> None:
+    def __init__(
+        self, norm: nn.Module, width: int, make_branch: Callable[[], CoarseBranch]
+    ) -> None:
         super().__init__(norm, width)
-        self.branch = branch.to(next(norm.parameters()))
+        self.branch = make_branch().to(next(norm.parameters()))
 
     def check(self, committed: int) -> None:
         super(LinearExit, self).check(committed)  # the branch reads whole steps
@@ -53,8 +55,8 @@ def make_coarse(
             "linear."
         )
     inner = max(width // 2, 1)
-    branch = CoarseBranch(maker.new_layer(inner), inner, width, maker.tokens_per_step)
-    return CoarseExit(norm, width, branch)
+    step = maker.tokens_per_step
+    return CoarseExit(norm, width, lambda: CoarseBranch(maker.new_layer(inner), inner, width, step))
 
 
 KINDS["coarse"] = make_coarse

@@ -94,6 +94,21 @@ def ratio(mine: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
     return float(np.median(mine) / np.median(other)), float(low), float(high)
 
 
+def in_turns(
+    pair: dict[int, Checkout], decoder: str, chunks: int, count: int
+) -> list[tuple[float, float]]:
+    """Seconds of this and of the other checkout, for each of `chunks` chunks."""
+    seconds = []
+    for chunk in range(-WARM_UP, chunks):
+        order = (0, 1) if chunk % 2 else (1, 0)
+        found = {which: pair[which].decode(chunk % count, decoder) for which in order}
+        if found[0][1] != found[1][1]:
+            raise SystemExit(f"{decoder}: other tokens for observation {chunk % count}.")
+        if chunk >= 0:
+            seconds.append((found[0][0], found[1][0]))
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("other", type=Path, help="folder of the other checkout")
@@ -102,17 +117,15 @@ def main() -> None:
     options = parser.parse_args()
     with zipfile.ZipFile(RECORDED) as archive:
         count = len(np.load(io.BytesIO(archive.read("decoded.npz")))["state"])
-    pair = [Checkout(ROOT), Checkout(options.other)]
+    # Which process was started first matters by some percent; so each half begins with another.
+    folders = [ROOT, options.other]
+    starts = [{which: Checkout(folders[which]) for which in order} for order in ((0, 1), (1, 0))]
     print("| decoder | this p50 [ms] | other p50 [ms] | ratio [95 %] |\n|---|---|---|---|")
     for decoder in options.decoders.split(","):
-        times = np.zeros((2, options.chunks))
-        for chunk in range(-WARM_UP, options.chunks):
-            order = (0, 1) if chunk % 2 else (1, 0)
-            found = {which: pair[which].decode(chunk % count, decoder) for which in order}
-            if found[0][1] != found[1][1]:
-                raise SystemExit(f"{decoder}: other tokens for observation {chunk % count}.")
-            if chunk >= 0:
-                times[:, chunk] = found[0][0], found[1][0]
+        rows: list[tuple[float, float]] = []
+        for pair in starts:
+            rows += in_turns(pair, decoder, -(-options.chunks // 2), count)
+        times = np.array(rows).T  # (2, N)
         middle, low, high = ratio(times[0], times[1])
         mine, other = 1000 * np.median(times, axis=1)
         print(

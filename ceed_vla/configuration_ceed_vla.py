@@ -17,7 +17,7 @@ import ceed_vla.backbones.openvla.config
 import ceed_vla.backbones.pi0_fast.config
 import ceed_vla.backbones.vlm.config
 import ceed_vla.tokens.fast
-import ceed_vla.tokens.openvla  # noqa: F401
+import ceed_vla.tokens.openvla  # noqa: F401  (these register what they have)
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, read_values

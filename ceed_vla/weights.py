@@ -84,7 +84,8 @@ def check_sizes(files: Sequence[Path], layers: int, numbers: int) -> None:
     shapes = []
     for file in files:
         with opened(file) as tensors:
-            shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+            names = tensors.keys()
+            shapes += [tensors.get_slice(name).get_shape() for name in names]
     held = sum(math.prod(shape) for shape in shapes)
     if layers > len(shapes) or numbers > held:
         raise CheckpointError(
@@ -191,7 +192,7 @@ def check_floating(files: Sequence[Path]) -> None:
     """Refuse weights of whole numbers, which a loader would convert without a word."""
     for file in files:
         with opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
+            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
                 if (
                     name.endswith((".weight", ".bias"))
                     and (kind := tensors.get_slice(name).get_dtype()) not in _FLOATS

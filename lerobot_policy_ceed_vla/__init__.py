@@ -17,7 +17,7 @@ from ceed_vla.errors import CeedVLAError, CheckpointError, root_cause
 from ceed_vla.files import read_json
 
 if importlib.util.find_spec("mujoco") is not None:
-    import ceed_vla.sim.tabletop.lerobot_env  # noqa: F401
+    import ceed_vla.sim.tabletop.lerobot_env  # noqa: F401  (registers the environments)
 
 
 def _is_ours(values: dict[str, Any]) -> bool:

@@ -1,9 +1,8 @@
-"""Environments are LeRobot's `EnvConfig`s; what one may offer beside that is listed here, and found
-by its name.
+"""Environments are LeRobot's `EnvConfig`s; what one may offer beside that is listed here.
 
 Whatever LeRobot or a discovered package registers can be evaluated and shown: observations as
 LeRobot reads them (``pixels``, ``agent_pos``), success from ``info["is_success"]``, a boolean. All
-else is optional.
+else is optional and found by its name.
 
 On the configuration:
 
@@ -25,8 +24,7 @@ On the unwrapped environment:
     observe(), advance(action), is_success()     a step that renders on demand; all three or none
     snapshot() -> Any, restore(snapshot)      the whole state; for `reinforce`, with these three
 
-With the task "mixed" the environment draws a task at every reset; recordings take turns all the
-same.
+With the task "mixed" the environment draws a task at every reset; recordings take turns.
 """
 
 from __future__ import annotations
@@ -420,12 +418,14 @@ def joined(bundle: Bundle, config: EnvConfig) -> Bundle:
     check_features(policy.config, config)
     before, after = config.get_env_processors()
     if before.steps:
-        own_pre = pre
-        pre = lambda batch: own_pre(before(batch))  # noqa: E731
+        pre = partial(_chained, before, pre)
     if after.steps:
-        own_post = post
-        post = lambda actions: after({ACTION: own_post(actions)})[ACTION]  # noqa: E731
+        post = partial(_chained, post, lambda actions: after({ACTION: actions})[ACTION])
     return policy, pre, post
+
+
+def _chained(first: Any, second: Any, value: Any) -> Any:
+    return second(first(value))
 
 
 def check_features(policy: Any, config: EnvConfig) -> None:

@@ -5,6 +5,7 @@ run end to end.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from benchmarks import shapes
 from benchmarks.models.trunk import SHAPES, CompactTrunk, Trunk
 from ceed_vla.compiled.engine import compiled
 
+ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {
     **SHAPES["openvla-0.3b"],
     "hidden_size": 32,
@@ -80,3 +82,12 @@ def test_a_run_writes_times_and_ratios(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert found["parameters"] == sum(
         p.numel() for p in Trunk(LLAMA, 56, torch.float32).parameters()
     )
+
+
+def test_it_needs_no_lerobot() -> None:
+    """A bare machine with a GPU has torch, transformers and draccus."""
+    script = "import sys; sys.modules['lerobot'] = None; import benchmarks.shapes"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert not done.returncode, done.stderr

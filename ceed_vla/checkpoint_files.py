@@ -82,8 +82,8 @@ def check_kinds(values: Any, read: Any, name: str = "it") -> None:
 
 
 def _check_packages(folder: Path, packages: object) -> None:
-    """Refuse a checkpoint of packages that nobody has named: it does not get them imported by
-    itself.
+    """Refuse a checkpoint that needs packages which are not imported: a checkpoint never imports
+    one by itself.
     """
     names = packages if isinstance(packages, list) else [packages]
     missing = [

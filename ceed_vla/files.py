@@ -1,5 +1,4 @@
-"""Files that others wrote and files that we write: the first are not believed, the second never
-half written.
+"""Reading and writing files: untrusted input is validated, output is written atomically.
 
 Names that a file gives (of cameras, shards, states) are plain names, so that what they lead to
 stays in its folder.

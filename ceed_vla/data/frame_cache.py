@@ -64,7 +64,7 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
         foreign = cache.is_dir() and not (cache / COMPLETE).is_file()
         if foreign and any(not file.name.startswith(".") for file in cache.iterdir()):
             raise DatasetError(
-                f"{cache} has no {COMPLETE}, so its files are no images of ours; move them."
+                f"{cache} has no {COMPLETE}, so this package did not write its files; move them."
             )
         if (maps := _decoded_before(root, sources, shapes)) is None:
             with _alone(root) as locked:

@@ -38,7 +38,7 @@ class DecodeResult:
             - "gap", "agreement", "few_changes", and what exit rules of other packages say.
         exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR (behind a
             frozen prefix: to its greedy continuation), at least 1, but where not all layers saw the
-            prefix. Those behind may agree too, nobody checked. "Proven" is up to floating-point
+            prefix. Those behind are unchecked. "Proven" is up to floating-point
             ties, and for causal backbones.
         exact: (B,) bool on the CPU, ``exact_tokens == n``.
         states: With ``record_states`` the states y(0), y(1), ..., each (B, n); y(0) is the guess

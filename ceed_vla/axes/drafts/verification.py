@@ -191,7 +191,7 @@ class NearTokens:
         apart = np.abs(fresh - old)
         close = (apart > 0) & (apart <= self.near) & self.loose[span.first : span.end]
         close &= rows.running[:, None]
-        close[:, -1] &= rows.exact > span.end - 1  # nobody drafted the last one
+        close[:, -1] &= rows.exact > span.end - 1  # the last slot holds no draft
         return close
 
     def keep(self, close: np.ndarray, span: Span, rows: Rows) -> None:

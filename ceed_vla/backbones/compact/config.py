@@ -29,7 +29,7 @@ class CompactConfig(BackboneConfig):
         max_instruction_words: Longest instruction [words].
         words: Rows of the word embedding (padding and unknown included).
         known_words: Words of the instructions that were trained on; written with the vocabulary, 0
-            where nobody did.
+            where it is unknown.
         width: Model width ``d``.
         layers: Decoder layers.
         heads: Attention heads.

@@ -218,10 +218,11 @@ class CeedVLAPolicy(PreTrainedPolicy):
         record_states: bool = False,
         shift_steps: int | None = None,
         executed_steps: int | None = None,
-        frozen: Tensor | None = None,
+        frozen_steps: int = 0,
         read: bool = True,
         on_proven: Callable[[Tensor, int, int], None] | None = None,
         deadline_s: float | None = None,
+        frozen: None = None,
     ) -> DecodeResult:
         """Decode one action chunk for every row of a pre-processed batch. Keeps no state.
 
@@ -236,13 +237,14 @@ class CeedVLAPolicy(PreTrainedPolicy):
                 None.
             executed_steps: Steps of this chunk executed before the next; None:
                 ``config.n_action_steps``.
-            frozen: Tokens (B, f) of the first ``k`` steps, which stay: they are executed before it
-                is ready.
+            frozen_steps: Steps of this chunk that stay what they are in `previous` behind
+                `shift_steps`, because the robot executes them before this chunk is ready.
             read: Turn the tokens into actions; without it malformed chunks of variable length are
                 no error.
             on_proven: See `BlockRequest`.
             deadline_s: Time for the block behind the prefill, beside a deadline of the decoding
                 [s]; of Jacobi decodings.
+            frozen: Removed, refused with the name of its successor.
 
         Returns:
             Tokens (B, n), actions (B, m, A) in the environment's units, forwards, iterations, exit
@@ -251,10 +253,15 @@ class CeedVLAPolicy(PreTrainedPolicy):
         Raises:
             ConfigError: Unknown decoding.
             ObservationError: A feature is missing or has another shape.
-            TokenError: A previous chunk or frozen tokens that do not fit.
+            TokenError: A previous chunk that does not fit, or lacks the frozen steps.
             MalformedChunkError: Tokens of variable length that stand for no chunk.
             NotFiniteError: The model's scores are NaN or infinite.
         """
+        if frozen is not None:
+            raise ConfigError(
+                "decode(frozen=tokens) was removed. Pass the chunk before as previous, its "
+                "executed steps as shift_steps, and the number of steps that stay as frozen_steps."
+            )
         self.check_observation(batch)
         config = self.decoding_config(decoding)
         usual = self.config.n_action_steps
@@ -279,7 +286,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
                 previous=previous,
                 shift_steps=shift_steps,
                 executed_steps=executed_steps,
-                frozen=frozen,
+                frozen_steps=frozen_steps,
                 generator=generator,
                 record_states=record_states,
                 on_proven=on_proven,
@@ -335,11 +342,11 @@ class CeedVLAPolicy(PreTrainedPolicy):
         rows = self.check_observation(batch)
         delay = 0 if inference_delay is None else inference_delay
         previous = self._previous
-        frozen = None
+        frozen_steps = 0
         shift = None
         executed = None
         if prev_chunk_left_over is not None:
-            previous, frozen = continuation(self.tokenizer, prev_chunk_left_over, delay, rows)
+            previous, frozen_steps = continuation(self.tokenizer, prev_chunk_left_over, delay, rows)
             shift = 0
             executed = min(max(self.config.n_action_steps, delay), self.config.chunk_size)
         elif previous is not None and previous.shape[0] != rows:
@@ -347,7 +354,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         result = decode_behind(
             self,
             batch,
-            frozen,
+            frozen_steps,
             executed,
             decoding=self.config.decode_with,
             previous=previous,

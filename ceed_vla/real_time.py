@@ -2,8 +2,10 @@
 next one.
 
 Flow policies are guided towards the left-over (arXiv 2506.07339); a causal one continues it
-exactly. Its first steps, which the robot executes while the next chunk is decoded, are frozen
-tokens; the others are a warm start.
+exactly. Its first steps, which the robot executes while the next chunk is decoded, are frozen;
+the others are a warm start. Everywhere the two are written as the chunk before (`previous`), the
+steps of it that were executed (`shift_steps`), and the number of steps behind these that stay
+(`frozen_steps`).
 
 A policy of increments plans its correction into the first steps of a chunk: behind frozen ones it
 would be lost, again with every chunk. So its chunk is decoded freely, and what the frozen steps
@@ -18,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.fields import short
@@ -28,7 +29,7 @@ from ceed_vla.tokens.base import ActionTokens
 
 def continuation(
     tokens: ActionTokens, left_over: Tensor, delay: int, rows: int
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, int]:
     """What the left-over of a chunk says about the next one, which is ready after the robot's next
     `delay` steps.
 
@@ -37,8 +38,8 @@ def continuation(
     a delay that is no number of steps, or tokens of variable length; `TokenError` for no actions,
     of another shape, or not finite.
 
-    Returns the chunk before, from the next step on, (B, n) with its last step repeated, and frozen
-    tokens (B, k * A); None where nothing is left or nothing must stay.
+    Returns the chunk before, from the next step on, (B, n) with its last step repeated, or None
+    where nothing is left; and how many of its first steps are frozen.
     """
     if type(delay) is not int or delay < 0:
         raise ConfigError(
@@ -67,46 +68,53 @@ def continuation(
     actions = actions[:, :m].expand(rows, -1, -1)
     given = (actions != 0).any(-1).any(0).nonzero()  # steps that are not filling
     if not len(given):
-        return None, None
+        return None, 0
     left = int(given[-1]) + 1
     last = actions[:, left - 1 : left].expand(-1, m - left, -1)
     chunk = tokens.encode(torch.cat([actions[:, :left], last], dim=1))  # (B, n)
-    frozen = min(delay, left, m - 1)
-    return chunk, chunk[:, : frozen * tokens.tokens_per_step] if frozen else None
+    return chunk, min(delay, left, m - 1)
 
 
 def decode_behind(
     policy: Any,
     batch: dict[str, Tensor],
-    frozen: Tensor | None,
+    frozen_steps: int = 0,
     executed_steps: int | None = None,
     **arguments: Any,
 ) -> DecodeResult:
-    """`CeedVLAPolicy.decode` of a chunk that begins with the frozen tokens (B, f) of k steps.
+    """`CeedVLAPolicy.decode` of a chunk that begins with frozen steps.
 
     They are continued greedily, or, where the policy's actions are increments
     (``config.delta_dims``), made up for: then no token behind them is the greedy one for certain.
     """
-    dims, tokens = policy.config.delta_dims, policy.tokenizer
-    if frozen is None or not dims:
-        return policy.decode(batch, frozen=frozen, executed_steps=executed_steps, **arguments)
+    dims = policy.config.delta_dims
+    tokens = policy.tokenizer
+    if not frozen_steps or not dims:
+        return policy.decode(
+            batch, frozen_steps=frozen_steps, executed_steps=executed_steps, **arguments
+        )
     if not isinstance(dims, list) or not all(
         type(dim) is int and 0 <= dim < tokens.action_dim for dim in dims
     ):
         raise ConfigError(
             f"delta_dims is {short(dims)}; they must be dimensions in [0, {tokens.action_dim - 1}]."
         )
-    width = tokens.tokens_per_step
-    given = BlockRequest(frozen=frozen, tokens_per_step=width).frozen_tokens(
-        policy.backbone, len(frozen)
-    )
-    behind = policy.config.n_action_steps if executed_steps is None else executed_steps
-    executed_steps = min(given // width + behind, tokens.chunk_steps)
+    n_action_steps = policy.config.n_action_steps
+    behind = n_action_steps if executed_steps is None else executed_steps
+    executed_steps = min(frozen_steps + behind, tokens.chunk_steps)
     result = policy.decode(batch, executed_steps=executed_steps, **arguments)
-    result.tokens = made_up(tokens, result.tokens, frozen.to(result.tokens), dims)
+    shift_steps = arguments.get("shift_steps")
+    running = tokens.with_frozen(
+        result.tokens,
+        arguments.get("previous"),
+        n_action_steps if shift_steps is None else shift_steps,
+        frozen_steps,
+    )
+    frozen = running[:, : frozen_steps * tokens.tokens_per_step]
+    result.tokens = made_up(tokens, result.tokens, frozen, dims)
     result.actions = tokens.decode(result.tokens)
     result.states = None
-    result.exact_tokens = torch.full_like(result.exact_tokens, given)
+    result.exact_tokens = torch.full_like(result.exact_tokens, frozen.shape[1])
     result.exact = torch.zeros_like(result.exact)
     return result
 

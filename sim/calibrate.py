@@ -112,10 +112,10 @@ class AuditedRunner(PolicyRunner):
 
     @torch.inference_mode()
     def decode(
-        self, observations: Any, instructions: Any, previous: Any, frozen: Any = ()
+        self, observations: Any, instructions: Any, previous: Any, frozen_steps: Any = ()
     ) -> list[Chunk]:
         """As `PolicyRunner.decode`; its chunks say whether they are off."""
-        chunks = super().decode(observations, instructions, previous, frozen)
+        chunks = super().decode(observations, instructions, previous, frozen_steps)
         own = torch.stack([chunk.tokens for chunk in chunks]).to(self.policy.config.device)
         batch = self.preprocessor(observation_batch(observations, instructions))
         steps = self.executed_steps

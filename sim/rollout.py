@@ -108,8 +108,8 @@ class PolicyRunner:
         executed_steps: Steps of a chunk that are executed before the next; the policy's own
             ``n_action_steps`` if None.
         delay: Steps that the robot takes while a chunk is decoded. The chunk before goes on
-            meanwhile, so its tokens of these steps begin the new one (`ceed_vla.real_time`); where
-            it ends, the robot holds.
+            meanwhile, so its next steps begin the new one (`ceed_vla.real_time`); where it ends,
+            the robot holds.
     """
 
     def __init__(
@@ -125,7 +125,6 @@ class PolicyRunner:
         self.delay = delay
         self.decoding = decoding
         self.generator = generator
-        self.shift: int | None = None  # of `previous`, where it is not the chunk before
 
     @torch.inference_mode()
     def decode(
@@ -133,20 +132,29 @@ class PolicyRunner:
         observations: Sequence[dict[str, Any]],
         instructions: Sequence[str],
         previous: Sequence[Tensor | None],
-        frozen: Sequence[Tensor] = (),
+        frozen_steps: Sequence[int] = (),
     ) -> list[Chunk]:
-        """A chunk for each of B observations and instructions; `previous`: tokens (n,) of the one
-        before, if any.
+        """A chunk for each of B observations and instructions.
 
-        `frozen` are the tokens (k * A,) that each chunk begins with, if any.
+        Args:
+            observations: What the environments show.
+            instructions: What to do in each.
+            previous: What each chunk starts from (`Episode.previous`), if anything.
+            frozen_steps: Steps of it that stay at the start of each chunk; none if empty.
         """
-        if len(lengths := {len(tokens) for tokens in frozen}) > 1:  # not all in one batch
+        counts = sorted(set(frozen_steps))
+        if len(counts) > 1:  # not all in one batch
             by_row: dict[int, Chunk] = {}
-            for length in lengths:
-                rows = [row for row, tokens in enumerate(frozen) if len(tokens) == length]
-                given: tuple[Sequence[Any], ...] = (observations, instructions, previous, frozen)
-                parts: list[Any] = [[values[row] for row in rows] for values in given]
-                by_row |= zip(rows, PolicyRunner.decode(self, *parts), strict=True)
+            for count in counts:
+                rows = [row for row, steps in enumerate(frozen_steps) if steps == count]
+                chunks = PolicyRunner.decode(
+                    self,
+                    [observations[row] for row in rows],
+                    [instructions[row] for row in rows],
+                    [previous[row] for row in rows],
+                    [count] * len(rows),
+                )
+                by_row |= zip(rows, chunks, strict=True)
             return [by_row[row] for row in range(len(observations))]
         batch = observation_batch(observations, instructions)
         if self.preprocessor is not None:
@@ -155,12 +163,12 @@ class PolicyRunner:
         result = decode_behind(
             self.policy,
             batch,
-            torch.stack(list(frozen)) if lengths - {0} else None,
+            counts[0] if counts else 0,
             every,
             decoding=self.decoding,
             previous=stack_previous(previous),
             generator=self.generator,
-            shift_steps=every if self.shift is None else self.shift,
+            shift_steps=0 if self.continues else every,
             read=False,
         )
         actions = self._actions(result.tokens)
@@ -187,6 +195,11 @@ class PolicyRunner:
                 )
             )
         return found
+
+    @property
+    def continues(self) -> bool:
+        """Whether a chunk begins with steps of the one before."""
+        return self.delay > 0 and tokens_per_step(self) > 0
 
     @property
     def alone(self) -> bool:
@@ -225,9 +238,10 @@ class Episode:
     env: Environment
     result: EpisodeResult  # what has come of it so far
     limit: int  # most control steps
-    previous: Tensor | None = None  # tokens (n,) of the chunk before; None at the start
-    # Its actions (k, A) that were not executed yet, and their tokens.
-    rest: tuple[Sequence[Any], Tensor] = ((), torch.empty(0, dtype=torch.int64))
+    # Tokens (n,) of the chunk before; None at the start. Where a chunk continues it, they begin at
+    # the next step of the robot, and the last step is repeated.
+    previous: Tensor | None = None
+    rest: Sequence[Any] = ()  # its actions (k, A) that were not executed yet
     actions: list[np.ndarray] = field(default_factory=list)  # executed so far, (A,) each
 
     @classmethod
@@ -248,7 +262,7 @@ class Replan:
 
     observation: Observation
     instruction: str
-    previous: Tensor | None  # tokens (n,) of the chunk before; None at the start
+    previous: Tensor | None  # `Episode.previous`
     chunk: Chunk
     step: int  # control steps done before this chunk
     # Camera images after each executed step, if they were asked for.
@@ -264,12 +278,15 @@ def replan(
     views.
     """
     observations = [episode.env.observe() for episode in episodes]
-    size = tokens_per_step(runner)
+    frozen_steps = [
+        0 if episode.previous is None else min(runner.delay, len(episode.rest))
+        for episode in episodes
+    ]
     chunks = runner.decode(
         observations,
         [episode.result.instruction for episode in episodes],
         [episode.previous for episode in episodes],
-        [episode.rest[1][: runner.delay * size] for episode in episodes] if runner.delay else (),
+        frozen_steps if runner.continues else (),
     )
     return [
         execute(runner, episode, observation, chunk, watch=watch)
@@ -297,17 +314,14 @@ def execute(
     # A chunk that cannot be read holds the arm still; so does one that ends before the next is
     # ready.
     fresh: Any = [None] * runner.executed_steps if chunk.actions is None else chunk.actions
-    before: list[Any] = [*episode.rest[0], *[None] * runner.delay][: runner.delay]
-    begin = min(runner.delay, len(episode.rest[0]))
+    before: list[Any] = [*episode.rest, *[None] * runner.delay][: runner.delay]
+    begin = min(runner.delay, len(episode.rest))
     end = begin + max(runner.executed_steps - runner.delay, 0)
-    size = tokens_per_step(runner)
-    # so many tokens fewer are behind the robot at the next observation
-    if held := (runner.delay - begin) * size:
-        episode.previous = torch.cat([chunk.tokens[:held], chunk.tokens])[: len(chunk.tokens)]
-    episode.rest = (
-        fresh[end:],
-        chunk.tokens[len(chunk.tokens) if chunk.actions is None else end * size :],
-    )
+    episode.rest = fresh[end:]
+    if episode.previous is not None and runner.continues:
+        size = tokens_per_step(runner)
+        repeated = chunk.tokens[-size:].repeat(end)
+        episode.previous = torch.cat([chunk.tokens[end * size :], repeated])
     for planned in [*before, *fresh[begin:end]][: episode.limit - result.steps]:
         action = env.hold_action() if planned is None else planned
         result.success = env.advance(action)

@@ -76,15 +76,14 @@ def test_a_decoder_and_an_exit_rule(plugins: Path, frozen_steps: int) -> None:
     batch = pre(
         {**observation, "observation.state": torch.rand(2, 14), "task": ["push the red cube"] * 2}
     )
-    frozen = torch.full((2, 7 * frozen_steps), 127) if frozen_steps else None
-    greedy = policy.decode(batch, "ar", frozen=frozen)
+    behind = {"previous": torch.full((2, 56), 127), "frozen_steps": frozen_steps}
+    greedy = policy.decode(batch, "ar", **behind)
     for name in ("verify", "verify_mid", "verify_random"):
-        assert torch.equal(policy.decode(batch, name, frozen=frozen).tokens, greedy.tokens), name
-    sure = policy.decode(batch, "margin0.000001_random", frozen=frozen)
+        assert torch.equal(policy.decode(batch, name, **behind).tokens, greedy.tokens), name
+    sure = policy.decode(batch, "margin0.000001_random", **behind)
     assert sure.exit_reason == ["margin"] * 2
     assert (
-        policy.decode(batch, "margin1_cap1_random", frozen=frozen).exit_reason
-        == ["max_iterations"] * 2
+        policy.decode(batch, "margin1_cap1_random", **behind).exit_reason == ["max_iterations"] * 2
     )
     assert named_config("margin0.5_mid", DecodingConfig()).exits == ("margin0.5",)
     policy.config.decode_with = "verify"

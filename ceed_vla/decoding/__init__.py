@@ -91,7 +91,7 @@ def decode_block(
     previous: Tensor | None = None,
     shift_steps: int = 0,
     executed_steps: int | None = None,
-    frozen: Tensor | None = None,
+    frozen_steps: int = 0,
     generator: torch.Generator | None = None,
     record_states: bool = False,
     on_proven: Callable[[Tensor, int, int], None] | None = None,
@@ -110,7 +110,8 @@ def decode_block(
         previous: Tokens (B, n) of the chunk before; rows of -1 have none.
         shift_steps: Steps of it that were executed since.
         executed_steps: See `BlockRequest`.
-        frozen: See `BlockRequest`.
+        frozen_steps: Steps ``k`` of the block that stay what they are in `previous` behind the
+            executed ones.
         generator: Source of random guesses; a new one from ``config.seed`` if None, so that equal
             calls give equal guesses.
         record_states: See `BlockRequest`.
@@ -120,7 +121,8 @@ def decode_block(
 
     Raises:
         ConfigError: Settings that do not fit the block.
-        TokenError: A previous chunk or frozen tokens that do not fit the block or the vocabulary.
+        TokenError: A previous chunk that does not fit the block or the vocabulary, or lacks the
+            frozen steps.
         NotFiniteError: The model's scores are NaN or infinite.
     """
     config = named_config(decoding)
@@ -128,10 +130,12 @@ def decode_block(
         backbone = GrammarBackbone(backbone, prefix, tokens.grammar)
         prefix = backbone.prefix
     guess = None
-    if config.method != "ar" or record_states or config.watch == "executed":
+    if config.method != "ar" or record_states or config.watch == "executed" or frozen_steps:
         if config.guess == "random" and generator is None:
             generator = torch.Generator().manual_seed(config.seed)
         guess = tokens.guess(config.guess, len(prefix.logits), previous, shift_steps, generator)
+        if frozen_steps:
+            guess = tokens.with_frozen(guess, previous, shift_steps, frozen_steps)
     elif previous is not None:  # token by token it is not read
         shape = (len(prefix.logits), tokens.block_length)
         check_tokens(previous, "The previous chunk", shape, tokens.vocabulary_size, none=True)
@@ -142,7 +146,7 @@ def decode_block(
         ordered=tokens.ordered,
         exact_dims=tokens.gripper_dims,
         executed_steps=executed_steps,
-        frozen=frozen,
+        frozen_steps=frozen_steps,
         stop=tokens.stop,
         readable=tokens.readable if tokens.stop is not None else None,
         record_states=record_states,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,27 +15,29 @@ from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.observers import Observer, ProvenStream, StateRecorder
 from ceed_vla.errors import ConfigError, TokenError
-from ceed_vla.tensors import check_tokens, is_plain
+from ceed_vla.fields import short
+from ceed_vla.tensors import check_tokens
 
 
 @dataclass(frozen=True)
 class BlockRequest:
     """One block to decode.
 
-    A robot that executes one chunk while the next is decoded will have consumed some steps of it by
-    then. Freezing them makes the rest of the next chunk a continuation of what really happens
-    ("real-time chunking"), exactly as a causal model defines it: the greedy continuation of the
-    frozen tokens.
+    A robot that executes one chunk while the next is decoded has consumed some steps of it by
+    then. If these steps begin the guess and are frozen, the rest of the next chunk continues what
+    the robot really does ("real-time chunking"), exactly as a causal model defines it: it is the
+    greedy continuation of the frozen tokens.
 
     Attributes:
         config: How to decode, and what ends decoding.
-        guess: (B, n) int64, the first state. Slot 0 is not read, as the prefix gives it. AR fills
-            up from it.
+        guess: (B, n) int64, the first state. Without frozen steps slot 0 is not read, as the
+            prefix gives it. AR fills up from it.
         tokens_per_step: Tokens of one control step; None where tokens belong to no step.
         ordered: Whether neighbouring tokens stand for neighbouring actions.
         exact_dims: Dimensions of a step that stay exact where others may be near.
         executed_steps: Steps ``h`` that are executed before the next replan; None for all.
-        frozen: (B, k * tokens_per_step) int64, tokens of the first ``k`` steps, which stay.
+        frozen_steps: Steps ``k`` at the start of the guess that stay as they are; fewer than the
+            block has.
         stop: Token that ends a row as soon as it is proven; None where every block is full.
         readable: Which rows (B,) of tokens (B, n) decode to a chunk; None for all.
         record_states: Keep every state.
@@ -54,7 +56,7 @@ class BlockRequest:
     ordered: bool = True
     exact_dims: tuple[int, ...] = ()
     executed_steps: int | None = None
-    frozen: Tensor | None = None
+    frozen_steps: int = 0
     stop: int | None = None
     readable: Callable[[Tensor], Tensor] | None = None
     record_states: bool = False
@@ -84,62 +86,60 @@ class BlockRequest:
             guessed: Whether the decoder needs a guess; without one, the state is 0.
 
         Returns:
-            The guess (B, n) on the prefix's device, with the frozen tokens in it, or else the
-            prefix's own first one; how many tokens are frozen; the end ``M`` of the watched slots.
+            The guess (B, n) on the prefix's device, which without frozen steps begins with the
+            token that the prefix gives; how many tokens are frozen; the end ``M`` of the watched
+            slots.
 
         Raises:
             TokenError: No guess where one is needed, or tokens that do not fit.
             ConfigError: Executed steps that do not fit the block.
         """
-        (rows, _), device, n = prefix.logits.shape, prefix.logits.device, backbone.block_length
-        given = self.frozen_tokens(backbone, rows)
-        watched = self.watched_tokens(n, given)
+        rows = len(prefix.logits)
+        device = prefix.logits.device
+        n = backbone.block_length
+        frozen = self.frozen_tokens(n)
+        watched = self.watched_tokens(n, frozen)
         if self.guess is not None:
             check_tokens(self.guess, "The guess", (rows, n), backbone.vocabulary_size)
             tokens = self.guess.to(device, torch.int64, copy=True)
-        elif guessed or watched < n:
+        elif guessed or frozen or watched < n:
             raise TokenError(
                 f"{self.config.method} does not decode all {n} tokens anew; pass a guess "
                 f"({rows}, {n})."
             )
         else:
             tokens = torch.zeros(rows, n, dtype=torch.int64, device=device)
-        if given:
-            tokens[:, :given] = cast("Tensor", self.frozen)
-        else:
+        if not frozen:
             tokens[:, 0] = prefix.logits.argmax(-1)
         prefix.cache.roll_back()
-        return tokens, given, watched
+        return tokens, frozen, watched
 
-    def frozen_tokens(self, backbone: Backbone, batch: int) -> int:
-        """How many tokens are frozen, after a check of them.
+    def frozen_tokens(self, block_length: int) -> int:
+        """How many tokens of a block of `block_length` are frozen.
 
         Raises:
-            ConfigError: Tokens belong to no step.
-            TokenError: The frozen tokens are no whole steps, or outside the vocabulary, or nothing
-                is left to decode.
+            ConfigError: Frozen steps where tokens belong to no step, or so many that nothing is
+                left to decode.
         """
-        frozen = self.frozen
-        n = backbone.block_length
-        if frozen is None:
+        frozen = self.frozen_steps
+        width = self.tokens_per_step
+        if not frozen:
             return 0
-        if self.tokens_per_step is None:
+        if width is None:
             raise ConfigError(
-                "Tokens of variable length belong to no step, so none can be frozen; pass no "
-                "frozen."
+                f"frozen_steps is {short(frozen)}; tokens of variable length belong to no step, so "
+                "none can be frozen. Leave it at 0."
             )
-        length = frozen.shape[1] if is_plain(frozen) and frozen.ndim == 2 else n
-        if length % self.tokens_per_step or length >= n:
-            found = f"{tuple(frozen.shape)}" if is_plain(frozen) else type(frozen).__name__
-            raise TokenError(
-                f"The frozen prefix is {found}; expected ({batch}, k * {self.tokens_per_step}) "
-                f"with fewer tokens than the block's {n}."
+        steps = block_length // width
+        if type(frozen) is not int or not 0 <= frozen < steps:
+            raise ConfigError(
+                f"frozen_steps is {short(frozen)}; it must be in [0, {steps - 1}], as a block has "
+                f"{steps} steps and one must be left to decode."
             )
-        check_tokens(frozen, "The frozen prefix", (batch, length), backbone.vocabulary_size)
-        return length
+        return frozen * width
 
-    def watched_tokens(self, block_length: int, given: int) -> int:
-        """End ``M`` of the slots that must be right: the `given` ones and those of the executed
+    def watched_tokens(self, block_length: int, frozen: int) -> int:
+        """End ``M`` of the slots that must be right: the `frozen` ones and those of the executed
         steps behind them.
 
         Raises:
@@ -157,7 +157,7 @@ class BlockRequest:
         steps = block_length // width
         if not 1 <= executed <= steps:
             raise ConfigError(f"executed_steps is {executed}; a block has {steps} steps.")
-        return min(given + executed * width, block_length)
+        return min(frozen + executed * width, block_length)
 
     def refuse_jacobi_settings(self) -> None:
         """Raise `ConfigError` for settings of Jacobi decoding, which others would ignore."""

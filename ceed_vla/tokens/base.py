@@ -146,6 +146,38 @@ class ActionTokens(abc.ABC):
         """Random tokens (B, n)."""
         return torch.randint(self.vocabulary_size, (rows, self.block_length), generator=generator)
 
+    def with_frozen(
+        self, guess: Tensor, previous: Tensor | None, shift_steps: int, frozen_steps: int
+    ) -> Tensor:
+        """`guess` (B, n) with the steps of `previous` (B, n) behind its first `shift_steps` as its
+        own first `frozen_steps`.
+
+        `ConfigError` where tokens belong to no step, `TokenError` where `previous` lacks these
+        steps.
+        """
+        width = self.tokens_per_step
+        if width is None:
+            raise ConfigError(
+                f"frozen_steps is {short(frozen_steps)}; tokens of variable length belong to no "
+                "step, so none can be frozen. Leave it at 0."
+            )
+        most = min(self.chunk_steps - shift_steps, self.chunk_steps - 1)
+        if type(frozen_steps) is not int or not 0 <= frozen_steps <= most:
+            raise TokenError(
+                f"frozen_steps is {short(frozen_steps)}; it must be in [0, {most}]: the steps of "
+                f"the previous chunk behind the {shift_steps} executed ones, and one step less "
+                "than a chunk."
+            )
+        if previous is None or bool((previous[:, 0] < 0).any()):
+            raise TokenError(
+                f"frozen_steps is {frozen_steps}, but there is no previous chunk whose steps could "
+                "stay in every row. Pass it as previous, or freeze none."
+            )
+        start = shift_steps * width
+        end = start + frozen_steps * width
+        kept = previous[:, start:end].to(guess)  # (B, k * width)
+        return torch.cat([kept, guess[:, end - start :]], dim=1)
+
     def shifted(self, previous: Tensor, mid: Tensor, steps: int) -> Tensor:
         """`previous` (B, n) without its first `steps`, its last step repeated; `mid` (B, n) in rows
         of -1.

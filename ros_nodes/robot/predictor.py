@@ -201,7 +201,6 @@ class Predictor:
         arguments: dict[str, Any] = {
             "decoding": self._decoding,
             "executed_steps": steps,
-            "frozen": None,
         }
         if deadline is not None and self._decoding.method == "jacobi":
             # The decoder's own deadline starts after the prefill, which takes about as long as the
@@ -213,10 +212,8 @@ class Predictor:
         if request.previous is not None:
             previous = torch.as_tensor(request.previous).unsqueeze(0)  # (1, n)
             arguments |= {"previous": previous, "shift_steps": request.shift_steps}
-            if request.frozen_steps and self._tokens:
-                begin = request.shift_steps * self._tokens
-                end = begin + request.frozen_steps * self._tokens
-                arguments["frozen"] = previous[:, begin:end]
+            if self._tokens:
+                arguments["frozen_steps"] = request.frozen_steps
         return arguments
 
     def _decoding_config(self, name: str) -> Any:

@@ -164,7 +164,6 @@ def test_confidence_watches_only_the_free_steps(toy) -> None:
     backbone, observation = toy(6, 3, 28, 255)
     prefix = backbone.prefill(observation)
     frozen, guess = random_tokens(0, 3, 7, 255), random_tokens(1, 3, 28, 255)
-    guess[:, :7] = (frozen + 100) % 255  # the guess of a frozen slot is never looked at
     sure = DecodingConfig(confidence=1e-6)
     result = jacobi(backbone, prefix, guess, sure, tokens_per_step=A, frozen=frozen)
     assert result.exit_reason == ["confidence"] * 3
@@ -211,7 +210,7 @@ def test_decode_block_freezes_for_both_methods(toy) -> None:
             previous=previous,
             shift_steps=2,
             executed_steps=3,
-            frozen=frozen,
+            frozen_steps=1,
         )
         for name in ("ar", "jacobi", "jacobi_random", "jacobi_h")
     ]
@@ -220,24 +219,47 @@ def test_decode_block_freezes_for_both_methods(toy) -> None:
         assert torch.equal(result.tokens[:, :7], frozen)
 
 
-@pytest.mark.parametrize("method", ["ar", "jacobi"])
-def test_bad_frozen_prefixes_are_named(toy, method: str) -> None:
+@pytest.mark.parametrize("method", ["ar", "jacobi", "jacobi_random"])
+@pytest.mark.parametrize(
+    ("message", "settings"),
+    [
+        (r"frozen_steps is 2; it must be in \[0, 1\]", {"frozen_steps": 2, "shift_steps": 0}),
+        (r"frozen_steps is 1; it must be in \[0, 0\]", {"shift_steps": 2}),
+        ("frozen_steps is -1", {"frozen_steps": -1}),
+        ("frozen_steps is 1.0", {"frozen_steps": 1.0}),
+        ("frozen_steps is 'one'", {"frozen_steps": "one"}),
+        ("there is no previous chunk", {"previous": None}),
+        ("there is no previous chunk", {"previous": torch.tensor([[0] * 14, [-1] * 14])}),
+        (r"\(2, 7\) torch.int64, expected \(2, 14\)", {"previous": torch.zeros(2, 7).long()}),
+        ("torch.float32", {"previous": torch.zeros(2, 14)}),
+        (r"chunk\[0, 3\] is 31; .* \[0, 30\]", {"previous": torch.arange(28, 42).repeat(2, 1)}),
+    ],
+)
+def test_frozen_steps_that_the_previous_chunk_lacks_are_named(
+    toy, method: str, message: str, settings: dict[str, object]
+) -> None:
     backbone, observation = toy(9, 2, 14, 31)
     prefix = backbone.prefill(observation)
     tokenizer = ActionTokenizer([-1.0] * A, [1.0] * A, 2, num_bins=31)
-    good = torch.zeros(2, 7, dtype=torch.int64)
-    bad = {
-        r"\(1, 7\) torch.int64, expected \(2, 7\)": good[:1],
-        r"is \(2, 6\)": good[:, :6],
-        r"fewer tokens than the block's 14": torch.zeros(2, 14, dtype=torch.int64),
-        r"is \(7,\)": good[0],
-        r"is \(\)": good[0, 0],
-        "torch.float32": good.float(),
-        r"prefix\[0, 3\] is 31; .* \[0, 30\]": good.index_fill(1, torch.tensor([3]), 31),
-        r"prefix\[0, 3\] is -1": good.index_fill(1, torch.tensor([3]), -1),
+    request = {
+        "previous": torch.zeros(2, 14, dtype=torch.int64),
+        "shift_steps": 1,
+        "frozen_steps": 1,
+        **settings,
     }
-    for message, frozen in bad.items():
-        with pytest.raises(TokenError, match=message):
-            decode_block(backbone, prefix, tokenizer, method, frozen=frozen)
+    with pytest.raises(TokenError, match=message):
+        decode_block(backbone, prefix, tokenizer, method, **request)
+
+
+def test_what_a_decoder_freezes_is_checked(toy) -> None:
+    backbone, observation = toy(9, 2, 14, 31)
+    prefix = backbone.prefill(observation)
+    guess = torch.zeros(2, 14, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"frozen_steps is 2; it must be in \[0, 1\]"):
+        jacobi(backbone, prefix, guess, tokens_per_step=A, frozen_steps=2)
+    with pytest.raises(ConfigError, match="variable length belong to no step"):
+        jacobi(backbone, prefix, guess, tokens_per_step=None, frozen_steps=1)
+    with pytest.raises(TokenError, match="pass a guess"):
+        greedy(backbone, prefix, tokens_per_step=A, frozen_steps=1)
     with pytest.raises(ConfigError, match="executed_steps is 3"):
-        decode_block(backbone, prefix, tokenizer, f"{method}_h", executed_steps=3, frozen=good)
+        jacobi(backbone, prefix, guess, tokens_per_step=A, frozen_steps=1, executed_steps=3)

@@ -91,7 +91,7 @@ def test_rules_that_need_bins_or_steps_are_refused(toy: Any) -> None:
     with pytest.raises(ConfigError, match="are no bins"):
         jacobi(backbone, prefix, guess, DecodingConfig(confidence=0.9), stop=0)
     with pytest.raises(ConfigError, match="belong to no step"):
-        greedy(backbone, prefix, frozen=guess[:, :2], stop=0, tokens_per_step=None)
+        greedy(backbone, prefix, guess=guess, frozen_steps=1, stop=0, tokens_per_step=None)
     with pytest.raises(ConfigError, match="window is 0"):
         DecodingConfig(window=0)
     with pytest.raises(ConfigError, match="set only one"):

@@ -98,16 +98,13 @@ def test_nothing_is_compiled_again(kind: str, llama: Any) -> None:
     random, previous, taken = torch.Generator().manual_seed(0), None, set()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for chunk, name in zip(range(50), itertools.cycle(DECODINGS), strict=False):
-            steps = chunk % STEPS
-            frozen = torch.randint(BINS, (2, steps * DIM), generator=random) if steps else None
             request: dict[str, Any] = {
                 "previous": previous,
                 "shift_steps": 1,
                 "executed_steps": 1 + chunk % STEPS,
+                "frozen_steps": chunk % STEPS,
             }
-            result = decode_block(
-                engine, engine.prefill(observation), TOKENS, name, frozen=frozen, **request
-            )
+            result = decode_block(engine, engine.prefill(observation), TOKENS, name, **request)
             previous = torch.randint(BINS, (2, N), generator=random) if chunk % 3 else result.tokens
             taken.add((name, result.forwards))
     assert len(taken) > 10  # the chunks ended at different times

@@ -259,7 +259,7 @@ def test_a_cap_ends_where_every_row_holds_a_chunk(toy: Toy, tokenizer: FastToken
     assert late.forwards == 1  # there is one already
     assert set(late.exit_reason) <= {"stop", "deadline"}
     with pytest.raises(ConfigError, match="none can be frozen"):
-        toy_decode(toy, tokenizer, 0, config, frozen=greedy.tokens[:, :7])
+        toy_decode(toy, tokenizer, 0, config, previous=greedy.tokens, frozen_steps=1)
     with pytest.raises(ConfigError, match="fixed number; use jacobi"):
         toy_decode(toy, tokenizer, 0, DecodingConfig(method="sure1p0.5"))
     with pytest.raises(ConfigError, match="are no bins"):

@@ -124,10 +124,10 @@ def decoded(policy: Any, recorded: Recorded, name: str, index: int) -> Any:
     base, _, frozen = name.partition("@")
     config = policy.config.named(base)
     previous = recorded.previous(index)
-    stay = None
-    if frozen:
-        before = torch.full((1, 56), 127) if previous is None else previous
-        stay = before[:, EXECUTED * STEP : (EXECUTED + int(frozen)) * STEP]
+    if frozen and previous is None:  # the recording froze tokens in the middle of their range
+        begin = EXECUTED * STEP
+        previous = policy.tokenizer.zero.repeat(1, 1)
+        previous[:, begin : begin + int(frozen) * STEP] = 127
     result = decode_block(
         policy.backbone,
         prefill(policy.backbone, recorded.observation(index), config),
@@ -136,7 +136,7 @@ def decoded(policy: Any, recorded: Recorded, name: str, index: int) -> Any:
         previous=previous,
         shift_steps=EXECUTED,
         executed_steps=EXECUTED,
-        frozen=stay,
+        frozen_steps=int(frozen or 0),
     )
     return (
         result.tokens[0].tolist(),

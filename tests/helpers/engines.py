@@ -25,13 +25,10 @@ def assert_same_tokens(
     longest = backbone.block_length // size - 1 if size else 0
     for name in DECODINGS if tokens.stop is None else DECODINGS[:-1]:  # the last one compares bins
         for steps in sorted({0, min(1, longest), longest // 2}):
-            frozen = greedy[:, : steps * size].flip(1) if size and steps else None
-            request: dict[str, Any] = {
-                "previous": previous,
-                "shift_steps": 1 if size else 0,
-                "frozen": frozen,
-            }
+            request: dict[str, Any] = {"previous": previous}
             if size:
+                request["shift_steps"] = 1
+                request["frozen_steps"] = steps
                 request["executed_steps"] = max(longest // 2, 1)
             expected = decode_block(backbone, eager, tokens, name, **request)
             result = decode_block(engine, fast, tokens, name, **request)

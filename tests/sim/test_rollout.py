@@ -67,13 +67,15 @@ class FakePolicy:
         generator: Any = None,
         shift_steps: int | None = None,
         executed_steps: int | None = None,
-        frozen: Any = None,
+        frozen_steps: int = 0,
         read: bool = True,
     ) -> Any:
         states = batch["observation.state"]
         rows = len(states)
         self.calls.append(
-            SimpleNamespace(batch=batch, decoding=decoding, previous=previous, frozen=frozen)
+            SimpleNamespace(
+                batch=batch, decoding=decoding, previous=previous, frozen_steps=frozen_steps
+            )
         )
         actions = torch.zeros(rows, CHUNK, DIMS)
         if self.act is not None:
@@ -264,13 +266,12 @@ def test_the_chunk_before_goes_on_while_the_next_is_decoded(
         while not episode.over:
             replan(runner, [episode])
         assert env.actions == expected
-        frozen = [
-            [] if call.frozen is None else call.frozen[0].tolist() for call in policy.calls[:2]
-        ]
-        assert frozen == [
-            [],
-            [10, 11, 12, 13, 14, 15, 16, 17][4 - min(delay, 4) :][:delay] if size and delay else [],
-        ]
+        first, second = policy.calls[:2]
+        assert first.frozen_steps == 0
+        assert second.frozen_steps == (delay if size else 0)
+        if size and delay:
+            begin = 4 - min(delay, 4)
+            assert second.previous[0, :delay].tolist() == list(range(10, 18))[begin:][:delay]
 
 
 def test_the_guess_continues_behind_what_was_executed() -> None:
@@ -279,22 +280,19 @@ def test_the_guess_continues_behind_what_was_executed() -> None:
     runner = PolicyRunner((policy, None, None), executed_steps=4, delay=3)
     while not episode.over:
         replan(runner, [episode])
-    # Three holds and a step, then 11, 12, 13 frozen: shifted by 4, the guess begins with them.
-    assert policy.calls[1].previous[0, 4:].tolist() == [11, 12, 13, 14]
-    assert policy.calls[1].frozen[0].tolist() == [11, 12, 13]
-    assert policy.calls[2].previous[0, 4:].tolist() == [24, 25, 26, 27]
-    assert policy.calls[2].frozen[0].tolist() == [24, 25, 26]
+    # Three holds and a step, then 11, 12, 13 are frozen: the guess begins with them.
+    assert policy.calls[1].previous[0].tolist() == [11, 12, 13, 14, 15, 16, 17, 17]
+    assert policy.calls[2].previous[0].tolist() == [24, 25, 26, 27, 27, 27, 27, 27]
+    assert [call.frozen_steps for call in policy.calls[:3]] == [0, 3, 3]
 
 
-def test_rows_with_other_frozen_tokens_are_decoded_apart() -> None:
+def test_rows_with_other_frozen_steps_are_decoded_apart() -> None:
     policy = Counting()
     runner = PolicyRunner((policy, None, None), executed_steps=4, delay=2)
-    frozen = [torch.tensor([1, 2]), torch.empty(0, dtype=torch.int64), torch.tensor([3, 4])]
-    chunks = runner.decode([Noted().observe()] * 3, ["a", "b", "c"], [None] * 3, frozen)
+    chunks = runner.decode([Noted().observe()] * 3, ["a", "b", "c"], [None] * 3, [2, 0, 2])
     assert len(chunks) == 3
-    asked = {tuple(call.batch["task"]): call.frozen for call in policy.calls}
-    assert asked[("b",)] is None
-    assert asked[("a", "c")].tolist() == [[1, 2], [3, 4]]
+    asked = {tuple(call.batch["task"]): call.frozen_steps for call in policy.calls}
+    assert asked == {("b",): 0, ("a", "c"): 2}
 
 
 def test_motion() -> None:

@@ -66,7 +66,7 @@ def decode_kept(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     """
     result = decode_jacobi(backbone, prefix, request)
     if prefix.dropped:
-        given = request.frozen_tokens(backbone, len(prefix.logits))
-        result.exact_tokens = torch.full_like(result.exact_tokens, given)
+        frozen = request.frozen_tokens(backbone.block_length)
+        result.exact_tokens = torch.full_like(result.exact_tokens, frozen)
         result.exact = torch.zeros_like(result.exact)
     return result

@@ -10,7 +10,7 @@ import torch
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.errors import TokenError
+from ceed_vla.errors import ConfigError, TokenError
 
 A = 7
 
@@ -19,16 +19,24 @@ def test_frozen_steps_stay_and_every_decoder_continues_them(
     policy: CeedVLAPolicy, batch: Any
 ) -> None:
     free = policy.decode(batch, "ar").tokens
-    frozen = (free[:, :A] + 9) % policy.tokenizer.vocabulary_size
-    ar = policy.decode(batch, "ar", frozen=frozen)
-    jacobi = policy.decode(batch, "jacobi", frozen=frozen, previous=free, shift_steps=1)
+    before = (free + 9) % policy.tokenizer.vocabulary_size
+    frozen = before[:, A : 2 * A]
+    behind = {"previous": before, "shift_steps": 1, "frozen_steps": 1}
+    ar = policy.decode(batch, "ar", **behind)
+    jacobi = policy.decode(batch, "jacobi", **behind)
     assert torch.equal(ar.tokens[:, :A], frozen)
     assert torch.equal(ar.tokens, jacobi.tokens)
     assert not torch.equal(ar.tokens[:, A:], free[:, A:])
     assert ar.actions is not None
     assert torch.equal(ar.actions[:, :1], policy.tokenizer.decode(ar.tokens)[:, :1])
-    ceed = policy.decode(batch, "ceed", frozen=frozen)
+    ceed = policy.decode(batch, "ceed", **behind)
     assert torch.equal(ceed.tokens[:, :A], frozen)
+
+
+def test_the_former_argument_names_its_successor(policy: CeedVLAPolicy, batch: Any) -> None:
+    tokens = torch.zeros(2, A, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="steps that stay as frozen_steps"):
+        policy.decode(batch, "ar", frozen=tokens)  # type: ignore[arg-type]
 
 
 def test_shift_steps_replaces_the_checkpoints_own(policy: CeedVLAPolicy, batch: Any) -> None:
@@ -50,8 +58,8 @@ def test_shift_steps_replaces_the_checkpoints_own(policy: CeedVLAPolicy, batch: 
 
 def test_a_deadline_keeps_the_frozen_steps(policy: CeedVLAPolicy, batch: Any) -> None:
     hurried = replace(DecodingConfig(), deadline_s=1e-9)
-    frozen = torch.zeros(2, 2 * A, dtype=torch.int64)
-    result = policy.decode(batch, hurried, frozen=frozen)
+    before = torch.arange(4 * A).repeat(2, 1) % policy.tokenizer.vocabulary_size
+    result = policy.decode(batch, hurried, previous=before, shift_steps=1, frozen_steps=2)
     assert result.exit_reason == ["deadline"] * 2
     assert result.forwards == 1
-    assert torch.equal(result.tokens[:, : 2 * A], frozen)
+    assert torch.equal(result.tokens[:, : 2 * A], before[:, A : 3 * A])

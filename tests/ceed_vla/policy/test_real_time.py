@@ -36,8 +36,10 @@ def test_the_left_over_is_continued(
     left = chunk[:, 1:]  # one step was executed
     actions = policy.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=left)
     assert torch.equal(actions[:, :delay], left[:, :delay])
-    frozen = policy.tokenizer.encode(chunk)[:, A : A * (1 + delay)] if delay else None
-    expected = policy.decode(batch, "ar", frozen=frozen).actions
+    tokens = policy.tokenizer.encode(chunk)
+    expected = policy.decode(
+        batch, "ar", previous=tokens, shift_steps=1, frozen_steps=delay
+    ).actions
     policy.config.decode_with = "jacobi"
     exact = policy.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=left)
     assert expected is not None
@@ -46,11 +48,10 @@ def test_the_left_over_is_continued(
 
 def test_the_left_over_is_the_warm_start(policy: CeedVLAPolicy, chunk: torch.Tensor) -> None:
     tokens = policy.tokenizer.encode(chunk)
-    previous, frozen = continuation(policy.tokenizer, chunk[:, 1:], 2, 2)
+    previous, frozen_steps = continuation(policy.tokenizer, chunk[:, 1:], 2, 2)
     assert previous is not None
-    assert frozen is not None
+    assert frozen_steps == 2
     assert torch.equal(previous, torch.cat([tokens[:, A:], tokens[:, -A:]], dim=1))
-    assert torch.equal(frozen, tokens[:, A : 3 * A])
     one_row, _ = continuation(policy.tokenizer, chunk[0, 1:], 0, 2)
     assert one_row is not None
     assert torch.equal(one_row, previous[:1].expand(2, -1))
@@ -62,13 +63,10 @@ def test_lerobots_filling_is_no_action(policy: CeedVLAPolicy, chunk: torch.Tenso
     again, same = continuation(policy.tokenizer, chunk[:, 2:], 3, 2)
     assert previous is not None
     assert again is not None
-    assert frozen is not None
-    assert same is not None
     assert torch.equal(previous, again)
-    assert torch.equal(frozen, same)
-    assert frozen.shape == (2, 2 * A)  # two steps are left, whatever the delay
-    assert continuation(policy.tokenizer, torch.zeros(10, A), 3, 2) == (None, None)
-    assert continuation(policy.tokenizer, torch.zeros(0, A), 3, 2) == (None, None)
+    assert frozen == same == 2  # two steps are left, whatever the delay
+    assert continuation(policy.tokenizer, torch.zeros(10, A), 3, 2) == (None, 0)
+    assert continuation(policy.tokenizer, torch.zeros(0, A), 3, 2) == (None, 0)
 
 
 def test_increments_are_made_up_behind_frozen_steps(
@@ -96,19 +94,20 @@ def test_what_is_made_up_is_not_called_exact_and_what_is_frozen_is_checked(
     policy: CeedVLAPolicy, batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(policy.config, "delta_dims", [0])
-    frozen = torch.zeros(2, A, dtype=torch.int64)
-    result = decode_behind(policy, batch, frozen, decoding="jacobi", record_states=True)
-    assert torch.equal(result.tokens[:, :A], frozen)
+    previous = torch.arange(A * M).repeat(2, 1) % policy.tokenizer.vocabulary_size
+    warm = {"previous": previous, "shift_steps": 1}
+    result = decode_behind(policy, batch, 1, decoding="jacobi", record_states=True, **warm)
+    assert torch.equal(result.tokens[:, :A], previous[:, A : 2 * A])
     assert result.exact_tokens.tolist() == [A, A]
     assert not result.exact.any()
     assert result.states is None
-    for wrong in (frozen[:, :3], torch.zeros(2, A * M, dtype=torch.int64), frozen + 999):
+    for wrong in ({}, {"previous": previous, "shift_steps": M}, {"previous": previous + 999}):
         with pytest.raises(TokenError):
-            decode_behind(policy, batch, wrong, decoding="ar")
+            decode_behind(policy, batch, 1, decoding="ar", **wrong)
     for dims in ([A], ["0"], (0,), [True]):
         monkeypatch.setattr(policy.config, "delta_dims", dims)
         with pytest.raises(ConfigError, match="delta_dims"):
-            decode_behind(policy, batch, frozen, decoding="ar")
+            decode_behind(policy, batch, 1, decoding="ar", **warm)
 
 
 def test_what_is_made_up_stays_within_the_ranges() -> None:

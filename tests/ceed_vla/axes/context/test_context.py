@@ -90,7 +90,7 @@ def test_behind_the_pruned_prefix_it_is_jacobi_and_proves_nothing(
     student: Any, batch: dict[str, Any]
 ) -> None:
     policy, _, _ = student
-    found, frozen = policy.decode(batch, "keep30"), torch.zeros(ROWS, 14, dtype=torch.int64)
+    found = policy.decode(batch, "keep30")
     prefix = prefill(policy.backbone, batch, policy.decoding_config("keep30"))
     behind = policy.backbone.block_logits(prefix, found.tokens[:, :-1]).argmax(-1)
     # a fixed point
@@ -99,10 +99,8 @@ def test_behind_the_pruned_prefix_it_is_jacobi_and_proves_nothing(
     assert found.exact_tokens.tolist() == [0] * ROWS
     assert not found.exact.any()
     assert not policy.decoding_config("keep30").strict
-    assert (
-        policy.decode(batch, "keep30_conf0.2_cap2", frozen=frozen).exact_tokens.tolist()
-        == [14] * ROWS
-    )
+    behind = policy.decode(batch, "keep30_conf0.2_cap2", previous=found.tokens, frozen_steps=2)
+    assert behind.exact_tokens.tolist() == [14] * ROWS
     assert policy.decode(batch, "keep30_cap1").forwards == 1
 
 

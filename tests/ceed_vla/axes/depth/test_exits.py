@@ -45,13 +45,10 @@ def test_without_an_exit_rule_tokens_are_greedy(
     name: str, frozen: int, student: tuple[Any, Any, Any], batch: dict[str, Any]
 ) -> None:
     policy, _, _ = student
-    given = (
-        torch.randint(255, (ROWS, 7 * frozen), generator=torch.Generator().manual_seed(2))
-        if frozen
-        else None
-    )
-    expected = policy.decode(batch, "ar", frozen=given).tokens
-    result = policy.decode(batch, name, frozen=given)
+    previous = torch.randint(255, (ROWS, 56), generator=torch.Generator().manual_seed(2))
+    behind = {"previous": previous, "frozen_steps": frozen}
+    expected = policy.decode(batch, "ar", **behind).tokens
+    result = policy.decode(batch, name, **behind)
     right = (frozen + 4) * 7 if name.endswith("_h") else 56
     assert torch.equal(result.tokens[:, :right], expected[:, :right])
     assert (result.exact_tokens >= right).all()
@@ -105,19 +102,24 @@ def test_frozen_slots_do_not_make_depths_agree(
     student: tuple[Any, Any, Any], batch: dict[str, Any]
 ) -> None:
     policy, _, _ = student
-    given = policy.decode(batch, "ar").tokens[:, :14]
+    behind = {
+        "previous": policy.decode(batch, "ar").tokens,
+        "shift_steps": 0,
+        "frozen_steps": 2,
+        "executed_steps": 4,
+    }
     seen: list[Any] = []
     depths = policy.backbone.depth_logits
     policy.backbone.depth_logits = lambda *a: seen.append(found := depths(*a)) or found
-    policy.decode(batch, "deer3t0", frozen=given, executed_steps=4)
+    policy.decode(batch, "deer3t0", **behind)
     # of the slots behind the frozen
     lower, upper = (scores.argmax(-1)[:, 13:] for scores in seen[0][0])
     apart = (lower - upper).abs().double().mean(1)  # (B,)
     assert apart.min() > 0
     del policy.backbone.depth_logits
-    found = policy.decode(batch, f"deer3t{0.9 * apart.min():.4f}", frozen=given, executed_steps=4)
+    found = policy.decode(batch, f"deer3t{0.9 * apart.min():.4f}", **behind)
     assert "depths_agree" not in found.exit_reason
-    found = policy.decode(batch, f"deer3t{apart.max() + 0.01:.4f}", frozen=given, executed_steps=4)
+    found = policy.decode(batch, f"deer3t{apart.max() + 0.01:.4f}", **behind)
     assert set(found.exit_reason) == {"depths_agree"}
 
 

@@ -38,11 +38,9 @@ def test_every_token_is_the_greedy_one(
         vocabulary, (batch, steps * dim), generator=torch.Generator().manual_seed(seed)
     )
     prefix = backbone.prefill(observation)
-    given_tokens = guess[:, : min(frozen, steps - 1) * dim] if min(frozen, steps - 1) else None
-    expected = greedy(backbone, prefix, tokens_per_step=dim, frozen=given_tokens)
-    result = decode_ngram(
-        backbone, prefix, request(guess, length, tokens_per_step=dim, frozen=given_tokens)
-    )
+    behind = {"tokens_per_step": dim, "frozen_steps": min(frozen, steps - 1)}
+    expected = greedy(backbone, prefix, guess=guess, **behind)
+    result = decode_ngram(backbone, prefix, request(guess, length, **behind))
     assert torch.equal(result.tokens, expected.tokens)
     assert result.exact.all()
     assert result.forwards <= steps * dim

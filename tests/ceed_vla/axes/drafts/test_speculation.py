@@ -36,12 +36,10 @@ def test_tokens_are_greedy(
     name: str, frozen: int, student: tuple[Any, Any, Any], batch: dict[str, Any]
 ) -> None:
     policy, _, _ = student
-    given = None
-    if frozen:
-        generator = torch.Generator().manual_seed(2)
-        given = torch.randint(255, (ROWS, 7 * frozen), generator=generator)
-    expected = policy.decode(batch, "ar", frozen=given).tokens
-    result = policy.decode(batch, name, frozen=given)
+    previous = torch.randint(255, (ROWS, 56), generator=torch.Generator().manual_seed(2))
+    behind = {"previous": previous, "frozen_steps": frozen}
+    expected = policy.decode(batch, "ar", **behind).tokens
+    result = policy.decode(batch, name, **behind)
     assert torch.equal(result.tokens, expected)
     assert (result.exact_tokens == 56).all()
     assert (result.layer_forwards > 4 * result.iterations).all()

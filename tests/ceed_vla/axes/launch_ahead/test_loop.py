@@ -39,11 +39,13 @@ def test_it_is_the_cap_and_proves_as_much(
     n, vocabulary = steps * dim, 31
     backbone, observation = toy(seed, batch, n, vocabulary)
     guess = torch.randint(vocabulary, (batch, n), generator=torch.Generator().manual_seed(seed))
-    prefix, k = backbone.prefill(observation), min(frozen, steps - 1) * dim
+    prefix = backbone.prefill(observation)
+    frozen = min(frozen, steps - 1)
+    k = frozen * dim
     more = {
         "tokens_per_step": dim,
         "executed_steps": min(executed, steps),
-        "frozen": guess[:, :k] if k else None,
+        "frozen_steps": frozen,
     }
     config = DecodingConfig(watch="executed", max_iterations=count)
     expected = jacobi(backbone, prefix, guess, config, **more)
@@ -61,7 +63,7 @@ def test_it_is_the_cap_and_proves_as_much(
         assert reason == (
             "converged" if proven == n else "stable" if proven >= watched else "max_iterations"
         )
-    right = greedy(backbone, prefix, tokens_per_step=dim, frozen=more["frozen"]).tokens
+    right = greedy(backbone, prefix, guess=guess, tokens_per_step=dim, frozen_steps=frozen).tokens
     for row in range(batch):
         proven = int(found.exact_tokens[row])
         assert torch.equal(found.tokens[row, :proven], right[row, :proven])

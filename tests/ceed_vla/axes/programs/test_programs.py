@@ -114,16 +114,13 @@ def test_nothing_that_it_writes_is_committed(program: list[int]) -> None:
 def test_without_an_exit_rule_tokens_are_greedy(
     seed: int, program: list[int], frozen: int, executed: bool
 ) -> None:
-    backbone, prefix, tokens = made(seed)
-    given_tokens = tokens[:, : frozen * DIM] if frozen else None
-    expected = decode_block(backbone, prefix, TOKENS, "ar", frozen=given_tokens).tokens
+    backbone, prefix, _ = made(seed)
+    generator = torch.Generator().manual_seed(seed)
+    previous = torch.randint(255, (2, N), generator=generator)
+    behind: dict[str, Any] = {"previous": previous, "frozen_steps": frozen}
+    expected = decode_block(backbone, prefix, TOKENS, "ar", **behind).tokens
     name = f"program{'-'.join(map(str, program))}{'_h' * executed}"
-    common: dict[str, Any] = {
-        "frozen": given_tokens,
-        "executed_steps": 3,
-        "previous": torch.randint(255, (2, N)),
-    }
-    result = decode_block(backbone, prefix, TOKENS, name, **common)
+    result = decode_block(backbone, prefix, TOKENS, name, executed_steps=3, **behind)
     right = (frozen + 3) * DIM if executed else N
     assert torch.equal(result.tokens[:, :right], expected[:, :right])
     assert (result.exact_tokens >= right).all()

@@ -130,11 +130,8 @@ def test_two_exits_decide_as_they_score(frozen: int) -> None:
     exits.
     """
     backbone, observation = model(2, 3, 4)
-    guess, given = (
-        torch.randint(BINS, (ROWS, 12)),
-        torch.randint(BINS, (ROWS, 3 * frozen)) if frozen else None,
-    )
-    run = {"tokens_per_step": 3, "frozen": given, "guess": guess}
+    guess = torch.randint(BINS, (ROWS, 12))
+    run = {"tokens_per_step": 3, "frozen_steps": frozen, "guess": guess}
 
     def decode(name: str, cut: int | None = None) -> Any:
         config = named_config(name)
@@ -144,8 +141,8 @@ def test_two_exits_decide_as_they_score(frozen: int) -> None:
     loose = decode("deer3t1000", 3)
     assert loose.exit_reason == ["depths_agree"] * ROWS
     prefix, state = backbone.prefill_to(observation, 3), guess.clone()
-    state[:, 0] = prefix.logits.argmax(-1)
-    state[:, : 3 * frozen] = guess[:, :0] if given is None else given
+    if not frozen:
+        state[:, 0] = prefix.logits.argmax(-1)
     expected = backbone.shallow_logits(prefix, state[:, :-1], 3).argmax(-1)
     state[:, max(3 * frozen, 1) :] = expected[:, max(3 * frozen, 1) - 1 :]
     assert torch.equal(loose.tokens, state)

@@ -147,7 +147,7 @@ setup(
             "pretrained/**/*.safetensors",
             "pretrained/**/*.json",
             "pretrained/**/*.md",
-            "help/*.json",
+            "cli/help_pages/*.json",
         ],
         f"{NAME}.sim": ["tabletop/*.xml"],
     },
@@ -156,7 +156,7 @@ setup(
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [
-            "ceed-vla = ceed_vla.cli:main",
+            "ceed-vla = ceed_vla.cli.entry:main",
             "policy_node = ceed_vla.ros_nodes.robot.policy_node:main",
             "sim_node = ceed_vla.ros_nodes.simulated.sim_node:main",
         ]

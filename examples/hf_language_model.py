@@ -36,10 +36,11 @@ from transformers import (
 )
 
 from ceed_vla import CeedVLAPolicy
-from ceed_vla.backbones.base import TrainableBackbone, check_features
+from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.check import check_untrained
 from ceed_vla.backbones.compact.words import PAD_ID, make_instruction_step
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
+from ceed_vla.backbones.features import check_features
 from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone
 from ceed_vla.backbones.transformers.config import least_sizes, published_folder, read_architecture

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ceed_vla import CeedVLAPolicy
-from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
+from ceed_vla.backbones.base import Prefix, TrainableBackbone
 from ceed_vla.backbones.check import check_untrained
 from ceed_vla.backbones.compact.words import InstructionWordsStep, build_vocabulary
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
+from ceed_vla.backbones.features import check_features
 from ceed_vla.cache import KVCache
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig

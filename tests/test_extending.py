@@ -22,7 +22,7 @@ import ceed_vla
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.check import check_untrained
 from ceed_vla.checkpoints import save
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.decoding import (
     DecodingConfig,
     ExitRule,

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from ceed_vla.cli_flags import UsageError, parse_flags
+from ceed_vla.cli.flags import UsageError, parse_flags
 from ceed_vla.errors import CeedVLAError
 from tests.helpers.corpus import LONGEST
 from tests.helpers.fuzzing import (

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.cli_values import UsageError, read_yaml
+from ceed_vla.cli.values import UsageError, read_yaml
 from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.texts import LONGEST, short, shown
 

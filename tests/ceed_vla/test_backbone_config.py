@@ -16,12 +16,12 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from torch import Tensor
 
 from ceed_vla import CeedVLAConfig, CeedVLAPolicy
-from ceed_vla.backbones.base import check_features
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.config import PolicyShape
+from ceed_vla.backbones.features import check_features
 from ceed_vla.backbones.openvla.config import OpenVLAConfig
 from ceed_vla.backbones.transformers.step_files import FilesStep, read_files
-from ceed_vla.cli_flags import UsageError, format_help, parse_flags
+from ceed_vla.cli.flags import UsageError, format_help, parse_flags
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.tokens.base import ActionTokensConfig

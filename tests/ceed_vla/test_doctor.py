@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from ceed_vla import doctor as module
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.doctor import DoctorConfig, doctor
 from ceed_vla.errors import ConfigError
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.cli_flags import UsageError
+from ceed_vla.cli.flags import UsageError
 from ceed_vla.errors import CeedVLAError
 
 CASE_S = 60.0  # that a case may take, on a busy machine [s]

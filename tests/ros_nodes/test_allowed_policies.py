@@ -18,7 +18,7 @@ import pytest
 from lerobot.configs import PreTrainedConfig
 
 from ceed_vla.checkpoints.allowed import POLICIES, read_allowed
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.errors import CheckpointError
 from ceed_vla.ros_nodes.robot.predictor import Predictor, PredictorSettings
 

@@ -15,7 +15,7 @@ import yaml
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.folders import pretrained_path
 from ceed_vla.ros_nodes.robot.parameters import defaults
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS

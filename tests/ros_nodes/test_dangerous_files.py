@@ -14,7 +14,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 from robot_checkpoints import DATA, statistics, write_checkpoint
 
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.parameters import defaults
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
-from ceed_vla.cli_flags import parse_flags
+from ceed_vla.cli.flags import parse_flags
 from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.demo.ros_demo import RosDemoConfig
 from ceed_vla.ros_nodes.demo.simulated_time import (

@@ -14,7 +14,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from robot_checkpoints import DATA, statistics, write_checkpoint
 from simulated_arms import MODELS, DrivenArm
 
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
 

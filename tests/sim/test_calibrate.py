@@ -15,7 +15,7 @@ import torch
 
 import ceed_vla.sim.calibrate
 from ceed_vla import load
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.calibrate import (
     CalibrateConfig,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lerobot.envs.configs import PushtEnv
 
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.errors import ConfigError, ObservationError, SimulationError
 from ceed_vla.outputs import is_own
 from ceed_vla.sim.grounding import GroundingConfig, error_rows, grounding

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ceed_vla.checkpoints import resolve_checkpoint
-from ceed_vla.cli import COMMANDS, config_of
-from ceed_vla.cli_flags import parse_flags
+from ceed_vla.cli.commands import COMMANDS, config_of
+from ceed_vla.cli.flags import parse_flags
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.sim import hooks

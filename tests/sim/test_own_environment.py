@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 
 OWN_ENV = Path(__file__).resolve().parents[2] / "examples" / "own_environment.py"
 SIZES = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32, "stem_channels": "[8, 8, 8, 8]"}

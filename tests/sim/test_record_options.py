@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.record import record
 

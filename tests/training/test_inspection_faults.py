@@ -20,7 +20,7 @@ from lerobot.datasets import LeRobotDataset, dataset_writer
 from lerobot.datasets.compute_stats import compute_episode_stats
 from lerobot.scripts import lerobot_edit_dataset
 
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import DatasetError
 from ceed_vla.training.inspection import InspectConfig, survey, verdict

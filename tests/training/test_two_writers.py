@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.errors import ConfigError
 from ceed_vla.locks import lock_file
 from ceed_vla.training.axes.learned import ReinforceConfig, reinforce

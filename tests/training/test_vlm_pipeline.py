@@ -13,7 +13,7 @@ import torch
 from tiny_vlms import make_tiny_vlm
 
 import ceed_vla
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.training.trajectories import read_trajectories
 
 FINAL = Path("checkpoints/final/pretrained_model")
@@ -33,7 +33,7 @@ def train(
     write_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
     """Fine-tune a tiny base of a family on a tiny data set; the folder of the run's checkpoint."""
-    import ceed_vla.cli as cli
+    from ceed_vla.cli import entry as cli
 
     commands = {
         name: cli.Command(**{**vars(row), "simulator": None}) for name, row in cli.COMMANDS.items()

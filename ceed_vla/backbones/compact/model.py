@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
+from ceed_vla.backbones.base import Prefix, TrainableBackbone
 from ceed_vla.backbones.compact.capabilities import CompactCapabilities
 from ceed_vla.backbones.compact.layer import Layer
 from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
+from ceed_vla.backbones.features import check_features
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.fields import short

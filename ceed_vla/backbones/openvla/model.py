@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ceed_vla.backbones.base import check_features
+from ceed_vla.backbones.features import check_features
 from ceed_vla.backbones.openvla.inputs import IDS_KEY, MASK_KEY, PIXELS_KEY
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings

@@ -27,7 +27,8 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ceed_vla.backbones.base import Prefix, check_features
+from ceed_vla.backbones.base import Prefix
+from ceed_vla.backbones.features import check_features
 from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone
 from ceed_vla.backbones.transformers.config import read_architecture

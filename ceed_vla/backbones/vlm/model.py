@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ceed_vla.backbones.base import check_features
+from ceed_vla.backbones.features import check_features
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.backbones.vlm.inputs import FLAT_KEY, IDS, MASK, ROW_KEY

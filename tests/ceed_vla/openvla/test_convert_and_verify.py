@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from ceed_vla import cli
 from ceed_vla.checkpoints import load, save, weights_hash
+from ceed_vla.cli import entry as cli
 from ceed_vla.convert import ConvertConfig, convert
 from ceed_vla.convert.openvla import published_policy
 from ceed_vla.errors import CheckpointError, ConfigError

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
 from ceed_vla.checkpoints import load, save
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.convert import ConvertConfig, convert
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError

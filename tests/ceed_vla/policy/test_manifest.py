@@ -22,7 +22,7 @@ from ceed_vla import CeedVLAConfig, CeedVLAPolicy
 from ceed_vla.axes.depth.exits import make_exits
 from ceed_vla.checkpoints import load, save, seal, weights_hash
 from ceed_vla.checkpoints.manifest import MANIFEST, SEALED, check_files, own_files
-from ceed_vla.cli import main
+from ceed_vla.cli.entry import main
 from ceed_vla.errors import CheckpointError
 from ceed_vla.folders import CONFIG, CONTEXT, EXITS, WEIGHTS
 from ceed_vla.ros_nodes.robot.predictor import declared_spec

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from exits_of_student import student_with_exits
 
-from ceed_vla import load
 from ceed_vla.axes.drafts.speculation import PRIOR, _Online
 from ceed_vla.compiled.engine import compiled
 from ceed_vla.errors import ConfigError
@@ -20,13 +20,7 @@ ROWS = 3
 
 @pytest.fixture
 def student() -> tuple[Any, Any, Any]:
-    """The shipped one, with linear exits that are nearly its last norm."""
-    policy, pre, post = load("student")
-    policy.backbone.exits = make_exits(policy.backbone, [1, 2, 3], "linear")
-    generator = torch.Generator().manual_seed(0)
-    for own in policy.backbone.exits.values():
-        own.requires_grad_(False).linear.weight.normal_(std=0.01, generator=generator)
-    return policy, pre, post
+    return student_with_exits()
 
 
 @pytest.mark.parametrize("name", ["spec1x4", "spec3x9", "del"])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ceed_vla.cli_flags import UsageError, parse_flags
-from ceed_vla.cli_values import _typed
+from ceed_vla.cli.flags import UsageError, parse_flags
+from ceed_vla.cli.values import _typed
 from tests.helpers.toy_config import Inner, ToyConfig
 
 

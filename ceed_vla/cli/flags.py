@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from ceed_vla.cli_help import default_of, flags_of
-from ceed_vla.cli_help import format_help as format_help
-from ceed_vla.cli_names import Names
-from ceed_vla.cli_values import (
+from ceed_vla.cli.help import default_of, flags_of
+from ceed_vla.cli.help import format_help as format_help
+from ceed_vla.cli.names import Names
+from ceed_vla.cli.values import (
     UsageError,
     check_moved,
     is_nested,

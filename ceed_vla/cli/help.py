@@ -2,8 +2,8 @@
 page.
 
 Importing a command's configuration imports torch and LeRobot, which takes seconds. So the package
-holds the page of each command in ``help/``, from which `--help` is rendered; `ceed_vla.cli_pages`
-writes them.
+holds the page of each command in ``help_pages/``, from which `--help` is rendered;
+`ceed_vla.cli.stored_help` writes them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ceed_vla.choices import Choice
-from ceed_vla.cli_names import Names
-from ceed_vla.cli_values import is_choice
+from ceed_vla.cli.names import Names
+from ceed_vla.cli.values import is_choice
 from ceed_vla.discovery import FLAG as DISCOVER
 from ceed_vla.discovery import named_by_user
 from ceed_vla.fields import allowed_of, allowed_text, type_hints
 
 _OURS = ("ceed_vla", "lerobot")
 Flag = tuple[str, str, str, str]  # name, type, meaning and default
-PAGES = Path(__file__).parent / "help"
+PAGES = Path(__file__).parent / "help_pages"
 _COLUMN = 34  # where a flag's description starts
 _COMMON = (
     ("config_path", "FILE", "Read flags from a YAML or JSON file; those given here win.", ""),

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ceed_vla.cli_flags import parse_flags
-from ceed_vla.cli_help import format_help
-from ceed_vla.cli_values import UsageError
+from ceed_vla.cli.flags import parse_flags
+from ceed_vla.cli.help import format_help
+from ceed_vla.cli.values import UsageError
 
 
 @dataclass

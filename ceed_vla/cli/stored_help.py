@@ -1,6 +1,6 @@
 """Write the stored pages of `--help` after a change of a configuration:
 
-    python -m ceed_vla.cli_pages
+    python -m ceed_vla.cli.stored_help
 
 `--check` only compares them, as a test does.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ceed_vla import cli_help, commands
+from ceed_vla.cli import commands, help
 
-REGENERATE = "python -m ceed_vla.cli_pages"
+REGENERATE = "python -m ceed_vla.cli.stored_help"
 
 
 def main(words: Sequence[str]) -> int:
@@ -22,18 +22,16 @@ def main(words: Sequence[str]) -> int:
     # Commands with a simulator's flags come last: their modules register an environment that others
     # do not have.
     rows = sorted(commands.COMMANDS.items(), key=lambda item: bool(item[1].simulator))
-    pages = {
-        name: cli_help.Page.of(commands.config_of(row), row.renamed).text() for name, row in rows
-    }
-    known = {file.stem: file.read_text(encoding="utf-8") for file in cli_help.PAGES.glob("*.json")}
+    pages = {name: help.Page.of(commands.config_of(row), row.renamed).text() for name, row in rows}
+    known = {file.stem: file.read_text(encoding="utf-8") for file in help.PAGES.glob("*.json")}
     stale = sorted(name for name in {*pages, *known} if pages.get(name) != known.get(name))
     if "--check" in words:
         found = ", ".join(stale) or "none"
         print(f"pages of --help that are not up to date: {found}; `{REGENERATE}` writes them")
         return int(bool(stale))
-    cli_help.PAGES.mkdir(exist_ok=True)
+    help.PAGES.mkdir(exist_ok=True)
     for name in stale:
-        file = cli_help.PAGES / f"{name}.json"
+        file = help.PAGES / f"{name}.json"
         if name in pages:
             file.write_text(pages[name], encoding="utf-8")
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import ceed_vla
-from ceed_vla import cli
+from ceed_vla.cli import entry as cli
 from ceed_vla.errors import DatasetError
 from tests.helpers.toy_config import ToyConfig
 
@@ -34,10 +34,11 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def run_in_new_process(*words: str) -> subprocess.CompletedProcess[str]:
     script = (
-        "import sys; from ceed_vla import cli; code = cli.main(sys.argv[1:]); print('HEAVY', [m "
-        "for m in ('torch', 'lerobot', 'mujoco', 'numpy') if m in sys.modules]); sys.exit(code)"
+        "import sys; from ceed_vla.cli import entry as cli; code = cli.main(sys.argv[1:]); "
+        "print('HEAVY', [m for m in ('torch', 'lerobot', 'mujoco', 'numpy') if m in sys.modules]); "
+        "sys.exit(code)"
     )
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-c", script, *words],
         capture_output=True,

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ceed_vla import cli, cli_help, cli_pages, commands
+from ceed_vla.cli import commands, stored_help
+from ceed_vla.cli import entry as cli
+from ceed_vla.cli import help as cli_help
 
 
 @dataclass
@@ -40,12 +42,12 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_help_imports_nothing_heavy() -> None:
     """It would take seconds; how long it takes is not asserted, as machines differ."""
     script = (
-        "import sys; from ceed_vla import cli\nfor name in cli.COMMANDS: assert cli.main([name, "
-        "'--help']) == cli.main([name, '--help=all']) == 0\nheavy = ('torch', 'lerobot', "
-        "'transformers', 'mujoco', 'numpy')\nprint('HEAVY', [name for name in heavy if name in "
-        "sys.modules])"
+        "import sys; from ceed_vla.cli import entry as cli\nfor name in cli.COMMANDS: assert "
+        "cli.main([name, '--help']) == cli.main([name, '--help=all']) == 0\nheavy = ('torch', "
+        "'lerobot', 'transformers', 'mujoco', 'numpy')\nprint('HEAVY', [name for name in heavy if "
+        "name in sys.modules])"
     )
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=120
     )
@@ -57,8 +59,8 @@ def test_help_is_up_to_date() -> None:
     """The stored pages are those of the configurations; the output names the command that writes
     them anew.
     """
-    root = Path(cli.__file__).parents[1]
-    command = [sys.executable, "-m", "ceed_vla.cli_pages", "--check"]
+    root = Path(cli.__file__).parents[2]
+    command = [sys.executable, "-m", "ceed_vla.cli.stored_help", "--check"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=280)
     assert run.returncode == 0, run.stdout + run.stderr
 
@@ -84,13 +86,13 @@ def test_pages_are_written_and_compared(
     monkeypatch.setattr(cli_help, "PAGES", tmp_path / "help")
     assert cli.main(["toy", "--help=all"]) == 0
     live = capsys.readouterr().out
-    assert cli_pages.main(["--check"]) == 1
-    assert cli_pages.REGENERATE in capsys.readouterr().out
-    assert cli_pages.main([]) == cli_pages.main(["--check"]) == 0
+    assert stored_help.main(["--check"]) == 1
+    assert stored_help.REGENERATE in capsys.readouterr().out
+    assert stored_help.main([]) == stored_help.main(["--check"]) == 0
     (tmp_path / "help" / "gone.json").touch()
-    assert cli_pages.main(["--check"]) == 1
+    assert stored_help.main(["--check"]) == 1
     assert "gone" in capsys.readouterr().out
-    assert cli_pages.main([]) == 0
+    assert stored_help.main([]) == 0
     assert [file.name for file in (tmp_path / "help").iterdir()] == ["toy.json"]
     capsys.readouterr()
     monkeypatch.delattr(toy, "ToyConfig")  # not needed

@@ -18,10 +18,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from ceed_vla import __version__
-from ceed_vla.cli_flags import parse_flags, take_packages
-from ceed_vla.cli_help import Page, format_help, installed_environments
-from ceed_vla.cli_values import UsageError
-from ceed_vla.commands import COMMANDS, Command, config_of
+from ceed_vla.cli.commands import COMMANDS, Command, config_of
+from ceed_vla.cli.flags import parse_flags, take_packages
+from ceed_vla.cli.help import Page, format_help, installed_environments
+from ceed_vla.cli.values import UsageError
 from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, is_failure
 from ceed_vla.workers import prepare
@@ -187,7 +187,3 @@ def _complain(program: str, message: str, code: int) -> int:
     line = line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ..."
     print(f"{program}: error: {line}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

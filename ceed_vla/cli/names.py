@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ceed_vla.cli_values import UsageError
+from ceed_vla.cli.values import UsageError
 
 # field -> flag, in every command
 SPELLINGS = {

@@ -21,7 +21,7 @@ class Command:
     may: str = ""
     kept: str = "nothing was written"  # by an interrupt; formatted with the configuration's fields
     positional: str = ""  # the flag that a word without ``--`` stands for
-    # "field=flag ..." where a flag is not called like its field, see `ceed_vla.cli_names`
+    # "field=flag ..." where a flag is not called like its field, see `ceed_vla.cli.names`
     renamed: str = ""
     # Module and class that add a simulator's flags to the configuration; `arguments` of that class
     # gives the function's further arguments. For commands that may not import the simulator.
@@ -206,7 +206,7 @@ COMMANDS = {
 }
 
 
-_AXES = Path(__file__).parent / "axes"
+_AXES = Path(__file__).parents[1] / "axes"
 COMMANDS = {
     name: command
     for name, command in COMMANDS.items()

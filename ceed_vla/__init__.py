@@ -40,7 +40,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """All names, also those of parts that are not imported yet: for completion in shells and
-    editors.
-    """
+    """All names, also of parts that are not imported yet, so that shells can complete them."""
     return sorted({*globals(), *__all__})

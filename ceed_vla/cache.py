@@ -1,16 +1,15 @@
-"""KV caches of a prefix and one action block: append, commit, roll back. No other file touches
-their internals.
+"""KV caches of a prefix and one action block: append, commit, roll back.
 
     positions   0 ........ P ........... P + c ............ P + c + t
                 | prefix   | committed   | written, not final          |
                            ^ prefix_length
                                          ^ length
 
-`write` always starts at ``length`` and does not advance it, so tokens that a Jacobi iteration
-rejects are simply overwritten by the next one. What has not passed the last layer cannot be
-committed.
+`write` always starts at ``length`` and does not advance it, so the next iteration overwrites the
+tokens that a Jacobi iteration rejects. Tokens that have not passed the last layer cannot be
+committed. No other file accesses the internals of a cache.
 
-Eager code reads a cache as far as it is written; compiled code has one of constant shape
+Eager code reads the written part of a cache; compiled code has a cache of constant shape
 (`ceed_vla.compiled.static_cache`).
 """
 
@@ -27,12 +26,12 @@ from ceed_vla.errors import ConfigError, TokenError
 
 
 class BlockCache:
-    """Which positions of a cache are valid; what a decoder needs of any cache."""
+    """Base of all caches: which positions are valid, and what a decoder calls."""
 
     def __init__(self) -> None:
         self.length = 0
         self.prefix_length = 0
-        # end of the positions that hold keys and values of all layers, final or not
+        # End of the positions with keys and values of all layers, final or not.
         self._written = 0
 
     @property
@@ -41,10 +40,14 @@ class BlockCache:
         return self.length - self.prefix_length
 
     def seal_prefix(self, t: int, shallow: bool = False) -> None:
-        """Declare the first `t` positions, just written, the prefix; in some layers only if
-        `shallow`.
+        """Declare the first `t` positions, which were just written, the prefix.
 
-        `TokenError` if fewer than `t` were written.
+        Args:
+            t: Number of positions.
+            shallow: Whether only some layers were written.
+
+        Raises:
+            TokenError: Fewer than `t` positions were written.
         """
         if not (shallow or 0 < t <= self._written):
             raise TokenError(
@@ -54,14 +57,16 @@ class BlockCache:
         self.length = self.prefix_length = t
 
     def unseal(self) -> None:
-        """Forget block and prefix, whose keys and values stay where they are: more layers are
+        """Set the length to 0 but retain the keys and values, so that further layers can be
         written.
         """
         self.length = self.prefix_length = self._written = 0
 
     def commit(self, t: int) -> None:
-        """Make the next `t` written positions final; `TokenError` if there are fewer, or `t` is
-        negative.
+        """Make the next `t` written positions final.
+
+        Raises:
+            TokenError: Fewer positions were written, or `t` is negative.
         """
         if not 0 <= t <= self._written - self.length:
             raise TokenError(
@@ -71,27 +76,37 @@ class BlockCache:
         self.length += t
 
     def disown(self) -> None:
-        """Let nothing of what is written behind `length` be committed, whichever layers wrote
-        it.
-        """
+        """Make the positions behind `length` uncommittable, whichever layers have written them."""
         self._written = self.length
 
     def roll_back(self) -> None:
-        """Forget the block and keep the prefix, ready to decode another block behind it."""
+        """Discard the block, so that another block can be decoded behind the prefix."""
         self.length = self._written = self.prefix_length
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (B, H, length, D) of every layer, while nothing is written behind
-        `length`.
+        """Keys and values (B, H, length, D) of every layer; requires that no position behind
+        `length` is written.
         """
         raise NotImplementedError
 
 
 class KVCache(BlockCache):
-    """Pre-allocated keys and values (L, B, H, T, D), written by index; never grows.
+    """Pre-allocated keys and values (L, B, H, T, D), written by index; it never grows.
 
-    Its `capacity` ``T`` is prefix plus block. Behind the ``L`` layers come those of exits, which
-    are written before the last of the others. `ConfigError` for a size below 1.
+    The layers of exits follow the model's ``L`` layers, but are written before the last of these.
+
+    Args:
+        num_layers: Layers ``L`` of the model.
+        batch: Rows ``B``.
+        num_kv_heads: Heads ``H`` of keys and values.
+        capacity: Positions ``T``, prefix plus block.
+        head_dim: Width ``D`` of a head.
+        device: Device of the tensors.
+        dtype: Type of the tensors.
+        exits: Layers of exits.
+
+    Raises:
+        ConfigError: A size is below 1.
     """
 
     def __init__(
@@ -125,8 +140,11 @@ class KVCache(BlockCache):
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, H, t, D) of one layer at positions ``[length, length + t)``.
 
-        Returns views (B, H, length + t, D) of all up to there, in the cache's memory. `TokenError`
-        past its capacity.
+        Returns:
+            Views (B, H, length + t, D) of all keys and values so far, in the cache's memory.
+
+        Raises:
+            TokenError: The positions exceed the capacity.
         """
         start = self.length
         end = self.length + k.shape[2]
@@ -143,7 +161,7 @@ class KVCache(BlockCache):
         return keys, values
 
     def rows(self, table: Tensor, k: int) -> Tensor:
-        """Those of `table` (n, d), one a slot, that belong to the next `k` tokens: (k, d)."""
+        """Rows (k, d) of `table` (n, d), which has one per slot, for the next `k` tokens."""
         return table[self.committed : self.committed + k]
 
     def mask(self, k: int) -> Tensor | None:
@@ -160,20 +178,23 @@ class KVCache(BlockCache):
 
 
 class TransformersCache(BlockCache):
-    """The same interface over a transformers ``DynamicCache``, which its models append to by
-    themselves.
-    """
+    """The same interface for a ``DynamicCache`` of transformers, to which its models append."""
 
     def __init__(self) -> None:
         super().__init__()
         self._cache = DynamicCache()
 
     def begin(self, t: int, shallow: bool = False) -> DynamicCache:
-        """The cache, cut to `length`, for a model call that appends `t` positions; to some layers
-        only if `shallow`.
+        """Cut the cache to `length` for a model call.
+
+        Args:
+            t: Positions that the call appends.
+            shallow: Whether it appends them to some layers only.
+
+        Returns:
+            The cache of transformers.
         """
-        # An empty cache, before the prefill, needs no cut; crop(0) is a no-op anyway (transformers
-        # #47433).
+        # Before the prefill the cache is empty, and crop(0) does nothing (transformers #47433).
         if self.length:
             self._cache.crop(self.length)
         self._written = self.length if shallow else self.length + t
@@ -184,8 +205,8 @@ class TransformersCache(BlockCache):
         return torch.arange(self.committed, self.committed + k, device=device)
 
     def real(self, prefix: Tensor, k: int) -> Tensor:
-        """Attention mask (B, length + k) of the next `k` tokens where `prefix` (B, P) is False on
-        the padding.
+        """Attention mask (B, length + k) of the next `k` tokens; `prefix` (B, P) is False for
+        padding.
         """
         return F.pad(prefix.long(), (0, self.committed + k), value=1)
 

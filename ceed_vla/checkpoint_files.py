@@ -1,6 +1,4 @@
-"""Checkpoints as files: where they are, what their config.json says, in whatever format it was
-written.
-"""
+"""Checkpoints as files: read and check config.json, and hash the weights."""
 
 from __future__ import annotations
 
@@ -19,14 +17,15 @@ from ceed_vla.files import count_values, read_json
 from ceed_vla.folders import WEIGHTS, resolve_checkpoint
 
 FORMAT_VERSION = 3
-MOST_VALUES = 50_000  # of config.json: a policy's has a few hundred
+MOST_VALUES = 50_000  # in config.json; that of a policy has a few hundred
 
 
 def read_values(folder: Path) -> dict[str, Any]:
-    """What config.json says.
+    """Read and check config.json.
 
-    `CheckpointError` for another policy's, another format, or a missing decoding setting, which no
-    default replaces.
+    Raises:
+        CheckpointError: It is of another policy or format, or lacks a decoding setting; defaults
+            never replace decoding settings.
     """
     file = folder / "config.json"
     values = read_config(folder)
@@ -48,7 +47,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{file} has format_version {short(values.get('format_version'))}, this version reads "
-            f"{FORMAT_VERSION}. Make the checkpoint anew, or use the version that wrote it."
+            f"{FORMAT_VERSION}. Make the checkpoint again, or use the version that wrote it."
         )
     _check_packages(folder, values.get("packages", []))
     found = values.get("decoding")
@@ -66,8 +65,9 @@ def read_values(folder: Path) -> dict[str, Any]:
 
 
 def check_kinds(values: Any, read: Any, name: str = "it") -> None:
-    """Raise `ConfigError` where JSON `values` were `read` as another kind: true as 1, or a text as
-    a number.
+    """Raise `ConfigError` if JSON `values` were `read` as another type.
+
+    For example true as 1, or a string as a number.
     """
     if isinstance(values, dict) and isinstance(read, dict):
         for key in values.keys() & read.keys():
@@ -82,8 +82,9 @@ def check_kinds(values: Any, read: Any, name: str = "it") -> None:
 
 
 def _check_packages(folder: Path, packages: object) -> None:
-    """Refuse a checkpoint that needs packages which are not imported: a checkpoint never imports
-    one by itself.
+    """Refuse a checkpoint that needs packages which are not imported.
+
+    Loading a checkpoint never imports packages by itself.
     """
     names = packages if isinstance(packages, list) else [packages]
     missing = [
@@ -91,17 +92,17 @@ def _check_packages(folder: Path, packages: object) -> None:
     ]
     if missing:
         raise CheckpointError(
-            f"{folder} needs what is not loaded: the package {short(', '.join(missing))}. If you "
+            f"{folder} needs a package that is not imported: {short(', '.join(missing))}. If you "
             f"trust it, name it: --discover_packages_path={','.join(missing)} (policy_node: "
             "discover_packages), or import it first."
         )
 
 
 def weights_hash(path: str | Path) -> str:
-    """First 12 hex digits of the SHA-256 of the weights: names a checkpoint in reports and
-    trajectories.
+    """First 12 hex digits of the SHA-256 of the weights.
 
-    Of weights that lie elsewhere, the configured reference counts instead of the weights.
+    They identify a checkpoint in reports and trajectories. If the weights are stored elsewhere, the
+    configured reference is hashed instead of them.
     """
     folder = resolve_checkpoint(path)
     with (folder / WEIGHTS).open("rb") as file:

@@ -1,6 +1,4 @@
-"""Settings that come in kinds: the flag or entry ``type`` picks the dataclass that reads the
-others.
-"""
+"""Settings of several kinds: the flag or key ``type`` selects the dataclass of the others."""
 
 from __future__ import annotations
 
@@ -10,12 +8,13 @@ from ceed_vla.errors import ConfigError
 
 
 class Choice:
-    """Beside ``draccus.ChoiceRegistry`` as a base: a family of dataclasses that register themselves
-    by name.
+    """A family of dataclasses that are registered by name.
+
+    Its base class inherits from ``draccus.ChoiceRegistry``, too.
     """
 
-    setting: ClassVar[str] = ""  # what the family is called in messages
-    usual: ClassVar[str] = ""  # the kind that is meant where none is named
+    setting: ClassVar[str] = ""  # name of the family in messages
+    usual: ClassVar[str] = ""  # the default kind
     _choice_registry: ClassVar[dict[str, Any]]
 
     @classmethod

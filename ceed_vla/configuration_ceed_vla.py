@@ -11,13 +11,13 @@ from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTr
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-import ceed_vla.axes  # these register what they have
+import ceed_vla.axes  # these imports register decoders, backbones and vocabularies
 import ceed_vla.backbones.compact.config
 import ceed_vla.backbones.openvla.config
 import ceed_vla.backbones.pi0_fast.config
 import ceed_vla.backbones.vlm.config
 import ceed_vla.tokens.fast
-import ceed_vla.tokens.openvla  # noqa: F401  (these register what they have)
+import ceed_vla.tokens.openvla  # noqa: F401  (registers itself)
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, read_values
@@ -40,34 +40,34 @@ MOST_SIDE = 16384  # of an image [px], or values of a state
 class CeedVLAConfig(PreTrainedConfig):
     """Sizes, action vocabulary, losses and decoding of a CEED-VLA policy.
 
-    What to change first for another robot: `action_tokens` (ranges, grippers), then `chunk_size`
-    and `n_action_steps`. `backbone` names the model and its sizes.
+    For another robot, change `action_tokens` first (ranges, grippers), then `chunk_size` and
+    `n_action_steps`. `backbone` sets the model and its sizes.
 
     Attributes:
-        chunk_size: Steps ``m`` of a chunk; "uniform" tokens: ``n = m * A``.
+        chunk_size: Steps ``m`` of a chunk; with "uniform" tokens, ``n = m * A``.
         n_action_steps: Steps ``h <= m`` executed before the next replan.
-        backbone: The model.
-        action_tokens: How actions become tokens.
-        delta_dims: Action dimensions that are increments, of a commanded pose say, and so add up
-            over steps. Real-time chunking makes up for what frozen steps move otherwise than
-            planned (`ceed_vla.real_time`). None: `train` takes them from the names of the actions;
-            [] for none.
-        label_sigma: Width of the soft labels [bins]; 0 gives hard labels.
+        backbone: Settings of the model.
+        action_tokens: Settings of the action vocabulary.
+        delta_dims: Action dimensions that are increments, for example of a commanded pose, and
+            accumulate over steps; [] for none. Real-time chunking compensates in them for the
+            motion of frozen steps (`ceed_vla.real_time`). With None, `train` sets them from the
+            names of the actions.
+        label_sigma: Width of the soft labels [bins]; 0 for hard labels.
         auxiliary_scale: Factors of the leading dimensions of ``observation.environment_state`` that
-            the state token regresses during training (the grounding target); empty switches it off.
-        auxiliary_weight: Weight of that regression.
+            the state token regresses during training (the grounding target); empty for no
+            regression.
+        auxiliary_weight: Loss weight of the grounding regression.
         augment_shift: Largest random image shift during training [px].
         augment_brightness: Largest relative change of brightness during training.
         augment_state: Standard deviation of the noise on the normalised state during training.
-        decoding: What the decoding "ceed" stands for; strict unless distillation wrote an early
-            exit here.
-        decodings: Names that only this checkpoint has, and what they stand for: "risk0.05" (of
-            `ceed-vla calibrate`).
-        decode_with: Name of the decoding that LeRobot's tools use (`ceed_vla.decoding.names`).
-        packages: Packages of others that backbone, tokens or decoding come from; filled when a
-            checkpoint is written.
-        format_version: Of the checkpoint's files.
-        sealed: Whether the folder that it is read from has a manifest; false in memory, for only
+        decoding: Decoding with the name "ceed"; strict unless distillation has set an early exit.
+        decodings: Decoder names that only this checkpoint defines, for example "risk0.05" (from
+            `ceed-vla calibrate`), and the decodings that they stand for.
+        decode_with: Decoder name that LeRobot's tools use (`ceed_vla.decoding.names`).
+        packages: Other packages that define backbone, tokens or decoding; set when a checkpoint is
+            written.
+        format_version: Version of the checkpoint's files.
+        sealed: Whether the folder of the checkpoint has a manifest; false in memory, because only
             `save` and `seal` write one.
     """
 
@@ -106,50 +106,54 @@ class CeedVLAConfig(PreTrainedConfig):
     )
 
     def __post_init__(self) -> None:
-        # LeRobot replaces a device that is not there, as one in a checkpoint may be; commands
-        # refuse one asked for.
+        # LeRobot replaces an unavailable device, such as one in a checkpoint. For a device that the
+        # user requested, commands raise an error instead.
         self.asked_device = self.device
         if self.device is not None:
             check_device_name(self.device)
         check_fields(self)
         if self.n_obs_steps != 1:
             raise ConfigError(
-                f"n_obs_steps is {short(self.n_obs_steps)}; the policy sees one observation."
+                f"n_obs_steps is {short(self.n_obs_steps)}; it must be 1, as the policy reads one "
+                "observation."
             )
         if self.use_peft:
             raise ConfigError(
-                "use_peft is true; adapters lie in the checkpoint's own weights: set false."
+                "use_peft is true, but adapters are part of the checkpoint's weights; set false."
             )
         super().__post_init__()
-        self.ranges_from = "the settings"  # of the action tokens; what fills them writes where from
-        self.sealed = False  # what is written from here on has no manifest yet
+        self.ranges_from = "the settings"  # source of the action ranges, for the log
+        self.sealed = False  # a configuration in memory has no manifest yet
         if self.n_action_steps > self.chunk_size:
             raise ConfigError(
-                f"n_action_steps is {self.n_action_steps}, more than chunk_size = "
-                f"{self.chunk_size}: a chunk cannot be executed past its end."
+                f"n_action_steps is {self.n_action_steps}; it must not exceed chunk_size = "
+                f"{self.chunk_size}. Lower it, or raise chunk_size."
             )
         if not self.action_tokens.ordered:
-            self.label_sigma = 0.0  # no token is near another
+            self.label_sigma = 0.0  # tokens have no neighbours
         if len(self.decodings) > MOST_OWN:
             raise ConfigError(
-                f"decodings has {len(self.decodings)} names; a checkpoint has at most {MOST_OWN}."
+                f"decodings has {len(self.decodings)} names; at most {MOST_OWN} are allowed."
             )
         for name, meant in self.decodings.items():
             if not OWN.fullmatch(name) or OWN.fullmatch(meant):
                 raise ConfigError(
-                    f"decodings has {short(name)}: {short(meant)}; a checkpoint's own names are "
-                    "risk<E>, plan and learned, and stand for others."
+                    f"decodings has {short(name)}: {short(meant)}; the names must be risk<E>, plan "
+                    "or learned, and map to other decoder names."
                 )
             self.named(name)
         self.named(self.decode_with)
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, **options: Any) -> CeedVLAConfig:
-        """Read the configuration of a local checkpoint, or of "teacher" / "student"; never asks a
-        hub.
+        """Read the configuration of a local checkpoint, without access to a hub.
 
-        `options` are what LeRobot's own reader takes. `CheckpointError` if there is none, or it
-        cannot be used.
+        Args:
+            pretrained_name_or_path: A checkpoint folder, or "teacher" / "student".
+            options: Options of LeRobot's own reader.
+
+        Raises:
+            CheckpointError: There is no configuration, or it cannot be used.
         """
         folder = resolve_checkpoint(pretrained_name_or_path, ("config.json",))
         if not options.get("cli_overrides"):
@@ -159,15 +163,21 @@ class CeedVLAConfig(PreTrainedConfig):
 
     @classmethod
     def read(cls, folder: Path, device: str | None = None) -> CeedVLAConfig:
-        """The configuration in a checkpoint folder, for `device` if given (`ConfigError` if this
-        machine lacks it).
+        """Read the configuration in a checkpoint folder.
+
+        Args:
+            folder: The folder.
+            device: Replaces the checkpoint's device, unless it is None.
+
+        Raises:
+            CheckpointError: The configuration cannot be used.
+            ConfigError: This machine does not have `device`.
         """
         values = {name: value for name, value in read_values(folder).items() if name != "type"}
         if device is not None:
             values["device"] = check_device(device)
-        what = (  # draccus raises its own kinds, and passes on our ConfigErrors
-            f"{folder}: config.json cannot be used"
-        )
+        # draccus raises exceptions of its own, and passes ConfigErrors on.
+        what = f"{folder}: config.json cannot be used"
         with raised_as(CheckpointError, what, "copy it again, or correct it.", passing=()):
             config = draccus.decode(cls, values)
             config.validate_features()
@@ -188,28 +198,30 @@ class CeedVLAConfig(PreTrainedConfig):
             ]
         names = {str(kind.__module__).partition(".")[0] for kind in kinds}
         self.packages = sorted(names - {"ceed_vla", "__main__"})
-        # What it describes is about to change. Only `save` and `seal` write a new one: LeRobot
-        # writes the processors later.
+        # The files that the manifest describes are about to change. Only `save` and `seal` write a
+        # new manifest, because LeRobot writes the processors later.
         (save_directory / MANIFEST).unlink(missing_ok=True)
         super()._save_pretrained(save_directory)
 
     def forget(self, *stale: str, new: dict[str, str] | None = None) -> None:
-        """Drop the names that only this checkpoint has, or those that begin so: what they were
-        measured on has changed.
+        """Remove the checkpoint's own decoder names, because the basis of their measurements has
+        changed.
 
-        `new` ones take their place.
+        Args:
+            stale: Prefixes of the names to remove; without any, all are removed.
+            new: Names that are added.
         """
-        kept = {
+        valid = {
             name: meant
             for name, meant in self.decodings.items()
             if stale and not name.startswith(stale)
         }
-        self.decodings = {**kept, **(new or {})}
+        self.decodings = {**valid, **(new or {})}
         if OWN.fullmatch(self.decode_with) and self.decode_with not in self.decodings:
             self.decode_with = CEED
 
     def check_without_exits(self, folder: Path) -> None:
-        """Raise `CheckpointError` if a folder without exits names a decoding that needs one."""
+        """Raise `CheckpointError` if a folder without exits has a decoding that needs one."""
         for name in (CEED, self.decode_with, *self.decodings):
             decoder = self.named(name).decoder
             if any("{exit}" in rung for rung in decoder.ladder):
@@ -220,14 +232,14 @@ class CeedVLAConfig(PreTrainedConfig):
                 )
 
     def named(self, decoding: str | DecodingConfig) -> DecodingConfig:
-        """The decoding that a name stands for, of this checkpoint; see `named_config`."""
+        """The decoding that a name specifies for this checkpoint; see `named_config`."""
         return named_config(decoding, self.decoding, self.decodings)
 
     @property
     def action_dim(self) -> int:
         if self.action_feature is None:
             raise ConfigError(
-                "There is no action feature; set output_features or build it from a data set."
+                "There is no action feature; set output_features or build it from a dataset."
             )
         return int(self.action_feature.shape[0])
 
@@ -243,7 +255,7 @@ class CeedVLAConfig(PreTrainedConfig):
 
     @property
     def shape(self) -> PolicyShape:
-        """What the backbone must fit."""
+        """Inputs and outputs that the backbone must have."""
         state = self.robot_state_feature
         return PolicyShape(
             cameras={name: tuple(self.image_features[name].shape) for name in self.cameras},  # type: ignore[misc]
@@ -284,15 +296,14 @@ class CeedVLAConfig(PreTrainedConfig):
         )
 
     def uses(self, feature: str, kind: object) -> bool:
-        """Whether a feature is a camera, the state, the action, or the environment state (a
-        target).
-        """
+        """Whether a feature is a camera, the state, the action or the environment state."""
         return feature in (OBS_STATE, ACTION) or kind in (FeatureType.VISUAL, FeatureType.ENV)
 
     def drop_unused_features(self) -> None:
-        """Drop features of the data that the policy does not use, such as ``observation.force``.
+        """Drop features of the data that the policy does not use, for example
+        ``observation.force``.
 
-        LeRobot's tools pass all of them, and every observation would have to have those that stay.
+        LeRobot's tools pass all features, and every observation must have those of the policy.
         """
         inputs: dict[str, Any] = self.input_features or {}
         outputs: dict[str, Any] = self.output_features or {}
@@ -312,7 +323,7 @@ class CeedVLAConfig(PreTrainedConfig):
         }
 
     def validate_features(self) -> None:
-        """Drop features that the policy does not use; `ConfigError` for others it cannot serve."""
+        """Drop features that the policy does not use; `ConfigError` for unsupported ones."""
         check_fields(self)
         for name in (*(self.input_features or {}), *(self.output_features or {})):
             plain_name(name, "The name of a feature", ConfigError)
@@ -322,22 +333,25 @@ class CeedVLAConfig(PreTrainedConfig):
             _check_feature(name, feature)
         if not self.image_features:
             raise ConfigError(
-                "The data have no camera: ceed_vla needs at least one observation.images.<camera> "
-                "feature with names ['height', 'width', 'channels']."
+                "The data have no camera; ceed_vla needs at least one feature "
+                "observation.images.<camera> with names ['height', 'width', 'channels']."
             )
         if self.action_feature is None or len(self.action_feature.shape) != 1:
-            raise ConfigError("The data have no one-dimensional action feature.")
+            raise ConfigError(
+                "The data have no one-dimensional feature 'action'; the policy needs one."
+            )
         self.action_tokens.validate_features(self.action_dim)
         if outside := [dim for dim in self.delta_dims or [] if dim >= self.action_dim]:
             raise ConfigError(
-                f"delta_dims {outside} lie outside the {self.action_dim} action dimensions."
+                f"delta_dims has {outside}; it must be in [0, {self.action_dim - 1}], the action "
+                "dimensions."
             )
         self.backbone.validate_features(self.shape)
         terms = len(self.auxiliary_scale)
         state = self.env_state_feature
         if state is not None and terms > state.shape[0]:
             raise ConfigError(
-                f"auxiliary_scale has {terms} entries, observation.environment_state "
+                f"auxiliary_scale has {terms} entries; observation.environment_state has only "
                 f"{state.shape[0]}."
             )
 
@@ -351,11 +365,10 @@ def _check_feature(name: str, feature: object) -> None:
     sides = tuple(feature.shape)
     if not sides or not all(type(side) is int and 1 <= side <= MOST_SIDE for side in sides):
         raise ConfigError(
-            f"The feature {name} has the shape {sides}; sides are whole, in [1, {MOST_SIDE}]."
+            f"The feature {name} has the shape {sides}; sides must be whole numbers in [1, "
+            f"{MOST_SIDE}]."
         )
     if feature.type is FeatureType.VISUAL and (len(sides) != 3 or sides[0] != 3):
         raise ConfigError(f"The camera {name} has the shape {sides}; expected (3, height, width).")
     if feature.type in (FeatureType.STATE, FeatureType.ENV) and len(sides) != 1:
-        raise ConfigError(
-            f"The feature {name} has the shape {sides}; expected one number, its length."
-        )
+        raise ConfigError(f"The feature {name} has the shape {sides}; it must have one dimension.")

@@ -1,4 +1,4 @@
-"""Devices that somebody asks for: there, or an error. Nothing runs elsewhere without a word."""
+"""Check devices: a missing device is an error, never replaced by another one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 def check_device(name: object) -> str:
-    """`name`, if this machine has that device: "cpu", "cuda", "cuda:1", "mps" or "xpu"; else a
-    `ConfigError`.
+    """Return `name` ("cpu", "cuda", "cuda:1", "mps" or "xpu") if this machine has that device.
+
+    Raises:
+        ConfigError: It does not have it.
     """
     kind, index = _parsed(name)
     if not 0 <= index < _count(kind):
@@ -26,7 +28,7 @@ def check_device_name(name: object) -> None:
 
 
 def _parsed(name: object) -> tuple[str, int]:
-    """Kind and number; ("", 0) for what is no device."""
+    """Kind and index of a device; ("", 0) for any other value."""
     kind, colon, index = name.partition(":") if isinstance(name, str) else ("", "", "")
     if kind not in KINDS or (
         colon and not (index.isdecimal() and index.isascii() and len(index) < 4)

@@ -1,7 +1,6 @@
-"""Packages that a user names on the command line, and what these register: LeRobot's
-`--discover_packages_path`.
+"""Import packages that a user names on the command line: LeRobot's `--discover_packages_path`.
 
-Naming a package is the one way to let code that this project does not know act on a checkpoint.
+A checkpoint can use code of other projects only if the user names their packages.
 """
 
 from __future__ import annotations
@@ -16,13 +15,14 @@ _discovered: set[str] = set()
 
 
 def discover(text: str, option: str = f"--{FLAG}") -> None:
-    """Import the packages of a comma-separated list, which register what they have; `option` is
-    where it was given.
+    """Import the packages of a comma-separated list, which register their classes on import.
+
+    `option` names the source of the list in messages.
     """
     for name in filter(None, (part.strip() for part in text.split(","))):
         try:
             importlib.import_module(name)
-        # a package of any make may raise anything, or end the process
+        # a foreign package may raise any exception, or end the process
         except BaseException as error:
             if not (is_failure(error) or isinstance(error, SystemExit)):
                 raise
@@ -34,12 +34,12 @@ def discover(text: str, option: str = f"--{FLAG}") -> None:
 
 
 def discovered() -> list[str]:
-    """The packages that were imported so, for processes that shall import them too."""
+    """The packages imported by `discover`, for other processes to import, too."""
     return sorted(_discovered)
 
 
 def named_by_user(module: str) -> bool:
-    """Whether a module belongs to a package that the user named, to us or to a tool of LeRobot."""
+    """Whether a module is of a package that the user named to this program or a LeRobot tool."""
     words = [word.partition("=") for word in sys.argv if FLAG in word.partition("=")[0]]
     named = _discovered | {
         name.strip() for _, _, value in words for name in value.split(",") if name.strip()

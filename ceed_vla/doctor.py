@@ -1,8 +1,8 @@
-"""``ceed-vla doctor``: what this installation has, and what to do about what it lacks.
+"""``ceed-vla doctor``: report what this installation has, and how to fix what it lacks.
 
-What may be broken is tried in processes of its own, all at once and for `LIMIT_S` seconds at most:
-a package that crashes or hangs is a finding, not the end of the list. (So nothing here imports
-torch, either.)
+Each package is probed in a separate process, in parallel, for at most `LIMIT_S` seconds. If a
+package crashes or hangs, that is one finding, and the other checks still run. For the same reason
+this module does not import torch.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ LEAST_FREE_GB, WANTED_FREE_GB = 0.2, 5.0
 INSTALL = "run `make install`"
 LATE = (
     "run `ceed-vla doctor` again when the machine is idle: the first start after an installation "
-    "is slow, the second is not; if it stays so, something hangs"
+    "is slow, later ones are not; if it stays slow, a package hangs"
 )
 EXTRAS = {
-    "ros2": "ROS 2 without a distribution of it",
+    "ros2": "ROS 2 from wheels, without a ROS distribution",
     "vlm": "OpenVLA, pi0-FAST and image-text models",
 }
 RANGE = "ROS_AUTOMATIC_DISCOVERY_RANGE"
 
-# Each prints one line of JSON. The word in front says what is tried.
+# What is tested -> a script that prints one line of JSON.
 _PROBES = {
     "torch": (
         """import json, os, torch
@@ -77,19 +77,17 @@ print(json.dumps({{"known": "ceed_vla" in PreTrainedConfig.get_known_choices()}}
 
 @dataclass
 class DoctorConfig:
-    """Look at this installation: one line for each thing, and what to do where it is not as it
-    should be.
-    """
+    """Check this installation: one line for each item, and a remedy for each problem."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """One line of the table."""
 
-    what: str  # was looked at
+    what: str  # the item
     found: str
-    remedy: str = ""  # empty where nothing is to be done
-    needed: bool = True  # without it the package works only in part
+    remedy: str = ""  # empty if nothing needs to be done
+    needed: bool = True  # whether a problem is an error rather than a note
 
     @property
     def state(self) -> str:
@@ -97,8 +95,10 @@ class Finding:
 
 
 def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, Any]:
-    """Print the table on `console`, and return the findings; `ConfigError` if a needed one is
-    missing.
+    """Check the installation, print the table on `console`, and return the findings.
+
+    Raises:
+        ConfigError: A needed item is missing or broken.
     """
     console = console or Console()
     if not console.is_terminal:
@@ -108,11 +108,11 @@ def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, An
     checks = [_python(), _packages(), _devices(probes["torch"]), _rendering(probes["gl"])]
     checks += [_discovery(probes["lerobot"]), _ros(probes["ros"]), _disk(), _checkpoints()]
     findings: list[Finding] = []
-    for check in checks:  # generators: each begins here
+    for check in checks:  # generators: each runs here, so that its exception is caught here
         try:
             findings += check
         except Exception as error:
-            found = f"cannot be looked at: {_short(f'{type(error).__name__}: {error}')}"
+            found = f"cannot be checked: {_short(f'{type(error).__name__}: {error}')}"
             findings.append(Finding(getattr(check, "__name__", "").strip("_"), found, INSTALL))
     table = Table("what", "found", "", "what to do", title="ceed-vla doctor", title_justify="left")
     colors = {"ok": "green", "note": "yellow", "missing": "bold red"}
@@ -122,15 +122,15 @@ def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, An
         )
     console.print(table)
     if missing := [finding.what for finding in findings if finding.state == "missing"]:
-        raise ConfigError(f"Not as needed: {', '.join(missing)}; the table says what to do.")
+        raise ConfigError(f"Missing or broken: {', '.join(missing)}; the table lists the remedies.")
     return {"findings": [asdict(finding) for finding in findings]}
 
 
 def _run_probe(script: str) -> dict[str, Any]:
-    """What a process that runs `script` printed, or its "error"."""
+    """Run `script` in a process; return the JSON that it printed, or its "error"."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", script]
-    with tempfile.TemporaryFile() as file:  # a pipe would wait for the process's children, too
+    with tempfile.TemporaryFile() as file:  # a pipe would also wait for the process's children
         try:
             run = subprocess.run(
                 command,
@@ -147,7 +147,7 @@ def _run_probe(script: str) -> dict[str, Any]:
             }
         file.seek(0)
         lines = file.read().decode(errors="replace").strip().splitlines()
-    # packages print remarks before and behind
+    # packages may print other lines before and after it
     answers = [line for line in lines if line.startswith("{")]
     if answers and run.returncode == 0:
         return dict(json.loads(answers[-1]))
@@ -156,12 +156,12 @@ def _run_probe(script: str) -> dict[str, Any]:
 
 
 def _remedy(probe: dict[str, Any], remedy: str) -> str:
-    """What to do where `probe` failed: `remedy`, unless it was only late."""
+    """The remedy for a failed `probe`: `LATE` after a timeout, else `remedy`."""
     return LATE if probe.get("late") else remedy
 
 
 def _version(package: str) -> str:
-    """Empty if it is not installed."""
+    """Version of a package; empty if it is not installed."""
     return next((found.version for found in metadata.distributions(name=package)), "")
 
 
@@ -175,15 +175,17 @@ def _python() -> Generator[Finding]:
 
 
 def _packages() -> Generator[Finding]:
-    """Packages that decide the results, others only where their version is not supported; extras in
-    a line each.
+    """Installed packages.
+
+    Packages that affect results are always listed, others only in an unsupported version. An extra
+    that lacks packages has one line.
     """
     from packaging.requirements import Requirement
 
     try:
         requirements = [Requirement(text) for text in metadata.requires("ceed_vla") or ()]
     except metadata.PackageNotFoundError:
-        yield Finding("ceed_vla", "runs from a folder, is not installed", INSTALL, needed=False)
+        yield Finding("ceed_vla", "runs from a folder and is not installed", INSTALL, needed=False)
         return
     lacking: dict[str, list[str]] = {}
     for requirement in requirements:
@@ -241,7 +243,7 @@ def _discovery(probe: dict[str, Any]) -> Generator[Finding]:
         yield Finding("LeRobot's tools", f"find this policy through {PLUGIN} {version}")
     else:
         found = (
-            probe.get("error", "do not know the policy")
+            probe.get("error", "do not find the policy")
             if version
             else f"{PLUGIN} is not installed"
         )
@@ -283,7 +285,7 @@ def _disk() -> Generator[Finding]:
         free = shutil.disk_usage(folder).free / 1e9
         remedy = ""
         if free <= WANTED_FREE_GB:
-            remedy = f"make room: {WANTED_FREE_GB:.0f} GB are good for data and checkpoints"
+            remedy = f"free disk space: data and checkpoints need about {WANTED_FREE_GB:.0f} GB"
         if not os.access(folder, os.W_OK):
             remedy = "work in a folder that you may write to"
         yield Finding(what, f"{free:.1f} GB free, {folder}", remedy, needed=free < LEAST_FREE_GB)
@@ -299,7 +301,7 @@ def _checkpoints() -> Generator[Finding]:
             with safe_open(file, "numpy") as content:
                 yield Finding(f"checkpoint {name}", f"{len(content.keys())} tensors")
         except (OSError, SafetensorError) as error:
-            found = _short(f"{file.name} is no file of weights ({error})")
+            found = _short(f"{file.name} is not a weights file ({error})")
             yield Finding(
                 f"checkpoint {name}", found, "install again from a complete copy of the repository"
             )

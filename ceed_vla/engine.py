@@ -1,4 +1,4 @@
-"""`ceed_vla.compiled.engine`, by the name of earlier versions."""
+"""Alias of `ceed_vla.compiled.engine`, for code that uses the name of earlier versions."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Exceptions of the project. Messages say what was wrong (the value), what is allowed and what to
-do.
-"""
+"""Exceptions of the project. Messages name the value, the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -9,30 +7,31 @@ from contextlib import contextmanager
 
 try:
     from draccus.utils import ParsingError
-except ImportError:  # a robot's node whose policy runs in another Python needs no LeRobot
+except ImportError:  # a robot node whose policy runs in another Python does not need LeRobot
     ParsingError = ValueError  # type: ignore[misc,assignment]
 
 
-LONGEST = 1800  # characters of a message that somebody reads
+LONGEST = 1800  # characters of a message
 
 
 class CeedVLAError(Exception):
     """Base class of every error that this project raises on purpose."""
 
     def __str__(self) -> str:
-        """The message; a value of any length in it is cut."""
+        """The message, cut to `LONGEST` characters."""
         text = super().__str__()
         return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 class ConfigError(CeedVLAError, ParsingError):
-    """A setting has a value that cannot work. (LeRobot's parser lets errors of its own kind pass as
-    they are.)
+    """A setting has an invalid value.
+
+    It is a `ParsingError` because LeRobot's parser re-raises errors of that type unchanged.
     """
 
 
 def root_cause(error: BaseException) -> str:
-    """Kind and first line of what caused `error`."""
+    """Type and first line of the innermost cause of `error`."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = (str(error).strip().splitlines() or ["no message"])[0][:300]
@@ -40,8 +39,9 @@ def root_cause(error: BaseException) -> str:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether `error` is an ordinary exception, or a panic of a library in Rust: no request to end
-    the process.
+    """Whether `error` is an ordinary exception or a panic of a Rust library.
+
+    Requests to end the process (`KeyboardInterrupt`, `SystemExit`) are not failures.
     """
     return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
 
@@ -53,11 +53,10 @@ def raised_as(
     advice: str,
     passing: type[CeedVLAError] | tuple[()] = CeedVLAError,
 ) -> Iterator[None]:
-    """Raise what a library raises as a `kind`, whose message is `what`, the cause and `advice`;
-    errors `passing` pass.
+    """Re-raise errors of libraries as `kind`, with the message `what`, the cause and `advice`.
 
-    For what others wrote: files, settings and models, with which each library fails in kinds of its
-    own.
+    It encloses the use of untrusted files, settings and models, where each library raises
+    exceptions of its own types. Errors of the types `passing` pass unchanged.
     """
     try:
         yield
@@ -74,7 +73,7 @@ class CheckpointError(CeedVLAError):
 
 
 class DatasetError(CeedVLAError):
-    """A data set is missing, damaged, or lacks what the caller needs."""
+    """A dataset is missing, damaged, or lacks what the caller needs."""
 
 
 class TokenError(CeedVLAError, ValueError):
@@ -82,15 +81,11 @@ class TokenError(CeedVLAError, ValueError):
 
 
 class MalformedChunkError(TokenError):
-    """Decoded tokens that stand for no chunk of ``m`` steps of ``A`` dimensions. On a robot:
-    hold.
-    """
+    """Decoded tokens do not form a chunk of ``m`` steps of ``A`` dimensions; a robot holds."""
 
 
 class NotFiniteError(CeedVLAError):
-    """The model's scores are NaN or infinite: its weights or activations are broken. On a robot:
-    hold.
-    """
+    """The model's logits are NaN or infinite: weights or activations are broken. A robot holds."""
 
 
 class ObservationError(CeedVLAError, ValueError):
@@ -98,11 +93,11 @@ class ObservationError(CeedVLAError, ValueError):
 
 
 class VerificationError(CeedVLAError):
-    """A model does not give the outputs of its reference implementation."""
+    """A model's outputs differ from those of its reference implementation."""
 
 
 class SimulationError(CeedVLAError):
-    """The simulation was asked for something it does not have, or got an invalid action."""
+    """A simulation lacks what the caller requests, or received an invalid action."""
 
 
 class NodeError(CeedVLAError):

@@ -1,6 +1,4 @@
-"""What a setting may be: declared beside its default, checked when a configuration is made, shown
-by `--help`.
-"""
+"""Allowed values of settings: declared with the default, checked on construction, shown in help."""
 
 from __future__ import annotations
 
@@ -17,17 +15,15 @@ from typing import Any
 from ceed_vla.errors import ConfigError
 
 _ALLOWED = "allowed"
-_LARGEST = 1e308  # NaN and infinity are not below it, nor are whole numbers that no float can hold
-LONGEST_TEXT = 2**26  # a tokenizer in a checkpoint's settings is the longest
+_LARGEST = 1e308  # rejects NaN, infinity, and whole numbers beyond the range of a float
+LONGEST_TEXT = 2**26  # [characters]; the longest is a tokenizer in a checkpoint's settings
 SEEDS = "[0, 2147483647]"
 COUNTS = "[1, 1e9]"  # of steps, frames, episodes
 THREADS = "[0, 256]"
 
 
 class Interval:
-    """A range of numbers in the notation of mathematics: ``[1, 10]``, ``(0, 1]``, ``[0, inf)``;
-    infinity is outside.
-    """
+    """A range of finite numbers in interval notation: ``[1, 10]``, ``(0, 1]``, ``[0, inf)``."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -39,13 +35,11 @@ class Interval:
         return above and below and math.isfinite(value)
 
 
-Allowed = Interval | tuple[str, ...]  # numbers, or the texts of which a setting is one
+Allowed = Interval | tuple[str, ...]  # a range of numbers, or a choice of strings
 
 
 def ranged(default: Any, interval: str) -> Any:
-    """A field whose number, or every number of whose list, lies in `interval`; None is left
-    alone.
-    """
+    """A field whose number, or each number of its list, lies in `interval`; None is not checked."""
     metadata = {_ALLOWED: Interval(interval)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -58,18 +52,19 @@ def chosen(default: str, choices: Sequence[str]) -> Any:
 
 
 def allowed_of(item: Any) -> Allowed | None:
-    """What the dataclass field `item` declares."""
+    """The allowed values that the dataclass field `item` declares; None without a declaration."""
     return item.metadata.get(_ALLOWED)
 
 
 def allowed_text(allowed: Allowed) -> str:
-    """What is allowed, in words."""
+    """The allowed values, in words."""
     return f"one of {', '.join(allowed)}" if isinstance(allowed, tuple) else f"in {allowed.text}"
 
 
 class Checked:
-    """A dataclass whose fields are checked as it is made; `prefix` is what stands before their
-    names in an error.
+    """A dataclass whose fields are checked on construction.
+
+    The class argument `prefix` precedes the names of the fields in errors.
     """
 
     _prefix = ""
@@ -83,11 +78,12 @@ class Checked:
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Check every field of a dataclass: its type against the annotation, its value against what it
-    declares.
+    """Check every field of a dataclass against its annotation and its allowed values.
 
-    Belongs first in ``__post_init__``. A `ConfigError` names the field, behind `prefix`, its value
-    and what is allowed.
+    Call it at the start of ``__post_init__``.
+
+    Raises:
+        ConfigError: It names the field (after `prefix`), its value and the allowed values.
     """
     hints = type_hints(type(config))
     for item in fields(config):
@@ -100,7 +96,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
 
 def describe(hint: Any, allowed: Allowed | None) -> str:
-    """What a field may be, in words."""
+    """Type and allowed values of a field, in words."""
     if isinstance(allowed, tuple):
         return allowed_text(allowed)
     options = options_of(hint)
@@ -119,7 +115,7 @@ def _word(hint: Any) -> str:
     simple = {
         int: "a whole number",
         float: "a finite number",
-        str: "a text",
+        str: "a string",
         bool: "true or false",
         Path: "a path",
     }
@@ -127,7 +123,7 @@ def _word(hint: Any) -> str:
 
 
 def fits(value: Any, hint: Any, allowed: Allowed | None = None) -> bool:
-    """Whether a value is of the type `hint`, and as `allowed` where that is given."""
+    """Whether a value is of the type `hint` and among the `allowed` ones; all are without these."""
     if hint is Any:
         return True
     if (options := options_of(hint)) != (hint,):
@@ -161,7 +157,7 @@ def fits(value: Any, hint: Any, allowed: Allowed | None = None) -> bool:
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
-    """The types of a union; `hint` alone if it is none."""
+    """The types of a union; (`hint`,) if it is not a union."""
     return (
         typing.get_args(hint)
         if typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -170,18 +166,18 @@ def options_of(hint: Any) -> tuple[Any, ...]:
 
 
 def short(value: object) -> str:
-    """A value in a message: one line, cut."""
+    """A value for a message: one line of at most 200 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _type_hints(kind: Any) -> dict[str, Any]:
-    """Types of a dataclass's fields by name, as far as they can be found."""
+    """Types of a dataclass's fields by name; empty if they cannot be resolved."""
     try:
         return typing.get_type_hints(kind)
-    except (NameError, TypeError):  # a type that is imported for checkers only
+    except (NameError, TypeError):  # a type that is imported under TYPE_CHECKING only
         return {}
 
 
-# mypy takes no class for hashable
+# annotated because mypy does not treat a class as hashable
 type_hints: Callable[[Any], dict[str, Any]] = functools.cache(_type_hints)

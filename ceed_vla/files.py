@@ -1,7 +1,7 @@
 """Reading and writing files: untrusted input is validated, output is written atomically.
 
-Names that a file gives (of cameras, shards, states) are plain names, so that what they lead to
-stays in its folder.
+Names that are read from a file (of cameras, shards, states) must be plain names, so that paths made
+of them stay in their folder.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ceed_vla.fields import short
 
 MOST_SETTINGS = 2**24  # [bytes] of a file of settings
 MOST_DIGITS = 400  # of a number; the largest that is a float has 309
-MOST_DEPTH = 100  # of values in values, which whoever reads them follows down
-# of one: each takes some hundred bytes of memory, whatever it takes in the file
+MOST_DEPTH = 100  # nesting levels; code that reads the values recurses into them
+# in one file: each takes about a hundred bytes of memory, however short it is in the file
 MOST_VALUES = 10**6
 LONGEST_NAME = 200
 
@@ -33,7 +33,7 @@ def read_json(
     most: int = MOST_SETTINGS,
     values: int = MOST_VALUES,
 ) -> dict[str, Any]:
-    """A JSON object of at most `most` bytes and about `values` values; otherwise raises `error`."""
+    """Read a JSON object of at most `most` bytes and about `values` values; else raise `error`."""
     content = read_bytes(file, error, most=most)
     try:
         found = parse_json(content.decode("utf-8"), values)
@@ -45,10 +45,8 @@ def read_json(
 
 
 def parse_json(text: str, most: int = MOST_VALUES) -> Any:
-    """The value of JSON `text`, of about `most` values and without a repeated name; otherwise
-    `ValueError`.
-    """
-    count = sum(map(text.count, "[{,"))  # at least the number of values but one
+    """Parse JSON of about `most` values and without duplicate keys; else raise `ValueError`."""
+    count = sum(map(text.count, "[{,"))  # at least the number of values minus one
     if count > most:
         raise ValueError(f"it has about {count} values; at most {most} are read")
     try:
@@ -64,7 +62,7 @@ def parse_json(text: str, most: int = MOST_VALUES) -> Any:
 
 
 def count_values(value: Any) -> int:
-    """Values in what JSON holds, nested ones included."""
+    """Number of values in parsed JSON, nested ones included."""
     count = 0
     waiting = [value]
     while waiting:
@@ -74,7 +72,7 @@ def count_values(value: Any) -> int:
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    """The values in a mapping or list; none in another value."""
+    """The values in a mapping or list; none for another value."""
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
@@ -83,7 +81,7 @@ def _inside(value: Any) -> Iterable[Any]:
 def read_text(
     file: Path, error: type[CeedVLAError] = CheckpointError, *, most: int = MOST_SETTINGS
 ) -> str:
-    """The UTF-8 text of a file of at most `most` bytes; otherwise raises `error`."""
+    """Read a UTF-8 file of at most `most` bytes; else raise `error`."""
     try:
         return read_bytes(file, error, most=most).decode("utf-8")
     except ValueError as problem:
@@ -93,8 +91,9 @@ def read_text(
 
 
 def read_bytes(file: Path, error: type[CeedVLAError] = CheckpointError, *, most: int) -> bytes:
-    """The content of a file of at most `most` bytes, whatever size it declares; otherwise raises
-    `error`.
+    """Read a file of at most `most` bytes; else raise `error`.
+
+    The bytes are counted, because the size that a special file declares may be wrong.
     """
     regular(file, error)
     try:
@@ -104,14 +103,12 @@ def read_bytes(file: Path, error: type[CeedVLAError] = CheckpointError, *, most:
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{file} cannot be read ({reason}); is this the right folder?") from problem
     if len(found) > most:
-        raise error(f"{file} has more than {most / 1e6:.0f} MB, the most that such a file takes.")
+        raise error(f"{file} has more than {most / 1e6:.0f} MB, the most that is read of it.")
     return found
 
 
 def whole(text: str) -> int:
-    """The whole number that a text of digits stands for; `ValueError` for one of too many
-    digits.
-    """
+    """Parse a whole number of at most `MOST_DIGITS` digits; else raise `ValueError`."""
     if len(text) > MOST_DIGITS:
         raise ValueError(f"it has a number of {len(text)} digits; at most {MOST_DIGITS} are read")
     return int(text)
@@ -120,15 +117,14 @@ def whole(text: str) -> int:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError(f"a name stands there twice, of {', '.join(list(values)[:5])}")
+        raise ValueError(f"duplicate key among {', '.join(list(values)[:5])}")
     return values
 
 
 def regular(file: Path, error: type[CeedVLAError] = CheckpointError) -> Path:
-    """`file`, unless it is there and reading it need not end: a pipe, a socket or a device, also
-    behind a link.
+    """Return `file`; raise `error` if it is, or links to, a folder, pipe, socket or device.
 
-    That it exists, its reader checks.
+    Reading a pipe or a device may never end. A missing file passes: its reader reports it.
     """
     try:
         is_file = stat.S_ISREG(file.stat().st_mode)
@@ -140,8 +136,9 @@ def regular(file: Path, error: type[CeedVLAError] = CheckpointError) -> Path:
 
 
 def strange(folder: Path) -> Iterator[Path]:
-    """Links, pipes and whatever else is neither file nor folder below `folder`, which may itself be
-    a link.
+    """Entries below `folder` that are neither file nor folder: links, pipes, devices.
+
+    `folder` itself may be a link.
     """
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -149,8 +146,9 @@ def strange(folder: Path) -> Iterator[Path]:
 
 
 def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointError) -> str:
-    """`name`, as found in a file, if it stays in the folder it is joined to; else `error`, about
-    `what` it names.
+    """Return `name`, read from a file, if a path of it stays in its folder; else raise `error`.
+
+    The message calls it `what`.
     """
     plain = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
     if not plain or any(mark in str(name) for mark in "/\\:") or str(name).strip(". ") == "":
@@ -162,14 +160,13 @@ def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointEr
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A path beside `file` to write to; it takes the place of `file` in one step when the block
-    ends well.
+    """Yield a temporary path to write to; it replaces `file` atomically if the block succeeds.
 
-    An interrupt or a full disk leaves what was there before. The temporary name keeps the suffix:
-    libraries go by it.
+    An interrupt or a full disk leaves the old file. The temporary name has the same suffix, because
+    libraries choose the format by it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Nobody can have put a link there: the name is not known before.
+    # The name is random, so that no link can have been placed there.
     temporary = file.with_name(f".{file.stem}.{token_hex(8)}.tmp{file.suffix}")
     try:
         yield temporary
@@ -177,7 +174,7 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.replace(file)
     except OSError as error:
         if error.errno is not None and error.filename in (None, str(temporary)):
-            # the name that the user knows
+            # name the user's file, not the temporary one
             raise OSError(error.errno, error.strerror, str(file)) from error
         raise
     finally:
@@ -185,8 +182,9 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def settle(*files: Path) -> None:
-    """Wait until what was written is on disk: behind a power cut, what names these files must not
-    be all there is.
+    """Wait until the content of files is on disk.
+
+    Otherwise a power failure may leave a later file that names these, without their content.
     """
     for file in files:
         with file.open("rb+") as content:
@@ -201,18 +199,19 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def saving(folder: object, options: Mapping[str, Any]) -> Iterator[None]:
-    """Check what LeRobot's ``save_pretrained`` is given, and say why it cannot write.
+    """Check the arguments of LeRobot's ``save_pretrained``, and re-raise its errors.
 
-    `ConfigError` if a hub is asked for, `CheckpointError` for no folder's name, or one that cannot
-    be written to.
+    Raises:
+        ConfigError: `push_to_hub` is set.
+        CheckpointError: `folder` is not a path, or cannot be written to.
     """
     from safetensors import SafetensorError
 
     if not isinstance(folder, str | Path) or not str(folder):
-        raise CheckpointError(f"save_directory is {short(folder)}; give a folder.")
+        raise CheckpointError(f"save_directory is {short(folder)}; it must be a folder.")
     if options.get("push_to_hub"):
         raise ConfigError(
-            "push_to_hub is true; nothing here asks a hub: upload the folder with `hf upload`."
+            "push_to_hub is true; this package never uploads. Upload the folder with `hf upload`."
         )
     try:
         yield

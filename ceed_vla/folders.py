@@ -1,5 +1,6 @@
-"""Where checkpoints are: folders, their files, and the shipped ones. Imports nothing heavy: a
-robot's node asks too.
+"""Where checkpoints are: folders, their files, and the shipped ones.
+
+It imports nothing heavy, because robot nodes use it, too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"  # see `ceed_vla.checkpoints.manifest`
 EXITS = "exits.safetensors"
 CONTEXT = "context.safetensors"
-MODULES = (EXITS, CONTEXT)  # beside the weights, and read if they are there
+MODULES = (EXITS, CONTEXT)  # read with the weights, if they exist
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 PROCESSOR_FILES = (PREPROCESSOR, POSTPROCESSOR)
 POLICY_FILES = (CONFIG, WEIGHTS)
@@ -30,9 +31,9 @@ FILES = (*POLICY_FILES, *PROCESSOR_FILES)
 
 
 def pretrained_path(name: str) -> Path:
-    """Folder of a checkpoint inside the package: "teacher" (autoregressive), "student"
-    (consistency-distilled).
+    """Folder of a shipped checkpoint.
 
+    In the package are "teacher" (autoregressive) and "student" (consistency-distilled).
     "metaworld/student" is the student of an installed wheel of weights, ceed_vla_metaworld, which
     is not imported.
     """
@@ -68,7 +69,7 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
         files: Names of files that it must hold.
 
     Returns:
-        The folder; absolute where its relative path is a shipped name.
+        The folder; absolute if its relative path has the form of a shipped name.
 
     Raises:
         CheckpointError: There is no such folder, or files are missing from it.
@@ -81,7 +82,7 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
     try:
         if _may_be_shipped(path):
             folder = _chosen(folder)
-        elif _may_be_shipped(folder):  # ./student, which is student once it is a `Path`
+        elif _may_be_shipped(folder):  # ./student: `Path` drops the ./
             folder = Path.cwd() / folder
         if (folder / "pretrained_model").is_dir():
             folder = folder / "pretrained_model"
@@ -89,7 +90,7 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
         missing = [name for name in files if not (folder / name).is_file()]
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise CheckpointError(
-            f"The checkpoint {str(path)[:200]!r} is not read ({error.strerror})."
+            f"The checkpoint {str(path)[:200]!r} cannot be read ({error.strerror})."
         ) from error
     if not found:
         raise CheckpointError(
@@ -105,8 +106,9 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
 
 
 def unambiguous(text: str) -> str:
-    """The path `text` so that it stays a local one as a `Path`, which would make ``student`` of
-    ``./student``.
+    """Return the path `text` in a form that is still local as a `Path`.
+
+    `Path` drops the ``./`` of ``./student``, so this path becomes absolute.
     """
     return (
         str(Path.cwd() / text)
@@ -116,8 +118,9 @@ def unambiguous(text: str) -> str:
 
 
 def _may_be_shipped(path: str | Path) -> bool:
-    """Whether `path` has the form of a shipped name: "student", or "wheel/student". "./student" has
-    not.
+    """Whether `path` has the form of a shipped name: "student" or "wheel/student".
+
+    "./student" does not have it.
     """
     text = str(path)
     folder = Path(text)
@@ -130,7 +133,7 @@ def _may_be_shipped(path: str | Path) -> bool:
 
 
 def _chosen(named: Path) -> Path:
-    """The folder that is meant by `named`, which has the form of a shipped name."""
+    """The local or shipped folder that `named`, a path in the form of a shipped name, refers to."""
     name = str(named)
     local = Path.cwd() / named
     is_wheel = len(named.parts) == 2
@@ -143,21 +146,19 @@ def _chosen(named: Path) -> Path:
     if (local / CONFIG).is_file() or (local / "pretrained_model").is_dir():
         _warn(
             f"{name} is the local folder {local}, not the shipped checkpoint of this name; write "
-            f"./{name} to be sure of the folder, or rename it to have the shipped one"
+            f"./{name} to select the folder explicitly, or rename it to use the shipped one"
         )
         return local
     if local.exists():
         _warn(
-            f"{name} is the shipped checkpoint; the local folder {local} is none, as it has "
-            f"neither {CONFIG} nor pretrained_model. Write ./{name} if you mean the folder"
+            f"{name} is the shipped checkpoint; the local folder {local} is not a checkpoint: "
+            f"it lacks {CONFIG} and pretrained_model. Write ./{name} if you mean the folder"
         )
     return shipped
 
 
 @cache
 def _warn(message: str) -> None:
-    """Log `message` once in a process, and not in its workers: a command resolves a path many
-    times.
-    """
+    """Log `message` once per process, and not in workers: a command resolves a path many times."""
     if parent_process() is None:
         _logger.warning(message)

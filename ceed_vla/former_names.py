@@ -1,9 +1,8 @@
 """The import names `sim`, `training` and `ros_nodes` of earlier versions, in a clone.
 
-They are `ceed_vla.sim`, `ceed_vla.training` and `ceed_vla.ros_nodes` now. The folders still stand
-at the top of the repository, so the former names can be imported from there; they give the same
-modules, never second ones, with a `DeprecationWarning`. An installed package has only the long
-names.
+They are `ceed_vla.sim`, `ceed_vla.training` and `ceed_vla.ros_nodes` now. The folders are still at
+the top of the repository, so the former names can be imported there; they resolve to the same
+modules, with a `DeprecationWarning`. An installed package has only the long names.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from typing import Any, cast
 
 
 def redirect(name: str) -> None:
-    """Replace the module `name`, which is being imported, by ``ceed_vla.<name>``, and its
-    submodules too.
-    """
+    """Replace the module `name` during its import by ``ceed_vla.<name>``, submodules included."""
     warnings.warn(f"Import ceed_vla.{name} instead of {name}.", DeprecationWarning, stacklevel=3)
     if not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(name))
@@ -47,7 +44,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Gives the module of the present name in place of a new one."""
+    """Loads the module of the present name."""
 
     def __init__(self, present: ModuleSpec) -> None:
         self.present = present
@@ -56,7 +53,7 @@ class _Loader(Loader):
         return importlib.import_module(self.present.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        # which the import system has just replaced by the former name's
+        # restore it: the import system has just set the spec of the former name
         module.__spec__ = self.present
 
     def get_code(self, fullname: str) -> CodeType | None:

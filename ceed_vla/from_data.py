@@ -1,8 +1,8 @@
-"""What a new policy takes from its data where its settings leave it open.
+"""Derive settings of a new policy from its data, unless they are set.
 
 `ceed-vla train` and LeRobot's `lerobot-train` share it. Action ranges come from all frames: the
-quantiles in a data set's ``meta/stats.json`` are averages over its episodes, which clip whatever
-only some of the episodes do.
+quantiles in a dataset's ``meta/stats.json`` are averages over its episodes, and clip actions that
+occur in few episodes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ceed_vla.data.statistics import vector_statistics
 from ceed_vla.errors import DatasetError
 
 if TYPE_CHECKING:
-    from ceed_vla.data.files import Info  # which loads pyarrow: only training needs it
+    from ceed_vla.data.files import Info  # imports pyarrow, which only training needs
 
 logger = logging.getLogger(__name__)
 
-SPARSE = 0.9  # of a dimension's values lie near zero: its quantiles say nothing of the others
-NEAR_ZERO = 0.01  # of the largest value
+SPARSE = 0.9  # share of near-zero values above which the quantiles miss all other values
+NEAR_ZERO = 0.01  # share of the largest value
 # names of actions that add up over steps
 INCREMENT = re.compile("(d|delta_)(x|y|z|rx|ry|rz|roll|pitch|yaw)")
 FRAMES = "all frames"
-EXTREMES = (("q01", "min"), ("q99", "max"))  # quantile, and what stands in for it
+EXTREMES = (("q01", "min"), ("q99", "max"))  # quantile, and the statistic that replaces it
 
 Stats = dict[str, Any]  # name of a statistic -> (A,), an array or a tensor
 Statistics = dict[str, Stats]  # of every feature
@@ -44,18 +44,18 @@ Statistics = dict[str, Stats]  # of every feature
 def take_from_actions(
     config: CeedVLAConfig, actions: NDArray[np.float32], stats: Stats, names: Sequence[object]
 ) -> None:
-    """Fill two-valued dimensions and increments that the settings leave open; extend sparse ranges.
+    """Set two-valued dimensions and increments unless they are set; extend sparse ranges.
 
     Args:
         config: Settings of a new policy; filled in place.
-        actions: Of all frames (N, A) [the data set's units].
+        actions: Of all frames (N, A) [the dataset's units].
         stats: Statistics of exactly these actions; changed in place by `extend_sparse`.
         names: Names of the action's dimensions, or none.
     """
     tokens = config.action_tokens
     sparse = extend_sparse(stats, actions)
     open_ranges = not any(getattr(tokens, name, None) for name in ("q01", "fitted"))
-    if open_ranges and tokens.gripper_dims == [-1]:  # two values, as a gripper takes
+    if open_ranges and tokens.gripper_dims == [-1]:  # find dimensions of two values (grippers)
         dense = np.flatnonzero(~sparse).tolist()
         tokens.gripper_dims = [d for d in dense if len(np.unique(actions[:, d])) == 2]
     take_increments(config, names)
@@ -64,8 +64,10 @@ def take_from_actions(
 
 
 def extend_sparse(stats: Stats, actions: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Replace quantiles by extremes in dimensions (A,) that are nearly always zero; return
-    these.
+    """Replace quantiles by extremes in dimensions that are nearly always zero.
+
+    Returns:
+        Which dimensions these are (A,).
     """
     sparse = (np.abs(actions) <= NEAR_ZERO * np.abs(actions).max(0)).mean(0) >= SPARSE  # (A,)
     for quantile, extreme in EXTREMES:
@@ -75,7 +77,7 @@ def extend_sparse(stats: Stats, actions: NDArray[np.float32]) -> NDArray[np.bool
 
 
 def take_increments(config: CeedVLAConfig, names: Sequence[object]) -> None:
-    """Set `delta_dims` by the names of the action's dimensions, unless the settings have them."""
+    """Set `delta_dims` by the names of the action's dimensions, unless it is set."""
     if config.delta_dims is None:
         config.delta_dims = [
             d for d, name in enumerate(names) if INCREMENT.fullmatch(str(name).lower())
@@ -93,7 +95,7 @@ def ranges_are_open(config: CeedVLAConfig) -> bool:
 def take_from_lerobot(config: CeedVLAConfig, meta: Any, stats: Statistics) -> None:
     """Fill the settings of a new policy as `ceed-vla train` does, for `lerobot-train`.
 
-    Where the frames cannot be read, ranges are the minimum and maximum of the statistics.
+    If the frames cannot be read, ranges are the minimum and maximum of the statistics.
 
     Args:
         config: Settings of a new policy; filled in place.
@@ -125,12 +127,13 @@ def take_from_lerobot(config: CeedVLAConfig, meta: Any, stats: Statistics) -> No
 def correct_action_statistics(
     meta: Any, stats: Statistics
 ) -> tuple[NDArray[np.float32] | None, str]:
-    """Replace LeRobot's averaged action quantiles by those of all frames, else by the extremes.
+    """Replace LeRobot's averaged action quantiles by those of all frames.
 
-    In place: LeRobot builds its normalisers from the same object later.
+    If the frames cannot be read, the extremes replace them. `stats` is changed in place, because
+    LeRobot builds its normalisers from the same object later.
 
     Returns:
-        The actions of all frames (N, A); or None, and why they cannot be read.
+        The actions of all frames (N, A) and an empty string; or None and the reason.
     """
     from ceed_vla.data.files import read_info, read_rows
 
@@ -167,13 +170,13 @@ def normalises_actions(config: CeedVLAConfig) -> bool:
 
 
 def log_lerobot(config: CeedVLAConfig, tokens: Any, meta: Any) -> None:
-    """Log what `lerobot-train` is about to use, in the form of `ceed-vla train`."""
+    """Log the settings that `lerobot-train` uses, in the form of `ceed-vla train`."""
     info = _info(meta)
     logger.info(describe(config, tokens, meta.fps, info.ignored if info else ()))
 
 
 def _info(meta: Any) -> Info | None:
-    """What ``meta/info.json`` of LeRobot's metadata says; None if it cannot be used."""
+    """Read ``meta/info.json`` of LeRobot's metadata; None if it cannot be used."""
     from ceed_vla.data.files import read_info
 
     try:
@@ -188,7 +191,7 @@ def _info(meta: Any) -> Info | None:
 def describe(
     config: CeedVLAConfig, tokens: Any, fps: float, ignored: Iterable[str], named: int | None = None
 ) -> str:
-    """What training is about to use, in one line.
+    """Describe the settings that training uses, in one line.
 
     Args:
         config: Settings of the policy, with features.

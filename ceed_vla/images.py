@@ -1,4 +1,4 @@
-"""What every image that a policy is shown must be."""
+"""Validation and conversion of camera images."""
 
 from __future__ import annotations
 
@@ -14,37 +14,46 @@ from ceed_vla.errors import ObservationError
 
 
 def check_images(images: Mapping[str, Tensor]) -> None:
-    """Check that images are floats in [0, 1], so not NaN; one pass over each, and one transfer for
-    all.
+    """Raise `ObservationError` unless images are floats in [0, 1], and not NaN.
+
+    This takes one pass over each image, and one transfer to the host for all.
     """
     for name, image in images.items():
         if not image.is_floating_point() or not image.numel():
             raise ObservationError(
-                f"{name} is {tuple(image.shape)} {image.dtype}; images are floats in [0, 1] or "
+                f"{name} is {tuple(image.shape)} {image.dtype}; images must be floats in [0, 1] or "
                 "uint8."
             )
     ends = [torch.stack(image.aminmax()).float() for image in images.values()]  # NaN stays NaN
     for name, (least, most) in zip(images, torch.stack(ends).tolist() if ends else (), strict=True):
         if not (least >= 0 and most <= 1):
             raise ObservationError(
-                f"{name} has values from {least:g} to {most:g}; images lie in [0, 1]."
+                f"{name} has values from {least:g} to {most:g}; images must be in [0, 1]."
             )
 
 
 def camera_pixels(
     observation: Mapping[str, Any], camera: str, size: Sequence[int] | None = None
 ) -> NDArray[np.uint8]:
-    """The images (B, H, W, 3) of a camera (B, 3, H, W), of bytes or of floats in [0, 1]; any size,
-    or `size` (H, W).
+    """Convert the images of a camera to bytes.
 
-    `ObservationError` if the camera is missing, or its images have another size, mode or range.
+    Args:
+        observation: The observation, with images (B, 3, H, W) of bytes or of floats in [0, 1].
+        camera: Feature of the camera.
+        size: Required (H, W) [px]; None for any size.
+
+    Returns:
+        (B, H, W, 3).
+
+    Raises:
+        ObservationError: The camera is missing, or its images have another size, mode or range.
     """
     if camera not in observation:
-        have = (
+        present = (
             ", ".join(sorted(key for key in observation if key.startswith("observation.")))
             or "none"
         )
-        raise ObservationError(f"The observation lacks {camera!r}; it has {have}.")
+        raise ObservationError(f"The observation lacks {camera!r}; it has {present}.")
     image = observation[camera]
     found = tuple(image.shape) if isinstance(image, Tensor) else ()
     if len(found) != 4 or found[1] != 3 or 0 in found or (size and found[2:] != tuple(size)):

@@ -1,6 +1,4 @@
-"""The instructions of a batch, as whoever calls a policy passes them, and the prompts they are put
-into.
-"""
+"""The instructions of a batch, and prompt templates for them."""
 
 from __future__ import annotations
 
@@ -9,18 +7,24 @@ from typing import Any
 
 from ceed_vla.errors import ConfigError, ObservationError
 
-PLACE = "{instruction}"  # replaced, not formatted: a template reads no attributes
+PLACE = "{instruction}"  # replaced, not formatted, so that a template cannot read attributes
 LONGEST_PROMPT = 100_000
 
 
 def batch_instructions(
     complementary: Mapping[str, Any] | None, rows: int | None = None
 ) -> list[str]:
-    """The ``task`` of a batch, in LeRobot's complementary data or the batch itself, as one text a
-    row.
+    """Read the ``task`` of a batch.
 
-    One instruction counts for all `rows`, whose number is not checked if None. `ObservationError`
-    if there are others.
+    Args:
+        complementary: LeRobot's complementary data, or the batch itself.
+        rows: Rows of the batch; None to accept any number.
+
+    Returns:
+        One text per row; a single instruction is repeated for all `rows`.
+
+    Raises:
+        ObservationError: There are no instructions, or not one for every row.
     """
     task = (complementary or {}).get("task")
     tasks = (
@@ -33,15 +37,15 @@ def batch_instructions(
         shown = repr(task)[:200]
         raise ObservationError(
             f"The observation has the instructions {shown} for "
-            f"{'any number of' if rows is None else rows} rows; pass 'task' as a non-empty text, "
-            "or a list with one for every row."
+            f"{'any number of' if rows is None else rows} rows; pass 'task' as non-empty text, or "
+            "as a list with one for every row."
         )
     return tasks
 
 
 def check_template(template: object, name: str) -> None:
-    """Raise `ConfigError` unless `template` is a text with exactly one ``{instruction}`` and no
-    other field.
+    """Raise `ConfigError` unless `template` is text with exactly one ``{instruction}`` and no other
+    field.
     """
     fits = isinstance(template, str) and len(template) <= LONGEST_PROMPT
     if (
@@ -50,5 +54,5 @@ def check_template(template: object, name: str) -> None:
         or set("{}") & set(str(template).replace(PLACE, ""))
     ):
         raise ConfigError(
-            f"{name} is {str(template)[:200]!r}; it must hold {PLACE} once, and no other field."
+            f"{name} is {str(template)[:200]!r}; it must contain {PLACE} once, and no other field."
         )

@@ -1,5 +1,4 @@
-"""Pose that end-effector actions command, and the joints that bring an arm there, simulated or
-real.
+"""Commanded pose of end-effector actions, and inverse kinematics, for simulated and real arms.
 
 Orientations are rotation matrices (3, 3), or roll, pitch, yaw with ``Rz(yaw) Ry(pitch) Rx(roll)``.
 """
@@ -14,20 +13,20 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Constant part [m^2] and share of the squared error: robust far away, quick at the end.
+# Constant part [m^2] and share of the squared error: robust far from the target, fast near it.
 _DAMPING = (1e-5, 0.2)
 _POSTURE_GAIN = 0.1  # share of the way home per iteration, in the null space of the task
 _MAX_STEP = 0.3  # of a joint per iteration [rad]
 _REACHED = (1e-4, 5e-4)  # [m], [rad]
-_FAR_OFF = 0.01  # remaining error from which another start is tried [m]
+_FAR_OFF = 0.01  # remaining error above which another start is tried [m]
 _UNWIND = 0.3  # of a joint per call on the way to another branch [rad]
 _LIMIT_MARGIN = 0.02  # [rad]
-# [m], [rad]: distance of the joint targets at which the commanded pose follows them
+# [m], [rad]: distance from the joint targets above which the commanded pose follows them.
 _SLACK = (
     0.005,
     0.05,
 )
-_ROTATION_WEIGHT = 0.3  # [m/rad]: how much one radian counts against one metre
+_ROTATION_WEIGHT = 0.3  # [m/rad]: weight of one radian relative to one metre
 NEXT, AFTER = [1, 2, 0], [2, 0, 1]  # cyclic successors of x, y, z, for cross products
 
 
@@ -54,8 +53,8 @@ def turn_matrix(vector: Array) -> Array:
 
 
 def turn_vector(matrix: Array) -> Array:
-    """Rotation vector (3,) [rad] of a rotation matrix; the inverse of `turn_matrix` for less than
-    half a turn.
+    """Rotation vector (3,) [rad] of a rotation matrix: the inverse of `turn_matrix` below half a
+    turn.
     """
     sine = 0.5 * (matrix[AFTER, NEXT] - matrix[NEXT, AFTER])
     size = float(np.linalg.norm(sine))
@@ -64,7 +63,7 @@ def turn_vector(matrix: Array) -> Array:
         return sine * (np.arctan2(size, cosine) / size)
     if cosine > 0.0:
         return sine
-    axis = (matrix + np.eye(3))[:, np.argmax(np.diag(matrix))]  # half a turn: of either sign
+    axis = (matrix + np.eye(3))[:, np.argmax(np.diag(matrix))]  # half a turn; the sign is arbitrary
     return axis * (np.pi / np.linalg.norm(axis))
 
 
@@ -74,8 +73,9 @@ def rpy_matrix(rpy: Array) -> Array:
 
 
 def matrix_rpy(matrix: Array) -> Array:
-    """Roll, pitch, yaw (3,) [rad] of a rotation matrix; the inverse of `rpy_matrix` for |pitch| <
-    pi/2.
+    """Roll, pitch, yaw (3,) [rad] of a rotation matrix.
+
+    The inverse of `rpy_matrix` for |pitch| < pi/2.
     """
     pitch = np.arcsin(np.clip(-matrix[2, 0], -1.0, 1.0))
     return np.array(
@@ -84,7 +84,7 @@ def matrix_rpy(matrix: Array) -> Array:
 
 
 def rotate_rpy(rpy: Array, delta: Array) -> Array:
-    """`rpy` (3,) [rad] turned by a rotation vector (3,) in the base frame [rad]."""
+    """Rotate `rpy` (3,) [rad] by a rotation vector (3,) in the base frame [rad]."""
     if float(np.linalg.norm(delta)) < 1e-9:
         return rpy.copy()
     return matrix_rpy(turn_matrix(delta) @ rpy_matrix(rpy))
@@ -92,7 +92,7 @@ def rotate_rpy(rpy: Array, delta: Array) -> Array:
 
 @dataclass(frozen=True)
 class PoseLimits:
-    """How end-effector actions move the commanded pose, and where it may be."""
+    """Scales of end-effector actions, and limits of the commanded pose."""
 
     position_scale: float  # translation of a full action [m]
     rotation_scale: float  # rotation of a full action [rad]
@@ -103,12 +103,14 @@ class PoseLimits:
 
 
 class CommandedPose:
-    """The TCP pose that end-effector actions accumulate to: at a step's start, the end target of
-    the step before.
+    """The TCP pose to which end-effector actions accumulate.
+
+    At the start of a step, it is the target of the previous step.
     """
 
     def __init__(self, limits: PoseLimits, position: Array) -> None:
-        self.limits, self.position = limits, position  # the second (3,) [m]
+        self.limits = limits
+        self.position = position  # (3,) [m]
         self.rpy: Array = np.zeros(3)  # roll, pitch, yaw [rad]
 
     @property
@@ -117,7 +119,7 @@ class CommandedPose:
         return rpy_matrix(self.rpy)
 
     def reset(self, position: Array, matrix: Array) -> None:
-        """Start from the pose where the arm is, (3,) [m] and (3, 3)."""
+        """Start from the arm's current pose, (3,) [m] and (3, 3)."""
         self.position = np.array(position)
         self.rpy = matrix_rpy(matrix)
 
@@ -128,14 +130,14 @@ class CommandedPose:
         self.position = np.clip(moved, limits.workspace_low, limits.workspace_high)
         bound = np.array([limits.max_tilt, limits.max_tilt, limits.max_yaw])
         turned = rotate_rpy(self.rpy, limits.rotation_scale * action[3:6])
-        # past half a turn, where a yaw begins anew
+        # Unwrap a yaw that has passed half a turn.
         if abs(over := turned[2] - self.rpy[2]) > np.pi:
             turned[2] -= np.copysign(2 * np.pi, over)
         self.rpy = np.clip(turned, -bound, bound)
 
     def follow(self, position: Array, matrix: Array) -> None:
-        """Go to the pose of the joint targets where it differs: the command never runs away from
-        the arm.
+        """Move to the pose of the joint targets if it differs, so that the command never departs
+        from the arm.
         """
         rpy = matrix_rpy(matrix)
         if np.abs(position - self.position).max() > _SLACK[0]:
@@ -145,11 +147,14 @@ class CommandedPose:
 
 
 class ArmKinematics(ABC):
-    """An arm of J joints, and its inverse kinematics: damped least squares with a null-space pull
-    to `home`.
+    """An arm with J joints, and its inverse kinematics: damped least squares with a null-space pull
+    to a home posture.
 
-    `low`, `high` and `home` are (J,) [rad]; joints move by `max_joint_step` [rad] at most per
-    `solve`.
+    Args:
+        low: (J,) lower joint limits [rad].
+        high: (J,) upper joint limits [rad].
+        home: (J,) home posture [rad].
+        max_joint_step: Largest motion of a joint per `solve` [rad].
     """
 
     def __init__(
@@ -169,33 +174,38 @@ class ArmKinematics(ABC):
 
     @abstractmethod
     def jacobian(self) -> tuple[Array, Array]:
-        """Motion of the TCP per joint, linear (3, J) and angular (3, J), at the joints of the last
-        `pose`.
-        """
+        """Linear (3, J) and angular (3, J) Jacobian of the TCP at the joints of the last `pose`."""
 
     def solve(self, q: Array, position: Array, matrix: Array) -> Array:
-        """Joints (J,) [rad] inside the limits that bring the TCP to a pose, or as near as these
-        allow.
+        """Compute joints inside the limits that bring the TCP to a pose, or as near as possible.
 
-        `q` (J,) [rad] are the joints to start from; the last commanded ones keep the motion
-        continuous. `position` (3,) [m] and `matrix` (3, 3) are wanted.
+        Args:
+            q: (J,) joints to start from [rad]; start from the last commanded joints for continuous
+                motion.
+            position: (3,) target position [m].
+            matrix: (3, 3) target orientation.
+
+        Returns:
+            (J,) [rad].
         """
-        wanted, error = self._descend(q, position, matrix, 12)
+        target, error = self._descend(q, position, matrix, 12)
         step = self._max_joint_step
         if error >= _FAR_OFF:
-            # Wound up against joint limits: go back towards the branch of the home posture, a
-            # little per call.
+            # The joints are wound up against their limits: move towards the branch of the home
+            # posture, by a small step per call.
             other, other_error = self._descend(self.home, position, matrix, 40)
             if other_error < 0.5 * error:
-                wanted = other
+                target = other
                 step = min(_UNWIND, step)
-        return wanted if step == np.inf else q + np.clip(wanted - q, -step, step)
+        return target if step == np.inf else q + np.clip(target - q, -step, step)
 
     def _descend(
         self, q: Array, position: Array, matrix: Array, iterations: int
     ) -> tuple[Array, float]:
-        """Iterate to within `_REACHED`; the joints (J,) and the size of the error that remains, 0
-        if none does [m].
+        """Iterate until the error is within `_REACHED`.
+
+        Returns:
+            The joints (J,), and the size of the remaining error, 0 if it is within `_REACHED` [m].
         """
         q = np.array(q, dtype=np.float64)
         for _ in range(iterations):
@@ -212,8 +222,9 @@ class ArmKinematics(ABC):
         return q, float(np.linalg.norm(self._error(q, position, matrix)))
 
     def _error(self, q: Array, position: Array, matrix: Array) -> Array:
-        """Weighted error (6,) of the pose at `q`; up to 2 rad the rotation counts by its sine, as
-        cheap and as good.
+        """Weighted error (6,) of the pose at `q`.
+
+        Up to 2 rad, the rotation error is the sine of the angle, which is cheaper and as accurate.
         """
         tip, current = self.pose(q)
         relative = matrix @ current.T
@@ -223,9 +234,7 @@ class ArmKinematics(ABC):
         return np.concatenate([position - tip, -_ROTATION_WEIGHT * turn])
 
     def _bounded_step(self, q: Array, error: Array, jacobian: Array) -> Array:
-        """Damped least-squares step (J,) [rad] with a null-space pull; joints at their limits are
-        held there.
-        """
+        """Damped least-squares step (J,) [rad] with a null-space pull, within the joint limits."""
         low = self.low + self._margin - q
         high = self.high - self._margin - q
         posture = _POSTURE_GAIN * (self.home - q)

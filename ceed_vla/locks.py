@@ -1,11 +1,13 @@
-"""One writer of an output folder: a lock file names its process, and the kernel frees it with that.
+"""One writer per output folder: a lock file names the process that holds it.
 
-The file is `.NAME.ceed-vla.lock` beside the folder NAME: the folder itself stays new, empty and
-uploadable, and may be replaced as a whole. It is inside where the folder is a mount point, which
-another container sees under another name, or where nothing can be written beside it.
+The kernel releases the lock when that process ends. The file is `.NAME.ceed-vla.lock` next to the
+folder NAME: the folder itself stays new, empty and uploadable, and may be replaced as a whole. The
+file is inside the folder if the folder is a mount point, which another container may see under
+another name, or if its parent is not writable.
 
-Where the file system has no `flock`, and between machines, the record in the file decides: a
-process of this machine that is gone, or that has another start time, holds nothing.
+Without `flock` in the file system, and between machines, the record in the file decides: a lock is
+free if its process on this machine has ended, or if the process of that number has another start
+time.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from typing import Any
 from ceed_vla import __version__
 from ceed_vla.errors import ConfigError
 
-PROGRAM = "ceed-vla "  # with which the record of a lock begins to say whose it is
+PROGRAM = "ceed-vla "  # start of a lock's record, which marks the file as ours
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LONGEST_RECORD = 4096  # [bytes]
 _LONGEST_COMMAND = 200  # [characters]
-_LONGEST_NAME = 150  # [bytes] of a folder that names its lock; a longer one is hashed
-_ATTEMPTS = 100  # to lock a file that others remove meanwhile
+_LONGEST_NAME = 150  # [bytes] of a folder's name in that of its lock; a longer one is hashed
+_ATTEMPTS = 100  # to lock a file that other processes may remove meanwhile
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Holder:
 
     program: str  # with its version
     host: str
-    boot: str  # of the host's kernel; empty where it has no name
+    boot: str  # boot ID of the host's kernel; may be empty
     process: int
-    started: str  # start time in the kernel's clock, which tells a reused number; may be empty
+    started: str  # start time in kernel ticks, which detects a reused number; may be empty
     since: str  # when the lock was taken
     command: str
 
@@ -65,7 +67,7 @@ class Holder:
 
     @classmethod
     def read(cls, text: str) -> Holder | None:
-        """The holder that a lock file names; None for any other text."""
+        """Parse the text of a lock file; None for any other text."""
         try:
             values = json.loads(text)
         except (ValueError, RecursionError):
@@ -84,12 +86,12 @@ class Holder:
 
     @property
     def is_near(self) -> bool:
-        """Whether it runs under this kernel, in whatever container, or on a host of this name."""
+        """Whether it runs under this kernel, in any container, or on a host of this name."""
         return self.host == socket.gethostname() or (self.boot != "" and self.boot == _boot())
 
     @property
     def is_gone(self) -> bool:
-        """Whether this host knows that the process has ended."""
+        """Whether the process has certainly ended; False for a process of another host."""
         if self.host != socket.gethostname():
             return False
         return self.boot != _boot() or self.started != _start_of(self.process)
@@ -101,7 +103,7 @@ class _Lock:
 
     descriptor: int
     holds: int  # nested blocks that hold it
-    made: list[Path]  # folders that were made for the file, the innermost first
+    made: list[Path]  # folders that were created for the file, innermost first
 
 
 _held: dict[Path, _Lock] = {}  # by lock file
@@ -116,9 +118,9 @@ def locked(folder: Path, what: str, part: str = "", *, launched: bool = False) -
     Args:
         folder: The folder, which need not exist.
         what: How an error names the folder, such as ``--output_dir is 'x'``.
-        part: Of the folder's files, where several processes write parts of it.
+        part: Name of the part to lock, if several processes write parts of the folder.
         launched: Whether torchrun or accelerate may have started several processes of one run;
-            then the first one holds the lock for all.
+            then the process of rank 0 holds the lock for all.
 
     Raises:
         ConfigError: Another process holds the lock, or the lock file cannot be written.
@@ -145,7 +147,7 @@ def locked(folder: Path, what: str, part: str = "", *, launched: bool = False) -
 
 
 def lock_file(folder: Path, part: str = "") -> Path:
-    """Where the lock of a folder lies; the same by whatever links the folder is named."""
+    """Path of a folder's lock file; the same for all links to the folder."""
     real = folder.resolve()
     name = real.name or "root"
     if len(os.fsencode(name)) > _LONGEST_NAME:
@@ -156,12 +158,12 @@ def lock_file(folder: Path, part: str = "") -> Path:
 
 
 def _acquired(file: Path, what: str) -> _Lock:
-    """The lock of `file`, with this process's record in it; `ConfigError` if another holds it."""
+    """Lock `file` and write this process's record; `ConfigError` if another process holds it."""
     made: list[Path] = []
     for _ in range(_ATTEMPTS):
         made += _make(file.parent)
         try:
-            # Neither a link nor a pipe that somebody put there is followed or waited for.
+            # Do not follow a link, and do not block on a pipe, that others may have placed there.
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
             descriptor = os.open(file, flags, 0o644)
         except FileNotFoundError:  # its new folder was removed by the process that made it
@@ -169,11 +171,11 @@ def _acquired(file: Path, what: str) -> _Lock:
         try:
             alone = _flock(descriptor)
             if alone and not _is_at(descriptor, file):
-                os.close(descriptor)  # the process before removed it just now
+                os.close(descriptor)  # the previous holder removed it just now
                 continue
             _check(descriptor, file, what, alone)
             record = json.dumps(asdict(Holder.own())).encode()
-            with suppress(OSError):  # on a full disk the lock holds without a name
+            with suppress(OSError):  # on a full disk the lock holds without a record
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, record, 0)
         except BaseException:
@@ -181,13 +183,13 @@ def _acquired(file: Path, what: str) -> _Lock:
             _remove(made)
             raise
         return _Lock(descriptor, 1, made)
-    raise OSError(errno.EAGAIN, "other processes remove it all the time", str(file))
+    raise OSError(errno.EAGAIN, "other processes keep removing it", str(file))
 
 
 def _check(descriptor: int, file: Path, what: str, alone: bool | None) -> None:
     """Raise `ConfigError` if another process holds the lock file.
 
-    `alone` says whether `flock` gave it to this process; None where the file system has none.
+    `alone` is the result of `_flock`.
     """
     is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
     text = os.pread(descriptor, _LONGEST_RECORD, 0).decode("utf-8", "replace") if is_file else "-"
@@ -196,20 +198,20 @@ def _check(descriptor: int, file: Path, what: str, alone: bool | None) -> None:
         why = f"its lock {file} was not made by ceed-vla"
         raise ConfigError(f"{what}; {why}. Move that file, or name another folder.")
     if alone is False or (alone is None and holder and holder.is_near and not holder.is_gone):
-        who = holder or f"one that left no name in {file}"
+        who = holder or f"its record is missing from {file}"
         raise ConfigError(
             f"{what}, and another process is writing there: {who}. Wait until it has ended, stop "
             "it, or name another folder."
         )
     if holder and not holder.is_near:
         raise ConfigError(
-            f"{what}, where {holder} was writing; whether it still does cannot be seen from "
-            f"{socket.gethostname()}. If it does not, remove {file}."
+            f"{what}, where {holder} was writing; whether it still runs cannot be determined on "
+            f"{socket.gethostname()}. If it has ended, remove {file}."
         )
 
 
 def _release(file: Path) -> None:
-    """End one hold of this process, and with the last one the lock."""
+    """End one nested hold of this process; the last one releases the lock."""
     lock = _held.get(file)
     if lock is None:
         return
@@ -219,13 +221,13 @@ def _release(file: Path) -> None:
     del _held[file]
     with suppress(OSError):
         if _is_at(lock.descriptor, file):
-            file.unlink()  # while it is held: a process that waits for it finds that it is gone
+            file.unlink()  # before the release: a process that opened it finds that it is gone
     os.close(lock.descriptor)
     _remove(lock.made)
 
 
 def _forget() -> None:
-    """In a forked process: the locks are its parent's, also after that has been killed."""
+    """Close the parent's locks in a forked process, so that they end with the parent."""
     for lock in _held.values():
         os.close(lock.descriptor)
     _held.clear()
@@ -235,21 +237,21 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make a folder, and return those that had to be made, the innermost first."""
+    """Create a folder, and return all folders that had to be created, innermost first."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def _remove(folders: list[Path]) -> None:
-    """Remove folders that are empty: a command that was refused leaves nothing."""
+    """Remove folders that are empty, so that a refused command leaves nothing behind."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
 def _flock(descriptor: int) -> bool | None:
-    """Whether the kernel gives this process the lock; None where the file system has no locks."""
+    """Whether the kernel grants this process the lock; None if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -260,7 +262,7 @@ def _flock(descriptor: int) -> bool | None:
 
 
 def _is_at(descriptor: int, file: Path) -> bool:
-    """Whether `file` is still what was opened."""
+    """Whether the path `file` still leads to the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.lstat())
     except FileNotFoundError:
@@ -268,13 +270,13 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def _rank() -> int:
-    """The number of this process among those of one launch; 0 without one."""
+    """Rank of this process in a launch of several; 0 without a launcher."""
     found = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
     return int(found) if found.isdecimal() else 0
 
 
 def _boot() -> str:
-    """What names the present run of this machine's kernel; empty where it has no name."""
+    """Boot ID of this machine's kernel; empty if there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -282,10 +284,10 @@ def _boot() -> str:
 
 
 def _start_of(process: int) -> str:
-    """When a process started, in the kernel's ticks; "gone" for none, empty if it is not known."""
+    """Start time of a process in kernel ticks; "gone" if it has ended, empty if unknown."""
     try:
         status = Path(f"/proc/{process}/stat").read_text()
-        return status.rpartition(")")[2].split()[19]  # a name in brackets may hold spaces
+        return status.rpartition(")")[2].split()[19]  # the name in brackets may contain spaces
     except FileNotFoundError:
         if Path("/proc/self/stat").exists():
             return "gone"

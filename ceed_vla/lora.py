@@ -1,10 +1,10 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in a checkpoint: ``W + B A`` of a linear layer is
-stored as A and B.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in a checkpoint: the change ``B A`` of a linear
+layer's weight is stored as A and B.
 
-A checkpoint that leaves its base's weights where they are (``backbone.weights=reference``) holds
-only these. Their names are peft's, ``<layer>.lora_A.weight`` (r, in) and ``<layer>.lora_B.weight``
-(out, r); the scale is inside B. Training attaches them with peft (`ceed_vla.training.adapters`);
-acting needs no peft: they are added to the weights.
+A checkpoint with weights by reference (``backbone.weights=reference``) stores only adapters. Their
+names are peft's, ``<layer>.lora_A.weight`` (r, in) and ``<layer>.lora_B.weight`` (out, r); B
+includes the scale. Training attaches them with peft (`ceed_vla.training.adapters`). Inference needs
+no peft, because the adapters are added to the weights.
 """
 
 from __future__ import annotations
@@ -27,11 +27,17 @@ def is_adapter(name: str) -> bool:
 
 @torch.no_grad()
 def merge(policy: Any, adapters: Mapping[str, Tensor]) -> None:
-    """Add adapters, weights by name, to the weights of their layers, which are the policy's own
-    from then on.
+    """Add adapters to the weights of their layers, in place.
 
-    `CheckpointError` if one of a pair is missing, or a layer that the policy lacks or has in
-    another size.
+    The changed weights are no longer references to another folder.
+
+    Args:
+        policy: The policy.
+        adapters: Name -> weight.
+
+    Raises:
+        CheckpointError: One of a pair is missing, or the policy does not have the layer in this
+            size.
     """
     parameters = dict(policy.named_parameters())
     for layer in sorted({name.removesuffix(A).removesuffix(B) for name in adapters}):
@@ -48,8 +54,8 @@ def merge(policy: Any, adapters: Mapping[str, Tensor]) -> None:
             found = [None if x is None else tuple(x.shape) for x in (weight, a, b)]
             raise CheckpointError(
                 f"The adapter of {layer} does not fit: weight, A and B have the shapes {found}. It "
-                "was trained on another base; check backbone.path, or a quantised base, whose "
-                "weights cannot be added to."
+                "was trained on another base, or the base is quantised, which adapters do not "
+                "support; check backbone.path and backbone.quantization."
             )
         change = b.float() @ a.float()
         weight.copy_((weight.float() + change.to(weight.device)).to(weight.dtype))

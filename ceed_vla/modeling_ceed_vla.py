@@ -34,7 +34,7 @@ from ceed_vla.from_data import (
 )
 from ceed_vla.lora import merge
 
-# which registers the steps that a checkpoint may name
+# This import also registers the processor steps of checkpoints.
 from ceed_vla.processor_ceed_vla import widen
 from ceed_vla.processor_steps import check_processors
 from ceed_vla.real_time import continuation, decode_behind
@@ -47,22 +47,24 @@ class CeedVLAPolicy(PreTrainedPolicy):
 
     Args:
         config: Sizes and vocabulary; ``input_features`` and ``output_features`` must be set.
-        dataset_stats: Statistics, needed once for action ranges that come from the data. Those of
-            a LeRobotDataset itself have a ``count``; their quantiles are averages over episodes
-            and are not used. Changed in place: LeRobot's normalisers get the same object.
-        dataset_meta: LeRobot's metadata of the data set, which `lerobot-train` passes. A new
-            policy then takes what its settings leave open from the frames, as in `ceed-vla train`.
+        dataset_stats: Statistics, needed once for action ranges that come from the data. If they
+            have a ``count``, they are a LeRobotDataset's own, whose quantiles are averages over
+            episodes and are not used. Changed in place, as LeRobot's normalisers use the same
+            object.
+        dataset_meta: LeRobot's metadata of the dataset, which `lerobot-train` passes. A new policy
+            then takes open settings from the frames, as in `ceed-vla train`.
 
     Attributes:
-        tokenizer: Actions to tokens and back.
+        tokenizer: Converts actions to tokens and back.
         backbone: The model.
-        referenced: Weights that a checkpoint leaves in the folder the backbone was read from.
-        adapters: Low-rank adapters of the checkpoint that have not been added to the weights
+        referenced: Names of the weights that a checkpoint reads from another folder.
+        adapters: Low-rank adapters of the checkpoint that are not added to the weights yet
             (`ceed_vla.lora`).
-        auxiliary_terms: Regress only so many leading terms of the auxiliary target; None for all.
-            Training sets it.
+        auxiliary_terms: Number of leading terms of the auxiliary target that are regressed; None
+            for all. Training sets it.
 
-    `ConfigError`: Features that the policy cannot serve, or action ranges that nothing defines.
+    Raises:
+        ConfigError: The policy does not support the features, or action ranges are missing.
     """
 
     config_class = CeedVLAConfig
@@ -85,14 +87,14 @@ class CeedVLAPolicy(PreTrainedPolicy):
         if dataset_meta is None and isinstance(action_stats, Mapping) and "count" in action_stats:
             action_stats = without_quantiles(action_stats)
         config.action_tokens.fit(config.action_dim, action_stats)
-        # which LeRobot's tools give the normaliser of a checkpoint that they train on, too
+        # LeRobot's tools also pass these to the normaliser of a checkpoint that they train further.
         widen(dataset_stats)
         self.tokenizer = config.action_tokens.build(config.chunk_size, config.action_dim)
         mode = config.normalization_mapping.get("ACTION", NormalizationMode.IDENTITY)
         if mode is not NormalizationMode.IDENTITY and not self.tokenizer.normalised:
             raise ConfigError(
-                f"normalization_mapping has ACTION {mode.value}, but {config.action_tokens.type} "
-                "tokens write what a data set has; leave it IDENTITY."
+                f"normalization_mapping has ACTION {mode.value}; it must be IDENTITY, because "
+                f"{config.action_tokens.type} tokens need actions that are not normalised."
             )
         self.tokenizer.ordered = config.action_tokens.ordered
         self.backbone = config.backbone.build(config.shape)
@@ -113,20 +115,21 @@ class CeedVLAPolicy(PreTrainedPolicy):
         merge_adapters: bool = True,
         **kwargs: Any,
     ) -> CeedVLAPolicy:
-        """Load a local checkpoint in evaluation mode; never asks a hub.
-
-        `CheckpointError` for missing, foreign, truncated or corrupt files, and for files of a
-        sealed checkpoint that differ from its manifest.
+        """Load a local checkpoint in evaluation mode, without access to a hub.
 
         Args:
             pretrained_name_or_path: A checkpoint folder, or "teacher" / "student" for the shipped
-                ones.
-            config: Used instead of the checkpoint's own.
-            strict: Refuse missing and additional weights.
-            merge_adapters: Add low-rank adapters in the checkpoint to the weights; otherwise they
-                are in `adapters`.
-            kwargs: What LeRobot's tools pass besides; only ``dataset_stats`` and ``dataset_meta``
-                are read. The checkpoint's action ranges stay.
+                checkpoints.
+            config: Replaces the checkpoint's configuration.
+            strict: Whether missing and additional weights are an error.
+            merge_adapters: Whether low-rank adapters in the checkpoint are added to the weights;
+                otherwise they are in `adapters`.
+            kwargs: Further arguments of LeRobot's tools; only ``dataset_stats`` and
+                ``dataset_meta`` are read. The checkpoint's action ranges do not change.
+
+        Raises:
+            CheckpointError: Files are missing, damaged or of another model, or differ from the
+                manifest of a sealed checkpoint.
         """
         folder = resolve_checkpoint(pretrained_name_or_path, POLICY_FILES)
         with held_still(folder):
@@ -142,19 +145,18 @@ class CeedVLAPolicy(PreTrainedPolicy):
     def _from_folder(
         cls, folder: Path, chosen: CeedVLAConfig, strict: bool, **kwargs: Any
     ) -> CeedVLAPolicy:
-        """The policy in a folder whose files have been checked against their manifest."""
+        """Load the policy from a folder whose files match its manifest."""
         chosen.ranges_from = "the checkpoint"
-        chosen.drop_unused_features()  # LeRobot's tools have put in those of their data
-        # Before anything is built. Without an architecture the model would be read from wherever
-        # `path` says.
+        chosen.drop_unused_features()  # LeRobot's tools add all features of their data
+        # Checked before a model is built: without an architecture, it would be read from `path`.
         if getattr(chosen.backbone, "architecture", None) == "":
             raise CheckpointError(
                 f"{folder}: backbone.architecture in config.json is empty; copy it again."
             )
-        # Sizes that the weights cannot have are not built.
+        # Sizes that do not match the weights are rejected before the model is built.
         files = chosen.backbone.weight_files() or [folder / WEIGHTS]
         check_sizes(files, *chosen.backbone.least_sizes(chosen.shape))
-        # a policy without is still a policy
+        # A policy can be loaded without processors.
         if any((folder / name).exists() for name in PROCESSOR_FILES):
             check_processors(folder, chosen)
         meta = kwargs.get("dataset_meta")
@@ -180,21 +182,22 @@ class CeedVLAPolicy(PreTrainedPolicy):
             return super().save_pretrained(save_directory, **options)
 
     def push_to_hub(self, *arguments: Any, **options: Any) -> str:
-        """Refused with a `ConfigError`, which says what to do: nothing here asks a hub."""
+        """Raise `ConfigError`: this package does not access a hub."""
         raise ConfigError(
-            "Nothing here asks a hub: save_pretrained writes a folder, `hf upload` uploads it."
+            "push_to_hub is not supported, as this package does not access a hub; write a folder "
+            "with save_pretrained and upload it with `hf upload`."
         )
 
     def _save_pretrained(
         self, save_directory: Path, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Configuration and weights; weights that the backbone refers to stay where they are."""
+        """Write configuration and weights, without weights that the backbone refers to."""
         self.config._save_pretrained(save_directory)
         save_weights(self, save_directory, state_dict)
         for saved in SAVED:
             saved.save(self.backbone, save_directory)
 
-    # Moves and converts modules that are no submodules, too.
+    # Also moves and converts the axes' modules, which are not submodules.
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for saved in SAVED:
             for own in saved.modules(self.backbone):
@@ -204,7 +207,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
     # ---- acting ----------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget the previous chunk and the queued actions; call it when an episode starts."""
+        """Discard the previous chunk and the queued actions; call it at the start of an episode."""
         self._previous: Tensor | None = None
         self._action_queue: deque[Tensor] = deque()
 
@@ -224,43 +227,44 @@ class CeedVLAPolicy(PreTrainedPolicy):
         deadline_s: float | None = None,
         frozen: None = None,
     ) -> DecodeResult:
-        """Decode one action chunk for every row of a pre-processed batch. Keeps no state.
+        """Decode one action chunk for every row of a preprocessed batch, without any state.
 
         Args:
-            batch: What the pre-processor returned.
-            decoding: A name, such as "ar", "jacobi" (strict), "cap2" or "ceed" (the checkpoint's
-                own); see `ceed_vla.decoding.names`. Or a `DecodingConfig`.
-            previous: Tokens (B, n) of the chunk before, for the warm start; rows of -1 have none.
+            batch: A batch from the preprocessor.
+            decoding: A decoder name, for example "ar", "jacobi" (strict), "cap2" or "ceed" (the
+                checkpoint's own); see `ceed_vla.decoding.names`. Or a `DecodingConfig`.
+            previous: Tokens (B, n) of the previous chunk, for the warm start; -1 in rows that have
+                none.
             generator: Random source of random guesses; the configuration's seed if None.
-            record_states: Keep every Jacobi state.
-            shift_steps: Steps of `previous` that were executed since; ``config.n_action_steps`` if
-                None.
-            executed_steps: Steps of this chunk executed before the next; None:
-                ``config.n_action_steps``.
-            frozen_steps: Steps of this chunk that stay what they are in `previous` behind
+            record_states: Whether the result holds every Jacobi state.
+            shift_steps: Steps of `previous` that were executed since it was decoded;
+                ``config.n_action_steps`` if None.
+            executed_steps: Steps of this chunk that are executed before the next replan;
+                ``config.n_action_steps`` if None.
+            frozen_steps: Steps at the start of this chunk, copied from `previous` behind
                 `shift_steps`, because the robot executes them before this chunk is ready.
-            read: Turn the tokens into actions; without it malformed chunks of variable length are
-                no error.
+            read: Whether tokens are converted to actions; if not, malformed chunks of variable
+                length are no error.
             on_proven: See `BlockRequest`.
-            deadline_s: Time for the block behind the prefill, beside a deadline of the decoding
-                [s]; of Jacobi decodings.
-            frozen: Removed, refused with the name of its successor.
+            deadline_s: Time limit for the block after the prefill, in addition to a deadline of the
+                decoding [s]; for Jacobi decodings only.
+            frozen: Removed; raises an error that names its successor.
 
         Returns:
             Tokens (B, n), actions (B, m, A) in the environment's units, forwards, iterations, exit
             reasons and times.
 
         Raises:
-            ConfigError: Unknown decoding.
+            ConfigError: The decoding is unknown, or an argument does not fit it.
             ObservationError: A feature is missing or has another shape.
-            TokenError: A previous chunk that does not fit, or lacks the frozen steps.
-            MalformedChunkError: Tokens of variable length that stand for no chunk.
-            NotFiniteError: The model's scores are NaN or infinite.
+            TokenError: The previous chunk does not fit, or lacks the frozen steps.
+            MalformedChunkError: Tokens of variable length do not decode to a chunk.
+            NotFiniteError: The model's logits are NaN or infinite.
         """
         if frozen is not None:
             raise ConfigError(
-                "decode(frozen=tokens) was removed. Pass the chunk before as previous, its "
-                "executed steps as shift_steps, and the number of steps that stay as frozen_steps."
+                "decode(frozen=tokens) was removed. Pass the previous chunk as previous, its "
+                "executed steps as shift_steps, and the number of frozen steps as frozen_steps."
             )
         self.check_observation(batch)
         config = self.decoding_config(decoding)
@@ -299,19 +303,19 @@ class CeedVLAPolicy(PreTrainedPolicy):
         return result
 
     def decoding_config(self, decoding: str | DecodingConfig) -> DecodingConfig:
-        """Resolve a decoder's name for this checkpoint."""
+        """The decoding that a name specifies for this checkpoint."""
         return self.config.named(decoding)
 
     def check_observation(self, batch: dict[str, Tensor]) -> int:
-        """The rows ``B`` of a pre-processed batch; `ObservationError` for what the backbone cannot
-        read.
+        """Validate a preprocessed batch and return its rows ``B``.
+
+        Raises:
+            ObservationError: The backbone cannot read it.
         """
         return self.backbone.check_observation(batch)
 
     def supports_rtc(self) -> bool:
-        """Whether a chunk can continue what is left of the one before: where tokens have a fixed
-        length.
-        """
+        """Whether a chunk can continue the previous one, which needs tokens of fixed length."""
         return self.tokenizer.tokens_per_step is not None
 
     @torch.no_grad()
@@ -321,23 +325,26 @@ class CeedVLAPolicy(PreTrainedPolicy):
         inference_delay: int | None = None,
         prev_chunk_left_over: Tensor | None = None,
     ) -> Tensor:
-        """Actions (B, m, A) in the environment's units, of the configured decoding.
+        """Decode a chunk of actions with the configured decoding.
 
-        Warm-started from the chunk of the last call, whose ``n_action_steps`` have been executed;
-        or from what is left of the running one, as LeRobot's real-time chunking gives it
-        (`ceed_vla.real_time`): then step 0 is the next that the robot takes, and the steps of the
-        delay stay what they were.
+        The warm start is the chunk of the last call, of which ``n_action_steps`` were executed. In
+        LeRobot's real-time chunking, it is the remainder of the running chunk
+        (`ceed_vla.real_time`): then step 0 is the robot's next step, and the steps of the delay are
+        frozen.
 
         Args:
-            batch: What the pre-processor returned.
-            inference_delay: Steps that the robot takes while this chunk is decoded; only read with
-                a left-over.
-            prev_chunk_left_over: Actions (T, A) or (B, T, A) of an earlier call that were not
-                executed.
+            batch: A batch from the preprocessor.
+            inference_delay: Steps that the robot executes while this chunk is decoded; read only
+                with `prev_chunk_left_over`.
+            prev_chunk_left_over: Actions (T, A) or (B, T, A) of an earlier call that are not
+                executed yet.
+
+        Returns:
+            Actions (B, m, A) in the environment's units.
 
         Raises:
-            ConfigError: A left-over and tokens of variable length, or no number of steps.
-            TokenError: A left-over of another shape, or not finite.
+            ConfigError: Tokens have variable length, or the delay is not a number of steps.
+            TokenError: `prev_chunk_left_over` has another shape, or is not finite.
         """
         rows = self.check_observation(batch)
         delay = 0 if inference_delay is None else inference_delay
@@ -368,7 +375,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
     def select_action(self, batch: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
         """The next action (B, A); decodes a new chunk every ``n_action_steps`` calls."""
         if self._action_queue and self._action_queue[0].shape[0] != self.check_observation(batch):
-            self.reset()  # another number of environments
+            self.reset()  # the number of environments has changed
         if not self._action_queue:
             chunk = self.predict_action_chunk(batch)
             self._action_queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
@@ -380,7 +387,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         return [p for p in self.parameters() if p.requires_grad]
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        """What LeRobot's ``--peft.*`` adapts: the linear layers that distillation trains."""
+        """Default targets of LeRobot's ``--peft.*``: the linear layers that distillation trains."""
         learning = set(self.backbone.distillation_parameters())
         linear = (
             name
@@ -396,12 +403,12 @@ class CeedVLAPolicy(PreTrainedPolicy):
     def forward(
         self, batch: dict[str, Tensor], reduction: str = "mean"
     ) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the teacher and its parts; see `ceed_vla.supervision.teacher_loss`."""
+        """The teacher's loss and its parts; see `ceed_vla.supervision.teacher_loss`."""
         return teacher_loss(self, batch, reduction)
 
 
 def _now(device: torch.device) -> float:
-    """The time [s], when the device has done what was launched: a deadline counts from there."""
+    """The time [s] after the device has finished all launched work; a deadline counts from it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

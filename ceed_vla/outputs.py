@@ -1,7 +1,7 @@
-"""Where a command writes: never over a file that it did not make, and never beside another writer.
+"""Output paths: a command replaces only files of this package, and is a folder's only writer.
 
-Every file that we make says so inside (`MADE_BY`), so that the next run can tell its own files from
-a user's. Weights cannot say so: a report beside them lists their hashes (`WRITTEN`).
+Every file that this package writes contains `MADE_BY`, so that the next run can tell its own files
+from a user's. Weights cannot contain it: a report next to them lists their hashes (`WRITTEN`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WRITTEN = "written"  # in a report: path below its folder -> SHA-256 of what was
 
 
 def is_own(file: Path) -> bool:
-    """Whether `file` says that it was made by us."""
+    """Whether `file` contains the mark of this package."""
     if not file.is_file():
         return False
     with file.open("rb") as content:
@@ -37,15 +37,17 @@ def is_own(file: Path) -> bool:
 
 
 def claim_file(option: str, text: str, suffix: str) -> Path:
-    """The file that the value `text` of an option names, if it may be written; `ConfigError` for an
-    empty name, another suffix, a folder, or a file of somebody else's.
+    """The file that the value `text` of an option names, if it may be written.
+
+    Raises:
+        ConfigError: An empty name, another suffix, a folder, or a file that is not ours.
     """
     path = _path(option, text)
     if path.is_dir():
         raise ConfigError(f"--{option} is {text!r}, which is a folder; name a file in it.")
     if path.suffix.lower() != suffix:
         raise ConfigError(
-            f"--{option} is {text!r}; a file with the ending {suffix} is written, so name one."
+            f"--{option} is {text!r}; the name of the file must end in {suffix}. Change the name."
         )
     if path.exists(follow_symlinks=False) and not is_own(path):
         raise ConfigError(
@@ -55,8 +57,10 @@ def claim_file(option: str, text: str, suffix: str) -> Path:
 
 
 def named_folder(option: str, text: str) -> Path:
-    """The folder that an option names; it need not exist. `ConfigError` for an empty name or a
-    file.
+    """The folder that an option names; it need not exist.
+
+    Raises:
+        ConfigError: An empty name, or a file.
     """
     path = _path(option, text)
     if path.exists(follow_symlinks=False) and not path.is_dir():
@@ -66,7 +70,7 @@ def named_folder(option: str, text: str) -> Path:
 
 @contextmanager
 def owned_folder(option: str, text: str, part: str = "", launched: bool = False) -> Iterator[Path]:
-    """`named_folder`, while this process is its only writer; for the others see `locked`."""
+    """`named_folder`, locked for this process; `part` and `launched` are those of `locked`."""
     folder = named_folder(option, text)
     with locked(folder, f"--{option} is {text!r}", part, launched=launched):
         yield folder
@@ -82,7 +86,7 @@ def claimed_folder(
     inputs: Sequence[Path] = (),
     unmarked: Iterable[str] = (),
 ) -> Iterator[Path]:
-    """`claim_folder`, while this process is the only writer of the folder."""
+    """`claim_folder`, locked for this process."""
     with owned_folder(option, text):
         yield claim_folder(option, text, names, known_by, part, inputs, unmarked)
 
@@ -96,23 +100,23 @@ def claim_folder(
     inputs: Sequence[Path] = (),
     unmarked: Iterable[str] = (),
 ) -> Path:
-    """The folder that an option names, if all that a command writes may be written there.
+    """The folder that an option names, if a command may write all its files there.
 
-    It is a new or empty one, or one of ours.
+    The folder must be new, empty, or written by this package.
 
     Args:
         option: Name of the option.
         text: Its value.
         names: Files that the command writes into the folder.
-        known_by: A file of ours among these makes the folder ours.
-        part: A folder below it that the command replaces; a report among `known_by` must list all
-            of its files.
+        known_by: Names of files; one of them with our mark makes the folder ours.
+        part: A subfolder that the command replaces; a report among `known_by` must list all of its
+            files.
         inputs: Folders that the command reads, which it must not replace.
-        unmarked: Files that it writes, too, and that cannot say who made them.
+        unmarked: Further files that it writes, which cannot contain the mark.
 
     Raises:
-        ConfigError: An empty name, a file, a folder or a file of somebody else's, a link that leads
-            out of the folder, or an input in the place of an output.
+        ConfigError: An empty name, a file, a folder or a file that is not ours, a link that leads
+            out of the folder, or an output that would replace an input.
     """
     path = named_folder(option, text)
     what = f"--{option} is {text!r}"
@@ -138,20 +142,20 @@ def claim_folder(
 
 
 def hashes(folder: Path, part: str) -> dict[str, str]:
-    """What a report lists as `WRITTEN`: every file in `part` of `folder`, with its SHA-256."""
+    """The entry `WRITTEN` of a report: every file in `part` of `folder`, with its SHA-256."""
     files = [file for file in sorted((folder / part).rglob("*")) if file.is_file()]
     return {file.relative_to(folder).as_posix(): _hash(file) for file in files}
 
 
 def written_before(report: Mapping[str, Any] | Path) -> dict[str, Any]:
-    """What a report, or its file, lists as `WRITTEN`; nothing where it cannot be read."""
+    """The entry `WRITTEN` of a report or of its file; empty if it cannot be read."""
     values = _read(report) if isinstance(report, Path) else report
     written = values.get(WRITTEN)
     return written if isinstance(written, dict) else {}
 
 
 def _read(report: Path) -> dict[str, Any]:
-    """The values of a report; none where it cannot be read."""
+    """The values of a report; empty if it cannot be read."""
     try:
         return read_json(report, ConfigError)
     except ConfigError:
@@ -164,12 +168,12 @@ def _hash(file: Path) -> str:
 
 
 def _is_strange(file: Path) -> bool:
-    """Whether somebody else's file has this name."""
+    """Whether a file of this name exists that is not ours."""
     return file.exists(follow_symlinks=False) and not is_own(file)
 
 
 def _check_links(what: str, folder: Path, name: str) -> None:
-    """Raise `ConfigError` where writing `name` would write elsewhere than in `folder`."""
+    """Raise `ConfigError` if writing `name` would write outside `folder`."""
     path = folder / name
     below = strange(path) if path.is_dir() and not path.is_symlink() else ()
     for file in [path] if path.is_symlink() else below:
@@ -181,9 +185,10 @@ def _check_links(what: str, folder: Path, name: str) -> None:
 
 
 def _unlisted(folder: Path, part: str, reports: Iterable[Path]) -> list[str]:
-    """Files in `part` that no report lists as written, with the content that they have.
+    """Files in `part` that no report lists with their present content.
 
-    A report of an earlier version lists none: the policy's weights that it names are enough there.
+    A report of an earlier version lists no files; if the weights are those that it names, all files
+    in `part` are ours.
     """
     if not (folder / part).is_dir():
         return [part] if (folder / part).exists(follow_symlinks=False) else []
@@ -212,7 +217,7 @@ def _has_weights(checkpoint: Path, policy: Any) -> bool:
 
 def _path(option: str, text: str) -> Path:
     if not text.strip():
-        raise ConfigError(f"--{option} is empty; name where to write.")
+        raise ConfigError(f"--{option} is empty; it must name a path to write to.")
     path = Path(text)
     try:
         existing = next(
@@ -230,5 +235,5 @@ def _path(option: str, text: str) -> Path:
 
 
 def default_console() -> Console:
-    """The terminal; wide enough for the tables where the output is a file or a pipe."""
+    """The terminal; in a file or a pipe, output as wide as the tables need."""
     return Console() if Console().is_terminal else Console(width=120)

@@ -1,4 +1,4 @@
-"""Pre- and post-processing of a new policy: the backbone's own steps, state normalisation,
+"""Preprocessor and postprocessor of a new policy: the backbone's own steps, state normalisation,
 batching.
 """
 
@@ -19,7 +19,7 @@ from lerobot.processor import (
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ObservationError, raised_as
 
-LEAST_DEVIATION = 1e-3  # of a state's dimension, in its own units
+LEAST_DEVIATION = 1e-3  # of a dimension of a feature, in its own units
 
 
 def make_ceed_vla_pre_post_processors(
@@ -28,18 +28,24 @@ def make_ceed_vla_pre_post_processors(
     dataset_meta: Any | None = None,
     instructions: Iterable[str] | None = None,
 ) -> tuple[CheckedPipeline, CheckedPipeline]:
-    """LeRobot pipelines (pre-processor, post-processor) of a policy that is new.
+    """Make the LeRobot pipelines (preprocessor, postprocessor) of a new policy.
 
-    The state is normalised with its mean and deviation in `dataset_stats`. The backbone's steps get
-    the instructions (the compact one takes its vocabulary from them): `instructions`, or those of
-    LeRobot's metadata.
+    Args:
+        config: The policy's configuration.
+        dataset_stats: LeRobot's statistics, with mean and standard deviation of the state.
+        dataset_meta: LeRobot's metadata of the dataset.
+        instructions: Instructions for the backbone's own steps, from which the compact backbone
+            builds its vocabulary; those of the metadata if None.
+
+    Returns:
+        Preprocessor and postprocessor.
     """
     if instructions is None:
-        # where lerobot-train leaves it
+        # lerobot-train stores the metadata in this attribute.
         meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)
         instructions = [] if meta is None else [str(task) for task in meta.tasks.index]
     stats = None
-    if dataset_stats is not None:  # a data set may have more features than the policy reads
+    if dataset_stats is not None:  # a dataset may have more features than the policy reads
         used = {**(config.input_features or {}), **(config.output_features or {})}
         stats = {name: dict(values) for name, values in dataset_stats.items() if name in used}
     widen(stats)
@@ -53,8 +59,8 @@ def make_ceed_vla_pre_post_processors(
 
 
 def widen(stats: Mapping[str, Any] | None) -> None:
-    """Let no dimension that never moves divide by zero: the statistics of every feature, in
-    place.
+    """Raise the deviations and ranges in statistics to a minimum, in place, so that normalisation
+    never divides by zero.
     """
     for values in (stats or {}).values():
         if "std" in values:
@@ -67,10 +73,10 @@ def widen(stats: Mapping[str, Any] | None) -> None:
 
 
 class CheckedPipeline(DataProcessorPipeline[Any, Any]):
-    """A LeRobot pipeline that says what it was given when a step cannot read it."""
+    """A LeRobot pipeline whose errors name the type of the data that a step cannot read."""
 
     def __call__(self, data: Any) -> Any:
-        advice = "pass what the environment gave, batched, or the policy's actions."
+        advice = "pass a batched observation of the environment, or the policy's actions."
         with raised_as(
             ObservationError, f"The {self.name} cannot read a {type(data).__name__}", advice
         ):
@@ -78,6 +84,7 @@ class CheckedPipeline(DataProcessorPipeline[Any, Any]):
 
 
 def checked(pipeline: DataProcessorPipeline[Any, Any]) -> CheckedPipeline:
+    """The same pipeline as a `CheckedPipeline`."""
     return CheckedPipeline(
         **{item.name: getattr(pipeline, item.name) for item in fields(pipeline) if item.init}
     )

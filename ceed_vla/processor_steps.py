@@ -1,11 +1,9 @@
-"""Which steps the processors of a checkpoint may name, and with which settings: checked before
-LeRobot builds one.
+"""Validation of a checkpoint's processors: only listed steps with valid settings are built.
 
-LeRobot imports and calls whatever class a processor's file names, and some of its own registered
-steps fetch models and run their code. So a step is built only if it is on the list: those that this
-package writes, or, for other policies, those of LeRobot's own that have neither model, path nor hub
-name among their settings; and in both cases those of packages that the user named
-(`ceed_vla.discovery`).
+LeRobot imports and calls any class that a processor's file names, and some of its registered steps
+download models and run their code. So only these steps are allowed: the steps that this package
+writes; for other policies, LeRobot's own steps without a model, path or hub name in their settings;
+and in both cases steps of packages that the user has named (`ceed_vla.discovery`).
 """
 
 from __future__ import annotations
@@ -33,9 +31,9 @@ NORMALIZER = "normalizer_processor"
 UNNORMALIZER = "unnormalizer_processor"
 DEVICE = "device_processor"
 MOST_STEPS = 64
-SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e9  # of a state's dimension that moves, in its own units
+SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e9  # of a state dimension that moves, in its own units
 
-# What an input is divided by, by normalisation mode.
+# Normalisation mode -> the statistics that it uses.
 _STATISTICS = {
     "MEAN_STD": ("mean", "std"),
     "MIN_MAX": ("min", "max"),
@@ -47,9 +45,11 @@ Maker = Callable[..., Any]
 
 
 def _takes(**kinds: Any) -> Maker:
-    """In place of a step's class: makes nothing, and refuses all settings but `kinds`.
+    """Make a function that validates the settings of a step, in place of the step's class.
 
-    These give a type each, or a type and what is allowed of it.
+    Args:
+        kinds: Setting -> its type, or a pair of its type and the allowed values; all other settings
+            are an error.
     """
 
     def check(**settings: Any) -> None:
@@ -65,7 +65,7 @@ def _takes(**kinds: Any) -> Maker:
     return check
 
 
-_AFTER = (UNNORMALIZER, "absolute_actions_processor")  # belong behind the policy only
+_AFTER = (UNNORMALIZER, "absolute_actions_processor")  # allowed only in the postprocessor
 _NORMALISE = _takes(
     features=dict[str, Any],
     norm_map=dict[str, str],
@@ -97,8 +97,8 @@ _TOKENIZER = _takes(
     tokenizer_name=str | None,
 )
 
-# Of LeRobot's checkpoints, which conversion reads and does not run: the tokenizer is copied, the
-# last one left out.
+# Steps of LeRobot's checkpoints that conversion reads but does not run. It copies the tokenizer and
+# omits the steps in `REMOTE_CODE`.
 REMOTE_CODE = ("action_tokenizer_processor",)
 CONVERTED: dict[str, Maker] = {
     **_PLAIN,
@@ -109,7 +109,7 @@ CONVERTED: dict[str, Maker] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One entry of a processor's file, as found; `state` is the file of its tensors."""
+    """One entry of a processor's file; `state` is the file of its tensors."""
 
     file: Path
     name: str
@@ -120,26 +120,34 @@ class Step:
         return f"{self.file}: the step {self.name!r}"
 
     def error(self, problem: str) -> CheckpointError:
-        """An error about this step; raise it."""
+        """Make an error about this step, for the caller to raise."""
         return CheckpointError(f"{self} {problem}")
 
     def tensor(self, name: str) -> Tensor | None:
-        """A tensor of its state; None without."""
+        """A tensor of its state, or None if there is none."""
         if self.state is None:
             return None
         with opened(self.state) as tensors:
             if name not in tensors.keys():  # noqa: SIM118  (not a mapping)
                 return None
             if math.prod(tensors.get_slice(name).get_shape()) > 1e6:
-                raise self.error(f"has over a million values in {name!r} of {self.state.name}.")
+                raise self.error(
+                    f"has over a million values in {name!r} of {self.state.name}; copy it again."
+                )
             return tensors.get_tensor(name)
 
 
 def read_steps(folder: Path, name: str, allowed: dict[str, Maker]) -> list[Step]:
-    """The steps that a processor's file names, one of `PROCESSOR_FILES`.
+    """Read and validate the steps of a processor's file.
 
-    `allowed` has for every registered name what its settings must make without complaint.
-    `CheckpointError` for a step that is not allowed, or with other settings or files.
+    Args:
+        folder: The checkpoint.
+        name: One of `PROCESSOR_FILES`.
+        allowed: Registered name -> a callable that accepts valid settings and raises an error
+            otherwise.
+
+    Raises:
+        CheckpointError: A step is not allowed, or has other settings or files.
     """
     file = folder / name
     entries = read_json(file).get("steps")
@@ -149,7 +157,8 @@ def read_steps(folder: Path, name: str, allowed: dict[str, Maker]) -> list[Step]
         or not all(isinstance(e, dict) for e in entries)
     ):
         raise CheckpointError(
-            f"{file} is no processor's file: it needs at most {MOST_STEPS} 'steps'."
+            f"{file} is not a processor's file: it must have 'steps', a list of at most "
+            f"{MOST_STEPS} objects. Copy it again."
         )
     steps = [_read_step(file, entry, allowed) for entry in entries]
     names = [step.name for step in steps]
@@ -169,9 +178,9 @@ def _read_step(file: Path, entry: dict[str, Any], allowed: dict[str, Maker]) -> 
             :200
         ]
         raise CheckpointError(
-            f"{file} has a step {shown!r}, which could run code that the checkpoint names. The "
-            f"steps that are loaded: {', '.join(sorted(allowed))}; and those of packages given "
-            "with --discover_packages_path."
+            f"{file} has a step {shown!r}, which could run code that the checkpoint names. Allowed "
+            f"are {', '.join(sorted(allowed))}; for steps of another package, pass it with "
+            "--discover_packages_path."
         )
     settings = entry.get("config", {})
     state = entry.get("state_file")
@@ -186,16 +195,20 @@ def _read_step(file: Path, entry: dict[str, Any], allowed: dict[str, Maker]) -> 
         path = file.parent / plain_name(state, f"{file}: the state_file of the step {name!r}")
         if path.suffix != ".safetensors" or not path.is_file():
             raise CheckpointError(
-                f"{file} names the state {state!r}, which is no *.safetensors there."
+                f"{file} names the state {state!r}, but there is no such *.safetensors file; copy "
+                "it too."
             )
         with opened(path) as tensors:
             if wrong := [key for key in tensors.keys() if "." not in key]:  # noqa: SIM118  (not a mapping)
-                raise CheckpointError(f"{path} has the tensor {wrong[0][:100]!r} of no feature.")
+                raise CheckpointError(
+                    f"{path} has the tensor {wrong[0][:100]!r}; names must be "
+                    "<feature>.<statistic>. Copy it again."
+                )
     step = Step(file, name, settings, path)
     if name in allowed:
         with raised_as(
             CheckpointError,
-            f"{step} has other settings than it may have",
+            f"{step} has settings that are not allowed",
             "copy it again.",
             CheckpointError,
         ):
@@ -204,9 +217,7 @@ def _read_step(file: Path, entry: dict[str, Any], allowed: dict[str, Maker]) -> 
 
 
 def _of_named_package(name: str) -> bool:
-    """Whether a step was registered by a package that the user named, or by the user's own
-    script.
-    """
+    """Whether a package that the user has named, or the user's own script, registered a step."""
     from lerobot.processor import ProcessorStepRegistry
 
     if name not in ProcessorStepRegistry.list():
@@ -216,22 +227,21 @@ def _of_named_package(name: str) -> bool:
 
 
 def check_processors(folder: Path, config: Any) -> None:
-    """Check both processors of a checkpoint of this package: its steps, their settings, and its
-    normalisation.
+    """Validate both processors of a checkpoint of this package: steps, settings and normalisation.
 
     Args:
         folder: The checkpoint.
         config: The policy's configuration.
 
     Raises:
-        CheckpointError: A step that may not be there, that is missing, or that does not fit.
+        CheckpointError: A step is missing, not allowed, or does not fit.
     """
     own = _own_steps(config)
     pre = read_steps(folder, PREPROCESSOR, {n: kind for n, kind in own.items() if n not in _AFTER})
     post = read_steps(folder, POSTPROCESSOR, {n: own[n] for n in (*_AFTER, DEVICE)})
     if _is_relative(pre) != _is_relative(post):
         raise CheckpointError(
-            f"{folder}: only one of the processors works with relative actions; copy both again."
+            f"{folder}: only one of the processors uses relative actions; copy both again."
         )
     _check_complete(folder / PREPROCESSOR, pre, (*config.backbone.steps, NORMALIZER, DEVICE))
     _check_complete(folder / POSTPROCESSOR, post, (UNNORMALIZER, DEVICE))
@@ -247,7 +257,7 @@ def _own_steps(config: Any) -> dict[str, Maker]:
     """The steps that this package writes for a policy, by their registered names."""
     from lerobot.processor import ProcessorStepRegistry
 
-    # Another package's backbone may use any of them.
+    # Another package's backbone may use any of this package's steps.
     ours = type(config.backbone).__module__.startswith("ceed_vla.")
     names = config.backbone.steps if ours else ProcessorStepRegistry.list()
     kinds = {
@@ -258,7 +268,7 @@ def _own_steps(config: Any) -> dict[str, Maker]:
 
 
 def _is_relative(steps: list[Step]) -> bool:
-    """Whether a processor works with relative actions."""
+    """Whether a processor uses relative actions."""
     return any(
         step.settings.get("enabled") for step in steps if step.name.endswith("_actions_processor")
     )
@@ -278,7 +288,8 @@ def _check_step(step: Step, own: dict[str, Maker], config: Any) -> None:
             own[step.name](**step.settings).check_policy(config.backbone, config.shape)
     if step.name == DEVICE and step.settings.get("float_dtype") not in (None, "float32"):
         raise step.error(
-            f"changes the type to {step.settings['float_dtype']}; the policy reads float32."
+            f"changes the dtype to {step.settings['float_dtype']}; it must be float32, which the "
+            "policy reads."
         )
     if step.name == "rename_observations_processor":
         read = set(config.input_features or {})
@@ -306,16 +317,18 @@ def _check_normalised_features(step: Step, config: Any) -> None:
 
 
 def check_foreign_processors(folder: Path, config: PreTrainedConfig) -> None:
-    """Check both processors of another LeRobot policy: only harmless steps, and the normalisation
-    of its training.
+    """Validate both processors of another LeRobot policy: steps and normalisation.
+
+    Raises:
+        CheckpointError: A step is not allowed, or the normalisation does not match config.json.
     """
     pre, post = (read_steps(folder, name, _OF_OTHERS) for name in PROCESSOR_FILES)
     _check_normalisation(pre, post, config)
 
 
 def _check_normalisation(pre: list[Step], post: list[Step], config: PreTrainedConfig) -> None:
-    """That what the policy was trained with is undone and done: no normaliser without its numbers,
-    none left out.
+    """Raise `CheckpointError` unless the processors have the normalisation of the policy's
+    training, with all statistics.
     """
     modes = {
         _name(kind): _name(mode)
@@ -333,16 +346,18 @@ def _check_normalisation(pre: list[Step], post: list[Step], config: PreTrainedCo
             if used:
                 file = steps[0].file if steps else "The processor"
                 raise CheckpointError(
-                    f"{file} lacks the step {name!r} for {', '.join(sorted(used))}."
+                    f"{file} lacks the step {name!r} for {', '.join(sorted(used))}; copy it again."
                 )
             continue
         if {str(k): str(m) for k, m in step.settings.get("norm_map", {}).items()} != modes:
             raise step.error(
-                f"has the modes {short(step.settings.get('norm_map'))}, config.json has {modes}."
+                f"has the modes {short(step.settings.get('norm_map'))}, but config.json has "
+                f"{modes}; copy both again."
             )
         if step.settings.get("normalize_observation_keys") is not None:
             raise step.error(
-                "normalises some keys only (normalize_observation_keys); no training here does."
+                "normalises only some keys (normalize_observation_keys); it must be null, as in "
+                "training."
             )
         for feature, (kind, shape) in _shapes(step).items():
             if (mode := modes.get(kind, "IDENTITY")) != "IDENTITY":
@@ -352,9 +367,11 @@ def _check_normalisation(pre: list[Step], post: list[Step], config: PreTrainedCo
 def _check_statistics(
     step: Step, feature: str, kind: str, shape: tuple[int, ...], mode: str
 ) -> None:
-    """Check the numbers that one feature is normalised with."""
+    """Raise `CheckpointError` unless the statistics of one feature can normalise it."""
     if mode not in _STATISTICS:
-        raise step.error(f"has the mode {mode!r}; it may be IDENTITY, {', '.join(_STATISTICS)}.")
+        raise step.error(
+            f"has the mode {mode!r}; it must be one of IDENTITY, {', '.join(_STATISTICS)}."
+        )
     wanted = (shape[0], 1, 1) if kind == "VISUAL" else shape
     values = []
     for name in _STATISTICS[mode]:
@@ -362,26 +379,30 @@ def _check_statistics(
         if value is None or tuple(value.shape) != wanted or not value.is_floating_point():
             found = "none" if value is None else f"{tuple(value.shape)} {value.dtype}"
             raise step.error(
-                f"needs {wanted} floats {name!r} of {feature} for {mode}; it has {found}."
+                f"needs {wanted} floats {name!r} of {feature} for {mode}; it has {found}. Copy it "
+                "again."
             )
         if not bool((value.double().abs() <= LARGEST_SCALE).all()):
-            raise step.error(f"has {name!r} of {feature} not finite or beyond {LARGEST_SCALE:g}.")
+            raise step.error(
+                f"has {name!r} of {feature} that is not finite or exceeds {LARGEST_SCALE:g}; copy "
+                "it again."
+            )
         values.append(value.double().flatten())
     width = values[1] if mode == "MEAN_STD" else values[1] - values[0]
-    # A range of actions is only multiplied by; one that never moved may be empty.
+    # Actions are only multiplied by their range, which may be empty if they never move.
     least = 0.0 if kind == "ACTION" and mode != "MEAN_STD" else SMALLEST_SCALE
     narrow = width < least
     if bool(narrow.any()):
         at = int(narrow.nonzero()[0])
         raise step.error(
             f"divides dimension {at} of {feature} by {float(width[at]):g} ({mode}); at least "
-            f"{least:g} is needed. A dimension that never moves in the data needs some width; "
-            "training with this package gives it one."
+            f"{least:g} is needed. Widen the statistics of a dimension that never moves in the "
+            "data, as training with this package does."
         )
 
 
 def _shapes(step: Step) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Feature -> type and shape, as the normaliser's settings say."""
+    """Feature -> type and shape, from the normaliser's settings."""
     with raised_as(
         CheckpointError, f"{step} has features without type and shape", "copy it again."
     ):

@@ -1,15 +1,16 @@
-"""Real-time chunking for policies that write tokens: what is left of the running chunk begins the
-next one.
+"""Real-time chunking for policies that write tokens: the remainder of the running chunk becomes the
+start of the next one.
 
-Flow policies are guided towards the left-over (arXiv 2506.07339); a causal one continues it
-exactly. Its first steps, which the robot executes while the next chunk is decoded, are frozen;
-the others are a warm start. Everywhere the two are written as the chunk before (`previous`), the
-steps of it that were executed (`shift_steps`), and the number of steps behind these that stay
+Flow policies are guided towards the remainder (arXiv 2506.07339); a causal policy continues it
+exactly. The first steps of the remainder, which the robot executes while the next chunk is decoded,
+are frozen; the other steps are a warm start. Functions take the previous chunk (`previous`), the
+number of its executed steps (`shift_steps`), and the number of steps behind these that are frozen
 (`frozen_steps`).
 
-A policy of increments plans its correction into the first steps of a chunk: behind frozen ones it
-would be lost, again with every chunk. So its chunk is decoded freely, and what the frozen steps
-move otherwise is made up behind them.
+A policy of increments puts its correction into the first steps of a chunk. Behind frozen steps,
+this correction would be lost in every chunk. So the chunk is decoded without frozen steps, and the
+steps behind the frozen ones compensate for the difference between their motion and the decoded
+motion.
 """
 
 from __future__ import annotations
@@ -30,16 +31,22 @@ from ceed_vla.tokens.base import ActionTokens
 def continuation(
     tokens: ActionTokens, left_over: Tensor, delay: int, rows: int
 ) -> tuple[Tensor | None, int]:
-    """What the left-over of a chunk says about the next one, which is ready after the robot's next
-    `delay` steps.
+    """Convert the remainder of the running chunk to the start of the next one.
 
-    It is actions (T, A) or (B, T, A) of `predict_action_chunk` that were not executed yet; rows of
-    zeros at their end are LeRobot's filling, which is neither frozen nor a guess. `ConfigError` for
-    a delay that is no number of steps, or tokens of variable length; `TokenError` for no actions,
-    of another shape, or not finite.
+    Args:
+        tokens: The action vocabulary.
+        left_over: Actions (T, A) or (B, T, A) of `predict_action_chunk` that are not executed yet.
+            Rows of zeros at the end are LeRobot's padding and are ignored.
+        delay: Steps that the robot executes until the next chunk is ready.
+        rows: Rows ``B``.
 
-    Returns the chunk before, from the next step on, (B, n) with its last step repeated, or None
-    where nothing is left; and how many of its first steps are frozen.
+    Returns:
+        The running chunk from the next step on, (B, n) with its last step repeated, or None if
+        nothing remains; and the number of its first steps that are frozen.
+
+    Raises:
+        ConfigError: `delay` is not a number of steps, or tokens have variable length.
+        TokenError: `left_over` is not actions of this shape, or not finite.
     """
     if type(delay) is not int or delay < 0:
         raise ConfigError(
@@ -47,8 +54,8 @@ def continuation(
         )
     if tokens.tokens_per_step is None:
         raise ConfigError(
-            "Tokens of variable length belong to no step, so no chunk can continue another one's "
-            "steps."
+            "Real-time chunking needs tokens of fixed length; tokens of variable length do not "
+            "belong to steps, so a chunk cannot continue the steps of another one."
         )
     m, dim = tokens.chunk_steps, tokens.action_dim
     shape = (
@@ -66,10 +73,10 @@ def continuation(
         )
     actions = left_over if len(shape) == 3 else left_over.unsqueeze(0)
     actions = actions[:, :m].expand(rows, -1, -1)
-    given = (actions != 0).any(-1).any(0).nonzero()  # steps that are not filling
-    if not len(given):
+    moving = (actions != 0).any(-1).any(0).nonzero()  # steps that are not padding
+    if not len(moving):
         return None, 0
-    left = int(given[-1]) + 1
+    left = int(moving[-1]) + 1
     last = actions[:, left - 1 : left].expand(-1, m - left, -1)
     chunk = tokens.encode(torch.cat([actions[:, :left], last], dim=1))  # (B, n)
     return chunk, min(delay, left, m - 1)
@@ -82,10 +89,11 @@ def decode_behind(
     executed_steps: int | None = None,
     **arguments: Any,
 ) -> DecodeResult:
-    """`CeedVLAPolicy.decode` of a chunk that begins with frozen steps.
+    """Decode a chunk that starts with frozen steps; see `CeedVLAPolicy.decode`.
 
-    They are continued greedily, or, where the policy's actions are increments
-    (``config.delta_dims``), made up for: then no token behind them is the greedy one for certain.
+    The chunk is the greedy continuation of the frozen steps. If the policy's actions are increments
+    (``config.delta_dims``), later steps compensate for the frozen ones instead, and no token behind
+    them is proven to be greedy.
     """
     dims = policy.config.delta_dims
     tokens = policy.tokenizer
@@ -97,7 +105,7 @@ def decode_behind(
         type(dim) is int and 0 <= dim < tokens.action_dim for dim in dims
     ):
         raise ConfigError(
-            f"delta_dims is {short(dims)}; they must be dimensions in [0, {tokens.action_dim - 1}]."
+            f"delta_dims is {short(dims)}; it must be dimensions in [0, {tokens.action_dim - 1}]."
         )
     n_action_steps = policy.config.n_action_steps
     behind = n_action_steps if executed_steps is None else executed_steps
@@ -120,19 +128,29 @@ def decode_behind(
 
 
 def made_up(tokens: ActionTokens, chunk: Tensor, frozen: Tensor, dims: Sequence[int]) -> Tensor:
-    """A chunk (B, n) behind the frozen tokens (B, f) of k steps: what these move less or more in
-    the dimensions `dims` than the chunk's own first steps, the steps behind them make up for as
-    fast as the ranges of actions allow.
+    """Replace the first steps of a chunk by frozen ones, and compensate for the difference.
+
+    In the dimensions `dims`, the frozen steps move by another distance than the chunk's own first
+    steps. The steps behind them add this difference, as fast as the ranges of actions allow.
+
+    Args:
+        tokens: The action vocabulary.
+        chunk: (B, n) the decoded chunk.
+        frozen: (B, f) tokens of k frozen steps.
+        dims: Action dimensions that are increments.
+
+    Returns:
+        (B, n), the frozen tokens first.
     """
-    wanted = tokens.decode(chunk)
+    decoded = tokens.decode(chunk)
     k = frozen.shape[1] * tokens.chunk_steps // tokens.block_length
     chunk = torch.cat([frozen, chunk[:, frozen.shape[1] :]], dim=1)
     actions = tokens.decode(chunk)
     dims = list(dims)
-    missing = (wanted - actions)[:, :k, dims].sum(1)
+    missing = (decoded - actions)[:, :k, dims].sum(1)
     for step in range(k, tokens.chunk_steps):
-        asked = wanted[:, step, dims] + missing
-        actions[:, step, dims] = asked
+        target = decoded[:, step, dims] + missing
+        actions[:, step, dims] = target
         actions = tokens.decode(tokens.encode(actions))  # within the ranges
-        missing = asked - actions[:, step, dims]
+        missing = target - actions[:, step, dims]
     return torch.cat([frozen, tokens.encode(actions)[:, frozen.shape[1] :]], dim=1)

@@ -1,6 +1,4 @@
-"""What a policy learns from demonstrations: the teacher's loss, the grounding regression,
-augmentation.
-"""
+"""Learning from demonstrations: the teacher's loss, the grounding regression, augmentation."""
 
 from __future__ import annotations
 
@@ -19,18 +17,27 @@ from ceed_vla.tensors import is_plain
 ENVIRONMENT_STATE_KEY = "observation.environment_state"
 AUGMENTATION_NOISE = "augmentation_noise"
 PADDED = "action_is_pad"
-LARGEST = 1e6  # term of the environment state
+LARGEST = 1e6  # limit on terms of the environment state
 
 
 def teacher_loss(
     policy: Any, batch: dict[str, Tensor], reduction: str = "mean"
 ) -> tuple[Tensor, dict[str, float]]:
-    """Autoregressive loss of the teacher, with the auxiliary regression if its target is in the
-    batch, and the parts.
+    """The autoregressive loss of the teacher, with the auxiliary regression if the batch has its
+    target.
 
-    The `batch` is a pre-processed observation with ``action`` (B, m, A) and, optionally,
-    ``action_is_pad`` (B, m) and ``observation.environment_state``. It is augmented in training
-    mode. `reduction` is "mean" or "none" (a loss a row).
+    Args:
+        policy: The policy; in training mode, the batch is augmented.
+        batch: A preprocessed observation with ``action`` (B, m, A) and, optionally,
+            ``action_is_pad`` (B, m) and ``observation.environment_state``.
+        reduction: "mean", or "none" for one loss per row.
+
+    Returns:
+        The loss, and its parts by name.
+
+    Raises:
+        ConfigError: `reduction` is unknown.
+        ObservationError: The batch does not fit the policy, or has no action.
     """
     if not isinstance(reduction, str) or reduction not in ("mean", "none"):
         raise ConfigError(f"reduction is {short(reduction)}; choose mean or none.")
@@ -54,7 +61,7 @@ def teacher_loss(
 
 
 def finish_training(policy: Any) -> None:
-    """Drop the head that only training uses, in the configuration too."""
+    """Drop the head that only training uses, also from the configuration."""
     policy.backbone.early_auxiliary = None
     policy.config.backbone = policy.config.backbone.finished()
 
@@ -62,18 +69,24 @@ def finish_training(policy: Any) -> None:
 def auxiliary_loss(
     policy: Any, embeddings: Any, state: Tensor, environment_state: Tensor
 ) -> Tensor:
-    """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms (B,
-    E) [m, rad].
+    """Smooth-L1 loss of the grounding regressions.
 
-    The early head regresses from `embeddings` of `embed_prefix`, the head behind the trunk from the
-    `state` token's final hidden vector (B, d).
+    Args:
+        policy: The policy.
+        embeddings: The result of `embed_prefix`, the input of the early head.
+        state: (B, d) final hidden vector of the state token, the input of the head behind the
+            trunk.
+        environment_state: (B, E) [m, rad]; its scaled leading terms are the target.
+
+    Returns:
+        (B,), summed over the heads.
     """
     backbone = policy.backbone
     assert backbone.auxiliary is not None
     if type(policy.auxiliary_terms) not in (int, type(None)) or (policy.auxiliary_terms or 1) < 1:
         raise ConfigError(
-            f"auxiliary_terms is {short(policy.auxiliary_terms)}; it must be a whole number, or "
-            "None."
+            f"auxiliary_terms is {short(policy.auxiliary_terms)}; it must be a positive whole "
+            "number, or None."
         )
     scale = torch.tensor(
         policy.config.auxiliary_scale[: policy.auxiliary_terms], device=state.device
@@ -90,9 +103,11 @@ def auxiliary_loss(
 
 
 def grounding_loss(policy: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The auxiliary loss alone (scalar), for frames that have no action."""
+    """The auxiliary loss alone (scalar), for frames without an action."""
     if policy.backbone.auxiliary is None:
-        raise ConfigError("auxiliary_scale is empty: this policy has no grounding target.")
+        raise ConfigError(
+            "auxiliary_scale is empty, so the policy has no grounding target; set auxiliary_scale."
+        )
     batch = _prepared(policy, batch, ENVIRONMENT_STATE_KEY)
     with runs(policy.backbone):
         embeddings = policy.backbone.embed_prefix(batch)
@@ -101,24 +116,25 @@ def grounding_loss(policy: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _prepared(policy: Any, batch: dict[str, Tensor], target: str) -> dict[str, Tensor]:
-    """`batch`, in which there is a `target`, checked and in training augmented."""
+    """Validate a `batch` with a `target`; augment it in training mode."""
     if policy.training:
         batch = augment(policy, batch)
     else:
         _check_batch(policy, batch)
     if batch.get(target) is None:
         raise ObservationError(
-            f"The batch has no {target!r}; it has {', '.join(sorted(map(str, batch)))}."
+            f"The batch has no {target!r}; it has {', '.join(sorted(map(str, batch)))}. Add it."
         )
     return batch
 
 
 def augment(policy: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Random shift and brightness of every image that the backbone sees as such, noise on the
-    state.
+    """Apply random shift and brightness to every image in `augmented_images` of the backbone, and
+    noise to the state.
 
-    ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), decides where it is
-    given: then the augmentation of a frame does not depend on how a batch is split over processes.
+    ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), is the source of
+    randomness if the batch has it: then the augmentation of a frame does not depend on how a batch
+    is split over processes.
     """
     _check_batch(policy, batch)
     config = policy.config
@@ -146,15 +162,15 @@ def augment(policy: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def augmentation_size(policy: Any) -> int:
-    """Random numbers a row that `augment` needs: shift (2) and brightness of every image, noise of
-    the state.
+    """Random numbers per row that `augment` needs: shift (2) and brightness of every image, noise
+    of the state.
     """
     state = policy.config.robot_state_feature
     return 3 * len(policy.backbone.augmented_images) + (int(state.shape[0]) if state else 0)
 
 
 def _check_batch(policy: Any, batch: dict[str, Any]) -> None:
-    """Check the observation in a batch, and what else is there: all of that may be missing."""
+    """Validate the observation in a batch, and the optional entries that it has."""
     rows = policy.check_observation(batch)
     terms = len(policy.config.auxiliary_scale)
     shapes = {
@@ -175,15 +191,17 @@ def _check_batch(policy: Any, batch: dict[str, Any]) -> None:
             floats and value.shape[1] >= terms and _within(value, -LARGEST, LARGEST)
         ):
             raise ObservationError(
-                f"{key} is {found} {value.dtype}; expected {terms} finite terms a row."
+                f"{key} is {found} {value.dtype}; expected {terms} finite terms per row."
             )
         if key == AUGMENTATION_NOISE and not (floats and _within(value, 0, 1)):
             raise ObservationError(f"{key} is {value.dtype}; expected numbers in [0, 1).")
         if key == PADDED and (floats or value.is_complex() or not _within(value, 0, 1)):
-            raise ObservationError(f"{key} is {value.dtype}; expected true or false.")
+            raise ObservationError(f"{key} is {value.dtype}; expected booleans.")
     action = batch.get(ACTION)
     if is_plain(action) and action.ndim == 3 and len(action) != rows:
-        raise ObservationError(f"{ACTION} has {len(action)} rows, the observation {rows}.")
+        raise ObservationError(
+            f"{ACTION} has {len(action)} rows, the observation {rows}; both must be equal."
+        )
 
 
 def _within(values: Tensor, low: float, high: float) -> bool:
@@ -196,8 +214,12 @@ def _within(values: Tensor, low: float, high: float) -> bool:
 
 
 def soft_cross_entropy(logits: Tensor, tokens: Tensor, sigma: float) -> Tensor:
-    """Cross-entropy (B, n) against a Gaussian of `sigma` bins around every label; hard labels for
-    sigma 0.
+    """Cross-entropy (B, n) with soft labels: a Gaussian of `sigma` bins around every token.
+
+    Args:
+        logits: (B, n, V).
+        tokens: (B, n) the labels.
+        sigma: Standard deviation [bins]; 0 for hard labels.
     """
     log_probabilities = F.log_softmax(logits.float(), dim=-1)  # (B, n, V)
     if sigma <= 0:
@@ -214,8 +236,9 @@ def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:
 
 
 def random_shift(image: Tensor, pixels: int, noise: Tensor) -> Tensor:
-    """Shift images (B, 3, H, W) by up to `pixels` [px], repeating the edge; `noise` (B, 2) in [0,
-    1) decides how.
+    """Shift images (B, 3, H, W) by up to `pixels` [px] and repeat their edges.
+
+    `noise` (B, 2) in [0, 1) determines the shifts.
     """
     batch, _, height, width = image.shape
     padded = F.pad(image, (pixels,) * 4, mode="replicate")

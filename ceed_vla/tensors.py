@@ -1,6 +1,4 @@
-"""What tokens and actions that somebody passes must be; one check each, for all vocabularies and
-decoders.
-"""
+"""Validation of tokens and actions, shared by all vocabularies and decoders."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:
-    """Whether a value is a tensor of numbers one after the other: not sparse, nested, quantised, or
-    without data.
-    """
+    """Whether a value is a dense tensor: not sparse, nested, quantised, or without data."""
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
@@ -31,11 +27,17 @@ def is_plain(value: object) -> TypeGuard[Tensor]:
 def check_tokens(
     tokens: object, what: str, shape: tuple[int | None, int], vocabulary: int, *, none: bool = False
 ) -> None:
-    """Check that `tokens`, called `what` in messages, are integers (B, k) in ``[0, V)``, or raise
-    `TokenError`.
+    """Check that tokens are integers (B, k) in ``[0, V)``.
 
-    `shape` is (B, k), None for any number of rows; `vocabulary` 0 leaves values alone; with `none`
-    a row may be all -1.
+    Args:
+        tokens: The tokens.
+        what: Their name in messages.
+        shape: (B, k), with None for any number of rows.
+        vocabulary: ``V``; 0 to accept any value.
+        none: Whether a row may be all -1.
+
+    Raises:
+        TokenError: The tokens do not fit.
     """
     rows, length = shape
     expected = f"({'B' if rows is None else rows}, {length}) integers"
@@ -55,13 +57,13 @@ def check_tokens(
     if bool(outside.any()):
         b, slot = outside.nonzero()[0].tolist()
         raise TokenError(
-            f"{what}[{b}, {slot}] is {tokens[b, slot].item()}; tokens lie in [0, {vocabulary - 1}]"
-            + (", or are all -1 in a row that has none." if none else ".")
+            f"{what}[{b}, {slot}] is {tokens[b, slot].item()}; tokens must be in [0, "
+            f"{vocabulary - 1}]" + (", or all -1 in a row without tokens." if none else ".")
         )
 
 
 def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
-    """Check action chunks (B, m, A) of finite numbers, or raise `TokenError`."""
+    """Raise `TokenError` unless `actions` are chunks (B, m, A) of finite numbers."""
     expected = f"expected (B, {chunk_steps}, {action_dim})"
     if not is_plain(actions):
         raise TokenError(f"actions are {type(actions).__name__}, {expected} in a dense tensor.")
@@ -82,15 +84,21 @@ def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
 
 
 def numbers(values: object, name: str) -> list[float]:
-    """`values`, `name` in messages, as plain numbers, from any sequence of them, arrays and tensors
-    included.
+    """Convert a sequence of numbers, an array or a tensor to plain numbers.
+
+    Args:
+        values: The values.
+        name: Their name in messages.
+
+    Raises:
+        ConfigError: They are not a sequence of numbers.
     """
     with raised_as(ConfigError, f"{name} is {short(values)}", "it must be a sequence of numbers."):
         if isinstance(values, str | bytes | Mapping | Set):
             raise TypeError(f"a {type(values).__name__}")
         listed = list(values)  # type: ignore[call-overload]
         if any(isinstance(value, str | bytes | bool) for value in listed):
-            raise TypeError("it has a text or a truth value")
+            raise TypeError("it contains text or a boolean")
         return [float(value) for value in listed]
 
 

@@ -1,9 +1,8 @@
-"""`ceed-vla verify`: a model's inputs, action tokens and actions against those of its reference
-implementation.
+"""`ceed-vla verify`: compare a model with the outputs of its reference implementation.
 
-A folder holds ``images.npz`` (``images`` (cases, H, W, 3) uint8) and ``expected.json``
-(``unnorm_key``, ``chunk``, and for every case prompt, input ids, sum of the pixel values, action
-tokens and the first action).
+Inputs, action tokens and actions are compared. A folder holds ``images.npz`` (``images`` (cases, H,
+W, 3) uint8) and ``expected.json`` (``unnorm_key``, ``chunk``, and for every case prompt, input ids,
+sum of the pixel values, action tokens and the first action).
 """
 
 from __future__ import annotations
@@ -41,21 +40,22 @@ CASE = {
     "first_action": list[float],
 }
 ACTION_TOLERANCE = 1e-6  # [action units]
-PIXEL_TOLERANCE = 1e-7  # of the sum, a pixel value: what rounding to float32 may change
+PIXEL_TOLERANCE = 1e-7  # of the sum, per pixel value: the effect of rounding to float32
 
 
 @dataclass
 class VerifyConfig:
-    """Compare a model with the outputs of its reference implementation, a line a case; exit code 1
-    if they differ.
+    """Compare a model with the outputs of its reference implementation, one line per case.
+
+    The exit code is 1 if a case differs.
 
     Attributes:
-        folder: Model with images.npz and expected.json beside it.
+        folder: Folder of the model, images.npz and expected.json.
         policy_path: Check this converted checkpoint on the folder's cases, instead of the folder
             itself.
-        dtype: Type of the weights: "float32" (the references'), "auto" (as published), "bfloat16"
-            or "float16".
-        device: Where to run.
+        dtype: Type of the weights: "float32" (as in the reference outputs), "auto" (as published),
+            "bfloat16" or "float16".
+        device: Device to run on.
     """
 
     folder: str
@@ -69,10 +69,14 @@ class VerifyConfig:
 
 
 def read_cases(folder: str | Path) -> tuple[NDArray[np.uint8], list[dict[str, Any]], int, str]:
-    """Images (cases, H, W, 3), what is expected of each, steps of a chunk, and the data set that
-    un-normalises actions.
+    """Read the images and reference outputs in a folder.
 
-    `CheckpointError` for files that are missing, damaged, or of another format.
+    Returns:
+        Images (cases, H, W, 3), the reference outputs of each case, steps of a chunk, and the name
+        of the dataset whose statistics un-normalise actions.
+
+    Raises:
+        CheckpointError: Files are missing, damaged, or of another format.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -103,7 +107,7 @@ def read_cases(folder: str | Path) -> tuple[NDArray[np.uint8], list[dict[str, An
             )
             if not fits(value, kind):
                 raise CheckpointError(
-                    f"{folder / EXPECTED}: case {number} lacks {key!r}, or it is of another kind: "
+                    f"{folder / EXPECTED}: case {number} lacks {key!r}, or it has another type: "
                     f"{short(value)}."
                 )
     if (
@@ -120,10 +124,11 @@ def read_cases(folder: str | Path) -> tuple[NDArray[np.uint8], list[dict[str, An
 
 
 def verify(config: VerifyConfig) -> str:
-    """Run all cases through autoregressive and strict Jacobi decoding, print a line for each, and
-    return a summary.
+    """Decode all cases with AR and strict Jacobi; print a line for each, and return a summary.
 
-    `VerificationError` if a case differs, `CheckpointError` for a folder that cannot be read.
+    Raises:
+        VerificationError: A case differs.
+        CheckpointError: The folder cannot be read.
     """
     images, cases, chunk, unnorm_key = read_cases(config.folder)
     if config.policy_path:
@@ -141,7 +146,7 @@ def verify(config: VerifyConfig) -> str:
     if not isinstance(policy.backbone, OpenVLABackbone):
         kind = policy.config.backbone.type
         raise CheckpointError(
-            f"{config.policy_path} runs a {kind} model; cases are those of OpenVLA."
+            f"{config.policy_path} runs a {kind} model; the cases must be of OpenVLA."
         )
     if policy.config.chunk_size != chunk:
         raise CheckpointError(
@@ -166,7 +171,7 @@ def verify(config: VerifyConfig) -> str:
 def _check(
     policy: Any, pre: Any, image: NDArray[np.uint8], case: dict[str, Any]
 ) -> tuple[list[str], str]:
-    """What differs in a case, and a line of numbers about it."""
+    """The differences in a case, and a line of numbers about it."""
     step = next(step for step in pre.steps if isinstance(step, OpenVLAInputsStep))
     picture = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W)
     batch = pre({step.camera: picture.float() / 255, "task": case["instruction"]})
@@ -174,7 +179,7 @@ def _check(
     prompt = step.text(case["instruction"])
     if prompt.lower() != str(case.get("prompt", prompt)).lower():
         problems.append(f"prompt: {prompt!r}, expected {case['prompt']!r}")
-    elif "prompt" in case:  # as the reference spelled it
+    elif "prompt" in case:  # use the reference's upper and lower case
         batch[IDS_KEY] = torch.tensor(
             [step.encode_text(case["prompt"])], device=batch[IDS_KEY].device
         )

@@ -1,6 +1,4 @@
-"""Weights in safetensors files: what they declare is compared with file and model before it is
-believed.
-"""
+"""Weights in safetensors files, validated against file and model before they are used."""
 
 from __future__ import annotations
 
@@ -23,14 +21,16 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-HEADS = ("head", "lm_head")  # modules that give the scores
+HEADS = ("head", "lm_head")  # modules that compute the logits
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file; its header has been compared with the file's size. `CheckpointError` if
-    it is damaged.
+    """Open a safetensors file, whose header is validated against the file's size.
+
+    Raises:
+        CheckpointError: The file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -44,12 +44,14 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, one or its shards; `CheckpointError` if there is none, or
-    one is missing.
+    """Find the safetensors file of a folder, or its shards.
+
+    Raises:
+        CheckpointError: There is none, or a shard is missing.
     """
     if not folder.is_dir():
         raise CheckpointError(
-            f"The weights of this policy lie in {str(folder)!r}, which is no folder (any more); "
+            f"The weights of this policy are in {str(folder)!r}, but there is no such folder; "
             "correct backbone.path in the checkpoint's config.json, and run `ceed-vla seal` on "
             "the checkpoint."
         )
@@ -60,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
             sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
         )
         only = (
-            f", only {pickled}; pickled files can run code when they are read: save them as "
+            f", only {pickled}; pickled files can run code when they are read, so save them as "
             "safetensors first"
         )
         raise CheckpointError(
@@ -72,14 +74,19 @@ def weight_files(folder: Path) -> list[Path]:
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
         raise CheckpointError(
-            f"{folder} lacks {', '.join(missing) or 'all shards'}, which {INDEX} names."
+            f"{folder} lacks {', '.join(missing) or 'all shards'}, which {INDEX} names; copy it "
+            "too."
         )
     return [folder / name for name in shards]
 
 
 def check_sizes(files: Sequence[Path], layers: int, numbers: int) -> None:
-    """Refuse a configuration of more layers than a file, or all shards, have tensors, or of more
-    numbers.
+    """Raise `CheckpointError` if a configuration describes a larger model than the weights.
+
+    Args:
+        files: The file of the weights, or all shards.
+        layers: Layers of the configuration, which must not exceed the number of tensors.
+        numbers: Fewest weights of the configuration, which must not exceed those in the files.
     """
     shapes = []
     for file in files:
@@ -90,8 +97,8 @@ def check_sizes(files: Sequence[Path], layers: int, numbers: int) -> None:
     if layers > len(shapes) or numbers > held:
         raise CheckpointError(
             f"{files[0]}: the configuration describes {layers:,} layers with at least {numbers:,} "
-            f"weights, the file holds {len(shapes):,} tensors with {held:,}; they belong to "
-            "different models."
+            f"weights, but the file has {len(shapes):,} tensors with {held:,}; they belong to "
+            "different models. Copy both from the same checkpoint."
         )
 
 
@@ -102,21 +109,29 @@ def copy_weights(
     rename: Callable[[str], str] = str,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> tuple[list[str], list[str]]:
-    """Copy weights into a module's of the right sizes, one tensor at a time, converted to the
-    module's types.
+    """Copy weights from files into a module, one tensor at a time, converted to the module's
+    dtypes.
 
-    `rename` turns the name in a file to the module's; names that `skip` picks are passed over.
+    Args:
+        module: The module.
+        files: Safetensors files.
+        rename: Maps a name in a file to the module's name.
+        skip: Whether a name in a file is ignored.
 
-    Returns the module's weights that no file has (a tied weight has its partner's), and those that
-    the module lacks. `CheckpointError` names the file and the first tensor of another shape or
-    kind, not finite, or a head of zeros.
+    Returns:
+        The module's weights that are missing in the files, unless they are tied to one that is not;
+        and the names in the files that the module lacks.
+
+    Raises:
+        CheckpointError: A tensor has another shape or kind or is not finite, tied weights differ,
+            or a head is all zeros.
     """
     own = module.state_dict()
     read = set()
     unknown = []
     matrices = 0
     zeros = []
-    written: dict[int, str] = {}  # where a tensor was copied to -> its name; tied ones share it
+    written: dict[int, str] = {}  # address of a copied tensor -> its name; tied weights share it
     for file in files:
         with opened(file) as tensors:
             for published in tensors.keys():  # noqa: SIM118  (not a mapping)
@@ -133,8 +148,8 @@ def copy_weights(
                 if tied and not torch.equal(place, tensor.to(place)):
                     raise CheckpointError(
                         f"The weights {file} do not load: config.json ties {published} to "
-                        f"{written[place.data_ptr()]}, the file has two different ones; they "
-                        "belong to different models."
+                        f"{written[place.data_ptr()]}, but they differ in the file; configuration "
+                        "and weights belong to different models."
                     )
                 place.copy_(tensor)
                 read.add(name)
@@ -144,52 +159,50 @@ def copy_weights(
                     zeros += [published] if empty and place.ndim > 1 else []
     scoring = [name for name in zeros if name.split(".")[-2:-1] and name.split(".")[-2] in HEADS]
     if scoring or (zeros and len(zeros) == matrices):
-        raise CheckpointError(
-            f"{files[0]}: {(scoring or zeros)[0]} holds nothing but zeros. Copy it again."
-        )
+        raise CheckpointError(f"{files[0]}: {(scoring or zeros)[0]} is all zeros. Copy it again.")
     pointers = {own[name].data_ptr() for name in read}
     missing = sorted(name for name in own.keys() - read if own[name].data_ptr() not in pointers)
     return missing, sorted(unknown)
 
 
 def _check_entry(file: Path, name: str, found: Any, place: Tensor) -> None:
-    """Check shape and class of types of one tensor before it is read."""
+    """Raise `CheckpointError` if shape or kind of a tensor differ, before it is read."""
     shape = tuple(found.get_shape())
     kind = found.get_dtype()
     if shape != tuple(place.shape):
         raise CheckpointError(
-            f"The weights {file} do not load: {name} has shape {shape}, config.json describes "
+            f"The weights {file} do not load: {name} has shape {shape}, but config.json describes "
             f"{tuple(place.shape)}; configuration and weights belong to different models."
         )
     if (kind in _FLOATS) != place.is_floating_point():
         raise CheckpointError(
-            f"The weights {file} do not load: {name} is of type {kind}, the model's is "
+            f"The weights {file} do not load: {name} is of type {kind}, but the model's is "
             f"{place.dtype}; copy them again."
         )
 
 
 def check_finite(file: Path | str, name: str, weight: Tensor) -> bool:
-    """Whether a weight is zero throughout; `CheckpointError` if it is not finite."""
+    """Whether a weight is all zeros; `CheckpointError` if it is not finite."""
     values = weight.detach()
     least, most = (
         float(end) for end in (values.float() if values.element_size() < 2 else values).aminmax()
     )
     if not (math.isfinite(least) and math.isfinite(most)):
         raise CheckpointError(
-            f"The weights {file} are damaged: {name} holds NaN or infinity ({weight.dtype})."
+            f"The weights {file} are damaged: {name} has NaN or infinity ({weight.dtype})."
         )
     return least == most == 0.0
 
 
 def check_weights(module: nn.Module, source: Path | str) -> None:
-    """Refuse a module with weights that are not finite; `source` is what the message calls them."""
+    """Raise `CheckpointError` for weights that are not finite; messages name their `source`."""
     for name, weight in module.named_parameters():
         if weight.is_floating_point() and weight.numel():
             check_finite(source, name, weight)
 
 
 def check_floating(files: Sequence[Path]) -> None:
-    """Refuse weights of whole numbers, which a loader would convert without a word."""
+    """Raise `CheckpointError` for integer weights, which a loader would convert silently."""
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a mapping)
@@ -206,8 +219,13 @@ def check_floating(files: Sequence[Path]) -> None:
 def load_weights(policy: Any, folder: Path, strict: bool = True) -> None:
     """Read a checkpoint's weights into a policy that was built from its configuration.
 
-    Unless `strict`, missing and additional weights are only logged. Weights that the policy refers
-    to elsewhere (`policy.referenced`) are not missing.
+    Args:
+        policy: The policy. Weights that it refers to (`policy.referenced`) may be missing.
+        folder: The checkpoint.
+        strict: Whether missing and additional weights are an error; otherwise they are logged.
+
+    Raises:
+        CheckpointError: The weights do not load.
     """
     file = folder / WEIGHTS
     missing, unknown = copy_weights(policy, [file], skip=is_adapter)
@@ -235,8 +253,12 @@ def load_weights(policy: Any, folder: Path, strict: bool = True) -> None:
 
 
 def save_weights(policy: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Write a policy's weights but those that it refers to and has not trained; or `state_dict`,
-    gathered elsewhere.
+    """Write a policy's weights, without frozen weights that it refers to.
+
+    Args:
+        policy: The policy.
+        folder: The checkpoint.
+        state_dict: Weights to write instead of the policy's, for example gathered over processes.
     """
     from safetensors.torch import save_file, save_model
 
@@ -244,10 +266,11 @@ def save_weights(policy: Any, folder: Path, state_dict: dict[str, Any] | None = 
     if state_dict is None and not policy.referenced:
         save_model(policy, str(file))
         return
-    kept = policy.referenced - {name for name, p in policy.named_parameters() if p.requires_grad}
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    referenced = policy.referenced - trained
     weights = policy.state_dict() if state_dict is None else state_dict
-    own = {name: tensor for name, tensor in weights.items() if _weight(name) not in kept}
-    # of the names of tied weights, whose others safetensors refuses
+    own = {name: tensor for name, tensor in weights.items() if _weight(name) not in referenced}
+    # Tied weights are written under the first of their names, as safetensors allows only one.
     first: dict[tuple[int, int], str] = {}
     for name, weight in own.items():
         first.setdefault((weight.data_ptr(), weight.numel()), name)
@@ -257,7 +280,7 @@ def save_weights(policy: Any, folder: Path, state_dict: dict[str, Any] | None = 
 
 
 def _weight(name: str) -> str:
-    """The weight that an entry belongs to: itself, but for the scales and states of
+    """The weight that an entry belongs to: itself, except for the scales and states of
     bitsandbytes.
     """
     module, _, last = name.rpartition(".")

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 
 def counted(number: int, noun: str) -> str:
-    """`number` and the noun in its form: "1 episode", "1,200 episodes"."""
+    """`number` with the noun, singular or plural: "1 episode", "1,200 episodes"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def numbered(noun: str, numbers: Sequence[int | str], most: int = 10) -> str:
-    """The noun and which: "episode 3", "episodes 3 and 7"; of more than `most`, the first and the
-    count.
+    """The noun with its numbers: "episode 3", "episodes 3 and 7".
+
+    If there are more than `most` numbers, it lists the leading ones and the count.
     """
     words = [str(number) for number in numbers[:most]]
     if len(numbers) == 1:

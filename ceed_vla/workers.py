@@ -1,5 +1,6 @@
-"""Processes of this machine that share work: faster, with one thread each, than as many threads in
-one process.
+"""Worker processes of this machine.
+
+Processes with one thread each are faster here than as many threads in one process.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ from typing import Any, cast
 from ceed_vla.discovery import discover, discovered
 from ceed_vla.errors import CeedVLAError
 
-MOST = "[1, 64]"  # workers, as settings say it
-# Most of what takes seconds to import, and nothing that opens a device or a renderer.
+MOST = "[1, 64]"  # range of the setting `workers`
+# Imports most modules that take seconds to load; opens neither a device nor a renderer.
 PRELOADED = ["ceed_vla.checkpoints.policies"]
-HALF_S = 2.0  # that an answer which is being written may take, once the others are to end [s]
-_state: dict[str, Any] = {}  # of a worker's process
+HALF_S = 2.0  # for a worker to finish writing a result before it is terminated [s]
+_state: dict[str, Any] = {}  # of a worker process
 
 
 def prepare(*modules: str) -> Any:
-    """Let one process import what workers need, and `modules`, while this one does; workers are
-    forks of it.
+    """Start the process that workers are forked from; it imports `modules` in parallel with this.
+
+    Returns:
+        The multiprocessing context of the workers.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -41,12 +44,12 @@ def prepare(*modules: str) -> Any:
 
 
 class Workers(AbstractContextManager["Workers"]):
-    """`count` processes, each of which makes a function by ``make(*arguments)`` and calls it for
-    item after item.
+    """`count` processes, each of which builds a function and calls it for item after item.
 
-    What comes of an item must not depend on the process, nor on the items before it. One worker is
-    this process, with its own threads; others start, and make their function, at once. All that is
-    passed is pickled, `make` by its name.
+    ``make(*arguments)`` returns the function. The result of an item must depend neither on the
+    process nor on earlier items. If `count` is 1, this process does the work, with its own threads.
+    Otherwise the workers start, and build their function, at once. Arguments and items are pickled,
+    `make` by its name.
     """
 
     def __init__(
@@ -61,9 +64,10 @@ class Workers(AbstractContextManager["Workers"]):
                 self._pool.submit(int)
 
     def map(self, items: Iterable[Any]) -> Iterator[Any]:
-        """What comes of the items, in their order.
+        """Yield the results of the items, in their order.
 
-        `CeedVLAError`: As the function does, or a process died.
+        Raises:
+            CeedVLAError: The function raised it, or a process died.
         """
         if self.count == 1:
             make, arguments = self._make
@@ -92,10 +96,10 @@ class Workers(AbstractContextManager["Workers"]):
     def __exit__(self, kind: Any, *_: Any) -> None:
         if self.count == 1:
             return
-        # an interrupt waits for no work, but half a result would hold up this process's own end
+        # An interrupt does not wait for work, but a half-written result would block this process.
         if kind is not None:
             writing = cast("Any", self._pool)._result_queue._wlock
-            held = writing.acquire(timeout=HALF_S)  # not where a worker died with it
+            held = writing.acquire(timeout=HALF_S)  # fails if a worker died while it held the lock
             for process in set(multiprocessing.active_children()) - self._others:
                 process.terminate()
             if held:
@@ -104,30 +108,30 @@ class Workers(AbstractContextManager["Workers"]):
 
 
 def _begin(packages: list[str], make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process terminates the workers
     Thread(target=_follow, daemon=True).start()
     close_input()
-    os.environ["LP_NUM_THREADS"] = "1"  # of a renderer without a GPU
-    if torch := sys.modules.get("torch"):  # `make` came with it
+    os.environ["LP_NUM_THREADS"] = "1"  # threads of the software renderer
+    if torch := sys.modules.get("torch"):  # unpickling `make` imported it
         torch.set_num_threads(1)
     try:
         discover(",".join(packages))
         _state["call"] = make(*arguments)
-    except Exception as error:  # which reaches nobody from here
+    except Exception as error:  # `_work` raises it: here it would be lost
         _state["error"] = error
 
 
 def close_input() -> None:
-    """Let reading standard input end at once, so that no library waits for an answer there."""
+    """Replace standard input by an empty one, so that no library blocks on a prompt."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
 
 
 def _follow() -> None:
-    """End with the first process, also where that was killed and could end nobody."""
-    if (first := multiprocessing.parent_process()) is not None:
-        first.join()
+    """End when the main process ends, even if it was killed and could not terminate the workers."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
         os._exit(1)
 
 

@@ -1,8 +1,8 @@
-"""gymnasium-robotics' FetchPickAndPlace with cameras: a block has to be brought to a red mark.
+"""gymnasium-robotics' FetchPickAndPlace with cameras: bring a block to a red mark.
 
-The policy sees two cameras, which move with the hand as wrist cameras do, and knows where the
-gripper is. Where block and mark are is in the images only. Importing this module registers
-``--env.type=fetch_pick``.
+The observation has two cameras, which move with the hand as wrist cameras do, and the position of
+the gripper. The positions of block and mark are visible in the images only. Importing this module
+registers ``--env.type=fetch_pick``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lerobot.envs.configs import EnvConfig
 from ceed_vla.sim.environment import Privileged
 
 VIEWS = {"front": (180.0, -40.0), "side": (90.0, -15.0)}  # azimuth and elevation [deg]
-DISTANCE = 0.85  # of the cameras, which move with the hand, from the gripper [m]
+DISTANCE = 0.85  # of the cameras from the gripper [m]
 SPEED = 0.05  # of a full action [m per control step]
 OPEN, CLOSED = 1.0, -1.0
 HELD = 0.06  # distance of the fingers when the block, 5 cm wide, is held [m]
-GAIN = 0.4  # of the way that the expert goes in a step
-ABOVE = 0.06  # over the block, where the gripper comes down from [m]
+GAIN = 0.4  # share of the remaining distance that the expert moves in a step
+ABOVE = 0.06  # height over the block at which the gripper starts to descend [m]
 INSTRUCTION = "bring the block to the red mark"
 
 
@@ -77,7 +77,7 @@ class FetchPick(gymnasium.Env):
         self.renderer.close()
         self.fetch.close()
 
-    # ---- what `record`, `train` and `eval` use beside gymnasium; see sim/environment.py ----
+    # ---- methods for `record`, `train` and `eval` besides gymnasium's; see sim/environment.py ----
 
     def observe(self) -> dict[str, Any]:
         fetch = self.seen["observation"]
@@ -92,13 +92,13 @@ class FetchPick(gymnasium.Env):
         return bool(distance < self.fetch.distance_threshold)
 
     def privileged_state(self) -> Any:
-        """Block and mark as seen from the gripper [m]: an auxiliary target, never an input."""
+        """Block and mark relative to the gripper [m]: an auxiliary target, never an input."""
         gripper = self.seen["observation"][:3]
         places = (self.seen["achieved_goal"] - gripper, self.seen["desired_goal"] - gripper)
         return np.concatenate(places).astype(np.float32)
 
     def scatter(self, rng: np.random.Generator) -> None:
-        """Anywhere over the table, then a part of the expert's way: near the block, or with it."""
+        """Move the hand to a random place, then run a part of the expert's motion."""
         goal = rng.uniform((1.15, 0.55, 0.43), (1.5, 0.95, 0.75))
         for _ in range(6):
             step = (goal - self.seen["observation"][:3]) / SPEED
@@ -115,10 +115,10 @@ class FetchPick(gymnasium.Env):
         return np.append(rng.uniform(-1, 1, 3), rng.choice([OPEN, CLOSED])).astype(np.float32)
 
     def expert_action(self) -> Any:
-        """Down through a funnel over the block, close, to the mark; a function of the state alone.
+        """Descend through a funnel over the block, close the gripper, move to the mark.
 
-        Small changes of what it sees change its action little: a policy that sees the block with an
-        error of some millimetres still imitates it.
+        The action depends only on the state, and changes little with small changes of it. So a
+        policy that localises the block with an error of a few millimetres can still imitate it.
         """
         block, mark = np.split(self.privileged_state().astype(np.float64), 2)
         fingers = self.seen["observation"][9:11].sum()  # distance of the fingers [m]
@@ -139,7 +139,7 @@ gymnasium.register("fetch_pick/FetchPick-v0", FetchPick)
 @EnvConfig.register_subclass("fetch_pick")
 @dataclass
 class FetchPickConfig(EnvConfig):
-    """FetchPickAndPlace, seen by cameras.
+    """FetchPickAndPlace with cameras.
 
     Attributes:
         episode_length: Step limit.

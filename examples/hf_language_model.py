@@ -1,10 +1,9 @@
-"""A language model of Hugging Face as a backbone, in one file; `python
-examples/hf_language_model.py` checks it.
+"""A language model of Hugging Face as a backbone, in one file.
 
-Without `--policy.backbone.path` it is a small Llama with random weights; with the folder of a
-causal language model (Llama, Qwen, Gemma, SmolLM: one with `model.layers` and `model.norm`) it is
-that one, and reads its instructions with that folder's tokenizer. From demonstrations to a teacher,
-with the environment of own_environment.py:
+`python examples/hf_language_model.py` checks it. Without `--policy.backbone.path` it is a small
+Llama with random weights. With the folder of a causal language model (Llama, Qwen, Gemma, SmolLM:
+one with `model.layers` and `model.norm`) it is that model, with the tokenizer in that folder. From
+demonstrations to a teacher, with the environment of own_environment.py:
 
     export PYTHONPATH=examples
     ceed-vla record --root demos --mode perturb --env.type=point_reach \
@@ -13,8 +12,8 @@ with the environment of own_environment.py:
         --env.type=point_reach --policy.backbone.type=hf_lm \
         --discover_packages_path=own_environment,hf_language_model
 
-`TransformersBackbone` has cache, decoding, training and exits; what is here is the prefix, and how
-the model is made.
+`TransformersBackbone` provides cache, decoding, training and exits. This file defines the prefix
+and builds the model.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from ceed_vla.fields import Checked, ranged
 
 # ---- the backbone --------------------------------------------------------------------------------
 
-GRID = 8  # a camera gives GRID ** 2 tokens of the prefix
+GRID = 8  # each camera has GRID ** 2 tokens in the prefix
 
 
 class LanguageModelBackbone(TransformersBackbone):
@@ -72,7 +71,7 @@ class LanguageModelBackbone(TransformersBackbone):
         self.eye = nn.Sequential(patches, nn.AdaptiveAvgPool2d(GRID), nn.Flatten(2))
         self.state = nn.Linear(self.state_dim, width)
         if shape.auxiliary_dim:
-            # what training regresses beside the actions
+            # training regresses an auxiliary target with the actions
             self.auxiliary = nn.Linear(width, shape.auxiliary_dim)
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
@@ -81,9 +80,7 @@ class LanguageModelBackbone(TransformersBackbone):
         return check_features(batch, wanted, [OBS_STATE], {OBS_LANGUAGE_TOKENS: self.rows})
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
-        """Words, cameras and the state, which is last: the prefix may hold padding anywhere but at
-        its end.
-        """
+        """Embed words, cameras and the state, which is last: the prefix must not end in padding."""
         ids = batch[OBS_LANGUAGE_TOKENS]
         words = cast("nn.Embedding", self.pretrained.get_input_embeddings())(ids)  # (B, L, d)
         # (B, GRID ** 2, d)
@@ -97,7 +94,7 @@ class LanguageModelBackbone(TransformersBackbone):
 @BackboneConfig.register_subclass("hf_lm")
 @dataclass
 class LanguageModelConfig(BackboneConfig, Checked, prefix="backbone."):
-    """A causal language model behind a small image stem.
+    """A causal language model after a small image stem.
 
     Attributes:
         path: Local folder of a published model; empty for a small Llama with random weights.
@@ -117,7 +114,7 @@ class LanguageModelConfig(BackboneConfig, Checked, prefix="backbone."):
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
         model: Any
-        if self.architecture:  # of a checkpoint, which has the weights
+        if self.architecture:  # from a checkpoint, which has the weights
             config = AutoConfig.for_model(**read_architecture(self.architecture))
             model = AutoModelForCausalLM.from_config(config)
         elif self.path:
@@ -146,7 +143,7 @@ class LanguageModelConfig(BackboneConfig, Checked, prefix="backbone."):
         return least_sizes(read_architecture(self.architecture))
 
 
-# ---- used as any other ---------------------------------------------------------------------------
+# ---- check ---------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

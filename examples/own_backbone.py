@@ -1,7 +1,7 @@
-"""Write your own backbone in 80 lines, and check that it decodes exactly: `python
-examples/own_backbone.py`.
+"""Write your own backbone in 80 lines.
 
-It is then trained and distilled as any other:
+`python examples/own_backbone.py` checks that it decodes exactly. It is then trained and distilled
+like any other backbone:
 
     export PYTHONPATH=examples
     own="--discover_packages_path=own_backbone --env.type=none"
@@ -69,7 +69,7 @@ class OwnBackbone(TrainableBackbone):
         for i, layer in enumerate(self.layers):
             q, k, v = layer.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             if cache is not None:
-                k, v = cache.write(i, k, v)  # all so far: (B, H, T, d / H)
+                k, v = cache.write(i, k, v)  # of all tokens so far: (B, H, T, d / H)
             t, total = q.shape[2], k.shape[2]
             causal = torch.ones(t, total, dtype=torch.bool, device=x.device).tril(total - t)
             seen = F.scaled_dot_product_attention(q, k, v, causal)
@@ -97,11 +97,11 @@ class OwnBackbone(TrainableBackbone):
         self, embeddings: Tensor, blocks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         prefix = embeddings.shape[1]
-        state = self.run(embeddings)[:, -1]  # (B, d); autograd and a cache do not go together
+        state = self.run(embeddings)[:, -1]  # (B, d); without a cache, which autograd cannot use
         inputs = [torch.cat([embeddings, self.embed_block(b[:, :-1])], dim=1) for b in blocks]
         return state, [self.head(self.run(x)[:, prefix - 1 :]) for x in inputs]
 
-    def distillation_parameters(self) -> list[str]:  # the others make `embed_prefix`
+    def distillation_parameters(self) -> list[str]:  # all but those of `embed_prefix`
         learn = ("tokens", "slots", "layers", "head")
         return [name for name, _ in self.named_parameters() if name.startswith(learn)]
 
@@ -133,7 +133,7 @@ class OwnConfig(BackboneConfig):
         return [InstructionWordsStep(build_vocabulary(instructions), self.max_words)]
 
 
-# ---- used as any other ---------------------------------------------------------------------------
+# ---- check ---------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""An environment in one file: a point on a plane that goes to the goal the instruction names, seen
-by one camera.
-"""
+"""An environment in one file: move a point to the goal in the instruction, with one camera."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,13 +13,11 @@ from ceed_vla.sim.environment import Privileged
 
 COLORS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
 PHRASES = {"train": "go to the {}", "heldout": "reach the {}"}
-STEP, REACHED = 0.1, 0.08  # [m] of a full action, [m] from the goal
+STEP, REACHED = 0.1, 0.08  # length of a full action, distance from the goal at success [m]
 
 
 class PointReach(gymnasium.Env):
-    """Action (2,) in [-1, 1]: a step. Observation: a picture of point and goals, and where the
-    point is [m].
-    """
+    """Action (2,) in [-1, 1]: a step. Observation: an image, and the position of the point [m]."""
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
     action_names, state_names = ("dx", "dy"), ("x", "y")
@@ -69,7 +65,7 @@ class PointReach(gymnasium.Env):
             image[row - 1 : row + 2, column - 1 : column + 2] = color
         return image
 
-    # What `record` and `grounding` use beside gymnasium; see sim/environment.py.
+    # Methods for `record` and `grounding` besides gymnasium's; see sim/environment.py.
 
     @property
     def task_description(self) -> str:
@@ -103,7 +99,7 @@ class PointReachConfig(EnvConfig):
     """Reach the goal of the named colour.
 
     Attributes:
-        task: A colour, "all" (they take turns), or "mixed" (drawn at every reset).
+        task: A colour, "all" (colours in turn), or "mixed" (drawn at every reset).
         split: Phrases: "train" or "heldout".
         episode_length: Step limit.
         image_size: Side of the image [px].

@@ -1,4 +1,4 @@
-"""The policy node alone, for a robot whose drivers and controllers run already.
+"""Start the policy node alone, for a robot whose drivers and controllers already run.
 
 ros2 launch ceed_vla policy.launch.py robot_config:=/path/to/robot.yaml
 checkpoint:=/path/to/checkpoint
@@ -16,8 +16,8 @@ from launch_ros.substitutions import FindPackageShare
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 
 CONFIG = PathJoinSubstitution([FindPackageShare("ceed_vla"), "launch", "config", "policy.yaml"])
-# Arguments that are parameters of the node, which describe them. One that is given overrides
-# `params_file`,
+# Launch arguments that set the node's parameter of the same name, which also describes them. A
+# non-empty argument overrides `params_file`.
 ARGUMENTS = (
     "checkpoint",
     "robot_config",
@@ -36,24 +36,24 @@ ARGUMENTS = (
     "max_joint_velocity",
     "max_joint_step",
 )
-DEFAULTS = {"autostart": "true", "start_enabled": "false"}  # and these do so always
+DEFAULTS = {"autostart": "true", "start_enabled": "false"}  # always override `params_file`
 PARAMETERS = {
     parameter.name: (type(parameter.default), parameter.description)
     for parameter in POLICY_PARAMETERS
     if parameter.name in ARGUMENTS
 } | {"use_sim_time": (bool, "Follow /clock.")}
-# Argument -> what it replaces the topic of; a camera that the robot's file does not have is an
-# error.
+# Launch argument -> the input whose topic it replaces. A camera that is missing in the robot's file
+# is an error.
 TOPICS = {"front_topic": "front", "wrist_topic": "wrist", "joint_states_topic": "joint_states"}
 
 
 def generate_launch_description() -> LaunchDescription:
-    """One node."""
+    """Declare the arguments and start the node."""
     described = {
         "namespace": ("", "namespace of the node"),
         "params_file": (
             CONFIG,
-            "parameters of the node; given arguments, autostart and start_enabled override them",
+            "parameters of the node; set arguments, autostart and start_enabled override them",
         ),
         **{name: (DEFAULTS.get(name, ""), text) for name, (_, text) in PARAMETERS.items()},
         "topics": (
@@ -73,18 +73,18 @@ def generate_launch_description() -> LaunchDescription:
 
 
 def policy_node(context: Any) -> list[Node]:
-    """The node with what the arguments say."""
+    """Build the node from the launch arguments."""
     names = {name: LaunchConfiguration(name) for name in (*PARAMETERS, "topics", *TOPICS)}
-    given = {name: value for name, value in names.items() if value.perform(context)}
+    passed = {name: value for name, value in names.items() if value.perform(context)}
     overrides = {
-        name: ParameterValue(given[name], value_type=PARAMETERS[name][0])
-        for name in given
+        name: ParameterValue(passed[name], value_type=PARAMETERS[name][0])
+        for name in passed
         if name in PARAMETERS
     }
     topics = [
-        part for name in given if name in TOPICS for part in (f",{TOPICS[name]}=", given[name])
+        part for name in passed if name in TOPICS for part in (f",{TOPICS[name]}=", passed[name])
     ]
-    if topics or "topics" in given:
+    if topics or "topics" in passed:
         overrides["topics"] = ParameterValue([names["topics"], *topics], value_type=str)
     return [
         Node(

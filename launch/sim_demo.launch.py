@@ -1,4 +1,4 @@
-"""The simulated tabletop robot and the policy that drives it.
+"""Start the simulated tabletop robot and the policy node that drives it.
 
 ros2 launch ceed_vla sim_demo.launch.py task:=cube_in_bin seed:=1
 """
@@ -14,12 +14,12 @@ from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
 
 LAUNCH = PathJoinSubstitution([FindPackageShare("ceed_vla"), "launch"])
-# Argument -> (default, description). These override the simulation's parameters of their names,
+# Launch argument -> (default, description). These override the simulation node's parameters.
 SIMULATION = {
     "task": ("mixed", "mixed, cube_in_bin, cube_on_plate, push_cube or stack_cubes"),
     "seed": ("0", "decides the scene"),
 }
-# and these are passed on to policy.launch.py.
+# Arguments that are passed on to policy.launch.py.
 POLICY = {
     "namespace": ("", "namespace of both nodes"),
     "checkpoint": (
@@ -37,8 +37,9 @@ POLICY = {
 
 
 def generate_launch_description() -> LaunchDescription:
-    """Two nodes, which end together, and which only this machine's find unless the environment says
-    otherwise.
+    """Start both nodes; when one ends, so does the other.
+
+    Only nodes on this machine are discovered, unless the environment sets another range.
     """
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     arguments = [

@@ -1,6 +1,4 @@
-"""Plugin of LeRobot's tools: registers the policy `ceed_vla` and, where MuJoCo is, the simulated
-environments.
-"""
+"""Plugin for LeRobot's tools: registers the policy and, with MuJoCo, the environments."""
 
 import functools
 import importlib.util
@@ -27,9 +25,7 @@ def _is_ours(values: dict[str, Any]) -> bool:
 
 
 def _explaining(read: Any) -> Any:
-    """`PreTrainedConfig.from_pretrained`, which says what is wrong in the config.json of a folder
-    of ours.
-    """
+    """Wrap `PreTrainedConfig.from_pretrained` to explain errors in our config.json files."""
 
     @functools.wraps(read)
     def from_pretrained(cls: Any, pretrained_name_or_path: Any, **options: Any) -> Any:

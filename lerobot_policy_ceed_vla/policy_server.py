@@ -1,9 +1,10 @@
-"""LeRobot's asynchronous `PolicyServer` for this policy: python -m
-lerobot_policy_ceed_vla.policy_server --port=8080
+"""LeRobot's asynchronous `PolicyServer` for this policy.
 
-LeRobot's own command imports no plugins and takes only the policies on its list. What clients send
-is unpickled: whoever reaches the port can run code here. So it listens on this machine alone,
-unless --insecure says otherwise.
+    python -m lerobot_policy_ceed_vla.policy_server --port=8080
+
+LeRobot's own command imports no plugins and accepts only the policies on its list. The server
+unpickles what clients send, so whoever reaches the port can run code here. It therefore listens on
+this machine only, unless --insecure is set.
 """
 
 import ipaddress
@@ -24,21 +25,23 @@ constants.SUPPORTED_POLICIES.append("ceed_vla")
 
 
 class PolicyServer(policy_server.PolicyServer):
-    """LeRobot's, with every chunk one step later.
+    """LeRobot's server, with action numbers that are one higher.
 
-    LeRobot's client stamps an observation with the action that it has just executed, its server
-    gives the first new action the same number, and the client then drops that action as done. A
-    policy of increments loses a step of every chunk by that: one of four, here.
+    LeRobot's client stamps an observation with the number of the action that it has just executed.
+    LeRobot's server gives the first new action the same number, and the client then drops that
+    action as done. With increments as actions, a step of every chunk is lost: one of four, here.
 
     Attributes:
-        insecure: Whether it may listen where other machines reach it.
+        insecure: Whether the server may listen on an address that other machines reach.
     """
 
     insecure = False
 
     def __init__(self, config: PolicyServerConfig) -> None:
-        """Check where `config` listens, however its host was given; `ConfigError` if others reach
-        it there.
+        """Check the host of `config`, from whichever source it comes.
+
+        Raises:
+            ConfigError: Other machines can reach the host, and `insecure` is not set.
         """
         if not self.insecure and not is_loopback(config.host):
             raise ConfigError(
@@ -65,7 +68,7 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:  # another name, which may be any machine's
+    except ValueError:  # a name, which may be that of any machine
         return False
 
 

@@ -1,8 +1,8 @@
-"""A deeper trunk from a trained one: `python recipes/grow.py POLICY OUTPUT_FOLDER FACTOR`.
+"""Make a deeper trunk from a trained one: `python recipes/grow.py POLICY OUTPUT_FOLDER FACTOR`.
 
-Behind every layer of a compact policy come copies of it that add nothing yet (their output
-projections are zero, after LLaMA Pro, arXiv 2401.02415), so the new policy decodes the same tokens,
-and `ceed-vla train --policy.path` goes on.
+After every layer of a compact policy, copies of it are inserted that initially add nothing (their
+output projections are zero, as in LLaMA Pro, arXiv 2401.02415). So the new policy decodes the same
+tokens, and `ceed-vla train --policy.path` continues its training.
 """
 
 from __future__ import annotations

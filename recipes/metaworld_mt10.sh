@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Meta-World's MT10 from nothing on two cores: demonstrations, a teacher that sees before it acts, three students, all evaluated.
-# Needs the extra `metaworld`. Every step goes on where an interrupt left it: run the script again.
+# Meta-World's MT10 from scratch on two cores: demonstrations, a teacher that is grounded before it acts, three students, and
+# their evaluation. Needs the extra `metaworld`. Every step continues after an interrupt: run the script again.
 #
 #   bash recipes/metaworld_mt10.sh [OUTPUT_FOLDER]
-#   EPISODES=1000 SCENES=24000 STEPS=6000 bash recipes/metaworld_mt10.sh    # more of everything
+#   EPISODES=1000 SCENES=24000 STEPS=6000 bash recipes/metaworld_mt10.sh    # more data and steps
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/mt10}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
 env=--env.type=ceed_metaworld
 
-record() { # name mode episodes seed, and what differs
+record() { # name mode episodes seed [other flags]
   ceed-vla record $env --resume true --workers 2 --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
 }
 started() { [ -e "$out/$1/progress.json" ] && echo true || echo false; }
@@ -22,9 +22,9 @@ record balls grounding "${BALLS:-8000}" 18000 --poses_per_scene 1 --env.task rea
 record perturb perturb "${EPISODES:-440}" 1000
 demos="$out/data/perturb" takeover="$out/first/takeover/round_0"
 
-# 2. A teacher in two runs: it sees no action before it knows where things are, then one takeover round (DAgger); then on
-#    from there at half the learning rate. The gate lets two goals pass that are balls of 3 px in the air (metaworld_mt10.md).
-train() { # name, and what differs
+# 2. A teacher in two runs: grounding before any action, then one takeover round (DAgger); the second run continues at half the
+#    learning rate. The gate admits two goals that are balls of 3 px in the air (metaworld_mt10.md).
+train() { # name [other flags]
   finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train $env --output_dir "$out/$1" \
     --grounding_roots "$out/data/ground,$out/data/balls" --threads 1 --resume "$(started "$1")" --validate_episodes 40 "${@:2}"
 }
@@ -33,9 +33,9 @@ train first --roots "$demos" --grounding_steps 1500 --grounding_gate "${GATE:-0.
 train second --policy.path "$out/first/checkpoints/final" --grounding_steps 0 --steps "${MORE_STEPS:-1700}" --rounds 0 \
   --roots "$demos,$takeover" --root_weights 0.7,0.3 --lr 1e-3 --muon_lr 1e-3
 
-# 3. What decides: states that policies reach by themselves. 600 takeovers that this teacher drives, 600 that a first student of it
-#    drives with one forward a chunk; the teacher goes on with the expert's way out of both, and the students learn on all.
-distill() { # name teacher trajectories roots steps, and what differs
+# 3. States that policies reach by themselves decide the result: 600 takeovers from this teacher, and 600 from its first student
+#    with one forward per chunk. The teacher continues on the expert's corrections of both; the students learn on all data.
+distill() { # name teacher trajectories roots steps [other flags]
   finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill $env --teacher.path "$2" --trajectories.path "$out/$3" \
     --roots "$4" --output_dir "$out/$1" --steps "$5" --omega 10 --lr 1e-3 --muon_lr 1e-3 --max_updates 1 --max_iterations 2 \
     --confidence 0.2 --threads 1 --validate_episodes 0 --resume "$(started "$1")" "${@:6}"
@@ -43,7 +43,7 @@ distill() { # name teacher trajectories roots steps, and what differs
 collect() { # name teacher roots
   ceed-vla collect --policy.path "$2" --roots "$3" --output_dir "$out/$1" --states false --max_frames 60000 --workers 2 --resume true
 }
-drive() { # name seed policy, and what differs
+drive() { # name seed policy [other flags]
   record "$1" takeover 600 "$2" --policy.path "$3" --max_chunks 40 --takeover_steps 150 --batch 20 "${@:4}"
 }
 second=$out/second/checkpoints/final teacher=$out/teacher/checkpoints/final
@@ -55,12 +55,12 @@ seen="$demos,$takeover,$out/data/driven,$out/data/drift"
 train teacher --policy.path "$second" --grounding_steps 0 --steps "${LAST_STEPS:-2400}" --rounds 0 \
   --roots "$seen" --root_weights 0.4,0.1,0.25,0.25 --lr 1e-3 --muon_lr 1e-3
 collect trajectories "$teacher" "$seen"
-student() { [ "$1" = 0 ] && echo student || echo "student_$1"; } # scripts/weights_wheel.py packs the first
+student() { [ "$1" = 0 ] && echo student || echo "student_$1"; } # scripts/weights_wheel.py packs the one called student
 for seed in ${SEEDS:-0 1 2}; do
   distill "$(student "$seed")" "$teacher" trajectories "$seen" 2500 --seed "$seed"
 done
 
-# 4. What the teacher sees, and all in the loop: 50 episodes a task.
+# 4. Localisation errors of the teacher, and closed-loop evaluation of all policies with 50 episodes per task.
 ceed-vla grounding $env --policy.path "$teacher" --output "$out/grounding.json"
 for seed in ${SEEDS:-0 1 2}; do
   run=$(student "$seed") of_teacher=(); [ "$seed" != 0 ] || of_teacher=(--teacher.path "$teacher")

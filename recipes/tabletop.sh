@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The shipped tabletop teacher and students from nothing: record, train, collect, distil, evaluate (times: README.md).
-# Every step goes on where an interrupt left it: run the script again.
+# The shipped tabletop teacher and students from scratch: record, train, collect, distil, evaluate (times: README.md).
+# Every step continues after an interrupt: run the script again.
 #
 #   bash recipes/tabletop.sh [OUTPUT_FOLDER]                    # everything
 #   TEACHER=teacher bash recipes/tabletop.sh [OUTPUT_FOLDER]    # students of the shipped teacher, or of any checkpoint
@@ -9,34 +9,34 @@ cd "$(dirname "$0")/.."
 out=${1:-outputs/tabletop}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 
-set -m # every job is a group of processes, and
-trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT # an interrupt, or one that fails, ends the others
+set -m # every job is a process group
+trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT # after an interrupt or a failure, end all jobs
 
 record() { # name mode episodes seed
   ceed-vla record --resume true --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
 }
 started() { [ -e "$out/$1/progress.json" ] && echo true || echo false; }
-wait_all() { # with their exit status: a plain wait would hide a failure
+wait_all() { # fails if a job failed, unlike a plain wait
   local job
   for job in $(jobs -p); do wait "$job"; done
 }
 finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
 
-# 1. Demonstrations: two processes side by side, one thread each.
+# 1. Demonstrations: two processes in parallel, one thread each.
 (record perturb0 perturb 1000 1000; record clean clean 300 0) &
 record perturb1 perturb 1200 3000 &
 wait_all
 demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
 
-# 2. The teacher, in two runs of two processes each: action-free grounding scenes, then all with three takeover (DAgger)
-#    rounds; then on from there at half the learning rate, with takeovers of the first run and two more rounds.
+# 2. The teacher, in two runs of two processes each: grounding scenes without actions, then all data with three takeover
+#    (DAgger) rounds; the second run continues at half the learning rate, with takeovers of the first run and two more rounds.
 teacher=${TEACHER:-$out/teacher/checkpoints/final}
 takeovers() { # name policy seed seed [attempts decoding]
   record "${1}0" takeover "${5:-480}" "$3" --policy.path "$2" --decoding "${6:-ar}" &
   record "${1}1" takeover "${5:-480}" "$4" --policy.path "$2" --decoding "${6:-ar}" &
   wait_all
 }
-train() { # name, and what differs
+train() { # name [other flags]
   finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$out/$1" \
     --grounding_roots "$out/data/ground0,$out/data/ground1" --grounding_batch 16 --takeover_episodes 400 \
     --save_every 100 --threads 1 --resume "$(started "$1")" "${@:2}"
@@ -54,26 +54,26 @@ if [ -z "${TEACHER:-}" ]; then
     --lr 1e-3 --muon_lr 1e-3
 fi
 
-# 3. Takeovers of it, and its Jacobi trajectories on these and the demonstrations.
+# 3. Takeovers from the teacher, and its Jacobi trajectories on these and the demonstrations.
 takeovers takeover "$teacher" 35000 36000
 roots="$demos,$out/data/takeover0,$out/data/takeover1"
-collect() { # name roots, and what differs
+collect() { # name roots [other flags]
   ceed-vla collect --policy.path "$teacher" --roots "$2" --output_dir "$out/$1" --workers 2 --resume true "${@:3}"
 }
 collect trajectories "$roots" --max_frames 20000
 
-# 4. A first student, and what it sees when it drives with one forward a chunk.
-distill() { # name trajectories roots, and what differs
+# 4. A first student, and the states that it reaches with one forward per chunk.
+distill() { # name trajectories roots [other flags]
   finished "$1" || ceed-vla distill --teacher.path "$teacher" --trajectories.path "$out/$2" --roots "$3" \
     --output_dir "$out/$1" --resume "$(started "$1")" --max_iterations 2 --confidence 0.2 --threads 1 "${@:4}"
 }
-first_student() { # loss seed, and what differs
+first_student() { # loss seed [other flags]
   distill "first_student_$1_$2" trajectories "$roots" --loss "$1" --seed "$2" --steps 1000 --lr 5e-4 --muon_lr 5e-4 "${@:3}"
 }
 first_student trust_region 0
 takeovers drift "$out/first_student_trust_region_0/checkpoints/final" 37000 38000 960 cap1
 
-# 5. The students, three seeds: on all frames, the first student's too. Their exit is what the validation below chose.
+# 5. The students, three seeds, on all frames, including the first student's. The validation below chose their exit.
 wide="$roots,$out/data/drift0,$out/data/drift1"
 collect trajectories_wide "$wide" --states false --max_frames 0
 student() { # seed
@@ -82,7 +82,7 @@ student() { # seed
 for seed in 0 1 2; do student $seed & done
 wait_all
 
-# 6. The exit rule, on validation seeds; then all of them against the teacher on the same 400 evaluation seeds.
+# 6. The exit rule, on validation seeds; then all students against the teacher on the same 400 evaluation seeds.
 evaluate() { # name decoders
   ceed-vla eval --policy.path "$out/$1/checkpoints/final" --teacher.path "$teacher" --decoders "$2" \
     --episodes 400 --seed 50000 --timing_chunks 0 --output_dir "$out/evaluate_$1" --resume true

@@ -1,5 +1,5 @@
-"""ROS 2 nodes: a policy node that streams action chunks to a robot, and a simulated robot behind
-the same topics.
+"""ROS 2 nodes: a policy node that streams action chunks to a robot, and a simulated robot with the
+same topics.
 """
 
 if __name__ == "ros_nodes":  # the name of earlier versions

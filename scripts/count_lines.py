@@ -1,6 +1,6 @@
-"""Lines of Python by part, and of the algorithm: `python scripts/count_lines.py`.
+"""Count lines of Python by part, and of the algorithm: `python scripts/count_lines.py`.
 
-"code" are lines without blank ones, comments and docstrings.
+"code" excludes blank lines, comments and docstrings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# What decoding rests on, without axes, families of published models and engines (design, part 9).
+# Files that decoding needs, without axes, families of published models and engines.
 ALGORITHM = (
     "ceed_vla/decoding/",
     "ceed_vla/cache.py",
@@ -49,7 +49,7 @@ _NO_CODE = (
 
 
 def code_lines(text: str) -> int:
-    """Lines of a file without blank ones, comments and docstrings."""
+    """Number of lines of a file, without blank lines, comments and docstrings."""
     documented: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment ready; does nothing when it is.
+# Sets up the virtual environment; does nothing if it is complete.
 #
 #   scripts/setup.sh [--gl] [extra ...]      extras of setup.py: test, lint
 #
@@ -25,7 +25,7 @@ die() {
 
 # ---- Python --------------------------------------------------------------------------------------------------------
 
-# Prints the version of interpreter $1; fails unless it runs (shims may not) and packages exist for it.
+# Prints the version of interpreter $1; fails unless it runs (shims may not) and its version is supported.
 supported() {
     "$1" -c 'import sys, sysconfig
 print("%d.%d.%d" % sys.version_info[:3])
@@ -33,7 +33,7 @@ sys.exit(sys.version_info[:2] not in ((3, 12), (3, 13)) or bool(sysconfig.get_co
         2>/dev/null </dev/null
 }
 
-# Interpreters by the order in which they are tried, one path a line.
+# Interpreters in the order in which they are tried, one path per line.
 pythons() {
     local name
     for name in python3.12 python3.13 python3 python; do type -aP "$name" || true; done
@@ -52,7 +52,7 @@ find_python() {
     while read -r candidate; do
         if version=$(supported "$candidate"); then
             case $version in
-            3.12.*) printf '%s\n' "$candidate" && return ;; # the one that constraints.txt was made with
+            3.12.*) printf '%s\n' "$candidate" && return ;; # the version of constraints.txt
             *) second=${second:-$candidate} ;;
             esac
         else
@@ -71,8 +71,8 @@ setup:   nothing called python there}" \
 
 uv_requirement() { sed -n 's/^\(uv==.*\)$/\1/p' constraints.txt; }
 
-# Prints the path of a uv from outside the environment: one that is installed, or one put into folder $1 by the pip of
-# any Python at hand.
+# Prints the path of a uv outside the environment: an installed one, or one that the pip of any available Python installs
+# into folder $1.
 borrow_uv() {
     local candidate
     while read -r candidate; do
@@ -105,7 +105,7 @@ make_environment() {
         die "$VENV has Python $version; $WANTED is needed. Remove it, or choose another folder with VENV=..."
     else
         if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ]; then
-            die "$VENV exists and is no virtual environment; choose another folder with VENV=..."
+            die "$VENV exists and is not a virtual environment; choose another folder with VENV=..."
         fi
         PYTHON_FOUND=$(find_python)
         say "making $VENV with $PYTHON_FOUND ($(supported "$PYTHON_FOUND"))"
@@ -131,7 +131,7 @@ make_environment() {
 
 # ---- packages ------------------------------------------------------------------------------------------------------
 
-# What an installation depends on; it is repeated when this changes.
+# Checksum of the inputs of an installation, which is repeated when they change.
 fingerprint() {
     {
         printf '%s\n' "$PWD" "$@" ./*/__init__.py
@@ -148,7 +148,7 @@ uv_install() {
         --build-constraints constraints.txt $DRY_RUN --editable ".${extras:+[$extras]}" --editable ./lerobot_policy_ceed_vla
 }
 
-# Says why an installation failed, as far as that can be told.
+# Prints why an installation failed, as far as that is known.
 explain_failure() {
     local output
     [ "$(free_gb)" -ge 1 ] || die "the disk is full: an environment takes up to $DISK_GB GB here and in uv's cache." \
@@ -176,7 +176,7 @@ install_packages() {
     fingerprint "$@" >"$stamp"
 }
 
-# Folders that install inside ceed_vla are linked there, as setup.py does; `git clean` takes the links away.
+# Links the folders that install inside ceed_vla, as setup.py does; `git clean` removes the links.
 link_folders() {
     local name
     for name in training sim ros_nodes; do
@@ -186,7 +186,7 @@ link_folders() {
 
 # ---- rendering -----------------------------------------------------------------------------------------------------
 
-# Fails, and says why, unless the picture that `ceed-vla doctor` renders comes out.
+# Fails, with the reason, unless the rendering test of `ceed-vla doctor` passes.
 renders() {
     "$VENV/bin/python" -c 'from ceed_vla import doctor
 (finding,) = doctor._rendering(doctor._run_probe(doctor._PROBES["gl"]))
@@ -217,7 +217,7 @@ main() {
         gl=1
         shift
     fi
-    # Two makes at once must not set up the same folder: the lock is this file, and ends with this process.
+    # Two set-ups at once must not share a folder: the lock is on this file, and ends with this process.
     if command -v flock >/dev/null; then
         exec 9<scripts/setup.sh
         flock -n 9 || { say "waiting for another set-up" && flock 9; }

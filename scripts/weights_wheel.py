@@ -1,9 +1,11 @@
-"""A wheel of checkpoints, `ceed_vla_NAME`: once it is installed, ``NAME/student`` is a checkpoint's
-name everywhere.
+r"""Build a wheel of checkpoints, `ceed_vla_NAME`.
 
-python scripts/weights_wheel.py --name metaworld --folder outputs/mt10 --card
-recipes/metaworld_mt10.md pip install outputs/mt10/ceed_vla_metaworld-*.whl ceed-vla eval
---env.type=ceed_metaworld --policy.path metaworld/student
+Once it is installed, every command takes ``NAME/student`` as the name of a checkpoint:
+
+    python scripts/weights_wheel.py --name metaworld --folder outputs/mt10 \
+        --card recipes/metaworld_mt10.md
+    pip install outputs/mt10/ceed_vla_metaworld-*.whl
+    ceed-vla eval --env.type=ceed_metaworld --policy.path metaworld/student
 """
 
 from __future__ import annotations
@@ -41,21 +43,20 @@ ceed_vla_{name} = ["**"]
 
 @dataclass
 class WheelConfig:
-    """What goes into the wheel."""
+    """Contents of the wheel."""
 
-    name: str  # of the package, behind ceed_vla_
-    folder: (
-        Path  # holds runs or checkpoints called teacher and student; the wheel is written into it
-    )
-    card: Path  # model card that goes with them
+    name: str  # name of the package without ceed_vla_
+    # folder of runs or checkpoints called teacher and student; the wheel is written into it
+    folder: Path
+    card: Path  # model card of the checkpoints
 
 
 def build(config: WheelConfig) -> Path:
     """Build the wheel, and return its file.
 
     Raises:
-        ConfigError: A name that is none, or no model card.
-        CheckpointError: No checkpoint.
+        ConfigError: The name is invalid, or there is no model card.
+        CheckpointError: There is no checkpoint.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*", config.name) or not config.card.is_file():
         raise ConfigError(

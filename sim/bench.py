@@ -1,9 +1,8 @@
-"""``ceed-vla bench``: a policy against its rivals in one run: success, forwards, and milliseconds
-over the floor.
+"""``ceed-vla bench``: compare decoders in one run: success, forwards, and latency over the floor.
 
-The floor of a chunk is what no decoder of this model can save: the prefill and one forward of the
-block, timed alone, in the same run and engine. Every row is timed in both engines and shown in its
-faster one.
+The floor of a chunk is the latency that no decoder of this model can undercut: the prefill and one
+forward of the block, timed alone, in the same run and engine. Every row is timed in both engines
+and shown in its faster one.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import ceed_vla.sim.rivals
 from ceed_vla.axes import AXES
@@ -27,13 +27,14 @@ from ceed_vla.sim.episode_log import EPISODES
 from ceed_vla.sim.evaluate import evaluate
 from ceed_vla.sim.evaluation_config import EvalConfig
 from ceed_vla.sim.evaluation_report import REPORT
-from ceed_vla.sim.plots import FORWARDS, INK, row_color, save_figure
+from ceed_vla.sim.plots import FAINT, FORWARDS, GREY, INK, save_figure
 from ceed_vla.sim.report import PAIRED, PAIRED_COLUMNS, cells, markdown_table, paired_rows
 from ceed_vla.sim.timing import ENGINES
 
 BENCH = "bench.json"
 TABLE = "bench.md"
 PARETO = "pareto.png"
+MOST_LINES = 30  # decoders in the figure
 ROWS = (
     "jacobi,jacobi_h,jacobi_mid,jacobi_random,cap1,cap2,cap3,cap4,cap2_fresh,cap3_fresh,ceed,"
     "conf0.2_cap2_fresh,gap0.2_cap2,deadline8"
@@ -49,9 +50,9 @@ class BenchConfig(EvalConfig):
     """Options of ``ceed-vla bench``; they are those of ``ceed-vla eval``, with other defaults.
 
     Attributes:
-        decoders: As for `ceed-vla eval`, beside ar and ar_h; empty for the usual rivals, the
-            checkpoint's own names, what its exits can, and the teacher's.
-        output_dir: Folder for bench.json, bench.md, pareto.png and what `ceed-vla eval` writes.
+        decoders: As for `ceed-vla eval`, in addition to ar and ar_h. Empty: the usual rows, the
+            checkpoint's own names, decoders of its exits, and the teacher's rows.
+        output_dir: Folder for bench.json, bench.md, pareto.png and the files of `ceed-vla eval`.
     """
 
     decoders: str = ""
@@ -62,12 +63,14 @@ class BenchConfig(EvalConfig):
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Run all rows as `evaluate` does and write what they are over the floor; returns
-    ``bench.json``.
+    """Evaluate all rows and write their latency over the floor.
+
+    Returns:
+        The contents of ``bench.json``.
 
     Raises:
-        ConfigError: An option that cannot work, e.g. an unknown decoder.
-        CheckpointError: A checkpoint that cannot be loaded.
+        ConfigError: An invalid option, e.g. an unknown decoder.
+        CheckpointError: A checkpoint cannot be loaded.
     """
     if not config.decoders:
         folder = resolve_checkpoint(config.policy.given())
@@ -90,7 +93,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 
 def _bench(config: BenchConfig, folder: Path) -> dict[str, Any]:
-    """As `bench`, into a folder of its own."""
+    """Run `bench` in a claimed folder."""
     report = evaluate(
         config, None, lambda bundles: {"act": ceed_vla.sim.rivals.act(bundles["policy"])}
     )
@@ -104,7 +107,7 @@ def _bench(config: BenchConfig, folder: Path) -> dict[str, Any]:
 
 
 def usual_rows(policy: CeedVLAConfig) -> list[str]:
-    """What every policy of its kind can: FAST tokens have no neighbours."""
+    """Rows that a policy supports; none with `conf` for unordered tokens, such as FAST's."""
     left_out = () if policy.action_tokens.ordered else ("conf",)
     return [name for name in ROWS.split(",") if not name.startswith(left_out)]
 
@@ -120,8 +123,9 @@ def floor(report: Mapping[str, Any], model: str) -> float:
 
 
 def ar_over_parts(report: Mapping[str, Any]) -> float:
-    """The time of AR over that of its parts alone: processing, prefill, single-token forwards (p50,
-    in AR's engine).
+    """Ratio of AR's latency to the sum of its parts, each timed alone (p50, in AR's engine).
+
+    The parts are preprocessing, prefill and the single-token forwards.
     """
     entry = report["decoders"]["ar"]
     timing = report["timing"]
@@ -135,9 +139,11 @@ def ar_over_parts(report: Mapping[str, Any]) -> float:
 
 
 def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``bench.json``: those of the report, and ratios of p50 of chunks to the same
-    model's floor, and to its AR and AR of the executed steps in their faster engines
-    (``ratio_to_ar_compiled``).
+    """Entries of ``bench.json``: those of the report, and ratios of p50 latencies.
+
+    ``ratio_to_floor`` is a row's latency over the same model's floor. ``ratio_to_ar_compiled`` and
+    ``ratio_to_ar_h_compiled`` are the latency of its AR, and of its AR of the executed steps, each
+    in the faster engine, over that of the row.
     """
     rows = {name: dict(entry) for name, entry in report["decoders"].items()}
     for name, row in rows.items():
@@ -162,7 +168,7 @@ def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """``bench.md``."""
+    """Return the contents of ``bench.md``."""
     head = (
         "decoder",
         "solved [95 %]",
@@ -216,46 +222,73 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def pareto(result: Mapping[str, Any]) -> Figure:
-    """Failures against latency: p50 as dots, a line to p99; rows that no other beats in both are in
-    colour.
+    """Latency and failures, one line a decoder, the fastest at the top.
+
+    Decoders that no other one beats in both are filled and in black; the others are hollow and
+    grey. Of more than `MOST_LINES` decoders, those that fail most are left out.
     """
     rows = {
         name: row
         for name, row in result["decoders"].items()
         if row.get("total_ms") and row["episodes"]
     }
-    points = {  # none failed: half an episode, for the logarithm
-        name: (row["total_ms"]["p50"], 100 * max(1 - row["success_rate"], 0.5 / row["episodes"]))
-        for name, row in rows.items()
-    }
-    figure = Figure(figsize=(9.5, 6))
-    axes = figure.subplots()
-    for index, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
-        beaten = any((a < x and b <= y) or (a <= x and b < y) for a, b in points.values())
-        color = "#B9BEC6" if beaten else row_color(name)
-        axes.plot([x, rows[name]["total_ms"]["p99"]], [y, y], color=color, lw=1, zorder=2)
-        axes.plot(x, y, "o", color=color, ms=5 if beaten else 7, zorder=3)
-        place = (3, 5 if index % 2 else -10)
-        ink = "#8A8F98" if beaten else INK
-        axes.annotate(
-            name,
-            (x, y),
-            place,
-            textcoords="offset points",
-            fontsize=6.5 if beaten else 8,
-            color=ink,
-        )
-    axes.axvline(result["floor_ms"], color=INK, lw=1, ls=(0, (3, 2)))
-    axes.set(
+    best = front(rows)
+    by_failure = sorted(rows, key=lambda name: (name not in best, -rows[name]["success_rate"]))
+    shown = sorted(by_failure[:MOST_LINES], key=lambda name: rows[name]["total_ms"]["p50"])
+    figure = Figure(figsize=(6.4, 0.25 * len(shown) + 1.3))
+    times, failures = figure.subplots(1, 2, sharey=True)
+    for y, name in enumerate(shown):
+        latency = rows[name]["total_ms"]
+        low, middle, high = failure_interval(rows[name])
+        for axes, start, dot, end in (
+            (times, latency["p50"], latency["p50"], latency["p99"]),
+            (failures, low, middle, high),
+        ):
+            color = INK if name in best else GREY
+            axes.plot([start, end], [y, y], color=color, lw=1, zorder=2)
+            face = color if name in best else "white"
+            axes.plot(dot, y, "o", color=color, markerfacecolor=face, ms=5, zorder=3)
+    times.axvline(result["floor_ms"], color=INK, lw=1, ls=(0, (3, 2)))
+    times.set_yticks(range(len(shown)), shown, fontsize=8)
+    for label, name in zip(times.get_yticklabels(), shown, strict=True):
+        label.set_color(INK if name in best else GREY)
+    times.set(
+        ylim=(len(shown) - 0.4, -0.6),
         xscale="log",
-        yscale="log",
-        xlabel="time from observation to chunk [ms]\ndot: p50   line: to p99   dashed: the floor",
-        ylabel="episodes not solved [%]",
-        title="Failures against latency",
+        xlabel="observation to chunk [ms]\ndot: p50, line: to p99, dashed: floor",
     )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
-    axes.tick_params(which="minor", labelsize=6)
-    axes.invert_yaxis()
+    failures.set(xscale="log", xlabel="episodes not solved [%]\nline: 95 % interval")
+    for axes in (times, failures):
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.label.set_size(8)
+        axes.tick_params(labelsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.grid(True, color=FAINT, zorder=0)
+    times.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left_out = len(rows) - len(shown)
+    note = f" ({left_out} that fail more are left out)" if left_out else ""
+    figure.suptitle(f"Latency and failures{note}\nblack: not beaten in both", fontsize=9)
+    figure.tight_layout()
     return figure
+
+
+def front(rows: Mapping[str, Any]) -> set[str]:
+    """The decoders for which no other one is faster at p50 and fails no more often."""
+    points = {name: (row["total_ms"]["p50"], 1 - row["success_rate"]) for name, row in rows.items()}
+    return {
+        name
+        for name, (x, y) in points.items()
+        if not any((a < x and b <= y) or (a <= x and b < y) for a, b in points.values())
+    }
+
+
+def failure_interval(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Episodes that a decoder did not solve [%]: the ends of the 95 % interval around the rate.
+
+    For the logarithm, no failure counts as half an episode.
+    """
+    least = 0.5 / row["episodes"]
+    low, high = row["success_ci95"]
+    rates = (1 - high, 1 - row["success_rate"], 1 - low)
+    return tuple(100 * max(rate, least) for rate in rates)  # type: ignore[return-value]

@@ -1,14 +1,12 @@
-"""``ceed-vla calibrate``: exit thresholds that keep a promise about how far early actions are from
-exact ones.
+"""``ceed-vla calibrate``: choose exit thresholds with a bound on the risk of inexact actions.
 
-A chunk is *off* if an action that is executed differs from the fixed point's by more than 5 % of
-its range in some dimension, or at all in a two-valued one. The risk of an exit is the expected
-share of off chunks of an episode that the exit itself drives. Thresholds are tested from the
-strictest on, each on the same number of episodes, until one cannot be shown to keep the risk below
-epsilon: "learn then test" with a fixed sequence (arXiv 2110.01052), whose level alpha the signals
-share. So for each epsilon, with probability 1 - alpha the choice keeps its promise, whatever the
-policy. Of those that keep it, the choice is the one that runs fewest layers, of the block and of
-the prefix.
+A chunk is *off* if an executed action differs from the fixed point's by more than 5 % of its range
+in some dimension, or at all in a two-valued one. The risk of an exit is the expected share of off
+chunks in an episode that the exit itself drives. Thresholds are tested from the strictest on, each
+on the same number of episodes, until one cannot be shown to have a risk below epsilon: "learn then
+test" with a fixed sequence (arXiv 2110.01052). The signals share its level alpha. So for each
+epsilon the chosen threshold has a risk below epsilon with probability 1 - alpha, for any policy.
+Among the thresholds that pass, the one with the fewest layers of block and prefix is chosen.
 """
 
 from __future__ import annotations
@@ -48,11 +46,11 @@ from ceed_vla.sim.rollout import Chunk, PolicyRunner, rollout, success_entry
 from ceed_vla.sim.settings import DrivenConfig
 from ceed_vla.sim.timing import bare_parts, collect_observations, measure, percentiles
 
-OFF = 0.05  # of an action's range
+OFF = 0.05  # share of an action's range
 REPORT, AUDIT = "calibration.json", "audit.json"
 CHECKPOINT = "checkpoint"
 CAPS = ("cap4", "cap3", "cap2", "cap1")
-TIMED = 24  # chunks, for the deadlines of these
+TIMED = 24  # chunks that are timed for the deadlines of `CAPS`
 
 
 @dataclass
@@ -60,17 +58,18 @@ class CalibrateConfig(DrivenConfig):
     """Options of ``ceed-vla calibrate``.
 
     Attributes:
-        output_dir: Folder for calibration.json and, in `checkpoint`, the policy with the names
-            risk<E>.
-        epsilons: Risks to be kept, each in (0, 1).
-        alpha: Probability of a promise that is not kept.
-        signals: Exit rules whose ladders are tried: conf (mass within 2 bins), gap (best over next
-            token), agree (bins between two states), changed (tokens that changed), and any that is
-            registered with one; decoders too, those that need an exit with its depth: deer3.
-        decoders: Instead, only measure the risk of these comma-separated decoders, into audit.json.
-        episodes: Episodes of every threshold.
+        output_dir: Folder for calibration.json and, in `checkpoint`, a copy of the policy with the
+            decoders risk<E>.
+        epsilons: Bounds of the risk, each in (0, 1).
+        alpha: Probability that the risk exceeds its bound.
+        signals: Exit rules whose ladders are tested: conf (probability within 2 bins), gap (lead of
+            the best token), agree (bins between two states), changed (number of changed tokens),
+            and any other rule or decoder with a ladder. Decoders that need an early-exit layer
+            carry its depth: deer3.
+        decoders: Comma-separated decoders; if set, only their risk is measured, into audit.json.
+        episodes: Episodes per threshold.
         seed: First seed. Seeds from 40000 to 49999 are for choices.
-        batch: Episodes that run in lock-step.
+        batch: Episodes that run in lock step.
         executed_steps: Steps executed of each chunk; the policy's n_action_steps if None.
     """
 
@@ -88,33 +87,32 @@ class CalibrateConfig(DrivenConfig):
         super().__post_init__()
         if not (self.signals or self.decoders) or not self.epsilons:
             raise ConfigError(
-                f"--signals is {self.signals}, --epsilons {self.epsilons}; give some of both."
+                f"--signals is {self.signals}, --epsilons {self.epsilons}; neither may be empty. "
+                "Set both."
             )
         if not self.names:
             check_choice(self.seed, self.episodes)
         for name in self.names:
             if named_config(name).deadline_s is not None:
                 raise ConfigError(
-                    f"--decoders has {name}: episodes share batches here, where a deadline means "
-                    "nothing."
+                    f"--decoders has {name}, which has a deadline; episodes share batches here, "
+                    "but a deadline applies to a chunk alone. Remove it."
                 )
 
     @property
     def names(self) -> list[str]:
-        """What `decoders` lists."""
+        """The names in `decoders`."""
         return [name.strip() for name in self.decoders.split(",") if name.strip()]
 
 
 class AuditedRunner(PolicyRunner):
-    """Decodes as asked, and beside it the fixed point: chunks say in ``seconds["off"]`` whether
-    they are off.
-    """
+    """A runner that also decodes the fixed point: ``seconds["off"]`` is 1 for an off chunk."""
 
     @torch.inference_mode()
     def decode(
         self, observations: Any, instructions: Any, previous: Any, frozen_steps: Any = ()
     ) -> list[Chunk]:
-        """As `PolicyRunner.decode`; its chunks say whether they are off."""
+        """Decode as `PolicyRunner.decode`, and mark the chunks that are off."""
         chunks = super().decode(observations, instructions, previous, frozen_steps)
         own = torch.stack([chunk.tokens for chunk in chunks]).to(self.policy.config.device)
         batch = self.preprocessor(observation_batch(observations, instructions))
@@ -130,8 +128,16 @@ class AuditedRunner(PolicyRunner):
 
 
 def is_off(tokenizer: Any, tokens: Tensor, exact: Tensor, steps: int) -> Tensor:
-    """Which rows (B,) of `tokens` (B, n) have one of the first `steps` actions off the one of
-    `exact` (B, n).
+    """Compare chunks with the fixed point.
+
+    Args:
+        tokenizer: The policy's action tokens.
+        tokens: Tokens of the chunks (B, n).
+        exact: Tokens of their fixed points (B, n).
+        steps: Leading steps that are compared.
+
+    Returns:
+        Whether each chunk is off (B,).
     """
     moved = (tokenizer.decode(tokens) - tokenizer.decode(exact)).abs()[:, :steps]  # (B, h, A)
     allowed = OFF * (tokenizer.high - tokenizer.low).to(moved)  # (A,)
@@ -141,18 +147,18 @@ def is_off(tokenizer: Any, tokens: Tensor, exact: Tensor, steps: int) -> Tensor:
 
 @dataclass
 class Measured:
-    """What a decoder did."""
+    """Measurements of a decoder."""
 
     name: str
     risks: NDArray[np.float64]  # (E,) share of off chunks of every episode
     forwards: NDArray[np.float64]  # forwards of every chunk
-    layers: NDArray[np.float64]  # layers of every chunk, of its block and its prefix
+    layers: NDArray[np.float64]  # layers of every chunk, block and prefix
     solved: list[bool]  # whether every episode was solved
-    # what one must allow for so many forwards, where they are bounded
+    # shortest deadline that allows this number of forwards; None if it is not bounded
     deadline_ms: float | None = None
 
     def entry(self, epsilons: Sequence[float]) -> dict[str, Any]:
-        """For the report."""
+        """Return the entry of the report."""
         return {
             "risk": round(float(self.risks.mean()), 5),
             "risk_ci95": [round(v, 5) for v in bootstrap(self.risks)],
@@ -167,8 +173,11 @@ class Measured:
 
 
 def p_value(risks: NDArray[np.float64], epsilon: float) -> float:
-    """Of the hypothesis that the expectation of risks in [0, 1] exceeds epsilon: Hoeffding and
-    Bentkus.
+    """P-value of the hypothesis that the expected risk exceeds `epsilon` (Hoeffding-Bentkus).
+
+    Args:
+        risks: Risk of every episode (E,), in [0, 1].
+        epsilon: Bound of the risk.
     """
     n = len(risks)
     mean = float(risks.mean())
@@ -180,12 +189,12 @@ def p_value(risks: NDArray[np.float64], epsilon: float) -> float:
     ways = math.lgamma(n + 1) - np.array(
         [math.lgamma(i + 1) + math.lgamma(n - i + 1) for i in k.tolist()]
     )
-    tail = np.exp(ways + k * np.log(epsilon) + (n - k) * np.log1p(-epsilon)).sum()
-    return float(min(np.exp(-n * relative), np.e * tail, 1.0))
+    at_most = np.exp(ways + k * np.log(epsilon) + (n - k) * np.log1p(-epsilon)).sum()
+    return float(min(np.exp(-n * relative), np.e * at_most, 1.0))
 
 
 def upper_bound(risks: NDArray[np.float64], alpha: float = 0.05) -> float:
-    """What the expectation exceeds with probability `alpha` at most: `p_value` turned round."""
+    """Upper bound of the expected risk at confidence 1 - `alpha`: the inverse of `p_value`."""
     low = float(risks.mean())
     high = 1.0
     for _ in range(40):
@@ -197,8 +206,9 @@ def upper_bound(risks: NDArray[np.float64], alpha: float = 0.05) -> float:
 
 
 def bootstrap(risks: NDArray[np.float64], draws: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean, over episodes; [0, 0] where nothing was off, which `upper_bound`
-    knows better.
+    """Bootstrap 95 % interval of the mean over episodes.
+
+    It is [0, 0] if no chunk was off; use `upper_bound` then.
     """
     picks = np.random.default_rng(0).integers(len(risks), size=(draws, len(risks)))
     low, high = np.percentile(risks[picks].mean(1), (2.5, 97.5))
@@ -206,12 +216,14 @@ def bootstrap(risks: NDArray[np.float64], draws: int = 10_000) -> tuple[float, f
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:
-    """Choose a threshold for every epsilon, write them into a copy of the policy, and return
-    calibration.json.
+    """Choose a threshold for every epsilon, and write them into a copy of the policy.
+
+    Returns:
+        The contents of calibration.json, or of audit.json.
 
     Raises:
-        ConfigError: An option that cannot work.
-        CheckpointError: A checkpoint that cannot be loaded.
+        ConfigError: An invalid option.
+        CheckpointError: The checkpoint cannot be loaded.
     """
     name, part = (AUDIT, "") if config.names else (REPORT, CHECKPOINT)
     inputs = [resolve_checkpoint(config.policy.given())]
@@ -221,13 +233,14 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
 
 
 def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
-    """As `calibrate`, into the report `file` and beside it."""
+    """Run `calibrate`; write the report `file`, and the checkpoint into its folder."""
     config.limit_threads()
     policy, pre, post = load(config.policy.given())
-    policy.requires_grad_(False)  # nor is any weight saved as trained
+    policy.requires_grad_(False)  # so that no weight is saved as trainable
     if policy.tokenizer.tokens_per_step is None or not hasattr(policy.tokenizer, "low"):
         raise ConfigError(
-            "These tokens are no bins of actions: how far one is from another is unknown."
+            f"{config.policy.path} has action tokens that are not bins; calibration needs bins to "
+            "measure the distance of two actions. Choose another policy."
         )
     config = replace(config, executed_steps=config.executed_steps or policy.config.n_action_steps)
     bundle = joined((policy, pre, post), config.env)
@@ -248,7 +261,7 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
         "decoders": {row.name: row.entry(config.epsilons) for row in rows},
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(report, indent=2))  # whatever becomes of the checkpoint
+    write_text(file, json.dumps(report, indent=2))  # before the checkpoint, which may fail
     if not config.names:
         stale = (
             ("risk",)
@@ -267,8 +280,10 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
 def _choose(
     config: CalibrateConfig, bundle: Bundle, pool: EnvPool
 ) -> tuple[list[Measured], dict[str, str]]:
-    """Everything that was measured, and the decoder of every epsilon: that of fewest layers among
-    the proven.
+    """Measure the candidates, and choose a decoder for every epsilon.
+
+    Returns:
+        All measurements, and by name (risk<E>) the passing decoder with the fewest layers.
     """
     if config.names:
         return [measured(config, bundle, pool, name) for name in config.names], {}
@@ -298,7 +313,7 @@ def _choose(
         )
         for epsilon, rows in proven.items()
     }
-    # For the report: what a deadline costs that allows so many forwards.
+    # For the report: the deadline that allows the forwards of each cap.
     caps = [measured(config, bundle, pool, cap) for cap in CAPS]
     runner = PolicyRunner(bundle, "jacobi_h", None, config.executed_steps)
     tasks = turns(config.env)
@@ -316,12 +331,12 @@ def _choose(
 
 
 def plain(value: float) -> str:
-    """A positive number as names hold it: without an exponent, at most six places."""
+    """Format a positive number for a name: no exponent, at most six decimal places."""
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
 def measured(config: CalibrateConfig, bundle: Bundle, pool: EnvPool, name: str) -> Measured:
-    """Episodes that the decoder `name` drives."""
+    """Run episodes with the decoder `name`, and measure its risk."""
     runner = AuditedRunner(bundle, name, torch.Generator().manual_seed(0), config.executed_steps)
     tasks = turns(config.env)
     episodes = [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]

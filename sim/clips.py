@@ -1,4 +1,4 @@
-"""Clips of single episodes: what the policy sees, what it was told, how it decodes."""
+"""Video clips of single episodes: camera images, instruction and decoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ceed_vla.sim.rollout import PolicyRunner, drive
 
 Frame = NDArray[np.uint8]
 
-# Sides in pixels; width and height are multiples of 16, as the encoder wants.
+# Sides in pixels; the encoder needs a width and height that are multiples of 16.
 VIEW = 384
 INSET = 192
 HEADER = 48
@@ -32,7 +32,7 @@ _FAINT = (140, 148, 160)
 _ACCENT, _GOOD = (230, 159, 0), (86, 180, 233)
 _MARGIN, _SIDE_MARGIN = 14, 5
 _MOST_SQUARES = 12
-END_FRAMES = 12  # the outcome stays readable
+END_FRAMES = 12  # repeats of the last frame, so that the outcome can be read
 _font = ImageFont.load_default
 
 
@@ -48,11 +48,11 @@ def compose_frame(
     status: str = "",
     sides: tuple[str, str] = ("", ""),
 ) -> Frame:
-    """One picture (`HEIGHT`, `WIDTH`, 3) of a clip.
+    """Compose one picture (`HEIGHT`, `WIDTH`, 3) of a clip.
 
-    Two of the `views` (H, W, 3) uint8 are shown, enlarged without smoothing: what the policy gets;
-    `sides` lie at the left and right border of the first. `forwards` are the current chunk's, of a
-    "block" or a "token" each (`unit`).
+    The first two `views` (H, W, 3) uint8 are shown as the policy receives them, enlarged without
+    smoothing; `sides` label the left and right border of the first view. `forwards` counts the
+    forwards of the current chunk, each of a "block" or a "token" (`unit`).
     """
     picture = Image.new("RGB", (WIDTH, HEIGHT), _PAPER)
     for view, side, x in zip(views, (VIEW, INSET), (0, VIEW), strict=False):
@@ -82,7 +82,7 @@ def compose_frame(
         _font(13),
     )
     squares = [(left + 14 * i, left + 14 * i + 10) for i in range(forwards)]
-    # a bar for many
+    # one bar if they are many
     for start, end in squares if forwards <= _MOST_SQUARES else [(left, WIDTH - _MARGIN)]:
         draw.rectangle((start, top + 58, end, top + 68), fill=_ACCENT)
     draw.text((left, top + 84), f"mean so far: {mean_forwards:.1f}", fill=_FAINT, font=_font(13))
@@ -97,7 +97,8 @@ def compose_frame(
 def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
     """Encode pictures (`HEIGHT`, `WIDTH`, 3) as H.264 in MP4.
 
-    `SimulationError`: The encoder failed; what was there is left.
+    Raises:
+        SimulationError: The encoder failed; an existing file is unchanged.
     """
     with replacing(path) as file:
         writer = imageio_ffmpeg.write_frames(
@@ -116,19 +117,17 @@ def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
                 for frame in frames:
                     writer.send(np.ascontiguousarray(frame))
             whole = b"moov" in file.read_bytes()  # the index, which is written last
-        except OSError:  # imageio's says how it called ffmpeg
+        except OSError:  # imageio's message is only the ffmpeg command
             whole = False
         if not whole:
-            raise SimulationError(f"{path} could not be written; is the disk full?")
+            raise SimulationError(f"{path} could not be written; check the free disk space.")
     return path
 
 
 def record_clip(
     path: Path, row: Row, runner: PolicyRunner, pool: EnvPool, seed: int, task: str
 ) -> Path:
-    """Run one episode in the first environment of a pool and write its clip, in real time of the
-    robot.
-    """
+    """Run one episode in a pool's first environment and write its clip, at the robot's speed."""
     counts: list[int] = []
 
     def frames() -> Iterator[Frame]:

@@ -1,4 +1,4 @@
-"""The decoders an evaluation knows by name, and how a name becomes a row of the table."""
+"""Decoder names of an evaluation, and the table row that a name defines."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ from ceed_vla.decoding.names import named_config, names_help
 from ceed_vla.errors import ConfigError
 
 TEACHER_PREFIX = "teacher_"
-HONEST_RIVALS = {  # rows of every table with a teacher, and what they show
+HONEST_RIVALS = {  # rows added to every table with a teacher, and what they show
     "teacher_ar": "the teacher token by token",
     "teacher_cap4": "what the teacher reaches in 4 forwards without distillation",
 }
-ONLY = "only="  # before a name of --decoders: the rivals are not added
-DECODERS = f"{names_help()}; all with {TEACHER_PREFIX} in front"
+ONLY = "only="  # prefix of a name in --decoders: the rivals are not added
+DECODERS = f"{names_help()}; all also with the prefix {TEACHER_PREFIX}"
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of a report."""
 
-    name: str  # as asked for, e.g. ``"teacher_cap4"``
+    name: str  # as requested, e.g. ``"teacher_cap4"``
     model: str  # ``"policy"`` or ``"teacher"``
     decoding: DecodingConfig  # the decoding with every field resolved
     delay: int = 0  # control steps that pass while a chunk is decoded
-    suffix: str = ""  # what the name says of the delay
+    suffix: str = ""  # the part of the name that states the delay
 
     def delayed(self, milliseconds: float, fps: int, suffix: str = "") -> Row:
-        """This row where a chunk takes so long, rounded up to whole control steps; itself for 0."""
+        """Return this row with a delay, rounded up to whole control steps; itself for 0.
+
+        Args:
+            milliseconds: Time that a chunk takes [ms].
+            fps: Control rate [Hz].
+            suffix: End of the row's name; by default the delay.
+        """
         if not milliseconds:
             return self
         suffix = suffix or f"@{milliseconds:g}ms"
@@ -45,11 +51,12 @@ class Row:
 
 
 def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
-    """Split and check a comma-separated list of decoders; names without repetition, in the order of
-    the table.
+    """Parse a comma-separated list of decoders into unique names, in the order of the table.
 
-    With a teacher, the missing ones of `HONEST_RIVALS` are put in front, unless `ONLY` stands
-    before a name. `ConfigError`: No name, an unknown name, or a teacher row without a teacher.
+    With a teacher, missing `HONEST_RIVALS` are put in front, unless a name has the prefix `ONLY`.
+
+    Raises:
+        ConfigError: No name, an unknown name, or a teacher row without a teacher.
     """
     names = _listed(text)
     if not names:
@@ -77,8 +84,11 @@ def _listed(text: str) -> list[str]:
 
 
 def resolve_rows(names: Sequence[str], configs: dict[str, Any]) -> list[Row]:
-    """Rows for checked `names`; `configs` has the ``CeedVLAConfig`` of "policy" and, if there is
-    one, of "teacher".
+    """Resolve checked names to rows.
+
+    Args:
+        names: Names from `parse_decoders`.
+        configs: ``CeedVLAConfig`` by model: "policy" and optionally "teacher".
     """
     rows = []
     for name in names:

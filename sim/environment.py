@@ -1,30 +1,30 @@
-"""Environments are LeRobot's `EnvConfig`s; what one may offer beside that is listed here.
+"""The environment interface: LeRobot's `EnvConfig` plus the optional members listed here.
 
-Whatever LeRobot or a discovered package registers can be evaluated and shown: observations as
-LeRobot reads them (``pixels``, ``agent_pos``), success from ``info["is_success"]``, a boolean. All
-else is optional and found by its name.
+Every environment that LeRobot or a discovered package registers can be evaluated and shown. It
+returns LeRobot's observations (``pixels``, ``agent_pos``) and the boolean ``info["is_success"]``.
+Everything else is optional and found by its name.
 
 On the configuration:
 
-    tasks() -> list[str]         tasks that take turns; ``reset(options={"task": name})`` takes each
-    split: str                   a field: which combinations are drawn, "train" or "heldout"
+    tasks() -> list[str]         tasks to cycle; ``reset(options={"task": name})`` selects one
+    split: str                   a field: the combinations to draw, "train" or "heldout"
     episode_length: int          a field: step limit of an episode
-    act(env) -> (A,)             the expert's action in the state of `env`, unwrapped; for `record`
-    privileged: Privileged       what `privileged_state` means; for the auxiliary target
-    sides: tuple[str, str]       what lies left and right of the first camera's image; for clips
+    act(env) -> (A,)             expert action in the state of the unwrapped `env`; for `record`
+    privileged: Privileged       the meaning of `privileged_state`; for the auxiliary target
+    sides: tuple[str, str]       labels of the first camera's left and right border; for clips
 
 On the unwrapped environment:
 
     task_description: str        the instruction (LeRobot's name)
-    state_names, action_names    names of the dimensions, for data sets
-    privileged_state() -> (E,)   what the simulator knows and the policy does not
-    hold_action() -> (A,)        keeps the robot where it is, for `eval --delay_ms`; else zeros do
-    disturbance(rng) -> (A,)     a random action of `record --mode perturb`; uniform without it
+    state_names, action_names    names of the dimensions, for datasets
+    privileged_state() -> (E,)   simulator state that the policy does not receive
+    hold_action() -> (A,)        makes the robot hold, for `eval --delay_ms`; default: zeros
+    disturbance(rng) -> (A,)     a random action of `record --mode perturb`; default: uniform
     scatter(rng), retarget(rng)  a random pose, another instruction; for grounding, with `observe`
     observe(), advance(action), is_success()     a step that renders on demand; all three or none
-    snapshot() -> Any, restore(snapshot)      the whole state; for `reinforce`, with these three
+    snapshot() -> Any, restore(snapshot)      the complete state; for `reinforce`, with these three
 
-With the task "mixed" the environment draws a task at every reset; recordings take turns.
+With the task "mixed" the environment draws a task at every reset; recordings still cycle.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ from ceed_vla.fields import short
 
 logger = logging.getLogger(__name__)
 
-# policy, pre-processor, post-processor, as `ceed_vla.load` returns them
+# policy, preprocessor, postprocessor, as `ceed_vla.load` returns them
 Bundle = tuple[Any, Any, Any]
 Observation = dict[str, Any]
 
 MIXED = "mixed"
 
-# Seed ranges of every environment. Data never come from the seeds of validation and evaluation.
+# Seed ranges of every environment. Validation and evaluation seeds are never recorded.
 RECORDING_SEEDS = (0, 30_000)
 TAKEOVER_SEEDS = (30_000, 40_000)
 VALIDATION_SEED = 40_000
@@ -75,14 +75,11 @@ EVALUATION_SEEDS = 50_000  # nothing is recorded, trained or tuned on seeds from
 
 
 def check_choice(seed: int, episodes: int) -> None:
-    """`ConfigError` where `episodes` from `seed` on, on which something is chosen, are not all for
-    that.
-    """
+    """Raise `ConfigError` unless the seeds are all in the range for choices, such as tuning."""
     if not VALIDATION_SEED <= seed <= EVALUATION_SEEDS - episodes:
         raise ConfigError(
-            f"Choices would be made on the seeds {seed} to {seed + episodes - 1}; "
-            f"{VALIDATION_SEED} "
-            f"to {EVALUATION_SEEDS - 1} are for that. Change --seed or --episodes."
+            f"The seeds are {seed} to {seed + episodes - 1}; choices are made on seeds "
+            f"{VALIDATION_SEED} to {EVALUATION_SEEDS - 1} only. Change --seed or --episodes."
         )
 
 
@@ -91,13 +88,13 @@ class Privileged:
     """The meaning of an environment's `privileged_state` (E,).
 
     Attributes:
-        names: Of its values (E,).
-        scale: Factors of its leading values for the auxiliary regression, so that they are of order
-            1.
-        named: Leading values that tell of what the instruction names; the regressed ones while
-            actions are learnt.
-        positions: By name, the first and one past the last value of positions relative to the
-            robot's tool [m]; the first one is what `ceed-vla grounding` sorts by.
+        names: Names of the values (E,).
+        scale: Factors of the leading values in the auxiliary regression, which bring them to the
+            order of 1.
+        named: Number of leading values that describe the objects named in the instruction; only
+            these are regressed while actions are trained.
+        positions: Positions relative to the robot's tool [m]: name -> start and stop index.
+            `ceed-vla grounding` sorts by the distance of the first one.
     """
 
     names: tuple[str, ...]
@@ -109,10 +106,9 @@ class Privileged:
 def suites(
     makers: dict[str, Any], n_envs: int, use_async_envs: bool
 ) -> dict[str, dict[int, VectorEnv]]:
-    """What `create_envs` of several tasks gives LeRobot's tools: {task: {0: env}}, from what makes
-    each task's.
+    """Build {task: {0: vector env}} for LeRobot's tools, from the factory of each task.
 
-    LeRobot reports success per suite, hence one suite a task. Finished sub-environments are frozen
+    LeRobot reports success per suite, so each task is a suite. Finished sub-environments are frozen
     and cost nothing.
     """
     vector: Any = SyncVectorEnv
@@ -129,9 +125,7 @@ def suites(
 
 
 def register_installed() -> None:
-    """Import our own environments and the installed distributions ``lerobot_env_*``, which register
-    theirs.
-    """
+    """Register our environments and those of installed ``lerobot_env_*`` distributions."""
     for folder in Path(__file__).parent.glob("*/lerobot_env.py"):
         import_module(f"ceed_vla.sim.{folder.parent.name}.lerobot_env")
     for distribution in distributions():
@@ -139,19 +133,17 @@ def register_installed() -> None:
         if name.startswith("lerobot_env_"):
             try:
                 import_module(name)
-            except Exception as error:  # whatever a package of any make raises
+            except Exception as error:  # an external package may raise anything
                 logger.warning("%s cannot be imported: %s", name, root_cause(error))
 
 
 def turns(config: EnvConfig) -> list[str]:
-    """Tasks that take turns over the seeds of an evaluation; "mixed" leaves the choice to the
-    environment.
-    """
+    """Tasks that an evaluation cycles over its seeds; ["mixed"] if the environment draws them."""
     return [MIXED] if config.task == MIXED else recorded_tasks(config)
 
 
 def recorded_tasks(config: EnvConfig) -> list[str]:
-    """Tasks that take turns over the seeds of a recording."""
+    """Tasks that a recording cycles over its seeds."""
     return list(config.tasks()) if _has_tasks(config) else [MIXED]  # type: ignore[attr-defined]
 
 
@@ -174,42 +166,42 @@ def check_expert(config: EnvConfig, purpose: str) -> None:
 
 
 def flags(config: EnvConfig) -> list[str]:
-    """The words ``--env.type=... --env.<field>=...`` that stand for `config`."""
+    """Flags ``--env.type=... --env.<field>=...`` that reproduce `config`."""
     names = [item.name for item in fields(config) if item.init]
-    # by most from the others
+    # most configurations derive these from the other fields, so they are compared last
     derived = [name for name in names if name in ("features", "features_map")]
-    given: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     for name in sorted(names, key=derived.count):
         value = getattr(config, name)
-        if value != getattr(type(config)(**given), name):
-            given[name] = value
+        if value != getattr(type(config)(**changed), name):
+            changed[name] = value
     texts = {
         name: v if isinstance(v, str) else json.dumps(draccus.encode(v))
-        for name, v in given.items()
+        for name, v in changed.items()
     }
     return [f"--env.type={config.type}", *(f"--env.{name}={text}" for name, text in texts.items())]
 
 
 class Environment:
-    """One environment, driven in the same way whatever it offers; an `instruction` stands for what
-    it says itself.
+    """A uniform interface to one environment; a non-empty `instruction` overrides its own.
 
     Attributes:
-        task: Task of the episode; ``info["task"]`` of the reset where it says one.
+        task: Task of the episode; ``info["task"]`` of the reset if present.
         success: Whether the episode is solved now.
-        finished: Whether the environment itself has ended the episode.
+        finished: Whether the environment has ended the episode.
 
-    `SimulationError`: It cannot be made, it fails, or it does not say whether an episode is solved.
+    Raises:
+        SimulationError: The environment cannot be created, fails, or does not report success.
     """
 
     def __init__(self, config: EnvConfig, instruction: str = "") -> None:
         self.config, self._instruction = config, instruction
         with raised_as(
             SimulationError,
-            f"--env.type={config.type} cannot be made",
-            "see its fields and its package.",
+            f"--env.type={config.type} cannot be created",
+            "check its fields and its package.",
         ):
-            # With a task list one environment does for all; without, LeRobot makes one for each
+            # With a task list one environment serves all tasks; otherwise LeRobot creates one per
             # task.
             make = EnvConfig.create_envs if _has_tasks(config) else make_env
             self._suites = make(config, n_envs=1)
@@ -218,7 +210,7 @@ class Environment:
                 self._envs += [(f"{suite}/{n}", own.envs[0]) for n, own in vectors.items()]
         if not self._envs:
             raise SimulationError(
-                f"--env.type={config.type} has no environment: what its package makes is empty. "
+                f"--env.type={config.type} has no environments: its package creates none. "
                 "Check its fields, such as env.task, or its package."
             )
         self._env = self._envs[0][1]
@@ -243,14 +235,14 @@ class Environment:
             limit = limit or getattr(place.spec, "max_episode_steps", None)
         if not limit:
             raise SimulationError(
-                f"--env.type={self.config.type} has no step limit; give its field episode_length."
+                f"--env.type={self.config.type} has no step limit; set its field episode_length."
             )
         return int(limit)
 
     @property
     def instruction(self) -> str:
-        said = getattr(self.inner, "task_description", None) or getattr(self.inner, "task", None)
-        return str(self._instruction or said or self.task)
+        own = getattr(self.inner, "task_description", None) or getattr(self.inner, "task", None)
+        return str(self._instruction or own or self.task)
 
     def reset(self, seed: int, task: str = MIXED) -> None:
         options: dict[str, Any] = {} if task == MIXED else {"task": task}
@@ -259,9 +251,9 @@ class Environment:
         name, self._env = self._envs[seed % len(self._envs)]
         with self._fails_in(f"reset to seed {seed}"):
             self._observation, info = self._env.reset(seed=int(seed), options=options)
-            said = info.get("task")
+            reported = info.get("task")
         own = self.config.task or self.config.type
-        found = str(said or (own if len(self._envs) == 1 else name))
+        found = str(reported or (own if len(self._envs) == 1 else name))
         self.task = task if task != MIXED and _has_tasks(self.config) else found
         self.success = self.finished = False
 
@@ -272,7 +264,7 @@ class Environment:
         return self._observation
 
     def advance(self, action: NDArray[np.floating]) -> bool:
-        """One control step; whether the episode is solved now."""
+        """Run one control step; return whether the episode is solved now."""
         if self._quick:
             with self._fails_in("advance(action)"):
                 self.inner.advance(action)
@@ -285,30 +277,30 @@ class Environment:
             silent = "is_success" not in info
         if silent:
             raise SimulationError(
-                f"--env.type={self.config.type} does not say in info['is_success'] whether an "
-                "episode is solved."
+                f"--env.type={self.config.type} returns no info['is_success']; it must report "
+                "whether the episode is solved. Add it to the environment's step()."
             )
         self.success = self._checked(info["is_success"], "info['is_success']")
         self.finished = bool(terminated or truncated)
         return self.success
 
     def _fails_in(self, what: str) -> AbstractContextManager[None]:
-        """What the environment raises, as a `SimulationError` that names it and the call."""
+        """Re-raise the environment's errors as a `SimulationError` that names it and the call."""
         failed = f"--env.type={self.config.type} fails in {what}"
         return raised_as(SimulationError, failed, "this is an error of that environment's package.")
 
     def _checked(self, solved: Any, name: str) -> bool:
-        """Whether an episode is solved; only a boolean says it, as "no" and NaN would be true."""
+        """Return the success flag, which must be a boolean: "no" and NaN would count as true."""
         if not isinstance(solved, bool | np.bool_):
             value = f"{short(solved)} ({type(solved).__name__})"
             raise SimulationError(
                 f"--env.type={self.config.type}: {name} is {value}; it must be a boolean, True or "
-                "False. Make its package return bool(...) of what it means."
+                "False. Return bool(...) in the environment."
             )
         return bool(solved)
 
     def expert_action(self) -> NDArray[np.float32]:
-        """Action (A,) of the expert in the present state."""
+        """Action (A,) of the expert in the current state."""
         return np.asarray(self.config.act(self.inner), dtype=np.float32)  # type: ignore[attr-defined]
 
     def hold_action(self) -> NDArray[np.float32]:
@@ -320,11 +312,11 @@ class Environment:
             return self.inner.disturbance(rng)
         space = self._env.action_space
         if not np.isfinite([space.low, space.high]).all():
-            self.needs("mode perturb with actions of no bounds", "disturbance")
+            self.needs("mode perturb with unbounded actions", "disturbance")
         return rng.uniform(space.low, space.high).astype(np.float32)
 
     def follow(self, other: Environment) -> None:
-        """Go on from where another environment of the same configuration is."""
+        """Take over the state of another environment with the same configuration."""
         self.inner.restore(other.inner.snapshot())
         self._observation = None
         self.task = other.task
@@ -332,7 +324,7 @@ class Environment:
         self.finished = other.finished
 
     def rearrange(self, how: str, rng: np.random.Generator) -> None:
-        """`scatter` or `retarget` of the unwrapped environment."""
+        """Call `scatter` or `retarget` of the unwrapped environment."""
         getattr(self.inner, how)(rng)
         self._observation = None
 
@@ -342,8 +334,8 @@ class Environment:
         if missing:
             raise SimulationError(
                 f"--env.type={self.config.type} lacks {' and '.join(missing)}, which {purpose} "
-                "needs. Add what is missing to the environment's class; sim/environment.py "
-                "describes it."
+                "needs. Add the missing methods to the environment's class; sim/environment.py "
+                "describes them."
             )
 
     def close(self) -> None:
@@ -351,7 +343,7 @@ class Environment:
 
 
 class EnvPool(AbstractContextManager["EnvPool"]):
-    """A fixed number of environments, made when first needed and used again."""
+    """A fixed number of environments, created on first use and reused."""
 
     def __init__(self, size: int, config: EnvConfig, instruction: str = "") -> None:
         self.size = size
@@ -360,7 +352,7 @@ class EnvPool(AbstractContextManager["EnvPool"]):
         self._envs: list[Environment] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process makes its own environments."""
+        """Pickle the settings only: another process creates its own environments."""
         return EnvPool, (self.size, self.config, self._instruction)
 
     def env(self, slot: int) -> Environment:
@@ -392,13 +384,15 @@ def images_of(observation: Observation) -> dict[str, NDArray[np.uint8]]:
 def observation_batch(
     observations: Sequence[Observation], instructions: Sequence[str]
 ) -> dict[str, Any]:
-    """B raw observations as a LeRobot batch: images (B, 3, H, W) in [0, 1], state (B, D), list of
-    tasks.
+    """Convert B raw observations to a LeRobot batch.
+
+    Returns:
+        Images (B, 3, H, W) in [0, 1], state (B, D) and a list of tasks.
     """
     batch = preprocess_observation(_stacked(observations))
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and value.ndim == 4:
-            # As training lays images out: kernels round differently for another layout.
+            # The memory layout of training: kernels round differently for another one.
             batch[name] = value.contiguous(memory_format=torch.channels_last)
     return {**batch, "task": list(instructions)}
 
@@ -410,9 +404,10 @@ def _stacked(values: Sequence[Any]) -> Any:
 
 
 def joined(bundle: Bundle, config: EnvConfig) -> Bundle:
-    """A policy's bundle whose processors take what an environment gives and give what it takes.
+    """Add the environment's processors to those of a policy.
 
-    `ConfigError`: The policy reads or writes features that the environment does not have.
+    Raises:
+        ConfigError: The policy reads or writes features that the environment does not have.
     """
     policy, pre, post = bundle
     check_features(policy.config, config)
@@ -429,16 +424,14 @@ def _chained(first: Any, second: Any, value: Any) -> Any:
 
 
 def check_features(policy: Any, config: EnvConfig) -> None:
-    """Raise `ConfigError` unless the features of a policy's configuration are those of the
-    environment.
-    """
+    """Raise `ConfigError` unless the environment has all features of a policy's configuration."""
     if not config.features or config.get_env_processors()[0].steps:
-        return  # they are not known before an observation has gone through the processors
+        return  # they are unknown until an observation has passed the processors
     have = {name: tuple(feature.shape) for name, feature in env_to_policy_features(config).items()}
     wanted = {name: tuple(feature.shape) for name, feature in (policy.input_features or {}).items()}
     wanted |= {ACTION: tuple(policy.action_feature.shape)}
     for name, shape in wanted.items():
-        # other sizes are resized
+        # images of another size are resized
         resized = len(shape) == 3 and (name in have or ".empty_camera_" in name)
         if name != OBS_ENV_STATE and have.get(name) != shape and not resized:
             raise ConfigError(

@@ -1,9 +1,8 @@
-"""Finished episodes of an evaluation on disk, one line each, so that an interrupted one goes on
-where it was.
+"""The episode file: finished episodes of an evaluation, one line each, from which it is resumed.
 
-The first line says of what evaluation they are: an episode counts only where all that decides it is
-the same. Every line ends with a checksum of itself and of the lines before it, so that an edit is
-noticed; it is no signature.
+The first line identifies the evaluation: episodes are reused only if everything that affects them
+is equal. Every line ends with a checksum of itself and of the lines before it, which detects edits;
+it is not a signature.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from ceed_vla.sim.rollout import EpisodeResult
 logger = logging.getLogger(__name__)
 
 EPISODES = "episodes.jsonl"
-CHAINED = "chained"  # in the first line: whether the others have checksums
-Results = dict[str, list[EpisodeResult]]  # by the decoder's name
+CHAINED = "chained"  # key in the first line: whether the other lines have checksums
+Results = dict[str, list[EpisodeResult]]  # by decoder name
 
 _KINDS = {
     "decoder": str,
@@ -44,22 +43,26 @@ _KINDS |= {
     "prefix_layers": list,
     "motion": dict,
 }
-# older files lack these
+# defaults for older files, which lack these
 _LATER: dict[str, Any] = {
     "block_layers": [],
     "prefix_layers": [],
     "motion": {},
 }
-_ANEW = "start anew in another --output_dir."
-_LONGEST = 2**28  # [bytes]
+_ANEW = "start a new evaluation in another --output_dir."
+_LONGEST = 2**28  # largest episode file [bytes]
 _CHECK = ', "check": "'  # before the checksum at the end of a line
 
 
 class EpisodeLog:
-    """Appends finished episodes to a file; each is on disk before the next one counts.
+    """Appends finished episodes to a file; each is on disk before the next one is counted.
 
-    `identity` is what decides an episode: checkpoints, decoders, seeds and so on, as JSON can hold
-    them; `plan` the task of every seed, "mixed" for any; `longest` the most steps of an episode.
+    Args:
+        folder: Output folder of the evaluation.
+        identity: Everything that affects an episode, as JSON values: checkpoints, decoders, seeds
+            and so on.
+        plan: Task of every seed; "mixed" for any.
+        longest: Step limit of an episode.
     """
 
     def __init__(
@@ -71,10 +74,11 @@ class EpisodeLog:
         self._last = ""  # checksum of the last line that was written
 
     def read(self) -> Results:
-        """Episodes of this evaluation that finished; none without a file.
+        """Read the finished episodes of this evaluation; none if there is no file.
 
-        `ConfigError`: A file of another evaluation, an edited one, or damage elsewhere than in the
-        last line.
+        Raises:
+            ConfigError: The file belongs to another evaluation, was edited, or is damaged in a line
+                before the last.
         """
         results: Results = {name: [] for name in self.identity["decoders"]}
         lines = _lines(self.file)
@@ -84,41 +88,48 @@ class EpisodeLog:
         self._check_identity(header)
         chained = header.get(CHAINED) is True
         if not chained:
-            logger.warning("%s is of an earlier version: its lines have no checksums.", self.file)
+            logger.warning(
+                "%s was written by an earlier version: its lines have no checksums.", self.file
+            )
         last = _checksum("", lines[0])
         seen: set[tuple[str, int]] = set()
         for number, line in enumerate(lines[1:], start=2):
             if _values(line) is None and number == len(lines):
-                break  # a process died while it wrote
+                break  # a process died while it wrote this line
             text, check = _parted(line) if chained else (line, "")
             values = _values(text)
             episode = self._episode(values)
             if episode is None or (values["decoder"], episode.seed) in seen:
-                what = f"line {number} is no episode of this evaluation, or a second one"
+                what = f"line {number} is not an episode of this evaluation, or is a duplicate"
                 raise ConfigError(f"{self.file}: {what}; restore the file, or {_ANEW}")
             last = _checksum(last, text)
             if chained and check != last:
-                what = f"line {number}, or one before it, is not as it was written"
+                what = f"line {number}, or a line before it, was changed"
                 raise ConfigError(f"{self.file}: {what}; restore the file, or {_ANEW}")
             seen.add((values["decoder"], episode.seed))
             results[values["decoder"]].append(episode)
         return results
 
     def shared(self, folder: Path) -> Results:
-        """Episodes of another evaluation in `folder` by decoders that are the same there: equal
-        model, settings, seeds.
+        """Read the episodes of another evaluation in `folder` whose decoders are equal to ours.
 
-        `ConfigError`: No evaluation there, a damaged one, or one of other episodes.
+        Decoders are equal if their model, settings and seeds are.
+
+        Raises:
+            ConfigError: `folder` has no evaluation, a damaged one, or one with other episodes.
         """
         header = _values((_lines(folder / EPISODES) or [""])[0])
         theirs = header.get("identity") if isinstance(header, dict) else None
         if not isinstance(theirs, dict) or not isinstance(theirs.get("decoders"), dict):
-            raise ConfigError(f"--reuse is {folder}, which has no {EPISODES} of an evaluation.")
+            raise ConfigError(
+                f"--reuse is {folder}, which has no {EPISODES}; set the folder of an evaluation."
+            )
         alike = {name for name, value in self.identity.items() if theirs.get(name) == value}
         models = {"policy", "teacher"} & alike
         if other := sorted(self.identity.keys() - alike - {"policy", "teacher", "decoders"}):
             raise ConfigError(
-                f"--reuse is {folder}, an evaluation with other {', '.join(other)}; nothing fits."
+                f"--reuse is {folder}, an evaluation with other {', '.join(other)}: its episodes "
+                "cannot be reused."
             )
         found = EpisodeLog(folder, theirs, self.plan, self.longest).read()
         same = {
@@ -129,7 +140,7 @@ class EpisodeLog:
         return {name: found[name] for name, row in same.items() if row["model"] in models}
 
     def start(self, results: Results) -> None:
-        """Write a file of `results`."""
+        """Write a new file that contains `results`."""
         header = json.dumps({"program": MADE_BY, CHAINED: True, "identity": self.identity})
         self._last = _checksum("", header)
         found = [(name, episode) for name, episodes in results.items() for episode in episodes]
@@ -147,7 +158,7 @@ class EpisodeLog:
             raise
 
     def _line(self, name: str, episode: EpisodeResult) -> str:
-        """The line that follows the last one."""
+        """Format an episode as the next line of the file, with its checksum."""
         text = line_of(name, episode)
         self._last = _checksum(self._last, text)
         return f'{text[:-1]}{_CHECK}{self._last}"}}'
@@ -155,19 +166,19 @@ class EpisodeLog:
     def _check_identity(self, header: Any) -> None:
         theirs = header.get("identity") if isinstance(header, dict) else None
         if not isinstance(theirs, dict):
-            raise ConfigError(f"{self.file} does not say what it is of; {_ANEW}")
+            raise ConfigError(f"{self.file} does not identify its evaluation; {_ANEW}")
         for name in {**self.identity, **theirs}:
             ours = self.identity.get(name)
             other = theirs.get(name)
             if ours != other:
                 what = f"its {name} is {str(other)[:200]}, here it is {str(ours)[:200]}"
                 raise ConfigError(
-                    f"{self.file} is of another evaluation: {what}; give the same options, or "
+                    f"{self.file} is of another evaluation: {what}; set the same options, or "
                     f"{_ANEW}"
                 )
 
     def _episode(self, values: Any) -> EpisodeResult | None:
-        """The episode of a line's `values`; None if it cannot be one of this evaluation."""
+        """Parse a line's `values`; None if they are not an episode of this evaluation."""
         values = {**_LATER, **values} if isinstance(values, dict) else {}
         if {name: type(value) for name, value in values.items()} != _KINDS:
             return None
@@ -195,10 +206,10 @@ class EpisodeLog:
 
 
 def refuse_unfinished(folder: Path, report: str) -> None:
-    """Keep the episodes of an interrupted evaluation in `folder`, which its `report` does not call
-    complete.
+    """Refuse to overwrite the episodes of an interrupted evaluation.
 
-    `ConfigError`: There are such episodes.
+    Raises:
+        ConfigError: `folder` has episodes, and its `report` is missing or not complete.
     """
     episodes = len(_lines(folder / EPISODES)) - 1
     try:
@@ -208,12 +219,12 @@ def refuse_unfinished(folder: Path, report: str) -> None:
     if episodes > 0 and not done:
         what = f"an interrupted evaluation ({episodes} finished episodes)"
         raise ConfigError(
-            f"{folder} holds {what}; go on with --resume=true, or name another --output_dir."
+            f"{folder} holds {what}; continue it with --resume=true, or set another --output_dir."
         )
 
 
 def fingerprint(path: str) -> str:
-    """Names a checkpoint: its weights, and the settings beside them."""
+    """Hash of a checkpoint: its weights, and the settings stored with them."""
     digest = hashlib.sha256(weights_hash(path).encode())
     for file in sorted(resolve_checkpoint(path).glob("*")):
         if file.suffix in (".json", ".safetensors") and file.name not in (WEIGHTS, MANIFEST):
@@ -222,13 +233,14 @@ def fingerprint(path: str) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    """Lines of an episode file; none without one."""
+    """Lines of an episode file; empty if there is no file."""
     if not file.is_file():
         return []
     try:
         if file.stat().st_size > _LONGEST:
             raise ConfigError(
-                f"{file} has {file.stat().st_size / 1e6:.0f} MB; it is no file of ours."
+                f"{file} has {file.stat().st_size / 1e6:.0f} MB; an episode file has at most "
+                f"{_LONGEST / 1e6:.0f} MB. Restore the file, or {_ANEW}"
             )
         return file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -236,7 +248,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _values(line: str) -> Any:
-    """What JSON says; None if it is none."""
+    """Parse a line as JSON; None if it is invalid."""
     try:
         return parse_json(line)
     except ValueError:
@@ -244,17 +256,17 @@ def _values(line: str) -> Any:
 
 
 def _checksum(before: str, text: str) -> str:
-    """Of a line's `text`, behind a line whose checksum is `before`."""
+    """Checksum of a line's `text`, chained to that of the previous line, `before`."""
     return hashlib.sha256(f"{before}{text}".encode()).hexdigest()[:12]
 
 
 def _parted(line: str) -> tuple[str, str]:
-    """A line without its checksum, and the checksum; empty where there is none."""
+    """Split a line into its text and its checksum, which is empty if missing."""
     text, found, rest = line.rpartition(_CHECK)
     return (text + "}", rest.removesuffix('"}')) if found else (line, "")
 
 
 def line_of(name: str, episode: EpisodeResult) -> str:
-    """An episode of a decoder as JSON."""
+    """Format an episode of a decoder as JSON."""
     values = {field: getattr(episode, field) for field in _KINDS if field != "decoder"}
     return json.dumps({"decoder": name, **values})

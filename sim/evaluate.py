@@ -46,7 +46,7 @@ from ceed_vla.sim.timing import make_runner
 from ceed_vla.wording import counted
 from ceed_vla.workers import Workers
 
-# The command table names the two configurations here.
+# The command table finds the two configurations here.
 __all__ = ["DemoConfig", "EvalConfig", "evaluate", "prepared"]
 
 logger = logging.getLogger(__name__)
@@ -57,23 +57,25 @@ def evaluate(
     console: Console | None = None,
     probes: Callable[[dict[str, Bundle]], Any] = lambda bundles: {},
 ) -> dict[str, Any]:
-    """Run every decoder on the same seeds, measure latency, write report, plots and clips; returns
-    ``report.json``.
+    """Run every decoder on the same seeds, measure latency, and write report, plots and clips.
 
-    An interrupt leaves a report of the finished episodes, marked ``"complete": false``, and is
-    raised on. `resume` keeps these episodes; the report is then that of an evaluation in one go,
-    but for times. (Episodes with random guesses share their source with others of their shard, so
-    of these only whole shards are kept.)
+    An interrupt is re-raised after a report of the finished episodes was written, marked
+    ``"complete": false``. With `resume` these episodes are reused, and except for times the report
+    equals that of an uninterrupted evaluation. (The episodes of a shard share a source of random
+    guesses, so with random guesses only complete shards are reused.)
 
     Args:
         config: See `EvalConfig`.
-        console: Where the table is printed; standard output by default.
-        probes: Gives what else is timed, a `Probe` by name, for the models that were loaded.
+        console: Console for the table; standard output by default.
+        probes: Returns what else is timed, a `Probe` by name, for the loaded models.
+
+    Returns:
+        The contents of ``report.json``.
 
     Raises:
-        ConfigError: An option that cannot work, e.g. an unknown decoder.
-        CheckpointError: A checkpoint that cannot be loaded.
-        SimulationError: An environment that cannot be made.
+        ConfigError: An invalid option, e.g. an unknown decoder.
+        CheckpointError: A checkpoint cannot be loaded.
+        SimulationError: The environment cannot be created.
     """
     clips = [f"clip_{name}.mp4" for name in decoder_names(config)] if config.clips else []
     own = (EPISODES, REPORT, MARKDOWN, *PLOTS, *clips)
@@ -92,11 +94,11 @@ def evaluate(
 
 
 def _added_note(added: Sequence[str]) -> str:
-    """One line: which rows a teacher adds, what they show, and how to leave them out."""
+    """Text that names the rows added for a teacher, what they show, and how to omit them."""
     rows = " and ".join(f"{name} ({HONEST_RIVALS[name]})" for name in added)
     return (
-        f"Added: {rows}; {ONLY} before the names of --decoders leaves "
-        f"{'them' if len(added) > 1 else 'it'} out."
+        f"Added: {rows}. To omit {'them' if len(added) > 1 else 'it'}, put {ONLY} before the names "
+        "of --decoders."
     )
 
 
@@ -107,7 +109,7 @@ def _evaluate(
     workers: Workers,
     console: Console,
 ) -> dict[str, Any]:
-    """As `evaluate`, into a claimed folder."""
+    """Run `evaluate` in a claimed folder."""
     config = run.config
     if config.seed < EVALUATION_SEEDS:
         logger.warning(
@@ -141,16 +143,19 @@ def _evaluate(
 
 
 def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation, EpisodeLog]:
-    """What is evaluated, with the episodes that are kept of a run before, and where episodes are
-    written.
+    """Load the models, check the options, and read the episodes that are reused.
+
+    Returns:
+        The evaluation and its episode file.
 
     Raises:
-        ConfigError: Options that exclude each other, or a decoder that the policy, its chunks or
-            the environment cannot run.
+        ConfigError: Options exclude each other, or the policy, its chunks or the environment cannot
+            run a decoder.
     """
     if config.delay == "measured" and (not config.timing_chunks or min(config.delay_ms, default=0)):
         raise ConfigError(
-            "--delay measured needs --timing_chunks and --delay_ms 0, on which it is measured."
+            "--delay measured needs a row without a delay, on which it is measured. Set "
+            "--timing_chunks above 0, and include 0 in --delay_ms."
         )
     config.limit_threads()
     bundles = load_bundles(config)
@@ -168,12 +173,12 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
         dict(planned_episodes(config)),
         pool.max_episode_steps,
     )
-    run.results = whole_shards(config, run.rows, _kept_episodes(run, log))
+    run.results = whole_shards(config, run.rows, _reused_episodes(run, log))
     return run, log
 
 
 def _rows_with_measured_delays(run: Evaluation) -> list[Row]:
-    """Every row without a delay once more, as late as its chunks took (p50)."""
+    """Copies of the rows without a delay, each delayed by its measured latency (p50)."""
     return [
         row.delayed(
             1000 * float(np.median(run.samples[row.name].total)), run.config.env.fps, "@measured"
@@ -184,18 +189,20 @@ def _rows_with_measured_delays(run: Evaluation) -> list[Row]:
 
 
 def _check_delays(run: Evaluation) -> None:
-    """Raise unless the environment can wait for a chunk, and every delay is below a chunk."""
+    """Raise unless the environment can hold and every delay is below the length of a chunk."""
     steps = min(policy.config.chunk_size for policy, _, _ in run.bundles.values())
     latest = max(run.rows, key=lambda row: row.delay)
     if latest.delay:
         run.pool.env(0).needs("--delay_ms", "hold_action")
     if latest.delay >= steps:
         late = counted(latest.delay, "control step")
-        raise ConfigError(f"{latest.name} is {late} late; a chunk has {steps}: leave it out.")
+        raise ConfigError(
+            f"{latest.name} is {late} late; a delay must be below a chunk's {steps}. Leave it out."
+        )
 
 
 def _check_decoders(run: Evaluation) -> None:
-    """Decode one chunk with every row: what a policy cannot decode is known before any episode."""
+    """Decode one chunk with every row, so that unsupported decoders fail before any episode."""
     env = run.pool.env(0)
     seed, task = planned_episodes(run.config)[0]
     env.reset(seed, task)
@@ -203,32 +210,31 @@ def _check_decoders(run: Evaluation) -> None:
         runner = make_runner(row, run.bundles, run.executed_steps)
         if runner.alone and run.config.workers > 1:
             raise ConfigError(
-                f"{row.name} has a deadline, of a machine with nothing else to do: give "
+                f"{row.name} has a deadline, which needs an otherwise idle machine: set "
                 "--workers 1."
             )
         runner.decode([env.observe()], [env.instruction], [None])
 
 
-def _kept_episodes(run: Evaluation, log: EpisodeLog) -> Results:
-    """Episodes by row that need not be run again: those of `reuse`, and with `resume` our own."""
+def _reused_episodes(run: Evaluation, log: EpisodeLog) -> Results:
+    """Finished episodes by row: those of `reuse`, and with `resume` those in the output folder."""
     config = run.config
-    kept: Results = {row.name: [] for row in run.rows}
+    reused: Results = {row.name: [] for row in run.rows}
     if config.reuse:
-        kept |= log.shared(Path(config.reuse))
+        reused |= log.shared(Path(config.reuse))
     if config.resume:
-        kept |= {name: episodes for name, episodes in log.read().items() if episodes}
-    return kept
+        reused |= {name: episodes for name, episodes in log.read().items() if episodes}
+    return reused
 
 
 # ---- episodes ------------------------------------------------------------------------------------
 
 
 def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> None:
-    """The episodes that are missing, here or in several processes; each is on disk before the next
-    one counts.
+    """Run the missing episodes, in this process or in `workers`.
 
-    All decoders run one shard of seeds after the other, so that an early stop leaves comparable
-    rows.
+    Each episode is on disk before the next one is counted. Every decoder runs a shard of seeds
+    before any runs the next shard, so that an early stop leaves comparable rows.
     """
     config = run.config
     done = {name: {episode.seed for episode in episodes} for name, episodes in run.results.items()}
@@ -238,9 +244,9 @@ def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> Non
         for row in run.rows
         if (episodes := [(seed, task) for seed, task in shard if seed not in done[row.name]])
     ]
-    kept = sum(map(len, run.results.values()))
+    finished = sum(map(len, run.results.values()))
     total = config.episodes * len(run.rows)
-    with tqdm(total=total, initial=kept, unit="episode", dynamic_ncols=True) as bar:
+    with tqdm(total=total, initial=finished, unit="episode", dynamic_ncols=True) as bar:
 
         def finish(name: str, episode: EpisodeResult) -> None:
             log.append(name, episode)
@@ -259,7 +265,7 @@ def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> Non
 
 
 def _write_clips(run: Evaluation, folder: Path) -> list[Path]:
-    """One clip a decoder, all of the same episode: the first one that the first decoder solved."""
+    """Write a clip per decoder, all of the first episode that the first decoder solved."""
     first = sorted(run.results[run.rows[0].name], key=lambda episode: episode.seed)
     shown = next((episode for episode in first if episode.success), first[0])
     task = dict(planned_episodes(run.config))[shown.seed]

@@ -1,4 +1,4 @@
-"""What an evaluation consists of: its models, its rows, and its episodes in shards."""
+"""The parts of an evaluation: its models, its rows, and its episodes in shards."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ceed_vla.wording import counted
 
 @dataclass
 class Evaluation:
-    """What an evaluation has gathered so far.
+    """The state of an evaluation.
 
     Attributes:
         config: Its options, with `executed_steps` filled in.
         rows: Decoders, with their delays.
-        bundles: Policy, pre- and post-processor by model: "policy" and maybe "teacher".
+        bundles: Policy, preprocessor and postprocessor by model: "policy" and optionally "teacher".
         results: Finished episodes by row.
         pool: The environments.
         executed_steps: Steps executed of each chunk.
-        probes: What is timed besides the rows, by name.
+        probes: What else is timed, by name.
         samples: Times by row, once latency is measured.
         timing: The report's entry on latency; empty until it is measured.
     """
@@ -50,7 +50,7 @@ def decoder_names(config: EvalConfig) -> list[str]:
 
 
 def rows_of(config: EvalConfig, bundles: dict[str, Bundle]) -> list[Row]:
-    """Every decoder with every given delay."""
+    """Rows of every decoder with every delay."""
     rows = resolve_rows(
         decoder_names(config), {model: bundle[0].config for model, bundle in bundles.items()}
     )
@@ -62,12 +62,12 @@ def rows_of(config: EvalConfig, bundles: dict[str, Bundle]) -> list[Row]:
 
 
 def load_bundles(config: Any) -> dict[str, Bundle]:
-    """Load ``policy`` and, where it is given, ``teacher``; both replan after
-    ``config.executed_steps`` steps.
+    """Load the policy and, if set, the teacher, `joined` for the environment.
 
     Raises:
-        CheckpointError: A checkpoint that cannot be loaded.
-        ConfigError: No policy, no such device, or more steps are to be executed than a chunk has.
+        CheckpointError: A checkpoint cannot be loaded.
+        ConfigError: No policy is set, the device does not exist, or ``config.executed_steps`` is
+            more than a chunk has.
     """
     paths = {"policy": config.policy.given(), "teacher": config.teacher.path}
     bundles = {model: load(path, device=config.device) for model, path in paths.items() if path}
@@ -83,7 +83,7 @@ def load_bundles(config: Any) -> dict[str, Bundle]:
 def identity_of(
     config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle]
 ) -> dict[str, Any]:
-    """What decides an episode."""
+    """Return everything that affects an episode, as JSON values."""
     options = ("seed", "episodes", "executed_steps", "batch", "instruction")
     return {
         "env": flags(config.env),
@@ -112,14 +112,17 @@ def planned_episodes(config: EvalConfig) -> list[tuple[int, str]]:
 
 
 def shards(config: EvalConfig) -> list[list[tuple[int, str]]]:
-    """(seed, task) of the episodes that one decoder runs before the next one."""
-    plan = planned_episodes(config)
-    return [plan[start : start + config.batch] for start in range(0, len(plan), config.batch)]
+    """Shards of (seed, task); every decoder runs a shard before any runs the next one."""
+    episodes = planned_episodes(config)
+    return [
+        episodes[start : start + config.batch] for start in range(0, len(episodes), config.batch)
+    ]
 
 
 def whole_shards(config: EvalConfig, rows: Sequence[Row], results: Results) -> Results:
-    """`results` without the episodes that cannot be continued: random guesses come from one source
-    for a whole shard.
+    """Drop the episodes of incomplete shards from rows with random guesses.
+
+    A shard has one source of random guesses, so it cannot be continued.
     """
     for row in rows:
         if row.decoding.guess == "random":
@@ -137,8 +140,9 @@ def whole_shards(config: EvalConfig, rows: Sequence[Row], results: Results) -> R
 def shard_runner(
     config: EvalConfig, pool: EnvPool
 ) -> Callable[[tuple[Row, Any]], tuple[str, list[EpisodeResult]]]:
-    """What runs the episodes of a shard by the decoder of a row, in a process of its own; see
-    `Workers`.
+    """Make the function of a worker process: (row, shard) -> (row's name, results).
+
+    See `Workers`.
     """
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps

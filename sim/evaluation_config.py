@@ -11,7 +11,7 @@ from ceed_vla.sim.settings import CheckpointPath, DrivenConfig
 from ceed_vla.sim.timing import ENGINES
 from ceed_vla.workers import MOST
 
-# former name of a flag -> its name now
+# former name of a flag -> current name
 MOVED = {
     "env": "env.type",
     "task": "env.task",
@@ -26,39 +26,38 @@ class EvalConfig(DrivenConfig):
     """Options of ``ceed-vla eval``.
 
     Attributes:
-        teacher: Its autoregressive teacher; adds the rows teacher_ar and teacher_cap4 (unless
-            `decoders` begins with only=), and allows others.
+        teacher: The policy's autoregressive teacher; adds the rows teacher_ar and teacher_cap4
+            (unless `decoders` begins with only=) and allows other teacher_ rows.
         decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict),
             ceed (the checkpoint's early exit), cap<K> (at most K forwards, e.g. cap2),
-            conf<P>_cap<K> (or until confident, e.g. conf0.2_cap3); Jacobi ones also with _mid or
-            _random (the guess); all with teacher_ in front. only=ar,ceed evaluates these two rows
-            and adds no others.
-        episodes: Episodes a decoder.
+            conf<P>_cap<K> (or until confident, e.g. conf0.2_cap3). Jacobi decoders also take _mid
+            or _random (the guess); every name takes the prefix teacher_. only=ar,ceed evaluates
+            these two rows and adds no others.
+        episodes: Episodes per decoder.
         seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for
             evaluation only.
-        output_dir: Folder for the report, plots and clips. A report that we completed there earlier
-            is replaced.
-        batch: Episodes that run in lock-step, and the seeds of one shard: a decoder runs a shard,
-            then the next one.
-        workers: Processes that share the shards, with one thread of torch each; 1 is this process,
+        output_dir: Folder for the report, plots and clips. An earlier complete report of this
+            command is replaced.
+        batch: Episodes that run in lock step; also the size of a shard. Every decoder runs a shard
+            before any runs the next one.
+        workers: Processes that share the shards, with one torch thread each; 1: this process only,
             with `threads`.
-        delay_ms: Times that a chunk takes in the closed loop, such as 0,100,200: every decoder runs
-            with each, as NAME@100ms. The chunk before goes on meanwhile, rounded up to whole steps;
-            where it ends, the robot holds.
-        delay: given: as `delay_ms` says; measured: beside it as NAME@measured, with the time (p50)
-            that the decoder's chunks took on this machine, in this run, before the episodes;
-            `resume` refuses other delays.
+        delay_ms: Decoding delays in the closed loop [ms], such as 0,100,200. Every decoder runs
+            with each delay, as row NAME@100ms. A delay is rounded up to whole control steps; the
+            robot meanwhile continues the previous chunk, and holds where it ends.
+        delay: Source of the delays. given: `delay_ms`. measured: additionally a row NAME@measured,
+            delayed by the decoder's latency (p50), which is measured before the episodes; `resume`
+            requires equal delays.
         executed_steps: Steps executed of each chunk; None: the policy's own.
-        clips: Whether to write one clip a decoder.
+        clips: Whether to write one clip per decoder.
         timing_chunks: Chunks on which latency is measured; 0 skips it.
-        engine: How latency is measured: eager, compiled (`ceed_vla.compiled.engine`; needs a C++
-            compiler and some minutes), or fastest: every row in both, and in the faster one in the
-            report. The episodes stay eager.
+        engine: Engine in which latency is measured: eager; compiled (`ceed_vla.compiled.engine`;
+            needs a C++ compiler and some minutes); fastest (measures both, reports the faster one
+            of each row). Episodes always run eager.
         device: Overrides the checkpoints' device.
-        reuse: Folder of another evaluation, whose episodes of the same decoders, such as the
-            teacher's, are taken.
-        resume: Keep the finished episodes of an interrupted evaluation with the same options in
-            `output_dir`.
+        reuse: Folder of another evaluation; its episodes are reused for equal decoders, such as the
+            teacher's.
+        resume: Continue an interrupted evaluation with the same options in `output_dir`.
     """
 
     moved: ClassVar[dict[str, str]] = MOVED
@@ -83,9 +82,10 @@ class EvalConfig(DrivenConfig):
 
 @dataclass
 class DemoConfig(EvalConfig):
-    """Options of ``ceed-vla demo``: those of ``ceed-vla eval``, for the shipped checkpoints: the
-    teacher token by token and in at most 4 parallel forwards, the distilled student to convergence
-    (jacobi) and with early exit (ceed).
+    """Options of ``ceed-vla demo``: those of ``ceed-vla eval``, for the shipped checkpoints.
+
+    By default it runs the teacher token by token and with at most 4 parallel forwards, and the
+    distilled student to convergence (jacobi) and with early exit (ceed).
     """
 
     policy: CheckpointPath = field(default_factory=lambda: CheckpointPath("student"))

@@ -1,4 +1,4 @@
-"""``report.json`` of an evaluation, and the files that are drawn and written from it."""
+"""``report.json`` of an evaluation, and the Markdown and plots that are made from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARKDOWN = "report.md"
 
 
 def build_report(run: Evaluation, *, complete: bool) -> dict[str, Any]:
-    """The contents of ``report.json``: what `run` has gathered so far."""
+    """Return the contents of ``report.json`` for the current state of `run`."""
     config = run.config
     policy = run.bundles["policy"][0]
     return {

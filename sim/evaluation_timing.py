@@ -24,8 +24,9 @@ from ceed_vla.sim.timing import (
 
 
 def measure_latency(run: Evaluation) -> None:
-    """Time all rows and their autoregressive references on observations of one row's episodes, and
-    fill in `run.samples` and `run.timing`.
+    """Time all rows and their autoregressive references; fill in `run.samples` and `run.timing`.
+
+    All are timed on the same observations, from episodes that one of the rows drives.
     """
     config = run.config
     rows = [row for row in run.rows if not row.delay]

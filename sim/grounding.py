@@ -1,8 +1,8 @@
-"""``ceed-vla grounding``: how well a policy sees where what the instruction names is, by distance.
+"""``ceed-vla grounding``: localisation error of the named objects, by distance.
 
-The auxiliary regression of the state token is asked on random scenes and arm poses. An average over
-demonstrations hides missing grounding, because the gripper is at the object in most frames; so
-errors are listed by distance, next to the error of a guess that has learnt nothing but the mean.
+The error is that of the state token's auxiliary regression on random scenes and arm poses. An
+average over demonstrations hides missing grounding, because the gripper is at the object in most
+frames. So errors are listed by distance, next to the error of predicting the mean position.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GroundingConfig(DrivenConfig):
     Attributes:
         policy: The policy; it must have an auxiliary regression (``auxiliary_scale``).
         scenes: Random scenes, each with one arm pose.
-        seed: First seed; scenes from 50000 up are never recorded.
+        seed: First seed; seeds from 50000 up are never recorded.
         edges: Distances between tool and object that separate the rows [m].
         output: JSON file to write; empty for none.
         device: Overrides the checkpoint's device.
@@ -70,15 +70,15 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
     """Measure and print the localisation errors [cm].
 
     Raises:
-        ConfigError: No policy, or one without an auxiliary regression of the environment's leading
-            terms.
-        CheckpointError: A checkpoint that cannot be loaded.
+        ConfigError: No policy is set, or it has no auxiliary regression of the environment's
+            leading terms.
+        CheckpointError: The checkpoint cannot be loaded.
     """
     output = claim_file("output", config.output, ".json") if config.output else None
     privileged: Privileged | None = getattr(config.env, "privileged", None)
     if privileged is None or not privileged.positions:
         raise ConfigError(
-            f"--env.type={config.env.type} does not say where positions are: its configuration "
+            f"--env.type={config.env.type} has no positions to compare with: its configuration "
             "lacks `privileged`, see sim/environment.py."
         )
     config.limit_threads()
@@ -90,14 +90,14 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
             f"{config.policy.path} regresses {count} terms; {needed} to {len(privileged.names)} "
             f"are needed: {', '.join(privileged.names[:needed])}."
         )
-    found, truth, asked = _predictions(bundle, config)
+    found, truth, drawn = _predictions(bundle, config)
     rows = error_rows(found, truth, config.edges, privileged.positions)
     names = list(privileged.positions)
     tasks = {
-        str(task): error_rows(found[asked == task], truth[asked == task], (), privileged.positions)[
+        str(task): error_rows(found[drawn == task], truth[drawn == task], (), privileged.positions)[
             -1
         ]
-        for task in np.unique(asked)
+        for task in np.unique(drawn)
     }
     bands = {_band(*row["distance_m"]): row for row in rows}
     Console().print(_table(bands, names, "distance (m)", f" between tool and {names[0]}"))
@@ -121,12 +121,17 @@ def error_rows(
     edges: Sequence[float],
     positions: dict[str, tuple[int, int]],
 ) -> list[dict[str, Any]]:
-    """Median and 90th percentile of the position errors [cm], by distance of the first position,
-    then of all.
+    """Compute the median and 90th percentile of the position errors [cm] by distance.
 
-    `found` and `truth` (N, E) are predicted and true leading terms [m], `edges` the distances
-    between the rows [m], `positions` those of `Privileged`. There is one row a band that has
-    frames; ``chance``: of the mean first position.
+    Args:
+        found: Predicted leading terms (N, E) [m].
+        truth: True leading terms (N, E) [m].
+        edges: Distances of the first position that separate the rows [m].
+        positions: As in `Privileged`.
+
+    Returns:
+        One row per band that has frames, then one of all; ``chance`` is the error of predicting the
+        mean first position.
     """
     parts = {name: slice(*ends) for name, ends in positions.items()}
     first = truth[:, next(iter(parts.values()))]
@@ -153,14 +158,16 @@ def error_rows(
 def _predictions(
     bundle: Bundle, config: GroundingConfig
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Predicted and true leading terms (N, E) on random scenes and arm poses, and the tasks
-    (N,).
+    """Predict the leading terms on random scenes and arm poses.
+
+    Returns:
+        Predicted and true terms (N, E), and the tasks (N,).
     """
     policy, preprocessor, _ = bundle
     scale = torch.tensor(policy.config.auxiliary_scale)
     found = []
     truth = []
-    asked = []
+    drawn = []
     env = Environment(config.env, config.instruction)
     tasks = turns(config.env)
     env.needs("grounding", "privileged_state", *["observe"] * hasattr(env.inner, "scatter"))
@@ -175,13 +182,13 @@ def _predictions(
                 env.rearrange("scatter", np.random.default_rng(seed))
             observations.append(env.observe())
             instructions.append(env.instruction)
-            asked.append(env.task)
+            drawn.append(env.task)
             truth.append(env.inner.privileged_state()[: len(scale)])
         batch = preprocessor(observation_batch(observations, instructions))
         state = policy.backbone.prefix_state(policy.backbone.embed_prefix(batch))
         found.append((policy.backbone.auxiliary(state).float().cpu() / scale).numpy())
     env.close()
-    return np.concatenate(found), np.stack(truth), np.array(asked)
+    return np.concatenate(found), np.stack(truth), np.array(drawn)
 
 
 def _band(low: float, high: float | None) -> str:

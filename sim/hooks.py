@@ -1,7 +1,6 @@
-"""What training needs of the simulator: its flags, and plain callables for validation and takeover
-recording.
+"""The simulator's part of training: flags, and callables for validation and takeover recording.
 
-`ceed_vla.cli` joins these to `training`, which never imports `sim`.
+`ceed_vla.cli` passes them to `training`, which never imports `sim`.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ from ceed_vla.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-PROCESSES = 2  # that share the episodes of a validation or a takeover round
-LONG_ENOUGH = 10.0  # [minutes] a budget in which a takeover round pays
-SCENES = 400  # on which localisation is measured
+PROCESSES = 2  # processes that share the episodes of a validation or a takeover round
+LONG_ENOUGH = 10.0  # [minutes] shortest time budget with a takeover round
+SCENES = 400  # scenes on which localisation is measured
 
 
 @EnvConfig.register_subclass("none")
@@ -57,13 +56,13 @@ class NoEnv(EnvConfig):
 
 @dataclass
 class StudentSimulation:
-    """The flags by which `distill` uses a simulator.
+    """Simulator flags of `distill`.
 
     Attributes:
-        env: Where policies are validated and takeovers recorded; none: neither is done.
-        instruction: What the policy is told then, where the environment says nothing or other words
-            than the data.
-        validate_episodes: Episodes of every validation; 0 for none.
+        env: Environment for validation and takeover recording; none: neither is done.
+        instruction: Instruction for the policy in it, if the environment has none or its words
+            differ from those of the data.
+        validate_episodes: Episodes per validation; 0: no validation.
     """
 
     env: EnvConfig = field(default_factory=mixed_tabletop)
@@ -71,11 +70,11 @@ class StudentSimulation:
     validate_episodes: int = ranged(40, "[0, 10000]")
 
     def arguments(self) -> dict[str, Any]:
-        """What the command's function takes besides the configuration."""
+        """Return the arguments of the command's function besides the configuration."""
         return {"closed_loop": self.closed_loop("ceed")}
 
     def closed_loop(self, decoding: str) -> ClosedLoopValidation | None:
-        """How a policy is validated, where it is."""
+        """Return the validation with a decoder; None if validation is off."""
         validated = self.validate_episodes and self.env.type != "none"
         return (
             ClosedLoopValidation(self.env, self.validate_episodes, decoding, self.instruction)
@@ -85,12 +84,12 @@ class StudentSimulation:
 
 
 class TeacherSimulation(StudentSimulation):
-    """The flags by which `train` uses a simulator."""
+    """Simulator flags of `train`."""
 
     def arguments(self: Any) -> dict[str, Any]:
         if self.env.type == "none":
             self.rounds = 0
-        elif self.rounds is None:  # there is a budget
+        elif self.rounds is None:  # a time budget is set
             self.rounds = int(has_expert(self.env) and self.max_minutes >= LONG_ENOUGH)
         recorder = None
         if self.rounds:
@@ -107,8 +106,9 @@ class TeacherSimulation(StudentSimulation):
 
 
 def localisation(env: EnvConfig, policy: Path, instruction: str = "") -> dict[str, float]:
-    """Median error [m] of every position in every task on validation scenes: a
-    `ceed_vla.training.teacher.Localisation`.
+    """Return the median error [m] of every position in every task, on validation scenes.
+
+    Implements `ceed_vla.training.teacher.Localisation`.
     """
     config = GroundingConfig(
         CheckpointPath(str(policy)), env, SCENES, VALIDATION_SEED, instruction=instruction
@@ -122,7 +122,7 @@ def localisation(env: EnvConfig, policy: Path, instruction: str = "") -> dict[st
 
 
 class ClosedLoopValidation:
-    """Success of a checkpoint on validation seeds: a `ceed_vla.training.run.ClosedLoop`."""
+    """Measures success on validation seeds; a `ceed_vla.training.run.ClosedLoop`."""
 
     def __init__(
         self, env: EnvConfig, episodes: int = 40, decoding: str = "ar", instruction: str = ""
@@ -133,13 +133,11 @@ class ClosedLoopValidation:
         self.instruction = instruction
 
     def check(self, policy: CeedVLAConfig) -> None:
-        """Refuse a policy of another robot before it is trained."""
+        """Raise `ConfigError`, before training, if a policy's features do not fit."""
         check_features(policy, self.env)
 
     def __call__(self, policy: Path) -> tuple[int, int]:
-        """(successes, episodes) of the checkpoint folder `policy`; a bar counts the episodes
-        meanwhile.
-        """
+        """Return (successes, episodes) of the checkpoint folder `policy`; show a progress bar."""
         config = EvalConfig(
             CheckpointPath(str(policy)),
             env=self.env,
@@ -170,10 +168,14 @@ class TakeoverRecorder:
     """Records one takeover (DAgger) round: a `ceed_vla.training.teacher.RecordTakeover`.
 
     Args:
-        episodes: Attempts a round.
+        env: Environment, which must have an expert.
+        episodes: Attempts per round.
         seed: Seed of the first attempt of round 0; every attempt has its own.
+        rounds: Number of rounds.
+        instruction: Instruction that overrides the environment's.
 
-    `ConfigError`: The rounds leave the seeds for takeovers, or there is no expert.
+    Raises:
+        ConfigError: The rounds need seeds outside the takeover range, or there is no expert.
     """
 
     def __init__(
@@ -183,8 +185,8 @@ class TakeoverRecorder:
         low, high = TAKEOVER_SEEDS
         if not low <= seed <= high - rounds * episodes:
             raise ConfigError(
-                f"--takeover_seed is {seed}: {rounds} rounds of {episodes} takeovers would leave "
-                f"the seeds {low} to {high - 1}. Choose another first seed, or fewer takeovers."
+                f"--takeover_seed is {seed}: {rounds} rounds of {episodes} takeovers must stay "
+                f"within the seeds {low} to {high - 1}. Lower the seed, or record fewer takeovers."
             )
         self.env = env
         self.episodes = episodes
@@ -194,16 +196,18 @@ class TakeoverRecorder:
     def __call__(self, policy: Path, index: int, folder: Path, minutes: float = 0.0) -> list[Path]:
         """Record round `index` with the checkpoint `policy` into a new root under `folder`.
 
-        Of `minutes` above 0 it takes no more, and records as many takeovers as fit into them.
-        A broken one is resumed, unless its policy was another: a run that goes on from a state
-        before the round may train other weights.
+        A positive `minutes` is a time limit: the round records as many takeovers as fit. An
+        interrupted round is resumed if its policy had the same weights; they differ if training
+        itself was resumed from an earlier state.
         """
         folder.mkdir(parents=True, exist_ok=True)
         root = folder / f"round_{index}"
         seed = self.seed + index * self.episodes
         recorded = recorded_policy(root)
         if recorded is not None and recorded != fingerprint(str(policy)):
-            logger.warning("%s has takeovers of other weights; they are not used.", root)
+            logger.warning(
+                "%s has takeovers of a policy with other weights; they are not used.", root
+            )
             root = folder / f"round_{index}_{fingerprint(str(policy))}"
         config = RecordConfig(
             root,

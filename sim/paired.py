@@ -12,12 +12,20 @@ from ceed_vla.sim.rollout import wilson_interval
 def paired_interval(
     both: int, only_first: int, only_second: int, neither: int
 ) -> tuple[float, float, float]:
-    """Difference (first - second) of two proportions measured on the same episodes, with its 95 %
-    interval.
+    """Difference of two proportions measured on the same episodes, with its 95 % interval.
 
     Newcombe's method 10 (Statistics in Medicine 17, 1998): Wilson's intervals of both proportions,
-    combined by the square-and-add rule with their correlation. It keeps its coverage with few or no
-    discordant pairs.
+    combined by the square-and-add rule with their correlation. Its coverage also holds with few or
+    no discordant pairs.
+
+    Args:
+        both: Episodes that both decoders solved.
+        only_first: Episodes that only the first decoder solved.
+        only_second: Episodes that only the second decoder solved.
+        neither: Episodes that neither decoder solved.
+
+    Returns:
+        First proportion minus the second one, lower bound, upper bound.
     """
     a = both
     b = only_first
@@ -48,13 +56,16 @@ def paired_interval(
 def sign_test(only_first: int, only_second: int) -> float:
     """Two-sided exact sign test on the discordant pairs (exact McNemar); 1 without any."""
     n = only_first + only_second
-    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    one_sided = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1)) / 2**n
+    return min(1.0, 2 * one_sided)
 
 
 def compare_paired(first: Mapping[int, bool], second: Mapping[int, bool]) -> dict[str, Any]:
-    """Compare the success of two decoders by seed on their common seeds, at least one; in
-    percentage points.
+    """Compare the success of two decoders on their common seeds, in percentage points.
+
+    Args:
+        first: Success by seed.
+        second: Success by seed; at least one seed is common.
     """
     seeds = first.keys() & second.keys()
     counts = [[0, 0], [0, 0]]

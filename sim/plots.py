@@ -1,4 +1,4 @@
-"""Figures of an evaluation report, drawn without a screen, safe for colour-blind readers."""
+"""Figures of an evaluation report, drawn off screen in a colour-blind-safe palette."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def _token_by_token(name: str) -> bool:
 
 
 def row_color(name: str) -> str:
-    """Colour of a decoder: grey is autoregressive, light blue the teacher, the others the
-    policy.
-    """
+    """Colour of a decoder: grey if autoregressive, light blue if of the teacher."""
     if _token_by_token(name):
         return GREY
     if name.startswith("teacher_"):
@@ -62,7 +60,7 @@ def row_color(name: str) -> str:
 
 
 def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write `PLOTS` into a folder; those without data are left out."""
+    """Write `PLOTS` into a folder, except those without data."""
     with mpl.rc_context(STYLE):
         figures = (
             draw(report) for draw in (success_figure, latency_figure, forwards_figure, delay_figure)
@@ -76,7 +74,7 @@ def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
-    """Save as PNG, in one step."""
+    """Save as PNG, atomically."""
     with replacing(path) as file:
         figure.savefig(
             file,
@@ -158,8 +156,8 @@ def latency_figure(report: Mapping[str, Any]) -> Figure | None:
         xlim=(0, longest * 1.28),
         xlabel=(
             "time from observation to chunk [ms]\n"
-            "bar: p50, hatched: pre-processing and prefill   dot: p95   tick: p99\n"
-            "at the right: p50, and how many times faster than the same model token by token"
+            "bar: p50, hatched: preprocessing and prefill   dot: p95   tick: p99\n"
+            "at the right: p50, and the speed-up over the same model token by token"
         ),
         title=f"Latency at batch 1, {device}, {threads} thread{'s' if threads != 1 else ''}",
     )
@@ -167,7 +165,7 @@ def latency_figure(report: Mapping[str, Any]) -> Figure | None:
 
 
 def forwards_figure(report: Mapping[str, Any]) -> Figure | None:
-    """How many block forwards the chunks took; autoregressive rows are only named in the note."""
+    """Block forwards of the chunks; autoregressive rows are only listed in the note."""
     rows = {
         name: entry for name, entry in report["decoders"].items() if entry.get("forwards_histogram")
     }
@@ -215,9 +213,7 @@ def forwards_figure(report: Mapping[str, Any]) -> Figure | None:
 
 
 def delay_figure(report: Mapping[str, Any]) -> Figure | None:
-    """Success against the control steps that a chunk takes, with 95 % intervals; a line for every
-    decoder.
-    """
+    """Success against the control steps that a chunk takes: a line per decoder, 95 % intervals."""
     lines: dict[str, list[Any]] = {}
     for entry in report["decoders"].values():
         if entry["episodes"]:

@@ -1,4 +1,4 @@
-"""`ceed-vla record`: demonstrations of the scripted experts as a LeRobotDataset v3.
+"""`ceed-vla record`: record demonstrations of scripted experts as a LeRobotDataset v3.
 
 See `ceed_vla.sim.recording.config.RecordConfig` for all options.
 """
@@ -42,19 +42,19 @@ from ceed_vla.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-POLICY = "policy"  # in the progress: the fingerprint of the policy that drives takeovers
+POLICY = "policy"  # progress key: fingerprint of the policy that drives takeovers
 
 
 @dataclass
 class RecordSummary:
-    """What is in the data set now."""
+    """Contents of the dataset."""
 
     root: Path
     episodes: int  # stored LeRobot episodes
     frames: int
-    attempts: int  # attempts made, earlier runs of a resumed set included
+    attempts: int  # attempts made, including earlier runs of a resumed dataset
     outcomes: dict[str, int]  # attempts by "family/outcome"
-    # most of a stored episode, in mode grounding; 0 in the others, whose attempts have no scenes
+    # largest number of scenes per stored episode in mode grounding; 0 in the other modes
     scenes: int = 0
 
     def __str__(self) -> str:
@@ -72,15 +72,14 @@ class RecordSummary:
 
 
 def record(config: RecordConfig) -> RecordSummary:
-    """Record a data set, or the rest of one: an interrupted one has stored all complete units,
-    after which it goes on.
+    """Record a dataset, or continue an interrupted one after its last complete unit.
 
-    What was stored stays readable. Where nothing was, a new `root` is removed again.
+    Stored episodes stay readable after any failure. If none is stored, a new `root` is removed.
 
     Raises:
         ConfigError: `root` exists (without `resume`) or was recorded with other options, or the
             policy of a takeover does not fit the environment.
-        DatasetError: `root` is no recording, or the disk is full.
+        DatasetError: `root` is not a recording, or the disk is full.
         SimulationError: The environment fails, or lacks a method that the mode needs.
     """
     with owned_folder("root", str(config.root)):
@@ -88,7 +87,7 @@ def record(config: RecordConfig) -> RecordSummary:
 
 
 def _record(config: RecordConfig) -> RecordSummary:
-    """As `record`, into a folder of its own."""
+    """Run `record` in a claimed folder."""
     occupied = config.root.exists() and any(config.root.iterdir())
     if occupied and not config.resume:
         raise ConfigError(
@@ -118,7 +117,7 @@ def _record(config: RecordConfig) -> RecordSummary:
             )
         except OSError as error:
             raise DatasetError(
-                f"{config.root} cannot be written ({error}); make room, or choose another root"
+                f"{config.root} cannot be written ({error}); free disk space, or set another root"
             ) from error
         session = _Session(config, writer)
         try:
@@ -130,7 +129,7 @@ def _record(config: RecordConfig) -> RecordSummary:
 
 
 def check_requirements(config: RecordConfig, env: Environment) -> None:
-    """Check what a mode needs of environment and policy, as far as neither has to run for it.
+    """Check the requirements of a mode, without running the environment or the policy.
 
     Raises:
         SimulationError: The environment lacks a method.
@@ -158,8 +157,8 @@ def unit_recorder(config: RecordConfig, pool: EnvPool) -> Callable[[range], list
         runner = PolicyRunner(bundle, config.decoding, executed_steps=config.executed_steps)
         if runner.alone:
             raise ConfigError(
-                f"decoding is {config.decoding}: attempts share batches, where a deadline means "
-                "nothing."
+                f"decoding is {config.decoding}, which has a deadline; attempts share batches, but "
+                "a deadline applies to a chunk alone. Choose another decoder."
             )
         return lambda seeds: takeover_attempts(runner, pool, seeds, config)
     env = pool.env(0)
@@ -169,14 +168,14 @@ def unit_recorder(config: RecordConfig, pool: EnvPool) -> Callable[[range], list
 
 
 def _identity(config: RecordConfig) -> dict[str, Any]:
-    """What a resumed recording has in common with its first run."""
+    """Return the options that a resumed recording must share with its first run."""
     if config.mode != "takeover" or config.policy_path is None:
         return config.identity()
     return {**config.identity(), POLICY: fingerprint(str(config.policy_path))}
 
 
 def recorded_policy(root: Path) -> str | None:
-    """The fingerprint of the policy that drove the takeovers in `root`, where it is known."""
+    """Fingerprint of the policy that drove the takeovers in `root`; None if unknown."""
     if not is_recording(root):
         return None
     found = read_progress(root)["progress"].get("config")
@@ -195,7 +194,7 @@ class _Session:
         first = stored.get("config", own)
         if POLICY in own and POLICY not in first:
             logger.warning(
-                "%s does not name the weights of %s of its first run; they are not compared.",
+                "%s does not record the policy weights of its first run; %s may have others.",
                 config.root,
                 config.policy_path,
             )
@@ -204,7 +203,7 @@ class _Session:
             raise ConfigError(
                 f"{config.root} was recorded with a policy of fingerprint {first.get(POLICY)}, and "
                 f"that of {config.policy_path} is {own.get(POLICY)}: its weights or settings have "
-                "changed. Give the policy of the first run, or choose a new --root."
+                "changed. Set the policy of the first run, or choose a new --root."
             )
         if changed := sorted(
             name for name in own.keys() | first.keys() if own.get(name) != first.get(name)
@@ -226,7 +225,7 @@ class _Session:
         self.first_frame = writer.frames
 
     def _checked(self, stored: dict[str, Any]) -> dict[str, Any]:
-        """What `_progress` wrote, whose counts agree; nothing of a new data set."""
+        """Validate the progress that `_progress` wrote; it is empty for a new dataset."""
         if not stored:
             return stored
         outcomes = stored.get("outcomes")
@@ -258,7 +257,7 @@ class _Session:
         self.episode_seeds: list[int] = list(stored.get("episode_seeds", []))
 
     def units(self) -> Iterator[range]:
-        """Seeds of the units that are missing, until the time is over."""
+        """Yield the seeds of the missing units, until the time limit."""
         first, size = self.config.first_seed, self.config.unit_size
         last = first + self.config.episodes
         most = 60 * self.config.max_minutes
@@ -291,13 +290,13 @@ class _Session:
         )
 
     def summary(self) -> RecordSummary:
-        """What is in the data set now."""
+        """Return the contents of the dataset."""
         scenes = self.config.scenes_per_episode if self.config.mode == "grounding" else 0
         stored = self.writer.episodes, self.writer.frames
         return RecordSummary(self.config.root, *stored, self.attempts, dict(self.outcomes), scenes)
 
     def close(self) -> None:
-        """Bring the data set on disk up to date; also after an interrupt or an error."""
+        """Commit what is recorded; also after an interrupt or an error."""
         try:
             if self._progress() != self.writer.progress:
                 with held_back(), self._disk_errors():
@@ -307,7 +306,7 @@ class _Session:
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Any failure while writing: return to the last commit and say so."""
+        """Roll back to the last commit on any failure while writing, and report it."""
         try:
             yield
         except Exception as error:
@@ -323,7 +322,7 @@ class _Session:
                 f"({counted(self.writer.frames, 'frame')})"
             )
             raise DatasetError(
-                f"{self.config.root}: {reason}. Stored and readable: {stored}; make room and "
+                f"{self.config.root}: {reason}. Stored and readable: {stored}; free disk space and "
                 "repeat the command with --resume"
             ) from error
 

@@ -1,7 +1,7 @@
 """Off-screen rendering shared by all environments of a process.
 
-A GL context is expensive, so every scene and image size has one renderer; environments hand it
-their own `mjData`.
+A GL context is expensive, so every scene and image size has one renderer; environments pass their
+own `mjData`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ def check_image_size(size: int, largest: int) -> None:
 
 
 def tune(model: mujoco.MjModel) -> None:
-    """Leave out shadows, multisampling and reflections, most of the time of software rendering at
-    96 px.
-    """
+    """Turn off shadows, multisampling and reflections: most of the software rendering at 96 px."""
     model.vis.quality.shadowsize = 0
     model.vis.quality.offsamples = 0
     model.vis.quality.numslices = 12
@@ -41,8 +39,9 @@ def tune(model: mujoco.MjModel) -> None:
 
 
 def coarsen(model: mujoco.MjModel, cell: float) -> None:
-    """Draw meshes with fewer faces: vertices in one cube of `cell` [m] become one. What collides
-    stays as it is.
+    """Simplify the drawn meshes: merge all vertices within a cube with the side `cell` [m].
+
+    Collision geometry is unchanged.
     """
     for mesh in range(model.nmesh):
         vertices = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
@@ -52,21 +51,29 @@ def coarsen(model: mujoco.MjModel, cell: float) -> None:
         start = model.mesh_faceadr[mesh]
         count = model.mesh_facenum[mesh]
         faces = first[cube.ravel()][model.mesh_face[start : start + count]]  # (F, 3)
-        kept = np.flatnonzero((np.diff(np.sort(faces)) > 0).all(1))
-        end = start + len(kept)
-        model.mesh_face[start:end], model.mesh_facenum[mesh] = faces[kept], len(kept)
+        proper = np.flatnonzero((np.diff(np.sort(faces)) > 0).all(1))  # three distinct corners
+        end = start + len(proper)
+        model.mesh_face[start:end], model.mesh_facenum[mesh] = faces[proper], len(proper)
         for corners in (model.mesh_facenormal, model.mesh_facetexcoord):
-            corners[start:end] = corners[start + kept]
+            corners[start:end] = corners[start + proper]
 
 
 def render(
     scene: str, model: mujoco.MjModel, data: mujoco.MjData, camera: str, size: int, smooth: int = 1
 ) -> NDArray[np.uint8]:
-    """Image (size, size, 3) of a state, without shadows and reflections; each pixel the mean of
-    `smooth` x `smooth`.
+    """Render an image (size, size, 3) of a state, without shadows and reflections.
 
-    `scene` names the `model`: where it was rendered before, the first one's shapes are drawn.
-    `SimulationError`: When no GL context can be made, or the size cannot be rendered.
+    Args:
+        scene: Name of the `model`. Renderers are shared by name, so all models of a name must have
+            equal shapes.
+        model: Model of the scene.
+        data: State to render.
+        camera: Name of the camera.
+        size: Side of the image [px].
+        smooth: A pixel is the mean of `smooth` x `smooth` samples.
+
+    Raises:
+        SimulationError: No GL context can be created, or the size cannot be rendered.
     """
     drawn = smooth * size
     if (scene, drawn) not in _renderers:
@@ -94,7 +101,7 @@ def _make_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
             "`apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1`, and set "
             "MUJOCO_GL=egl."
         ) from error
-    # Registered after the GL library's own handler, so it runs before that one.
+    # Handlers run in reverse order: registered last, this one runs before the GL library's own.
     atexit.unregister(close_renderers)
     atexit.register(close_renderers)
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0

@@ -29,9 +29,9 @@ NOTES = (
         "forwards: after the prefill, per chunk, in the closed loop; single-token forwards for ar "
         "and ar_h."
     ),
-    "layers: layers that ran in these forwards, and that the prefix ran through; means per chunk.",
+    "layers: layers that ran in these forwards + layers of the prefix; means per chunk.",
     (
-        "latency: pre-processing, prefill and decoding of one chunk at batch 1; same observations, "
+        "latency: preprocessing, prefill and decoding of one chunk at batch 1; same observations, "
         "interleaved."
     ),
     (
@@ -40,11 +40,11 @@ NOTES = (
     ),
     (
         "speed-up: p50 latency of the same model's full autoregressive decoder in this run / own "
-        "p50 latency; decode speed-up: the same without pre-processing and prefill."
+        "p50 latency; decode speed-up: the same without preprocessing and prefill."
     ),
     (
-        "tokens = AR: executed tokens equal to the same model's own greedy ones, on the timing "
-        "observations."
+        "tokens = AR: share of executed tokens equal to the same model's greedy tokens, on the "
+        "timing observations."
     ),
 )
 _MISSING = "-"
@@ -58,7 +58,7 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def _by_decoder(
     report: Mapping[str, Any], key: str, cell: Callable[[Any], str]
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells of a table with a column for whatever the decoders' `key` names."""
+    """Header and cells of a table with a column for every name in the decoders' `key` entries."""
     found = {name: entry.get(key, {}) for name, entry in report["decoders"].items()}
     columns = sorted({column for values in found.values() for column in values})
     rows = [
@@ -86,9 +86,9 @@ def paired_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 DELAYS = (
-    "While a chunk is decoded, the one before goes on; where it ends, the robot holds. A delay is "
-    "rounded up to whole control steps. Means over the solved episodes; motion is in the units of "
-    "the actions."
+    "While a chunk is decoded, the robot continues the previous one, and holds where it ends. A "
+    "delay is rounded up to whole control steps. Means are over the solved episodes; motion is in "
+    "the units of the actions."
 )
 DELAY_COLUMNS = (
     "decoder",
@@ -102,7 +102,7 @@ DELAY_COLUMNS = (
 
 
 def delay_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Cells of what latency in the loop does, decoder by decoder."""
+    """Cells of the table of latency in the loop, by decoder and delay."""
     rows = sorted(
         report["decoders"].items(), key=lambda item: (item[1]["delay_of"], item[1]["delay_steps"])
     )
@@ -134,7 +134,7 @@ PAIRED_COLUMNS = (
 
 
 def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
-    """The whole of ``report.md``; `figures` are files to show at the end, relative to it."""
+    """Return the contents of ``report.md``; `figures` are images for its end, relative to it."""
     parts = [f"# Evaluation on {report['env']}", ""]
     if not report["complete"]:
         parts += [
@@ -185,16 +185,16 @@ def console_table(report: Mapping[str, Any], width: int = 120) -> Table:
     rows = table_rows(report)
     heads = [max(column.split("\n"), key=len) for column in COLUMNS]
     widths = [3 + max(map(len, cells)) for cells in zip(heads, *rows, strict=True)]
-    keep = len(COLUMNS)
-    while keep > 2 and sum(widths[:keep]) > width:
-        keep -= 1
+    shown = len(COLUMNS)
+    while shown > 2 and sum(widths[:shown]) > width:
+        shown -= 1
     state = "" if report["complete"] else " (partial: interrupted)"
     title = f"{report['env']}, {report['task']}, {_seed_range(report)}{state}"
     table = Table(title=title, header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(COLUMNS[:keep]):
+    for i, column in enumerate(COLUMNS[:shown]):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row[:keep])
+        table.add_row(*row[:shown])
     return table
 
 
@@ -217,7 +217,7 @@ def cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         filled("{control_rate_hz:.0f}"),
         filled("{speedup_vs_ar:.1f}x"),
         filled("{decode_speedup_vs_ar:.1f}x"),
-        # Cut rather than rounded: only full agreement shows as 100 %.
+        # Truncated, not rounded: only full agreement is shown as 100 %.
         (
             _MISSING
             if agreed is None
@@ -253,7 +253,7 @@ def _conditions(report: Mapping[str, Any]) -> str:
     split = f", split {report['split']}" if report["split"] else ""
     lines = [
         (
-            f"- Task {report['task']}{split}, {episodes} a decoder, {_seed_range(report)}; "
+            f"- Task {report['task']}{split}, {episodes} per decoder, {_seed_range(report)}; "
             f"{report['executed_steps']} of {report['chunk_size']} steps of a chunk are executed "
             "before the next one."
         ),
@@ -271,7 +271,7 @@ def _conditions(report: Mapping[str, Any]) -> str:
         episodes = counted(timing["episodes"], "closed-loop episode")
         lines.append(
             f"- Latency: {chunks} from {episodes} of {timing['driver']}, each decoder warm-started "
-            "from its own chunk before."
+            "from its own previous chunk."
         )
     return "\n".join(lines)
 

@@ -1,6 +1,4 @@
-"""Other ways to a chunk, for the comparison of `ceed-vla bench` only: no policy of ours decodes
-like this.
-"""
+"""Other kinds of policies, which `ceed-vla bench` times for comparison only."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from ceed_vla.sim.timing import Probe
 
 
 def act(bundle: Bundle) -> Probe:
-    """Times LeRobot's ACT at its default size, with random weights, on the policy's cameras and
-    state: one forward.
+    """Make a probe that times one forward of LeRobot's ACT.
+
+    ACT has its default size, random weights, and the policy's cameras and state.
     """
     config = bundle[0].config
     features = {"input_features": config.input_features, "output_features": config.output_features}

@@ -1,12 +1,12 @@
 """The closed loop: many environments in lock step, with one batched decode for all of them.
 
 Evaluation, validation during training, takeover recordings, clips and pictures all drive the policy
-by `replan`.
+with `replan`.
 
-**Determinism.** Environments take all randomness from `reset(seed)`, and a row of a batch does not
-look at the other rows, so an episode depends on its seed and not on its neighbours, as far as
-floating point allows: kernels for other batch sizes may round differently, and a token whose two
-best bins tie may then flip. Random guesses are the one exception: a batch shares one generator.
+**Determinism.** All randomness of an environment comes from `reset(seed)`, and the rows of a batch
+are independent. So an episode depends on its seed only, up to floating point: kernels for another
+batch size may round differently, which can flip a token whose two best bins tie. Random guesses are
+the exception: a batch shares one generator.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ceed_vla.sim.environment import (
 )
 
 NO_LIMIT = 10**9  # steps
-SHARD = 20  # episodes that workers run side by side
+SHARD = 20  # episodes that a worker runs side by side
 
 
 @dataclass
@@ -43,20 +43,19 @@ class Chunk:
     """One decoded chunk of one environment."""
 
     tokens: Tensor  # (n,) int64
-    # (m, A) float32, in the environment's units; None if the tokens stand for no chunk
+    # (m, A) float32, in the environment's units; None if the tokens do not decode to a chunk
     actions: np.ndarray | None
     forwards: int  # forwards after the prefill that this row took
-    exit_reason: (
-        str  # the rule that ended its decoding; "malformed" if the tokens stand for no chunk
-    )
+    # the rule that ended decoding; "malformed" if the tokens do not decode to a chunk
+    exit_reason: str
     # Wall time of the whole batch, by stage, and its size ("rows"). A latency only if rows is 1.
     seconds: dict[str, float]
-    block_layers: int = 0  # layers that ran in these
+    block_layers: int = 0  # layers that ran in these forwards
     prefix_layers: int = 0  # layers that the prefix ran through
 
     @property
     def warm_start(self) -> Tensor | None:
-        """What the next chunk starts from."""
+        """Tokens (n,) from which the next chunk starts; None if they are malformed."""
         return None if self.actions is None else self.tokens
 
 
@@ -69,22 +68,28 @@ class EpisodeResult:
     instruction: str = ""
     success: bool = False  # solved within the step limit
     steps: int = 0  # control steps done
-    # of every chunk, as the lists below: what `Chunk` says
+    # One entry per chunk in each of these lists, see `Chunk`.
     forwards: list[int] = field(default_factory=list)
     exit_reasons: list[str] = field(default_factory=list)
     block_layers: list[int] = field(default_factory=list)
     prefix_layers: list[int] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
-    # How it moved, see `motion_of`; empty until the episode is over.
+    # Statistics of its motion, see `motion_of`; empty until the episode is over.
     motion: dict[str, float] = field(default_factory=dict)
 
 
 def motion_of(actions: np.ndarray, increments: Sequence[int], fps: int) -> dict[str, float]:
-    """How an episode's `actions` (T, A) moved the robot, in their own units.
+    """Compute motion statistics of an episode, in the units of its actions.
 
-    ``action_rate`` is their mean change from step to step, ``path`` the length of the commanded
-    path, ``jerk`` the mean of its third derivative [1/s^3]. The path is what the dimensions
-    `increments` add up to; without any, the actions.
+    Args:
+        actions: Executed actions (T, A).
+        increments: Action dimensions that are increments; their sums are the path. If empty, the
+            actions are the path.
+        fps: Control rate [Hz].
+
+    Returns:
+        ``action_rate``, the mean change of the action per step; ``path``, the length of the
+        commanded path; ``jerk``, the mean of the path's third derivative [1/s^3].
     """
     steps = actions[:, list(increments)] if increments else np.diff(actions, axis=0)  # (T, ...)
 
@@ -102,14 +107,14 @@ class PolicyRunner:
     """Turns raw observations into chunks, batched.
 
     Args:
-        bundle: Policy, pre-processor and post-processor; the processors may be None (identity).
+        bundle: Policy, preprocessor and postprocessor; the processors may be None (identity).
         decoding: A name, such as "cap2", or a `DecodingConfig`.
-        generator: Random source of random guesses; None = the configuration's seed.
-        executed_steps: Steps of a chunk that are executed before the next; the policy's own
-            ``n_action_steps`` if None.
-        delay: Steps that the robot takes while a chunk is decoded. The chunk before goes on
-            meanwhile, so its next steps begin the new one (`ceed_vla.real_time`); where it ends,
-            the robot holds.
+        generator: Source of random guesses; None: the configuration's seed.
+        executed_steps: Steps of a chunk that are executed before the next replan; None: the
+            policy's own ``n_action_steps``.
+        delay: Control steps that pass while a chunk is decoded. The robot meanwhile continues the
+            previous chunk, so the next steps of that chunk are frozen at the start of the new one
+            (`ceed_vla.real_time`); where the previous chunk ends, the robot holds.
     """
 
     def __init__(
@@ -134,16 +139,16 @@ class PolicyRunner:
         previous: Sequence[Tensor | None],
         frozen_steps: Sequence[int] = (),
     ) -> list[Chunk]:
-        """A chunk for each of B observations and instructions.
+        """Decode a chunk for each of B observations.
 
         Args:
-            observations: What the environments show.
-            instructions: What to do in each.
-            previous: What each chunk starts from (`Episode.previous`), if anything.
-            frozen_steps: Steps of it that stay at the start of each chunk; none if empty.
+            observations: Raw observations of the environments.
+            instructions: Instruction of each.
+            previous: Warm start of each chunk (`Episode.previous`), or None.
+            frozen_steps: Number of frozen steps at the start of each chunk; empty: none.
         """
         counts = sorted(set(frozen_steps))
-        if len(counts) > 1:  # not all in one batch
+        if len(counts) > 1:  # a batch has one number of frozen steps
             by_row: dict[int, Chunk] = {}
             for count in counts:
                 rows = [row for row, steps in enumerate(frozen_steps) if steps == count]
@@ -198,22 +203,20 @@ class PolicyRunner:
 
     @property
     def continues(self) -> bool:
-        """Whether a chunk begins with steps of the one before."""
+        """Whether a chunk begins with frozen steps of the previous chunk."""
         return self.delay > 0 and tokens_per_step(self) > 0
 
     @property
     def alone(self) -> bool:
-        """Whether a chunk may not share a batch: a deadline is of one chunk."""
+        """Whether a chunk must not share a batch: a deadline applies to a single chunk."""
         return self.policy.config.named(self.decoding).deadline_s is not None
 
     def chunk(self, tokens: Tensor) -> Chunk:
-        """The chunk that `tokens` (n,) stand for, of which nothing else is known."""
+        """Return the chunk that `tokens` (n,) decode to, without statistics."""
         return Chunk(tokens, self._actions(tokens.unsqueeze(0))[0], 0, "given", {})
 
     def _actions(self, tokens: Tensor) -> list[np.ndarray | None]:
-        """The chunks (m, A) of `tokens` (B, n) in the environment's units, None where they stand
-        for none.
-        """
+        """Decode `tokens` (B, n) to chunks (m, A) in the environment's units; None if malformed."""
         readable = self.policy.tokenizer.readable(tokens)  # (B,)
         actions = self.policy.tokenizer.decode(tokens[readable])
         actions = actions if self.postprocessor is None else self.postprocessor(actions)
@@ -222,7 +225,7 @@ class PolicyRunner:
 
 
 def stack_previous(previous: Sequence[Tensor | None]) -> Tensor | None:
-    """Warm starts as (B, n), rows of -1 where there is none; None if no row has one."""
+    """Stack warm starts to (B, n), with -1 in rows without one; None if no row has one."""
     known = next((tokens for tokens in previous if tokens is not None), None)
     if known is None:
         return None
@@ -233,15 +236,15 @@ def stack_previous(previous: Sequence[Tensor | None]) -> Tensor | None:
 
 @dataclass
 class Episode:
-    """One episode under way."""
+    """A running episode."""
 
     env: Environment
-    result: EpisodeResult  # what has come of it so far
-    limit: int  # most control steps
-    # Tokens (n,) of the chunk before; None at the start. Where a chunk continues it, they begin at
-    # the next step of the robot, and the last step is repeated.
+    result: EpisodeResult  # its outcome so far
+    limit: int  # step limit
+    # Tokens (n,) of the previous chunk; None at the start. If the next chunk continues it, they are
+    # shifted to the robot's next step, and the last step is repeated.
     previous: Tensor | None = None
-    rest: Sequence[Any] = ()  # its actions (k, A) that were not executed yet
+    rest: Sequence[Any] = ()  # actions (k, A) of the previous chunk that are not executed yet
     actions: list[np.ndarray] = field(default_factory=list)  # executed so far, (A,) each
 
     @classmethod
@@ -252,20 +255,20 @@ class Episode:
 
     @property
     def over(self) -> bool:
-        """Whether it is solved, or out of steps."""
+        """Whether the episode is solved, was ended, or is out of steps."""
         return self.env.success or self.env.finished or self.result.steps >= self.limit
 
 
 @dataclass
 class Replan:
-    """A moment at which a new chunk was decoded, and what followed until the next one."""
+    """One replan: observation, decoded chunk, and its execution until the next replan."""
 
     observation: Observation
     instruction: str
     previous: Tensor | None  # `Episode.previous`
     chunk: Chunk
     step: int  # control steps done before this chunk
-    # Camera images after each executed step, if they were asked for.
+    # Camera images after each executed step, if requested.
     views: list[dict[str, np.ndarray]] = field(default_factory=list)
     success: bool = False  # whether the episode was solved while this chunk ran
     finished: bool = False  # whether the episode ended
@@ -274,8 +277,9 @@ class Replan:
 def replan(
     runner: PolicyRunner, episodes: Sequence[Episode], *, watch: bool = False
 ) -> list[Replan]:
-    """Observe, decode once for all episodes, execute until the next observation; `watch` keeps the
-    views.
+    """Observe, decode once for all episodes, and execute until the next observation.
+
+    With `watch`, the camera views of every step are stored.
     """
     observations = [episode.env.observe() for episode in episodes]
     frozen_steps = [
@@ -302,7 +306,7 @@ def execute(
     *,
     watch: bool = False,
 ) -> Replan:
-    """Execute a chunk until the next observation; `watch` keeps the views."""
+    """Execute a chunk until the next observation; `watch` stores the camera views."""
     env, result = episode.env, episode.result
     moment = Replan(observation, result.instruction, episode.previous, chunk, result.steps)
     episode.previous = chunk.warm_start
@@ -311,8 +315,7 @@ def execute(
     result.block_layers.append(chunk.block_layers)
     result.prefix_layers.append(chunk.prefix_layers)
     result.seconds.append(chunk.seconds)
-    # A chunk that cannot be read holds the arm still; so does one that ends before the next is
-    # ready.
+    # The arm holds if a chunk is malformed, or ends before the next one is ready.
     fresh: Any = [None] * runner.executed_steps if chunk.actions is None else chunk.actions
     before: list[Any] = [*episode.rest, *[None] * runner.delay][: runner.delay]
     begin = min(runner.delay, len(episode.rest))
@@ -322,8 +325,8 @@ def execute(
         size = tokens_per_step(runner)
         repeated = chunk.tokens[-size:].repeat(end)
         episode.previous = torch.cat([chunk.tokens[end * size :], repeated])
-    for planned in [*before, *fresh[begin:end]][: episode.limit - result.steps]:
-        action = env.hold_action() if planned is None else planned
+    for proposed in [*before, *fresh[begin:end]][: episode.limit - result.steps]:
+        action = env.hold_action() if proposed is None else proposed
         result.success = env.advance(action)
         result.steps += 1
         episode.actions.append(action)
@@ -339,16 +342,14 @@ def execute(
 
 
 def tokens_per_step(runner: PolicyRunner) -> int:
-    """Tokens of a step; 0 where it varies, so that none can be frozen."""
+    """Tokens of a step; 0 if their number varies, so that no step can be frozen."""
     return getattr(runner.policy.tokenizer, "tokens_per_step", None) or 0
 
 
 def drive(
     runner: PolicyRunner, pool: EnvPool, seed: int, task: str = MIXED, *, watch: bool = False
 ) -> Iterator[Replan]:
-    """Run one episode in the first environment of a pool, the same as `rollout` does, and yield
-    every replan.
-    """
+    """Run one episode in a pool's first environment as `rollout` does; yield every replan."""
     episode = Episode.start(pool.env(0), seed, task, pool.max_episode_steps)
     while not episode.over:
         yield from replan(runner, [episode], watch=watch)
@@ -360,17 +361,24 @@ def rollout(
     episodes: Iterable[tuple[int, str]],
     on_episode: Callable[[EpisodeResult], None] = lambda result: None,
 ) -> list[EpisodeResult]:
-    """Run `episodes` of (seed, task); when one ends, the next takes over its environment.
+    """Run episodes side by side; when one ends, the next one takes its environment.
 
-    Results are in the order of the episodes; `on_episode` is called as each ends. The runner's
-    bundle is `joined` for the environments of `pool`, all of which run side by side, unless the
-    runner decodes with a deadline.
+    With a deadline, only one episode runs at a time.
+
+    Args:
+        runner: Runs the policy; its bundle is `joined` for the environments of `pool`.
+        pool: Environments.
+        episodes: (seed, task) of every episode.
+        on_episode: Called with the result of every episode as it ends.
+
+    Returns:
+        Results in the order of `episodes`.
     """
     results: list[EpisodeResult] = []
     waiting = iter(episodes)
 
     def begin(slot: int) -> Episode | None:
-        """The next waiting episode, in the environment of a slot; None if all have begun."""
+        """Start the next episode in the environment of a slot; None if all have started."""
         for seed, task in waiting:
             episode = Episode.start(pool.env(slot), seed, task, pool.max_episode_steps)
             results.append(episode.result)
@@ -393,8 +401,9 @@ def rollout(
 def episode_runner(
     policy: str, env: EnvConfig, instruction: str = ""
 ) -> Callable[[tuple[Any, int | None, Any]], list[EpisodeResult]]:
-    """What runs a shard of (seed, task) by a decoding and executed steps, in a process of its own;
-    see `Workers`.
+    """Make the function of a worker process: (decoding, executed steps, shard) -> results.
+
+    See `Workers`; a shard is a sequence of (seed, task).
     """
     bundle = joined(load(policy), env)
     pool = EnvPool(SHARD, env, instruction)
@@ -408,8 +417,9 @@ def episode_runner(
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a success rate, at 95 % for the default normal quantile `z`; (0, 1)
-    without trials.
+    """Wilson score interval of a success rate; (0, 1) without trials.
+
+    The default normal quantile `z` gives 95 %.
     """
     if trials == 0:
         return 0.0, 1.0
@@ -420,9 +430,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 
 def success_entry(solved: Iterable[bool]) -> dict[str, Any]:
-    """What a report says of episodes: how many, how many were `solved`, and the rate with its
-    interval.
-    """
+    """Report entry of episodes: their number, the number solved, and the rate with its interval."""
     outcomes = list(solved)
     success = sum(outcomes)
     count = len(outcomes)

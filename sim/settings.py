@@ -1,4 +1,4 @@
-"""What the commands share that run a policy in an environment."""
+"""Options shared by the commands that run a policy in an environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
 
 @dataclass
 class CheckpointPath(Checked, prefix="the checkpoint's "):
-    """Where a checkpoint lies.
+    """The path of a checkpoint.
 
     Attributes:
         path: Checkpoint folder, or "teacher" / "student" for the shipped ones.
@@ -23,7 +23,7 @@ class CheckpointPath(Checked, prefix="the checkpoint's "):
     path: str = ""
 
     def given(self) -> str:
-        """The policy's path; `ConfigError` if there is none."""
+        """Return the policy's path; raise `ConfigError` if it is not set."""
         if not self.path:
             raise ConfigError(
                 "--policy.path is missing; give a checkpoint folder, or student or teacher for the "
@@ -34,15 +34,14 @@ class CheckpointPath(Checked, prefix="the checkpoint's "):
 
 @dataclass
 class DrivenConfig(Checked, prefix="--"):
-    """What the options of all commands share that run a policy in an environment.
+    """Options of every command that runs a policy in an environment.
 
     Attributes:
         policy: The policy.
-        env: The environment; its tasks take turns over the seeds, or it draws them
-            (env.task=mixed).
-        instruction: What the policy is told, where the environment says nothing or other words than
-            the data.
-        threads: Threads of torch; None leaves torch's choice.
+        env: The environment; its tasks cycle over the seeds, or it draws them (env.task=mixed).
+        instruction: Instruction for the policy, if the environment has none or its words differ
+            from those of the data.
+        threads: CPU threads of torch; None: torch's default.
     """
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
@@ -52,6 +51,6 @@ class DrivenConfig(Checked, prefix="--"):
     threads: int | None = ranged(None, "[1, 256]")
 
     def limit_threads(self) -> None:
-        """As `threads` says."""
+        """Apply `threads` to torch."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)

@@ -49,12 +49,12 @@ class ShowConfig(DrivenConfig):
     """Options of ``ceed-vla show``.
 
     Attributes:
-        teacher: Its autoregressive teacher; without one the policy's own autoregressive decoding is
-            shown.
-        output: PNG file to write; an earlier picture of ours is replaced.
+        teacher: The policy's autoregressive teacher; without one, the policy's own autoregressive
+            decoding is shown.
+        output: PNG file to write; an earlier picture of this command is replaced.
         seed: Seed of the episode.
-        chunk: Which chunk of the episode is shown; the policy drives until then. 0 has no warm
-            start.
+        chunk: Index of the chunk to show; the policy drives the episode up to it. Chunk 0 has no
+            warm start.
         executed_steps: Steps executed of each chunk.
         device: Overrides the checkpoints' device.
     """
@@ -77,11 +77,11 @@ class Panel:
     status: NDArray[np.int_]  # (rows, n) codes; row 0 is the state before the first forward
     exit_row: int  # forwards after which the decoder stopped
     exit_note: str = ""  # why it stopped there; empty for no mark
-    start: str = ""  # what row 0 is
+    start: str = ""  # label of row 0
 
 
 def show(config: ShowConfig) -> Path:
-    """Draw the tokens of one chunk over the forwards that decode it; the PNG file."""
+    """Draw the tokens of one chunk over its forwards; return the PNG file."""
     path = claim_file("output", config.output, ".png")
     config.limit_threads()
     bundles = load_bundles(config)
@@ -104,10 +104,10 @@ def show(config: ShowConfig) -> Path:
 def build_panels(
     bundles: dict[str, Bundle], replan: Replan, early_exit: DecodingConfig, executed_steps: int
 ) -> list[Panel]:
-    """Decode the observation of `replan` in three ways and find out when every token settled.
+    """Decode the observation of `replan` in three ways and determine when every token settled.
 
-    Token by token, the teacher's Jacobi (where there is a teacher), and the policy's Jacobi with
-    its exit.
+    The ways are token by token, the teacher's Jacobi (if there is a teacher), and the policy's
+    Jacobi with its exit.
     """
     taught = "teacher" in bundles
     strict = DecodingConfig(guess=early_exit.guess)
@@ -125,7 +125,7 @@ def build_panels(
 def _jacobi_panel(
     title: str, bundle: Bundle, replan: Replan, decoding: DecodingConfig, executed_steps: int
 ) -> Panel:
-    """All states on the way to the fixed point, and where `decoding` leaves it."""
+    """Panel with all states up to the fixed point, and with the exit of `decoding`."""
     policy, preprocessor, _ = bundle
     batch = preprocessor(observation_batch([replan.observation], [replan.instruction]))
     previous = stack_previous([replan.previous])
@@ -148,10 +148,14 @@ def _jacobi_panel(
 
 
 def jacobi_status(states: NDArray[np.integer]) -> NDArray[np.int_]:
-    """When every token took its final value for good.
+    """Determine whether each token of each state is final.
 
-    The last row of `states` (iterations + 1, n) is the fixed point. The result has their shape:
-    `SETTLED` where all up to here are final, `AHEAD` behind one that is not, `WRONG` elsewhere.
+    Args:
+        states: States (iterations + 1, n); the last row is the fixed point.
+
+    Returns:
+        Codes of the same shape: `SETTLED` if the token and all before it are final, `AHEAD` if it
+        is final but an earlier one is not, `WRONG` otherwise.
     """
     equal = states == states[-1]  # (k + 1, n)
     final = np.logical_and.accumulate(equal[::-1], axis=0)[::-1]  # equal from here on
@@ -160,15 +164,14 @@ def jacobi_status(states: NDArray[np.integer]) -> NDArray[np.int_]:
 
 
 def autoregressive_status(block: int) -> NDArray[np.int_]:
-    """(n, n): after j forwards the first j + 1 tokens are there (the first comes with the
-    prefill).
-    """
+    """Codes (n, n): after j forwards the first j + 1 tokens are final (one from the prefill)."""
     return np.where(np.tri(block, dtype=bool), SETTLED, UNKNOWN)
 
 
 def draw(panels: list[Panel], replan: Replan, width: int, executed_steps: int) -> Figure:
-    """The whole picture: what the policy sees, and a map of tokens, `width` a step, over forwards a
-    panel.
+    """Draw the camera images, and per panel a map of tokens over forwards.
+
+    `width` is the number of tokens per step.
     """
     row_inches, gap = 0.135, 0.95
     heights = [row_inches * max(len(panel.status), 3) for panel in panels]

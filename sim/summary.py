@@ -1,4 +1,4 @@
-"""From episodes and timing samples to the dictionary that ``report.json`` holds."""
+"""Entries of ``report.json``: success, forwards, paired comparisons, versions and hardware."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from ceed_vla.sim.rollout import EpisodeResult, success_entry
 
 
 def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
-    """One decoder's success with its Wilson interval, overall and per task; forwards of the chunks;
-    how they ended.
-    """
+    """Entry of one decoder: success overall and per task, forwards, layers and exit reasons."""
     forwards = np.array([count for episode in episodes for count in episode.forwards])
     families = sorted({episode.task for episode in episodes})
     entry = success_entry(episode.success for episode in episodes)
@@ -36,13 +34,13 @@ def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
         }
     for name in ("block_layers", "prefix_layers"):
         layers = [count for episode in episodes for count in getattr(episode, name)]
-        if len(layers) == len(forwards) > 0:  # episodes of an older file have none
+        if len(layers) == len(forwards) > 0:  # missing in episodes of older files
             entry[f"{name}_mean"] = round(float(np.mean(layers)), 4)
     solved = [episode for episode in episodes if episode.success]
     entry["steps_mean_of_successes"] = (
         round(float(np.mean([e.steps for e in solved])), 2) if solved else None
     )
-    # an older file has none
+    # motion is missing in older files
     for name in solved[0].motion if solved and all(e.motion for e in solved) else ():
         entry[f"{name}_mean_of_successes"] = float(
             np.mean([episode.motion[name] for episode in solved])
@@ -61,9 +59,7 @@ def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
 def paired_entries(
     name: str, results: Mapping[str, Sequence[EpisodeResult]], references: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Paired comparison of decoder `name` with every one of `references` that ran on common
-    seeds.
-    """
+    """Compare decoder `name`, paired, with each of `references` that has common seeds."""
     outcomes = {
         row: {episode.seed: episode.success for episode in episodes}
         for row, episodes in results.items()
@@ -76,7 +72,7 @@ def paired_entries(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Versions of the software that affects the numbers."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     return {
         **found,

@@ -33,7 +33,7 @@ Observations = list[tuple[dict[str, Any], str]]
 
 @dataclass
 class Samples:
-    """What one decoder needed, one entry a chunk; times in [s]."""
+    """Measurements of one decoder, one entry per chunk; times in [s]."""
 
     total: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
@@ -44,11 +44,11 @@ class Samples:
 def collect_observations(
     runner: PolicyRunner, pool: EnvPool, episodes: Iterable[tuple[int, str]], chunks: int
 ) -> list[Observations]:
-    """Observations at the replans of closed-loop episodes, one list an episode.
+    """Collect observations at the replans of closed-loop episodes, one list per episode.
 
     The `runner` drives episodes of (seed, task) in the first environment of the pool until there
-    are enough `chunks`. One episode gives a quarter of them at most, so that a stuck one cannot
-    dominate.
+    are observations for all `chunks`. One episode supplies at most a quarter of them, so that a
+    stuck one cannot dominate.
     """
     collected: list[Observations] = []
     wanted = chunks
@@ -68,12 +68,14 @@ def measure(
     episodes: Sequence[Observations],
     on_chunk: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, Samples], dict[str, dict[str, list[float]]]]:
-    """Time every runner and probe on every observation; samples of the runners, and seconds by what
-    the probes name.
+    """Time every runner and probe on every observation.
 
-    A runner's warm start is its own chunk for the observation before, as in its own closed loop.
-    All take turns on each observation, in rotating order, so that slow phases of the machine hit
-    all of them.
+    A runner's warm start is its own chunk for the previous observation, as in its own closed loop.
+    Runners and probes are interleaved on each observation, in rotating order, so that slow phases
+    of the machine affect all of them.
+
+    Returns:
+        Samples by runner, and seconds by probe and part.
     """
     samples = {name: Samples() for name in runners}
     probed: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in probes}
@@ -104,10 +106,10 @@ def measure(
 
 
 def bare_parts(bundle: Bundle) -> Probe:
-    """Times what a chunk is made of, alone: `PARTS`.
+    """Make a probe that times each part of a chunk (`PARTS`) alone.
 
-    "checks" are those of images, state, words and tokens, "block" is a forward of n - 1 tokens,
-    "token" of one.
+    "process" is the preprocessor, "checks" validates images, state, words and tokens, "block" is a
+    forward of n - 1 tokens and "token" a forward of one.
     """
     policy, preprocess, _ = bundle
     n = policy.config.block_length
@@ -151,12 +153,12 @@ def bare_parts(bundle: Bundle) -> Probe:
 
 
 def engines_of(decoding: DecodingConfig, engines: Sequence[str]) -> Sequence[str]:
-    """Those of `engines` that a decoder can run in."""
+    """The engines among `engines` in which a decoder can run."""
     return ("eager",) if not decoding.decoder.compiles else engines
 
 
 def in_engine(bundle: Bundle, engine: str) -> Bundle:
-    """The bundle, or one that shares its weights and runs compiled."""
+    """Return the bundle for an engine; a compiled one shares its weights."""
     if engine == "eager":
         return bundle
     policy = copy(bundle[0])
@@ -168,9 +170,7 @@ def in_engine(bundle: Bundle, engine: str) -> Bundle:
 def make_runner(
     row: Row, bundles: Mapping[str, Bundle], executed_steps: int | None
 ) -> PolicyRunner:
-    """The runner of a row; random guesses differ from chunk to chunk and are the same in every
-    run.
-    """
+    """Make the runner of a row; its random guesses are the same in every run."""
     generator = torch.Generator().manual_seed(row.decoding.seed)
     return PolicyRunner(bundles[row.model], row.decoding, generator, executed_steps, row.delay)
 
@@ -178,12 +178,14 @@ def make_runner(
 def summarise(
     samples: Samples, reference: Samples, tokens: ActionTokens, executed_steps: int
 ) -> dict[str, Any]:
-    """Entries of ``report.json`` that come from timing: latencies [ms], control rate [Hz],
-    speed-ups and agreement.
+    """Timing entries of ``report.json``: latencies [ms], control rate [Hz], speed-ups, agreement.
 
-    The `reference` is the same model's full autoregressive decoder on the same observations; the
-    actions that are executed are compared, as tokens and, by their mean difference, in the units of
-    the policy.
+    Args:
+        samples: Samples of the decoder.
+        reference: Samples of the same model's full autoregressive decoder on the same observations.
+        tokens: The policy's action tokens.
+        executed_steps: Steps of a chunk whose actions are compared, as tokens and by their mean
+            difference in the units of the policy.
     """
     blocks = [torch.stack(s.tokens) for s in (samples, reference)]  # (chunks, n)
     own, other = (

@@ -1,13 +1,13 @@
-"""``ceed-vla tune``: the plan with the most success within a budget of milliseconds a chunk.
+"""``ceed-vla tune``: find the plan with the highest success within a latency budget per chunk.
 
-A plan is a decoding (decoder, signal and threshold of the exit, cap, tail, guess), the engine in
-which it is faster, and the steps that are executed of a chunk. The search is evolutionary, after
-EEEA-Net (arXiv 2108.06156): a candidate is timed first; for one over the largest budget another is
-drawn, before any episode is run. Those that fit run validation episodes by successive halving: the
-best quarter of every budget gets as many episodes again, and so on. At the end the best of every
-budget and the best that a hand would name play off over four times the episodes, and are timed
-again in turns. What is chosen of both drives as many of fresh seeds: the search's own numbers
-flatter the winner.
+A plan is a decoding (decoder, signal and threshold of the exit, cap, tail, guess), its faster
+engine, and the number of executed steps. The search is evolutionary, after EEEA-Net (arXiv
+2108.06156). Each candidate is timed before it runs any episode; one over the largest budget is
+replaced by another draw. The others run validation episodes by successive halving: the best quarter
+within every budget runs twice as many, and so on. In a final play-off, the best plans of every
+budget and the best hand-picked plans run four times the episodes and are timed again, interleaved.
+The chosen ones then run as many episodes on fresh seeds, because the search's own numbers favour
+the winner.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from ceed_vla.workers import Workers
 
 PLANS = "plans.json"
 
-# For every budget [ms] the chosen plan and the best that a hand would name.
+# For every budget [ms]: the chosen plan and the best hand-picked plan.
 Chosen = list[tuple[float, Trial | None, Trial | None]]
 
 
 def tune(config: TuneConfig) -> dict[str, Any]:
-    """Search, write plans.json and the plot, and return plans.json.
+    """Search for plans; write plans.json and the plot, and return the contents of plans.json.
 
     Raises:
-        ConfigError: An option that cannot work, or budgets that no plan fits.
-        CheckpointError: A checkpoint that cannot be loaded.
+        ConfigError: An invalid option, or no plan fits the budgets.
+        CheckpointError: The checkpoint cannot be loaded.
     """
     inputs = [resolve_checkpoint(config.policy.given())]
     part = CHECKPOINT if config.save else ""
@@ -63,10 +63,10 @@ def tune(config: TuneConfig) -> dict[str, Any]:
 
 
 def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
-    """As `tune`, into a folder of its own."""
+    """Run `tune` in a claimed folder."""
     config.limit_threads()
     policy, pre, post = load(config.policy.given())
-    policy.requires_grad_(False)  # nor is any weight saved as trained
+    policy.requires_grad_(False)  # so that no weight is saved as trainable
     with (
         EnvPool(SHARD, config.env, config.instruction) as pool,
         Workers(
@@ -82,12 +82,13 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
         _figure([t for t in trials if len(t.solved) >= config.episodes], search.floor),
         folder / PARETO,
     )
-    if not config.save:  # a checkpoint of an earlier search stays, and stays ours
+    if not config.save:  # the checkpoint of an earlier search stays, with its recorded hashes
         report[WRITTEN] = written_before(folder / PLANS)
     write_text(folder / PLANS, json.dumps(report, indent=2))
     if not any(found for _, found, _ in final):
         raise ConfigError(
-            f"No plan fits {search.budgets} ms, floor {search.floor} ({PLANS}); raise --budgets_ms."
+            f"No plan fits {search.budgets} ms; the floor is {search.floor} ms ({PLANS}). Raise "
+            "--budgets_ms."
         )
     if config.save:
         _name_plans(
@@ -133,14 +134,16 @@ def _report(
 
 
 def _name_plans(policy: Any, plans: dict[str, Plan]) -> None:
-    """Let a policy execute the steps of the last of `plans` and know it as "plan", and by their
-    names those that execute as many.
+    """Store plans in a policy's configuration as decoder names.
+
+    The last one becomes "plan" and sets the policy's executed steps. The others are stored under
+    their names if they execute equally many steps.
     """
     plans["plan"] = list(plans.values())[-1]
     before = policy.config.n_action_steps
     steps = plans["plan"].executed_steps
     policy.config.n_action_steps = steps
-    # proven of other executed steps
+    # these hold for the former number of executed steps only
     stale = ("plan",) if steps == before else ("plan", "risk", "learned")
     own = {name: plan.decoding for name, plan in plans.items() if plan.executed_steps == steps}
     policy.config.forget(*stale, new=own)

@@ -19,20 +19,20 @@ class TuneConfig(DrivenConfig):
 
     Attributes:
         output_dir: Folder for plans.json, pareto.png and, with `save`, the folder `checkpoint`.
-        save: Write a copy of the policy that executes the steps of the largest budget's plan and
-            knows it as plan, and as plan<MS> those of the other budgets that execute as many.
-        budgets_ms: Milliseconds a chunk (p50); empty for 1.2, 1.5, 2 and 3 times the floor,
-            measured first.
-        population: Plans a generation.
-        generations: Generations.
-        episodes: Episodes of the plans that are left at the end of a generation; all plans run a
-            quarter of them, those that play off and the final comparison four times as many.
+        save: Write a copy of the policy with the decoder plan, the plan of the largest budget, and
+            its executed steps; plans of other budgets that execute as many steps become plan<MS>.
+        budgets_ms: Latency budgets per chunk, p50 [ms]; empty: 1.2, 1.5, 2 and 3 times the floor,
+            which is measured first.
+        population: Plans per generation.
+        generations: Number of generations.
+        episodes: Episodes of the plans that remain at the end of a generation. All plans run a
+            quarter of them; the play-off and the final comparison run four times as many.
         chunks: Chunks on which a plan is timed.
-        seed: First seed of the search's episodes; the final comparison has those that follow.
-        search_seed: Seed of the search.
-        engine: Of the timing: eager, compiled, or fastest: each plan in its faster one, which
-            plans.json names.
-        workers: Processes that share the episodes; timing has the machine to itself.
+        seed: First seed of the search's episodes; the final comparison uses the seeds after them.
+        search_seed: Random seed of the search.
+        engine: Engine for timing: eager, compiled, or fastest (the faster one of each plan, named
+            in plans.json).
+        workers: Processes that share the episodes; timing runs while they are idle.
     """
 
     output_dir: str = "outputs/tune"

@@ -1,4 +1,4 @@
-"""The plans that ``ceed-vla tune`` searches among, and what is measured of each."""
+"""Plans, the candidates of ``ceed-vla tune``, and their measurements."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ceed_vla.sim.rollout import success_entry
 class Plan:
     """One point on all axes."""
 
-    signal: str = ""  # exit rule with its threshold, such as "conf0.2"; "" for none
-    cap: int = 0  # most forwards; 0 for none
-    fresh: bool = False  # whether the tail is computed with every iteration
+    signal: str = ""  # exit rule with its threshold, such as "conf0.2"; "": none
+    cap: int = 0  # largest number of forwards; 0: no limit
+    fresh: bool = False  # whether the tail is computed in every iteration
     guess: str = ""  # "mid", or "" for the previous chunk
     executed_steps: int = 4  # steps executed of a chunk
-    decoder: str = ""  # "" for Jacobi's; alone, "ceed" is the checkpoint's decoding
+    decoder: str = ""  # "": Jacobi; "ceed" alone is the checkpoint's decoding
 
     @property
     def decoding(self) -> str:
-        """Its name."""
+        """Decoder name of the plan."""
         if self.decoder == "ceed":
             return "ceed"
         rules = [part for part in (self.signal, f"cap{self.cap}" if self.cap else "") if part]
@@ -33,7 +33,7 @@ class Plan:
         )
 
 
-# What a hand would name; the first generation has them.
+# Hand-picked plans, in the first generation.
 NAMED = (
     Plan(cap=1),
     Plan(cap=2),
@@ -48,9 +48,7 @@ NAMED = (
 
 @dataclass
 class Trial:
-    """A plan, how long it takes [ms] in which engine, the episodes it solved, by seed, and the
-    layers of its chunks.
-    """
+    """Measurements of a plan: latency [ms] in its engine, success by seed, layers per chunk."""
 
     plan: Plan
     p50: float
@@ -61,11 +59,11 @@ class Trial:
 
     @property
     def rate(self) -> float:
-        """Share of episodes that were solved, shrunk towards a half by one episode each way."""
+        """Success rate, shrunk towards 1/2 by one solved and one failed pseudo-episode."""
         return (sum(self.solved.values()) + 1) / (len(self.solved) + 2)
 
     def entry(self) -> dict[str, Any]:
-        """For plans.json."""
+        """Return the entry of plans.json."""
         return {
             "decoding": self.plan.decoding,
             "executed_steps": self.plan.executed_steps,

@@ -29,12 +29,12 @@ from ceed_vla.sim.tune_config import PLAY_OFF, TuneConfig
 from ceed_vla.sim.tune_plan import NAMED, Plan, Trial
 from ceed_vla.workers import Workers
 
-OVER_FLOOR = (1.2, 1.5, 2.0, 3.0)  # budgets, where none is given
+OVER_FLOOR = (1.2, 1.5, 2.0, 3.0)  # default budgets, in multiples of the floor
 GUESSES = ("", "mid")
-BEST = 4  # of every budget that play off
-BEST_BY_HAND = 2  # of every budget that play off, of those that a hand would name
-OTHER_DECODERS = 0.2  # share of random plans with a decoder that is not Jacobi's
-REDRAWS = 4  # times that plans are drawn for those that did not fit
+BEST = 4  # plans per budget in the play-off
+BEST_BY_HAND = 2  # hand-picked plans per budget in the play-off
+OTHER_DECODERS = 0.2  # share of random plans with another decoder than Jacobi
+REDRAWS = 4  # redraws for plans that do not fit the largest budget
 
 
 class Search:
@@ -68,7 +68,7 @@ class Search:
         self.rejected = 0
 
     def run(self) -> list[Trial]:
-        """All generations."""
+        """Run all generations and return their trials."""
         named = [replace(plan, executed_steps=self.usual) for plan in NAMED]
         self.halve([*self.admit(named), *self.populate(self.drawn)], "generation 1")
         for generation in range(1, self.config.generations):
@@ -78,16 +78,14 @@ class Search:
         return self.trials
 
     def populate(self, draw: Callable[[], Plan]) -> list[Trial]:
-        """A population of plans within the largest budget: for those that do not fit others are
-        drawn, for a while.
-        """
+        """Draw and time a population of plans, with `REDRAWS` redraws for those over the budget."""
         fitting: list[Trial] = []
         for _ in range(1 + REDRAWS):
             fitting += self.admit([draw() for _ in range(self.config.population - len(fitting))])
         return fitting
 
     def observations(self, steps: int) -> list[Observations]:
-        """Observations at the replans of episodes that execute so many steps."""
+        """Observations at the replans of episodes that execute `steps` steps of each chunk."""
         if steps not in self.observed:
             driver = PolicyRunner(self.bundle, "jacobi_h", None, steps)
             seeds = ((self.config.seed + i, self.tasks[i % len(self.tasks)]) for i in range(10**6))
@@ -97,9 +95,7 @@ class Search:
         return self.observed[steps]
 
     def timed_plans(self, plans: Sequence[Plan]) -> list[Trial]:
-        """Every plan, timed in its faster engine; those that execute equally many steps take
-        turns.
-        """
+        """Time every plan in its faster engine; plans with equal executed steps are interleaved."""
         found: list[Trial] = []
         for steps in sorted({plan.executed_steps for plan in plans}):
             found += self._timed_in_turns(
@@ -108,7 +104,7 @@ class Search:
         return found
 
     def _timed_in_turns(self, plans: Sequence[Plan], steps: int) -> list[Trial]:
-        """`plans`, which all execute so many steps, timed in their faster engines."""
+        """Time plans that all execute `steps` steps, interleaved, in their faster engines."""
         policy = self.bundle[0]
         pairs = {
             f"{plan.decoding} {engine}": (plan, engine)
@@ -131,9 +127,7 @@ class Search:
         return list(fastest.values())
 
     def runs(self, plan: Plan) -> bool:
-        """Whether this policy can decode so: it may have no exits or fewer layers, or the decoder
-        other settings.
-        """
+        """Whether the policy supports a plan: it may lack the exits, layers or settings for it."""
         observation, instruction = self.observations(plan.executed_steps)[0][0]
         try:
             runner = PolicyRunner(self.bundle, plan.decoding, None, plan.executed_steps)
@@ -143,13 +137,13 @@ class Search:
         return True
 
     def drawn(self) -> Plan:
-        """A random plan, on all axes that are registered with a ladder."""
+        """Draw a random plan on all axes that are registered with a ladder."""
         ladders = exit_ladders()
         steps = int(self.random.integers(min(2, self.steps), self.steps + 1))
         decoders = [name for ladder in decoder_ladders(self.exits).values() for name in ladder]
         other = bool(decoders) and self.random.random() < OTHER_DECODERS
         decoder = str(self.random.choice(decoders)) if other else ""
-        if decoder and self.random.random() < 0.5:  # most of them take no exit rule
+        if decoder and self.random.random() < 0.5:  # most of these take no exit rule
             return Plan(decoder=decoder, executed_steps=steps)
         signal = str(self.random.choice(["", *ladders]))
         threshold = str(self.random.choice(ladders[signal])) if signal else ""
@@ -160,7 +154,7 @@ class Search:
         )
 
     def child(self, parents: Sequence[Plan]) -> Plan:
-        """A plan whose settings come from two parents, one of them drawn anew."""
+        """Combine the settings of two parents to a plan, and draw one setting at random."""
         first, second = (parents[int(self.random.integers(len(parents)))] for _ in range(2))
         new = self.drawn()
         names = [field.name for field in fields(Plan)]
@@ -172,7 +166,7 @@ class Search:
         return Plan(**genes)
 
     def admit(self, candidates: Sequence[Plan]) -> list[Trial]:
-        """Time the candidates that are new and run, and drop those over the largest budget."""
+        """Time the candidates that are new and supported; drop those over the largest budget."""
         new = {(plan.decoding, plan.executed_steps): plan for plan in candidates}
         new = {key: plan for key, plan in new.items() if key not in self.seen}
         self.seen |= new.keys()
@@ -184,8 +178,10 @@ class Search:
         return admitted
 
     def halve(self, trials: list[Trial], title: str) -> None:
-        """Successive halving: a quarter of the episodes for all, then twice as many for the best of
-        every budget.
+        """Successive halving of `trials`.
+
+        All run a quarter of the episodes, the best quarter within every budget runs half of them,
+        and the best quarter of those runs all.
         """
         left = trials
         for share in (4, 2, 1):
@@ -194,12 +190,12 @@ class Search:
                 left, desc=f"{title}, {episodes} episodes", unit="plan", dynamic_ncols=True
             ):
                 self.drive(trial, range(self.config.seed, self.config.seed + episodes))
-            kept = {
+            survivors = {
                 id(trial)
                 for budget in self.budgets
                 for trial in self.best(left, budget, max(1, len(left) // 4))
             }
-            left = [trial for trial in left if id(trial) in kept]
+            left = [trial for trial in left if id(trial) in survivors]
 
     def best(self, trials: Sequence[Trial], budget: float, count: int) -> list[Trial]:
         """The `count` best within a budget."""
@@ -207,15 +203,13 @@ class Search:
         return sorted(within, key=lambda trial: (-trial.rate, trial.p50))[:count]
 
     def parents(self) -> list[Plan]:
-        """The plans that the next generation comes from: the best of every budget."""
+        """The parents of the next generation: the best plans of every budget."""
         known = [trial for trial in self.trials if trial.plan.decoder != "ceed"]
         found = [trial.plan for budget in self.budgets for trial in self.best(known, budget, 4)]
         return found or [self.drawn() for _ in range(4)]
 
     def final(self) -> list[tuple[float, Trial | None, Trial | None]]:
-        """For every budget what the search chose and the best of `NAMED`, timed again together, on
-        fresh seeds.
-        """
+        """Measure the chosen and the best hand-picked plan of every budget on fresh seeds."""
         episodes = PLAY_OFF * self.config.episodes
         playing, named = self._play_off(episodes)
         chosen = [
@@ -232,8 +226,10 @@ class Search:
         ]
 
     def _play_off(self, episodes: int) -> tuple[list[Trial], list[Trial]]:
-        """The best trials of every budget after so many episodes and timed again, and those of them
-        that a hand would name.
+        """Run `episodes` episodes with the best trials of every budget, and time them again.
+
+        Returns:
+            All trials of the play-off, and the hand-picked ones among them.
         """
         names = {plan.decoding for plan in NAMED}
         by_hand = [
@@ -250,7 +246,7 @@ class Search:
             playing.values(), desc=f"play-off, {episodes} episodes", unit="plan", dynamic_ncols=True
         ):
             self.drive(trial, range(self.config.seed, self.config.seed + episodes))
-        # in turns, as a budget cuts between neighbours
+        # interleaved, because a budget may separate plans of nearly equal latency
         for again in self.timed_plans(list(playing)):
             known = playing[again.plan]
             known.p50 = again.p50
@@ -259,7 +255,7 @@ class Search:
         return list(playing.values()), [trial for trial in by_hand if trial.plan in playing]
 
     def drive(self, trial: Trial, seeds: range) -> None:
-        """Run the episodes that are missing of `seeds`."""
+        """Run the missing episodes of `seeds`."""
         missing = [seed for seed in seeds if seed not in trial.solved]
         episodes = [
             (seed, self.tasks[(seed - self.config.seed) % len(self.tasks)]) for seed in missing

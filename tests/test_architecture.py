@@ -1,6 +1,4 @@
-"""Rules that hold for the whole repository: who imports whom, no machine's paths, no registries,
-short files.
-"""
+"""Rules for the whole repository: imports, no absolute paths, no registries, short files."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 450
 
-# Folder -> what its files may not import, at any place; `commands.py` names modules as texts.
+# Folder -> modules that its files must not import anywhere; `commands.py` has names of modules.
 TRAINING, SIM, NODES = "ceed_vla.training", "ceed_vla.sim", "ceed_vla.ros_nodes"
 FAMILIES = ("compact", "openvla", "pi0_fast", "transformers", "vlm")
 FORBIDDEN: dict[str, set[str]] = {
@@ -28,7 +26,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "ros_nodes/simulated": {TRAINING, f"{NODES}.demo", "benchmarks"},
     "ros_nodes/demo": {TRAINING, "benchmarks"},
     "benchmarks": {NODES},
-    # Inside the policy: the algorithm knows no axis, no family of models and no engine.
+    # Inside the policy: the algorithm imports no axis, no family of models and no engine.
     "ceed_vla/decoding": {
         "ceed_vla.axes",
         "ceed_vla.compiled",
@@ -40,7 +38,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "ceed_vla/backbones": {"ceed_vla.axes", "ceed_vla.modeling_ceed_vla"},
     "ceed_vla/compiled": {"ceed_vla.axes", "ceed_vla.modeling_ceed_vla"},
 }
-FORMER = {"training", "sim", "ros_nodes"}  # import names of before
+FORMER = {"training", "sim", "ros_nodes"}  # former import names
 
 # Spelled so that this file does not match itself.
 MACHINE_PATHS = re.compile(r"(?<![\w.~$}])/(?:home|Users|root|work|farm|mnt|scratch)/\w")
@@ -53,7 +51,7 @@ UNSAFE_LOADING = re.compile(r"\btorch\.load\(|\bpickle\.loads?\(|trust_remote_co
 
 
 def tracked_files() -> list[Path]:
-    """Files under version control or about to be; without git, all but environments and output."""
+    """Files under version control, or not ignored; without git, all except environments."""
     try:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listing = subprocess.run(
@@ -77,7 +75,7 @@ def name_of(path: Path) -> str:
 
 
 def text_of(path: Path) -> str | None:
-    """The text of a file, None if it is binary."""
+    """The text of a file; None if it is binary."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -85,7 +83,7 @@ def text_of(path: Path) -> str | None:
 
 
 def imports(tree: ast.AST, *, lazy: bool) -> Iterator[tuple[int, str]]:
-    """(line, name) of all that is imported; with `lazy=False` only of what is at import time."""
+    """(line, name) of all imports; with `lazy=False` only of those at import time."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -132,7 +130,7 @@ def test_nothing_names_a_machine_or_registry(pattern: re.Pattern[str], what: str
 
 
 def test_decoders_require_capabilities_by_name() -> None:
-    """No decoder looks whether a model happens to have something, or hides its type."""
+    """Decoders neither probe for attributes of a model nor hide its type."""
     guess = re.compile(r"""getattr\([^)]*,\s*(?:False|None|\{\}|\(\))\)|cast\("Any",""")
     decoders = [
         path
@@ -146,7 +144,7 @@ def test_decoders_require_capabilities_by_name() -> None:
 
 
 def test_the_algorithm_stays_small() -> None:
-    """The bound of the design shows growth; `python scripts/count_lines.py` prints the parts."""
+    """The limit reveals growth; `python scripts/count_lines.py` prints the parts."""
     counted = runpy.run_path(str(ROOT / "scripts" / "count_lines.py"))["count"]()
     assert 1000 < counted["algorithm, code"] < 3000
 

@@ -1,4 +1,4 @@
-"""No file imports itself through others, not even in a function or for types alone."""
+"""No file imports itself through others, lazy and type-only imports included."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ FOLDERS = ("ceed_vla", *INSIDE, "benchmarks")
 
 
 def imported(text: str, modules: set[str]) -> Iterator[str]:
-    """Those of `modules` that a file imports anywhere; ``from a import b`` means a.b if that is a
-    module, else a.
+    """Those of `modules` that a file imports anywhere.
+
+    ``from a import b`` imports a.b if that is a module, else a.
     """
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -25,7 +26,7 @@ def imported(text: str, modules: set[str]) -> Iterator[str]:
 
 
 def circles(sources: dict[str, str]) -> list[tuple[str, ...]]:
-    """Modules (name -> text) that reach each other by imports, circle by circle."""
+    """Circles of modules (name -> text) that import each other."""
     reach = {name: set(imported(text, set(sources))) for name, text in sources.items()}
     for middle in reach:
         for found in reach.values():
@@ -36,7 +37,7 @@ def circles(sources: dict[str, str]) -> list[tuple[str, ...]]:
 
 
 def module_of(path: Path) -> str:
-    """The import name of a file of the repository."""
+    """The import name of a file in the repository."""
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     return f"ceed_vla.{name}" if name.split(".")[0] in INSIDE else name
 

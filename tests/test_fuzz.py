@@ -1,7 +1,8 @@
-"""Damaged checkpoints and data sets, by seeded mutations.
+"""Damaged checkpoints and datasets, by seeded mutations.
 
-Each damaged file is one of our errors or harmless, and nothing else is touched. The mutations know
-no format (`mutations`). A case runs in a child with limits of time and memory (`corpus`).
+Each damaged file raises one of our errors or is harmless, and no other file changes. The mutations
+are independent of the format (`mutations`). A case runs in a child with limits of time and memory
+(`corpus`).
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def test_recordings(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_tables_that_unpack_to_much(dataset: Path, tmp_path: Path) -> None:
-    """Columns of a data set in other types, encodings and lengths, which compress to little."""
+    """Columns of a dataset in other types, encodings and lengths, which compress well."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,7 +1,8 @@
 """Damaged settings, models, names and flags, by seeded mutations.
 
-Each damaged file is one of our errors or harmless, and nothing else is touched. The mutations know
-no format (`mutations`). A case runs in a child with limits of time and memory (`corpus`).
+Each damaged file raises one of our errors or is harmless, and no other file changes. The mutations
+are independent of the format (`mutations`). A case runs in a child with limits of time and memory
+(`corpus`).
 """
 
 from __future__ import annotations

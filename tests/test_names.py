@@ -1,6 +1,4 @@
-"""Import names: the long ones everywhere, the former ones in a clone, a user's own folders beside
-them.
-"""
+"""Import names: the long ones everywhere, the former ones in a clone, and folders of a user."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a wheel and an editable installation from elsewhere give.
+# The import names of a wheel and of an editable installation elsewhere.
 INSTALLED = """
 import importlib.util
 training = importlib.util.find_spec("training")
@@ -39,6 +37,7 @@ def test_the_long_names_work_from_anywhere(tmp_path: Path) -> None:
     assert not done.returncode, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["former", "present"])
 def test_a_former_name_gives_the_same_module_and_warns(first: str) -> None:
     former = "import training.losses, ros_nodes.robot.mode; from sim import settings"
@@ -68,11 +67,13 @@ def test_a_former_name_gives_the_same_module_and_warns(first: str) -> None:
         assert f"Import ceed_vla.{name} instead of {name}." in done.stderr
 
 
+@pytest.mark.slow
 def test_an_unknown_module_of_a_former_name_is_not_found() -> None:
     done = run("import sim.no_such_module", ROOT)
     assert "No module named 'sim.no_such_module'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_former_name_runs_as_a_program() -> None:
     command = [sys.executable, "-m", "ros_nodes.demo.camera_load", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -80,6 +81,7 @@ def test_a_former_name_runs_as_a_program() -> None:
     assert "usage" in done.stdout
 
 
+@pytest.mark.slow
 def test_own_folders_of_the_same_names_break_nothing(tmp_path: Path) -> None:
     for name in ("sim", "training"):
         (tmp_path / "own" / name).mkdir(parents=True)

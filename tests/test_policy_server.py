@@ -1,6 +1,4 @@
-"""LeRobot's policy server, whose protocol unpickles: it listens where no other machine reaches
-it.
-"""
+"""LeRobot's policy server, whose protocol unpickles data: it listens on this machine only."""
 
 from __future__ import annotations
 
@@ -77,4 +75,4 @@ def test_who_insists_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["policy_server", "--insecure", "--host=0.0.0.0"])
     policy_server.main()
     assert policy_server.PolicyServer.insecure
-    assert served == [["--host=0.0.0.0"]]  # which LeRobot's parser knows
+    assert served == [["--host=0.0.0.0"]]  # flags of LeRobot's parser

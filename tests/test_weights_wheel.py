@@ -1,4 +1,4 @@
-"""A wheel of weights: built from a folder, installed, and found by name without being imported."""
+"""A wheel of weights: built from a folder, installed, and found by name without an import."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def script() -> Any:
     return module
 
 
-# setuptools deletes the class of one, which another process then cannot read
+# setuptools removes the class of an error, so another process cannot unpickle it
 @pytest.mark.filterwarnings("ignore")
 def test_from_a_run_to_a_name(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = tmp_path / "run" / "student" / "checkpoints" / "final"

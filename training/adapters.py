@@ -1,8 +1,7 @@
-"""LoRA through peft: which layers get adapters, what learns beside them, and what a checkpoint
-keeps of them.
+"""LoRA through peft: attach adapters to a policy, switch them, and write them to checkpoints.
 
-A student's adapter and its teacher sit on one copy of the base: `teacher_weights` switches the
-student's adapter off, or to the one that the teacher was trained with.
+A student and its teacher share one copy of the base weights: `teacher_weights` switches the
+student's adapter off, or to the adapter that the teacher was trained with.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
 logger = logging.getLogger(__name__)
 
-LEARNT, KEPT = "learnt", "teacher"  # names of the adapters
+LEARNT, TEACHER = "learnt", "teacher"  # names of the adapters
 HEADS = ("head", "lm_head")  # backbones read single rows of these weights
 LAYERS = ("Linear", "Linear4bit", "Linear8bitLt")
 
@@ -33,12 +32,12 @@ class LoRAConfig(Checked, prefix="lora."):
     """Low-rank adapters; needs `pip install "ceed_vla[vlm]"`.
 
     Attributes:
-        rank: Rank of the adapters; 0 trains the weights themselves.
-        alpha: A new adapter counts alpha / rank; 0 takes alpha = 2 * rank.
+        rank: Rank of the adapters; 0 trains all weights instead.
+        alpha: Numerator of a new adapter's scale alpha / rank; 2 * rank if 0.
         dropout: Share of an adapter's inputs that training drops.
-        targets: Linear layers with adapters: of the "language" model (what learns in distillation)
-            or "all".
-        train: Comma-separated modules of the teacher that learn in full beside, e.g.
+        targets: Linear layers with adapters: those of the "language" model (the part that
+            distillation trains) or "all".
+        train: Comma-separated modules of the teacher that learn without adapters, e.g.
             state,auxiliary,embed_tokens.
     """
 
@@ -50,17 +49,20 @@ class LoRAConfig(Checked, prefix="lora."):
 
 
 def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
-    """Put adapters on a policy: its own from its checkpoint, or new ones; only they learn, and
-    ``config.train``.
+    """Put adapters on a policy: those of its checkpoint, or new ones.
 
-    `ConfigError` if peft is missing, or the settings do not fit the policy or the adapters that it
-    has.
+    Only the adapters and the modules in ``config.train`` learn.
+
+    Raises:
+        ConfigError: peft is missing, or the settings do not match the policy or its adapters.
     """
     _add(policy, LEARNT, _own_layers(policy, config.rank), config, config.targets)
     full = [name.strip() for name in config.train.split(",") if name.strip()]
     known = {part for name, _ in policy.backbone.named_parameters() for part in name.split(".")}
     if wrong := set(full) - known - {"state", "auxiliary"}:
-        raise ConfigError(f"--lora.train has {short(min(wrong))}, which no weight has in its name.")
+        raise ConfigError(
+            f"--lora.train has {short(min(wrong))}, which is not in the name of any weight."
+        )
     for name, parameter in policy.backbone.named_parameters():
         parts = name.split(".")
         parameter.requires_grad_(f".{LEARNT}." in name or any(part in full for part in parts))
@@ -68,15 +70,17 @@ def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
 
 
 def attach_student(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
-    """Put a student's adapter beside the teacher's, as its copy, or new ones where it has none; see
-    `attach`.
+    """Put a student's adapter on a policy, next to the teacher's; see `attach`.
+
+    It starts as a copy of the teacher's adapter, or as a new one if there is none.
     """
     if config.targets != "language":
         raise ConfigError(
-            f"lora.targets is {config.targets}; what makes the prefix stays frozen in distillation."
+            f"lora.targets is {config.targets}; distillation trains adapters of the language model "
+            'only. Set it to "language".'
         )
     own = _own_layers(policy, config.rank)
-    for name in (KEPT, LEARNT) if own else (LEARNT,):
+    for name in (TEACHER, LEARNT) if own else (LEARNT,):
         _add(policy, name, own, config, "language")
     policy.adapters = {}
     learning = set(policy.backbone.distillation_parameters())
@@ -86,12 +90,12 @@ def attach_student(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
 
 
 def _own_layers(policy: CeedVLAPolicy, rank: int) -> list[str]:
-    """Layers of the adapters that the policy came with."""
+    """Layers with adapters in the policy's checkpoint."""
     ranks = {len(weight) for name, weight in policy.adapters.items() if name.endswith(A)}
     if ranks - {rank}:
         raise ConfigError(
             f"lora.rank is {rank}, but the checkpoint has adapters of rank "
-            f"{', '.join(map(str, sorted(ranks)))}, which go on learning; set that rank."
+            f"{', '.join(map(str, sorted(ranks)))}, which continue to learn; set that rank."
         )
     return [
         n.removeprefix("backbone.").removesuffix(A)
@@ -122,8 +126,9 @@ def _layers(policy: CeedVLAPolicy, targets: str) -> list[str]:
 def _add(
     policy: CeedVLAPolicy, name: str, own: list[str], config: LoRAConfig, targets: str
 ) -> None:
-    """Put one adapter on the policy: on its `own` layers with the policy's own weights, or a new
-    one on `targets`.
+    """Put one adapter on the policy.
+
+    It gets the checkpoint's weights on the layers `own`; without these it is new, on `targets`.
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -133,7 +138,7 @@ def _add(
 
     settings = PeftConfig(
         r=config.rank,
-        # own ones hold their scale
+        # the checkpoint's weights include their scale
         lora_alpha=(config.rank if own else config.alpha or 2 * config.rank),
         lora_dropout=config.dropout,
         target_modules=own or _layers(policy, targets),
@@ -141,7 +146,7 @@ def _add(
     inject_adapter_in_model(settings, policy.backbone, adapter_name=name)
     parameters = dict(policy.named_parameters())
     for parameter in (p for n, p in parameters.items() if f".{name}." in n):
-        parameter.data = parameter.data.float()  # few, and they get small steps
+        parameter.data = parameter.data.float()  # half precision would round small updates away
     with torch.no_grad():
         for weight, value in policy.adapters.items():
             parameters[weight.removesuffix(".weight") + f".{name}.weight"].copy_(value)
@@ -157,7 +162,7 @@ def adapted_layers(module: nn.Module) -> list[Any]:
 
 
 def select(policy: nn.Module, name: str | None) -> None:
-    """Let adapter `name` act, or none; `LEARNT` keeps its gradients whoever acts."""
+    """Activate adapter `name`, or none; the gradients of `LEARNT` stay in either case."""
     for layer in adapted_layers(policy):
         active = name is not None and name in layer.lora_A
         layer._disable_adapters = not active
@@ -167,8 +172,8 @@ def select(policy: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def teacher_weights(student: nn.Module) -> Iterator[None]:
-    """Let the student act as its teacher: without its adapter, or with the teacher's."""
-    select(student, KEPT)
+    """Run the student as its teacher in the block: without adapter, or with the teacher's."""
+    select(student, TEACHER)
     try:
         yield
     finally:
@@ -181,10 +186,16 @@ def teacher_weights(student: nn.Module) -> Iterator[None]:
 def plain_weights(
     weights: Mapping[str, Tensor], scale: float, keep_adapters: bool
 ) -> dict[str, Tensor]:
-    """A checkpoint's weights from those of a policy with adapters, `weights` by peft's names.
+    """Convert the weights of a policy with adapters to those of a checkpoint.
 
-    They get the names of a policy without adapters. The learnt adapters, times `scale`, come beside
-    them under the names of `ceed_vla.lora` (`keep_adapters`), or are added to them.
+    Args:
+        weights: Weights by peft's names.
+        scale: Factor of the learnt adapters.
+        keep_adapters: Whether the adapters are stored under the names of `ceed_vla.lora`; else
+            they are added to the base weights.
+
+    Returns:
+        Weights by the names of a policy without adapters.
     """
     a = f".lora_A.{LEARNT}.weight"
     b = f".lora_B.{LEARNT}.weight"
@@ -201,5 +212,5 @@ def plain_weights(
 
 
 def scale_of(policy: nn.Module) -> float:
-    """Factor of the learnt adapters."""
+    """The scale of the learnt adapters."""
     return float(adapted_layers(policy)[0].scaling[LEARNT])

@@ -1,7 +1,7 @@
-"""How a budget of minutes is divided: steps on grounding frames, on actions, and takeover rounds.
+"""Divide a budget of minutes into steps on grounding frames, steps on actions, takeover rounds.
 
-The speeds of a step are measured before the first one, on the frames and the machine that the run
-has, and corrected while it goes on. What is chosen is said before it begins.
+The duration of a step is measured before training, with the frames and on the machine of the run,
+and corrected during training. The schedule is logged before training starts.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from dataclasses import dataclass
 
 from ceed_vla.wording import counted
 
-# kinds of steps; the last where there is one
+# kinds of steps; STEP in runs with a single kind
 GROUNDING = "grounding"
 ACTION = "action"
 STEP = "step"
-GROUNDING_SHARE = 0.2  # of the time, where there are grounding frames
+GROUNDING_SHARE = 0.2  # of the time, if there are grounding frames
 TAKEOVER_SHARE = 0.1  # of the time, for each round
 BATCH, SMALL_BATCH = 32, 16  # frames of a step on actions
-FEWEST = 600  # steps on actions: with fewer, half a batch gives more of them
-ENOUGH = 900  # steps on actions, in the runs of docs/own-data.md that learnt their task
-FEW_STEPS = 1 / 3  # of the steps asked for: a run says so at its start
-FEWEST_EPISODES = 100  # with fewer demonstrations the runs of docs/own-data.md failed
-OVERHEAD = 1.15  # of what a probe leaves out: the optimisers' updates, the log, saved states
+FEWEST = 600  # steps on actions; if fewer fit, the small batch allows more of them
+# steps on actions, in the runs of docs/tutorials/first-policy.md that learnt their task
+ENOUGH = 900
+FEW_STEPS = 1 / 3  # share of the requested steps below which a run warns
+FEWEST_EPISODES = 100  # with fewer demonstrations the runs of docs/tutorials/first-policy.md failed
+OVERHEAD = 1.15  # factor for work outside a probe: the optimisers' updates, the log, saved states
 SHORTEST = 1e-6  # [s] of a step
-_PROBES = 3  # steps of each kind, of which the first does not count
+_PROBES = 3  # steps of each kind; the first one is discarded
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Speeds:
     """Seconds of a step.
 
     Attributes:
-        grounding: On twice `batch` grounding frames; 0 where there are none.
-        action: On `batch` frames with actions, and the grounding frames beside them.
+        grounding: Of a step on twice `batch` grounding frames; 0 without such frames [s].
+        action: Of a step on `batch` frames with actions and its grounding frames [s].
         batch: Frames.
     """
 
@@ -45,22 +46,22 @@ class Speeds:
     batch: int = BATCH
 
     def scaled(self, batch: int) -> Speeds:
-        """About the speeds with another batch."""
+        """The estimated speeds with another batch size."""
         factor = batch / self.batch
         return Speeds(self.grounding * factor, self.action * factor, batch)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a training run does with its minutes.
+class Schedule:
+    """How a training run uses its minutes.
 
     Attributes:
         minutes: The budget.
-        grounding_steps: Steps on grounding frames alone, first.
+        grounding_steps: Steps on grounding frames alone, before the others.
         steps: Steps on actions.
         batch_size: Frames of a step on actions.
         rounds: Takeover rounds.
-        speeds: Of its steps.
+        speeds: Durations of its steps.
         frames: Frames with actions.
         episodes: Demonstrated episodes.
     """
@@ -76,22 +77,22 @@ class Plan:
 
     @property
     def enough(self) -> bool:
-        """Whether so many steps and episodes have been enough for a task of one object."""
+        """Whether these steps and episodes were enough for a task of one object in our runs."""
         return self.steps * self.batch_size >= ENOUGH * BATCH and self.episodes >= FEWEST_EPISODES
 
     @property
     def expectation(self) -> str:
-        """What to expect of it, by what was measured."""
+        """A sentence on the expected result, based on our measurements."""
         if self.enough:
             return (
-                "With as many steps and episodes docs/own-data.md's task was learnt; others may "
-                "need more."
+                "The task of docs/tutorials/first-policy.md was learnt with as many steps and "
+                "episodes; other tasks may need more."
             )
-        return f"So little has rarely been enough for a task of one object: {self.advice}."
+        return f"This has rarely been enough for a task of one object: {self.advice}."
 
     @property
     def advice(self) -> str:
-        """What to change where it is not `enough`; else empty."""
+        """What to change if it is not `enough`; else empty."""
         found = []
         if self.steps * self.batch_size < ENOUGH * BATCH:
             action = self.speeds.scaled(BATCH).action * ENOUGH / 60
@@ -100,7 +101,7 @@ class Plan:
             ) + TAKEOVER_SHARE * self.rounds
             minutes = math.ceil(action / (1 - spent))
             found.append(
-                f"give about {minutes} minutes" if minutes > self.minutes else "take more --steps"
+                f"allow about {minutes} minutes" if minutes > self.minutes else "set more --steps"
             )
         if self.episodes < FEWEST_EPISODES:
             found.append(f"record {FEWEST_EPISODES} episodes or more")
@@ -131,12 +132,12 @@ def divide(
     grounding_steps: int | None = None,
     batch_size: int | None = None,
     steps: int | None = None,
-) -> Plan:
-    """The plan of a budget; what is given stays, what is None is chosen.
+) -> Schedule:
+    """Divide a budget; arguments that are None are chosen, the others stay.
 
     Args:
         minutes: The budget, above 0.
-        speeds: Of a step on this machine.
+        speeds: Durations of a step on this machine.
         grounded: Whether there are grounding frames.
         frames: Frames with actions.
         episodes: Demonstrated episodes.
@@ -144,6 +145,9 @@ def divide(
         grounding_steps: Steps on grounding frames; by default `GROUNDING_SHARE` of the time.
         batch_size: Frames of a step on actions.
         steps: Most steps on actions.
+
+    Returns:
+        The schedule.
     """
     seconds = 60 * minutes
     available = seconds * (1 - TAKEOVER_SHARE * rounds)
@@ -160,11 +164,11 @@ def divide(
     left = available - grounding_steps * scaled.grounding
     fitting = max(1, int(left / max(scaled.action, SHORTEST)))
     steps = fitting if steps is None else min(steps, fitting)
-    return Plan(minutes, grounding_steps, steps, batch_size, rounds, scaled, frames, episodes)
+    return Schedule(minutes, grounding_steps, steps, batch_size, rounds, scaled, frames, episodes)
 
 
 class StepTimer:
-    """Mean seconds of a step, by its kind; the first one of a kind does not count."""
+    """Mean seconds of a step, by its kind; the first step of a kind is discarded."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
@@ -176,13 +180,13 @@ class StepTimer:
             self._seconds[kind] += seconds
 
     def means(self) -> dict[str, float]:
-        """Of the kinds of which two steps or more were taken."""
+        """Mean seconds of a step, for kinds with two steps or more."""
         counts = {kind: steps - 1 for kind, steps in self._steps.items() if steps > 1}
         return {kind: self._seconds[kind] / count for kind, count in counts.items()}
 
 
 def probe(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each kind of step, measured by taking a few without an update, with `OVERHEAD`."""
+    """Seconds of each kind of step, `OVERHEAD` included, from a few steps without an update."""
     timer = StepTimer()
     for kind, take in steps.items():
         for _ in range(_PROBES):

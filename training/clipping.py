@@ -1,6 +1,4 @@
-"""Actions that a vocabulary cannot write: their share is reported, and refused where it is more
-than a few.
-"""
+"""Report the share of actions that a vocabulary clips, and refuse data if it is too large."""
 
 from __future__ import annotations
 
@@ -18,26 +16,32 @@ logger = logging.getLogger(__name__)
 
 MOST_CLIPPED = 0.01
 FAR = 0.5  # of a range's width
-COARSE = 1000.0  # times the width that the middle 98 % of the values take
-_REMEDY = "Correct the data, give a range that fits them, or allow it with --max_clipped"
+COARSE = 1000.0  # width of a range over the width of the middle 98 % of the values
+_REMEDY = "Correct the data, set a range that fits them, or allow it with --max_clipped"
 
 
 def check_clipping(tokens: Any, stores: Sequence[FrameStore], most: float) -> None:
-    """Report the share of the data sets' actions that a vocabulary (`ActionTokens`) clips; stop
-    where it loses them.
+    """Log the share of the datasets' actions that a vocabulary clips, and check it.
 
-    Ranges of quantiles clip up to 2 % of every dimension by construction, by little. So `most`
-    limits the share of values that lie *far* outside: beyond an end by more than half the range's
-    width, dimension by dimension; 1 allows all. Data sets without actions are left out. A
-    `ConfigError` names the dimension, the range and the share.
+    Ranges of quantiles clip up to 2 % of every dimension by construction, by a small amount.
+    Therefore `most` limits the share of values that lie *far* outside: beyond an end by more than
+    half the range's width, separately in each dimension.
+
+    Args:
+        tokens: The vocabulary (`ActionTokens`).
+        stores: The datasets; those without actions are skipped.
+        most: Largest share of values far outside in any dimension; 1 allows all.
+
+    Raises:
+        ConfigError: It names the dimension, the range and the share.
     """
     actions = [store.action for store in stores if store.action is not None]
-    if actions and not tokens.normalised:  # whose range is that of no data set
+    if actions and not tokens.normalised:  # a normalised range is not in the units of the data
         check_actions(tokens, np.concatenate(actions), most)
 
 
 def check_actions(tokens: Any, actions: NDArray[np.float32], most: float) -> None:
-    """`check_clipping` of actions (N, A)."""
+    """`check_clipping` for actions (N, A)."""
     low, high = (end.double().cpu().numpy() for end in (tokens.low, tokens.high))  # (A,)
     values = actions.astype(np.float64)
     width = np.maximum(high - low, 1e-3)
@@ -56,7 +60,7 @@ def check_actions(tokens: Any, actions: NDArray[np.float32], most: float) -> Non
     if far[d] > most:
         raise ConfigError(
             f"{far[d]:.1%} of the actions of dimension {d} lie far outside the vocabulary's range "
-            f"[{low[d]:.4g}, {high[d]:.4g}]; {most:.1%} may, and the data reach from "
+            f"[{low[d]:.4g}, {high[d]:.4g}]; at most {most:.1%} may. The data reach from "
             f"{least[d]:.4g} to {largest[d]:.4g}. {_REMEDY}."
         )
     reach = np.minimum(largest, high) - np.maximum(least, low)
@@ -65,6 +69,6 @@ def check_actions(tokens: Any, actions: NDArray[np.float32], most: float) -> Non
         d = int(lost.argmax())
         raise ConfigError(
             f"98 % of the actions of dimension {d} lie in [{one[d]:.4g}, {other[d]:.4g}], but the "
-            f"vocabulary's range is [{low[d]:.4g}, {high[d]:.4g}], because a few values are that "
-            f"far off: it cannot tell the others apart. {_REMEDY}=1."
+            f"vocabulary's range is [{low[d]:.4g}, {high[d]:.4g}], because of a few extreme "
+            f"values: its bins cannot resolve the others. {_REMEDY}=1."
         )

@@ -23,24 +23,24 @@ class CollectConfig:
     Attributes:
         policy_path: The teacher's checkpoint.
         roots: Comma-separated LeRobotDataset folders.
-        output_dir: Where shards and ``meta.json`` go.
-        states: Keep every Jacobi state; false keeps only guess and fixed point (an AR decode, about
-            twice as fast).
+        output_dir: Folder for shards and ``meta.json``.
+        states: Store every Jacobi state; false stores only guess and fixed point (an AR decode,
+            about twice as fast).
         guesses: Shares of previous, mid and random guesses.
-        device: Where to decode.
+        device: Device to decode on.
         frame_stride: Visit every k-th frame of an episode; it must divide the policy's
             ``n_action_steps``.
-        max_frames: About so many frames, of whole episodes drawn at random (0: all).
+        max_frames: Approximate number of frames, of whole episodes drawn at random; 0 for all.
         batch_size: Frames decoded together.
-        shard_index: This process's part, from 0.
+        shard_index: Index of this process's part, from 0.
         num_shards: Processes that share the work; under torchrun or `accelerate launch` leave both
             out.
         workers: Processes that this one starts for its part.
         seed: Seed of episodes and guesses.
         threads: CPU threads; 0 leaves torch's default.
         max_clipped: Largest share of a dimension's actions far outside the policy's range.
-        streaming: Which data sets are decoded into files, and how much of the others is in memory.
-        resume: Skip shards that are complete; they are checked.
+        streaming: Which datasets are decoded into files, and how much of the others is in memory.
+        resume: Skip complete shards, after a check.
     """
 
     policy_path: str = ""
@@ -66,18 +66,20 @@ class CollectConfig:
         guess_shares(self.guesses)
         if self.shard_index >= self.num_shards:
             raise ConfigError(
-                f"shard_index is {self.shard_index}; of {self.num_shards} shards it must be one of "
-                f"0..{self.num_shards - 1}."
+                f"shard_index is {self.shard_index}; with {self.num_shards} shards it must be one "
+                f"of 0..{self.num_shards - 1}."
             )
 
 
 def guess_shares(text: str) -> NDArray[np.float64]:
-    """Three non-negative shares (previous, mid, random), normalised; `ConfigError` for other text,
-    or none positive.
+    """Parse three non-negative shares (previous, mid, random), and normalise them.
+
+    Raises:
+        ConfigError: The text is of another form, or all shares are zero.
     """
     shares = number_list(text, "guesses")
     if len(shares) != len(GUESSES) or not sum(shares):
         raise ConfigError(
-            f"guesses is {text!r}; give the shares of {', '.join(GUESSES)}, e.g. 0.7,0.2,0.1."
+            f"guesses is {text!r}; it must be the shares of {', '.join(GUESSES)}: 0.7,0.2,0.1."
         )
     return np.array(shares) / sum(shares)

@@ -1,6 +1,4 @@
-"""Decodes frames of data sets with a teacher and keeps the states: the rows of trajectory
-shards.
-"""
+"""Decode frames of datasets with a teacher, and return the states as rows of trajectory shards."""
 
 from __future__ import annotations
 
@@ -20,25 +18,24 @@ from ceed_vla.training.collect_config import CollectConfig, guess_shares
 from ceed_vla.training.settings import split_list
 from ceed_vla.training.shards import GUESSES, SCHEMA
 
-# (index of the data set, name of the shard, frames (F,))
+# (index of the dataset, name of the shard, frames (F,))
 WorkUnit = tuple[int, str, NDArray[np.int64]]
 
 
 def opened_inputs(config: CollectConfig) -> tuple[Any, Any, list[FrameStore]]:
-    """Policy, pre-processor and data sets."""
+    """Load policy, preprocessor and datasets."""
     if config.device == "cuda" and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # every process its own GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one GPU per process
     policy, pre, _ = load(config.policy_path, device=config.device)
     stores = [open_dataset(root, streaming=config.streaming) for root in split_list(config.roots)]
     return policy, pre, stores
 
 
 class Collector:
-    """Decodes the frames of one work unit after the other, in the order that "previous" guesses
-    need.
+    """Decodes the frames of one work unit after another, in the order that "previous" guesses need.
 
-    `found` is what `opened_inputs` gives; None: it is opened here, in a process of its own (see
-    `Workers`).
+    `found` is the result of `opened_inputs`; if None, in a worker process (see `Workers`), it is
+    opened here. `advance` is called with each number of decoded frames.
     """
 
     stores: list[FrameStore]
@@ -55,7 +52,7 @@ class Collector:
         self.malformed = 0  # chunks of the unit that is being decoded
 
     def __call__(self, unit: WorkUnit) -> tuple[pa.Table, int]:
-        """The trajectories of a unit, and how many of its chunks are malformed."""
+        """Decode a unit; return its trajectories, and the number of its malformed chunks."""
         root, _, frames = unit
         self.malformed = 0
         store = self.stores[root]
@@ -89,7 +86,7 @@ class Collector:
         previous = self._previous(store, frames, known)  # (B, n)
         kinds = random.choice(3, size=len(frames), p=self.shares)  # (B,)
         kinds[(kinds == 0) & (previous[:, 0] < 0)] = 2  # nothing to shift: a random guess instead
-        # of every row the distinct ones: guess first, fixed point last
+        # distinct states of each row, from the guess to the fixed point
         states: dict[int, NDArray[np.int16]] = {}
         method = "jacobi" if self.config.states else "ar"
         for kind in np.unique(kinds):
@@ -127,9 +124,7 @@ class Collector:
     def _previous(
         self, store: FrameStore, frames: NDArray[np.int64], known: dict[int, NDArray[np.int16]]
     ) -> NDArray[np.int16]:
-        """(B, n) fixed points of the frames `n_action_steps` earlier; -1 where the episode has
-        none.
-        """
+        """Fixed points (B, n) of the frames `n_action_steps` earlier; -1 before the episode."""
         previous = np.full((len(frames), self.n), -1, dtype=np.int16)
         for i, frame in enumerate(frames.tolist()):
             earlier = frame - self.steps
@@ -140,5 +135,5 @@ class Collector:
 
 def distinct_states(states: NDArray[np.int16]) -> NDArray[np.int16]:
     """Drop repeated states (k, n); a Jacobi trajectory repeats only its fixed point."""
-    kept = states[np.append(True, (states[1:] != states[:-1]).any(1))]
-    return kept if len(kept) > 1 else np.concatenate([kept, kept])
+    distinct = states[np.append(True, (states[1:] != states[:-1]).any(1))]
+    return distinct if len(distinct) > 1 else np.concatenate([distinct, distinct])

@@ -1,6 +1,4 @@
-"""States to distil from: guesses as inference makes them, after a few of the student's own Jacobi
-updates.
-"""
+"""States to distil from: guesses as in inference, after a few Jacobi updates by the student."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ RANDOM = GUESSES.index("random")
 
 @dataclass
 class StateDraw:
-    """The random part of a batch's states, drawn for all rows at once: a row's does not depend on
-    the others'.
-    """
+    """The random part of a batch's states, drawn at once, so that it is the same in any split."""
 
     kind: NDArray[np.int64]  # (B,) index into `GUESSES`
     guess: Tensor  # (B, n) the random guess
@@ -43,7 +39,7 @@ def draw_states(
     max_updates: int,
     random: np.random.Generator,
 ) -> StateDraw:
-    """Draw kinds of guesses in the given shares, random guesses, and 0 to `max_updates` updates."""
+    """Draw kinds of guesses by their `shares`, random guesses, and 0 to `max_updates` updates."""
     kind = random.choice(len(GUESSES), size=rows, p=shares)
     generator = torch.Generator().manual_seed(int(random.integers(2**31)))
     guess = policy.tokenizer.guess("random", rows, generator=generator)
@@ -59,8 +55,9 @@ def guess_states(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Te
 
 
 def all_guesses(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Tensor:
-    """Of every kind (kinds, B, n); a row without a previous chunk (-1) has random tokens in its
-    place.
+    """Initial guesses of every kind (kinds, B, n).
+
+    Rows without a previous chunk (-1) get random tokens in its place.
     """
     tokenizer, steps = policy.tokenizer, policy.config.n_action_steps
     guesses = [
@@ -76,11 +73,14 @@ def all_guesses(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Ten
 def online_states(
     policy: CeedVLAPolicy, embeddings: Tensor, previous: Tensor, draw: StateDraw, max_updates: int
 ) -> Tensor:
-    """Guesses (B, n) after the drawn numbers of the student's own Jacobi updates, behind its prefix
-    `embeddings`.
+    """Guesses (B, n) after the drawn numbers of Jacobi updates by the student.
 
-    In `previous` (B, n), rows of -1 have none. Every process runs `max_updates` forwards, which
-    sharded weights need.
+    Args:
+        policy: The student.
+        embeddings: Its prefix embeddings.
+        previous: Previous chunks (B, n); rows of -1 have none.
+        draw: The random part of the states.
+        max_updates: Most updates. Every process runs as many forwards, as sharded weights require.
     """
     states = guess_states(policy, previous, draw)
     updates = torch.from_numpy(draw.updates).to(states.device)

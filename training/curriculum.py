@@ -1,10 +1,10 @@
-"""Which states teach most: those that the student's own updates treat unevenly (ExIt, arXiv
+"""Draw the states that teach most: those that the student's next update changes (ExIt, arXiv
 2509.04575).
 
-Every row has candidates: each kind of guess after 0, 1, ... of the student's updates. How
-informative one is, is how much of the distance to the fixed point the next update makes or loses:
-where it is nothing, the state is done or the student is lost there. One is drawn in proportion to
-that, times the share that inference gives its guess.
+The candidates of a row are the guesses of each kind after 0, 1, ... updates by the student. The
+weight of a candidate is the change of its distance to the fixed point by the next update: without a
+change, the state has converged or the student cannot improve it. A candidate is drawn in proportion
+to this weight times the share of its guess in inference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ceed_vla.training.corruption import StateDraw, all_guesses
 
-FLOOR = 0.05  # of the tokens: what every candidate counts at least
+FLOOR = 0.05  # least weight of a candidate, as a share of the tokens
 
 
 @torch.no_grad()
@@ -30,13 +30,13 @@ def informative_states(
     max_updates: int,
     shares: NDArray[Any],
 ) -> Tensor:
-    """States (B, n), each drawn among a row's candidates; see
-    `ceed_vla.training.corruption.online_states` for the others.
+    """Draw states (B, n), each among the candidates of its row.
 
-    `shares` (kinds,) are those of the guesses. It takes ``max_updates + 1`` packed forwards of all
-    kinds.
+    It takes ``max_updates + 1`` packed forwards of all kinds. The arguments are those of
+    `ceed_vla.training.corruption.online_states`, the teacher's fixed points (B, n), and the
+    `shares` (kinds,) of the kinds of guesses.
     """
-    # of (kinds, B, n), one for each number of updates
+    # (kinds, B, n) for each number of updates
     states = [all_guesses(policy, previous, draw)]
     for _ in range(max_updates + 1):
         _, logits = policy.backbone.packed_logits(embeddings, list(states[-1]))

@@ -1,6 +1,4 @@
-"""What a new policy takes from its data where its settings leave it open, and what of the data it
-can learn from.
-"""
+"""Derive settings of a new policy from its data, and check which data its targets can use."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from torch import Tensor
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import ACTION, ENVIRONMENT, STATE, FrameStore
 from ceed_vla.errors import DatasetError
-from ceed_vla.from_data import NEAR_ZERO as NEAR_ZERO  # for who reads `take_from_data`
+from ceed_vla.from_data import NEAR_ZERO as NEAR_ZERO  # for readers of `take_from_data`
 from ceed_vla.from_data import SPARSE as SPARSE
 from ceed_vla.from_data import describe as describe_data
 from ceed_vla.from_data import take_from_actions
@@ -32,12 +30,18 @@ def take_from_data(
     grounding: Sequence[FrameStore],
     privileged: Privileged | None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Fill a new policy's features, two-valued and increment dimensions and auxiliary target where
-    they are not set.
+    """Set features, two-valued and increment dimensions and auxiliary target, unless they are set.
 
-    `privileged` is believed where the data sets name their values as the environment does. Returns
-    statistics for the processors and the ranges of the action tokens: in dimensions that are nearly
-    always zero, of the extremes.
+    Args:
+        policy: Settings of a new policy; filled in place.
+        stores: Datasets with actions.
+        grounding: Datasets without actions.
+        privileged: The environment's description of its state. It is used if the datasets name
+            their values as the environment does.
+
+    Returns:
+        Statistics for the processors and the ranges of the action tokens. In dimensions that are
+        nearly always zero, quantiles are replaced by the extremes.
     """
     shapes = stores[0].shapes
     cameras = {
@@ -56,14 +60,12 @@ def take_from_data(
 
 
 def is_of(store: FrameStore, privileged: Privileged) -> bool:
-    """Whether a data set's ``observation.environment_state`` is the environment's."""
+    """Whether a dataset's ``observation.environment_state`` is the environment's."""
     return store.labels.get(ENVIRONMENT) == list(privileged.names)
 
 
 def named_terms(policy: CeedVLAConfig, privileged: Privileged | None) -> int:
-    """Leading terms of the auxiliary target that are regressed while actions are learnt; 0 for
-    all.
-    """
+    """Number of leading terms of the auxiliary target regressed with actions; 0 for all."""
     ours = privileged is not None and policy.auxiliary_scale == list(privileged.scale)
     return privileged.named if privileged is not None and ours else 0
 
@@ -74,10 +76,12 @@ def check_target(
     grounding: Sequence[FrameStore],
     privileged: Privileged | None,
 ) -> None:
-    """Keep the auxiliary regression from values that its scale was not made for.
+    """Exclude values from the auxiliary regression that its scale does not describe.
 
-    Demonstrations lose such values, with a warning; grounding data have nothing else, which is a
-    `DatasetError`.
+    Demonstrations lose these values, with a warning.
+
+    Raises:
+        DatasetError: The values are those of grounding data, which have no other target.
     """
     needed = len(policy.auxiliary_scale)
     ours = privileged is not None and policy.auxiliary_scale == list(privileged.scale)
@@ -103,5 +107,5 @@ def check_target(
 
 
 def describe(policy: CeedVLAConfig, tokens: Any, store: FrameStore, named: int) -> str:
-    """What training is about to use, for the log: see `ceed_vla.from_data.describe`."""
+    """Settings that training uses, for the log: see `ceed_vla.from_data.describe`."""
     return describe_data(policy, tokens, store.fps, store.ignored, named or None)

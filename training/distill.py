@@ -1,8 +1,8 @@
-"""`ceed-vla distill`: make a teacher reach its fixed point in a few Jacobi iterations.
+"""`ceed-vla distill`: train a student that reaches the fixed point in a few Jacobi iterations.
 
 One packed forward of ``[prefix | Y* | Y]`` gives the student's logits on the fixed point and on a
-Jacobi state; what makes the prefix embeddings stays frozen. States come from the teacher's
-trajectories (the paper) or from the student itself while it trains ("online": a guess and 0-2 of
+Jacobi state. The weights that produce the prefix embeddings stay frozen. States come from the
+teacher's trajectories (the paper) or from the student as it trains ("online": a guess and 0-2 of
 its own updates).
 """
 
@@ -41,7 +41,7 @@ from ceed_vla.training.summary import Summary
 from ceed_vla.wording import counted
 
 STEPS = 400  # without a budget
-SCORED = 64  # frames that say which prefix tokens matter
+SCORED = 64  # frames that the scores of prefix tokens are averaged over
 
 
 @dataclass
@@ -49,30 +49,30 @@ class DistillConfig(RunConfig):
     """Settings of `ceed-vla distill`.
 
     Attributes:
-        steps: Optimiser steps; 400 if not given, as many as fit with max_minutes.
-        teacher_path: The teacher; the student starts from it.
-        trajectories: Where the teacher's trajectories come from.
-        roots: Comma-separated data sets; those that stored trajectories were collected on, in the
-            same order.
+        steps: Optimiser steps; by default 400, or as many as fit into max_minutes.
+        teacher_path: Checkpoint of the teacher, from which the student starts.
+        trajectories: Source of the teacher's trajectories.
+        roots: Comma-separated datasets; for stored trajectories those that they were collected on,
+            in the same order.
         loss: "trust_region" (KL to the frozen teacher), "paper" (self-consistency and mixed
-            labels), or another's.
-        states: "online" (the student's own) or "stored" (of the teacher's trajectories, as the
+            labels), or a loss of another package.
+        states: "online" (the student's own) or "stored" (of the teacher's trajectories, as in the
             paper).
         omega: Weight of the anchoring term.
-        delta_quantile: "paper": demonstrations replace the share of labels beyond this quantile of
-            the observed distance between teacher and demonstration.
+        delta_quantile: "paper": quantile of the observed distance between teacher and
+            demonstration, beyond which demonstrations replace the teacher's labels.
         guesses: "online": shares of previous, mid and random guesses, as in inference.
-        max_updates: "online": at most so many own Jacobi updates of the guess.
-        curriculum: "online": which of the states are drawn: "uniform", or by "spread", how unevenly
-            the student's updates treat them (`ceed_vla.training.curriculum`).
-        kept: Prefix tokens that the student runs, those that matter most on average by the
-            teacher's scorer (`ceed-vla context`); 0 for all. Of the compact backbone.
+        max_updates: "online": most Jacobi updates of the guess by the student.
+        curriculum: "online": which states are drawn: "uniform", or "spread", by how much the
+            student's next update changes their distance to the fixed point.
+        kept: Prefix tokens that the student keeps, those with the highest mean scores of the
+            teacher's scorer (`ceed-vla context`); 0 for all. Compact backbone only.
         max_iterations: Iteration cap of the student's early-exit decoding.
         confidence: Its confidence rule (`DecodingConfig.confidence`); None for the cap alone.
-        device: Where to train: "cpu", or an accelerator such as "cuda".
-        eval_every: Steps between measurements of iterations and agreement, from step 0 on (0: at
-            the end only).
-        eval_frames: Frames of held-out episodes of that measurement.
+        device: Device to train on: "cpu", or an accelerator such as "cuda".
+        eval_every: Steps between measurements of iterations and agreement, from step 0 on; 0
+            measures at the end only.
+        eval_frames: Frames of held-out episodes for these measurements.
     """
 
     teacher_path: str = ""
@@ -89,7 +89,7 @@ class DistillConfig(RunConfig):
     max_iterations: int = ranged(2, "[1, 1e6]")
     confidence: float | None = ranged(None, "(0, 1]")
     device: str = "cpu"
-    steps: int | None = ranged(None, COUNTS)  # type: ignore[assignment]  # every run knows it in the end
+    steps: int | None = ranged(None, COUNTS)  # type: ignore[assignment]  # set in __post_init__
     batch_size: int = ranged(48, BATCHES)
     lr: float = ranged(3e-4, RATES)
     muon_lr: float = ranged(3e-4, NONE_OR_RATES)
@@ -112,11 +112,19 @@ class DistillConfig(RunConfig):
 
 
 def distill(config: DistillConfig, closed_loop: ClosedLoop | None = None) -> Path:
-    """Distil a student, and return the folder of the final checkpoint; `closed_loop` measures one
-    in simulation.
+    """Distil a student.
 
-    `DatasetError` for trajectories or data sets that do not fit, `CheckpointError` for those of
-    another teacher, or nothing to resume, `ConfigError` for bad settings.
+    Args:
+        config: The settings.
+        closed_loop: Measures a checkpoint in simulation; skipped if None.
+
+    Returns:
+        The folder of the final checkpoint.
+
+    Raises:
+        DatasetError: Trajectories or datasets do not match the policy or each other.
+        CheckpointError: Trajectories are of another teacher, or there is no run to resume.
+        ConfigError: The settings are invalid.
     """
     with owned_folder("output_dir", config.output_dir, launched=True):
         return DistillRun(config, closed_loop).run()
@@ -132,9 +140,9 @@ class DistillRun(Run):
         self.shares = guess_shares(config.guesses)
         if self.sharded and adapted and config.trajectories.online:
             raise ConfigError(
-                "Processes that share one sharded model cannot each decode with it; collect the "
-                "trajectories first, or leave out FSDP: a frozen base with adapters takes little "
-                "memory."
+                "Processes that share one sharded model cannot decode with it independently. "
+                "Collect the trajectories before, or leave out FSDP: a frozen base with adapters "
+                "takes little memory."
             )
         student, pre, post = load(
             config.teacher_path, device=config.device, merge_adapters=not adapted
@@ -158,7 +166,7 @@ class DistillRun(Run):
         self.objective = DistillationObjective(
             student, teacher, find_loss(config.loss), config.omega
         )
-        with self.accelerator.main_process_first():  # the first one decodes the images
+        with self.accelerator.main_process_first():  # the main process decodes the images
             self.data = self._data(student, pre)
         if config.kept:
             self._narrow(student)
@@ -167,17 +175,15 @@ class DistillRun(Run):
 
     @torch.no_grad()
     def _narrow(self, student: Any) -> None:
-        """Let the student run the tokens alone that the teacher's scorer ranks best, the same in
-        all frames.
-        """
+        """Restrict the student to the prefix tokens of the highest mean scores, in all frames."""
         backbone, scorers = student.backbone, student.backbone.context
         if not scorers or getattr(backbone, "kept", True) or self.config.lora.rank:
             raise ConfigError(
                 "--kept needs a teacher of the compact backbone that runs its whole prefix, with a "
-                "context.safetensors (ceed-vla context); and all of the student's layers learn, so "
+                "context.safetensors (ceed-vla context). All of the student's layers learn, so "
                 "leave out --lora.rank."
             )
-        finish_training(student)  # its early head is of all tokens
+        finish_training(student)  # drop the early head, which is trained on all tokens
         rows = self.data.draw(SCORED, np.random.default_rng(self.config.seed), 0)
         embeddings = backbone.embed_prefix(self.data.observations(rows))
         scores = scorers[0](*backbone.prefix_tokens(embeddings)).mean(0)  # (N,)
@@ -199,7 +205,7 @@ class DistillRun(Run):
             chosen.path, config.roots, config.teacher_path, student, pre, stored, **sizes
         )
         if stored and not data.trajectories.states:
-            raise DatasetError(f"{chosen.path} keeps no states; collect them with --states=true.")
+            raise DatasetError(f"{chosen.path} has no states; collect them with --states=true.")
         return data
 
     # ---- steps -----------------------------------------------------------------------------------
@@ -207,7 +213,7 @@ class DistillRun(Run):
     def train_step(self) -> dict[str, float]:
         config, size = self.config, self.config.batch_size
         rows = self.data.draw(size, np.random.default_rng([config.seed, self.step]), self.step)
-        # Drawn for the whole batch: a row gets the same state however the batch is split.
+        # Drawn for the whole batch, so that states do not depend on the split of the batch.
         random = np.random.default_rng([config.seed, self.step, 1])
         draw = draw_states(self.policy, size, self.shares, config.max_updates, random)
         if config.curriculum == "spread":
@@ -238,9 +244,7 @@ class DistillRun(Run):
         return dict(values)
 
     def _part(self, rows: Any, draw: StateDraw) -> dict[str, Any]:
-        """A part of the batch with its prefix embeddings and states, before the forward that
-        learns.
-        """
+        """A part of the batch with its prefix embeddings and states, computed without gradients."""
         batch = self.data.batch(rows, draw)
         own = None if self.config.states == "stored" else (draw, self.config.max_updates)
         with torch.no_grad():
@@ -249,9 +253,7 @@ class DistillRun(Run):
         return {**batch, "embeddings": embeddings, "seen": seen, "states": states}
 
     def _counts(self, parts: list[dict[str, Any]]) -> Tensor:
-        """(2,) slots that the two loss terms are means of in the whole batch, divided by the
-        processes.
-        """
+        """Slots (2,) in the means of the two loss terms, of the whole batch, over the processes."""
         masks = torch.cat(
             [
                 after_first_divergence(part["states"], part["fixed_point"], part["live"])
@@ -267,7 +269,7 @@ class DistillRun(Run):
 
     def before_step(self) -> None:
         if self.step == 0 and self.config.eval_every:
-            self.log(self._measure())  # the student has the teacher's weights still
+            self.log(self._measure())  # the student still has the teacher's weights
 
     def after_step(self) -> None:
         every = self.config.eval_every
@@ -291,7 +293,7 @@ class DistillRun(Run):
             (
                 f"Forwards a chunk: {found['iterations_mean']:.2f} with strict Jacobi, "
                 f"{found['early_exit_forwards']:.2f} with early exit; after one forward "
-                f"{found['one_forward_agreement']:.3f} of the tokens are what they become"
+                f"{found['one_forward_agreement']:.3f} of the tokens equal the fixed point's"
             ),
         ]
 
@@ -317,12 +319,10 @@ class DistillRun(Run):
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
-        """Strict iterations, agreement with the teacher and accuracy after one forward, on held-out
-        frames.
-        """
+        """Measure iterations, agreement with the teacher and accuracy on held-out frames."""
         strict = DecodingConfig(method="jacobi", guess="previous")
         size = self.config.batch_size // self.num_parts or 1
-        # Sharded weights come together in the model's own forward only.
+        # Sharded weights are gathered in the model's own forward only.
         decode = (
             partial(self.model, "decode_student") if self.sharded else self.objective.decode_student
         )

@@ -1,6 +1,4 @@
-"""Batches for distillation: observations with the teacher's fixed points, stored or decoded on the
-fly.
-"""
+"""Batches for distillation: observations with the teacher's fixed points, stored or online."""
 
 from __future__ import annotations
 
@@ -29,6 +27,7 @@ from ceed_vla.training.held_out import SHARE, held_out_frames
 from ceed_vla.training.losses import chunk_distance, mixed_labels
 from ceed_vla.training.mixture import check_compatible, check_fits, join_batches
 from ceed_vla.training.settings import split_list
+from ceed_vla.training.spans import row_spans
 from ceed_vla.training.trajectories import (
     are_those,
     check_storable,
@@ -36,23 +35,22 @@ from ceed_vla.training.trajectories import (
     layout_of,
     read_trajectories,
 )
-from ceed_vla.training.windows import row_windows
 
 # The teacher: (observation, guesses (B, n) or None) -> the fixed points (B, n) and, from guesses,
 # all states (k, B, n).
 Decode = Callable[[dict[str, Any], Tensor | None], tuple[Tensor, Tensor | None]]
 
 
-DECODED = 16  # frames of the sample that are decoded together
+DECODED = 16  # frames of the sample for `delta_quantile` that are decoded together
 
 
 @dataclass
 class TrajectoriesConfig:
-    """Where the teacher's trajectories come from.
+    """Source of the teacher's trajectories.
 
     Attributes:
         path: Folder made by `ceed-vla collect` with this teacher.
-        online: The teacher decodes each batch as it is trained on; nothing is stored.
+        online: The teacher decodes each batch during training; nothing is stored.
     """
 
     path: str = ""
@@ -62,20 +60,28 @@ class TrajectoriesConfig:
         check_fields(self, "trajectories.")
         if self.path and self.online:
             raise ConfigError(
-                f"trajectories.path is {self.path!r} and trajectories.online is set; choose one of "
-                "the two."
+                f"trajectories.path is {self.path!r}, but trajectories.online is set; leave one of "
+                "them out."
             )
 
 
 class DistillData:
-    """Frames of data sets, and what is distilled on each; `DatasetError` for those that the
-    `policy` cannot read.
+    """Frames of datasets, and the targets of distillation on each.
 
-    `roots` are comma-separated data sets with actions, `pre` is the policy's pre-processor. Whole
-    episodes are held out, a share `held_out` of them, and `eval_frames` of their frames measured on
-    (of data sets with few episodes, that many single frames); of the others, the share
-    `delta_quantile` has an acceptable distance between teacher and demonstration. Streamed data are
-    read in an order that follows from `seed`.
+    Args:
+        roots: Comma-separated datasets with actions.
+        policy: The student.
+        pre: Its preprocessor.
+        eval_frames: Held-out frames to measure on; single frames if the datasets have too few
+            episodes.
+        held_out: Share of the episodes that are held out.
+        delta_quantile: Share of the other frames whose distance between teacher and demonstration
+            is accepted.
+        streaming: Which datasets are streamed.
+        seed: Seed of the order in which streamed data are read.
+
+    Raises:
+        DatasetError: The `policy` cannot read a dataset, or a dataset has no actions.
     """
 
     def __init__(
@@ -103,7 +109,7 @@ class DistillData:
             if store.action is None:
                 raise DatasetError(f"{store.root} holds no actions; distil on demonstrations.")
         check_compatible(self.stores)
-        # (N,) data set and frame of every row
+        # dataset and frame of every row (N,)
         self.root = np.concatenate(
             [np.full(len(store), index) for index, store in enumerate(self.stores)]
         )
@@ -112,8 +118,10 @@ class DistillData:
         self.delta_max = float("inf")
 
     def split(self) -> None:
-        """Split into `rows` to train on and `held_out` ones to measure on; `DatasetError` for too
-        few frames.
+        """Split the frames into `rows` to train on and `held_out` to measure on.
+
+        Raises:
+            DatasetError: There are too few frames.
         """
         order = np.random.default_rng(0).permutation(len(self.frame))
         most = self.eval_frames
@@ -128,10 +136,10 @@ class DistillData:
         self.held_out = self._by_store(held_out)
         if not len(self.rows):
             raise DatasetError(
-                f"There are {len(order)} frames, --eval_frames {most} of them held out; record "
-                "more or lower it."
+                f"--eval_frames is {most}, but there are only {len(order)} frames; record more, or "
+                "lower it."
             )
-        self.windows = row_windows(self.stores, self.root, self.frame, self.rows, self.seed)
+        self.spans = row_spans(self.stores, self.root, self.frame, self.rows, self.seed)
 
     def _in_held_out_episodes(self) -> NDArray[np.bool_]:
         """Which rows (N,) are frames of held-out episodes."""
@@ -141,12 +149,10 @@ class DistillData:
         return found
 
     def draw(self, size: int, random: np.random.Generator, step: int) -> NDArray[np.int64]:
-        """Rows of a step's batch, grouped by data set: so are those of any part of it."""
-        windows = self.windows
+        """Draw the rows of a step's batch, grouped by dataset."""
+        spans = self.spans
         rows = (
-            windows.draw(random, size, step * size)
-            if windows
-            else random.choice(self.rows, size=size)
+            spans.draw(random, size, step * size) if spans else random.choice(self.rows, size=size)
         )
         return self._by_store(rows)
 
@@ -154,7 +160,7 @@ class DistillData:
         return rows[np.argsort(self.root[rows], kind="stable")]
 
     def observations(self, rows: NDArray[np.int64]) -> dict[str, Any]:
-        """Pre-processed observations and actions of rows that are grouped by data set."""
+        """Preprocessed observations and actions of rows that are grouped by dataset."""
         of_stores = (
             (store, rows[self.root[rows] == index]) for index, store in enumerate(self.stores)
         )
@@ -165,18 +171,24 @@ class DistillData:
     def fixed_points(
         self, rows: NDArray[np.int64], observation: dict[str, Any], draw: StateDraw | None
     ) -> dict[str, Tensor]:
-        """``fixed_point`` and ``previous`` (B, n; -1: none), and ``teacher_states`` where the
-        teacher's are used.
+        """The teacher's tokens for `rows`.
+
+        Returns:
+            ``fixed_point`` (B, n), ``previous`` (B, n), -1 in rows without a previous chunk, and
+            ``teacher_states`` (B, n) if distillation uses these.
         """
         raise NotImplementedError
 
     def batch(self, rows: NDArray[np.int64], draw: StateDraw | None = None) -> dict[str, Any]:
-        """What a part of a step needs, of rows that are grouped by data set, on the policy's
-        device.
+        """The batch of a part of a step, on the policy's device.
 
-        Returns what the pre-processor and `fixed_points` give, ``labels``, ``label_weight``,
-        ``live`` (B, n) and ``replaced`` (B,). Without `draw`, the random part of the states, every
-        row gets its previous chunk.
+        Args:
+            rows: Rows that are grouped by dataset.
+            draw: The random part of the states; without it every row gets its previous chunk.
+
+        Returns:
+            The outputs of the preprocessor and of `fixed_points`, ``labels``, ``label_weight``,
+            ``live`` (B, n) and ``replaced`` (B,).
         """
         batch = self.observations(rows)
         found = self.fixed_points(rows, batch, draw)
@@ -213,11 +225,20 @@ class DistillData:
 
 
 class StoredData(DistillData):
-    """Trajectories of `ceed-vla collect` in the folder `path`, by the checkpoint `teacher`.
+    """Trajectories of `ceed-vla collect`.
 
-    `settings` are those of `DistillData`. `DatasetError` for too few frames, or where trajectories
-    and data sets (named in the same order) do not fit each other; `CheckpointError` for another
-    teacher.
+    Args:
+        path: Folder of the trajectories.
+        roots: The datasets that they were collected on, in the same order.
+        teacher: Checkpoint that they were collected with.
+        policy: See `DistillData`.
+        pre: See `DistillData`.
+        states: Whether the states between guess and fixed point are read.
+        settings: See `DistillData`.
+
+    Raises:
+        DatasetError: There are too few frames, or trajectories and datasets do not match.
+        CheckpointError: The trajectories are of another teacher.
     """
 
     def __init__(
@@ -242,12 +263,12 @@ class StoredData(DistillData):
             key: meta[key] for key, value in layout_of(policy).items() if meta[key] != value
         }:
             raise DatasetError(
-                f"{path}: meta.json says {values}, the policy has {layout_of(policy)}; collect the "
-                "trajectories again."
+                f"{path}: meta.json has {values}, but the policy has {layout_of(policy)}; collect "
+                "the trajectories again."
             )
         if not are_those(self.stores, meta["datasets"]):
             raise DatasetError(
-                f"The trajectories were collected on {meta['datasets']}, --roots gives "
+                f"The trajectories were collected on {meta['datasets']}, but --roots is "
                 f"{describe(self.stores)}; name the same folders, unchanged, in the same order."
             )
         self.root, self.frame = self.trajectories.root, self.trajectories.frame
@@ -289,10 +310,17 @@ class StoredData(DistillData):
 
 
 class OnlineData(DistillData):
-    """The teacher decodes as it is asked, also the chunk before where a row's guess starts from it.
+    """The teacher decodes each batch, and the previous chunks that guesses start from.
 
-    `teacher_states` gives states of its trajectories, which takes Jacobi decoding. `settings` are
-    those of `DistillData`; `delta_quantile` is that of a sample of four times `eval_frames`.
+    Args:
+        roots: See `DistillData`.
+        policy: See `DistillData`.
+        pre: See `DistillData`.
+        decode: The teacher.
+        teacher_states: Whether batches have states of its trajectories, which needs Jacobi
+            decoding.
+        settings: See `DistillData`; `delta_quantile` is that of a sample of four times
+            `eval_frames`.
     """
 
     def __init__(
@@ -333,9 +361,7 @@ class OnlineData(DistillData):
         return {"fixed_point": fixed, "previous": previous, "teacher_states": chosen}
 
     def _previous(self, rows: NDArray[np.int64], draw: StateDraw | None) -> Tensor:
-        """Fixed points (B, n) of the frames that come the executed steps earlier; -1 where none is
-        needed or there.
-        """
+        """Fixed points (B, n) of the frames `n_action_steps` earlier; -1 if missing or unused."""
         before = rows - self.policy.config.n_action_steps
         there = before >= 0
         there[there] = (self.episode[before] == self.episode[rows])[there]
@@ -350,7 +376,7 @@ class OnlineData(DistillData):
 
 
 def _pick(states: NDArray[np.int16], share: float) -> NDArray[np.int16]:
-    """One state (n,) of a trajectory (k + 1, n), but never the fixed point, which is the last."""
+    """One state (n,) of a trajectory (k + 1, n), except the last one, the fixed point."""
     return states[int(share * (len(states) - 1))]
 
 

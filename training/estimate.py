@@ -1,4 +1,4 @@
-"""How many steps of training fit into a budget of minutes, before anything is trained."""
+"""Estimate how many steps of training fit into a budget of minutes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import FrameStore
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from ceed_vla.training.budget import ACTION, BATCH, GROUNDING, Plan, Speeds, divide, probe
+from ceed_vla.training.budget import ACTION, BATCH, GROUNDING, Schedule, Speeds, divide, probe
 from ceed_vla.training.defaults import take_from_data
 from ceed_vla.training.fit_tokens import fit_action_tokens
 from ceed_vla.training.mixture import Mixture
@@ -26,17 +26,16 @@ def estimate(
     policy: CeedVLAConfig,
     minutes: float,
     grounding: Sequence[FrameStore] = (),
-) -> Plan:
-    """What `ceed-vla train --max_minutes` would choose for these data on this machine.
+) -> Schedule:
+    """Estimate the schedule of `ceed-vla train --max_minutes` for these data on this machine.
 
-    A new policy takes a few steps whose gradients are thrown away; it does not matter whether the
-    images are decoded.
+    A new policy takes a few steps without updates. The images need not be decoded.
 
     Args:
-        stores: Data sets with actions.
-        policy: Its settings; what they leave open comes from the data.
+        stores: Datasets with actions.
+        policy: Settings of the policy; those that are not set are derived from the data.
         minutes: The budget, above 0.
-        grounding: Data sets without actions for the auxiliary target.
+        grounding: Datasets without actions for the auxiliary target.
     """
     settings = deepcopy(policy)
     stats = take_from_data(settings, stores, grounding, None)

@@ -1,6 +1,4 @@
-"""`ceed-vla fit-tokens`: FAST action tokens fitted on data sets, for trainers that do not fit them
-themselves.
-"""
+"""`ceed-vla fit-tokens`: fit FAST action tokens on datasets, for trainers that do not fit them."""
 
 from __future__ import annotations
 
@@ -30,12 +28,12 @@ class FitTokensConfig:
     Attributes:
         roots: Comma-separated LeRobotDataset folders with demonstrations.
         output: File to write; ``--policy.action_tokens.path`` of a trainer reads it.
-        chunk_size: Steps of a chunk, the policy's ``chunk_size``.
+        chunk_size: Steps of a chunk, equal to the policy's ``chunk_size``.
         most_ids: Most FAST ids; the data may need fewer.
         scale: Quantisation: a DCT coefficient is rounded to ``1 / scale`` of half a range.
         max_tokens: Slots of a block; a quarter more than the longest chunk if 0.
-        action_low: Lower end of every action dimension; the data's if empty.
-        action_high: Upper end of every action dimension.
+        action_low: Lower end of every action dimension; from the data if empty.
+        action_high: Upper end of every action dimension; from the data if empty.
         gripper_dims: Two-valued action dimensions.
         max_clipped: Largest share of a dimension's actions far outside the range.
     """
@@ -62,11 +60,14 @@ class FitTokensConfig:
 
 
 def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
-    """Fit, write and measure FAST tokens, and return the report that was printed: ids, slots,
-    tokens a chunk, and the error of a decoded action in its own units.
+    """Fit, write and measure FAST tokens, and print a report.
 
-    `DatasetError` for unreadable data sets, or without actions; `ConfigError` for settings that do
-    not fit the data.
+    Returns:
+        The report: ids, slots, tokens per chunk, and the error of a decoded action [action units].
+
+    Raises:
+        DatasetError: A dataset is unreadable or has no actions.
+        ConfigError: The settings do not match the data.
     """
     output = Path(config.output)
     if output.exists():
@@ -74,7 +75,7 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
             FastTokensConfig(path=str(output))
         except CeedVLAError as error:
             raise ConfigError(
-                f"{output} exists and holds no fitted tokens; choose another --output."
+                f"{output} exists and is not a file of fitted tokens; choose another --output."
             ) from error
     settings = ("most_ids", "scale", "max_tokens", "action_low", "action_high", "gripper_dims")
     tokens = FastTokensConfig(**{name: getattr(config, name) for name in settings})
@@ -82,11 +83,11 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
     parts = [all_chunks([store], config.chunk_size) for store in stores]
     if len({part.shape[2] for part in parts}) > 1:
         raise ConfigError(
-            f"The data sets have actions of {[part.shape[2] for part in parts]} values; fit one "
-            "robot."
+            f"The datasets have actions of {[part.shape[2] for part in parts]} dimensions; they "
+            "must be of one robot."
         )
     chunks = torch.cat(parts)
-    if config.gripper_dims == [-1]:  # two values, as a gripper takes
+    if config.gripper_dims == [-1]:  # find dimensions of two values (grippers)
         tokens.gripper_dims = [
             d for d in range(chunks.shape[2]) if len(chunks[:, 0, d].unique()) == 2
         ]
@@ -100,9 +101,7 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
 
 
 def fit_action_tokens(policy: CeedVLAConfig, stores: Sequence[FrameStore]) -> None:
-    """Fit a new policy's action tokens on its data sets, where they are of a kind that is
-    fitted.
-    """
+    """Fit a new policy's action tokens on its datasets, if they are of a kind that is fitted."""
     tokens = policy.action_tokens
     if isinstance(tokens, FastTokensConfig) and not tokens.fitted:
         tokens.fit_chunks(all_chunks(stores, policy.chunk_size))

@@ -1,7 +1,7 @@
-"""Whole episodes that training never sees, on which its summary and `open-loop` measure.
+"""Held-out episodes, on which the summary of a training and `open-loop` measure.
 
-Neighbouring frames look alike: a policy that is measured on frames between those it was trained on
-seems to know what it has only remembered.
+Whole episodes are held out, because neighbouring frames look alike: measured on frames between
+those of its training, a policy that only memorised them would seem accurate.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 from ceed_vla.data.frames import FrameStore
 
-SHARE = 0.04  # of a data set's episodes
+SHARE = 0.04  # of a dataset's episodes
 SHARES = "[0, 0.5]"
-_MOST = 50  # episodes of a data set
-_FEWEST = 10  # episodes of a data set of which one can be spared
-_RUNS = 4  # neighbouring episodes may be of one scene (`record --mode perturb`): they stay together
+_MOST = 50  # episodes of a dataset
+_FEWEST = 10  # smallest dataset that holds out an episode [episodes]
+_RUNS = 4  # runs of neighbours, which may show one scene (`record --mode perturb`)
 
 
 def held_out_frames(store: FrameStore, share: float = SHARE) -> NDArray[np.bool_]:
-    """Which frames (N,) belong to held-out episodes: the same ones wherever it is asked.
+    """Which frames (N,) belong to held-out episodes; deterministic for a dataset and share.
 
-    With a `share` above 0 at least one episode is held out, of fewer than ten none. They lie in a
-    few runs of neighbours, spread over the data set.
+    With a `share` above 0 at least one episode is held out, but none of fewer than ten. They form a
+    few runs of neighbours, spread over the dataset.
     """
     first = np.flatnonzero(np.diff(store.episode, prepend=-1))  # of every episode
     episodes = len(first)

@@ -1,4 +1,4 @@
-"""``ceed-vla inspect``: what a data set holds, what training would make of it, and a verdict."""
+"""``ceed-vla inspect``: content and faults of a dataset, settings that training derives from it."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class InspectConfig(Checked):
 
     Attributes:
         root: LeRobotDataset folder.
-        output: Picture of some frames and of the actions, a PNG file.
-        minutes: Time that a training may take [min]: says how many steps fit into it on this
-            machine; 0 leaves this out.
-        policy: The settings that training would have, as for `ceed-vla train`.
+        output: PNG file for a picture of some frames and of the actions.
+        minutes: Budget of a training, for an estimate of the steps that fit into it on this machine
+            [min]; 0 for no estimate.
+        policy: Settings of the policy, as for `ceed-vla train`.
     """
 
     root: str = ""
@@ -60,10 +60,13 @@ class InspectConfig(Checked):
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
-    """Print and draw what the data set holds, with a verdict; returns it.
+    """Print and draw the content of a dataset, with a verdict.
+
+    Returns:
+        The report.
 
     Raises:
-        DatasetError: The folder holds no readable data set; or, after everything was printed,
+        DatasetError: The folder holds no readable dataset; or, after the report was printed,
             training would refuse the data.
         ConfigError: `output` cannot be written.
     """
@@ -77,10 +80,10 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
 
 
 def survey(config: InspectConfig) -> dict[str, Any]:
-    """As `inspect`, but faults of the data are returned, under "faults", instead of raised."""
+    """As `inspect`, but faults of the data are returned as "faults" instead of raised."""
     picture = claim_file("output", config.output, ".png")
     if not config.root:
-        raise DatasetError("--roots is missing; give the folder of a LeRobotDataset.")
+        raise DatasetError("--roots is missing; it must be the folder of a LeRobotDataset.")
     console = default_console()
     store = open_dataset(config.root, decode=False, strict=False)
     arrays = read_info(store.root).arrays
@@ -126,7 +129,7 @@ def survey(config: InspectConfig) -> dict[str, Any]:
 
 
 def _contents(store: FrameStore, whole: FrameStore, chunk_size: int) -> dict[str, Any]:
-    """What the data set holds; `whole` are its frames with finite values."""
+    """Summary of the dataset; `whole` has its frames with finite values."""
     lengths = np.bincount(store.episode)  # (E,)
     return {
         "root": str(store.root),
@@ -162,8 +165,9 @@ def _print_contents(console: Console, report: dict[str, Any], store: FrameStore)
 
 
 def _add_training(report: dict[str, Any], whole: FrameStore, config: InspectConfig) -> None:
-    """Add what training would choose, and how many steps fit into the time; what it refuses is a
-    fault.
+    """Add the settings that training would derive, and the steps that fit into the budget.
+
+    Errors of training are added to the faults.
     """
     report["choices"], report["budget"] = [], None
     if whole.action is None:
@@ -174,7 +178,7 @@ def _add_training(report: dict[str, Any], whole: FrameStore, config: InspectConf
     try:
         tokens = fit_policy(policy, whole)
         report["choices"] = choices(whole, policy, tokens)
-        if not tokens.normalised:  # whose range is that of no data set
+        if not tokens.normalised:  # a normalised range is not in the units of the data
             check_actions(tokens, whole.action, MOST_CLIPPED)
     except CeedVLAError as error:
         report["faults"].append(str(error))
@@ -202,14 +206,14 @@ def fit_policy(policy: CeedVLAConfig, store: FrameStore) -> Any:
 
 
 def choices(store: FrameStore, policy: CeedVLAConfig, tokens: Any) -> list[str]:
-    """What training would choose, line by line, with the reasons; arguments as of `fit_policy`."""
+    """Lines about the settings that training would derive, with reasons; see `fit_policy`."""
     assert store.action is not None
     rows = rows_of(store.action, store.labels.get(ACTION))
     low, high = (end.cpu().numpy() for end in (tokens.low, tokens.high))  # (A,)
     outside = ((store.action < low) | (store.action > high)).mean(0)
     found = {
         "two values: written as one of two tokens": list(tokens.gripper_dims),
-        "increments, by their names: a late chunk makes up for what is frozen": list(
+        "increments, by their names: a late chunk compensates the frozen steps": list(
             policy.delta_dims or []
         ),
         f"near zero in {SPARSE:.0%} of the frames or more: the extremes are the range, "
@@ -217,7 +221,9 @@ def choices(store: FrameStore, policy: CeedVLAConfig, tokens: Any) -> list[str]:
         "at an end in more than 5 % of the frames: they saturate": [
             d for d, row in enumerate(rows) if row.at_ends > 0.05 and row.distinct > 2
         ],
-        "cut to the range in more than 3 % of the frames": np.flatnonzero(outside > 0.03).tolist(),
+        "clipped to the range in more than 3 % of the frames": np.flatnonzero(
+            outside > 0.03
+        ).tolist(),
         "never change: their tokens are always the same": [
             d for d, row in enumerate(rows) if row.distinct == 1
         ],
@@ -232,22 +238,20 @@ def choices(store: FrameStore, policy: CeedVLAConfig, tokens: Any) -> list[str]:
 
 
 def verdict(faults: Sequence[str], warnings: Sequence[str]) -> list[str]:
-    """The lines that end the report; a command at the end of a fault or warning gets its own
-    line.
-    """
-    things = counted(len(warnings), "thing")
-    looks = [f"  - {_apart(warning)}" for warning in warnings]
+    """Last lines of the report; a command at the end of a fault or warning gets its own line."""
+    count = counted(len(warnings), "warning")
+    listed = [f"  - {_apart(warning)}" for warning in warnings]
     if faults:
         lines = [f"  {number}. {_apart(fault)}" for number, fault in enumerate(faults, 1)]
-        also = [f"Also {things} to look at:"] if warnings else []
+        also = [f"Also {count}:"] if warnings else []
         return [
             f"Verdict: cannot be trained on: {counted(len(faults), 'fault')}",
             *lines,
             *also,
-            *looks,
+            *listed,
         ]
     if warnings:
-        return [f"Verdict: ready, {things} to look at", *looks]
+        return [f"Verdict: ready, with {count}", *listed]
     return ["Verdict: ready for training."]
 
 
@@ -278,5 +282,5 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def _say(console: Console, line: str) -> None:
-    """Print a line as it is: unbroken, so that a command in it can be copied."""
+    """Print a line without line breaks, so that a command in it can be copied."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -1,6 +1,4 @@
-"""What is wrong with a data set (faults: training refuses it) or looks odd (warnings), with the
-remedies.
-"""
+"""Faults of a dataset, which training refuses, and warnings; each with a remedy."""
 
 from __future__ import annotations
 
@@ -15,13 +13,13 @@ from ceed_vla.data.frames import ACTION, ENVIRONMENT, STATE, FrameStore
 from ceed_vla.training.inspection_values import Row, unchanging_dimensions
 from ceed_vla.wording import counted, numbered
 
-STILL = 1e-3  # of a state's range: an arm that moves less from frame to frame stands
-IDLE = 0.5  # of an episode's frames at rest
+STILL = 1e-3  # share of a state's range: smaller changes between frames count as rest
+IDLE = 0.5  # share of an episode's frames at rest
 MOST_LISTED = 10  # episodes or pairs of instructions in one message
 
 
 def without_episodes(store: FrameStore, episodes: Sequence[int]) -> FrameStore:
-    """The other frames of a store that is not decoded; their episodes keep their numbers."""
+    """Frames of a store, not decoded, without `episodes`; the other episodes' numbers stay."""
     keep = ~np.isin(store.episode, episodes)
     episode = store.episode[keep]
     rows = {name: images.shape[1:] for name, images in store.images.items()}
@@ -57,16 +55,14 @@ def idle_episodes(store: FrameStore) -> list[int]:
 
 
 def short_episodes(lengths: NDArray[np.int64], chunk_size: int) -> dict[int, int]:
-    """Episode -> frames, of those that are shorter than one chunk; `lengths` (E,) are those of
-    all.
-    """
+    """Episode -> frames, for episodes shorter than one chunk; `lengths` (E,) has all episodes."""
     return {int(episode): int(lengths[episode]) for episode in np.flatnonzero(lengths < chunk_size)}
 
 
 def data_faults(
     store: FrameStore, broken: Sequence[BrokenValues], arrays: Sequence[str]
 ) -> list[str]:
-    """Why training refuses the data, each with its remedy; `arrays` as of `delete_command`."""
+    """Why training refuses the data, with remedies; `arrays` is that of `delete_command`."""
     faults = []
     if broken:
         episodes = broken_episodes(broken)
@@ -102,8 +98,8 @@ def idle_warning(episodes: Sequence[int]) -> list[str]:
         return []
     which = numbered("episode", episodes, MOST_LISTED)
     return [
-        f"At rest in more than half of the frames: {which}. A policy learns to wait from them; "
-        "shorten the pauses, or leave these episodes out."
+        f"At rest in more than half of the frames: {which}. A policy learns to stand still from "
+        "them; shorten the pauses, or leave these episodes out."
     ]
 
 
@@ -117,11 +113,11 @@ def short_warning(
     """A warning about episodes that are shorter than a chunk.
 
     Args:
-        store: The data set.
-        short: Episode -> frames, of those that are shorter.
+        store: The dataset.
+        short: Episode -> frames, for the shorter ones.
         chunk_size: Steps of a chunk.
         removed: Episodes that are removed for other reasons.
-        arrays: As of `delete_command`.
+        arrays: See `delete_command`.
     """
     if not short:
         return []
@@ -143,14 +139,14 @@ def short_warning(
 def _removal(
     store: FrameStore, episodes: Sequence[int], removed: Sequence[int], arrays: Sequence[str]
 ) -> str:
-    """What to do about useless `episodes`, where `removed` are removed anyway."""
+    """The remedy for useless `episodes`, if `removed` are removed anyway."""
     if removed:
         return (
             f"add {numbered('episode', episodes, MOST_LISTED)} to the episode_indices of the "
             "command above."
         )
     if len(episodes) == store.episode[-1] + 1:
-        return "record the data set again."
+        return "record the dataset again."
     return (
         f"remove {'it' if len(episodes) == 1 else 'them'}: "
         f"{delete_command(store.root, episodes, arrays)}"
@@ -158,7 +154,7 @@ def _removal(
 
 
 def ignored_warning(ignored: Sequence[str]) -> list[str]:
-    """A warning about observations that no policy of ours gets."""
+    """A warning about observations that our policies do not use."""
     observations = [feature for feature in ignored if feature.startswith("observation.")]
     if not observations:
         return []
@@ -169,14 +165,14 @@ def ignored_warning(ignored: Sequence[str]) -> list[str]:
 
 
 def task_warning(pairs: Sequence[Sequence[str]]) -> list[str]:
-    """A warning about instructions that differ only in their writing."""
+    """A warning about instructions that differ only in their spelling."""
     if not pairs:
         return []
     shown = "; ".join(f"{first!r} and {other!r}" for first, other in pairs[:MOST_LISTED])
     more = f"; ... ({len(pairs)} pairs in all)" if len(pairs) > MOST_LISTED else ""
     return [
-        f"{counted(len(pairs), 'pair')} of instructions that differ only in their writing: "
-        f"{shown}{more}. A policy takes them for different tasks; write them alike "
+        f"{counted(len(pairs), 'pair')} of instructions that differ only in their spelling: "
+        f"{shown}{more}. For a policy they are different tasks; make them equal "
         "(lerobot-edit-dataset, --operation.type modify_tasks with "
         "--operation.task_replacements)."
     ]

@@ -1,6 +1,4 @@
-"""The picture of ``ceed-vla inspect``: one episode through every camera, and how often values
-occur.
-"""
+"""The picture of ``ceed-vla inspect``: one episode in every camera, and histograms of values."""
 
 from __future__ import annotations
 
@@ -20,14 +18,14 @@ SHOWN = 4  # frames of the first episode
 
 
 def draw(store: FrameStore, whole: FrameStore, path: Path) -> None:
-    """Draw the first episode of `store` through every camera, and the histograms of its actions.
+    """Draw the first episode of `store` in every camera, and the histograms of its actions.
 
-    Without actions, those of the state.
+    Without actions, the histograms are those of the state.
 
     Args:
-        store: The data set, with decoded images.
-        whole: Those of its frames whose values are finite; at least one.
-        path: The file that is written.
+        store: The dataset, with decoded images.
+        whole: Its frames with finite values; at least one.
+        path: File to write.
     """
     values = whole.state if whole.action is None else whole.action
     rows = rows_of(values, store.labels.get(STATE if whole.action is None else ACTION))

@@ -1,4 +1,4 @@
-"""Instructions that differ only in their writing: a policy takes them for different tasks."""
+"""Find instructions that differ only in their spelling: for a policy they are different tasks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from itertools import combinations
 
-ALIKE = 0.9  # ratio of difflib from which two instructions are compared word by word
-# and from which two words are spellings of one: "cube" and "cubes", not "into" and "onto"
+ALIKE = 0.9  # ratio of difflib above which two instructions are compared word by word
+# ratio above which two words are spellings of one: "cube" and "cubes", not "into" and "onto"
 SAME_WORD = 0.8
-FILLERS = {"a", "an", "the", "please"}  # words that change no meaning
-MOST_COMPARED = 400  # instructions: pairs are compared in less than a few seconds
+FILLERS = {"a", "an", "the", "please"}  # words without a meaning of their own
+MOST_COMPARED = 400  # instructions whose pairs are compared, which takes a few seconds at most
 
 
 def similar_tasks(tasks: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of instructions that mean the same, by their writing.
+    """Pairs of instructions that differ only in their spelling.
 
     They differ in case, punctuation, white space and articles, or are alike (`ALIKE`) and differ in
-    the spelling of words. Of more than `MOST_COMPARED` instructions only the former are found.
+    the spelling of words. The latter are not searched among more than `MOST_COMPARED` instructions.
     """
     same: dict[str, list[str]] = defaultdict(list)
     for task in tasks:
@@ -37,7 +37,7 @@ def plain(task: str) -> str:
 
 
 def _alike(first: str, second: str) -> bool:
-    """Whether two plain instructions differ in the spelling of words alone."""
+    """Whether two plain instructions differ only in the spelling of words."""
     matcher = SequenceMatcher(None, first, second, autojunk=False)
     if (
         matcher.real_quick_ratio() < ALIKE

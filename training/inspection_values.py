@@ -1,4 +1,4 @@
-"""What the dimensions of state and actions hold, and which of them hardly change."""
+"""Statistics of the dimensions of state and actions, and which of them hardly change."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ceed_vla.training.defaults import NEAR_ZERO, SPARSE
 
-# The rule for "near-constant": any of these.
-MOSTLY = 0.99  # of the values lie within NEARBY of the range from the median
-NEARBY = 0.01
+# A dimension is near-constant if any of these limits is passed.
+MOSTLY = 0.99  # share of the values within NEARBY of the median
+NEARBY = 0.01  # distance from the median over the range
 LEAST_SPREAD = 0.01  # standard deviation over range
 LEAST_RANGE = 1e-3  # range over the largest magnitude
 
@@ -64,7 +64,7 @@ class Row:
 
 
 def rows_of(values: NDArray[np.float32], names: list[Any] | None) -> list[Row]:
-    """What each dimension of `values` (N, D) holds."""
+    """Statistics of each dimension of `values` (N, D)."""
     if not values.size:
         return []
     # (D,) each
@@ -91,9 +91,7 @@ def rows_of(values: NDArray[np.float32], names: list[Any] | None) -> list[Row]:
 
 
 def unchanging_dimensions(feature: str, rows: Sequence[Row], is_action: bool) -> list[str]:
-    """A sentence about each constant or near-constant dimension: the rule, and how training treats
-    it.
-    """
+    """Sentences about each constant or near-constant dimension: the reason, and its treatment."""
     return [
         f"{feature}, dimension {row.name!r}, {row.unchanging}. {_treatment(row, is_action)}"
         for row in rows
@@ -103,20 +101,20 @@ def unchanging_dimensions(feature: str, rows: Sequence[Row], is_action: bool) ->
 
 def _treatment(row: Row, is_action: bool) -> str:
     if row.distinct == 1 and is_action:
-        return "Its token is always the same: correct, if this joint never moves."
+        return "Its token is always the same, which is correct if this joint never moves."
     if row.distinct == 1:
-        return "It tells a policy nothing, and any other value on the robot is new to the policy."
+        return "It has no information, and the policy is not trained on any other value."
     if not is_action:
         far = max(row.max - row.median, row.median - row.min) / row.std if row.std else 0.0
         return (
-            f"The state is standardised: its rarest value lies {far:.0f} standard deviations off. "
-            "Check its unit."
+            f"The state is standardised: its rarest value is {far:.0f} standard deviations from "
+            "the median. Check its unit."
         )
     if row.near_zero >= SPARSE:
         return (
-            f"It is sparse (near zero in {row.near_zero:.1%} of the frames, of which {SPARSE:.0%} "
-            f"are enough), so its tokens span its extremes [{row.min:.4g}, {row.max:.4g}], not its "
-            "quantiles."
+            f"It is sparse (near zero in {row.near_zero:.1%} of the frames; the limit is "
+            f"{SPARSE:.0%}), so its tokens span its extremes [{row.min:.4g}, {row.max:.4g}], not "
+            "its quantiles."
         )
     if row.distinct == 2:
         return "Its two values are written as two tokens."

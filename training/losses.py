@@ -5,17 +5,17 @@ it, ``f`` the first slot where they differ. All logits are aligned: entry ``i`` 
 predicts token ``i`` from tokens ``< i``. Entries up to and including ``f`` are therefore identical
 for ``Y`` and ``Y*`` and carry no information; the consistency terms start at ``f + 1``.
 
-A loss is one function that registers itself; the names of its parameters say what it needs, and
-only that is computed:
+A loss is one registered function. The names of its parameters are its inputs; only these are
+computed:
 
     fixed_logits, state_logits, label_logits    the student's (B, n, V) on ``Y*``, ``Y``, labels
     teacher_logits      the frozen teacher's (B, n, V) on ``Y*``
     states, fixed_point, labels    ``Y``, ``Y*`` and mixed labels (B, n)
-    label_weight        (B, n) 0 on tokens past the end of the demonstration, and where `live` is
-    live                (B, n) 0 behind a token of ``Y*`` that ends it
+    label_weight        (B, n) 0 on tokens past the end of the demonstration, and where `live` is 0
+    live                (B, n) 0 after the token that ends ``Y*``
     omega               weight of the anchor
-    sigma               width of soft labels [bins], as for the teacher; 0: the paper's hard label
-    counts              (2,) slots of the whole batch, of which this is a part, for the two means
+    sigma               width of soft labels [bins], as for the teacher; 0 for the paper's hard ones
+    counts              (2,) slots in the two means; those of the whole batch if this is a part
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class DistillationTerms:
     """Scalar parts of a distillation loss."""
 
     consistency: Tensor  # divergence on the corrupted block
-    # what keeps the student's policy in place: KL to the teacher, or cross-entropy on mixed labels
+    # keeps the student near the teacher: KL to it, or cross-entropy on mixed labels
     anchor: Tensor
-    total: Tensor  # both, weighted
+    total: Tensor  # weighted sum of both
 
 
 Loss = Callable[..., DistillationTerms]
@@ -47,6 +47,8 @@ _LOSSES: dict[str, Loss] = {}
 
 
 def register_loss[F: Loss](name: str) -> Callable[[F], F]:
+    """Decorator that registers a loss under `name`, for ``--loss``."""
+
     def add(loss: F) -> F:
         _LOSSES[name] = loss
         return loss
@@ -58,13 +60,14 @@ def find_loss(name: str) -> Loss:
     """The loss of that name; `ConfigError` for an unknown one."""
     if name not in _LOSSES:
         raise ConfigError(
-            f"loss is {name[:60]!r}; choose one of {', '.join(_LOSSES)}. One of another package "
-            "needs --discover_packages_path."
+            f"loss is {name[:60]!r}; choose one of {', '.join(_LOSSES)}, or import the package of "
+            "another one with --discover_packages_path."
         )
     return _LOSSES[name]
 
 
 def needs(loss: Loss) -> list[str]:
+    """Names of the inputs of a loss."""
     return list(inspect.signature(loss).parameters)
 
 
@@ -77,17 +80,16 @@ def forward_kl(target_logits: Tensor, logits: Tensor) -> Tensor:
 def after_first_divergence(
     states: Tensor, fixed_point: Tensor, live: Tensor | None = None
 ) -> Tensor:
-    """(B, n) float mask: 1 on `live` slots after the first one where `states` and `fixed_point`
-    differ.
-    """
+    """Mask (B, n) of floats: 1 on `live` slots after the first divergence from the fixed point."""
     wrong = (states != fixed_point).int()  # (B, n)
     return (wrong.cumsum(1) - wrong > 0).float() * (1 if live is None else live)
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
-    """Mean of `values` (B, n) where `mask` (B, n) is 1; zero, with a gradient, where nothing is.
-    `count` is the ones in the mask of the whole batch, of which this is a part; those of `mask` if
-    None.
+    """Mean of `values` (B, n) where `mask` (B, n) is 1; zero, with a gradient, for an empty mask.
+
+    `count` is the number of ones in the mask of the whole batch, if this is a part of it; those of
+    `mask` if None.
     """
     return (values * mask).sum() / (mask.sum() if count is None else count).clamp(min=1)
 
@@ -103,7 +105,7 @@ def trust_region_loss(
     counts: Tensor | None = None,
     live: Tensor | None = None,
 ) -> DistillationTerms:
-    """Both blocks of the student stay near the frozen teacher; no demonstration is involved.
+    """KL of the student to the frozen teacher on both blocks; demonstrations are not used.
 
     L = mean_{i > f} KL(p_T(. | Y*_<i) || q(. | Y_<i))
         + omega * mean_i KL(p_T(. | Y*_<i) || q(. | Y*_<i))
@@ -166,8 +168,9 @@ def _terms(
 def chunk_distance(
     actions: Tensor, demonstration: Tensor, valid: Tensor, half_range: Tensor
 ) -> Tensor:
-    """Mean absolute difference (B,) of two chunks (B, m, A) over `valid` steps (B, m); `half_range`
-    (A,), half the bin range of every dimension, counts as 1.
+    """Mean absolute difference (B,) of two chunks (B, m, A) over `valid` steps (B, m).
+
+    It is in units of `half_range` (A,), half the bin range of every dimension.
     """
     difference = ((actions - demonstration).abs() / half_range).mean(-1)  # (B, m)
     return (difference * valid).sum(1) / valid.sum(1).clamp(min=1)
@@ -176,10 +179,16 @@ def chunk_distance(
 def mixed_labels(
     fixed_point: Tensor, demonstration: Tensor, distance: Tensor, delta_max: float
 ) -> tuple[Tensor, Tensor]:
-    """The paper's label choice: the teacher's block unless it strays more than `delta_max` from the
-    demonstration.
+    """Choose labels as in the paper: the teacher's block, or the demonstration if they differ much.
 
-    Returns labels (B, n) and the rows (B,) that were replaced by the demonstration.
+    Args:
+        fixed_point: The teacher's blocks (B, n).
+        demonstration: Tokens of the demonstrations (B, n).
+        distance: Distance of the two (B,).
+        delta_max: Largest distance at which the teacher's block is the label.
+
+    Returns:
+        Labels (B, n), and the rows (B,) that were replaced by the demonstration.
     """
     replaced = (distance > delta_max) | distance.isinf()
     return torch.where(replaced[:, None], demonstration, fixed_point), replaced

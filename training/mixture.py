@@ -1,6 +1,4 @@
-"""Batches from several data sets: whether they go together, in which shares they are drawn, their
-statistics.
-"""
+"""Draw batches from several datasets: compatibility, shares and statistics."""
 
 from __future__ import annotations
 
@@ -18,21 +16,23 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import ACTION, STATE, FrameStore
 from ceed_vla.errors import DatasetError
 from ceed_vla.training.held_out import held_out_frames
-from ceed_vla.training.windows import sliding
+from ceed_vla.training.spans import sliding
 
 
 class Mixture:
-    """Draws batches from several frame stores in fixed proportions; a step always gets the same
-    frames.
+    """Draws batches from several frame stores in fixed proportions.
+
+    Seed and step determine the frames of a batch.
 
     Args:
-        stores: The data sets.
-        weights: Their shares, by default in proportion to their frames.
-        seed: Decides what is drawn, with the step.
+        stores: The datasets.
+        weights: Their shares; by default in proportion to their frames.
+        seed: Seed of the draws.
         chunk_size: Steps m of an action chunk.
-        held_out: Share of each data set's episodes that is never drawn; None for nothing.
+        held_out: Share of each dataset's episodes that is never drawn; None for no episodes.
 
-    `DatasetError` where they do not go together.
+    Raises:
+        DatasetError: The datasets are not compatible.
     """
 
     def __init__(
@@ -50,29 +50,27 @@ class Mixture:
         shares = np.asarray(weights if weights else [len(s) for s in stores], dtype=np.float64)
         self.shares = shares / shares.sum()
         pairs = zip(stores, self.shares.tolist(), strict=True)
-        kept_out = held_out if held_out is not None else [0.0] * len(stores)
+        left_out = held_out if held_out is not None else [0.0] * len(stores)
         self.rows = [
             np.flatnonzero(~held_out_frames(store, part))
-            for store, part in zip(stores, kept_out, strict=True)
+            for store, part in zip(stores, left_out, strict=True)
         ]
-        self.windows = [
+        self.spans = [
             sliding(_edges(store, rows), share * store.together, seed, rows)
             for (store, share), rows in zip(pairs, self.rows, strict=True)
         ]
 
     def draw(self, size: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        """A raw batch of `size` frames; of `world` processes, each loads its own part of the same
-        draw.
-        """
+        """Draw a raw batch of `size` frames; each of `world` processes loads its part of them."""
         random = np.random.default_rng([self.seed, step])
         counts = random.multinomial(size, self.shares)
         parts, seen = [], 0
-        sources = zip(self.stores, counts, self.shares, self.rows, self.windows, strict=True)
-        for store, count, share, rows, windows in sources:
+        sources = zip(self.stores, counts, self.shares, self.rows, self.spans, strict=True)
+        for store, count, share, rows, spans in sources:
             drawn = step * size * share
             frames = (
-                windows.draw(random, count, drawn)
-                if windows
+                spans.draw(random, count, drawn)
+                if spans
                 else rows[random.integers(len(rows), size=count)]
             )
             frames = frames[(rank - seen) % world :: world]
@@ -83,11 +81,12 @@ class Mixture:
 
 
 def _edges(store: FrameStore, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """First place in `rows` of every window that is decoded together, and one past the last."""
+    """First index into `rows` of every span that is decoded together, and one past the last."""
     return np.unique(np.searchsorted(rows, store.edges))
 
 
 def join_batches(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Concatenate batches of the same features."""
     joined: dict[str, Any] = {}
     for key, value in parts[0].items():
         values = [part[key] for part in parts]
@@ -98,9 +97,7 @@ def join_batches(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_compatible(stores: Sequence[FrameStore]) -> None:
-    """Raise `DatasetError` unless all stores have the first one's rate and features, in the same
-    shapes and order.
-    """
+    """Raise `DatasetError` unless all stores have the same rate and features of the same shapes."""
     for store in stores[1:]:
         names = sorted(store.shapes.keys() | stores[0].shapes.keys())
         pairs: dict[str, tuple[Any, Any]] = {"fps": (store.fps, stores[0].fps)}
@@ -117,16 +114,22 @@ def check_compatible(stores: Sequence[FrameStore]) -> None:
             if own != others:
                 raise DatasetError(
                     f"{store.root} and {stores[0].root} differ in {what}: {str(own)[:100]} and "
-                    f"{str(others)[:100]}; train on data sets of one robot at one rate, with the "
+                    f"{str(others)[:100]}; train on datasets of one robot at one rate, with the "
                     "same features."
                 )
 
 
 def check_fits(store: FrameStore, config: CeedVLAConfig, pre: Any) -> None:
-    """Raise `DatasetError` unless a policy with `config` can read the store; images of other sizes
-    are resized.
+    """Raise unless a policy can read the store; images of other sizes are resized.
 
-    `ObservationError` for an instruction that its pre-processor `pre` cannot read.
+    Args:
+        store: The dataset.
+        config: Settings of the policy.
+        pre: Its preprocessor.
+
+    Raises:
+        DatasetError: Features are missing, or of other shapes.
+        ObservationError: The preprocessor cannot read an instruction.
     """
     for step in pre.steps:
         if isinstance(step, InstructionWordsStep):

@@ -1,6 +1,4 @@
-"""Student and teacher of a distillation as one module, whose forward runs everything that the two
-compute.
-"""
+"""Student and teacher of a distillation as one module; its forward runs all their computations."""
 
 from __future__ import annotations
 
@@ -23,9 +21,10 @@ from ceed_vla.training.losses import DistillationTerms, Loss, needs
 class DistillationObjective(nn.Module):
     """The distillation loss of student and frozen teacher.
 
-    The `student` starts as the `teacher`, a copy that stays; None where its adapters can be
-    switched (`ceed_vla.training.adapters.attach_student`). See `ceed_vla.training.losses` for
-    `loss` and `omega`.
+    The `student` starts from the weights of the `teacher`, which do not change. The teacher is None
+    if the student's adapters can be switched instead
+    (`ceed_vla.training.adapters.attach_student`). See `ceed_vla.training.losses` for `loss` and
+    `omega`.
     """
 
     def __init__(
@@ -38,15 +37,13 @@ class DistillationObjective(nn.Module):
         self.copy = [teacher]  # in a list: not a submodule, so not wrapped, saved or trained
         if teacher is not None:
             teacher.requires_grad_(False).eval()
-            # The others make the prefix embeddings, which student and teacher share.
+            # The other weights produce the prefix embeddings, which student and teacher share.
             learning = set(student.backbone.distillation_parameters())
             for name, parameter in student.backbone.named_parameters():
                 parameter.requires_grad_(name in learning)
 
     def forward(self, part: str, *arguments: Any) -> Any:
-        """Run one of the methods below by its name: DDP, FSDP and autocast act on this method
-        only.
-        """
+        """Run the method called `part`: DDP, FSDP and autocast apply to `forward` only."""
         return getattr(self, part)(*arguments)
 
     @contextmanager
@@ -61,9 +58,7 @@ class DistillationObjective(nn.Module):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """The student without dropout, and with a cache where recomputed activations would do
-        without.
-        """
+        """Student in evaluation mode: without dropout, with a cache despite recomputation."""
         training = self.student.training
         self.student.eval()
         try:
@@ -78,19 +73,25 @@ class DistillationObjective(nn.Module):
         own: tuple[StateDraw, int] | None,
         curriculum: NDArray[Any] | None = None,
     ) -> tuple[Any, Any, Tensor]:
-        """Prefix embeddings, once for all forwards of a step, those that the student runs, and
-        states ``Y`` (B, n).
+        """Compute what all forwards of a step share: prefix embeddings and states ``Y``.
 
-        `batch` holds the observation, ``previous`` (B, n), and ``teacher_states`` (B, n), which are
-        taken unless there are the draw and most updates of the student's `own`; with the shares of
-        guesses, by `curriculum`.
+        Args:
+            batch: The observation, ``previous`` (B, n), and ``teacher_states`` (B, n) if `own` is
+                None.
+            own: Random part of the student's own states, and the most updates of them; None for
+                the teacher's states.
+            curriculum: Shares of the kinds of guesses (kinds,) for states by curriculum; None for
+                uniform ones.
+
+        Returns:
+            Prefix embeddings, those of the tokens that the student keeps, and states (B, n).
         """
         student: Any = self.student
         previous = batch["previous"]
         with self._evaluating():
             kept = getattr(student.backbone, "kept", [])
             teacher = cast("Any", self.copy[0])
-            # the student runs a part of the prefix
+            # the student keeps a part of the prefix
             if kept and teacher is not None and not teacher.backbone.kept:
                 embeddings = teacher.backbone.embed_prefix(batch)
                 seen = embeddings[:, kept]
@@ -109,8 +110,13 @@ class DistillationObjective(nn.Module):
     def losses(
         self, embeddings: Any, seen: Any, batch: dict[str, Any], counts: Tensor
     ) -> DistillationTerms:
-        """Loss terms of a part of a batch with ``fixed_point``, ``states``, ``labels`` and
-        ``label_weight`` (B, n); `counts` (2,) are the slots that the two terms are means of.
+        """Loss terms of a part of a batch.
+
+        Args:
+            embeddings: Prefix embeddings.
+            seen: Those of the tokens that the student keeps.
+            batch: ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n).
+            counts: Slots in the means of the two terms (2,).
         """
         wanted = needs(self.loss)
         backbone = self.student.backbone
@@ -132,15 +138,14 @@ class DistillationObjective(nn.Module):
     def decode_student(
         self, batch: dict[str, Any], config: DecodingConfig, previous: Tensor
     ) -> DecodeResult:
+        """Decode with the student in evaluation mode."""
         with self._evaluating():
             return self.student.decode(batch, config, previous=previous, read=False)
 
     def decode_teacher(
         self, batch: dict[str, Any], guess: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The teacher's fixed points (B, n), and all states (k, B, n) of its way there from a guess
-        (B, n).
-        """
+        """The teacher's fixed points (B, n), and from a guess (B, n) all states (k, B, n)."""
         with self.teacher() as teacher:
             return fixed_points(teacher, batch, guess)
 
@@ -148,9 +153,7 @@ class DistillationObjective(nn.Module):
 def fixed_points(
     policy: CeedVLAPolicy, batch: dict[str, Any], guess: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """A policy's fixed points (B, n), and from a guess (B, n) all states (k, B, n) of its way
-    there.
-    """
+    """A policy's fixed points (B, n), and from a guess (B, n) all states (k, B, n)."""
     if guess is None:
         return policy.decode(batch, "ar", read=False).tokens, None
     found = policy.decode(

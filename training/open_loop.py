@@ -1,8 +1,8 @@
-"""``ceed-vla open-loop``: decoders on the frames of held-out data, where there is no simulator.
+"""``ceed-vla open-loop``: compare decoders on held-out data, without a simulator.
 
-A policy that follows demonstrations step by step never meets its own mistakes, so a small error
-here is needed for success and does not prove it. What it does show: whether the policy learnt
-anything, and what a decoder changes.
+In open loop a policy never experiences the results of its own errors. So a small error is necessary
+for success but does not prove it. It shows whether the policy has learnt its task, and the
+effect of a decoder.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from ceed_vla.training.settings import full_disk, split_list
 
 REPORT = "open_loop.json"
 PICTURE = "open_loop.png"
-LEARNT = 0.5  # share of the mean action's error: where ar makes more, a policy has learnt little
-_WARM_UP = 3  # chunks that are decoded before the clock runs
+LEARNT = 0.5  # share of the mean action's error; if that of ar is larger, a policy learnt little
+_WARM_UP = 3  # chunks that are decoded before time is measured
 _DRAWN = 200  # frames
 
 
@@ -48,17 +48,18 @@ class OpenLoopConfig(Checked):
         policy_path: Checkpoint folder, or teacher or student for the shipped ones.
         roots: Comma-separated LeRobotDataset folders that the policy was not trained on; or those
             that it was trained on, with the held_out of that training.
-        held_out: Share of the episodes that training left out, to look at these alone; 0: at all.
-        gate: Largest error of ar, as a share of the mean action's, that passes: with a larger one
-            the command fails. 0: only say which it is.
+        held_out: Share of the episodes that training held out, to measure on these only; 0 measures
+            on all episodes.
+        gate: Largest error of ar that passes, as a share of the mean action's; with a larger error
+            the command fails. 0 for no gate.
         output_dir: Folder for open_loop.json and a picture of the first actions; earlier ones of
-            ours are replaced.
-        decoders: Comma-separated names of decoders, without a teacher's; "ar" is always among them.
+            this package are replaced.
+        decoders: Comma-separated names of decoders, without a teacher's; "ar" is always included.
         chunks: Chunks of every decoder, one after every `executed_steps`, from the first episodes
-            of every data set.
+            of every dataset.
         executed_steps: Steps executed of each chunk; the policy's n_action_steps if None.
-        device: Overrides the checkpoint's device.
-        threads: Threads of torch; None leaves torch's choice.
+        device: Device to run on; the checkpoint's device if None.
+        threads: CPU threads; torch's default if None.
     """
 
     policy_path: str = ""
@@ -79,38 +80,44 @@ class OpenLoopError(CeedVLAError):
 
 @dataclass
 class _Row:
-    """What one decoder wrote: an entry a chunk."""
+    """Results of one decoder, with one entry per chunk."""
 
     decoding: DecodingConfig
     tokens: list[Tensor] = field(default_factory=list)  # (n,)
-    errors: list[float] = field(default_factory=list)  # NaN where the tokens stand for no chunk
+    errors: list[float] = field(default_factory=list)  # NaN for malformed chunks
     forwards: list[int] = field(default_factory=list)
-    # of the block's forwards, and of the prefix
+    # layers of the block's forwards, and of the prefix
     layers: list[tuple[Any, Any]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     drawn: list[NDArray[np.float32]] = field(default_factory=list)  # (steps, A) executed
 
     @property
     def errors_malformed(self) -> int:
-        """Chunks whose tokens stand for no chunk."""
+        """Number of malformed chunks."""
         return int(np.isnan(self.errors).sum())
 
 
 def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
-    """Decode a chunk after every `executed_steps` of an episode, and compare it with what was
-    demonstrated.
+    """Decode a chunk after every `executed_steps` of an episode, and compare it with the data.
 
-    One chunk at a time, the decoders in turns, each warm-started from its own chunk before, as in a
-    closed loop. Writes and returns ``open_loop.json``. `ConfigError` for no policy or data, an
-    unknown decoder, or more steps than a chunk has; `DatasetError` for data that are unreadable,
-    without actions, or do not fit the policy.
+    The decoders take turns on every chunk. Each is warm-started from its own previous chunk, as in
+    a closed loop.
+
+    Returns:
+        The content of ``open_loop.json``, which is written.
+
+    Raises:
+        ConfigError: Policy or data are missing, a decoder is unknown, or `executed_steps` exceeds
+            the chunk.
+        DatasetError: The data are unreadable, have no actions, or do not match the policy.
+        OpenLoopError: The policy does not pass the gate.
     """
     with claimed_folder("output_dir", config.output_dir, (REPORT, PICTURE), (REPORT,)) as folder:
         return _open_loop(config, folder)
 
 
 def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
-    """As `open_loop`, into a folder of its own."""
+    """As `open_loop`, into the claimed folder `folder`."""
     if not config.policy_path or not split_list(config.roots):
         raise ConfigError(
             "Set --policy.path to a checkpoint, and --roots to data that it was not trained on."
@@ -122,7 +129,7 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
     if steps > policy.config.chunk_size:
         raise ConfigError(
             f"--executed_steps is {steps}; the policy's chunks have {policy.config.chunk_size} "
-            "steps."
+            "steps. Lower it."
         )
     rows = {
         name: _Row(policy.config.named(name))
@@ -172,12 +179,12 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
 
 @dataclass
 class _Data:
-    """The data sets that are looked at, and where in them a chunk is decoded."""
+    """The datasets to measure on, and the frames at which chunks are decoded."""
 
     roots: list[str]
     stores: list[FrameStore]
-    masks: list[NDArray[np.bool_]]  # of every store (N,): which frames are looked at
-    frames: list[NDArray[np.int64]]  # of every store (C,): where a chunk is decoded
+    masks: list[NDArray[np.bool_]]  # of every store (N,): which frames are measured on
+    frames: list[NDArray[np.int64]]  # of every store (C,): frames at which a chunk is decoded
 
     @property
     def moments(self) -> list[tuple[FrameStore, int]]:
@@ -192,8 +199,10 @@ class _Data:
 
 
 def _chosen_data(config: OpenLoopConfig, policy: Any, pre: Any, steps: int) -> _Data:
-    """The data sets with episodes to look at, and a chunk after every `steps` frames of these;
-    `DatasetError` for data that are unreadable, without actions, or do not fit the policy.
+    """Open the datasets with episodes to measure on, with a chunk after every `steps` frames.
+
+    Raises:
+        DatasetError: The data are unreadable, have no actions, or do not match the policy.
     """
     roots = split_list(config.roots)
     stores = [open_dataset(root) for root in roots]
@@ -202,8 +211,8 @@ def _chosen_data(config: OpenLoopConfig, policy: Any, pre: Any, steps: int) -> _
     some = [index for index, mask in enumerate(looked_at) if mask.any()]
     if not some:
         raise DatasetError(
-            f"{config.roots}: no episode was held out: data sets of fewer than ten spare none. "
-            "Name a data set that the policy was not trained on, without --held_out."
+            f"{config.roots}: no episode was held out, because the datasets have fewer than ten "
+            "episodes. Name a dataset that the policy was not trained on, without --held_out."
         )
     roots = [roots[index] for index in some]
     stores = [stores[index] for index in some]
@@ -214,7 +223,7 @@ def _chosen_data(config: OpenLoopConfig, policy: Any, pre: Any, steps: int) -> _
             raise DatasetError(
                 f"{store.root} holds no actions to compare with; it has {', '.join(store.shapes)}."
             )
-    most = math.ceil(config.chunks / len(stores))  # of a data set
+    most = math.ceil(config.chunks / len(stores))  # of a dataset
     frames = []
     for store, mask in zip(stores, masks, strict=True):
         in_episode = np.arange(len(store)) - np.searchsorted(store.episode, store.episode)  # (N,)
@@ -223,16 +232,17 @@ def _chosen_data(config: OpenLoopConfig, policy: Any, pre: Any, steps: int) -> _
 
 
 def _looked_at(store: FrameStore, held_out: float) -> NDArray[np.bool_]:
-    """Which frames (N,) are looked at; none where there are too few episodes to hold one out."""
+    """Which frames (N,) are measured on; none if there are too few episodes to hold one out."""
     return held_out_frames(store, held_out) if held_out else np.ones(len(store), dtype=bool)
 
 
-# ---- what the errors say -------------------------------------------------------------------------
+# ---- the verdict ---------------------------------------------------------------------------------
 
 
 def _ratio(report: dict[str, Any], own: _Row) -> float | None:
-    """The error of ar as a share of the mean action's; None where most chunks are malformed, or the
-    actions never change.
+    """The error of ar as a share of the mean action's.
+
+    None if most chunks are malformed, or the actions never change.
     """
     error = report["rows"]["ar"]["error"]
     mean_error = report["rows"][MEAN_ACTION]["error"]
@@ -246,15 +256,15 @@ def _passes(ratio: float | None, gate: float) -> bool:
 
 
 def verdict(ratio: float | None, gate: float) -> str:
-    """What the error of ar, as a share of the mean action's, says; None where there is none."""
+    """The verdict on the error of ar as a share of the mean action's; see `_ratio`."""
     if ratio is None:
-        return "Verdict: none. Every chunk was malformed, or the data's actions never change."
+        return "Verdict: none. Most chunks are malformed, or the data's actions never change."
     share = f"the error of ar is {ratio:.2f} of the mean action's"
     if not _passes(ratio, gate):
         return f"Verdict: it has not learnt its task ({share}, above {gate:g}). Do not distil it."
     return (
-        f"Verdict: it follows the demonstrations ({share}, at most {gate:g}). Success shows in a "
-        "closed loop only."
+        f"Verdict: it follows the demonstrations ({share}, at most {gate:g}). Only a closed loop "
+        "shows success."
     )
 
 
@@ -264,7 +274,7 @@ def verdict(ratio: float | None, gate: float) -> str:
 def _decode_all(
     bundle: tuple[Any, Any, Any], rows: dict[str, _Row], data: _Data, steps: int
 ) -> list[float]:
-    """Decode every chunk with every row; returns the mean action's errors, an entry a chunk."""
+    """Decode every chunk with every row; return the mean action's errors, one per chunk."""
     policy, pre, post = bundle
     actions = np.concatenate([store.action for store in data.stores if store.action is not None])
     mean = actions.mean(0)  # (A,)
@@ -302,7 +312,7 @@ def _decode(
     goes_on: bool,
     warm_up: int,
 ) -> None:
-    """Append tokens, forwards and seconds of one chunk, after `warm_up` that do not count."""
+    """Append tokens, forwards and seconds of one chunk, after `warm_up` runs without a record."""
     previous = row.tokens[-1][None].to(policy.config.device) if goes_on else None
     generator = torch.Generator().manual_seed(row.decoding.seed + len(row.tokens))
     for _ in range(warm_up + 1):
@@ -316,7 +326,7 @@ def _decode(
             executed_steps=steps,
             read=False,
         )
-        tokens = result.tokens[0].cpu()  # which waits for the device
+        tokens = result.tokens[0].cpu()  # synchronizes with the device
         seconds = time.perf_counter() - started
     row.tokens.append(tokens)
     row.forwards.append(int(result.iterations[0]))
@@ -339,7 +349,7 @@ def _entry(
     executed = steps * tokens.tokens_per_step if tokens.tokens_per_step else None
     own, other = (torch.stack(r.tokens)[:, :executed] for r in (row, reference))
     stop = -1 if tokens.stop is None else tokens.stop
-    live = (own != stop) | (other != stop)  # behind the stop of both is nothing
+    live = (own != stop) | (other != stop)  # slots after the end of both are not compared
     block, prefix = np.array([[int(count) for count in counts] for counts in row.layers]).mean(0)
     p50, p95, p99 = (
         round(1e3 * float(value), 2) for value in np.percentile(row.seconds, (50, 95, 99))

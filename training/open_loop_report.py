@@ -39,7 +39,7 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def _cells(entry: dict[str, Any], *, decoded: bool) -> list[str]:
-    """A row's cells behind its name; what is not `decoded` has an error alone."""
+    """A row's cells after its name; a row that is not `decoded` has only an error."""
     error = "-" if entry["error"] is None else f"{100 * entry['error']:.2f}"
     if entry.get("error_pm95") is not None:
         error += f" ± {100 * entry['error_pm95']:.2f}"
@@ -65,10 +65,10 @@ def draw_actions(
     """Draw demonstrated and decoded actions of `frames` (F,), a panel for every dimension.
 
     Args:
-        store: Of the demonstrated actions.
-        frames: Their numbers (F,).
-        actions: By decoder, (F or more, A).
-        path: Of the PNG file.
+        store: Dataset of the demonstrated actions.
+        frames: Frames to draw (F,).
+        actions: Decoded actions by decoder, (F or more, A).
+        path: PNG file to write.
     """
     assert store.action is not None
     names = _dimension_names(store.labels.get(ACTION, []), store.action.shape[1])
@@ -95,7 +95,7 @@ def draw_actions(
 
 
 def _dimension_names(labels: Sequence[object], count: int) -> list[str]:
-    """The data set's own names of `count` dimensions, where it names so many; else numbers."""
+    """Names of `count` dimensions: those of the dataset if it has as many, else numbers."""
     if len(labels) == count:
         return [str(label) for label in labels]
     return [f"action {i}" for i in range(count)]

@@ -1,6 +1,4 @@
-"""Muon for the matrices of the trunk, AdamW for everything else; one warm-up and cosine for
-both.
-"""
+"""Optimisers: Muon for the matrices of the trunk, AdamW for the rest; warm-up and cosine."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ NEWTON_SCHULZ = (
 
 
 def computes_bfloat16(device: str) -> bool:
-    """Whether a device multiplies in bfloat16; a CPU that only emulates it is 70 times slower than
-    in float32.
-    """
+    """Whether a device computes in bfloat16; a CPU that emulates it is 70 times slower."""
     if torch.device(device).type == "cpu":
         return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
     return torch.device(device).type != "cuda" or torch.cuda.is_bf16_supported(
@@ -59,8 +55,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The matrix (a, b) with all singular values moved near 1 by Newton-Schulz iterations, in its
-    own type.
+    """Move all singular values of a matrix (a, b) near 1 by Newton-Schulz iterations, in its dtype.
 
     Every iteration multiplies by a polynomial of the small Gram matrix; one factor collects them.
     """
@@ -85,11 +80,10 @@ def build_optimizers(
     muon_lr: float,
     weight_decay: float,
 ) -> list[torch.optim.Optimizer]:
-    """Split trainable parameters between Muon (matrices of transformer layers) and AdamW (the
-    rest).
+    """Split trainable parameters between Muon (matrices of transformer layers) and AdamW (others).
 
-    Adapters are AdamW's: Muon would give both factors of a product updates of full rank. So is all,
-    if `muon_lr` is 0.
+    Adapters go to AdamW, because Muon would update both factors of a product with full rank. If
+    `muon_lr` is 0, all parameters go to AdamW.
     """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []

@@ -1,4 +1,4 @@
-"""How a run is spread over processes: accelerate's settings, and what FSDP wraps."""
+"""Distribute a run over processes: accelerate's settings, and the layers that FSDP wraps."""
 
 from __future__ import annotations
 
@@ -31,16 +31,14 @@ def new_accelerator(mixed_precision: str, device: str, output: Path) -> Accelera
         kwargs_handlers=[
             # grounding frames use no action head
             DistributedDataParallelKwargs(find_unused_parameters=True),
-            # while one validates or records, the others wait
+            # the other processes wait while the main one validates or records
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),
         ],
     )
 
 
 def layer_classes(policy: CeedVLAPolicy) -> list[str]:
-    """Names of the repeated layers of a policy's model: classes of the largest lists of equal
-    modules.
-    """
+    """Class names of the repeated layers of a policy's model."""
     lists = [
         list(m) for m in policy.backbone.modules() if isinstance(m, nn.ModuleList | nn.Sequential)
     ]

@@ -1,6 +1,4 @@
-"""What every training run shares: output folder, loop, log, checkpoints, and states to resume
-from.
-"""
+"""Base of all training runs: output folder, loop, log, checkpoints, and states to resume from."""
 
 from __future__ import annotations
 
@@ -34,17 +32,22 @@ from ceed_vla.training.summary import Summary
 
 logger = logging.getLogger(__name__)
 
-# What a closed-loop check needs: policy folder -> (successes, episodes).
+# Closed-loop validation: policy folder -> (successes, episodes).
 ClosedLoop = Callable[[Path], tuple[int, int]]
 
 
 class Run:
     """One training run. A subclass loads its data, then calls `prepare`.
 
-    `device` is "cpu", or an accelerator as `accelerate` finds it; `closed_loop` measures a
-    checkpoint in simulation. `ConfigError` for no output folder, or one that holds another run, or
-    files that this one would replace; `CheckpointError` for nothing to resume, or links through
-    which the run would write elsewhere.
+    Args:
+        config: The settings.
+        device: "cpu", or an accelerator, as `accelerate` selects it.
+        closed_loop: Measures a checkpoint in simulation; skipped if None.
+
+    Raises:
+        ConfigError: There is no output folder, or it holds another run, or files that this run
+            would replace.
+        CheckpointError: There is no run to resume, or a link leads out of the folder.
     """
 
     name = "run"
@@ -56,7 +59,7 @@ class Run:
         self.output = self.folder.path
         check_device(device)
         if device.startswith("cuda:"):
-            torch.cuda.set_device(device)  # accelerate takes the current one
+            torch.cuda.set_device(device)  # accelerate uses the current device
         if config.threads:
             torch.set_num_threads(config.threads)
         self.accelerator = new_accelerator(config.mixed_precision, device, self.output)
@@ -64,7 +67,7 @@ class Run:
         self.step = 0
         self.total = config.steps or 0
         self.most = config.steps or ANY_NUMBER  # steps that a budget may allow
-        self.warned = False  # that the budget is small
+        self.warned = False  # whether the log has a warning about a small budget
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if config.batch_size:
             self._check_split(config.batch_size, "batch_size")
@@ -80,18 +83,18 @@ class Run:
         *,
         weight_decay: float,
     ) -> None:
-        """Build the optimisers of the policy's trainable parameters and hand everything to
-        accelerate.
+        """Build the optimisers of the policy's trainable parameters, and prepare accelerate.
 
-        `ConfigError` if no parameter learns, or a backbone that cannot recompute activations
-        should.
+        Raises:
+            ConfigError: No parameter learns, a parameter would learn in half precision, or the
+                backbone cannot recompute activations as set.
         """
         self.policy = policy.train()
         self.pre = pre
         self.post = post
         if check := getattr(self.closed_loop, "check", None):
             check(policy.config)
-        # Its own decodings, exits and scorer do not apply to the new weights.
+        # The policy's decodings, exits and scorer do not apply to the new weights.
         policy.config.forget()
         for saved in SAVED:
             saved.detach(policy.backbone)
@@ -99,7 +102,7 @@ class Run:
             policy.backbone.recompute_activations()
         if not any(parameter.requires_grad for parameter in policy.parameters()):
             raise ConfigError(
-                "No weight would learn: all are referred to. Set --lora.rank, or copy them "
+                "No weight would learn: all are stored by reference. Set --lora.rank, or copy them "
                 "(backbone.weights=copied)."
             )
         if half := {p.dtype for p in policy.parameters() if p.requires_grad} - {torch.float32}:
@@ -120,7 +123,7 @@ class Run:
         if not self.sharded:
             states.keep_in_states(self.accelerator, adapted=self.settings.lora.rank > 0)
 
-    # ---- a batch is split over processes and parts -----------------------------------------------
+    # ---- split of a batch over processes and parts -----------------------------------------------
 
     @property
     def num_parts(self) -> int:
@@ -129,14 +132,16 @@ class Run:
 
     @property
     def parts(self) -> range:
-        """Numbers of the parts that this process runs; part ``p`` holds the rows ``p, p +
-        num_parts, ...``.
+        """Numbers of the parts that this process runs.
+
+        Part ``p`` holds the rows ``p, p + num_parts, ...``.
         """
         return range(self.accelerator.process_index, self.num_parts, self.accelerator.num_processes)
 
     def share(self, rows: int, size: int) -> float:
-        """Weight of a mean over `rows` of a batch of `size`, so that the processes' mean is that of
-        the whole batch.
+        """Weight of a mean over `rows` of a batch of `size`.
+
+        With it, the mean over the processes is the mean over the batch.
         """
         return rows * self.accelerator.num_processes / size
 
@@ -148,41 +153,44 @@ class Run:
                 f"{self.settings.gradient_accumulation}; make it larger."
             )
 
-    # ---- what a subclass fills in ----------------------------------------------------------------
+    # ---- methods of subclasses -------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
-        """One optimiser step; values to log, whose mean over the processes is meant."""
+        """Take one optimiser step; return values whose mean over the processes is logged."""
         raise NotImplementedError
 
     def before_step(self) -> None:
         """Called before every step."""
 
     def after_step(self) -> None:
-        """Called after every step, when `step` counts it."""
+        """Called after every step, when `step` is already increased."""
 
     def kind_of_step(self) -> str:
-        """Of the step that comes: kinds take different times."""
+        """Kind of the next step; kinds differ in duration."""
         return STEP
 
     def steps_in_budget(self, left: float, seconds: dict[str, float]) -> int:
-        """Steps in all, when `left` seconds are left of the budget and a step takes so many, by
-        kind.
+        """Total number of steps that fit into the budget.
+
+        Args:
+            left: Seconds left of the budget.
+            seconds: Mean seconds of a step, by kind.
         """
         return self.step + int(left / seconds[STEP]) if STEP in seconds else self.total
 
     def summarize(self, summary: Summary) -> None:
-        """Add to the summary what the run measures at its end, on every process."""
+        """Add measurements at the end of the run to the summary; called in every process."""
 
     def next_command(self, checkpoint: Path) -> str:
-        """What a user does next with the final checkpoint."""
+        """The command that a user runs next with the final checkpoint."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside weights, optimisers and torch's random state; JSON types."""
+        """State besides weights, optimisers and torch's random state; JSON types."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Restore the result of `state_dict`."""
 
     # ---- the loop --------------------------------------------------------------------------------
 
@@ -198,19 +206,20 @@ class Run:
                 self.folder.trim_log(self.step)
             self.accelerator.init_trackers(TRACKER)
         self.model.train()
-        planned = self.total
+        scheduled = self.total
         self._take_steps(started)
         finish_training(self.policy)
         final = self.save_policy("final")
-        self._end(final, time.monotonic() - started, planned)
+        self._end(final, time.monotonic() - started, scheduled)
         self.validate(final)
         with self.folder.writing():
             self.accelerator.end_training()
         return final
 
     def _take_steps(self, started: float) -> None:
-        """All steps that are left, with what is logged, validated and saved between them; the run
-        began at `started` [s].
+        """Take the remaining steps; log, validate and save between them.
+
+        The run began at `started` [s].
         """
         settings = self.settings
         first_step = self.step
@@ -244,7 +253,7 @@ class Run:
                 self._validate_and_save()
 
     def _validate_and_save(self) -> None:
-        """What comes after this step: a validation, a state, both or neither."""
+        """Validate and save a state after this step, as the settings require."""
         settings = self.settings
         validates = settings.validate_every and self.step % settings.validate_every == 0
         if validates and self.step < self.total:
@@ -253,15 +262,15 @@ class Run:
             self.save_state()
 
     def _keep_to_budget(self, elapsed: float, seconds: dict[str, float]) -> None:
-        """Set the steps that the budget allows, `elapsed` seconds after the start."""
-        # the same in all processes
+        """Set the number of steps that the budget allows, `elapsed` seconds after the start."""
+        # equal in all processes
         timing = self._mean_over_processes({"elapsed": elapsed, **seconds})
         left = 60 * self.settings.max_minutes - timing.pop("elapsed")
         self.total = max(min(self.most, self.steps_in_budget(left, timing)), self.step)
         if self.total < FEW_STEPS * self.most and self.most < ANY_NUMBER and not self.warned:
             logger.warning(
                 "--max_minutes %g allows about %d of --steps %d. A run that ends so early has "
-                "rarely learnt its task: give it more minutes, smaller images or a "
+                "rarely learnt its task: allow more minutes, or use smaller images or a "
                 "smaller --batch_size.",
                 self.settings.max_minutes,
                 self.total,
@@ -269,9 +278,9 @@ class Run:
             )
             self.warned = True
 
-    def _end(self, final: Path, seconds: float, planned: int) -> None:
-        """Measure on held-out episodes, log it, and print the summary."""
-        asked = planned if planned < ANY_NUMBER else self.step
+    def _end(self, final: Path, seconds: float, scheduled: int) -> None:
+        """Measure on held-out episodes, log the results, and print the summary."""
+        asked = scheduled if scheduled < ANY_NUMBER else self.step
         summary = Summary(self.step, asked, seconds, str(final), self.next_command(final))
         self.policy.eval()
         self.summarize(summary)
@@ -281,11 +290,13 @@ class Run:
             summary.show()
 
     def optimize[T](self, parts: Sequence[T], loss: Callable[[T], Tensor]) -> None:
-        """One step of all optimisers at this step's learning rate; `CeedVLAError` if a loss is not
-        finite.
+        """Take one step of all optimisers at this step's learning rate.
 
-        Each of this process's `parts` has a backward pass, their losses add up; gradients are
-        exchanged after the last.
+        Each of this process's `parts` has a backward pass, and their losses add up. Gradients are
+        exchanged after the last part.
+
+        Raises:
+            CeedVLAError: A loss is not finite.
         """
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
@@ -294,7 +305,7 @@ class Run:
                 if not math.isfinite(value.item()):
                     raise CeedVLAError(
                         f"The loss is {value.item()} at step {self.step}: training diverged. Lower "
-                        f"--lr and --muon_lr; the last good state is in {self.output}."
+                        f"--lr and --muon_lr; the last complete state is in {self.output}."
                     )
                 self.accelerator.backward(value)
         factor = cosine_factor(self.step, self.total, self.settings.warmup)
@@ -325,7 +336,7 @@ class Run:
                 self.folder.append_log(self.step, values)
 
     def validate(self, folder: Path) -> None:
-        """Measure a checkpoint in closed loop, where there is a simulator."""
+        """Measure a checkpoint in closed loop, if there is a simulator."""
         if self.closed_loop is not None and self.accelerator.is_main_process:
             tqdm.write(f"step {self.step}: validating in closed loop, which takes minutes ...")
             successes, episodes = self.closed_loop(folder)
@@ -334,6 +345,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def save_policy(self, name: str) -> Path:
+        """Write the policy as the checkpoint `name`, and return its folder."""
         folder = self.output / CHECKPOINTS / name / "pretrained_model"
         weights = states.weights(
             self.accelerator, self.model, self.policy, self.settings.lora.rank > 0
@@ -345,9 +357,7 @@ class Run:
         return folder
 
     def save_state(self) -> None:
-        """Write all that resuming needs. The state before it stays valid until this one is
-        complete.
-        """
+        """Write a state to resume from; the state before it stays valid until this is complete."""
         name = self.folder.next_state(self.total)
         self.accelerator.wait_for_everyone()  # every process has read the name
         with self.folder.writing():
@@ -367,12 +377,14 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def load_state(self) -> None:
-        """Continue from the last complete state; `CheckpointError` for one that cannot be read, or
-        of other sizes.
+        """Continue from the last complete state.
+
+        Raises:
+            CheckpointError: The state cannot be read, or has other sizes.
         """
         progress = self.folder.read_progress(self.total)
         folder = self.output / progress["state"]
-        advice = "repeat the settings it was started with, or start again in another folder."
+        advice = "repeat the settings that it was started with, or start again in another folder."
         with raised_as(CheckpointError, f"{folder} cannot be resumed", advice, passing=()):
             settings = states.optimizer_settings(self.optimizers)
             states.check_metadata(folder)
@@ -388,8 +400,9 @@ class Run:
         self.load_state_dict(progress)
 
     def _undo_empty_step(self) -> None:
-        """Before the first step: torch takes one without gradients to write the state of sharded
-        optimisers.
+        """Clear the optimisers before the first step.
+
+        To write the state of sharded optimisers, torch takes a step without gradients.
         """
         if self.sharded and self.step == 0:
             for optimizer in self.optimizers:

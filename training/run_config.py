@@ -1,4 +1,4 @@
-"""The settings that every training run has."""
+"""The settings common to all training runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ceed_vla.training.held_out import SHARE
 from ceed_vla.training.held_out import SHARES as HELD_OUT_SHARES
 from ceed_vla.training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES, SHARES
 
-ANY_NUMBER = 10**9  # of steps: as many as a budget allows
+ANY_NUMBER = 10**9  # steps without a limit of their own: as many as a budget allows
 
 
 @dataclass
@@ -20,30 +20,30 @@ class RunConfig(Checked):
     """Settings of every training run.
 
     Attributes:
-        output_dir: Where checkpoints, logs and states go.
+        output_dir: Folder for checkpoints, logs and states.
         steps: Optimiser steps.
-        max_minutes: Take only as many steps as fit into so long, by the speed so far (every
-            `log_every` steps), and lower the learning rate accordingly; 0: all. A resumed run may
-            take so long again for what was left. Validation at the end comes on top.
-        batch_size: Frames a step, over all processes and all of its parts.
-        gradient_accumulation: Parts that a process's share of a batch is run in, one after another.
-        gradient_checkpointing: Keep only the layers' inputs for the backward pass; less memory, a
-            third more time.
+        max_minutes: Budget of the steps [min], 0 for none: their number and the learning rate
+            follow from the speed so far, every `log_every` steps. A resumed run has the same budget
+            for the remaining steps. Validation at the end is not included.
+        batch_size: Frames per step, over all processes and parts.
+        gradient_accumulation: Parts of a process's share of a batch, run one after another.
+        gradient_checkpointing: Store only the inputs of the layers for the backward pass, which
+            takes less memory and a third more time.
         lora: Low-rank adapters instead of all weights.
         lr: Peak learning rate of AdamW.
-        muon_lr: Peak learning rate of Muon (the trunk's matrices); 0 gives these to AdamW too.
+        muon_lr: Peak learning rate of Muon (the trunk's matrices); 0 uses AdamW for these, too.
         warmup: Warm-up steps.
-        validate_every: Steps between closed-loop validations (0: only at the end).
+        validate_every: Steps between closed-loop validations; 0 validates only at the end.
         save_every: Steps between resumable states.
         log_every: Steps between log lines.
-        mixed_precision: "bf16", "no", or "auto": bf16 where the device computes in it and does not
-            emulate it.
+        mixed_precision: "bf16", "no", or "auto": bf16 if the device computes in it without
+            emulation.
         seed: Seed of weights, batches and augmentation.
         threads: CPU threads; 0 leaves torch's default.
-        held_out: Share of every data set's episodes, whole ones, that are not trained on; the
-            summary at the end measures on them. Data sets of fewer than ten spare none.
+        held_out: Share of every dataset's episodes that are not trained on; the summary at the end
+            measures on them. Datasets of fewer than ten episodes hold out none.
         max_clipped: Largest share of a dimension's actions far outside the policy's range.
-        streaming: Which data sets are decoded into files, and how much of the others is in memory.
+        streaming: Which datasets are decoded into files, and how much of the others is in memory.
         resume: Continue an interrupted run in `output_dir`.
     """
 

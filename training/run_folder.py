@@ -1,4 +1,4 @@
-"""The output folder of a training run: its log, and the progress that says which state is whole."""
+"""The output folder of a training run: its log, and its progress, which names the last state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ceed_vla.outputs import named_folder
 from ceed_vla.training.settings import full_disk
 
 PROGRESS = "progress.json"
-# written in turns, so that the last complete one survives an interrupt
+# written alternately, so that the last complete one survives an interrupt
 STATES = (
     "state_a",
     "state_b",
@@ -27,15 +27,16 @@ TAKEOVER = "takeover"
 
 
 class RunFolder:
-    """The folder that a run writes to, after a check that it may.
+    """The folder that a run writes to, checked before the run.
 
     Args:
-        name: As the settings give it.
+        name: The setting `output_dir`.
         resume: Whether a run in it is continued.
 
     Raises:
-        ConfigError: No folder, one that holds another run, or files that this one would replace.
-        CheckpointError: Nothing to resume, or links through which the run would write elsewhere.
+        ConfigError: There is no folder, or it holds another run, or files that this one would
+            replace.
+        CheckpointError: There is no run to resume, or a link leads out of the folder.
     """
 
     def __init__(self, name: str, resume: bool) -> None:
@@ -56,28 +57,28 @@ class RunFolder:
                 "folder."
             )
         if self.resume and not started:
-            raise CheckpointError(f"{folder} has no {PROGRESS}; there is nothing to resume there.")
+            raise CheckpointError(f"{folder} has no {PROGRESS}; there is no run to resume in it.")
         names = [] if started else [PROGRESS, LOG, CHECKPOINTS, TRACKER, TAKEOVER, *STATES]
         foreign = next((name for name in names if os.path.lexists(self.path / name)), None)
         if foreign:
             raise ConfigError(
-                f"{folder} holds {foreign}, which a run would replace, but no {PROGRESS}: another "
-                "program's, or of a run that ended before its first state. Name a new or empty "
-                "folder."
+                f"{folder} holds {foreign}, which a run would replace, but no {PROGRESS}: it is of "
+                "another program, or of a run that ended before its first state. Name a new or "
+                "empty folder."
             )
         if elsewhere := next(strange(self.path), None) if started else None:
             raise CheckpointError(
-                f"{elsewhere} is a link, a pipe or a device; a run reads and writes only files of "
-                "its own folder. Put the file itself there."
+                f"{elsewhere} is a link, a pipe or a device; a run reads and writes only regular "
+                "files in its folder. Replace it by the file itself."
             )
 
     def writing(self) -> AbstractContextManager[None]:
-        """Errors of writing inside say what is kept."""
-        kept = "the last complete state is kept; go on with --resume=true"
-        return full_disk(
-            self.path,
-            kept if self.started else "no state is complete yet; start again in a new folder",
-        )
+        """Re-raise errors of writing with the remedy; see `full_disk`."""
+        if self.started:
+            advice = "continue from the last complete state with --resume=true"
+        else:
+            advice = "no state is complete yet; start again in a new folder"
+        return full_disk(self.path, advice)
 
     # ---- log -------------------------------------------------------------------------------------
 
@@ -87,30 +88,31 @@ class RunFolder:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def trim_log(self, step: int) -> None:
-        """Drop log lines of steps after `step`, which will be taken (again)."""
+        """Drop log lines of steps after `step`, which are taken again."""
         file = self.path / LOG
         if file.is_file():
             content = read_bytes(file, most=MOST_LOG) if self.resume else b""
             lines = content.decode(errors="replace").splitlines()
-            kept = [line for line in lines if is_whole(_step_of(line), 0, step)]
-            write_text(file, "".join(f"{line}\n" for line in kept))
+            before = [line for line in lines if is_whole(_step_of(line), 0, step)]
+            write_text(file, "".join(f"{line}\n" for line in before))
 
     # ---- progress --------------------------------------------------------------------------------
 
     def next_state(self, total: int) -> str:
-        """The name of the state to write: the one that the progress does not name."""
+        """The name of the next state: the one of `STATES` that the progress does not name."""
         if not (self.path / PROGRESS).is_file():
             return STATES[0]
         return STATES[0] if self.read_progress(total)["state"] == STATES[1] else STATES[1]
 
     def write_progress(self, progress: dict[str, Any]) -> None:
-        """Write ``progress.json``: from here on the state that it names is the one to resume."""
+        """Write ``progress.json``, after which a run resumes from the state that it names."""
         write_text(self.path / PROGRESS, json.dumps(progress))
 
     def read_progress(self, total: int) -> dict[str, Any]:
-        """What `write_progress` wrote; older runs named neither processes nor `total`.
+        """Read the result of `write_progress`; older runs stored neither processes nor `total`.
 
-        `CheckpointError` for another file's contents, or a step beyond `total`, the run's steps.
+        Raises:
+            CheckpointError: The file is damaged, or its step is beyond `total`, the run's steps.
         """
         file = self.path / PROGRESS
         progress: dict[str, Any] = {"processes": 1, "total": total, **read_json(file)}
@@ -119,14 +121,14 @@ class RunFolder:
         if not fits or progress.get("state") not in STATES:
             raise CheckpointError(
                 f"{file} holds {str(progress)[:200]}; it must name a step up to {total}, the "
-                f"run's steps now, and a state, {' or '.join(STATES)}. Repeat the settings the run "
-                "was started with, or start again."
+                f"present number of steps, and a state, {' or '.join(STATES)}. Repeat the settings "
+                "that the run was started with, or start again."
             )
         return progress
 
 
 def _step_of(line: str) -> object:
-    """The step of a line of ``log.jsonl``; None of a damaged one."""
+    """The step in a line of ``log.jsonl``; None for a damaged line."""
     try:
         return parse_json(line)["step"]
     except (ValueError, TypeError, KeyError):

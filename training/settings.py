@@ -1,4 +1,4 @@
-"""What the settings of several commands share: lists in a text, and disks that are full."""
+"""Shared by several commands: ranges and lists of settings, and errors of full disks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "No space left", "fi
 
 @dataclass
 class BesideConfig(Checked):
-    """What the commands share that train something beside a frozen policy.
+    """Settings of the commands that train a module of a frozen policy.
 
     Attributes:
-        policy_path: The policy, whose weights stay.
-        roots: Comma-separated data sets, whose observations it sees.
-        output_dir: A new folder for a copy of its checkpoint with what was trained.
-        eval_frames: Held-out frames that the report is about.
+        policy_path: Checkpoint of the policy, whose weights do not change.
+        roots: Comma-separated datasets to train on.
+        output_dir: New folder for a copy of the checkpoint with the trained module.
+        eval_frames: Held-out frames for the report.
     """
 
     policy_path: str = ""
@@ -48,8 +48,10 @@ def split_list(text: str) -> list[str]:
 
 
 def number_list(text: str, name: str) -> list[float]:
-    """The numbers of a comma-separated list, none of them negative; else a `ConfigError` names the
-    setting.
+    """Parse a comma-separated list of non-negative numbers.
+
+    Raises:
+        ConfigError: Another text; the message calls the setting `name`.
     """
     try:
         numbers = [float(part) for part in split_list(text)]
@@ -57,14 +59,14 @@ def number_list(text: str, name: str) -> list[float]:
         numbers = [-1.0]
     if not all(0 <= number <= LARGEST for number in numbers):
         raise ConfigError(
-            f"{name} is {text!r}; it must be numbers in [0, {LARGEST:.0e}], with commas."
+            f"{name} is {text!r}; it must be numbers in [0, {LARGEST:.0e}], separated by commas."
         )
     return numbers
 
 
 @contextmanager
-def full_disk(folder: Path, kept: str) -> Iterator[None]:
-    """Say in one line why `folder` cannot be written, what helps, and what is `kept`."""
+def full_disk(folder: Path, advice: str) -> Iterator[None]:
+    """Re-raise errors of writing to `folder` in one line, with reason, remedy and `advice`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -77,4 +79,4 @@ def full_disk(folder: Path, kept: str) -> Iterator[None]:
             f"{'is the disk full? ' if full else ''}{(str(error).splitlines() or [''])[0][:200]}"
         )
         remedy = "Make room there" if full else "Make it writable"
-        raise CeedVLAError(f"{folder} cannot be written ({reason}). {remedy}; {kept}.") from error
+        raise CeedVLAError(f"{folder} cannot be written ({reason}). {remedy}; {advice}.") from error

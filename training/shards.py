@@ -1,4 +1,4 @@
-"""Shards of trajectories: what a file may hold, checked in one place, whoever wrote it."""
+"""Read shards of trajectories, and validate their content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ceed_vla.files import read_json, regular
 
 META = "meta.json"
 GUESSES = ("previous", "mid", "random")
-MOST_TOKENS = np.iinfo(np.int16).max  # values of a token
+MOST_TOKENS = np.iinfo(np.int16).max  # largest vocabulary
 _BLOCK = pa.list_(pa.int16())
 SCHEMA = {
     "root": pa.int16(),
@@ -35,8 +35,10 @@ _COUNTS = ("chunk_size", "action_dim", "num_bins", "shift_steps", "frame_stride"
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """``meta.json``, if its layout and counts are what `collect` writes; `DatasetError` if it is
-    missing or damaged.
+    """Read and check ``meta.json``.
+
+    Raises:
+        DatasetError: It is missing, damaged, or not of the form that `collect` writes.
     """
     file = folder / META
     if not file.is_file():
@@ -77,7 +79,7 @@ def find_shards(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.glob("*.parquet") if not file.name.startswith("."))
     for file in files:
         if not _NAME.fullmatch(file.name):
-            raise DatasetError(f"{file} is no shard of trajectories; move it elsewhere.")
+            raise DatasetError(f"{file} is not a shard of trajectories; move it elsewhere.")
         regular(file, DatasetError)
     return files
 
@@ -85,9 +87,15 @@ def find_shards(folder: Path) -> list[Path]:
 def read_shard(
     file: Path, meta: dict[str, Any], frames: NDArray[np.int64] | None = None
 ) -> pa.Table:
-    """A complete shard, of the layout in `meta` and with those `frames`, where they are known.
+    """Read a complete shard.
 
-    A `DatasetError` names the file and what is wrong in it.
+    Args:
+        file: The shard.
+        meta: Content of ``meta.json``, with the layout.
+        frames: Frames that it must hold (F,); any if None.
+
+    Raises:
+        DatasetError: It names the file and the fault.
     """
     number = _data_set_of(file, meta)
     most = meta["datasets"][number]["frames"]
@@ -99,23 +107,23 @@ def read_shard(
 
 
 def _require(file: Path, fits: Any, what: str) -> None:
-    """Raise a `DatasetError` that says what is wrong in a file unless it `fits`."""
+    """Raise a `DatasetError` about `what` in a file unless it `fits`."""
     if not fits:
         raise DatasetError(f"{file}: {what}. Remove it, and collect it again with --resume=true.")
 
 
 def _data_set_of(file: Path, meta: dict[str, Any]) -> int:
-    """The number of the data set that a shard's name stands for."""
+    """The index of the dataset in the name of a shard."""
     sets = meta["datasets"]
     name = _NAME.fullmatch(file.name)
     known = name and int(name[1]) < len(sets)
-    _require(file, known, f"its name stands for none of the {len(sets)} data sets")
+    _require(file, known, f"its name has the index of none of the {len(sets)} datasets")
     assert name is not None
     return int(name[1])
 
 
 def _read_columns(file: Path, meta: dict[str, Any], most: int) -> pa.Table:
-    """The columns of `SCHEMA` of at most so many rows, none of them with empty values."""
+    """Read the columns of `SCHEMA`, of at most `most` rows and without empty values."""
     n = meta["block_length"]
     # Jacobi decoding ends after n iterations
     most_states = (n + 2) * n if meta["states"] else n
@@ -124,7 +132,7 @@ def _read_columns(file: Path, meta: dict[str, Any], most: int) -> pa.Table:
     with readable(file, "remove it, and collect it again with --resume=true"):
         opened = open_parquet(file, shapes)
         rows = opened.metadata.num_rows
-        _require(file, 0 < rows <= most, f"it has {rows} rows of {most} frames")
+        _require(file, 0 < rows <= most, f"it has {rows} rows for {most} frames")
         found = {field.name: field.type for field in opened.schema_arrow}
         _require(
             file,
@@ -144,25 +152,23 @@ def _read_columns(file: Path, meta: dict[str, Any], most: int) -> pa.Table:
 def _check_frames(
     file: Path, table: pa.Table, number: int, most: int, frames: NDArray[np.int64] | None
 ) -> None:
-    """Check that rows are of distinct frames of data set `number`: of `frames`, where they are
-    known.
-    """
+    """Check that rows are of distinct frames of dataset `number`, and of `frames` unless None."""
     root = table["root"].to_numpy()
     frame = table["frame"].to_numpy()
     _require(
-        file, (root == number).all(), f"root is {root.min()}..{root.max()}, its name says {number}"
+        file, (root == number).all(), f"root is {root.min()}..{root.max()}, its name has {number}"
     )
     inside = frame.min() >= 0 and frame.max() < most and len(np.unique(frame)) == len(frame)
     _require(
         file,
         inside,
-        f"frame is {frame.min()}..{frame.max()}; the data set has {most} frames, each at most once",
+        f"frame is {frame.min()}..{frame.max()}; the dataset has {most} frames, each at most once",
     )
     if frames is not None:
         _require(
             file,
             np.array_equal(np.sort(frame), np.sort(frames)),
-            f"it holds {len(frame)} other frames than it should",
+            f"it holds {len(frame)} other frames than expected",
         )
     kinds = pc.unique(table["guess_kind"]).to_pylist()
     _require(
@@ -173,9 +179,7 @@ def _check_frames(
 
 
 def _check_tokens(file: Path, table: pa.Table, meta: dict[str, Any]) -> None:
-    """Check that blocks have `block_length` tokens below `num_bins`; previous ones may be all
-    -1.
-    """
+    """Check that blocks have `block_length` tokens below `num_bins`; `previous` may be all -1."""
     n = meta["block_length"]
     bins = meta["num_bins"]
     for key in ("guess", "previous", "fixed_point"):
@@ -199,15 +203,13 @@ def _check_tokens(file: Path, table: pa.Table, meta: dict[str, Any]) -> None:
 
 
 def _check_states(file: Path, table: pa.Table, meta: dict[str, Any]) -> None:
-    """Check that states lead from guess to fixed point in so many iterations, where they are
-    kept.
-    """
+    """Check that stored states lead from guess to fixed point in `iterations` iterations."""
     n = meta["block_length"]
     steps = table["iterations"].to_numpy()
     states = pc.list_flatten(table["states"]).to_numpy()
     _require(file, (steps >= 1).all(), f"iterations is {steps.min()}")
     if not meta["states"]:
-        _require(file, not len(states), "it has states, which were not to be kept")
+        _require(file, not len(states), f"it has states, but {META} excludes them")
         return
     lengths = lengths_of(table["states"])
     _require(

@@ -1,4 +1,4 @@
-"""Weights of a run as files: what a resumable state keeps, and what a checkpoint is made of."""
+"""Weights of a run as files: those of resumable states, and those of checkpoints."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from ceed_vla.training.adapters import plain_weights, scale_of
 def weights(
     accelerator: Accelerator, model: nn.Module, policy: CeedVLAPolicy, adapted: bool
 ) -> dict[str, Tensor] | None:
-    """The policy's weights where it cannot write them by itself: sharded ones, or with adapters.
-    All processes call.
+    """Gather the policy's weights if it cannot write them itself: sharded, or with adapters.
 
-    They have the policy's own names; None where the policy can, and on processes that write
-    nothing.
+    All processes must call this.
+
+    Returns:
+        Weights by the policy's own names; None if the policy can write them, and in processes that
+        do not write.
     """
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if not sharded and not adapted:
@@ -36,7 +38,7 @@ def weights(
     found: dict[str, Tensor] = policy.state_dict()
     if sharded:
         prefix = next(name for name, module in model.named_modules() if module is policy) + "."
-        whole = accelerator.get_state_dict(model)  # gathered by all, given to the first
+        whole = accelerator.get_state_dict(model)  # gathered from all, for the main process
         found = {
             name.removeprefix(prefix): w for name, w in whole.items() if name.startswith(prefix)
         }
@@ -50,10 +52,10 @@ def weights(
 
 
 def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:
-    """Say what states hold: weights by the names that they have in one process, so that any number
-    can go on.
+    """Register hooks that store weights under their names in a single process.
 
-    With adapters (`adapted`) only those that learn: beside a large frozen base these are few.
+    So any number of processes can resume from a state. With adapters (`adapted`), states hold only
+    the weights that learn, which are few next to a large frozen base.
     """
 
     def save(models: list[nn.Module], state_dicts: list[dict[str, Tensor]], _: str) -> None:
@@ -68,7 +70,7 @@ def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:
             state.update({name: w for name, w in found.items() if not adapted or name in learns})
 
     def load(models: list[nn.Module], folder: str) -> None:
-        while models:  # accelerate loads those that are left
+        while models:  # accelerate would load the models that remain in the list
             plain = accelerator.unwrap_model(models.pop())
             file = Path(folder) / "model.safetensors"
             own = plain.state_dict()
@@ -90,13 +92,11 @@ def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-# ---- what accelerate believes --------------------------------------------------------------------
+# ---- checks that accelerate lacks ----------------------------------------------------------------
 
 
 def check_random_state(folder: Path, process: int) -> None:
-    """Raise unless the random state is the one in a state's folder; accelerate only logs that it
-    was not restored.
-    """
+    """Raise unless the random state was restored from a state's folder; accelerate only logs it."""
     file = folder / f"random_states_{process}.pkl"
     saved = load_numbers(file)
     numpy_state: Any = np.random.get_state()
@@ -114,7 +114,7 @@ def check_random_state(folder: Path, process: int) -> None:
 
 
 def optimizer_settings(optimizers: Iterable[Any]) -> list[dict[str, Any]]:
-    """Settings of all groups of weights but the learning rate, which every step sets."""
+    """Settings of all parameter groups, except the learning rate, which every step sets."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return [
         {name: group[name] for name in group if name not in ("params", "lr")} for group in groups
@@ -124,9 +124,7 @@ def optimizer_settings(optimizers: Iterable[Any]) -> list[dict[str, Any]]:
 def check_optimizers(
     optimizers: Sequence[Any], settings: Sequence[dict[str, Any]], step: int
 ) -> None:
-    """Raise unless optimisers kept their `settings`, and what they remember can be of their
-    weights, at `step`.
-    """
+    """Raise unless optimisers have their `settings`, and valid state of their weights at `step`."""
     remembered_steps = [int(m["step"]) for o in optimizers for m in o.state.values() if "step" in m]
     if remembered_steps and max(remembered_steps) != step:
         raise ValueError(f"the optimiser's step is {max(remembered_steps)}, not {step}")
@@ -159,7 +157,7 @@ _PLAIN = {
 
 
 class _Metadata(pickle.Unpickler):
-    """Reads nothing but what torch writes about the parts of sharded weights."""
+    """Unpickles only the classes that torch uses to describe sharded weights."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = module in (metadata.__name__, *_PLAIN)
@@ -167,13 +165,11 @@ class _Metadata(pickle.Unpickler):
         own = module == metadata.__name__ and getattr(found, "__module__", None) == module
         if own or (known and name == _PLAIN.get(module)) or isinstance(found, torch.dtype):
             return found
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of sharded weights")
+        raise pickle.UnpicklingError(f"{module}.{name} does not describe sharded weights")
 
 
 def check_metadata(folder: Path) -> None:
-    """Raise if the description of sharded weights, which torch unpickles, names anything but their
-    parts.
-    """
+    """Raise if the description of sharded weights, which torch unpickles, has other classes."""
     for file in folder.glob("*/.metadata"):
         with file.open("rb") as opened:
             _Metadata(opened).load()

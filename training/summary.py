@@ -1,7 +1,4 @@
-"""What a training run says at its end: how far it came, what it knows, and what comes next.
-
-What it knows is measured on episodes that it never saw.
-"""
+"""The summary of a training run: steps, measurements on held-out episodes, and the next command."""
 
 from __future__ import annotations
 
@@ -20,23 +17,23 @@ from ceed_vla.outputs import default_console
 from ceed_vla.training.held_out import held_out_frames
 from ceed_vla.wording import counted
 
-MOST_FRAMES = 256  # that are measured on
-PART = 32  # of them at once
-NOTHING_HELD_OUT = "No episode was held out: fewer than ten in a data set, or --held_out 0"
+MOST_FRAMES = 256  # held-out frames to measure on
+PART = 32  # frames of a batch
+NOTHING_HELD_OUT = "No episode was held out: fewer than ten in a dataset, or --held_out 0"
 
 
 @dataclass
 class Summary:
-    """Lines of the end of a run.
+    """Content of the summary.
 
     Attributes:
         steps: Steps taken.
-        asked: Steps asked for, or chosen at the start.
-        seconds: That the run took.
+        asked: Steps set, or chosen at the start.
+        seconds: Duration of the run.
+        checkpoint: Folder of the final checkpoint.
+        following: The next command.
         measured: Name -> value, for the log.
-        lines: What was found on held-out episodes, in words.
-        checkpoint: The final one's folder.
-        following: The command that comes next.
+        lines: Sentences about the measurements on held-out episodes.
     """
 
     steps: int
@@ -48,7 +45,7 @@ class Summary:
     lines: list[str] = field(default_factory=list)
 
     def show(self, console: Console | None = None) -> None:
-        """Print it."""
+        """Print the summary."""
         taken = (
             f"{self.steps:,} of {counted(self.asked, 'step')} in {self.seconds / 60:.1f} minutes"
         )
@@ -59,7 +56,7 @@ class Summary:
 
 @dataclass
 class HeldOut:
-    """Frames of whole episodes that training left out."""
+    """Frames of held-out episodes."""
 
     stores: Sequence[FrameStore]
     frames: list[NDArray[np.int64]]  # of every store
@@ -74,9 +71,7 @@ class HeldOut:
 
 
 def find_held_out(stores: Sequence[FrameStore], share: float) -> HeldOut:
-    """Up to `MOST_FRAMES` frames of the held-out episodes, drawn evenly; the same ones at any
-    time.
-    """
+    """Draw up to `MOST_FRAMES` frames of the held-out episodes; every call draws the same ones."""
     found, episodes = [], 0
     for store in stores:
         frames = np.flatnonzero(held_out_frames(store, share))
@@ -91,7 +86,7 @@ def find_held_out(stores: Sequence[FrameStore], share: float) -> HeldOut:
 def held_out_batches(
     held: HeldOut, pre: Any, chunk_size: int, size: int = PART
 ) -> Iterator[dict[str, Any]]:
-    """Pre-processed batches of up to `size` frames with their action chunks."""
+    """Preprocessed batches of up to `size` frames with their action chunks."""
     for store, frames in zip(held.stores, held.frames, strict=True):
         for part in np.split(frames, range(size, len(frames), size)):
             if len(part):
@@ -102,13 +97,15 @@ def held_out_batches(
 def token_accuracy(
     policy: Any, forward: Any, batches: Iterable[dict[str, Any]]
 ) -> dict[str, float]:
-    """Share of the tokens that the policy names, shown those before them; and of the best constant
-    block.
+    """Share of the tokens that the policy predicts from the correct tokens before them.
 
     Args:
-        policy: Whose vocabulary it is, in evaluation mode.
-        forward: Pre-processed batch -> (loss, parts), as `CeedVLAPolicy.forward`.
-        batches: Of held-out frames.
+        policy: The policy, in evaluation mode.
+        forward: Preprocessed batch -> (loss, parts), as `CeedVLAPolicy.forward`.
+        batches: Preprocessed batches of held-out frames.
+
+    Returns:
+        The share, and for comparison that of the best constant block.
     """
     hits = 0.0
     labels: list[Tensor] = []
@@ -120,8 +117,8 @@ def token_accuracy(
         labels.append(tokens.cpu())
         weights.append(weight)
     every = torch.cat(labels)  # (N, n)
-    live = torch.cat(weights)  # (N, n), 0 where nothing is learnt
-    # The most frequent token of every slot, where it is live.
+    live = torch.cat(weights)  # (N, n), 0 on tokens without a loss
+    # The most frequent live token of every slot.
     constant = torch.stack(
         [_mode(column[on > 0]) for column, on in zip(every.T, live.T, strict=True)]
     )

@@ -1,5 +1,6 @@
-"""`ceed-vla train`: the autoregressive teacher, from demonstrations, grounding scenes and takeover
-rounds.
+"""`ceed-vla train`: train the autoregressive teacher.
+
+Its data are demonstrations, grounding scenes and takeover rounds.
 """
 
 from __future__ import annotations
@@ -61,21 +62,29 @@ from ceed_vla.wording import counted
 
 logger = logging.getLogger(__name__)
 
-# of a checkpoint folder: median error [m] by what is looked for
+# checkpoint folder -> median error [m] by object
 Localisation = Callable[[Path], dict[str, float]]
-# What a takeover round needs: (policy folder, round, folder for the new data sets, most minutes or
-# 0) -> the recorded roots. It is called again when the run is resumed from a state before the end
-# of that round.
+# Records a takeover round: (policy folder, round, folder for the new datasets, most minutes or 0)
+# -> the recorded roots. It is called again if the run is resumed from a state before the end of
+# that round.
 RecordTakeover = Callable[[Path, int, Path, float], list[Path]]
 
 
 def train(config: TrainConfig, **simulation: Any) -> Path:
-    """Train a teacher, and return the folder of the final checkpoint; `simulation` is what
-    `TeacherRun` takes of it.
+    """Train a teacher.
 
-    `ConfigError` for missing or contradicting settings, or a gate that is not met (the state is
-    saved, to go on from); `DatasetError` for unreadable or incompatible data sets;
-    `CheckpointError` for nothing to resume, or other sizes.
+    Args:
+        config: The settings.
+        simulation: Further arguments of `TeacherRun`.
+
+    Returns:
+        The folder of the final checkpoint.
+
+    Raises:
+        ConfigError: Settings are missing or contradict each other, or a gate is not met (the saved
+            state can be resumed).
+        DatasetError: Datasets are unreadable or incompatible.
+        CheckpointError: There is no run to resume, or it has other sizes.
     """
     with owned_folder("output_dir", config.output_dir, launched=True):
         return TeacherRun(config, **simulation).run()
@@ -87,10 +96,10 @@ class TeacherRun(Run):
     Args:
         config: See `TrainConfig`.
         closed_loop: Measures a checkpoint in simulation; skipped if None.
-        record_takeover: Records one takeover round; needed when ``config.rounds > 0``.
-        privileged: What the environment says of ``observation.environment_state``; else
-            ``auxiliary_scale`` decides.
-        localisation: Measures what ``config.grounding_gate`` limits.
+        record_takeover: Records one takeover round; required if ``config.rounds > 0``.
+        privileged: The environment's description of ``observation.environment_state``; without it
+            ``auxiliary_scale`` applies.
+        localisation: Measures the errors that ``config.grounding_gate`` limits.
     """
 
     name = "teacher"
@@ -105,8 +114,8 @@ class TeacherRun(Run):
     ) -> None:
         if config.rounds and record_takeover is None:
             raise ConfigError(
-                f"rounds is {config.rounds}, but nothing records takeovers; use `ceed-vla train` "
-                "or rounds=0."
+                f"rounds is {config.rounds}, but nothing records takeovers. Use `ceed-vla train`, "
+                "or set rounds=0."
             )
         grounded = config.grounding_roots and config.grounding_steps != 0
         if config.grounding_gate and not (localisation and grounded):
@@ -114,12 +123,12 @@ class TeacherRun(Run):
                 "grounding_gate needs --grounding_roots, --grounding_steps and an environment with "
                 "known positions."
             )
-        # LeRobot replaces one that is not there
+        # LeRobot replaces a missing device, so the requested one is checked
         asked = config.policy.asked_device or config.policy.device or "cpu"
         super().__init__(config, asked, closed_loop)
         self.config = config
-        self.record_takeover: Any = record_takeover  # needed for rounds, as is the other for a gate
-        self.localisation: Any = localisation
+        self.record_takeover: Any = record_takeover  # not None if there are rounds
+        self.localisation: Any = localisation  # not None if there is a gate
         self.demonstrations = [
             open_dataset(root, decode=False) for root in split_list(config.roots)
         ]
@@ -138,7 +147,7 @@ class TeacherRun(Run):
         self.named = named_terms(policy.config, privileged) if own is None else own
         logger.info(describe(policy.config, policy.tokenizer, self.demonstrations[0], self.named))
         check_clipping(policy.tokenizer, self.demonstrations, config.max_clipped)
-        with self.accelerator.main_process_first():  # the first one decodes the images
+        with self.accelerator.main_process_first():  # the main process decodes the images
             for store in (*self.demonstrations, *self.grounding):
                 store.decode(config.streaming)
         if config.lora.rank:
@@ -150,25 +159,23 @@ class TeacherRun(Run):
         )
         self.takeovers: list[list[str]] = []  # the roots of every round
         self.mixture = self._mixture()
-        self.speeds = Speeds(0.0, 0.0)  # of steps, known where there is a budget
+        self.speeds = Speeds(0.0, 0.0)  # of steps; measured if there is a budget
         self._choose_sizes()
 
     def _choose_sizes(self) -> None:
-        """Set `batch_size`, `first` (the first step on demonstrations) and `total`, and say
-        them.
-        """
+        """Set and log `batch_size`, `first` (the first step on demonstrations) and `total`."""
         config = self.config
         self.batch_size = config.batch_size or BATCH
         self.first = (config.grounding_steps or 0) if self.grounding else 0
         self.total = self.first + config.steps if config.steps else ANY_NUMBER
         self.most_first = self.first
-        self.most = ANY_NUMBER  # `steps_in_budget` keeps to config.steps
+        self.most = ANY_NUMBER  # `steps_in_budget` applies config.steps
         if not config.max_minutes:
             return
-        if config.resume:  # it goes on with the sizes that it had
+        if config.resume:  # the sizes are loaded with the state
             self.total = ANY_NUMBER
             return
-        plan = divide(
+        schedule = divide(
             config.max_minutes,
             self._measure_speeds(),
             grounded=bool(self.grounding),
@@ -179,22 +186,22 @@ class TeacherRun(Run):
             batch_size=config.batch_size,
             steps=config.steps,
         )
-        logger.info("%s", plan)
-        logger.log(logging.INFO if plan.enough else logging.WARNING, "%s", plan.expectation)
-        if config.steps and plan.steps < FEW_STEPS * config.steps:
+        logger.info("%s", schedule)
+        logger.log(logging.INFO if schedule.enough else logging.WARNING, "%s", schedule.expectation)
+        if config.steps and schedule.steps < FEW_STEPS * config.steps:
             logger.warning(
                 "--max_minutes %g allows about %d of --steps %d.",
                 config.max_minutes,
-                plan.steps,
+                schedule.steps,
                 config.steps,
             )
             self.warned = True
-        self._take_sizes(Sizes(plan.grounding_steps, plan.batch_size, plan.speeds))
+        self._take_sizes(Sizes(schedule.grounding_steps, schedule.batch_size, schedule.speeds))
         self._check_split(self.batch_size, "batch_size")
-        self.total = self.first + plan.steps
+        self.total = self.first + schedule.steps
 
     def _measure_speeds(self) -> Speeds:
-        """Seconds of steps whose gradients are thrown away."""
+        """Measure the seconds of steps without updates."""
         size = self.batch_size
         self._check_split(size, "batch_size")
 
@@ -228,7 +235,7 @@ class TeacherRun(Run):
         if roots:
             with self.accelerator.main_process_first():
                 takeovers = [open_dataset(root, streaming=config.streaming) for root in roots]
-            # nor may it be in one batch with these
+            # a batch has the same features for all frames
             if self.demonstrations[0].environment_state is None:
                 for store in takeovers:
                     store.environment_state = None
@@ -237,7 +244,7 @@ class TeacherRun(Run):
             share = config.takeover_weight / (1 - config.takeover_weight) * sum(weights)
             weights += [share * len(s) / frames for s in takeovers]
             stores += takeovers
-        # The summary measures on demonstrations alone, so takeovers are all trained on.
+        # The summary measures on demonstrations only, so that all takeovers are trained on.
         held_out = [config.held_out] * len(self.demonstrations)
         held_out += [0.0] * len(roots)
         return Mixture(stores, weights, config.seed + 2, self.policy.config.chunk_size, held_out)
@@ -260,7 +267,7 @@ class TeacherRun(Run):
         return ACTION if self.step >= self.first else GROUNDING
 
     def steps_in_budget(self, left: float, seconds: dict[str, float]) -> int:
-        """See `Run.steps_in_budget`; takeover rounds that are still to come take their share."""
+        """See `Run.steps_in_budget`; the remaining takeover rounds take their share."""
         config = self.config
         action = seconds.get(ACTION)
         budget = 60 * config.max_minutes
@@ -268,7 +275,7 @@ class TeacherRun(Run):
             remaining = GROUNDING_SHARE * budget - (budget - left)
             fitting = self.step + max(0, int(remaining / seconds[GROUNDING]))
             self.first = min(self.most_first, fitting)
-        if action is None:  # as fast as was measured at first, or slower by as much as the others
+        if action is None:  # the speed measured at the start, corrected like that of other steps
             slower = (
                 seconds[GROUNDING] / self.speeds.grounding
                 if GROUNDING in seconds and self.speeds.grounding
@@ -302,13 +309,14 @@ class TeacherRun(Run):
     def _draw(
         self, mixture: Mixture | None, size: int, part: int
     ) -> tuple[dict[str, Any] | None, float]:
-        """One part of this step's batch, pre-processed, and its share in the batch; None of an
-        empty one.
+        """Draw one preprocessed part of this step's batch, and its share in the batch.
+
+        The part is None if it is empty.
         """
         if mixture is None or not size:
             return None, 0.0
         batch = self.pre(mixture.draw(size, self.step, part, self.num_parts))
-        # Drawn for the whole batch: a frame looks the same however the batch is split.
+        # Drawn for the whole batch, so that augmentation does not depend on the split of the batch.
         random = np.random.default_rng([mixture.seed, self.step, 1])
         noise = random.random((size, augmentation_size(self.policy)), dtype=np.float32)[
             part :: self.num_parts
@@ -329,13 +337,13 @@ class TeacherRun(Run):
         check_localisation(errors, self.config.grounding_gate, self.first)
 
     def _of_the_first(self, find: Callable[[], Any]) -> Any:
-        """What the first process finds, in every process."""
+        """Run `find` in the main process, and return its result in every process."""
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([find() if self.accelerator.is_main_process else None])[0]
 
     def _takeover_round(self, index: int) -> None:
-        """Record takeovers of the policy as it is now, and train on them from here on."""
+        """Record takeovers of the present policy, and train on them from here on."""
         folder = self.save_policy(f"round_{index}")
         self.validate(folder)
         minutes = TAKEOVER_SHARE * self.config.max_minutes
@@ -355,7 +363,7 @@ class TeacherRun(Run):
         rounds = state.get("takeovers")
         most = self.config.rounds or 0
         if self.config.max_minutes and isinstance(rounds, list):
-            most = max(most, len(rounds))  # a shorter budget has none of its own
+            most = max(most, len(rounds))  # a shorter budget may set fewer rounds
         folder = (self.output / TAKEOVER).resolve()
         self.takeovers = read_takeovers(rounds, self.output, folder, most)
         self.mixture = self._mixture()
@@ -363,11 +371,11 @@ class TeacherRun(Run):
             self._load_sizes(read_sizes(state.get("sizes"), self.output, self.total))
 
     def _load_sizes(self, sizes: Sizes) -> None:
-        """Go on with the sizes that were chosen when the run began."""
+        """Continue with the sizes that were chosen at the start of the run."""
         self._check_split(sizes.batch_size, "batch_size")
         steps = self.config.grounding_steps
         if steps is not None and self.grounding and steps > sizes.first:
-            # a gate was not met, and more are given
+            # after a gate was not met, the user set more grounding steps
             self.total += steps - sizes.first
             sizes = replace(sizes, first=steps)
         self._take_sizes(sizes)
@@ -384,13 +392,13 @@ class TeacherRun(Run):
         config = self.config
         if self.first:
             summary.lines.append(
-                f"{counted(self.first, 'step')} of them on grounding frames alone, at first"
+                f"{counted(self.first, 'step')} of them on grounding frames alone, at the start"
             )
         held = find_held_out(self.demonstrations, config.held_out)
         if not held.count:
             summary.lines.append(NOTHING_HELD_OUT)
             return
-        size = max(1, min(PART, self.batch_size // self.num_parts))  # what fitted into memory
+        size = max(1, min(PART, self.batch_size // self.num_parts))  # fits into memory in training
         batches = partial(held_out_batches, held, self.pre, self.policy.config.chunk_size, size)
         add_token_accuracy(
             summary, held, self.policy, lambda batch: self.model(batch, None, 1.0, 1.0), batches

@@ -1,6 +1,4 @@
-"""What is measured of a teacher: whether it sees where things are, and its tokens on held-out
-episodes.
-"""
+"""Measurements of a teacher: localisation of objects, and tokens on held-out episodes."""
 
 from __future__ import annotations
 
@@ -13,10 +11,10 @@ from ceed_vla.training.summary import HeldOut, Summary, mean_forwards, token_acc
 
 
 def check_localisation(errors: Mapping[str, float], gate: float, steps: int) -> None:
-    """Raise `ConfigError` unless a policy sees where things are.
+    """Raise `ConfigError` unless a policy localises objects.
 
     Args:
-        errors: Median errors [m] after grounding, by what is looked for.
+        errors: Median errors [m] after grounding, by object.
         gate: Largest error [m] that passes.
         steps: Grounding steps that were taken, for the message.
     """
@@ -24,11 +22,11 @@ def check_localisation(errors: Mapping[str, float], gate: float, steps: int) -> 
     if over:
         worst = max(over, key=lambda name: over[name])
         raise ConfigError(
-            f"After {steps} grounding steps {worst} is off by {100 * over[worst]:.1f} cm "
-            f"(median); {len(over)} of {len(errors)} are over "
-            f"--grounding_gate={gate:g} m. A policy that does not see "
-            "where things are learns nothing from actions: go on with --resume=true and more "
-            "--grounding_steps, give more --grounding_roots, or look at `ceed-vla grounding`."
+            f"After {steps} grounding steps the median error of {worst} is "
+            f"{100 * over[worst]:.1f} cm; {len(over)} of {len(errors)} are over "
+            f"--grounding_gate={gate:g} m. A policy that does not localise objects cannot learn "
+            "from actions. Continue with --resume=true and more --grounding_steps, set more "
+            "--grounding_roots, or measure with `ceed-vla grounding`."
         )
 
 
@@ -39,26 +37,25 @@ def add_token_accuracy(
     forward: Any,
     batches: Callable[[], Iterator[dict[str, Any]]],
 ) -> None:
-    """Add to a summary how many tokens of held-out episodes a policy names.
+    """Add the token accuracy of a policy on held-out episodes to a summary.
 
     Args:
-        summary: It gets the values and a line.
+        summary: It receives the values and a line.
         held: The held-out frames.
-        policy: See `token_accuracy`, as for `forward`.
-        forward: Pre-processed batch -> (loss, parts).
-        batches: Makes an iterator of the frames' pre-processed batches.
+        policy: See `token_accuracy`.
+        forward: See `token_accuracy`.
+        batches: Returns an iterator of the frames' preprocessed batches.
     """
     found = token_accuracy(policy, forward, batches())
     summary.measured |= found
     summary.lines.append(
-        f"Token accuracy {found['held_out_token_accuracy']:.3f} on {held}, shown the tokens "
-        f"before; {found['constant_token_accuracy']:.3f} for the most frequent token of every "
-        "slot"
+        f"Token accuracy {found['held_out_token_accuracy']:.3f} on {held}, with correct previous "
+        f"tokens; {found['constant_token_accuracy']:.3f} for the most frequent token of every slot"
     )
 
 
 def add_forwards(summary: Summary, policy: CeedVLAPolicy, batch: dict[str, Any]) -> None:
-    """Add to a summary the forwards of a chunk, token by token and with strict Jacobi decoding."""
+    """Add the forwards of a chunk, token by token and with strict Jacobi decoding, to a summary."""
     strict = mean_forwards(policy, batch, "jacobi")
     summary.measured["jacobi_forwards"] = strict
     summary.lines.append(

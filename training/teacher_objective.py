@@ -1,4 +1,4 @@
-"""What a teacher's run minimises."""
+"""The loss of a teacher's training."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from ceed_vla.supervision import grounding_loss
 
 
 class TeacherObjective(nn.Module):
-    """Loss of demonstrations plus auxiliary loss of grounding frames, in one call (DDP needs
-    that).
-    """
+    """Loss of demonstrations plus auxiliary loss of grounding frames, in one call, as DDP needs."""
 
     def __init__(self, policy: CeedVLAPolicy) -> None:
         super().__init__()
@@ -26,8 +24,13 @@ class TeacherObjective(nn.Module):
         share: float,
         grounding_share: float,
     ) -> tuple[Tensor, dict[str, float]]:
-        """Scalar loss and its parts, weighted with the shares of the two in their whole batches
-        (`Run.share`).
+        """Scalar loss and its parts.
+
+        Args:
+            batch: Demonstrations, or None.
+            grounding: Grounding frames, or None.
+            share: Weight of `batch`, see `Run.share`.
+            grounding_share: Weight of `grounding`, see `Run.share`.
         """
         parts: dict[str, float] = {}
         total: Any = 0.0

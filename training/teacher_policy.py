@@ -1,4 +1,4 @@
-"""The policy that a teacher's run starts from: a checkpoint's, or a new one made for the data."""
+"""The policy that a teacher's run starts from: that of a checkpoint, or a new one for the data."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def initial_policy(
     grounding: Sequence[FrameStore],
     privileged: Privileged | None,
 ) -> tuple[CeedVLAPolicy, Any, Any]:
-    """Policy, pre- and post-processor that training starts from.
+    """Policy, preprocessor and postprocessor that training starts from.
 
     Args:
         config: Names a checkpoint, or holds a new policy's configuration.
-        demonstrations: Data sets with actions; what a new configuration leaves open comes from
-            them.
-        grounding: Data sets for the auxiliary target.
-        privileged: What the environment says of ``observation.environment_state``.
+        demonstrations: Datasets with actions, from which open settings of a new policy are
+            derived.
+        grounding: Datasets for the auxiliary target.
+        privileged: The environment's description of ``observation.environment_state``.
     """
     if config.policy_path:
         policy, pre, post = _strict_policy(config)
     else:
-        chosen = deepcopy(config.policy)  # it is filled in; the settings can be used again
+        chosen = deepcopy(config.policy)  # filled in place; the settings may be used again
         stats = take_from_data(chosen, demonstrations, grounding, privileged)
         fit_action_tokens(chosen, demonstrations)
         policy = CeedVLAPolicy(chosen, dataset_stats=stats)
@@ -60,9 +60,7 @@ def initial_policy(
 
 
 def _strict_policy(config: TrainConfig) -> tuple[Any, Any, Any]:
-    """The checkpoint's policy, which decodes to the fixed point: its exits do not apply to what
-    training makes of it.
-    """
+    """Load the checkpoint's policy with strict decoding: its exits do not apply after training."""
     adapted = config.lora.rank > 0
     policy, pre, post = load(
         config.policy_path, device=config.policy.device, merge_adapters=not adapted

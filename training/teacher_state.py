@@ -1,6 +1,6 @@
-"""What a teacher's state keeps besides weights: takeover rounds, and the sizes that a budget chose.
+"""State of a teacher's run besides weights: takeover rounds, and the sizes that a budget chose.
 
-Both are read from a file, so they are checked before a run goes on with them.
+Both are read from a file, and checked before a run continues with them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ceed_vla.training.budget import Speeds
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a budget chose when a run began.
+    """Sizes that a budget chose at the start of a run.
 
     Attributes:
         first: The first step on demonstrations.
         batch_size: Frames of a step on actions.
-        speeds: Of its steps.
+        speeds: Durations of its steps.
     """
 
     first: int
@@ -29,7 +29,7 @@ class Sizes:
     speeds: Speeds
 
     def entry(self) -> dict[str, Any]:
-        """For ``progress.json``."""
+        """The entry of ``progress.json``."""
         return {
             "first": self.first,
             "batch_size": self.batch_size,
@@ -38,12 +38,15 @@ class Sizes:
 
 
 def read_sizes(entry: Any, output: Path, total: int) -> Sizes:
-    """The sizes of an entry of ``progress.json``; `CheckpointError` for damaged ones.
+    """Read the sizes in an entry of ``progress.json``.
 
     Args:
-        entry: What is stored.
+        entry: The entry.
         output: The run's folder, for the message.
         total: Most steps of the run.
+
+    Raises:
+        CheckpointError: The entry is damaged.
     """
     try:
         first = entry["first"]
@@ -60,20 +63,22 @@ def read_sizes(entry: Any, output: Path, total: int) -> Sizes:
         raise CheckpointError(
             f"{output} cannot be resumed with --max_minutes: its sizes are "
             f"{str(entry)[:200]}; they must be those that a run with --max_minutes chose. "
-            "Leave the flag out and give --steps, or start again."
+            "Set --steps instead, or start again."
         )
     return Sizes(first, batch_size, Speeds(grounding, action, batch_size))
 
 
 def read_takeovers(entry: Any, output: Path, folder: Path, most: int) -> list[list[str]]:
-    """The data sets of every takeover round of an entry of ``progress.json``; `CheckpointError` for
-    other contents.
+    """Read the datasets of every takeover round in an entry of ``progress.json``.
 
     Args:
-        entry: What is stored.
+        entry: The entry.
         output: The run's folder, for the message.
-        folder: Where takeovers are recorded; data sets elsewhere are refused.
+        folder: Folder of takeovers; datasets elsewhere are refused.
         most: Most rounds.
+
+    Raises:
+        CheckpointError: The entry is damaged, or names other folders.
     """
     rounds: list[Any] = entry if isinstance(entry, list) and len(entry) <= most else [None]
     for roots in rounds:
@@ -81,6 +86,6 @@ def read_takeovers(entry: Any, output: Path, folder: Path, most: int) -> list[li
         if not inside or not all(Path(root).resolve().is_relative_to(folder) for root in roots):
             raise CheckpointError(
                 f"{output} cannot be resumed: its takeovers are {str(entry)[:200]}; they must be "
-                f"data sets in {folder}, of {most} rounds at most."
+                f"datasets in {folder}, of {most} rounds at most."
             )
     return rounds

@@ -30,31 +30,29 @@ class TrainConfig(RunConfig):
     Attributes:
         roots: Comma-separated LeRobotDataset folders with demonstrations.
         root_weights: Comma-separated shares of `roots`; proportional to their frames if empty.
-        grounding_roots: Comma-separated action-free data sets for the auxiliary target.
-        policy: The policy's configuration. Features come from the data; action ranges, two-valued
-            dimensions and the auxiliary target too, where they are not set (auxiliary_weight 0
-            switches the target off).
-        policy_path: Start from this checkpoint; it replaces `policy` (but for the device).
-        grounding_steps: Optimiser steps on grounding frames alone, first; 1000 if not given. With
-            max_minutes, a fifth of the time.
-        grounding_gate: Largest median error [m] of every object in every task on held-out scenes
-            after these steps; where one is larger, training ends before it sees an action. 0: no
-            gate.
-        steps: Optimiser steps on demonstrations; 8000 if not given, as many as fit with
+        grounding_roots: Comma-separated action-free datasets for the auxiliary target.
+        policy: The policy's configuration. Features come from the data; so do action ranges,
+            two-valued dimensions and the auxiliary target unless they are set (auxiliary_weight 0
+            disables the target).
+        policy_path: Checkpoint to start from; it replaces `policy`, except for the device.
+        grounding_steps: Optimiser steps on grounding frames alone, before the others; by default
+            1000, or a fifth of the time with max_minutes.
+        grounding_gate: Largest median error of an object in a task on held-out scenes after these
+            steps [m]; if one is larger, training ends before the steps on actions. 0 for no gate.
+        steps: Optimiser steps on demonstrations; by default 8000, or as many as fit into
             max_minutes.
-        batch_size: Frames a step; 32 if not given, half of it where max_minutes leave few steps.
-        grounding_batch: Grounding frames beside every step.
-        named_terms: Once there are actions to learn, regress only so many leading terms of the
-            auxiliary target, those that tell of what the instruction names; 0 for all, by default
-            what the environment says.
+        batch_size: Frames per step; by default 32, or half of it if few steps fit into max_minutes.
+        grounding_batch: Grounding frames in every step on demonstrations.
+        named_terms: Leading terms of the auxiliary target that steps on demonstrations regress:
+            those of the objects in the instruction; 0 for all. By default the environment's choice.
         weight_decay: Decoupled weight decay.
-        rounds: Takeover (DAgger) rounds within the first 3/4 of `steps`; 2 if not given. With
-            max_minutes one, of at most a tenth of the time, where there is an expert and ten
-            minutes.
-        takeover_episodes: Takeovers a round.
-        takeover_seed: First seed of the takeovers' scenes; a run that goes on from another one's
-            policy takes new ones.
-        takeover_weight: Share of a batch that comes from takeover data once there is some.
+        rounds: Takeover (DAgger) rounds within the first 3/4 of `steps`; by default 2. With
+            max_minutes, one of at most a tenth of the time, if there is an expert and the budget is
+            ten minutes or more.
+        takeover_episodes: Takeovers per round.
+        takeover_seed: First seed of the takeovers' scenes; set a new one for a run that starts from
+            the policy of another.
+        takeover_weight: Share of a batch that comes from takeover data, if there are any.
     """
 
     roots: str = ""
@@ -65,7 +63,7 @@ class TrainConfig(RunConfig):
     )
     policy_path: str = ""
     grounding_steps: int | None = ranged(None, NONE_OR_COUNTS)
-    steps: int | None = ranged(None, COUNTS)  # type: ignore[assignment]  # every run knows it in the end
+    steps: int | None = ranged(None, COUNTS)  # type: ignore[assignment]  # None only with a budget
     batch_size: int | None = ranged(None, BATCHES)  # type: ignore[assignment]
     grounding_gate: float = ranged(0.0, "[0, 10]")
     grounding_batch: int = ranged(12, "[0, 1e6]")
@@ -90,6 +88,6 @@ class TrainConfig(RunConfig):
         roots = split_list(self.roots)
         if weights and (len(weights) != len(roots) or not sum(weights)):
             raise ConfigError(
-                f"root_weights has {len(weights)} weights for {len(roots)} roots; give one each, "
-                "not all 0."
+                f"root_weights has {len(weights)} weights for {len(roots)} roots; there must be "
+                "one for each root, not all 0."
             )

@@ -1,10 +1,9 @@
-"""`ceed-vla collect`: Jacobi trajectories of a teacher over data sets, as parquet shards of integer
-tokens.
+"""`ceed-vla collect`: write a teacher's Jacobi trajectories over datasets, as parquet shards.
 
-A trajectory holds every state of strict Jacobi decoding from the initial guess to the fixed point
-``Y*``. Guesses come from the mixture that inference uses; "previous" is the fixed point of the
-frame ``h`` steps earlier in the same episode, shifted by those ``h`` steps, so frames are visited
-in that order.
+A trajectory holds the tokens of every state of strict Jacobi decoding, from the initial guess to
+the fixed point ``Y*``. Guesses come from the mixture that inference uses. "previous" is the fixed
+point of the frame ``h`` steps earlier in the same episode, shifted by ``h`` steps, so that frames
+are visited in that order.
 """
 
 from __future__ import annotations
@@ -53,11 +52,13 @@ EPISODES_PER_SHARD = 64
 
 
 def collect(config: CollectConfig) -> Path:
-    """Collect trajectories, and return their folder; complete shards survive an interrupt and
-    ``resume`` skips them.
+    """Collect trajectories, and return their folder.
 
-    `ConfigError` for bad settings, or a folder that belongs to another teacher, data set or
-    mixture.
+    Complete shards survive an interrupt; ``resume`` skips them.
+
+    Raises:
+        ConfigError: The settings are invalid, or the folder belongs to another teacher, dataset or
+            mixture.
     """
     if config.num_shards == 1 and "WORLD_SIZE" in os.environ:  # set by torchrun and accelerate
         rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
@@ -73,21 +74,21 @@ def collect(config: CollectConfig) -> Path:
 
 
 def _collect(config: CollectConfig, output: Path) -> Path:
-    """This process's shards, into `output`."""
+    """Write this process's shards into `output`."""
     if config.threads:
         torch.set_num_threads(config.threads)
     inputs = opened_inputs(config)
     policy, pre, stores = inputs
     _check_inputs(config, policy, pre, stores)
     units = list(_work_units(stores, config))
-    kept = "complete shards are kept; go on with --resume=true"
-    with full_disk(output, kept):
+    advice = "complete shards stay; continue with --resume=true"
+    with full_disk(output, advice):
         meta = _write_meta(config, policy, stores, len(units), output)
     mine = units[config.shard_index :: config.num_shards]
     done = {name for _, name, _ in mine if (output / name).exists()}
     for _, name, frames in mine:
         if name in done:
-            read_shard(output / name, meta, frames)  # which checks that it is whole
+            read_shard(output / name, meta, frames)  # raises unless it is complete
     missing = [unit for unit in mine if unit[1] not in done]
     malformed = 0
     alone = config.workers == 1
@@ -104,24 +105,24 @@ def _collect(config: CollectConfig, output: Path) -> Path:
     ):
         bar.update(bar.total - sum(len(f) for _, _, f in missing))
         for (_, name, frames), (table, unread) in zip(missing, workers.map(missing), strict=True):
-            with full_disk(output, kept), replacing(output / name) as temporary:
+            with full_disk(output, advice), replacing(output / name) as temporary:
                 pq.write_table(table, temporary, compression="zstd")
             malformed += unread
             bar.update(0 if alone else len(frames))
     if malformed:
-        logger.warning("%d of the teacher's chunks are malformed; they are kept.", malformed)
+        logger.warning("%d of the teacher's chunks are malformed; they are stored.", malformed)
     return output
 
 
 def _check_inputs(
     config: CollectConfig, policy: Any, pre: Any, stores: Sequence[FrameStore]
 ) -> None:
-    """Raise unless trajectories of this policy can be collected on these data sets."""
+    """Raise unless trajectories of this policy can be collected on these datasets."""
     check_storable(policy)
     steps = policy.config.n_action_steps
     if steps % config.frame_stride:
         raise ConfigError(
-            f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}."
+            f"frame_stride is {config.frame_stride}; it must divide n_action_steps = {steps}."
         )
     if not stores:
         raise ConfigError("No data: set --roots to one or more recorded folders.")
@@ -131,13 +132,13 @@ def _check_inputs(
 
 
 def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator[WorkUnit]:
-    """Groups of episodes, thinned to `max_frames` over all stores."""
+    """Groups of episodes, reduced to about `max_frames` over all stores."""
     available = sum(len(s) for s in stores) / config.frame_stride
-    keep = min(1.0, config.max_frames / available) if config.max_frames else 1.0
+    share = min(1.0, config.max_frames / available) if config.max_frames else 1.0
     random = np.random.default_rng(config.seed)
     for index, store in enumerate(stores):
         episodes = np.unique(store.episode)
-        chosen = np.sort(random.permutation(episodes)[: max(1, round(keep * len(episodes)))])
+        chosen = np.sort(random.permutation(episodes)[: max(1, round(share * len(episodes)))])
         for part in range(0, len(chosen), EPISODES_PER_SHARD):
             group = chosen[part : part + EPISODES_PER_SHARD]
             bounds = zip(
@@ -151,11 +152,11 @@ def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator
 
 
 def check_storable(policy: Any) -> None:
-    """Raise `ConfigError` unless trajectories can hold a policy's tokens."""
+    """Raise `ConfigError` unless trajectories can store a policy's tokens."""
     if policy.tokenizer.vocabulary_size > MOST_TOKENS:
         raise ConfigError(
             f"The policy's tokens have {policy.tokenizer.vocabulary_size} values; trajectories "
-            "store 16 bits. Restrict them to actions (pi0-FAST: convert with "
+            "store 16 bits. Restrict the vocabulary to actions (pi0-FAST: convert with "
             "--vocabulary=actions)."
         )
 
@@ -195,14 +196,12 @@ def _write_meta(
 
 
 def describe(stores: Sequence[FrameStore]) -> list[dict[str, Any]]:
-    """What ``meta.json`` says of the data sets that trajectories are collected on."""
+    """Entries of ``meta.json`` about the datasets that trajectories are collected on."""
     return [{"name": s.root.name, "frames": len(s), "digest": s.digest} for s in stores]
 
 
 def are_those(stores: Sequence[FrameStore], stored: list[dict[str, Any]]) -> bool:
-    """Whether `stored` describes these data sets; one without a digest is known by name and
-    frames.
-    """
+    """Whether `stored` describes these datasets; without a digest, name and frames decide."""
     own = describe(stores)
     return len(own) == len(stored) and all(
         {**a, **b} == a for a, b in zip(own, stored, strict=True)
@@ -210,7 +209,7 @@ def are_those(stores: Sequence[FrameStore], stored: list[dict[str, Any]]) -> boo
 
 
 def layout_of(policy: Any) -> dict[str, int]:
-    """What trajectories and the policy that uses them must have in common."""
+    """Layout that trajectories and the policy that uses them must have in common."""
     config = policy.config
     layout = {name: getattr(config, name) for name in ("chunk_size", "action_dim", "block_length")}
     return {
@@ -225,16 +224,16 @@ def layout_of(policy: Any) -> dict[str, int]:
 
 @dataclass
 class Trajectories:
-    """Collected trajectories of one or more data sets."""
+    """Collected trajectories of one or more datasets."""
 
-    root: NDArray[np.int64]  # (N,) index of the data set
-    frame: NDArray[np.int64]  # (N,) frame index in that data set
+    root: NDArray[np.int64]  # (N,) index of the dataset
+    frame: NDArray[np.int64]  # (N,) frame index in that dataset
     fixed_point: NDArray[np.int16]  # (N, n) int16, ``Y*``
     guess: NDArray[np.int16]  # (N, n) int16, ``y(0)``
     # (N, n) int16, fixed point of the frame ``h`` steps earlier (not shifted); -1 where there is
     # none
     previous: NDArray[np.int16]
-    # For every row the states (k + 1, n) from guess to fixed point; empty when they were not kept
+    # For every row the states (k + 1, n) from guess to fixed point; empty if they were not stored
     states: list[NDArray[np.int16]]
     meta: dict[str, Any]  # contents of ``meta.json``
 
@@ -242,11 +241,16 @@ class Trajectories:
 def read_trajectories(
     folder: str | Path, teacher: str | Path | None = None, states: bool = True
 ) -> Trajectories:
-    """Read all complete shards in the output folder of `collect`; `teacher`, a checkpoint, must
-    have made them.
+    """Read all complete shards in the output folder of `collect`.
 
-    `DatasetError` for nothing to read, or what `collect` does not write; `CheckpointError` for
-    another teacher.
+    Args:
+        folder: The folder.
+        teacher: Checkpoint that they must be collected with; any if None.
+        states: Whether the states between guess and fixed point are read.
+
+    Raises:
+        DatasetError: There are no shards, or they are not of the form that `collect` writes.
+        CheckpointError: They are of another teacher.
     """
     folder = Path(folder)
     meta = read_meta(folder)
@@ -261,7 +265,7 @@ def read_trajectories(
         raise DatasetError(f"{folder} has {len(files)} shards, its {META} says {meta['shards']}.")
     if len(files) < meta["shards"]:
         logger.warning(
-            "%s has %d of %d shards; collect the others too.", folder, len(files), meta["shards"]
+            "%s has %d of %d shards; collect the others, too.", folder, len(files), meta["shards"]
         )
     table = pa.concat_tables([read_shard(file, meta) for file in files])
     root, frame = (table[name].to_numpy().astype(np.int64) for name in ("root", "frame"))

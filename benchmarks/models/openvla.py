@@ -1,4 +1,4 @@
-"""A tiny random OpenVLA in the published file format: to try a pipeline, and for examples."""
+"""Write a tiny random OpenVLA in the published file format, for examples and pipeline tests."""
 
 from __future__ import annotations
 
@@ -15,27 +15,32 @@ from ceed_vla.backbones.openvla.folder import PROMPT
 from ceed_vla.backbones.openvla.model import OpenVLABackbone
 from ceed_vla.errors import ConfigError
 
-SIDE, WORDS = 56, 32000  # of the images [px], and ids before padding
+SIDE, WORDS = 56, 32000  # side of the images [px], and ids without padding
 TEXT = (
     "stack put place pick up push the red blue green yellow cube block in bin plate on to left "
     "right of open drawer"
 )
-# Of the tabletop's actions: 1 % and 99 % quantiles, and what is normalised.
+# 1 % and 99 % quantiles of the tabletop's actions, and the dimensions that are normalised.
 LOW = [-1.0, -1.0, -1.0, -0.25, -0.25, -1.0, -1.0]
 HIGH = [1.0, 1.0, 1.0, 0.25, 0.25, 1.0, 1.0]
 MASK = [True] * 6 + [False]
 
 
 def write_openvla(folder: str | Path, *, width: int = 96, seed: int = 0) -> Path:
-    """Write config.json, preprocessor_config.json, tokenizer.json and model.safetensors of a random
-    model.
+    """Write the files of a random model, and return its folder.
 
-    The `width` of its language model is a multiple of 8. `ConfigError`: The folder is not empty.
+    Args:
+        folder: A new or empty folder.
+        width: Width of the language model, a multiple of 8.
+        seed: Seed of the weights.
+
+    Raises:
+        ConfigError: The folder is not empty.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty; give a new folder.")
+        raise ConfigError(f"{folder} is not empty; name a new folder.")
     config = _config(width)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(_IMAGES, indent=2) + "\n")
@@ -96,7 +101,7 @@ def _config(width: int) -> dict[str, Any]:
             "vit_large_patch14_reg4_dinov2.lvd142m",
             "vit_so400m_patch14_siglip_224",
         ],
-        # Real folders lack this: it makes the towers tiny.
+        # Published folders lack this; it makes the towers tiny.
         "timm_model_kwargs": [
             {"depth": 2, "embed_dim": 32, "num_heads": 2},
             {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2.0},
@@ -108,7 +113,7 @@ def _config(width: int) -> dict[str, Any]:
 
 
 def _tokenizer() -> Tokenizer:
-    """A byte-level BPE that knows the prompt's words and begins every text with ``<s>``."""
+    """A byte-level BPE that is trained on the prompt and begins every text with ``<s>``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

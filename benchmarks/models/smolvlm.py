@@ -1,6 +1,6 @@
-"""A tiny random SmolVLM in its own file format: to try a pipeline.
+"""Write a tiny random SmolVLM in its published file format, for examples and pipeline tests.
 
-python -m benchmarks.models.smolvlm DIR    # a folder as --policy.backbone.path takes it
+The folder is one for ``--policy.backbone.path``: `python -m benchmarks.models.smolvlm DIR`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
-IMAGE, PATCH = 48, 12  # sides of the images after pre-processing, and of their patches [px]
+IMAGE, PATCH = 48, 12  # sides of the images after preprocessing, and of their patches [px]
 SENTENCES = (
     "What action should the robot take to put the red cube on the blue cube in the green bin?",
     (
@@ -128,8 +128,8 @@ def smolvlm(kind: str, width: int) -> tuple[Any, Any]:
 def write_tiny(config: Any, processor: Any, folder: str | Path, *, scale: float = 1.0) -> Path:
     """Write a random model of a configuration and its processor into a folder.
 
-    `scale` is a factor on the matrices of the language model: above 1 answers depend more on every
-    token.
+    `scale` is a factor on the matrices of the language model: above 1 its output depends more on
+    every token.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)

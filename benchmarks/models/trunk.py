@@ -1,7 +1,7 @@
-"""Trunks of published sizes with random weights, behind the `Backbone` protocol: to time them.
+"""Trunks of published sizes with random weights, as `Backbone`s, for timing.
 
-They see no images and no words: the prefix is ``{"embeds": (B, P, d)}``. Neither lerobot nor a
-checkpoint is needed.
+They have no images and no words: the prefix is ``{"embeds": (B, P, d)}``. They need neither lerobot
+nor a checkpoint.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _gemma(
     }
 
 
-# OpenVLA is the 7B Llama and scores 256 action ids; pi0-FAST is Gemma 2B, sees its prefix in both
-# directions and scores every id. The others are smaller and larger models of the same make.
+# OpenVLA is the 7B Llama and scores 256 action ids; pi0-FAST is Gemma 2B, attends to its prefix
+# bidirectionally, and scores every id. The others are smaller and larger models of these families.
 SHAPES = {
     "openvla-0.3b": _llama(1024, 2816, 24, 16),
     "openvla-1b": _llama(2048, 5632, 22, 32),
@@ -62,7 +62,7 @@ SHAPES = {
 
 
 class Trunk(TransformersBackbone):
-    """A language model with random weights; `settings` are its configuration's."""
+    """A language model with random weights; `settings` are those of its configuration."""
 
     def __init__(
         self, settings: dict[str, Any], block_length: int, dtype: torch.dtype, device: str = "cpu"
@@ -90,7 +90,7 @@ class Trunk(TransformersBackbone):
 
     @property
     def width(self) -> int:
-        """``d``."""
+        """Width ``d`` of the embeddings."""
         return int(self.language_model.config.hidden_size)
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
@@ -108,9 +108,7 @@ class Trunk(TransformersBackbone):
 
 
 class CompactTrunk(CompactBackbone):
-    """The embedded backbone without its stems; the sizes that are not given are the shipped
-    checkpoints'.
-    """
+    """The compact backbone without its stems; default sizes are those of shipped checkpoints."""
 
     def __init__(
         self, block_length: int, layers: int = 4, width: int = 192, device: str = "cpu"

@@ -1,9 +1,9 @@
-"""The axes of early exit beside iterations, one folder each: depth, drafts, programs, context,
+"""The axes of early exit besides iterations, one folder each: depth, drafts, programs, context,
 rate, the learned exit, and forwards that are launched ahead.
 
-A folder holds all that an axis adds to a policy: its decoders and exit rules, which register
-themselves; the module that it saves beside the weights; its rows in `ceed-vla bench`. Without the
-folder everything else works as before.
+A folder contains everything that an axis adds to a policy: its decoders and exit rules, which
+register themselves; the module that it saves next to the weights; its rows in `ceed-vla bench`.
+Everything else works without the folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ceed_vla.axes.base import Axis as Axis
 
 
 def _installed() -> dict[str, Axis]:
-    """The axes whose folders are there, and with them those that they build on (`REQUIRES`)."""
+    """The axes whose folders exist, together with the folders that they build on (`REQUIRES`)."""
     names = [found.name for found in pkgutil.iter_modules(__path__) if found.ispkg]
     axes = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""What an axis of early exit says of itself."""
+"""The description of an axis of early exit."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def _nothing(config: Any, folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class SavedModule:
-    """A module that an axis adds to a policy, in a file of its own beside the weights.
+    """A module that an axis adds to a policy, in a file of its own next to the weights.
 
     Attributes:
-        file: Its name in a checkpoint.
+        file: Name of the file in a checkpoint.
         load: Attaches the module of a checkpoint folder, if it has one, to a backbone.
-        save: Writes the module of a backbone into a folder, or removes the file without one.
-        modules: The modules of a backbone, which move and change type with it.
-        detach: Takes the module away from a backbone whose weights are about to change.
+        save: Writes the module of a backbone into a folder; without a module, removes the file.
+        modules: Returns the modules of a backbone, which change device and dtype with it.
+        detach: Removes the module from a backbone whose weights are about to change.
     """
 
     file: str
@@ -38,10 +38,10 @@ class Axis:
     """One axis of early exit; its decoders and exit rules register themselves.
 
     Attributes:
-        name: That of its folder.
-        bench_rows: Decoders that `ceed-vla bench` shows of it, of a policy's configuration and
-            checkpoint folder.
-        saved: The module that it adds to a policy.
+        name: Name of its folder.
+        bench_rows: Maps a policy's configuration and checkpoint folder to the decoders of this axis
+            that `ceed-vla bench` shows.
+        saved: The module that it adds to a policy, if any.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the file of a checkpoint's exits says, without the model; depth and drafts ask for it."""
+"""Description of a checkpoint's early-exit layers, from their file; depth and drafts read it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ceed_vla.weights import opened
 
 
 def described_exits(folder: Path) -> tuple[str, list[int]]:
-    """Kind and depths of the exits in a checkpoint folder, ("", []) without any.
+    """Kind and depths of the early-exit layers in a checkpoint folder; ("", []) without any.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -21,10 +21,11 @@ def described_exits(folder: Path) -> tuple[str, list[int]]:
     if not file.exists(follow_symlinks=False):
         return "", []
     with opened(regular(file)) as tensors:
-        said = tensors.metadata() or {}
-    depths = said.get("depths", "").split(",")
+        metadata = tensors.metadata() or {}
+    depths = metadata.get("depths", "").split(",")
     if not all(depth.isascii() and depth.isdecimal() and len(depth) < 6 for depth in depths):
         raise CheckpointError(
-            f"{file} says depths {short(said.get('depths'))}; copy the checkpoint again."
+            f"The depths in {file} are {short(metadata.get('depths'))}; they must be numbers, "
+            "joined by commas. Copy the checkpoint again."
         )
-    return said.get("kind", ""), [int(depth) for depth in depths]
+    return metadata.get("kind", ""), [int(depth) for depth in depths]

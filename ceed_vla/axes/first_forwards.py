@@ -1,5 +1,6 @@
-"""Forwards in front of Jacobi decoding, of some layers or in another order; they prove and commit
-nothing. Depth and programs use them.
+"""Forwards that run before Jacobi decoding, through some of the layers or in another order.
+
+They prove and commit nothing. Depth and programs use them.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ def first_then_jacobi(
 
     Args:
         backbone: The model.
-        prefix: What the block is decoded behind.
-        request: What is decoded; a cap counts the forwards too.
+        prefix: The prefix, which the block follows.
+        request: The block to decode; a cap counts these forwards too.
         forwards: Each maps tokens (B, n - 1) to logits (B, n - 1, V).
         layers: Layers that run in all of them together.
 
     Raises:
-        ConfigError: A cap that leaves no full forward; and as `decode_jacobi`.
+        ConfigError: The cap leaves no full forward; and as `decode_jacobi`.
     """
     request = request.begun()
     count = len(forwards)
     cap = request.config.max_iterations
     if cap is not None and cap <= count:
         raise ConfigError(
-            f"{request.config.method} with a cap of {cap} proves nothing: the last forward is "
-            f"full; use cap{count + 1}."
+            f"The cap of {request.config.method} is {cap}; it must exceed {count}, as the last "
+            f"forward runs all layers. Use cap{count + 1}."
         )
-    tokens, given, _ = request.begin(backbone, prefix)  # (B, n)
+    tokens, frozen, _ = request.begin(backbone, prefix)  # (B, n)
     for forward in forwards:
-        tokens = next_state(tokens, forward(tokens[:, :-1]), given)
+        tokens = next_state(tokens, forward(tokens[:, :-1]), frozen)
     result = decode_jacobi(backbone, prefix, replace(request, guess=tokens, forwards_before=count))
     result.layer_forwards = layers + result.iterations * backbone.num_layers
     result.forwards = result.forwards + count
@@ -53,11 +54,15 @@ def first_then_jacobi(
     return result
 
 
-def next_state(tokens: Tensor, logits: Tensor, given: int) -> Tensor:
-    """The state (B, n) that a forward with `logits` (B, n - 1, V) makes of `tokens` (B, n), of
-    which the first `given` are frozen.
+def next_state(tokens: Tensor, logits: Tensor, frozen: int) -> Tensor:
+    """The state (B, n) after a forward.
+
+    Args:
+        tokens: (B, n) the state before.
+        logits: (B, n - 1, V) of the forward.
+        frozen: Leading tokens that do not change.
     """
     state = tokens.clone()
-    first = max(given, 1)
-    state[:, first:] = logits[:, first - 1 :].argmax(-1)
+    start = max(frozen, 1)
+    state[:, start:] = logits[:, start - 1 :].argmax(-1)
     return state

@@ -1,6 +1,4 @@
-"""What a decoder and a policy need from a model: run the prefix once, then score block tokens
-behind it.
-"""
+"""The protocol of a model: run the prefix once, then compute logits of block tokens behind it."""
 
 from __future__ import annotations
 
@@ -19,25 +17,28 @@ from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 
 @dataclass
 class Prefix[C: BlockCache]:
-    """A prefix that has been run."""
+    """A prefilled prefix."""
 
-    logits: Tensor  # scores (B, V) of the first action token
+    logits: Tensor  # (B, V) of the first action token
     cache: C  # keys and values of the prefix; decoders write the block behind them
-    dropped: int = field(default=0, kw_only=True)  # tokens that were left out of it
+    dropped: int = field(default=0, kw_only=True)  # prefix tokens that did not run
 
     def moved(self, cache: Any) -> Prefix[Any]:
-        """The same in another cache, with logits that no later run of compiled code overwrites."""
+        """The same prefix in another cache.
+
+        The logits are copied, because compiled code reuses their memory.
+        """
         return replace(cast("Prefix[Any]", self), cache=cache, logits=self.logits.clone())
 
 
 class Backbone(Protocol):
     """A causal model over a block of action tokens.
 
-    What else a model may offer is in `ceed_vla.backbones.capabilities`.
+    `ceed_vla.backbones.capabilities` has the optional capabilities of a model.
 
     Attributes:
         block_length: Tokens ``n`` of one block.
-        vocabulary_size: Action values ``V`` of one token. No other token has a score.
+        vocabulary_size: Action values ``V`` of one token. Only these have logits.
         num_layers: Layers of a forward.
     """
 
@@ -51,7 +52,7 @@ class Backbone(Protocol):
 
     @abc.abstractmethod
     def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
-        """Score the successors of `tokens`.
+        """Compute the logits of the successors of `tokens`.
 
         Args:
             prefix: From `prefill`.
@@ -60,26 +61,26 @@ class Backbone(Protocol):
 
         Returns:
             Logits (B, k, V). Output ``i`` depends on the prefix, the committed tokens and
-            ``tokens[:, :i + 1]`` only (causal), and predicts slot ``c + i + 1``. The cache gets
-            keys and values uncommitted.
+            ``tokens[:, :i + 1]`` only (causal), and predicts slot ``c + i + 1``. Keys and values
+            are written to the cache but not committed.
         """
 
 
 class TrainableBackbone(nn.Module, Backbone):
-    """A `Backbone` of a policy: it also knows what it observes, and how it learns.
+    """A `Backbone` of a policy, which also validates observations and can be trained.
 
     Attributes:
-        auxiliary: Head of the grounding regression on the state of `packed_logits`; None where
-            there is none.
-        early_auxiliary: Head of the same regression on what `embed_prefix` returns, which training
+        auxiliary: Head of the grounding regression on the state vector of `packed_logits`, or None.
+        early_auxiliary: Head of the same regression on the result of `embed_prefix`, which training
             adds; or None.
         augmented_images: Keys of image tensors (B, 3, H, W) in [0, 1] that training shifts and
             brightens.
-        exits: Depth -> module that reads the hidden vectors behind it; no part of the weights.
-        context: The module that chooses prefix tokens, if there is one; no part of the weights.
-        referenced: Names of the weights that a checkpoint leaves in the folder they were read from.
-        compilable: What `ceed_vla.compiled.engine` may compile, of "prefill" and "block", which
-            runs on a `StaticCache` too.
+        exits: Depth -> early-exit layer at that depth; not part of the weights.
+        context: The module that scores prefix tokens, if any; not part of the weights.
+        referenced: Names of the weights that a checkpoint does not store, but reads from another
+            folder.
+        compilable: The parts that `ceed_vla.compiled.engine` may compile: "prefill", and "block",
+            which must also run on a `StaticCache`.
     """
 
     auxiliary: nn.Module | None
@@ -89,40 +90,50 @@ class TrainableBackbone(nn.Module, Backbone):
 
     def __init__(self) -> None:
         super().__init__()
-        # Attributes of the class would hide submodules.
+        # Set here, as class attributes would hide submodules of these names.
         self.auxiliary = None
         self.early_auxiliary = None
-        # Modules in a dictionary or tuple are not registered.
+        # Modules in a dictionary or tuple are not registered as submodules.
         self.exits: dict[int, Any] = {}
         self.context: tuple[Any, ...] = ()
         self.referenced: list[str] = []
 
     @abc.abstractmethod
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Check a pre-processed batch and return its rows ``B``; `ObservationError` for a missing
-        or wrong feature.
+        """Validate a preprocessed batch and return the number of its rows ``B``.
+
+        Raises:
+            ObservationError: A feature is missing or wrong.
         """
 
     @abc.abstractmethod
     def embed_prefix(self, batch: dict[str, Tensor]) -> Any:
-        """What the block is decoded behind, before the layers that learn in distillation: a tensor
-        (B, ...), or an object that rows can be taken of, ``embeddings[rows]``.
+        """Embed the prefix, before the layers that learn in distillation.
+
+        Returns:
+            A tensor (B, ...), or an object that can be indexed by rows, ``embeddings[rows]``.
         """
 
     @abc.abstractmethod
     def packed_logits(
         self, embeddings: Any, blocks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Teacher-forced logits of `blocks` (B, n) behind one prefix of `embed_prefix`; they do not
-        see each other.
+        """Compute teacher-forced logits of several blocks behind one prefix, in one forward.
 
-        Returns the hidden vector (B, d) that predicts slot 0, and for every block logits (B, n, V)
-        that predict its own tokens 0..n-1.
+        Args:
+            embeddings: The prefix, from `embed_prefix`.
+            blocks: Blocks (B, n), which do not attend to each other.
+
+        Returns:
+            The hidden vector (B, d) that predicts slot 0, and for every block the logits (B, n, V)
+            of its tokens 0..n-1.
         """
 
     def recompute_activations(self) -> None:
-        """Keep only the layers' inputs for the backward pass (gradient checkpointing);
-        `ConfigError` where none can.
+        """Turn on gradient checkpointing: store only the layers' inputs for the backward pass.
+
+        Raises:
+            ConfigError: The model does not support it.
         """
         raise ConfigError(
             f"{type(self).__name__} cannot recompute activations; leave out "
@@ -130,21 +141,18 @@ class TrainableBackbone(nn.Module, Backbone):
         )
 
     def prefix_state(self, embeddings: Any) -> Tensor:
-        """The hidden vector (B, d) of `packed_logits`, without any block."""
+        """The hidden vector (B, d) that `packed_logits` returns, without any block."""
         return self.packed_logits(embeddings, [])[0]
 
     def distillation_parameters(self) -> list[str]:
-        """Names of the parameters that learn in distillation; the others make `embed_prefix`."""
+        """Names of the parameters that distillation trains; all others belong to `embed_prefix`."""
         return [name for name, _ in self.named_parameters()]
 
 
 def runs(model: nn.Module) -> AbstractContextManager[None]:
     """Re-raise errors from running the model as `CheckpointError`."""
     advice = (
-        "contradict each other, model and batch have other devices or types, or memory is short."
+        "the settings in config.json contradict each other, model and batch differ in device or "
+        "dtype, or memory is short."
     )
-    return raised_as(
-        CheckpointError,
-        f"{type(model).__name__} does not run",
-        f"the settings in config.json {advice}",
-    )
+    return raised_as(CheckpointError, f"{type(model).__name__} does not run", advice)

@@ -1,7 +1,7 @@
-"""What a model may offer beside `Backbone`: small protocols, checked where a decoder is chosen.
+"""Optional capabilities of a model: small protocols, checked where a decoder is chosen.
 
-A model offers a capability by having its methods and attributes. A decoder names those that it
-needs where it is registered; `require` says which one is missing.
+A model offers a capability if it has its methods and attributes. A decoder lists the capabilities
+that it needs when it is registered; the error of `require` names a missing one.
 """
 
 from __future__ import annotations
@@ -17,30 +17,33 @@ from ceed_vla.errors import ConfigError
 
 
 class ReadsDepths(Protocol):
-    """The first layers of a forward can be read."""
+    """Logits can be computed after the first layers of a forward."""
 
     def shallow_logits(self, prefix: Prefix, tokens: Tensor, depth: int) -> Tensor:
-        """As `Backbone.block_logits`, of the first `depth` layers and their exit, or else the last
-        norm.
+        """As `Backbone.block_logits`, through the first `depth` layers and their early-exit layer,
+        or else the last norm.
 
-        The cache of the other layers is not touched, and nothing can be committed before a pass
-        through all.
+        The cache of the other layers does not change. The tokens can be committed only after a pass
+        through all layers.
         """
 
     def shallow_layers(self, depth: int) -> int:
-        """Layers that run in `shallow_logits`: `depth`, and an exit's own if it has one."""
+        """Layers that run in `shallow_logits`: `depth`, and the exit's own layer if it has one."""
 
 
 class ComparesDepths(Protocol):
-    """One forward can be read at several depths."""
+    """One forward can compute logits at several depths."""
 
     def depth_logits(
         self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
     ) -> tuple[list[Tensor], Tensor]:
-        """As `ReadsDepths.shallow_logits` at each of the ascending `depths`, from one forward to
-        the last one.
+        """As `ReadsDepths.shallow_logits` at each of the ascending `depths`, in one forward.
 
-        Linear exits only. The second is what `CutsPrefix.continue_block` goes on with.
+        The exits must be linear.
+
+        Returns:
+            Logits (B, k, V) per depth, and the hidden vectors (B, k, d) at the last depth, from
+            which `CutsPrefix.continue_block` continues.
         """
 
 
@@ -50,14 +53,14 @@ class TrainsDepths(Protocol):
     def packed_depth_logits(
         self, embeddings: Any, blocks: Sequence[Tensor], depth: int
     ) -> list[Tensor]:
-        """As the logits of `TrainableBackbone.packed_logits`, at a depth."""
+        """The logits of `TrainableBackbone.packed_logits`, at one depth."""
 
 
 class HasExits(Protocol):
-    """Modules may read the hidden vectors behind some layers.
+    """Early-exit layers can read the hidden vectors behind some layers.
 
     Attributes:
-        exits: Depth -> the module that reads it. They are no part of the model's weights.
+        exits: Depth -> early-exit layer at that depth; not part of the model's weights.
     """
 
     exits: Mapping[int, Any]
@@ -68,11 +71,11 @@ class HasExits(Protocol):
 
 @dataclass
 class CutPrefix(Prefix[Any]):
-    """A prefix that only the first layers have seen; its logits are those of their exit.
+    """A prefix that ran through the first layers only; its logits are those of their exit.
 
     Attributes:
-        depth: How many layers.
-        hidden: What they made of it (B, P, d), for the layers that follow.
+        depth: Number of these layers.
+        hidden: (B, P, d) their output, the input of the next layer.
     """
 
     depth: int
@@ -80,93 +83,106 @@ class CutPrefix(Prefix[Any]):
 
 
 class CutsPrefix(Protocol):
-    """A prefix can be run through the first layers alone, and through the others later."""
+    """A prefix can run through the first layers, and through the remaining layers later."""
 
     def prefill_to(self, observation: dict[str, Tensor], depth: int) -> CutPrefix:
         """Run the prefix through the first `depth` layers."""
 
     def extend(self, prefix: CutPrefix) -> Prefix:
-        """Run a cut prefix, which may not be used any more, through the other layers."""
+        """Run a cut prefix through the remaining layers; the cut prefix is invalid afterwards."""
 
     def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
-        """What `block_logits` gives for the tokens of a forward that ended at `depth`, behind the
-        extended prefix.
+        """Continue a forward that ended at `depth`, behind the extended prefix.
+
+        Args:
+            prefix: From `extend`.
+            hidden: (B, k, d) hidden vectors of the forward at `depth`.
+            depth: Layers that ran.
+
+        Returns:
+            Logits (B, k, V), as from `block_logits`.
         """
 
 
 class RunsPrograms(Protocol):
-    """Layers can be left out, and run several times."""
+    """Layers can be skipped or run several times."""
 
     def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
-        """As `Backbone.block_logits`, through the layers of `program`, counted from 0, in its
-        order; nothing of it can be committed.
+        """As `Backbone.block_logits`, through the layers that `program` lists, counted from 0.
+
+        The tokens cannot be committed.
         """
 
 
 class ChoosesPrefix(Protocol):
-    """Some tokens of a prefix can be left out.
+    """Some tokens of a prefix can be dropped.
 
     Attributes:
-        context: The module that scores them, if there is one; no part of the model's weights.
+        context: The module that scores them, if any; not part of the model's weights.
     """
 
     context: tuple[Any, ...]
 
     def prefix_tokens(self, embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, P, d) of what `embed_prefix` made; which (B, P) may go, equally many a row;
-        and which stay.
+        """Split the prefix tokens into those that can be dropped and those that always run.
+
+        Returns:
+            The tokens (B, P, d) of `embed_prefix`; (B, P) bool, tokens that can be dropped, equally
+            many per row; (B, P) bool, tokens that always run.
         """
 
     def keep_tokens(self, embeddings: Any, kept: Tensor) -> Any:
-        """What `embed_prefix` made, of the tokens `kept` (B, K) alone, in order and each at its own
-        position.
+        """Reduce the result of `embed_prefix` to the tokens `kept` (B, K), ascending indices.
+
+        Every token has the position that it has in the whole prefix.
         """
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> Any:
         """See `TrainableBackbone.embed_prefix`."""
 
     def prefill_embeddings(self, embeddings: Any) -> Prefix:
-        """`Backbone.prefill` of what `embed_prefix` made."""
+        """`Backbone.prefill` from the result of `embed_prefix`."""
 
     def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:
         """See `HasExits.exit_parts`."""
 
 
 class MakesLayers(Protocol):
-    """New layers of the model's kind can be made, of another width."""
+    """New layers of the model's kind can be made, with another width."""
 
     tokens_per_step: int | None
 
     def new_layer(self, width: int) -> nn.Module:
-        """A layer of x (B, T, width) with a mask (T, T), True where attention is allowed."""
+        """A layer of x (B, T, width) and a mask (T, T), True where attention is allowed."""
 
 
 class Compiled(Protocol):
     """The forwards are compiled."""
 
     def compile_now(self, prefix: Prefix) -> None:
-        """Compile all that some chunk would wait for otherwise."""
+        """Compile all code now, so that later chunks are not delayed by it."""
 
 
 def check_linear(exits: Mapping[int, Any], depths: Sequence[int]) -> None:
-    """Raise `ConfigError` where an exit that is read beside others has a layer of its own."""
+    """Raise `ConfigError` unless all exits at `depths` are linear."""
     if any(depth in exits and exits[depth].layer is not None for depth in depths):
         raise ConfigError(
-            "Exits of kind layer are not read several at once, as deer and del do; train linear "
-            "ones."
+            "The exits are of kind layer; deer and del, which compare several exits, need linear "
+            "ones. Use another decoder, or train kind linear."
         )
 
 
 def offers(model: object, capability: type) -> bool:
-    """Whether a model has all that a capability consists of."""
+    """Whether a model has all methods and attributes of a capability."""
     return not _missing(model, capability)
 
 
 def require[C](model: object, capability: type[C], purpose: str) -> C:
-    """The `model` as one with a `capability`.
+    """Return `model`, typed as one with `capability`.
 
     Raises:
-        ConfigError: It does not offer that; the text names capability, method and `purpose`.
+        ConfigError: The model does not offer it; the message names capability, method and
+            `purpose`.
     """
     if missing := _missing(model, capability):
         raise ConfigError(
@@ -177,7 +193,7 @@ def require[C](model: object, capability: type[C], purpose: str) -> C:
 
 
 def _missing(model: object, capability: type) -> list[str]:
-    """What a model lacks of a capability; one that wraps another offers what both have."""
+    """Names of a capability that a model lacks; a wrapper and its inner model must have each."""
     names = [*getattr(capability, "__annotations__", ()), *vars(capability)]
     public = [name for name in names if not name.startswith("_")]
     inner = vars(model).get("backbone") if capability is not Compiled else None

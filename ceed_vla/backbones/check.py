@@ -1,4 +1,4 @@
-"""Does a backbone keep the contract that exact decoding rests on? For whoever writes one."""
+"""A check for authors of backbones: the contract that exact decoding depends on."""
 
 from __future__ import annotations
 
@@ -24,14 +24,25 @@ def check_backbone(
     action_dim: int = 1,
     guesses: int = 4,
 ) -> int:
-    """Decode one block by all routes, compare every token, and return how many were compared.
+    """Decode one block by all routes and compare every token.
 
-    Greedy decoding with the cache must equal strict Jacobi decoding from `guesses` random guesses,
-    teacher forcing as in training, decoding behind a prefix that was used before (a pass through
-    the first layer only included, whose scores must be others), and decoding of every row alone. In
-    float32: lower precision may flip near-ties. The backbone is in evaluation mode; where it is not
-    trained, its weights should be so large that tokens depend on one another, or the check says
-    little. `ConfigError` says which routes differ, and what that usually means.
+    Greedy decoding with the cache must equal strict Jacobi decoding from random guesses, teacher
+    forcing as in training, decoding behind a prefix that was used before, and decoding of every row
+    alone. If the backbone reads depths, the logits of its first layer must differ from those of all
+    layers. Use float32, as lower precision may flip near-ties.
+
+    Args:
+        backbone: The model, in evaluation mode. Without training, its weights must be large enough
+            that tokens depend on one another; otherwise the check has little power.
+        observation: A preprocessed batch.
+        action_dim: Action dimensions ``A``.
+        guesses: Number of random guesses.
+
+    Returns:
+        Number of tokens that were compared.
+
+    Raises:
+        ConfigError: Two routes differ; the message names them and the usual causes.
     """
     rows = backbone.check_observation(observation)
     n = backbone.block_length
@@ -67,7 +78,7 @@ def check_backbone(
         one = {key: value[row : row + 1] for key, value in by_rows.items()}
         alone = decode_autoregressive(backbone, backbone.prefill(one), GREEDY).tokens
         compared += _compare(
-            alone, greedy[row : row + 1], f"row {row} alone", "padding that is seen"
+            alone, greedy[row : row + 1], f"row {row} alone", "padding that is attended to"
         )
     return compared
 
@@ -75,13 +86,14 @@ def check_backbone(
 def check_untrained(
     backbone: TrainableBackbone, config: Any, *, instruction_tokens: int, rows: int = 4
 ) -> int:
-    """As `check_backbone`, of random observations with random weights.
+    """Run `check_backbone` with random observations and random weights.
 
     Args:
-        backbone: Gets weights so large that every token depends on those before it.
-        config: The policy's configuration, which has its features.
-        instruction_tokens: Length of an instruction.
-        rows: Observations.
+        backbone: The model. Its weights are overwritten with values that are large enough to make
+            every token depend on those before it.
+        config: The policy's configuration, with its features.
+        instruction_tokens: Length of an instruction [tokens].
+        rows: Number of observations.
     """
     backbone.eval()
     for parameter in backbone.parameters():
@@ -98,14 +110,14 @@ def check_untrained(
 
 
 def _check_depths(backbone: TrainableBackbone, prefix: Prefix, greedy: Tensor) -> None:
-    """Raise `ConfigError` if a pass through the first layer gives the scores of all layers."""
+    """Raise `ConfigError` if the first layer gives the same logits as all layers."""
     tokens = greedy[:, : backbone.block_length - 1]
     shallow = require(backbone, ReadsDepths, "The check").shallow_logits(prefix, tokens, 1)
     prefix.cache.roll_back()
     if torch.equal(shallow, backbone.block_logits(prefix, tokens)):
         raise ConfigError(
-            f"shallow_logits gives the same behind 1 of {backbone.num_layers} layers: it ignores "
-            "depth."
+            f"shallow_logits returns the same logits at depth 1 as at depth {backbone.num_layers}; "
+            "it ignores depth. It must stop after `depth` layers."
         )
 
 
@@ -116,6 +128,6 @@ def _compare(tokens: Tensor, greedy: Tensor, route: str, suspects: str) -> int:
         raise ConfigError(
             f"{int(wrong.sum())} of {wrong.numel()} tokens of {route} differ from greedy decoding "
             f"with the cache, the first in row {row}, slot {slot}: {int(tokens[row, slot])} "
-            f"instead of {int(greedy[row, slot])}. Look at {suspects}."
+            f"instead of {int(greedy[row, slot])}. Check {suspects}."
         )
     return wrong.numel()

@@ -1,8 +1,8 @@
-"""Which model a policy runs: one dataclass a family, chosen by ``--policy.backbone.type``.
+"""Model families: one settings dataclass each, chosen by ``--policy.backbone.type``.
 
-A family is a dataclass that registers itself and says how to build its model, and what
-pre-processing turns an observation into the model's inputs. `ceed_vla.configuration_ceed_vla`
-imports those of this package.
+The dataclass registers itself, builds the model, and lists the preprocessor steps that turn an
+observation into the model's inputs. `ceed_vla.configuration_ceed_vla` imports the families of this
+package.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class PolicyShape:
     chunk_size: int  # steps ``m`` of a chunk
     action_tokens: ActionTokensConfig  # how actions become tokens
     auxiliary_dim: int = 0  # outputs of the grounding regression; 0 for none
-    device: str = "cpu"  # where the policy is going to run
+    device: str = "cpu"  # device that the policy will run on
 
-    # Computed when they are asked for: tokens that are fitted on the data have neither before.
+    # Computed on access: tokens that are fitted to the data have neither value before.
 
     @property
     def block_length(self) -> int:
@@ -50,57 +50,62 @@ class PolicyShape:
 
 
 class InputsStep(ObservationProcessorStep):
-    """Base of the steps that make a model's inputs: dataclasses, whose fields are their settings in
-    a checkpoint.
+    """Base of the processor steps that make a model's inputs.
+
+    A subclass is a dataclass; a checkpoint stores its fields.
     """
 
     def get_config(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(cast("Any", self))}
 
     def transform_features(self, features: Any) -> Any:
-        return features  # LeRobot asks the pipelines of robots only
+        return features  # LeRobot calls this for the pipelines of robots only
 
 
 class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
-    """Base of all families of models."""
+    """Base of the settings of all model families."""
 
     setting: ClassVar[str] = "backbone"
     usual: ClassVar[str] = "compact"
-    # Registered names of the steps that `processor_steps` returns, without which no checkpoint is
-    # complete.
+    # Registered names of the steps that `processor_steps` returns; every checkpoint must have them.
     steps: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def build(self, shape: PolicyShape) -> TrainableBackbone:
-        """The model; `ConfigError` if settings contradict the policy's, `CheckpointError` if
-        weights cannot be read.
+        """Build the model.
+
+        Raises:
+            ConfigError: The settings contradict the policy's.
+            CheckpointError: The weights cannot be read.
         """
 
     @abc.abstractmethod
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
-        """LeRobot processor steps that make the model's inputs; `instructions` are those of the
-        data set.
+        """Make the LeRobot processor steps for the model's inputs.
+
+        Args:
+            shape: Inputs and outputs of the policy.
+            instructions: The instructions of the dataset.
         """
 
     def finished(self) -> Self:
-        """These settings for a model whose training is over: without heads that only training
-        uses.
-        """
+        """These settings without the heads that only training uses."""
         return self
 
     def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
-        """Layers that these settings describe, and the fewest numbers that their weights have.
+        """The number of layers, and a lower bound on the number of weights.
 
-        Compared with a checkpoint's weights before a model is built, so that no setting can ask for
-        more than there is.
+        They are compared with a checkpoint's weights before the model is built, so that wrong
+        settings cannot allocate more memory than the weights need.
         """
         return 0, 0
 
     def weight_files(self) -> list[Path]:
-        """The files of weights that a checkpoint leaves where they are; empty if it has its own."""
+        """The weight files that a checkpoint reads from another folder; empty if it has its own."""
         return []
 
     def validate_features(self, shape: PolicyShape) -> None:
-        """Raise `ConfigError` if the policy's features cannot be served; cameras and action are
-        checked before.
+        """Raise `ConfigError` if the model does not support the policy's features.
+
+        Cameras and action are validated before.
         """

@@ -1,4 +1,4 @@
-"""Validation of a pre-processed batch: the features that a backbone reads."""
+"""Validation of a preprocessed batch: the features that a backbone reads."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def check_features(
     finite: Sequence[str] = (),
     ids: Mapping[str, int] | None = None,
 ) -> int:
-    """Check the tensors of a pre-processed batch.
+    """Validate the tensors of a preprocessed batch.
 
     Args:
-        batch: As the pre-processor makes it.
-        wanted: Shape of every feature without the rows; None for any size.
-        finite: Features that are float32 without NaN and infinity.
-        ids: Features that are whole numbers, and the end below which they lie.
+        batch: A batch from the preprocessor.
+        wanted: Feature -> its shape without the rows; None for any size.
+        finite: Features that must be float32 without NaN and infinity.
+        ids: Feature of whole numbers -> the number that they must be below.
 
     Returns:
-        The rows ``B`` of the batch, which all features share.
+        The number of rows ``B`` of the batch, which all features share.
 
     Raises:
-        ObservationError: A feature is missing, or is anything else than the above.
+        ObservationError: A feature is missing or violates these rules.
     """
     if not isinstance(batch, Mapping):
         raise ObservationError(
-            f"The observation is {type(batch).__name__}; pass the pre-processor's."
+            f"The observation is {type(batch).__name__}; pass a batch from the preprocessor."
         )
     first = next(iter(wanted))
     rows = 0
@@ -65,12 +65,12 @@ def _dense(batch: Mapping[str, Any], key: str) -> Tensor:
         problem = f"lacks {key!r}"
     raise ObservationError(
         f"The observation {problem}; it has {', '.join(features) or 'none'}. Use the checkpoint's "
-        "pre-processor."
+        "preprocessor."
     )
 
 
 def _fits(found: Sequence[int], expected: Sequence[int | None]) -> bool:
-    """Whether a tensor has the sides that are expected; None is any size."""
+    """Whether a shape matches the expected one; None is any size."""
     return len(found) == len(expected) and all(
         side in (None, size) for size, side in zip(found, expected, strict=True)
     )
@@ -91,5 +91,5 @@ def _check_ids(batch: Mapping[str, Any], key: str, end: int) -> None:
     least, most = torch.stack(batch[key].aminmax()).tolist()
     if not 0 <= least <= most < end:
         raise ObservationError(
-            f"{key} has ids from {least} to {most}; they must lie in [0, {end - 1}]."
+            f"{key} has ids from {least} to {most}; they must be in [0, {end - 1}]."
         )

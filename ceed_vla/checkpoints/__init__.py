@@ -1,7 +1,7 @@
 """Checkpoints: load, save and seal them.
 
-A name is imported from its file when it is first used: loading needs torch and LeRobot, and a
-robot's node that only asks where a checkpoint is may have neither.
+A name is imported from its file on first use: loading needs torch and LeRobot, and a robot node
+that only locates a checkpoint may have neither.
 """
 
 from __future__ import annotations
@@ -36,7 +36,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """All names, also those of parts that are not imported yet: for completion in shells and
-    editors.
-    """
+    """All names, also of parts that are not imported yet, so that shells can complete them."""
     return sorted({*globals(), *__all__})

@@ -1,10 +1,10 @@
-"""Which of LeRobot's other policies are loaded, and what the texts in their config.json may be.
+"""Which other policies of LeRobot are loaded, and which strings their config.json may contain.
 
-LeRobot builds some policies from names in config.json: it takes a tokenizer or a vision encoder
-from a hub or from a folder, lets it run code that lies there (``trust_remote_code``), or asks on
-standard input whether it may. So a type is on this list only if its construction does no more with
-a text than choose among a few things that LeRobot has; and a text must be one of these. This is
-checked before LeRobot reads config.json, or imports the policy.
+LeRobot builds some policies from names in config.json: it loads a tokenizer or a vision encoder
+from a hub or a folder, may run code from there (``trust_remote_code``), or prompts for permission
+on standard input. Therefore a type is on this list only if its construction uses strings to choose
+among a few parts of LeRobot and for nothing else, and each string must be one of these choices. The
+check precedes LeRobot's reading of config.json and its import of the policy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ceed_vla.files import plain_name, read_json
 from ceed_vla.folders import CONFIG
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-# Type -> field -> the texts that it may hold. All other fields hold numbers, or lists of numbers.
+# Type -> field -> the allowed strings. All other fields are numbers or lists of numbers.
 POLICIES: dict[str, dict[str, tuple[str, ...]]] = {
     "act": {
         "vision_backbone": _RESNETS,
@@ -50,8 +50,8 @@ POLICIES: dict[str, dict[str, tuple[str, ...]]] = {
     "tdmpc": {},
     "vqbet": {"vision_backbone": _RESNETS},
 }
-# Training wrote these, and nothing that acts reads them: they are dropped. Pretrained weights of
-# the backbone are in the checkpoint by now, and would be downloaded.
+# Fields that only training uses are dropped. LeRobot would download the pretrained weights of the
+# backbone, although the checkpoint contains its weights.
 _DROPPED = (
     "pretrained_backbone_weights",
     "pretrained_path",
@@ -69,13 +69,13 @@ _SHOWN = 4  # fields of a refused type in the message
 
 
 def read_allowed(folder: Path, device: str) -> dict[str, Any]:
-    """config.json of another LeRobot policy, its type included, checked, and for `device`.
+    """Read and check config.json of another LeRobot policy; set its device to `device`.
 
-    The type may also be one of a package that the user named (`ceed_vla.discovery`); then nothing
-    is checked or dropped.
+    The values include the type. If a package that the user named (`ceed_vla.discovery`) registers
+    the type, no value is checked or dropped.
 
     Raises:
-        CheckpointError: A type that is not listed, or a field with what it may not hold.
+        CheckpointError: The type is not listed, or a field has a value that is not allowed.
     """
     values = read_json(folder / CONFIG)
     kind = values.get("type")
@@ -87,12 +87,12 @@ def read_allowed(folder: Path, device: str) -> dict[str, Any]:
     if values.get("use_peft") or (folder / _PEFT).exists(follow_symlinks=False):
         what = f"{folder} has adapters (use_peft, {_PEFT}), which are not loaded"
         raise CheckpointError(f"{what}; merge them into the weights first.")
-    kept = {name: value for name, value in values.items() if name not in _DROPPED}
-    for name, value in kept.items():
+    used = {name: value for name, value in values.items() if name not in _DROPPED}
+    for name, value in used.items():
         _check_field(folder, name, value, texts)
     if "pretrained_backbone_weights" in values:
-        kept["pretrained_backbone_weights"] = None
-    return {**kept, "device": device}
+        used["pretrained_backbone_weights"] = None
+    return {**used, "device": device}
 
 
 def is_of_named_package(kind: object) -> bool:
@@ -102,20 +102,20 @@ def is_of_named_package(kind: object) -> bool:
     if not isinstance(kind, str) or kind not in PreTrainedConfig.get_known_choices():
         return False
     module = str(PreTrainedConfig.get_choice_class(kind).__module__)
-    # LeRobot's own stay what they are, whoever names LeRobot.
+    # LeRobot's own types are always checked, even if the user names the package lerobot.
     return named_by_user(module) and module.partition(".")[0] != "lerobot"
 
 
 def _refusal(folder: Path, kind: object, values: dict[str, Any]) -> str:
-    """Why a type is not loaded, with the fields whose texts LeRobot would follow."""
+    """Why a type is not loaded, with the fields whose strings LeRobot would use as names."""
     names = [name for name, value in values.items() if isinstance(value, str)]
     names = [name for name in names if name not in ("type", "device", *_DROPPED)]
     names.sort(key=lambda name: not name.endswith(("_name", "_path")))
     fields = ", ".join(f"{short(name)[1:-1]}: {short(values[name])}" for name in names[:_SHOWN])
     with_fields = f" with {fields}" if fields else ""
     return (
-        f"{folder} holds a policy of type {short(kind)}{with_fields}. Such a type is not loaded, "
-        "because LeRobot may fetch what its texts name, or run code that lies there. Loaded are "
+        f"{folder} holds a policy of type {short(kind)}{with_fields}. This type is not loaded, "
+        "because LeRobot may download files that its fields name, or run code in them. Loaded are "
         f"ceed_vla, {', '.join(POLICIES)}, and types of packages that you name with "
         "--discover_packages_path (policy_node: discover_packages). "
         "`ceed-vla convert` makes a ceed_vla checkpoint from a pi0_fast policy."
@@ -123,7 +123,7 @@ def _refusal(folder: Path, kind: object, values: dict[str, Any]) -> str:
 
 
 def _check_field(folder: Path, name: str, value: Any, texts: dict[str, tuple[str, ...]]) -> None:
-    """Raise `CheckpointError` for a field that holds what it may not."""
+    """Raise `CheckpointError` if the value of a field is not allowed."""
     plain_name(name, f"{folder / CONFIG}: a field")
     if name == "type":
         return
@@ -141,7 +141,7 @@ def _check_field(folder: Path, name: str, value: Any, texts: dict[str, tuple[str
         expected = f"one of {', '.join(texts[name])}"
     else:
         allowed = _is_number(value) or (isinstance(value, list) and all(map(_is_number, value)))
-        expected = "a number or a list of numbers; no text is expected in it"
+        expected = "a number or a list of numbers"
     if not allowed:
         problem = f"{name} is {short(value)}; it must be {expected}"
         raise CheckpointError(f"{folder / CONFIG}: {problem}. Copy the checkpoint again.")

@@ -1,10 +1,10 @@
 """The manifest of a checkpoint: its files with size and SHA-256.
 
-With it a file that is lost, exchanged or half written is an error. A sealed checkpoint has a
-``manifest.json``, and ``"sealed": true`` in its config.json, so that a lost manifest is an error,
-too. The flag belongs to the folder and not to the policy: no configuration object holds it, and
-what LeRobot's ``save_pretrained`` writes has none. A manifest protects against accidents and
-mix-ups. It is no signature.
+With it, a file that is lost, exchanged or half written is an error. A sealed checkpoint has a
+``manifest.json``, and ``"sealed": true`` in its config.json, so that a lost manifest is also an
+error. The flag belongs to the folder and not to the policy: configuration objects do not contain
+it, and LeRobot's ``save_pretrained`` does not write it. A manifest protects against accidents and
+mix-ups. It is not a signature.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SEALED = "sealed"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_READ = {*POLICY_FILES, *PROCESSOR_FILES, *MODULES}  # what is read if it is there
+_READ = {*POLICY_FILES, *PROCESSOR_FILES, *MODULES}  # files that are read if they exist
 _STATES = ("policy_preprocessor_step_*.safetensors", "policy_postprocessor_step_*.safetensors")
-_told: set[str] = set()  # unsealed folders that the log has named
+_told: set[str] = set()  # unsealed folders that were logged
 
 Entries = dict[str, tuple[int, str]]  # name -> size [bytes] and SHA-256
 
@@ -40,10 +40,10 @@ Entries = dict[str, tuple[int, str]]  # name -> size [bytes] and SHA-256
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings in config.json of any policy's checkpoint; of ours they match the manifest.
+    """Read config.json of any policy's checkpoint; that of ours is checked against the manifest.
 
     Raises:
-        CheckpointError: The file is damaged, or does not belong to the manifest beside it.
+        CheckpointError: The file is damaged, or does not match the manifest.
     """
     finish_replacing(folder, own_files)
     values = read_json(folder / CONFIG)
@@ -59,7 +59,7 @@ def check_files(folder: Path) -> None:
     """Check all files of a checkpoint against its manifest; log once that an unsealed one has none.
 
     Raises:
-        CheckpointError: A file is missing, additional, or was not written with the others.
+        CheckpointError: A file is missing or additional, or does not match the manifest.
     """
     finish_replacing(folder, own_files)
     manifest = _manifest(folder, read_json(folder / CONFIG))
@@ -91,14 +91,14 @@ def held_still(folder: Path) -> Iterator[None]:
 
 
 def own_files(folder: Path) -> set[str]:
-    """Names of the files in a folder that belong to the checkpoint there; others are the user's."""
+    """Names of the files in a folder that belong to its checkpoint; others are the user's."""
     names = {*_READ, MANIFEST}
     for pattern in _STATES:
         names |= {file.name for file in folder.glob(pattern)}
     try:
         names |= (read_manifest(folder) or {}).keys()
     except CheckpointError:
-        logger.warning("%s is damaged; it is replaced", folder / MANIFEST)
+        logger.warning("%s is damaged; it will be replaced", folder / MANIFEST)
     return {name for name in names if (folder / name).exists(follow_symlinks=False)}
 
 
@@ -110,7 +110,7 @@ def _manifest(folder: Path, values: Mapping[str, Any]) -> Entries | None:
         raise CheckpointError(f"{problem}; it must be true or false.")
     found = read_manifest(folder)
     if found is None and sealed:
-        problem = f"{folder} lacks {MANIFEST}, which config.json says that it has"
+        problem = f"{folder} lacks {MANIFEST}, but config.json marks it as sealed"
         raise CheckpointError(f"{problem}. {_again(folder)}")
     return found
 
@@ -133,12 +133,12 @@ def read_manifest(folder: Path) -> Entries | None:
         size = entry.get("bytes") if isinstance(entry, dict) else None
         digest = entry.get("sha256") if isinstance(entry, dict) else None
         if type(size) is not int or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-            raise CheckpointError(f"{file} has no size and hash of {name}. {_again(folder)}")
+            raise CheckpointError(f"{file} lacks size or hash of {name}. {_again(folder)}")
         entries[name] = (size, digest)
     missing = sorted({*POLICY_FILES} - entries.keys())
     if missing or MANIFEST in entries:
-        what = f"lack {', '.join(missing)}" if missing else "name itself"
-        raise CheckpointError(f"The files in {file} {what}. {_again(folder)}")
+        what = f"does not list {', '.join(missing)}" if missing else "lists itself"
+        raise CheckpointError(f"{file} {what}. {_again(folder)}")
     return entries
 
 
@@ -166,7 +166,7 @@ def _again(folder: Path) -> str:
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
-    """What changes when a checkpoint is replaced; () if it is gone."""
+    """Numbers that change when a checkpoint is replaced; () if it is missing."""
     try:
         found = folder.stat()
         manifest = (folder / MANIFEST).stat() if (folder / MANIFEST).exists() else found
@@ -181,8 +181,8 @@ def _tell_unsealed(folder: Path) -> None:
     if name not in _told:
         _told.add(name)
         logger.warning(
-            "%s has no manifest, so nothing shows whether its files belong together. "
-            "If they do, run `ceed-vla seal %s`.",
+            "%s has no manifest, so that its files cannot be checked. "
+            "If they belong together, run `ceed-vla seal %s`.",
             folder,
             folder,
         )
@@ -222,7 +222,7 @@ def config_text(values: Mapping[str, Any]) -> str:
 
 
 def unsealed_bytes(file: Path) -> bytes:
-    """The content of a checkpoint's file without the flag: sealing does not change it."""
+    """The content of a checkpoint's file without the flag, so that sealing does not change it."""
     if file.name != CONFIG:
         return file.read_bytes()
     values = read_json(file)

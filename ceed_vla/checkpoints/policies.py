@@ -22,15 +22,15 @@ def load(
     device: str | None = None,
     merge_adapters: bool = True,
 ) -> tuple[CeedVLAPolicy, Any, Any]:
-    """A policy in eval mode with its pre- and post-processor, loaded strictly and offline.
+    """Load a policy in eval mode with its pre- and post-processor, strictly and offline.
 
     Args:
         path: A checkpoint folder, or "teacher" / "student" for the shipped ones.
-        device: Where it runs; None: on the CPU.
+        device: Device to run on; the CPU if None.
         merge_adapters: See `CeedVLAPolicy.from_pretrained`.
 
     Raises:
-        CheckpointError: As `CeedVLAPolicy.from_pretrained`; or processors that do not load.
+        CheckpointError: See `CeedVLAPolicy.from_pretrained`; also if processors do not load.
     """
     folder = resolve_checkpoint(path)
     with held_still(folder):
@@ -54,14 +54,15 @@ def save(
     postprocessor: Any,
     weights: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a sealed checkpoint folder; one that is there is replaced as a whole or stays as it is.
+    """Write a sealed checkpoint folder; an existing one is replaced as a whole or stays unchanged.
 
     Args:
-        path: The folder. What does not belong to a checkpoint, such as a README.md, stays in it.
-        policy: What is saved.
-        preprocessor: Of the policy.
-        postprocessor: Of the policy.
-        weights: Written instead of the policy's, for instance gathered from several processes.
+        path: The folder. Files of it that do not belong to a checkpoint, such as a README.md, stay.
+        policy: The policy to save.
+        preprocessor: Preprocessor of the policy.
+        postprocessor: Postprocessor of the policy.
+        weights: Weights to write instead of the policy's, such as those gathered from several
+            processes.
 
     Returns:
         The folder.

@@ -1,13 +1,12 @@
-"""Folders that are replaced as a whole: after a kill all files are the old ones or all the new.
+"""Replace folders as a whole: after a kill, either all files are the old ones or all are new.
 
-The new folder is written beside the old one, and the two change places in one system call. Linux
-can do that (`renameat2` with ``RENAME_EXCHANGE``), on most file systems.
+The new folder is written next to the old one, and both change places in one system call. Linux can
+do that (`renameat2` with ``RENAME_EXCHANGE``) on most file systems.
 
-Where it cannot, or the folder must stay the folder that it is, the new files are written into a
-folder inside. Renaming that to `PENDING` is the one step that decides. What is left, moving its
-files up, is finished by whoever saves or loads next. A folder must stay if it is a mount point,
-holds this process's working directory or folders of the user's, or has a parent that is not
-writable.
+Elsewhere, and if the folder itself must stay, the new files are written into a subfolder. Renaming
+the subfolder to `PENDING` is the atomic step. Then its files are moved up; after a kill, the next
+save or load finishes that. A folder must stay if it is a mount point, contains this process's
+working directory or folders of the user, or has a parent that is not writable.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from ceed_vla.errors import CheckpointError
 from ceed_vla.folders import MANIFEST
 
 PENDING = ".saved"
-_STAGE = ".new"  # how the names of folders end that are being written
-_LONGEST = 100  # characters of the folder's name in theirs
+_STAGE = ".new"  # suffix of folders that are being written
+_LONGEST = 100  # characters of the folder's name in the names of these
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY)
@@ -36,15 +35,18 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY)
 
 @contextmanager
 def replacing_folder(folder: Path, belonging: Callable[[Path], set[str]]) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of `folder` if the block ends well.
+    """Yield an empty folder to write into; it replaces `folder` if the block succeeds.
+
+    The block must write a manifest.
 
     Args:
-        folder: It need not exist. A link stays, and what it leads to is replaced. The block writes
-            a manifest.
-        belonging: Names of the files in a folder that go with the old content; others are kept.
+        folder: The folder to replace, which need not exist. If it is a link, the link stays, and
+            its target is replaced.
+        belonging: Returns the names of the files in a folder that are removed with the old content;
+            other files stay.
 
     Raises:
-        OSError: It cannot be written. What was there stays.
+        OSError: The folder cannot be written. Its old content stays.
     """
     if folder.is_symlink() and not folder.exists():
         raise FileNotFoundError(errno.ENOENT, "a link to nothing; name a folder", str(folder))
@@ -74,7 +76,7 @@ def replacing_folder(folder: Path, belonging: Callable[[Path], set[str]]) -> Ite
 
 
 def finish_replacing(folder: Path, belonging: Callable[[Path], set[str]]) -> None:
-    """Finish a replacement of files in `folder` that was decided, and then ended by a kill.
+    """Finish a replacement in `folder` that a kill ended after its atomic step.
 
     Raises:
         CheckpointError: The folder cannot be written here.
@@ -86,8 +88,8 @@ def finish_replacing(folder: Path, belonging: Callable[[Path], set[str]]) -> Non
         _move_up(pending, folder, belonging)
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: a save was interrupted, and cannot be finished here ({error.strerror}); "
-            "load it once where the folder may be written."
+            f"{folder}: a save was interrupted, and cannot be finished here ({error.strerror}). "
+            "Load it once from a machine or account that can write to the folder."
         ) from error
 
 
@@ -97,7 +99,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _may_be_exchanged(target: Path) -> bool:
-    """Whether a folder beside `target` can take its place, and nothing is lost with it."""
+    """Whether another folder can replace `target` without loss."""
     if not _is_writable(target.parent):
         return False
     if not target.exists():
@@ -109,7 +111,7 @@ def _may_be_exchanged(target: Path) -> bool:
 
 
 def _exchanged(stage: Path, target: Path, belonging: Callable[[Path], set[str]]) -> bool:
-    """Whether `stage` and `target` have changed places; False where the system cannot do that."""
+    """Exchange `stage` and `target`; return False if the system cannot do that."""
     if not target.exists():
         stage.rename(target)
         _settle(target.parent)
@@ -135,7 +137,7 @@ def _exchanged(stage: Path, target: Path, belonging: Callable[[Path], set[str]])
 def _replace_inside(stage: Path, target: Path, belonging: Callable[[Path], set[str]]) -> None:
     pending = target / PENDING
     if pending.exists() and not (pending / MANIFEST).exists():
-        shutil.rmtree(pending)  # what a replacement left that was otherwise finished
+        shutil.rmtree(pending)  # left by a replacement whose files were all moved
     target.mkdir(exist_ok=True)
     stage.rename(pending)
     _settle(target)
@@ -143,21 +145,21 @@ def _replace_inside(stage: Path, target: Path, belonging: Callable[[Path], set[s
 
 
 def _move_up(pending: Path, folder: Path, belonging: Callable[[Path], set[str]]) -> None:
-    """Move the files of `pending` up into `folder`; the manifest last, so that it can be redone."""
+    """Move the files of `pending` into `folder`, the manifest last, so that it can be repeated."""
     new = {MANIFEST, *json.loads((pending / MANIFEST).read_text(encoding="utf-8"))["files"]}
     for name in belonging(folder) - new:
         (folder / name).unlink(missing_ok=True)
     names = sorted(os.listdir(pending), key=lambda name: name == MANIFEST)
     for name in names:
-        with suppress(FileNotFoundError):  # another process finishes it, too
+        with suppress(FileNotFoundError):  # another process may finish it at the same time
             os.replace(pending / name, folder / name)
-            (pending / name).unlink()  # which is left where both names were one file
+            (pending / name).unlink()  # `replace` does nothing if both names are the same file
     _settle(folder)
     shutil.rmtree(pending, ignore_errors=True)
 
 
 def link(old: Path, new: Path) -> None:
-    """The same file by another name; a copy where there can be no second name."""
+    """Make `new` a hard link to `old`, or a copy if the file system has no hard links."""
     try:
         os.link(old, new, follow_symlinks=False)
     except OSError:
@@ -165,14 +167,14 @@ def link(old: Path, new: Path) -> None:
 
 
 def _hold(stage: Path) -> int:
-    """Lock a folder, until the file number that this returns is closed or the process ends."""
+    """Lock a folder until the returned descriptor is closed or the process ends."""
     number = os.open(stage, os.O_RDONLY)
     _locked(number)
     return number
 
 
 def _locked(number: int) -> bool:
-    """Whether an open folder could be locked."""
+    """Lock an open folder; return whether that succeeded."""
     try:
         import fcntl
 
@@ -183,7 +185,7 @@ def _locked(number: int) -> bool:
 
 
 def _sweep(place: Path, name: str) -> None:
-    """Remove what killed replacements of `name` left in `place`; live ones hold a lock."""
+    """Remove folders that killed replacements of `name` left in `place`; live ones are locked."""
     for left in place.glob(f".{glob.escape(name[:_LONGEST])}.{'[0-9a-f]' * 16}{_STAGE}"):
         with suppress(OSError):
             number = os.open(left, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""`ceed-vla seal`: write the manifest of a checkpoint without one, or whose files were changed."""
+"""`ceed-vla seal`: write the manifest of a checkpoint that lacks one or was changed."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ceed_vla.folders import CONFIG, MANIFEST, resolve_checkpoint
 class SealConfig:
     """Write a checkpoint's manifest: from then on a lost, exchanged or damaged file is an error.
 
-    What this package writes has one. Checkpoints of `lerobot-train` and of earlier versions have
-    none; and whoever changes a file of a sealed checkpoint has to seal it again. The checkpoint is
-    loaded before, so what cannot work is not sealed.
+    This package writes every checkpoint with a manifest. Seal those of `lerobot-train`, those of
+    earlier versions, and sealed ones again after you change a file. The command loads the
+    checkpoint before it seals it.
 
     Attributes:
-        folder: The checkpoint.
+        folder: Folder of the checkpoint.
     """
 
     folder: str
 
 
 def seal_folder(config: SealConfig) -> str:
-    """Run the command; returns what it prints. Raises as `seal`."""
+    """Run the command and return its output; raises the errors of `seal`."""
     folder = resolve_checkpoint(config.folder)
     changed = seal(folder)
     return f"{folder}: sealed" + (f"; new in the manifest: {', '.join(changed)}" if changed else "")
@@ -40,7 +40,7 @@ def seal(path: str | Path) -> list[str]:
     """Load a checkpoint, then write its manifest and the flag in config.json, in one step.
 
     Returns:
-        Names of files that an earlier manifest did not describe so; of all if there was none.
+        Names of the files that differ from an earlier manifest; all files if there was none.
 
     Raises:
         CheckpointError: It is not a ceed_vla checkpoint, does not load, or cannot be written.
@@ -63,7 +63,7 @@ def seal(path: str | Path) -> list[str]:
 
 
 def _entries(folder: Path) -> Entries:
-    """What a folder's manifest lists; nothing without one, or with one that is damaged."""
+    """The entries of a folder's manifest; empty if it is missing or damaged."""
     try:
         return read_manifest(folder) or {}
     except CheckpointError:

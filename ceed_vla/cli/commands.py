@@ -1,4 +1,4 @@
-"""The table of commands: what each does, and the flags that its help explains."""
+"""The table of commands: the purpose of each, and the flags that its help explains."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ class Command:
     """One row of the command table."""
 
     summary: str  # one line for `ceed-vla --help`
-    where: (
-        str  # module, imported when it runs; a dataclass there, its flags; and a function of that
-    )
+    # module (imported when the command runs), its dataclass of flags, and its function
+    where: str
     must: str = ""  # flags that `--help` lists first, besides those without a default
-    # flags that it explains after these; the others it only names. With neither, it explains all
+    # flags that `--help` explains next; it only names the others. Without must and may: explain all
     may: str = ""
-    kept: str = "nothing was written"  # by an interrupt; formatted with the configuration's fields
-    positional: str = ""  # the flag that a word without ``--`` stands for
-    # "field=flag ..." where a flag is not called like its field, see `ceed_vla.cli.names`
+    # printed after an interrupt: what is on disk; formatted with the configuration's fields
+    kept: str = "nothing was written"
+    positional: str = ""  # the flag that a word without ``--`` sets
+    # "field=flag ..." for flags with another name than their field, see `ceed_vla.cli.names`
     renamed: str = ""
     # Module and class that add a simulator's flags to the configuration; `arguments` of that class
-    # gives the function's further arguments. For commands that may not import the simulator.
+    # returns further arguments of the function. For commands that may not import the simulator.
     simulator: str = ""
-    axis: str = ""  # the folder in `ceed_vla.axes` that it belongs to; gone with that folder
+    axis: str = ""  # its folder in `ceed_vla.axes`; without that folder there is no command
 
 
-_RESUMABLE = "go on with the same command and --resume=true"
+_RESUMABLE = "continue with the same command and --resume=true"
 COMMANDS = {
     "record": Command(
-        "record demonstrations of the scripted experts as a LeRobot data set",
+        "record demonstrations of the scripted experts as a LeRobot dataset",
         "ceed_vla.sim.record RecordConfig record",
         must="root",
         may="mode env.type env.task episodes seed policy.path resume",
         kept=f"complete attempts are in {{root}}; {_RESUMABLE}",
     ),
     "inspect": Command(
-        "say what a data set holds, and what training would choose from it",
+        "inspect a dataset: its content, its faults, and the settings training derives from it",
         "ceed_vla.training.inspection InspectConfig inspect",
         must="roots",
         may="minutes output policy.chunk_size policy.action_tokens.type",
@@ -64,7 +64,7 @@ COMMANDS = {
         may="chunk_size most_ids gripper_dims",
     ),
     "collect": Command(
-        "write the teacher's Jacobi trajectories over a data set",
+        "write the teacher's Jacobi trajectories over a dataset",
         "ceed_vla.training.trajectories CollectConfig collect",
         must="policy.path roots output_dir",
         may="device batch_size max_frames shard_index num_shards threads resume",
@@ -89,19 +89,19 @@ COMMANDS = {
         may="kind steps batch_size lr device seed threads",
     ),
     "reinforce": Command(
-        "learn when to exit from what becomes of episodes",
+        "learn when to exit from the outcomes of episodes",
         "ceed_vla.training.axes.learned ReinforceConfig reinforce",
         axis="learned",
         must="policy.path output_dir",
         may="env.type env.task cap decay rounds groups scouts groups_from seed workers",
         kept=(
-            "groups so far, if any, are in {output_dir}; teach with them: "
+            "groups so far, if any, are in {output_dir}; learn from them with "
             "--groups_from={output_dir}"
         ),
         simulator="ceed_vla.sim.axes.learned ReinforceSimulation",
     ),
     "context": Command(
-        "train which prefix tokens of a frozen policy are run: the others cost nothing",
+        "train a scorer that chooses the prefix tokens that a frozen policy keeps",
         "ceed_vla.training.axes.context ContextConfig context",
         axis="context",
         must="policy.path roots output_dir",
@@ -124,14 +124,14 @@ COMMANDS = {
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
     "bench": Command(
-        "time a policy and its rivals over the floor, with their success, in one run",
+        "measure latency and success of a policy, its rivals and the floor, in one run",
         "ceed_vla.sim.bench BenchConfig bench",
         must="policy.path",
         may="teacher.path decoders episodes seed engine env.type output_dir threads resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
     "calibrate": Command(
-        "choose exit thresholds that keep a promised risk, and write them into the checkpoint",
+        "choose exit thresholds that bound a risk, and write them into the checkpoint",
         "ceed_vla.sim.calibrate CalibrateConfig calibrate",
         must="policy.path output_dir",
         may="epsilons alpha signals decoders episodes seed env.type executed_steps threads",
@@ -143,13 +143,13 @@ COMMANDS = {
         may="budgets_ms save population generations episodes chunks seed engine env.type threads",
     ),
     "show": Command(
-        "draw how one observation's tokens settle over the iterations",
+        "plot how the tokens of one observation converge over the iterations",
         "ceed_vla.sim.show ShowConfig show",
         must="policy.path",
         may="teacher.path output seed chunk env.type env.task device",
     ),
     "grounding": Command(
-        "how well a policy sees where object and goal are, by distance",
+        "measure how well a policy locates object and goal, by distance",
         "ceed_vla.sim.grounding GroundingConfig grounding",
         must="policy.path",
         may="scenes edges env.type env.task output device",
@@ -167,10 +167,10 @@ COMMANDS = {
             "episodes checkpoint task action_interface decoding simulated_time rivals latencies_ms "
             "reaction output_dir"
         ),
-        kept="the bag and the nodes' output, as far as they came, are in {output_dir}",
+        kept="the bag and the nodes' output so far are in {output_dir}",
     ),
     "robot-check": Command(
-        "say offline whether a robot's file and a checkpoint fit",
+        "check offline whether a robot file and a checkpoint match",
         "ceed_vla.ros_nodes.robot.check RobotCheckConfig robot_check",
         may="file checkpoint",
         positional="file",
@@ -199,8 +199,7 @@ COMMANDS = {
         positional="folder",
     ),
     "doctor": Command(
-        "look at this installation: versions, GL, ROS, devices, disk; what to do where something "
-        "is missing",
+        "check this installation: versions, GL, ROS, devices, disk; with a remedy for each problem",
         "ceed_vla.doctor DoctorConfig doctor",
     ),
 }
@@ -215,7 +214,7 @@ COMMANDS = {
 
 
 def config_of(command: Command) -> type[Any]:
-    """A command's configuration dataclass; with the simulator's flags where it has some."""
+    """A command's configuration dataclass, with the simulator's flags if it has some."""
     place, name, _ = command.where.split()
     config_class = getattr(importlib.import_module(place), name)
     if not command.simulator:

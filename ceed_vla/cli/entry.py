@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    # before anything of the hub is imported: no command asks it
+    # set before the hub's library is imported: commands never use the hub
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     _configure_logging()
     if os.environ.get(TRACEBACK, "").lower() not in (*_ON, *_OFF):
@@ -63,22 +63,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     if arguments is None and not tracebacks():
-        # what fails while objects are thrown away changes nothing
+        # errors in destructors have no effect on the result
         sys.unraisablehook = lambda _: None
     several_workers = re.search(r"--workers[= ](?!1( |$))", " ".join(flags))
-    if several_workers and not _help(flags):  # the workers import what this process is about to
+    if several_workers and not _help(flags):  # the workers' imports run in parallel with these
         prepare(COMMANDS[name].where.split()[0])
     return run(name, COMMANDS[name], flags)
 
 
 def tracebacks() -> bool:
-    """Whether the user asks where errors come from."""
+    """Whether the environment requests tracebacks."""
     return os.environ.get(TRACEBACK, "").lower() in _ON
 
 
 def _configure_logging() -> None:
-    """Our own progress, others' warnings, one line each; LeRobot's remarks on missing accelerators
-    are left out.
+    """Show progress of this package and warnings of others, one line each.
+
+    LeRobot's remarks on missing accelerators are filtered out.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("ceed_vla").setLevel(logging.INFO)
@@ -93,16 +94,18 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
 
 
 def overview() -> str:
+    """The text of `ceed-vla --help`."""
     rows = "\n".join(f"  {name:<13}{command.summary}" for name, command in COMMANDS.items())
     return (
         f"usage: {PROGRAM} <command> [--flag value ...]\n\nVision-language-action policies that "
         f"decode their action tokens in parallel.\n\ncommands:\n{rows}\n\n{PROGRAM} <command> "
-        f"--help explains the flags that matter, --help=all every flag; {PROGRAM} --version names "
-        f"the version.\n{TRACEBACK}=1 in the environment shows where an error comes from."
+        f"--help explains the most important flags, --help=all every flag; {PROGRAM} --version "
+        f"prints the version.\n{TRACEBACK}=1 in the environment shows the traceback of an error."
     )
 
 
 def run(name: str, command: Command, flags: Sequence[str]) -> int:
+    """Run a command with its flags, report errors on stderr, and return the exit code."""
     program = f"{PROGRAM} {name}"
     config = None
     try:
@@ -110,23 +113,20 @@ def run(name: str, command: Command, flags: Sequence[str]) -> int:
         discover(packages)
         wanted = _help(flags)
         if wanted:
-            # Packages may add to what flags can be; the stored page has what this package alone
-            # offers.
+            # Packages may add choices of flags, which the stored page lacks.
             stored = None if packages else Page.stored(name)
             page = stored or Page.of(config_of(command), command.renamed)
             groups = (command.positional, command.must.split(), command.may.split())
             print(format_help(program, page, *groups, everything=wanted == "all"))
             installed = ", ".join(installed_environments())
             if installed and any(flag[0] == "env.type" for flag in page.flags):
-                print(
-                    f"\nInstalled here, with environments that --env.type takes, too: {installed}"
-                )
+                print(f"\nInstalled here, with further environments for --env.type: {installed}")
             return 0
         config = parse_flags(config_of(command), flags, command.positional, command.renamed)
         module, _, function = command.where.split()
         more = config.arguments() if command.simulator else {}
         result = getattr(importlib.import_module(module), function)(config, **more)
-        if not isinstance(result, dict | None):  # a dict is a report that the command has printed
+        if not isinstance(result, dict | None):  # a dict is a report that is already printed
             print(result)
     except UsageError as error:
         return _complain(program, f"{error} ({program} --help lists the flags)", 2)
@@ -144,7 +144,7 @@ def run(name: str, command: Command, flags: Sequence[str]) -> int:
 
 
 def _help(flags: Sequence[str]) -> str:
-    """Which help is asked for: "some" or "all"; empty for none."""
+    """Which help the flags request: "some" or "all"; empty for none."""
     for word, following in pairwise([*flags, ""]):
         if word in ("-h", "--help", "--help=all"):
             return "all" if "all" in (following, word.partition("=")[2]) else "some"
@@ -152,29 +152,26 @@ def _help(flags: Sequence[str]) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """What a user can do about an exception, whatever raised it."""
+    """One line about an exception for the user, with a remedy if there is one."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "; make room there, what is complete is kept" if full else ""
+        remedy = "; free space there, complete files stay" if full else ""
         return f"{where}{error.strerror}{remedy}"
     if isinstance(error, CeedVLAError | OSError):
         return text
     if type(error).__name__ == "SafetensorError":
         return (
-            f"weights cannot be read or written ({text}); is the file complete, and is there room "
-            "on the disk?"
+            f"weights cannot be read or written ({text}); check that the file is complete and that "
+            "the disk has room"
         )
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        return (
-            f"not enough memory ({text or 'MemoryError'}); a smaller batch, model or image needs "
-            "less"
-        )
+        return f"not enough memory ({text or 'MemoryError'}); use a smaller batch, model or image"
     if isinstance(error, RecursionError):
         return "an input is nested too deep"
     if isinstance(error, ImportError):
-        return f"{text}; `{PROGRAM} doctor` tells what this installation lacks"
+        return f"{text}; `{PROGRAM} doctor` lists what this installation lacks"
     return (
         f"unexpected {type(error).__name__}: {text} (this is a defect or damaged input; "
         f"{TRACEBACK}=1 shows where)"
@@ -182,7 +179,7 @@ def explain(error: BaseException) -> str:
 
 
 def _complain(program: str, message: str, code: int) -> int:
-    """One line on stderr, without what would steer a terminal."""
+    """Print one line on stderr, without control characters; return `code`."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
     line = line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ..."
     print(f"{program}: error: {line}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Flags of a command, read into its configuration dataclass by draccus as in LeRobot."""
+"""Read the flags of a command into its configuration dataclass, with draccus as in LeRobot."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ _TEXTS = ("STR", "PATH", "FILE")  # kinds of flags that are not read as YAML
 def parse_flags[T](
     config_class: type[T], flags: Sequence[str], positional: str = "", renamed: str = ""
 ) -> T:
-    """Build a configuration from `--key value`, `--key=value` and `--config_path FILE` (YAML or
-    JSON).
+    """Build a configuration from flags.
 
-    Nested dataclasses give flags such as `--policy.path`; setting one of these leaves the others at
-    the defaults that the outer class gives them. A switch without a value means true, and the path
-    may be given to a group that has one (`--trajectories FOLDER` is `--trajectories.path FOLDER`).
-    Where Python reserves a flag's name, the field has an underscore behind it. One word without
-    ``--`` stands for the flag `positional`. `renamed` is that of `Names.of`.
+    Flags are `--key value`, `--key=value` and `--config_path FILE` (YAML or JSON). Nested
+    dataclasses have flags such as `--policy.path`; setting one of them leaves the others at the
+    defaults of the outer class. A switch without a value is true. A group with a path takes it as
+    its value (`--trajectories FOLDER` is `--trajectories.path FOLDER`). If the name of a flag is
+    reserved in Python, its field ends in an underscore. One word without ``--`` is the value of the
+    flag `positional`. `renamed` is that of `Names.of`.
 
-    `UsageError` for an unknown, missing or repeated flag, or a value of another type. The
-    configuration raises its own.
+    Raises:
+        UsageError: A flag is unknown, missing or repeated, or a value has another type.
+        CeedVLAError: The configuration refuses its values.
     """
     import draccus
     from draccus.utils import DraccusException
@@ -50,14 +51,14 @@ def parse_flags[T](
     kinds = {name: kind for name, kind, *_ in flags_of(config_class, names)} | {
         "config_path": "FILE"
     }
-    given = _read_words(config_class, flags, positional, names, kinds)
-    file = given.pop("config_path", None)
+    from_words = _read_words(config_class, flags, positional, names, kinds)
+    file = from_words.pop("config_path", None)
     from_file = read_config(config_class, file, lambda values: names.by_field(values, kinds))
     defaults = _over(_nested_defaults(config_class), from_file)
-    merged = _over(defaults, shaped(given, config_class))
+    merged = _over(defaults, shaped(from_words, config_class))
     policy = merged.get("policy")
     if isinstance(policy, dict) and policy.get("device") is not None:
-        check_device(policy["device"])  # LeRobot's configurations take another one instead
+        check_device(policy["device"])  # LeRobot's configurations replace a missing device silently
     try:
         return draccus.decode(config_class, merged)
     except DraccusException as error:
@@ -70,8 +71,10 @@ def parse_flags[T](
 
 
 def take_packages(flags: Sequence[str]) -> tuple[str, list[str]]:
-    """LeRobot's flag `--discover_packages_path`: its value (empty without it), and the other
-    words.
+    """Split off LeRobot's flag `--discover_packages_path`.
+
+    Returns:
+        Its value (empty without the flag), and the other words.
     """
     names = []
     others = []
@@ -94,8 +97,9 @@ def _read_words(
     names: Names,
     kinds: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The given flags as nested mappings, by the names of the fields; lists and mappings are read
-    as YAML, as draccus does. `kinds` has the type of each flag.
+    """Read the words of a command line into nested mappings by the names of the fields.
+
+    Lists and mappings are read as YAML, as draccus does. `kinds` has the type of each flag.
     """
     values: dict[str, Any] = {}
     words = list(flags)
@@ -106,7 +110,7 @@ def _read_words(
             word = f"--{positional}={word}"
         name = _flag_name(word, config_class, names, kinds)
         if name in seen:
-            raise UsageError(f"--{name} is given twice")
+            raise UsageError(f"--{name} is set twice")
         seen.add(name)
         text = _text_of(name, word, words, kinds[name])
         if kinds[name] == "PATH" and name in names.flag_of.values():
@@ -131,8 +135,9 @@ def _flag_name(word: str, config_class: type[Any], names: Names, kinds: Mapping[
 
 
 def _text_of(name: str, word: str, words: list[str], kind: str) -> str:
-    """The value of the flag `name`: behind the "=" of its word, or the first of the `words` that
-    follow, which it then leaves.
+    """The value of the flag `name`, after the "=" of its `word` or in the next one.
+
+    A value in the next word is removed from `words`, which follow `word`.
     """
     _, equals, text = word.partition("=")
     if not equals and words and not words[0].startswith("--"):
@@ -167,9 +172,7 @@ def _nested_defaults(config_class: type[Any]) -> dict[str, Any]:
 
 
 def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `top` in their place, mapping by mapping; another `type` starts
-    from nothing.
-    """
+    """Merge `top` into `base`, nested mappings included; another `type` discards `base`."""
     if "type" in base and top.get("type", base["type"]) != base["type"]:
         return top
     merged = {**base, **top}

@@ -1,9 +1,8 @@
-"""`--help`: the text, from docstrings and types of a configuration dataclass, or from a stored
-page.
+"""`--help`: render the flags of a command, from its configuration dataclass or a stored page.
 
-Importing a command's configuration imports torch and LeRobot, which takes seconds. So the package
-holds the page of each command in ``help_pages/``, from which `--help` is rendered;
-`ceed_vla.cli.stored_help` writes them.
+Importing a command's configuration imports torch and LeRobot, which takes seconds. Therefore the
+package contains the page of each command in ``help_pages/``, from which `--help` is rendered.
+`ceed_vla.cli.stored_help` writes the pages from docstrings and types.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ _OURS = ("ceed_vla", "lerobot")
 Flag = tuple[str, str, str, str]  # name, type, meaning and default
 PAGES = Path(__file__).parent / "help_pages"
 _COLUMN = 34  # where a flag's description starts
-_COMMON = (
-    ("config_path", "FILE", "Read flags from a YAML or JSON file; those given here win.", ""),
+COMMON = (
+    ("config_path", "FILE", "Read flags from a YAML or JSON file; the command line wins.", ""),
     (
         DISCOVER,
         "STR",
-        "Comma-separated packages of yours, imported first for what they register.",
+        "Comma-separated packages of yours to import at the start, which register their classes.",
         "",
     ),
 )
@@ -44,7 +43,7 @@ _COMMON = (
 
 @dataclass(frozen=True)
 class Page:
-    """What `--help` shows of a command; where the lines break depends on the terminal."""
+    """Content of a command's `--help`; line breaks depend on the terminal."""
 
     introduction: str
     flags: tuple[Flag, ...]
@@ -72,9 +71,7 @@ class Page:
 
 
 def flags_of(config_class: type[Any], names: Names, *, foreign: bool = True) -> Iterator[Flag]:
-    """Every flag of a configuration, by its spelling in `names`; `foreign` is that of
-    `_describe`.
-    """
+    """Every flag of a configuration, as spelled in `names`; `foreign` is that of `_describe`."""
     for name, kind, meaning, default in _describe(config_class, foreign=foreign):
         yield names.flag(name), kind, meaning, default
 
@@ -88,16 +85,17 @@ def format_help(
     *,
     everything: bool = False,
 ) -> str:
-    """Text of `--help`: the command's purpose, then its flags in groups, with type, meaning, range
-    and default.
+    """Text of `--help`: the purpose of the command, then its flags in groups.
+
+    Each flag has type, meaning, range and default.
 
     Args:
         program: The words that start the command.
-        page: Its page, or the configuration dataclass that describes itself.
-        positional: As `must` and `may`, that of `Command`.
+        page: Its page, or its configuration dataclass.
+        positional: The flag that a word without ``--`` sets, see `Command`.
         must: Flags that are explained first.
-        may: Flags that are explained after these.
-        everything: Explain the other flags, too, which are only named otherwise.
+        may: Flags that are explained next.
+        everything: Explain the other flags, too, instead of only naming them.
     """
     page = page if isinstance(page, Page) else Page.of(page)
     width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
@@ -120,7 +118,7 @@ def format_help(
 
     if first:
         explain("you must set:", (flags[name] for name in first))
-    explain("you may want:", [*(flags[name] for name in second), *_COMMON])
+    explain("you may want:", [*(flags[name] for name in second), *COMMON])
     if rest and everything:
         explain("the rest:", (flags[name] for name in rest))
     elif rest:
@@ -136,7 +134,7 @@ def _explained(name: str, kind: str, meaning: str, default: str, width: int) -> 
 
 
 def _named(names: Iterable[str], width: int) -> list[str]:
-    """Flags by name only; those of a group share its prefix."""
+    """Lines that name flags; those of a group share its prefix."""
     groups: dict[str, list[str]] = {}
     for name in names:
         outer, dot, last = name.rpartition(".")
@@ -154,7 +152,7 @@ def _describe(
 ) -> Iterator[Flag]:
     """(name, type, meaning, default) of every flag, nested ones as `outer.inner`.
 
-    Those that only other kinds of LeRobot's families have are `foreign`.
+    If `foreign`, flags that belong only to other kinds of LeRobot's families are included.
     """
     _, meanings = _split_docstring(config_class)
     for item in (item for item in fields(config_class) if item.init):
@@ -183,7 +181,7 @@ def _describe(
 def _describe_choice(
     kind: type[Any], name: str, meaning: str, value: Any, foreign: bool
 ) -> Iterator[Flag]:
-    """`name.type`, then the flags of the usual kind, then those that only other kinds have."""
+    """`name.type`, then the flags of the default kind, then those of other kinds only."""
     usual = (
         kind.get_choice_class(kind.default_choice_name()) if value is MISSING else value.__class__
     )
@@ -206,16 +204,15 @@ def _describe_choice(
 
 
 def _is_listed(kind: type[Any]) -> bool:
-    """Whether help lists a kind: not what merely is installed here, as pages are the same
-    everywhere.
+    """Whether help lists a kind: one of this project, of LeRobot, or of a package the user named.
+
+    Kinds of other installed packages are not listed, so that pages are the same everywhere.
     """
     return kind.__module__.partition(".")[0] in _OURS or named_by_user(kind.__module__)
 
 
 def installed_environments() -> list[str]:
-    """Packages of this installation that register environments when a command runs; not
-    imported.
-    """
+    """Installed packages that register environments when a command runs; they are not imported."""
     return sorted(
         module.name for module in iter_modules() if module.name.startswith("lerobot_env_")
     )
@@ -227,8 +224,9 @@ def default_of(item: Field[Any]) -> Any:
 
 
 def _split_docstring(config_class: type[Any]) -> tuple[str, dict[str, str]]:
-    """A Google docstring's introduction, and what it says of each name under "Attributes:" (bases
-    included).
+    """Split a Google docstring: its introduction, and the descriptions under "Attributes:".
+
+    Descriptions of base classes are included.
     """
     meanings: dict[str, str] = {}
     introduction = ""

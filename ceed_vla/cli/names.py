@@ -1,6 +1,4 @@
-"""Spelling of flags: one thing has one name in every command, whatever the field is called; older
-spellings work.
-"""
+"""Spelling of flags: the same in every command, independent of the field; older spellings work."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ class Names:
     """The spellings of one command.
 
     Attributes:
-        flag_of: Flag of each field whose flag is not called like the field ("policy_path" ->
-            "policy.path").
+        flag_of: Flag of each field whose flag has another name ("policy_path" -> "policy.path").
         aliases: Older spelling -> flag; not shown by `--help`.
     """
 
@@ -32,7 +29,7 @@ class Names:
 
     @classmethod
     def of(cls, config_class: type[Any], renamed: str = "") -> Names:
-        """Those of a configuration; `renamed` has more than `SPELLINGS`, as in "root=roots"."""
+        """The spellings of a configuration; `renamed` adds to `SPELLINGS`, as in "root=roots"."""
         aliases = SPELLINGS | dict(pair.split("=") for pair in renamed.split())
         own = {item.name for item in fields(config_class)}
         return cls({name: flag for name, flag in aliases.items() if name in own}, aliases)
@@ -46,16 +43,15 @@ class Names:
         return next((field for field, spelled in self.flag_of.items() if spelled == flag), flag)
 
     def current(self, word: str, flags: Collection[str]) -> str:
-        """The flag that `word` stands for among a command's `flags`: itself, or that of which it is
-        an alias.
-        """
+        """The present name, among a command's `flags`, of the flag or alias `word`."""
         flag = self.aliases.get(word, word)
         return flag if flag in flags else word
 
     def by_field(self, values: Mapping[str, Any], flags: Collection[str]) -> dict[str, Any]:
-        """The nested `values` of a file, in any spelling, by the names of the fields.
+        """Convert the nested `values` of a file from any spelling to the names of the fields.
 
-        `UsageError` for a value that is given in two spellings.
+        Raises:
+            UsageError: A value is set in two spellings.
         """
         result = dict(values)
         for alias, flag in self.aliases.items():
@@ -63,12 +59,12 @@ class Names:
                 continue
             found = [_take(result, name) for name in (alias, flag)]
             if all(found):
-                raise UsageError(f"--{flag} is given twice: {alias} is its older spelling")
+                raise UsageError(f"--{flag} is set twice: {alias} is its older spelling")
             for value in found[0] or found[1]:
                 outer, _, last = self.field(flag).rpartition(".")
                 if not outer:
                     result[last] = value
-                # else the group's value is refused later
+                # a group that is not a mapping is refused later
                 elif isinstance(group := result.get(outer, {}), dict):
                     result[outer] = {**group, last: value}
         return result

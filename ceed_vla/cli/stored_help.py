@@ -1,8 +1,8 @@
-"""Write the stored pages of `--help` after a change of a configuration:
+"""Write the stored pages of `--help`, after a change of a configuration.
 
     python -m ceed_vla.cli.stored_help
 
-`--check` only compares them, as a test does.
+With `--check`, the pages are only compared, as a test does.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ REGENERATE = "python -m ceed_vla.cli.stored_help"
 
 
 def main(words: Sequence[str]) -> int:
-    """Write the pages of all commands, or with `--check` return 1 if one of them is not up to
-    date.
-    """
-    # Commands with a simulator's flags come last: their modules register an environment that others
-    # do not have.
+    """Write the pages of all commands; with `--check`, only return 1 if one is not up to date."""
+    # Commands with a simulator's flags come last: their modules register an environment, which the
+    # pages of other commands must not list.
     rows = sorted(commands.COMMANDS.items(), key=lambda item: bool(item[1].simulator))
     pages = {name: help.Page.of(commands.config_of(row), row.renamed).text() for name, row in rows}
     known = {file.stem: file.read_text(encoding="utf-8") for file in help.PAGES.glob("*.json")}

@@ -1,6 +1,4 @@
-"""Values of flags, from the command line or a file: read as YAML 1.2, checked against the
-configuration's types.
-"""
+"""Values of flags, from the command line or a file: read as YAML 1.2, checked against types."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ from ceed_vla.fields import describe, options_of, short, type_hints
 from ceed_vla.files import whole
 
 MOST_FLAGS = 2**20  # [bytes] of a file of flags
-MOST_DEPTH = 50  # of values in values
-MOST_MARKS = 20_000  # of YAML: what separates values, each of which takes some 0.1 ms to read
+MOST_DEPTH = 50  # nesting levels
+MOST_MARKS = 20_000  # separators in YAML; each value takes some 0.1 ms to read
 _MARKS = (",", "[", "{", "\n", ":", "- ", "? ")
 _WHOLE = re.compile(r"[-+]?[0-9]+")
 _DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -41,33 +39,30 @@ class UsageError(Exception):
 
 
 def unknown(name: str, known: Iterable[str], word: str = "") -> UsageError:
-    """That there is no flag `name` (typed as `word`), and which of the `known` ones may be
-    meant.
-    """
+    """The error for the unknown flag `name` (typed as `word`), with the closest `known` one."""
     close = get_close_matches(name[:100], known, n=1)
     hint = f"; did you mean --{close[0]}?" if close else ""
     return UsageError(f"unknown flag {short(word or f'--{name}')}{hint}")
 
 
 def check_moved(name: str, config_class: type[Any]) -> None:
-    """Raise `UsageError` for a flag that has another name now (`moved` of the configuration)."""
+    """Raise `UsageError` for a flag that was renamed (`moved` of the configuration)."""
     if new := {**_MOVED, **getattr(config_class, "moved", {})}.get(name):
         raise UsageError(f"--{name} is now --{new}")
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """YAML by the rules of version 1.2, where 010 is ten and "no" is a text; neither aliases nor
-    repeated names.
+    """Parse YAML by the rules of version 1.2, where 010 is ten and "no" is a string.
 
     Args:
-        text: The YAML.
-        source: Where it is from: the message of an error begins with it.
+        text: The YAML, without aliases and duplicate keys.
+        source: Its origin, with which the message of an error begins.
 
     Returns:
         The value.
 
     Raises:
-        UsageError: The text is no such YAML, or too large.
+        UsageError: The text cannot be parsed or is too large.
     """
     import yaml
 
@@ -104,9 +99,9 @@ def _yaml_loader() -> type[Any]:
             seen: set[str] = set()
             for key, _ in node.value:
                 if key.tag != "tag:yaml.org,2002:str":
-                    raise yaml.YAMLError("a name in it is no text")
+                    raise yaml.YAMLError("keys must be strings")
                 if key.value in seen:
-                    raise yaml.YAMLError(f"{key.value!r} stands there twice")
+                    raise yaml.YAMLError(f"duplicate key {key.value!r}")
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
@@ -128,8 +123,9 @@ def read_config(
     file: str | None,
     by_field: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """The flags in a file, as `shaped` gives them; nothing without a file. `by_field` replaces the
-    names of flags by those of fields.
+    """Read the flags in a file, as `shaped` returns them; nothing without a file.
+
+    `by_field` replaces the names of flags by those of fields.
     """
     if file is None:
         return {}
@@ -137,7 +133,7 @@ def read_config(
     path = Path(file)
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(f"{source} is no file")
+            raise UsageError(f"{source} is not a file")
         with path.open("rb") as content:
             found = content.read(MOST_FLAGS + 1)
         if len(found) > MOST_FLAGS:
@@ -150,7 +146,7 @@ def read_config(
             f"{source} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from error
     if not isinstance(values, dict):
-        raise UsageError(f"{source} holds no mapping of flags to values")
+        raise UsageError(f"{source} must hold a mapping of flags to values")
     try:
         return shaped(by_field(values), config_class)
     except UsageError as error:
@@ -158,12 +154,19 @@ def read_config(
 
 
 def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") -> dict[str, Any]:
-    """`values`, named as in flags, by the names of the fields, each of its field's type; else a
-    `UsageError`.
+    """Convert `values` by flag to values by field, each of the type of its field.
 
-    `config_class` is the dataclass, or the family of which the entry ``type`` names one. Without
-    that entry any kind may have a name; which one it is, the default decides later. `prefix` is put
-    before names in messages.
+    Args:
+        values: Values by flag.
+        config_class: The dataclass, or the family in which the key ``type`` selects one. Without
+            that key, the fields of all kinds are allowed; the default selects the kind later.
+        prefix: Prefix of names in messages.
+
+    Returns:
+        Values by field.
+
+    Raises:
+        UsageError: A name is unknown, or a value has another type.
     """
     owners: list[Any] = [config_class]
     result: dict[str, Any] = {}
@@ -174,8 +177,8 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
             kind = values["type"]
             if not isinstance(kind, str) or kind not in kinds:
                 raise UsageError(
-                    f"--{prefix}type is {short(kind)}; choose one of {', '.join(kinds)}; another "
-                    "package's needs --discover_packages_path"
+                    f"--{prefix}type is {short(kind)}; choose one of {', '.join(kinds)}, or import "
+                    "the package of another one with --discover_packages_path"
                 )
             owners, result = [kinds[kind]], {"type": kind}
     known = {
@@ -197,10 +200,11 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """`value` as draccus takes it for `hint`, if it is of that type or the text of one; else a
-    UsageError.
+    """Convert `value`, of the type `hint` or a string of such a value, for draccus.
+
+    Raises `UsageError` for a value of another type.
     """
-    # "none" is a text too
+    # None first: "none" is a string, too
     for option in sorted(options_of(hint), key=lambda option: option is not type(None)):
         fits, typed = _as(value, option, name)
         if fits:
@@ -209,7 +213,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
 
 
 def _as(value: Any, hint: Any, name: str) -> tuple[bool, Any]:
-    """(whether `value` is or reads as a `hint`, the value)."""
+    """Whether `value` is or can be parsed as a `hint`, and the parsed value."""
     if hint is type(None):
         return value is None or value in ("None", "none"), None
     if is_nested(hint):
@@ -244,12 +248,12 @@ def _as(value: Any, hint: Any, name: str) -> tuple[bool, Any]:
 
 
 def is_choice(kind: Any) -> bool:
-    """Whether a dataclass of several kinds is meant, which ``type`` chooses."""
+    """Whether `kind` is a family of dataclasses, from which ``type`` selects one."""
     return isinstance(kind, type) and any(
         base.__name__ == "ChoiceRegistry" for base in kind.__bases__
     )
 
 
 def is_nested(kind: Any) -> bool:
-    """Whether a setting has settings."""
+    """Whether a setting is a group of settings."""
     return is_dataclass(kind) or is_choice(kind)

@@ -1,1 +1,1 @@
-"""The compiled engine: the same tokens in less time, at shapes that never change."""
+"""The compiled engine: the same tokens in less time, with constant shapes."""

@@ -1,7 +1,7 @@
 """A cache of constant shape, for compiled code.
 
-Eager code reads a cache as far as it is written. Compiled code needs shapes that never change: it
-reads all of a `StaticCache`, under a mask, and is told the position by a tensor.
+Eager code reads the written part of a cache. Compiled code needs constant shapes: it reads all of a
+`StaticCache`, under a mask, and takes the position from a tensor.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from ceed_vla.errors import TokenError
 
 
 class StaticCache(BlockCache, Cache):
-    """A cache of constant shape, written at the position that a tensor says; to models of
-    transformers it is theirs.
+    """A cache of constant shape, which is written at the position in a tensor.
 
-    What compiled code calls (all but `place`) reads tensors only, and none of the counts, which the
-    host keeps. The ``StaticCache`` of transformers cannot be cut, and its sliding layers count on
-    the host.
+    It also is a cache of transformers, for models of that library. Methods that compiled code calls
+    (all but `place`) read tensors only, never the counts on the host. The ``StaticCache`` of
+    transformers does not fit, because it cannot be cut and its sliding layers count on the host.
 
     Args:
         prefix: Cache with the prefix, which is copied.
         capacity: Positions ``T``.
-        last: Cache of the same shape that ends here: its tensors are taken over; None makes new
-            ones.
+        last: A cache of the same shape that is no longer used, whose tensors are reused; None
+            allocates new ones.
     """
 
     is_compileable = True
@@ -59,23 +58,27 @@ class StaticCache(BlockCache, Cache):
             self.position = last.position
             self.start = last.start
             last.keys = []
-        for kept, new in zip(self.keys + self.values, found[0] + found[1], strict=True):
-            kept.narrow(2, 0, length).copy_(new)
-            # What is masked is still multiplied by 0, which a NaN survives.
-            kept.narrow(2, length, capacity - length).zero_()
+        for stored, new in zip(self.keys + self.values, found[0] + found[1], strict=True):
+            stored.narrow(2, 0, length).copy_(new)
+            # Masked values are multiplied by 0, which would not remove a NaN.
+            stored.narrow(2, length, capacity - length).zero_()
         self.start.fill_(length)
         self._written = length
         self.seal_prefix(length)
 
     def place(self, t: int, shallow: bool) -> None:
-        """Tell compiled code where the next `t` tokens are; it writes them to some layers only if
-        `shallow`.
+        """Set the position of the next `t` tokens for compiled code.
 
-        `TokenError` if another prefix has been run since.
+        Args:
+            t: Number of tokens.
+            shallow: Whether the forward writes only some layers.
+
+        Raises:
+            TokenError: Another prefix has run since.
         """
         if not self.keys:
             raise TokenError(
-                "Another prefix has taken this one's place in the compiled cache; prefill it again."
+                "Another prefix has overwritten this one in the compiled cache; prefill it again."
             )
         self.position.fill_(self.length)
         self._written = self.length if shallow else self.length + t
@@ -85,9 +88,7 @@ class StaticCache(BlockCache, Cache):
         return self.position + torch.arange(k, device=self.position.device)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, H, t, D) of one layer; returns all (B, H, T, D), written or
-        not.
-        """
+        """Write keys and values (B, H, t, D) of one layer; returns all of them (B, H, T, D)."""
         where = self.positions(k.shape[2])
         self.keys[layer].index_copy_(2, where, k)
         self.values[layer].index_copy_(2, where, v)
@@ -97,9 +98,7 @@ class StaticCache(BlockCache, Cache):
         return self.positions(k) - self.start
 
     def rows(self, table: Tensor, k: int) -> Tensor:
-        """As `KVCache.rows`; tokens behind the block, which only fill a window, share the last
-        slot's.
-        """
+        """As `KVCache.rows`; padding behind the block has the row of the last slot."""
         return table[self.slots(k).clamp(max=len(table) - 1)]
 
     def mask(self, k: int) -> Tensor:
@@ -108,10 +107,10 @@ class StaticCache(BlockCache, Cache):
         return torch.arange(self.capacity, device=positions.device) <= positions.unsqueeze(1)
 
     def real(self, prefix: Tensor, k: int) -> Tensor:
-        """`prefix` (B, T) as it is: what is behind the tokens is masked as causality has it."""
+        """`prefix` (B, T) unchanged; the causal mask hides the positions behind the tokens."""
         return prefix
 
-    # ---- what models of transformers call --------------------------------------------------------
+    # ---- called by models of transformers --------------------------------------------------------
 
     def begin(self, t: int, shallow: bool = False) -> Cache:
         return self

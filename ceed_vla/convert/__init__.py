@@ -1,6 +1,4 @@
-"""`ceed-vla convert`: make a checkpoint of this project from a model as it was published; a file a
-kind.
-"""
+"""`ceed-vla convert`: make a checkpoint from a published model; one file for each kind of model."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged
 from ceed_vla.files import plain_name
 
-# Kind -> the settings that only it has.
+# Kind -> the settings that apply to this kind only.
 OWN = {
     "openvla": "dtype quantization unnorm_key chunk_size n_action_steps prompt camera camera_size",
     "pi0_fast": "fast_tokenizer text_tokenizer vocabulary",
@@ -19,34 +19,34 @@ OWN = {
 
 @dataclass
 class ConvertConfig:
-    """Make a checkpoint that every other command loads from a model as it was published.
+    """Make a checkpoint for all other commands from a published model.
 
     Attributes:
         path: Folder of the published model.
-        from_: What it is.
-        output_dir: Where the checkpoint goes.
-        weights: "copied" into the checkpoint, or by "reference": it then reads them from `path`.
+        from_: Kind of the published model.
+        output_dir: Folder of the checkpoint.
+        weights: "copied" into the checkpoint, or "reference": the checkpoint reads them from
+            `path`.
         dtype: openvla: Type of the weights: "auto" (as published), "float32", "bfloat16" or
             "float16".
         quantization: openvla: "8bit" or "4bit" language model on a GPU (bitsandbytes), with weights
             by reference.
-        unnorm_key: openvla: Data set whose statistics un-normalise the actions; needed where the
+        unnorm_key: openvla: Dataset whose statistics un-normalise the actions; required if the
             model has several.
         chunk_size: openvla: Steps of one action chunk that the model was trained to write.
         n_action_steps: openvla: Steps executed before the next replan; all of them if 0.
-        prompt: openvla: text around ``{instruction}``; the usual one of the folder's language model
+        prompt: openvla: Text around ``{instruction}``; the default of the folder's language model
             if empty.
         camera: openvla: Name of the camera: the policy reads ``observation.images.<camera>``.
         camera_size: openvla: HEIGHTxWIDTH of the camera's images, such as 480x640, which the
-            model's own transform then scales as it did in training; the size that the model sees if
+            model's own transform scales as in training; the model's input size if empty.
+        fast_tokenizer: pi0_fast: Folder of the FAST tokenizer; the one that the checkpoint names if
             empty.
-        fast_tokenizer: pi0_fast: folder of the FAST tokenizer; the one that the checkpoint names if
-            empty.
-        text_tokenizer: pi0_fast: folder of PaliGemma's tokenizer; the one that the checkpoint names
+        text_tokenizer: pi0_fast: Folder of PaliGemma's tokenizer; the one that the checkpoint names
             if empty.
-        vocabulary: pi0_fast: "full" (its own tokens for any weights) or "actions" (only what an
-            action can hold).
-        device: Where checkpoints run unless told otherwise.
+        vocabulary: pi0_fast: "full" (the same tokens as the published model, for any weights) or
+            "actions" (only tokens that can occur in an action).
+        device: Default device of the checkpoint.
     """
 
     path: str
@@ -77,5 +77,5 @@ class ConvertConfig:
         ignored = [f"--{name}" for name in others if getattr(self, name) != defaults[name]]
         if ignored:
             raise ConfigError(
-                f"{', '.join(ignored)} means nothing with --from {self.from_}; leave it out."
+                f"{', '.join(ignored)} has no effect with --from {self.from_}; leave it out."
             )

@@ -1,4 +1,4 @@
-"""Published OpenVLA folders into policies."""
+"""Convert published OpenVLA folders into policies."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.tokens.openvla import OpenVLATokensConfig
 
-EXPECTED = "expected.json"  # reference outputs beside a model, for `ceed-vla verify`
+EXPECTED = "expected.json"  # reference outputs next to a model, for `ceed-vla verify`
 
 
 def _camera_size(text: str) -> tuple[int, int] | None:
-    """(height, width) of "480x640"."""
+    """(height, width) of "480x640"; None if the text is empty."""
     if not text:
         return None
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII)
     sides = [int(side) for side in found.groups()] if found else [0]
     if not all(1 <= side <= LARGEST_SIDE for side in sides):
         raise ConfigError(
-            f"camera_size is {text[:50]!r}; give HEIGHTxWIDTH (480x640), sides up to "
+            f"camera_size is {text[:50]!r}; it must be HEIGHTxWIDTH (480x640), with sides up to "
             f"{LARGEST_SIDE}."
         )
     return sides[0], sides[1]
 
 
 def published_policy(config: ConvertConfig) -> tuple[CeedVLAPolicy, Any, Any]:
-    """The model as (policy in eval mode, pre-processor, post-processor), not saved."""
+    """Build (policy in eval mode, preprocessor, postprocessor) without saving them."""
     published = read_config(config.path)
     key, statistics = action_statistics(config.path, config.unnorm_key)
     seen = published["image_sizes"][0]
@@ -68,9 +68,10 @@ def published_policy(config: ConvertConfig) -> tuple[CeedVLAPolicy, Any, Any]:
 
 
 def write(config: ConvertConfig) -> str:
+    """Convert the model, and return a line about the checkpoint."""
     policy, *processors = published_policy(replace(config, quantization="none", device="cpu"))
     backbone = cast("OpenVLAConfig", policy.config.backbone)
-    # done where it is loaded
+    # the weights are quantized when the checkpoint is loaded
     policy.config.backbone = replace(backbone, quantization=config.quantization)
     policy.config.device = config.device
     folder = save(config.output_dir, policy, *processors)
@@ -80,7 +81,7 @@ def write(config: ConvertConfig) -> str:
 
 
 def _hint(config: ConvertConfig, folder: Path) -> str:
-    """What to run next, where the model came with reference outputs that fit."""
+    """The next command to run, if the model has reference outputs of this chunk size."""
     expected = Path(config.path) / EXPECTED
     chunk = read_json(expected).get("chunk") if expected.is_file() else None
     if chunk is None:

@@ -1,4 +1,4 @@
-"""LeRobot's pi0-FAST checkpoints into policies: the same weights, tokens and processors."""
+"""Convert LeRobot's pi0-FAST checkpoints: weights, tokens and processors stay the same."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ WINDOW = 32  # slots a forward computes; chunks of LIBERO take 25 to 35 tokens o
 
 
 def write(config: ConvertConfig) -> str:
+    """Convert the model, and return a line about the checkpoint."""
     folder = resolve_checkpoint(config.path)
     output = Path(config.output_dir)
     for name in PROCESSOR_FILES:
@@ -82,8 +83,8 @@ def find_folder(name: str, setting: str) -> Path:
         return Path(name).resolve()
     from huggingface_hub import snapshot_download
 
-    what = f"{setting} {name!r} is no folder, nor was it downloaded"
-    with raised_as(CheckpointError, what, f"give --{setting}=DIR."):
+    what = f"{setting} {name!r} is neither a folder nor a downloaded repository"
+    with raised_as(CheckpointError, what, f"set --{setting}=DIR."):
         return Path(snapshot_download(name, local_files_only=True))
 
 
@@ -118,20 +119,18 @@ def _scored(folder: Path) -> int:
 
 
 def _copy_pipeline(folder: Path, name: str, text: Path, output: str) -> None:
-    """Copy a pre- or post-processor: with the tokenizer in it, and without the step that runs code
-    of a checkpoint.
-    """
+    """Copy a pre- or postprocessor with its tokenizer, without steps that run remote code."""
     file = folder / f"{name}.json"
     pipeline = read_json(file)
     steps = [s for s in pipeline["steps"] if s["registry_name"] not in REMOTE_CODE]
     for index, step in enumerate(steps):
         if step["registry_name"] == "tokenizer_processor":
-            kept = {key: value for key, value in step["config"].items() if key != "tokenizer_name"}
+            own = {key: value for key, value in step["config"].items() if key != "tokenizer_name"}
             state = f"{name}_step_{index}_prompt.safetensors"
-            save_file(PromptTokensStep(**kept).read_folder(text).state_dict(), Path(output) / state)
+            save_file(PromptTokensStep(**own).read_folder(text).state_dict(), Path(output) / state)
             steps[index] = {
                 "registry_name": "ceed_vla_pi0_fast_prompt",
-                "config": kept,
+                "config": own,
                 "state_file": state,
             }
         elif "state_file" in step:

@@ -1,3 +1,1 @@
-"""LeRobot data sets: written as they are recorded, read whole; the recorder, robots and training
-share it.
-"""
+"""Read and write LeRobot datasets; the recorder, robots and training share this package."""

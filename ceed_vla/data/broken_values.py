@@ -1,6 +1,4 @@
-"""Values that no policy can learn from: NaN, infinite or absurdly large, by feature and episode,
-and their remedy.
-"""
+"""Find NaN, infinite and absurdly large values by feature and episode, and name the remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from ceed_vla.errors import DatasetError
 from ceed_vla.wording import counted, numbered
 
 EDIT = "lerobot-edit-dataset"
-LARGEST_NUMBER = 1e9  # in any unit: beyond it are broken numbers
+LARGEST_NUMBER = 1e9  # in any unit; larger numbers are broken
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,8 @@ class BrokenValues:
     Attributes:
         feature: Name of the feature.
         kind: "NaN", "infinite" or "beyond 1e+09".
-        episodes: Episode -> number of its frames that hold such a value.
-        frame: The first such frame of the data set.
+        episodes: Episode -> number of its frames with a broken value.
+        frame: The first frame of the dataset with a broken value.
     """
 
     feature: str
@@ -48,8 +46,11 @@ class BrokenValues:
 def find_broken(
     vectors: Mapping[str, NDArray[np.float32]], episode: NDArray[np.int64]
 ) -> list[BrokenValues]:
-    """Broken values of `vectors`, each (N, D), by feature and kind; `episode` (N,) is each frame's
-    episode.
+    """Find broken values by feature and kind.
+
+    Args:
+        vectors: Values (N, D) by feature.
+        episode: Episode of each frame (N,).
     """
     found = []
     for feature, values in vectors.items():
@@ -73,11 +74,12 @@ def broken_episodes(broken: Iterable[BrokenValues]) -> list[int]:
 
 
 def remedy(root: Path, episodes: Sequence[int], total: int, arrays: Sequence[str]) -> str:
-    """What to do about broken `episodes` of the `total` ones in `root`; `arrays` as of
-    `delete_command`.
+    """The remedy for broken `episodes` of the `total` ones in `root`.
+
+    `arrays` is that of `delete_command`.
     """
     if len(episodes) == total:
-        return "Every episode holds such values: record the data set again"
+        return "Every episode holds broken values: record the dataset again"
     which = "that episode" if len(episodes) == 1 else "those episodes"
     lost = (
         f" (without {', '.join(arrays)}, which training ignores and LeRobot cannot copy)"
@@ -88,11 +90,11 @@ def remedy(root: Path, episodes: Sequence[int], total: int, arrays: Sequence[str
 
 
 def delete_command(root: Path, episodes: Sequence[int], arrays: Sequence[str]) -> str:
-    """The command of LeRobot that writes a copy of a data set without `episodes` into a folder
-    beside it.
+    """LeRobot's command that copies a dataset without `episodes` into a folder next to it.
 
-    `arrays` are features of several dimensions that training ignores: LeRobot 0.6 cannot delete
-    episodes of a data set that has one, so they are removed first, into a folder between.
+    `arrays` are features of several dimensions that training ignores. LeRobot 0.6 cannot delete
+    episodes of a dataset that has one, so another command removes them before, into a further
+    folder.
     """
     source = root if root.name not in ("", "..") else root.resolve()
     clean = _free(source, "clean")
@@ -111,8 +113,8 @@ def delete_command(root: Path, episodes: Sequence[int], arrays: Sequence[str]) -
 
 
 def _edit(source: Path, target: Path) -> str:
-    """The start of a command that edits the data set `source` into the folder `target`."""
-    name = re.sub("[^A-Za-z0-9]+", "-", source.name).strip("-")[:80]  # what the hub allows
+    """The start of a command that edits the dataset `source` into the folder `target`."""
+    name = re.sub("[^A-Za-z0-9]+", "-", source.name).strip("-")[:80]  # by the rules of the hub
     return (
         f"{EDIT} --repo_id local/{name or 'data'} --root {_quoted(source)} --new_root "
         f"{_quoted(target)}"
@@ -124,7 +126,7 @@ def _quoted(path: Path) -> str:
 
 
 def _free(source: Path, suffix: str) -> Path:
-    """A folder beside `source` that does not exist yet."""
+    """A folder next to `source` that does not exist yet."""
     names = (
         f"{source.name}-{suffix}{number}" for number in ("", *(f"-{i}" for i in range(2, 10_000)))
     )
@@ -139,7 +141,7 @@ def check_finite(
 ) -> None:
     """Raise `DatasetError`, with episodes and remedy, if `vectors` hold broken values.
 
-    Arguments as of `find_broken` and `delete_command`.
+    The arguments are those of `find_broken` and `delete_command`.
     """
     broken = find_broken(vectors, episode)
     if not broken:

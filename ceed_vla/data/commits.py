@@ -1,9 +1,8 @@
-"""Commit points of a growing data set: all that is on disk belongs to the last commit, or can be
-undone.
+"""Commit points of a growing dataset: every file belongs to the last commit or can be undone.
 
-`recording.json` is replaced atomically at the end of every commit and names all its parquet files.
-The few files of `meta/` that a commit rewrites are copied first, the parquet files that it adds are
-named; going back then only renames and deletes these, which also works on a full disk.
+`recording.json` is replaced atomically at the end of every commit and names all parquet files. A
+commit starts with a copy of the few files in `meta/` that it rewrites, and a list of the parquet
+files that it adds. Undoing it only renames and deletes these, which also works on a full disk.
 """
 
 from __future__ import annotations
@@ -27,46 +26,42 @@ _EPISODE_FILE = re.compile(r"(data|meta/episodes)/chunk-\d{3,}/file-\d{3,}\.parq
 
 
 def is_recording(root: Path) -> bool:
-    """Whether `root` holds a data set (possibly still empty) that can be continued."""
+    """Whether `root` holds a dataset (possibly still empty) that can be continued."""
     return (root / PROGRESS_FILE).is_file() and (root / "meta").is_dir()
 
 
 def read_progress(root: Path) -> dict[str, Any]:
-    """The last committed `recording.json`: ``total_episodes``, ``files`` and the caller's
-    ``progress``.
-    """
+    """Read the last `recording.json`: ``total_episodes``, ``files``, the caller's ``progress``."""
     record = read_json(root / PROGRESS_FILE, DatasetError)
     counted = fits(record.get("total_episodes"), int, Interval("[0, inf)"))
     if not (
         _are_episode_files(record.get("files")) and counted and fits(record.get("progress"), dict)
     ):
         raise DatasetError(
-            f"{root / PROGRESS_FILE} is damaged: its files, total_episodes or progress are not "
-            "what `ceed-vla record` writes. Record into a new root."
+            f"{root / PROGRESS_FILE} is damaged: its files, total_episodes or progress are not of "
+            "the form that `ceed-vla record` writes. Record into a new root."
         )
     return record
 
 
 def meta_files(folder: Path) -> list[Path]:
-    """Those of a data set's `meta/` that every commit rewrites, or their copies."""
+    """The files in `folder` (`meta/` or its backup) that every commit rewrites."""
     return [folder / name for name in _META_FILES if (folder / name).is_file()]
 
 
 def write_progress(
     root: Path, total_episodes: int, files: Sequence[str], progress: Mapping[str, Any]
 ) -> None:
-    """The commit point: declare the parquet `files` and all that is in `meta/` valid, and drop the
-    copies.
-    """
+    """End a commit: the parquet `files` and all of `meta/` become valid, the copies invalid."""
     record = {"total_episodes": total_episodes, "files": sorted(files), "progress": dict(progress)}
     write_text(root / PROGRESS_FILE, json.dumps(record, indent=1))
     _marker(root).unlink(missing_ok=True)
 
 
 def begin_commit(root: Path, total_episodes: int, adding: list[str]) -> None:
-    """Copy what the commit is about to rewrite, and name the parquet files that it adds.
+    """Begin a commit: copy the files that it will rewrite, and store the names of those it adds.
 
-    `total_episodes` are those before the commit.
+    `total_episodes` is the number before the commit.
     """
     marker = _marker(root)
     marker.parent.mkdir(parents=True, exist_ok=True)
@@ -80,12 +75,16 @@ def begin_commit(root: Path, total_episodes: int, adding: list[str]) -> None:
 
 
 def undo_incomplete_commit(root: Path) -> list[str]:
-    """Return to the last commit point, if that is not the newest state; gives the parquet files.
-    May be interrupted.
+    """Return to the last commit point if a commit is incomplete; this may be interrupted, too.
 
-    Only what the incomplete commit has added is deleted. Whatever else is there makes `root` no
-    recording of ours, a `DatasetError`; so do damaged bookkeeping, links, and parquet files that
-    are missing.
+    Only files that the incomplete commit added are deleted.
+
+    Returns:
+        The parquet files of the last commit.
+
+    Raises:
+        DatasetError: `root` holds other files, links or damaged bookkeeping, or lacks parquet
+            files, so that it is not a recording of ours.
     """
     if links := sorted(str(path.relative_to(root)) for path in strange(root)):
         raise DatasetError(
@@ -107,17 +106,19 @@ def undo_incomplete_commit(root: Path) -> list[str]:
     there = {path.relative_to(root).as_posix() for path in stored} - added
     for what, names in (
         ("lacks", set(known) - there),
-        ("holds files that it does not know:", there - set(known)),
+        (f"holds files that {PROGRESS_FILE} does not list:", there - set(known)),
     ):
         if names:
             raise DatasetError(
-                f"{root} {what} {_listed(sorted(names))}. Bring the folder back to what `ceed-vla "
-                "record` left there, or record into a new root; nothing was changed."
+                f"{root} {what} {_listed(sorted(names))}. Restore the folder as `ceed-vla record` "
+                "left it, or record into a new root; nothing was changed."
             )
     if incomplete:
-        # put back before an interrupt
-        kept = backup if (backup / "info.json").is_file() else root / "meta"
-        info = read_json(kept / "info.json", DatasetError) if "info.json" in marker["files"] else {}
+        # an interrupted undo may have restored the file already
+        place = backup if (backup / "info.json").is_file() else root / "meta"
+        info = (
+            read_json(place / "info.json", DatasetError) if "info.json" in marker["files"] else {}
+        )
         if info.get("total_episodes", 0) != marker["total_episodes"]:
             raise DatasetError(
                 f"{backup} is of another commit than its marker; record into a new root."
@@ -134,14 +135,14 @@ def undo_incomplete_commit(root: Path) -> list[str]:
 
 
 def _marker(root: Path) -> Path:
-    """What says that a commit has begun, beside its copies."""
+    """The file that marks the begin of a commit, next to its copies."""
     return root / WORK_FOLDER / "backup" / "marker.json"
 
 
 def _read_marker(file: Path) -> dict[str, Any]:
     marker: dict[str, Any] = {"adding": [], **read_json(file, DatasetError)}
     whole = fits(marker.get("total_episodes"), int) and fits(marker.get("files"), list[str])
-    # Only the first commit finds no statistics and no tasks there; what is not listed is deleted.
+    # Only before the first commit are statistics and tasks missing; files not listed are deleted.
     whole = whole and {"info.json", *(_META_FILES if marker["total_episodes"] else ())} <= {
         *marker["files"]
     }

@@ -1,6 +1,4 @@
-"""The files of a LeRobotDataset v3 besides its images: read, and checked against each other before
-anything is used.
-"""
+"""Read the files of a LeRobotDataset v3 except its images, and check them against each other."""
 
 from __future__ import annotations
 
@@ -46,24 +44,24 @@ TOLERANCE = 1e-4  # [s] ... beyond LeRobot's own tolerance
 
 @dataclass(frozen=True)
 class Info:
-    """What ``meta/info.json`` says, as far as training reads it."""
+    """The content of ``meta/info.json`` that training uses."""
 
     root: Path
     fps: float  # frames a second [Hz]
     frames: int
     episodes: int
-    # shapes of state, action and environment state, where there are
+    # shapes of state, action and environment state, as far as they exist
     vectors: dict[str, tuple[int, ...]]
     cameras: dict[str, tuple[int, int, int]]  # camera feature -> (H, W, 3)
     videos: tuple[str, ...]  # cameras that are stored as videos
     names: str  # all features
-    labels: dict[str, list[Any]]  # names of the dimensions of vectors, where they are a list
+    labels: dict[str, list[Any]]  # names of the dimensions of vectors, if they are a list
     ignored: tuple[str, ...]  # features that training leaves out, with dtype and shape
     arrays: tuple[str, ...]  # features with two or more dimensions, images excluded
 
 
 def readable(file: Path | str, remedy: str = "copy it again") -> AbstractContextManager[None]:
-    """Turn whatever a reader raises into a `DatasetError` that names the file."""
+    """Re-raise the errors of a reader as a `DatasetError` that names the file."""
     return raised_as(DatasetError, f"{file} cannot be read", f"{remedy}.")
 
 
@@ -85,12 +83,12 @@ def read_info(root: Path) -> Info:
     features: Any = info.get("features")
     if not (isinstance(version, str) and version.startswith("v3.")):
         raise DatasetError(
-            f"{root} has the format {str(version)[:50]}; convert it to v3 with LeRobot's tools."
+            f"{root} has the format {str(version)[:50]}, not v3; convert it with LeRobot's tools."
         )
     for name in ("total_frames", "total_episodes"):
         _require(is_whole(info.get(name), 0), file, name, info.get(name), "a number")
     if not info["total_frames"]:
-        raise DatasetError(f"{root}: the data set has no frame.")
+        raise DatasetError(f"{root}: the dataset has no frames.")
     number = isinstance(fps, int | float) and not isinstance(fps, bool)
     _require(number and 0 < fps <= 10_000, file, "fps", fps, "a number in (0, 10000]")
     _require(
@@ -149,9 +147,7 @@ def read_info(root: Path) -> Info:
 
 
 def _is_depth_map(feature: dict[str, Any]) -> bool:
-    """Whether an image or video feature is marked as a depth map, in a new or old way of
-    LeRobot.
-    """
+    """Whether an image or video feature is marked as a depth map, in LeRobot's new or old form."""
     marks: list[Any] = [feature.get("info"), feature.get("video_info")]
     found = [mark for mark in marks if isinstance(mark, dict)]
     return any(mark.get("is_depth_map") or mark.get("video.is_depth_map") for mark in found)
@@ -165,7 +161,7 @@ def _require(fits: Any, file: Path, what: str, value: object, rule: str) -> None
 
 
 def _image_shape(file: Path, name: str, feature: dict[str, Any]) -> tuple[int, int, int]:
-    """(H, W, 3), whichever order the data set names."""
+    """Shape (H, W, 3) of a camera's images, in whichever order the dataset stores it."""
     shape = feature["shape"]
     names = feature.get("names")
     if isinstance(names, list) and names and str(names[0]).startswith("channel"):
@@ -189,20 +185,29 @@ def data_files(root: Path) -> list[Path]:
 def read_rows(
     info: Info, vectors: Sequence[str], *, finite: bool = True
 ) -> dict[str, NDArray[Any]]:
-    """Columns of all frames: (N, D) float32 for `vectors`, (N,) for indices of episode and task and
-    the timestamp. NaN, infinite and very large values are errors, or returned as they are if not
-    `finite`.
+    """Read columns of all frames.
+
+    Args:
+        info: The dataset.
+        vectors: Names of the vectors to read.
+        finite: Whether NaN, infinite and very large values are errors; else they are returned.
+
+    Returns:
+        ``episode_index``, ``task_index`` and ``timestamp`` (N,), and `vectors` (N, D) float32.
+
+    Raises:
+        DatasetError: The files are damaged or do not match ``meta/info.json``.
     """
     root, remedy = info.root, "the recording was not finalised, or copy it again"
     shapes = {"index": (), "episode_index": (), "task_index": (), "timestamp": ()}
     wanted = {**shapes, **{name: info.vectors[name] for name in vectors}}
     files = data_files(root)
     with readable(f"{root}: a data file", remedy):
-        # One file open at a time: a system allows a thousand or so.
+        # Open one file at a time: systems limit open files to about a thousand.
         rows = sum(open_parquet(file, wanted).metadata.num_rows for file in files)
         if rows != info.frames:
             raise DatasetError(
-                f"{root}: the data files hold {rows} frames, meta/info.json says {info.frames} "
+                f"{root}: the data files hold {rows} frames, but meta/info.json says {info.frames} "
                 f"frames; {remedy}."
             )
         budget = Budget(files)
@@ -238,8 +243,9 @@ def read_rows(
 
 
 def _check_times(times: NDArray[np.float64], same: NDArray[np.bool_], info: Info) -> None:
-    """Raise `DatasetError` unless frames follow at `fps`; `same` (N - 1,): the next frame is of the
-    same episode.
+    """Raise `DatasetError` unless the frames of an episode follow each other at `fps`.
+
+    `same` (N - 1,) is whether the next frame is of the same episode.
     """
     with np.errstate(invalid="ignore"):
         off = np.abs(np.diff(times) - 1 / info.fps) > JITTER / info.fps + TOLERANCE
@@ -254,8 +260,10 @@ def _check_times(times: NDArray[np.float64], same: NDArray[np.bool_], info: Info
 
 
 def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArray[Any]:
-    """A column as an array (N,) or (N, D): every row of it holds numbers in the given shape, else a
-    `DatasetError`.
+    """Convert a column, whose rows hold numbers of `shape`, to an array (N,) or (N, D).
+
+    Raises:
+        DatasetError: A row has another shape or no numbers; `what` names the column.
     """
     values = column.combine_chunks()
     rows = len(column)
@@ -265,7 +273,7 @@ def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArr
             break  # one value a row
         if values.null_count or pc.any(pc.not_equal(pc.list_value_length(values), length)).as_py():
             raise DatasetError(
-                f"{what} has rows of other lengths than {shape}, or none; record it again."
+                f"{what} has rows of other lengths than {shape}, or empty ones; record it again."
             )
         values = values.flatten()
     kind = values.type
@@ -278,7 +286,7 @@ def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArr
 
 
 def read_tasks(root: Path, used: NDArray[np.int64]) -> list[str]:
-    """Instructions in the order of their index; `used` (N,) are the indices of the frames."""
+    """Read the instructions in the order of their index; `used` (N,) are the frames' indices."""
     file = root / "meta" / "tasks.parquet"
     with readable(
         file, "the set is damaged: copy it again, with the instruction (`task`) of every frame"
@@ -293,9 +301,9 @@ def read_tasks(root: Path, used: NDArray[np.int64]) -> list[str]:
             f"{file}: task_index does not count the instructions from 0; record it again."
         )
     if not tasks or not all(isinstance(task, str) and task.strip() for task in tasks):
-        raise DatasetError(f"{root}: the data set has frames without an instruction (`task`).")
+        raise DatasetError(f"{root}: the dataset has frames without an instruction (`task`).")
     if used.min() < 0 or used.max() >= len(tasks):
         raise DatasetError(
-            f"{root}: the task_index of frames is out of order (0..{len(tasks) - 1})."
+            f"{root}: the task_index of a frame is outside 0..{len(tasks) - 1}; record it again."
         )
     return tasks

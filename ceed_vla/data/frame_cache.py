@@ -1,8 +1,8 @@
-"""Images of a LeRobotDataset as memory maps: decoded once into ``<root>/.frames``, ours alone.
+"""Images of a LeRobotDataset as memory maps, decoded once into the folder ``<root>/.frames``.
 
-They stand for the very files that they were decoded from: ``complete.json`` has the SHA-256 of
-these and of the maps. A file is hashed again where its size, times or inode have changed; no
-program sets a file's change time, so it tells of every change. Opening a data set again therefore
+``complete.json`` has the SHA-256 of the maps and of the files that they were decoded from, so that
+maps of other files are never used. A file is hashed again if its size, times or inode have changed;
+programs cannot set the change time, so it reveals every change. Opening a dataset again therefore
 reads no images.
 """
 
@@ -34,7 +34,7 @@ from ceed_vla.errors import DatasetError
 from ceed_vla.files import read_json, regular, write_text
 
 CACHE, COMPLETE = ".frames", "complete.json"
-# A file that changes right after it was read may keep the times that a coarse clock gave it.
+# With a coarse clock, a file that changes right after it was read may have the same times.
 _UNSETTLED_NS = 2 * 10**9
 _HASHED_TOGETHER = 4  # files
 _LARGEST_RECORD = 2**26  # [bytes]
@@ -44,22 +44,25 @@ ImageMaps = dict[str, NDArray[np.uint8]]
 
 
 def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
-    """Memory maps (N, H, W, 3) of every camera, decoded first where that was not done for these
-    very files.
+    """Open memory maps (N, H, W, 3) of every camera; decode the images unless that was done.
 
-    `rows` holds ``episode_index`` and ``timestamp`` of all frames. `DatasetError`: no room, or a
-    ``.frames`` not ours.
+    Args:
+        info: The dataset.
+        rows: ``episode_index`` and ``timestamp`` of all frames.
+
+    Raises:
+        DatasetError: The disk is full, or ``.frames`` is not ours.
     """
     root = info.root
     cache = info.root / CACHE
     shapes: Shapes = {camera: (info.frames, *shape) for camera, shape in info.cameras.items()}
     sources = [*data_files(root), *(videos := sorted((root / "videos").rglob("*.mp4")))]
-    if videos:  # and where in them an episode begins
+    if videos:  # these files have the start of each episode in its video
         sources += sorted((root / "meta" / "episodes").rglob("*.parquet"))
     try:
         if cache.is_symlink() or (cache.exists() and not cache.is_dir()):
             raise DatasetError(
-                f"{cache} is a link or a file; images go into a folder of that name. Remove it."
+                f"{cache} is a link or a file; it must be a folder for decoded images. Remove it."
             )
         foreign = cache.is_dir() and not (cache / COMPLETE).is_file()
         if foreign and any(not file.name.startswith(".") for file in cache.iterdir()):
@@ -68,9 +71,9 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
             )
         if (maps := _decoded_before(root, sources, shapes)) is None:
             with _alone(root) as locked:
-                maps = _decoded_before(root, sources, shapes)  # by another process meanwhile
+                maps = _decoded_before(root, sources, shapes)  # perhaps by another process
                 if maps is None:
-                    for left in cache.glob(".*") if locked else ():  # of one that was killed
+                    for left in cache.glob(".*") if locked else ():  # of a killed process
                         shutil.rmtree(left, ignore_errors=True)
                     known = _described(root, sources)  # before they are read
                     _decode_images(info, rows, shapes, cache)
@@ -79,7 +82,7 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
                     maps = _opened(cache, shapes)
     except OSError as error:
         raise DatasetError(
-            f"{cache} cannot be written ({error}); make room or choose another."
+            f"{cache} cannot be written ({error}); make room, or copy the dataset elsewhere."
         ) from error
     if maps is None:
         raise DatasetError(f"{cache} changed while the images were decoded; start again.")
@@ -88,9 +91,7 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Other processes wait here until this one is done, where the file system can lock, which it
-    says.
-    """
+    """Let other processes wait until the block ends; yield whether the file system can lock."""
     descriptor = os.open(folder, os.O_RDONLY)
     locked = False
     try:
@@ -103,7 +104,7 @@ def _alone(folder: Path) -> Iterator[bool]:
 
 
 def _decoded_before(root: Path, sources: Sequence[Path], shapes: Shapes) -> ImageMaps | None:
-    """The maps, if they and their sources are those of the record, of uint8 in these shapes."""
+    """The maps, if they and their sources match the record, and are uint8 of these shapes."""
     cache = root / CACHE
     files = _map_files(cache, shapes)
     maps = _opened(cache, shapes)
@@ -122,18 +123,18 @@ def _decoded_before(root: Path, sources: Sequence[Path], shapes: Shapes) -> Imag
         found = _described(root, doubtful)
         if any(known[name].sha256 != entry.sha256 for name, entry in found.items()):
             return None
-        with suppress(OSError):  # of a disk that is only read
+        with suppress(OSError):  # a read-only disk
             _write_record(cache, shapes, known | found)
     return maps
 
 
 def _opened(cache: Path, shapes: Shapes) -> ImageMaps | None:
-    """The maps in `cache`, if they are of uint8 in these shapes."""
+    """The maps in `cache`, if they are uint8 of these shapes."""
     files = _map_files(cache, shapes)
     opened = np.lib.format.open_memmap
     try:
         maps = {name: opened(regular(file), mode="r") for name, file in files.items()}
-    except Exception:  # whatever is wrong with them, they are decoded again
+    except Exception:  # damaged in any way: decode again
         return None
     right = all(m.dtype == np.uint8 and m.shape == shapes[name] for name, m in maps.items())
     return maps if right else None
@@ -144,12 +145,12 @@ def _map_files(cache: Path, shapes: Shapes) -> dict[str, Path]:
     return {camera: cache / f"{camera}.npy" for camera in shapes}
 
 
-# ---- what the images were decoded from, and into ----------------------------------------------
+# ---- sources and maps -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Stamp:
-    """What changes with a file's content: the kernel sets the last two, and no program."""
+    """Attributes that change with a file's content; only the kernel sets the last two."""
 
     size: int
     modified_ns: int
@@ -177,7 +178,7 @@ class _Described:
 
     @classmethod
     def read(cls, text: object) -> _Described:
-        """From a record; `ValueError` for another text."""
+        """Parse an entry of the record; `ValueError` for another text."""
         sha256, *numbers = str(text).split()
         size, modified, changed, inode = map(int, numbers)
         return cls(sha256, _Stamp(size, modified, changed, inode))
@@ -195,7 +196,7 @@ def _name(root: Path, file: Path) -> str:
 
 
 def _described(root: Path, files: Iterable[Path]) -> dict[str, _Described]:
-    """Content and stamp of files, by their path in the data set; hashed side by side."""
+    """Content and stamp of files, by their path in the dataset; hashed in parallel."""
     waiting = list(files)
     with ThreadPoolExecutor(min(_HASHED_TOGETHER, os.cpu_count() or 1)) as pool:
         entries = pool.map(_Described.of, waiting)
@@ -204,7 +205,7 @@ def _described(root: Path, files: Iterable[Path]) -> dict[str, _Described]:
 
 
 def _read_record(cache: Path, shapes: Shapes) -> tuple[dict[str, _Described], int]:
-    """Files by name, and the change time [ns] up to which stamps count; none of other shapes."""
+    """Files by name, and the change time [ns] up to which stamps count; empty for other shapes."""
     most = _LARGEST_RECORD
     try:
         record = read_json(cache / COMPLETE, DatasetError, most=most, values=most)
@@ -229,10 +230,10 @@ def _write_record(cache: Path, shapes: Shapes, known: Mapping[str, _Described]) 
 def _decode_images(info: Info, rows: dict[str, NDArray[Any]], shapes: Shapes, cache: Path) -> None:
     cache.mkdir(exist_ok=True)
     if not (cache / COMPLETE).exists():
-        write_text(cache / COMPLETE, "")  # from here on the folder is ours
+        write_text(cache / COMPLETE, "")  # marks the folder as ours
     reader = ImageReader(info, rows)
-    # Decode beside the final names: another process may be reading, or decoding the same where
-    # nothing locks.
+    # Decode into a temporary folder: another process may be reading the maps, or, without locks,
+    # decoding the same images.
     with tempfile.TemporaryDirectory(dir=cache, prefix=".") as folder:
         names = _map_files(Path(folder), shapes)
         maps: ImageMaps = {}
@@ -240,7 +241,7 @@ def _decode_images(info: Info, rows: dict[str, NDArray[Any]], shapes: Shapes, ca
         with tqdm(total=total, desc=f"decoding {info.root.name}", unit="image") as progress:
             for camera in shapes:
                 for frame, image in enumerate(reader.read(camera, 0, info.frames)):
-                    # the first image has the size that the others shall have: now make room
+                    # reserve the space after the first image, whose size was checked
                     if not maps:
                         _check_room(cache, sum(math.prod(shape) for shape in shapes.values()))
                         maps = {
@@ -257,13 +258,13 @@ def _check_room(cache: Path, needed: int) -> None:
     free = shutil.disk_usage(cache).free
     if free < needed:
         raise DatasetError(
-            f"{cache} needs {needed / 1e6:.1f} MB for the decoded images, and {free / 1e6:.1f} MB "
-            "are free; make room there, or stream the set: lower --streaming.above_gb."
+            f"{cache} needs {needed / 1e6:.1f} MB for the decoded images, but {free / 1e6:.1f} MB "
+            "are free; make room there, or stream the dataset: lower --streaming.above_gb."
         )
 
 
 def _reserve(file: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """A memory map whose room is certain: on a full disk, writing to one would kill the process."""
+    """A memory map with reserved space: on a full disk, writing to one would kill the process."""
     array: NDArray[np.uint8] = np.lib.format.open_memmap(
         file, mode="w+", dtype=np.uint8, shape=shape
     )

@@ -1,6 +1,4 @@
-"""LeRobotDatasets as arrays: read and checked once, images as memory maps or streamed, then read by
-index.
-"""
+"""LeRobotDatasets as arrays over the frame index; images are memory maps or streamed."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from torch import Tensor
 from ceed_vla.data.files import ACTION, ENVIRONMENT, STATE, Info, read_info, read_rows, read_tasks
 from ceed_vla.data.frame_cache import read_images
 from ceed_vla.data.frame_stream import StreamedImages, StreamingConfig
-from ceed_vla.data.images import WINDOW, ImageReader, window_edges
+from ceed_vla.data.images import SPAN, ImageReader, span_edges
 from ceed_vla.errors import DatasetError
 from ceed_vla.fields import short
 
@@ -42,7 +40,7 @@ class FrameStore:
     episode: NDArray[np.int64]  # (N,) episode index
     episode_end: NDArray[np.int64]  # (N,) one past the last frame of the frame's episode
     fps: float  # frames a second [Hz]
-    # Names of the dimensions of state and actions, where the set lists them
+    # Names of the dimensions of state and actions, if the dataset lists them
     labels: dict[str, list[Any]] = field(default_factory=dict)
     # Features that training leaves out, such as "observation.depth float32 (96, 128)"
     ignored: list[str] = field(default_factory=list)
@@ -62,34 +60,30 @@ class FrameStore:
 
     @property
     def digest(self) -> str:
-        """What tells data sets of the same name and length apart: 16 digits of a hash of states and
-        actions.
-        """
+        """16 digits of a hash of states and actions, which identify the dataset."""
         arrays = [array for array in (self.state, self.action) if array is not None]
         return sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
     @property
     def together(self) -> float:
-        """Windows from which a batch may be drawn; infinite unless the set is streamed."""
+        """Number of spans that a batch may be drawn from; infinite unless images are streamed."""
         return min(getattr(images, "together", math.inf) for images in self.images.values())
 
     @property
     def edges(self) -> NDArray[np.int64]:
-        """First frame of every window that is decoded together, and one past the last frame (W +
-        1,).
-        """
-        return window_edges(self.episode)
+        """First frame of every span of frames decoded together, and one past the last (W + 1,)."""
+        return span_edges(self.episode)
 
     def decode(self, streaming: StreamingConfig | None = None) -> None:
-        """Read the images of a set that was opened without them."""
+        """Read the images of a dataset that was opened without them."""
         info = read_info(self.root)
         self.images = _images(info, read_rows(info, []), streaming or StreamingConfig())
 
     def batch(self, frames: NDArray[np.int64], chunk_size: int) -> dict[str, Any]:
-        """Raw batch (before the pre-processor) of the given frames (B,).
+        """Raw batch (before the preprocessor) of `frames` (B,).
 
-        It has cameras (B, 3, H, W) float in [0, 1], state (B, D), ``task`` strings, and where the
-        set has them ``action`` (B, m, A) with ``action_is_pad`` (B, m) and
+        It has cameras (B, 3, H, W) float in [0, 1], state (B, D), ``task`` strings, and if the
+        dataset has them ``action`` (B, m, A) with ``action_is_pad`` (B, m) and
         ``observation.environment_state`` (B, E). Action chunks of `chunk_size` steps are cut at the
         end of the episode and padded with its last action.
         """
@@ -107,8 +101,10 @@ class FrameStore:
         return batch
 
     def chunks(self, frames: NDArray[np.int64], chunk_size: int) -> tuple[Tensor, Tensor]:
-        """Action chunks (B, m, A) from `frames` (B,) on and which steps lie past the episode's end
-        (B, m).
+        """Action chunks (B, m, A) from `frames` (B,) on.
+
+        Returns:
+            The chunks, and which of their steps lie past the end of the episode (B, m).
         """
         if self.action is None:
             raise DatasetError(f"{self.root} holds no actions; it has {', '.join(self.shapes)}.")
@@ -120,7 +116,7 @@ class FrameStore:
         )
 
     def _checked(self, frames: object, chunk_size: object) -> NDArray[np.int64]:
-        """Frame indices that somebody else wrote down: they never index from behind, or beyond."""
+        """Check frame indices, which may come from files: negative or too large ones are errors."""
         try:
             found = np.asarray(frames if isinstance(frames, np.ndarray | list) else None)
         except ValueError:
@@ -140,7 +136,7 @@ class FrameStore:
 def _images(
     info: Info, rows: dict[str, NDArray[Any]], streaming: StreamingConfig
 ) -> dict[str, Images]:
-    """Maps of the decoded images, or streams where these would be larger than allowed."""
+    """Maps of the decoded images, or streams if these would be larger than allowed."""
     size = info.frames * sum(math.prod(shape) for shape in info.cameras.values()) / 1e9
     what = f"{info.root}: {info.frames} frames, {size:.3g} GB of images"
     if size <= streaming.above_gb:
@@ -157,19 +153,19 @@ def _images(
     together = next(iter(streams.values())).together
     if not together:
         raise DatasetError(
-            f"{info.root}: {WINDOW} of its frames take {size / info.frames * WINDOW:.3g} GB "
-            f"decoded, of which half of streaming.memory_gb = {streaming.memory_gb:g} holds none; "
-            "raise it to ten times that or more."
+            f"{info.root}: a span of {SPAN} frames takes {size / info.frames * SPAN:.3g} GB "
+            f"decoded, more than half of streaming.memory_gb = {streaming.memory_gb:g}. Raise it "
+            "to ten times a span or more."
         )
     for images in streams.values():
-        images[np.zeros(1, np.int64)]  # what cannot be decoded at all is an error now
+        images[np.zeros(1, np.int64)]  # raises now if the images cannot be decoded at all
     logger.info(
-        "%s, more than streaming.above_gb = %g: streamed; batches are drawn from %d windows of %d "
+        "%s, more than streaming.above_gb = %g: streamed; batches are drawn from %d spans of %d "
         "frames at a time (streaming.memory_gb = %g)",
         what,
         streaming.above_gb,
         together,
-        WINDOW,
+        SPAN,
         streaming.memory_gb,
     )
     return dict(streams)
@@ -186,20 +182,21 @@ def open_dataset(
 
     Args:
         root: The folder.
-        decode: Without it images are black, in their shapes, until `FrameStore.decode`.
+        decode: Whether images are read; if not, they are black until `FrameStore.decode`.
         streaming: Which images are streamed.
-        strict: Without it, for an inspection, NaN, infinite and very large values are returned as
-            they are, and a set may lack cameras (`images` is empty) or a state, which is (N, 0).
+        strict: Whether faults of the data are errors. If not, for an inspection, NaN, infinite and
+            very large values are returned, and cameras (`images` is empty) or state (N, 0) may be
+            missing.
 
     Raises:
-        DatasetError: The folder holds no readable data set, or one without instruction; if
+        DatasetError: The folder holds no readable dataset, or one without instructions; if
             `strict`, also one without camera or state, or with values that are not finite.
     """
     info = read_info(Path(root))
     if strict and STATE not in info.vectors:
-        raise DatasetError(f"{root}: the data set has no {STATE}; it has {info.names}.")
+        raise DatasetError(f"{root}: the dataset has no {STATE}; it has {info.names}.")
     if strict and not info.cameras:
-        raise DatasetError(f"{root}: the data set has no camera; it has {info.names}.")
+        raise DatasetError(f"{root}: the dataset has no camera; it has {info.names}.")
     rows = read_rows(info, list(info.vectors), finite=strict)
     episode = rows["episode_index"]
     task = rows["task_index"]

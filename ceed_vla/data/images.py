@@ -1,5 +1,6 @@
-"""Images of a LeRobotDataset, decoded: those of one camera in a range of frames. Maps and streams
-read through it.
+"""Decode the images of a LeRobotDataset, of one camera in a range of frames.
+
+Maps (`frame_cache`) and streams (`frame_stream`) read through it.
 """
 
 from __future__ import annotations
@@ -22,40 +23,42 @@ from ceed_vla.data.files import Info, data_files, is_whole, numbers, readable
 from ceed_vla.data.parquet import Budget, batch_rows, open_parquet, read_table, weigh
 from ceed_vla.errors import DatasetError
 
-# others lose bits or start programs
+# other formats lose bits or start programs
 FORMATS = ("PNG", "JPEG", "WEBP")
 MODES = ("RGB", "RGBA", "L", "P")
 VIDEO_TOLERANCE = 1e-4  # [s] LeRobot's own
-WINDOW = 32  # frames of an episode that are decoded together
-MOST_DECODED = 2**28  # [bytes] of images that wait, as they are stored or decoded
+SPAN = 32  # frames of an episode that are decoded together
+MOST_DECODED = 2**28  # [bytes] of queued images, as stored or decoded
 READ_AHEAD = 2**20  # [bytes] of a parquet file
 
 Image8 = NDArray[np.uint8]  # (H, W, 3)
 
 
-def window_edges(episode: NDArray[np.int64]) -> NDArray[np.int64]:
-    """First frame of every window of an episode, and one past the last frame (W + 1,); `episode`
-    (N,) is sorted.
+def span_edges(episode: NDArray[np.int64]) -> NDArray[np.int64]:
+    """First frame of every span, and one past the last frame (W + 1,).
+
+    Spans are parts of an episode of `SPAN` frames or fewer. `episode` (N,) is sorted.
     """
     frames = np.arange(len(episode))
-    firsts = np.flatnonzero((frames - np.searchsorted(episode, episode)) % WINDOW == 0)
+    firsts = np.flatnonzero((frames - np.searchsorted(episode, episode)) % SPAN == 0)
     return np.append(firsts, len(episode))
 
 
 class ImageReader:
-    """Decodes the images of a data set, by `rows` with ``episode_index`` and ``timestamp`` of all
-    frames.
+    """Decodes the images of a dataset.
+
+    `rows` has ``episode_index`` and ``timestamp`` of all frames.
     """
 
     def __init__(self, info: Info, rows: dict[str, NDArray[Any]]) -> None:
         self.info = info
         self.times = rows["timestamp"]
-        self.edges = window_edges(rows["episode_index"])  # (W + 1,)
-        # (E,) frame of every episode
+        self.edges = span_edges(rows["episode_index"])  # (W + 1,)
+        # (E,) first frame of every episode
         self.first = np.searchsorted(rows["episode_index"], np.arange(info.episodes))
         self.places = {camera: _video_places(info, camera) for camera in info.videos}
         stored = [camera for camera in info.cameras if camera not in info.videos]
-        # parquet files, and the edges of their row groups
+        # parquet files, and the first frames of their row groups
         self.parts: list[tuple[Path, NDArray[np.int64]]] = []
         with readable(f"{info.root}: an image cannot be decoded: it"):
             for file in data_files(info.root) if stored else []:
@@ -66,7 +69,7 @@ class ImageReader:
         self.ends = np.array([edges[-1] for _, edges in self.parts])
 
     def read(self, camera: str, first: int, end: int) -> Iterator[Image8]:
-        """Images (H, W, 3) of the frames [first, end), which are edges of windows."""
+        """Images (H, W, 3) of the frames [first, end), which are edges of spans."""
         decode = self._videos if camera in self.places else self._stored
         with readable(f"{self.info.root}: an image cannot be decoded: it"):
             for frame, image in zip(range(first, end), decode(camera, first, end), strict=True):
@@ -76,13 +79,13 @@ class ImageReader:
     def _check_size(self, camera: str, frame: int, shape: tuple[int, ...]) -> None:
         if shape != self.info.cameras[camera]:
             raise DatasetError(
-                f"{self.info.root}: {camera} of frame {frame} has the shape {shape}, "
+                f"{self.info.root}: {camera} of frame {frame} has the shape {shape}, but "
                 f"meta/info.json says {self.info.cameras[camera]}; record it again."
             )
 
     def _stored(self, camera: str, first: int, end: int) -> Iterator[Image8]:
         shape = self.info.cameras[camera]
-        together = max(2, min(WINDOW, MOST_DECODED // math.prod(shape)))
+        together = max(2, min(SPAN, MOST_DECODED // math.prod(shape)))
 
         def decode(item: tuple[int, Any]) -> Image8:
             frame, stored = item
@@ -106,7 +109,7 @@ class ImageReader:
                     continue
                 at = int(edges[groups[0]])
                 budget = Budget([file])
-                # Buffered: otherwise the column of a whole row group is held in memory.
+                # Buffered: otherwise the column of a whole row group is in memory.
                 with pq.ParquetFile(file, buffer_size=READ_AHEAD) as opened:
                     longest = weigh(file, opened, [camera], budget, groups)
                     rows = min(together, batch_rows(longest, MOST_DECODED))
@@ -119,9 +122,7 @@ class ImageReader:
                             return
 
     def _videos(self, camera: str, first: int, end: int) -> Iterator[Image8]:
-        """LeRobot's decoder on local files: its data set would ask a hub for those that are
-        missing.
-        """
+        """Decode with LeRobot's function; its dataset class would download missing files."""
         from lerobot.datasets.video_utils import decode_video_frames
 
         files, starts = self.places[camera]
@@ -138,8 +139,9 @@ class ImageReader:
 
 @cache
 def _video_backend() -> str:
-    """LeRobot's choice, made once: where torchcodec cannot be loaded, every try takes time and logs
-    a traceback.
+    """LeRobot's choice of a backend, made once.
+
+    If torchcodec cannot be loaded, every attempt takes time and logs a traceback.
     """
     from lerobot.datasets.video_utils import get_safe_default_video_backend
 
@@ -151,13 +153,15 @@ def _video_file(info: Info, camera: str, chunk: int, file: int) -> Path:
 
 
 def _video_places(info: Info, camera: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Chunk and number of every episode's file (E, 2), and the times in it at which the episodes
-    start (E,) [s].
+    """Where the video of every episode is stored.
+
+    Returns:
+        Chunk and number of each episode's file (E, 2), and its start time in the file (E,) [s].
     """
     files = sorted((info.root / "meta" / "episodes").rglob("*.parquet"))
     if not files:
         raise DatasetError(
-            f"{info.root} has no meta/episodes, which says where its videos are; copy it too."
+            f"{info.root} has no meta/episodes, which has the places of its videos; copy it, too."
         )
     names = [
         "episode_index",
@@ -177,15 +181,15 @@ def _video_places(info: Info, camera: str) -> tuple[NDArray[np.int64], NDArray[n
     for place in zip(chunk.tolist(), file.tolist(), start.tolist(), strict=True):
         if not (is_whole(place[0], 0) and is_whole(place[1], 0) and 0 <= place[2] < math.inf):
             raise DatasetError(
-                f"{info.root}/meta/episodes: {camera} has no place {place[0]}/{place[1]}, "
-                f"{place[2]} s."
+                f"{info.root}/meta/episodes: {camera} has the place {place[0]}/{place[1]}, "
+                f"{place[2]} s; it must be two counts and a time, all from 0 on. Copy it again."
             )
     places = np.stack([chunk, file], axis=1).astype(np.int64)
     videos = [_video_file(info, camera, *place) for place in np.unique(places, axis=0).tolist()]
     missing = [video for video in videos if not video.is_file()]
     if missing:
         raise DatasetError(
-            f"There is no video {missing[0]} ({len(missing)} of {len(videos)} missing); copy it "
+            f"There is no video {missing[0]} ({len(missing)} of {len(videos)} missing); copy it, "
             "too."
         )
     return places, start.astype(np.float64)

@@ -1,8 +1,8 @@
-"""Parquet files by others: what reading them costs is bounded before and while they are read.
+"""Limit the memory that untrusted parquet files take, before and while they are read.
 
-A few bytes can stand for millions: pages are compressed, a dictionary's entry is repeated by its
-number, and a footer says what it likes. So the headers of the pages are read first, which is what a
-reader allocates by, and values of variable length are read in batches that a `Budget` pays for.
+A few bytes can unpack to millions: pages are compressed, dictionary entries are repeated, and a
+footer may be wrong. Readers allocate memory by the headers of the pages, so these are read first.
+Values of variable length are read in batches, whose size a `Budget` limits.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from ceed_vla.errors import DatasetError
 from ceed_vla.files import regular
 
-MOST = 10**9  # values of a column in a row, where no shape is known
-FREE = 2**26  # [bytes] that any files may become, however small they are ...
-# ... and what each of their bytes may become beyond: numbers that never change are stored small
+MOST = 10**9  # values of a column in a row, if the shape is unknown
+FREE = 2**26  # [bytes] that files may unpack to, however small they are ...
+# ... and further bytes for each byte of the files: constant numbers compress well
 RATIO = 256
 BATCH = 2**16  # rows
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12}  # [bytes]
@@ -32,41 +32,45 @@ _REMEDY = "Make or copy the file again."
 
 
 class Budget:
-    """Bytes that reading `files` may still make, all together."""
+    """Bytes that `files` may still unpack to, in all."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.left = FREE + RATIO * sum(regular(file, DatasetError).stat().st_size for file in files)
 
     def spend(self, count: int, file: Path) -> None:
-        """Account for `count` bytes of a file; `DatasetError` if there are not so many left."""
+        """Subtract `count` bytes for a file; `DatasetError` if fewer are left."""
         self.left -= count
         if self.left < 0:
             raise DatasetError(
                 f"{file} unpacks to more than {FREE / 1e6:.0f} MB and {RATIO} times the size of "
-                "its data set's files. " + _REMEDY
+                "its dataset's files. " + _REMEDY
             )
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A column as it is stored: one of those that make up a column of the table."""
+    """A stored column; one or more make up a column of the table."""
 
-    place: int  # in a row group
-    name: str  # of the table's column
-    width: int  # of a value [bytes]; 0 if values have lengths of their own
+    place: int  # index in a row group
+    name: str  # name of the table's column
+    width: int  # of a value [bytes]; 0 for values of variable length
 
 
 def open_parquet(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> pq.ParquetFile:
-    """A parquet file of whose columns in `shapes` none declares more values than rows of that
-    (largest) shape have.
+    """Open a parquet file, read its footer, and check the numbers of values that it declares.
 
-    `DatasetError` if one does, or if the file declares more rows than bytes. Nothing but the footer
-    has been read.
+    Args:
+        file: The file.
+        shapes: Largest shape of a row, by column.
+
+    Raises:
+        DatasetError: A column declares more values than its rows can have, or the file declares
+            more rows than it has bytes.
     """
     opened = pq.ParquetFile(regular(file, DatasetError))
     rows = opened.metadata.num_rows
     size = file.stat().st_size
-    if not 0 <= rows <= size:  # a row takes more than a byte
+    if not 0 <= rows <= size:  # a row takes at least a byte
         raise DatasetError(f"{file} says {rows} rows in {size} bytes. {_REMEDY}")
     found = leaves(opened, shapes)
     for number in range(opened.metadata.num_row_groups):
@@ -106,13 +110,20 @@ def weigh(
     budget: Budget,
     groups: Sequence[int] | None = None,
 ) -> int:
-    """Pay for the pages, and for all values of fixed width, of columns in row groups (all if None).
+    """Spend the budget for columns in row groups: for their pages and all values of fixed width.
+
+    Args:
+        file: The file.
+        opened: The same file, open.
+        names: Columns of the table.
+        budget: It is reduced.
+        groups: Numbers of the row groups; all if None.
 
     Returns:
         Bytes that one value of variable length takes at most; 0 if all have fixed widths.
 
     Raises:
-        DatasetError: They cost more than the `budget` has, or are not what the footer says.
+        DatasetError: The columns exceed the `budget`, or contradict the footer.
     """
     found = leaves(opened, names)
     longest = 0
@@ -136,9 +147,7 @@ def weigh(
 
 
 def read_table(file: Path, shapes: Mapping[str, tuple[int, ...]], budget: Budget) -> pa.Table:
-    """The columns of a parquet file that `shapes` has; see `open_parquet`, and `weigh` for what it
-    costs.
-    """
+    """Read the columns in `shapes` of a parquet file, see `open_parquet`, within `budget`."""
     names = list(shapes)
     opened = open_parquet(file, shapes)
     if missing := [name for name in names if name not in opened.schema_arrow.names]:
@@ -156,16 +165,14 @@ def read_table(file: Path, shapes: Mapping[str, tuple[int, ...]], budget: Budget
 
 
 def batch_rows(longest: int, most: int) -> int:
-    """Rows of a batch of at most `most` bytes, where a value takes up to `longest`; at least
-    one.
-    """
+    """Rows of a batch of at most `most` bytes, with values of up to `longest` bytes; at least 1."""
     return min(BATCH, max(1, most // max(longest, 1)))
 
 
 def _pages(file: Path, descriptor: int, chunk: Any) -> list[int]:
-    """Bytes that each page of a column chunk is unpacked to, as the headers of the pages say.
+    """Bytes that each page of a column chunk unpacks to, by the headers of the pages.
 
-    A reader goes from page to page in this way, until it has seen all values.
+    As a reader does, it goes from page to page until it has counted all values.
     """
     starts = [chunk.data_page_offset]
     if chunk.has_dictionary_page and (chunk.dictionary_page_offset or 0) > 0:
@@ -184,22 +191,24 @@ def _pages(file: Path, descriptor: int, chunk: Any) -> list[int]:
             or len(sizes) > chunk.num_values + 1
         ):
             raise DatasetError(
-                f"{file}: the pages of {chunk.path_in_schema} hold other values than it says. "
-                f"{_REMEDY}"
+                f"{file}: the pages of {chunk.path_in_schema} do not hold the values that it "
+                f"declares. {_REMEDY}"
             )
     return sizes
 
 
 def _header(file: Path, descriptor: int, at: int) -> tuple[int, int, int, int]:
-    """Of the page whose header begins there: bytes unpacked and packed, values, and the header's
-    own length.
+    """Read the header of the page at the offset `at`.
+
+    Returns:
+        Bytes of the page unpacked and packed, number of values, and length of the header.
     """
     for length in _HEADERS:
         thrift = _Thrift(os.pread(descriptor, length, at))
         try:
             header = thrift.struct()
             break
-        except IndexError:  # it goes on behind what was read
+        except IndexError:  # the header is longer than `length`
             continue
         except (ValueError, TypeError) as error:
             raise DatasetError(
@@ -208,16 +217,16 @@ def _header(file: Path, descriptor: int, at: int) -> tuple[int, int, int, int]:
     else:
         raise DatasetError(f"{file} has a page whose header does not end. {_REMEDY}")
     numbers = [header.get(field) for field in (2, 3)]
-    # of version 1 or 2; a dictionary's page holds no rows
+    # data page of version 1 or 2; a dictionary page has neither
     data = header.get(5) or header.get(8) or {}
     values = data.get(1, 0) if isinstance(data, dict) else None
     if not all(isinstance(number, int) for number in (*numbers, values)):
-        raise DatasetError(f"{file} has a page that does not say how long it is. {_REMEDY}")
+        raise DatasetError(f"{file} has a page whose header lacks its length. {_REMEDY}")
     return numbers[0], numbers[1], values, thrift.at  # type: ignore[return-value]
 
 
 class _Thrift:
-    """Reads thrift's compact protocol; `IndexError` at the end of the data."""
+    """Parses thrift's compact protocol; `IndexError` at the end of the data."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0

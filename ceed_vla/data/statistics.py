@@ -1,7 +1,7 @@
-"""Exact per-episode statistics in the form LeRobot stores them.
+"""Exact per-episode statistics in the form that LeRobot stores.
 
 LeRobot's own `compute_episode_stats` reads the images back from temporary files and fits 5000-bin
-histograms; that took longer than rendering. Pixels have 256 values, so counting them is exact and
+histograms, which takes longer than rendering. Pixels have 256 values: counting them is exact and
 about 30 times faster.
 """
 
@@ -15,9 +15,7 @@ Statistics = dict[str, np.ndarray]
 
 
 def vector_statistics(values: np.ndarray) -> Statistics:
-    """Statistics (D,) over the frames of a numeric feature (T,) or (T, D), T >= 1; and their count
-    (1,).
-    """
+    """Statistics (D,) of a numeric feature (T,) or (T, D) over T >= 1 frames, and count (1,)."""
     table = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
     stats: Statistics = {
         "min": table.min(axis=0),
@@ -33,8 +31,8 @@ def vector_statistics(values: np.ndarray) -> Statistics:
 def image_statistics(images: np.ndarray, max_frames: int = 100) -> Statistics:
     """Per-channel statistics (3, 1, 1) of uint8 images (T, H, W, 3), scaled to [0, 1].
 
-    At most `max_frames` evenly spaced frames are looked at (LeRobot samples 100 as well); ``count``
-    (1,) says how many.
+    At most `max_frames` evenly spaced frames are used (LeRobot samples 100 as well); ``count`` (1,)
+    is their number.
     """
     picked = np.unique(
         np.linspace(0, len(images) - 1, min(len(images), max_frames)).round().astype(int)

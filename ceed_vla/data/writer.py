@@ -1,9 +1,9 @@
-"""Write a LeRobotDataset v3 so that whatever is on disk can always be read.
+"""Write a LeRobotDataset v3 that is readable on disk at any time.
 
-Unlike in `LeRobotDataset.add_frame` and `save_episode`, images are encoded in memory: temporary PNG
-files cost more time than rendering them, and one that cannot be written (full disk) is only logged.
-Episodes go to a pending parquet file outside `data/`; `commit()` makes them part of the data set
-(`commits.py`).
+Images are encoded in memory. `LeRobotDataset.add_frame` and `save_episode` write temporary PNG
+files instead, which takes longer than rendering, and only log a file that cannot be written (full
+disk). Episodes go to a pending parquet file outside `data/`; `commit()` makes them part of the
+dataset (`commits.py`).
 """
 
 from __future__ import annotations
@@ -35,17 +35,19 @@ from ceed_vla.data.statistics import Statistics, image_statistics, vector_statis
 from ceed_vla.errors import DatasetError, raised_as
 from ceed_vla.files import settle
 
-_PNG_LEVEL = 3  # smaller and as fast as level 1 on rendered scenes
-_FREE_SPACE = 64 * 2**20  # [bytes] stop in time: with less, a commit may not fit any more
+_PNG_LEVEL = 3  # on rendered scenes, smaller than level 1 and as fast
+_FREE_SPACE = 64 * 2**20  # [bytes] with less, the next commit may not fit
 
 Frame = dict[str, Any]
 
 
 class DatasetWriter:
-    """Append episodes to one data set, made in `root` or continued from its last commit.
+    """Appends episodes to one dataset, which is new or continued from its last commit.
 
     `features` are LeRobot's without the default ones: image, float32 and int64 columns.
-    `DatasetError` where `root` holds something else, or a data set with other features.
+
+    Raises:
+        DatasetError: `root` holds other files, or a dataset with other features.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class DatasetWriter:
         if not commits.is_recording(root):
             if root.exists():
                 if not root.is_dir() or any(root.iterdir()):
-                    raise DatasetError(f"{root} exists and is no recording; choose a new root")
+                    raise DatasetError(f"{root} exists and is not a recording; choose a new root")
                 root.rmdir()
             LeRobotDatasetMetadata.create(
                 repo_id=repo_id,
@@ -99,14 +101,12 @@ class DatasetWriter:
             self._schema = get_hf_features_from_features(self._info.features).arrow_schema
             self._check_stored(known)
         self._task_ids = {task: index for index, task in enumerate(known)}
-        # one data and one episodes file each
+        # each batch has one data file and one episodes file
         self._batches = sum(name.startswith("data/") for name in self._files)
         self._start_batch()
 
     def _check_stored(self, tasks: list[str]) -> None:
-        """Before anything is appended: what is stored is whole, what ``meta/`` says of it true, its
-        features ours.
-        """
+        """Raise `DatasetError` unless the stored files are complete and match their metadata."""
         info, root = self._info, self.root
         frames, episodes = (
             sum(
@@ -116,8 +116,7 @@ class DatasetWriter:
             )
             for folder in ("data/", "meta/episodes/")
         )
-        # `fps`, the template and the size are those that this writer and LeRobot's readers work
-        # with.
+        # This writer and LeRobot's readers depend on `fps`, `chunks_size` and `data_path`.
         for name, found, expected in (
             ("total_frames", info.total_frames, frames),
             ("total_episodes", info.total_episodes, commits.read_progress(root)["total_episodes"]),
@@ -133,7 +132,7 @@ class DatasetWriter:
                     f"give {str(expected)[:100]!r}. Copy it again, or record into a new root."
                 )
         if info.total_episodes:
-            aggregate_stats([self._stats, self._stats])  # raises if the next commit's would
+            aggregate_stats([self._stats, self._stats])  # raises if the next commit would fail
             values = [
                 np.asarray(v, dtype=np.float64)
                 for stats in self._stats.values()
@@ -187,14 +186,17 @@ class DatasetWriter:
         return self._info.total_frames + self.pending_frames
 
     def has_room(self) -> bool:
-        """Whether the disk certainly has room for a commit and some more episodes."""
+        """Whether the disk has room for a commit and some more episodes."""
         return shutil.disk_usage(self.root).free >= _FREE_SPACE
 
     def add_episode(self, frames: Sequence[Frame]) -> None:
         """Append one episode to the pending file: every feature and the `task` of each frame.
 
-        `DatasetError` if frames do not fit. After an `OSError` (full disk), `rollback()` returns to
-        the last commit.
+        After an `OSError`, `rollback()` returns to the last commit.
+
+        Raises:
+            DatasetError: Frames do not match the features.
+            OSError: The disk is full.
         """
         if not frames:
             raise DatasetError("an episode needs at least one frame")
@@ -225,10 +227,12 @@ class DatasetWriter:
         self.pending_frames += len(frames)
 
     def commit(self, progress: Mapping[str, Any]) -> None:
-        """Make the pending episodes part of the data set, together with the caller's `progress`
-        (JSON).
+        """Make the pending episodes part of the dataset, with the caller's `progress` (JSON).
 
-        After an `OSError` (full disk), `rollback()` returns to the last commit.
+        After an `OSError`, `rollback()` returns to the last commit.
+
+        Raises:
+            OSError: The disk is full.
         """
         if self._parquet is not None:
             chunk, file = divmod(self._batches, DEFAULT_CHUNK_SIZE)
@@ -247,14 +251,14 @@ class DatasetWriter:
         self._start_batch()
 
     def rollback(self) -> None:
-        """Forget everything since the last commit, on disk and here."""
+        """Discard all changes since the last commit, on disk and in memory."""
         if self._parquet is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._parquet.close()
         self._load()
 
     def _write_metadata(self, chunk: int, file: int, episodes: Path) -> None:
-        """Bring `meta/` up to date with the pending episodes, stored in data file (chunk, file)."""
+        """Add the pending episodes, stored in data file (chunk, file), to `meta/`."""
         info, rows = self._info, []
         for length, tasks, statistics in self._pending:
             row = {
@@ -290,7 +294,7 @@ class DatasetWriter:
         for frame in frames:
             if set(frame) != names or not frame["task"]:
                 raise DatasetError(
-                    f"a frame has {sorted(frame)}; this data set stores {sorted(names)}"
+                    f"a frame has {sorted(frame)}; this dataset stores {sorted(names)}"
                 )
         for name, feature in self._features.items():
             shape = tuple(feature["shape"])
@@ -298,7 +302,7 @@ class DatasetWriter:
             for value in (frame[name] for frame in frames):
                 if value.shape != shape or value.dtype != dtype:
                     raise DatasetError(
-                        f"{name} is {value.dtype}{value.shape}; this data set stores {dtype}{shape}"
+                        f"{name} is {value.dtype}{value.shape}; this dataset stores {dtype}{shape}"
                     )
             columns[name] = np.stack([frame[name] for frame in frames])
             if dtype.kind == "f" and not np.isfinite(columns[name]).all():
@@ -315,7 +319,7 @@ class DatasetWriter:
                 cells[field.name] = [
                     {"bytes": _png(v), "path": f"frame-{i:06d}.png"} for i, v in enumerate(values)
                 ]
-            else:  # LeRobot keeps vectors of one number as numbers
+            else:  # LeRobot stores vectors of one number as numbers
                 cells[field.name] = (
                     list(values) if pa.types.is_fixed_size_list(field.type) else values.reshape(-1)
                 )

@@ -5,9 +5,9 @@
         backbone, prefix, tokens, "cap2", previous=last.tokens, shift_steps=4, executed_steps=4
     )
 
-Reading order: `config` (how to decode), `names` (the name of a decoding), `request` (one block),
-`autoregressive`, `jacobi`, `exits` (what ends it early), `result`. The axes of early exit register
-their decoders in `ceed_vla.axes`; this package knows none of them.
+Reading order: `config` (how to decode), `names` (decoder names), `request` (one block),
+`autoregressive`, `jacobi`, `exits` (rules that end it early), `result`. The axes of early exit
+register their decoders in `ceed_vla.axes`; this package imports none of them.
 """
 
 from __future__ import annotations
@@ -65,16 +65,14 @@ __all__ = [
 
 
 def prefill(backbone: Backbone, batch: dict[str, Tensor], config: DecodingConfig) -> Prefix:
-    """Run the prefix as the decoder wants it; whole, where it does not say.
+    """Run the prefix with the decoder's own prefill; without one, the whole prefix.
 
     Raises:
         ConfigError: The decoder does not run on this backbone.
     """
     decoder = config.decoder
     if not decoder.compiles and offers(backbone, Compiled):
-        raise ConfigError(
-            f"{config.method} runs eagerly only; use the backbone that was not compiled."
-        )
+        raise ConfigError(f"{config.method} runs eagerly only; use the uncompiled backbone.")
     for capability in decoder.needs:
         require(backbone, capability, config.method)
     if decoder.prefill is None:
@@ -98,20 +96,21 @@ def decode_block(
     deadline_s: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> DecodeResult:
-    """Make the guess that a decoding names (`ceed_vla.decoding.names`) and decode one block.
+    """Make the initial guess and decode one block.
 
-    A `prefix` of ``backbone.prefill`` may be decoded several times. The result has no actions.
+    One `prefix` of ``backbone.prefill`` can be decoded several times. The result holds tokens; its
+    actions are None.
 
     Args:
         backbone: The model.
-        prefix: What the block is decoded behind.
+        prefix: The prefilled prefix, which the block follows.
         tokens: The action vocabulary.
-        decoding: A name, or what it stands for.
-        previous: Tokens (B, n) of the chunk before; rows of -1 have none.
-        shift_steps: Steps of it that were executed since.
+        decoding: A decoder name (`ceed_vla.decoding.names`), or its configuration.
+        previous: Tokens (B, n) of the previous chunk; -1 in rows that have none.
+        shift_steps: Steps of the previous chunk that were executed since it was decoded.
         executed_steps: See `BlockRequest`.
-        frozen_steps: Steps ``k`` of the block that stay what they are in `previous` behind the
-            executed ones.
+        frozen_steps: Steps ``k`` at the start of the block, copied from `previous` behind the
+            executed ones; decoding does not change them.
         generator: Source of random guesses; a new one from ``config.seed`` if None, so that equal
             calls give equal guesses.
         record_states: See `BlockRequest`.
@@ -120,8 +119,8 @@ def decode_block(
         clock: See `BlockRequest`.
 
     Raises:
-        ConfigError: Settings that do not fit the block.
-        TokenError: A previous chunk that does not fit the block or the vocabulary, or lacks the
+        ConfigError: The settings do not fit the block.
+        TokenError: The previous chunk does not fit the block or the vocabulary, or lacks the
             frozen steps.
         NotFiniteError: The model's scores are NaN or infinite.
     """
@@ -136,7 +135,7 @@ def decode_block(
         guess = tokens.guess(config.guess, len(prefix.logits), previous, shift_steps, generator)
         if frozen_steps:
             guess = tokens.with_frozen(guess, previous, shift_steps, frozen_steps)
-    elif previous is not None:  # token by token it is not read
+    elif previous is not None:  # AR does not read it, but a wrong one is an error all the same
         shape = (len(prefix.logits), tokens.block_length)
         check_tokens(previous, "The previous chunk", shape, tokens.vocabulary_size, none=True)
     request = BlockRequest(

@@ -16,30 +16,29 @@ from ceed_vla.tokens.base import GUESSES
 class DecodingConfig:
     """Decoding of one block of ``n`` tokens.
 
-    The defaults are strict Jacobi decoding: exactly the autoregressive greedy tokens. Every other
-    field relaxes that, and says so in the result. `ceed_vla.decoding.names` writes one as a short
-    name, such as ``conf0.2_cap2``.
+    The defaults are strict Jacobi decoding: exactly the autoregressive greedy tokens. The other
+    settings relax that, and the result names the rule that ended it. `ceed_vla.decoding.names`
+    writes a configuration as a short name, for example ``conf0.2_cap2``.
 
     Attributes:
-        method: The decoder: "ar" (one token a forward), "jacobi" (the whole block a forward), or
-            another's name.
-        guess: First state: "previous" (the previous chunk, shifted; "mid" in rows that have none),
-            "mid" (the block nearest "do not move"), or "random" (uniform tokens).
-        watch: Slots that must be right: the whole "block", or those of the steps that are
-            "executed" before the next replan. Exit rules look at these only.
-        tail: Of the slots behind the watched ones, after the first iteration: "kept" as it left
-            them, or "fresh", computed again with every iteration. The tail is the next chunk's warm
-            start.
-        max_iterations: Hard cap, the paper's sigma; None for no cap.
-        confidence: Stop when the least probability mass within +-2 bins of a watched slot's argmax
-            exceeds this.
-        exits: Exit rules that have no field here, by their names.
-        deadline_s: Time for the block, counted from the start of decoding, after the prefill [s].
-            No further iteration starts when it would end later, judged by the last one. The first
-            is always run.
+        method: The decoder: "ar" (one token per forward), "jacobi" (the whole block per forward),
+            or the name of another decoder.
+        guess: Initial guess: "previous" (the previous chunk, shifted; "mid" in rows without one),
+            "mid" (the tokens nearest "do not move"), or "random" (uniform tokens).
+        watch: Slots that must converge or satisfy an exit rule: the whole "block", or those of the
+            steps "executed" before the next replan.
+        tail: Slots behind the watched ones, after the first iteration: "kept" (not computed again)
+            or "fresh" (computed again in every iteration). They are the next chunk's warm start.
+        max_iterations: Maximum number of iterations, the paper's sigma; None for no cap.
+        confidence: Exit when the probability mass within 2 bins of the argmax exceeds this value
+            in every watched slot; None for no such rule.
+        exits: Names of the exit rules that have no field of their own.
+        deadline_s: Time limit of a block, from the end of the prefill on [s]. The first iteration
+            always runs; another one starts only if it ends in time when it takes as long as the
+            last one.
         seed: Seed of random guesses.
-        window: Most slots that one forward computes; None for the whole block. A window slides over
-            blocks that are mostly longer than what is decoded, as those with a stop token.
+        window: Maximum number of slots that one forward computes; None for the whole block. Use it
+            for vocabularies with a stop token, whose blocks are mostly shorter than the maximum.
     """
 
     method: str = "jacobi"
@@ -60,12 +59,14 @@ class DecodingConfig:
         _ = self.decoder, self.options
         for name in self.exits:
             if field := find_exit(name).rule.field:
-                raise ConfigError(f"exits has {name!r}, whose place is {field}; set that.")
+                raise ConfigError(
+                    f"exits contains {name!r}, which has a field of its own; set {field}."
+                )
         if self.window is not None and (self.confidence is not None or self.exits):
             raise ConfigError(
-                f"window = {self.window} computes a part of the block a forward, but confidence "
-                f"{self.confidence} and exits {list(self.exits)} judge the whole; set only one of "
-                "the two."
+                f"window is {self.window}, so a forward computes a part of the block, but "
+                f"confidence {self.confidence} and exits {list(self.exits)} inspect the whole; set "
+                "either the window or these rules."
             )
         if self.method == "ar" and self.relaxations:
             raise ConfigError(
@@ -80,11 +81,11 @@ class DecodingConfig:
 
     @cached_property
     def options(self) -> Any:
-        """What `method` says beside the kind of decoder; see `Decoder.options`."""
+        """The options in the name `method`; see `Decoder.options`."""
         return self.decoder.parse(self.method)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: the fields, as another process finds the decoder by its name."""
+        """The fields, for pickling; another process finds the decoder by its name."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @property
@@ -95,8 +96,6 @@ class DecodingConfig:
 
     @property
     def strict(self) -> bool:
-        """Whether the result is the autoregressive greedy block for certain: nothing relaxes
-        anything.
-        """
+        """Whether the result is guaranteed to be the autoregressive greedy block."""
         relaxed = self.relaxations or self.watch != "block" or self.decoder.relaxes(self.options)
         return not relaxed

@@ -1,4 +1,4 @@
-"""The exit rules of a block while it is decoded: what they measure, and which rows they end."""
+"""Applies exit rules to a block: measures its slots after every iteration, and ends rows."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ceed_vla.errors import ConfigError, raised_as
 
 
 class ExitTracker:
-    """Exit rules of one block, with what they have measured in its watched slots.
+    """Exit rules of one block, and their measurements of its watched slots.
 
     Args:
-        request: What is decoded.
-        logits: Of slot 0 (B, V), which the prefix gives.
-        tokens: The state (B, n), which changes in place.
-        rows: What is known about the rows.
+        request: The block to decode.
+        logits: (B, V) of slot 0, from the prefix.
+        tokens: (B, n) the state, which changes in place.
+        rows: Progress of the rows.
         watched: End ``M`` of the watched slots.
-        given: Frozen tokens at the start, which are not measured.
+        frozen: Frozen tokens at the start, which are not measured.
 
     Raises:
-        ConfigError: A rule that does not fit the tokens, or that fails.
+        ConfigError: A rule does not fit the tokens, or fails.
     """
 
     def __init__(
@@ -34,54 +34,61 @@ class ExitTracker:
         rows: Rows,
         *,
         watched: int,
-        given: int,
+        frozen: int,
     ) -> None:
         self.request = request
         self.tokens = tokens
         self.rows = rows
         self.watched = watched
-        self.given = given
+        self.frozen = frozen
         self.rules = _rules_of(request)
         self.last = request.clock()  # when the iteration before ended [s]
         self.started = self.last if request.started is None else request.started
-        # By rule, (B, M - given) of the watched slots that are free; None for nothing.
-        self.kept = [self._first(rule, logits, tokens[:, :1]) for rule in self.rules]
+        # Per rule (B, M - frozen), of the watched slots that are not frozen; None if it measures
+        # nothing.
+        self.measured = [self._slot_0(rule, logits, tokens[:, :1]) for rule in self.rules]
 
-    def _first(self, rule: ExitRule, logits: Tensor, tokens: Tensor) -> np.ndarray | None:
+    def _slot_0(self, rule: ExitRule, logits: Tensor, tokens: Tensor) -> np.ndarray | None:
         slot = measure(rule, logits[:, None], tokens)  # (B, 1)
         if slot is None:
             return None
-        values = np.zeros((len(logits), self.watched - self.given))
-        if not self.given:
+        values = np.zeros((len(logits), self.watched - self.frozen))
+        if not self.frozen:
             values[:, :1] = slot.float().cpu().numpy()
         return values
 
-    def measure(self, logits: Tensor, new: Tensor, first: int) -> list[Tensor]:
-        """What the rules need of the slots from `first` on, of logits (B, k, V) and tokens (B, k).
+    def measure(self, logits: Tensor, new: Tensor, start: int) -> list[Tensor]:
+        """Measure the watched slots from `start` on; rules that measure nothing are left out.
 
-        Each is (B, w), of the watched ones among them.
+        Args:
+            logits: (B, k, V) of the slots from `start` on.
+            new: (B, k) their tokens.
+            start: The slot that they begin with.
+
+        Returns:
+            (B, w) for every other rule, of the ``w`` watched slots among them.
         """
-        width = max(self.watched - first, 0)
+        width = max(self.watched - start, 0)
         found = (measure(rule, logits[:, :width], new[:, :width]) for rule in self.rules)
         return [values for values in found if values is not None]
 
     def end_rows(
-        self, iteration: int, first: int, moved: np.ndarray, measured: list[np.ndarray]
+        self, iteration: int, start: int, moved: np.ndarray, measured: list[np.ndarray]
     ) -> None:
-        """End the rows that a rule ends after an iteration.
+        """Apply every rule after an iteration.
 
         Args:
             iteration: Iterations done, from 1.
-            first: The first slot that it computed.
-            moved: (B, M) by how many bins it moved the watched tokens.
-            measured: What `measure` returned, on the host.
+            start: The first slot that the last iteration computed.
+            moved: (B, M) bins by which it moved the watched tokens.
+            measured: The values that `measure` returned, on the host.
         """
         if not self.rules:
             return
         values = iter(measured)
-        for kept in self.kept:
-            if kept is not None:
-                kept[:, first - self.given :] = next(values)
+        for stored in self.measured:
+            if stored is not None:
+                stored[:, start - self.frozen :] = next(values)
         now = self.request.clock()
         elapsed = now - self.started
         last = now - self.last
@@ -91,16 +98,14 @@ class ExitTracker:
             return self.request.rows_readable(self.tokens)
 
         seen = Seen(iteration, self.rows.exact, self.watched, moved, elapsed, last, readable)
-        for rule, kept in zip(self.rules, self.kept, strict=True):
-            ends = ended(rule, seen, kept)
-            # Rows whose tokens do not decode to a chunk go on.
+        for rule, stored in zip(self.rules, self.measured, strict=True):
+            ends = ended(rule, seen, stored)
+            # Rows whose tokens do not decode to a chunk continue.
             self.rows.end(ends & readable() if np.any(ends) else ends, rule.reason, iteration)
 
 
 def _rules_of(request: BlockRequest) -> tuple[ExitRule, ...]:
-    """The rules of the request's decoding, with what has been used up of its cap, and the request's
-    own deadline.
-    """
+    """The rules of the request's decoding and its own deadline; earlier forwards lower the cap."""
     rules = exit_rules(request.config, request.ordered and request.stop is None)
     if used := request.forwards_before:
         rules = tuple(Cap(rule.most - used) if isinstance(rule, Cap) else rule for rule in rules)
@@ -110,21 +115,43 @@ def _rules_of(request: BlockRequest) -> tuple[ExitRule, ...]:
 
 
 def measure(rule: ExitRule, logits: Tensor, tokens: Tensor) -> Tensor | None:
-    """What `rule` measures (B, k), or None; `ConfigError` if it fails or returns anything else."""
+    """Call ``rule.measure``.
+
+    Args:
+        rule: The rule.
+        logits: (B, k, V) of k slots.
+        tokens: (B, k) their tokens.
+
+    Returns:
+        The values (B, k), or None.
+
+    Raises:
+        ConfigError: The rule fails, or returns anything else.
+    """
     with raised_as(
         ConfigError, f"The exit rule {type(rule).__name__} does not work: measure", "correct it."
     ):
         measured = rule.measure(logits, tokens)
         if measured is not None and getattr(measured, "shape", None) != tokens.shape:
             raise TypeError(
-                f"it gave {type(measured).__name__}, not a tensor {tuple(tokens.shape)}"
+                f"it returned {type(measured).__name__}, not a tensor {tuple(tokens.shape)}"
             )
     return measured
 
 
 def ended(rule: ExitRule, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
-    """Which rows `rule` ends: (B,) bool, or one answer for all; `ConfigError` if it fails, or
-    returns something else.
+    """Call ``rule.ends``.
+
+    Args:
+        rule: The rule.
+        seen: The state after an iteration.
+        measured: (B, M - frozen) what the rule measured, or None.
+
+    Returns:
+        The rows that end, (B,) bool, or one bool for all rows.
+
+    Raises:
+        ConfigError: The rule fails, or returns anything else.
     """
     with raised_as(
         ConfigError, f"The exit rule {type(rule).__name__} does not work: ends", "correct it."
@@ -134,5 +161,7 @@ def ended(rule: ExitRule, seen: Seen, measured: np.ndarray | None) -> np.ndarray
         if not isinstance(rows, bool) and not (
             isinstance(rows, np.ndarray) and rows.shape == shape
         ):
-            raise TypeError(f"it gave {type(rows).__name__}, not a bool or a numpy array {shape}")
+            raise TypeError(
+                f"it returned {type(rows).__name__}, not a bool or a numpy array {shape}"
+            )
     return rows

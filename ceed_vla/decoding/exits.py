@@ -1,7 +1,7 @@
-"""Exit rules: what ends a row of a Jacobi block before its fixed point. Each is a small class,
-found by its name.
+"""Exit rules, which end a row of a Jacobi block before its fixed point.
 
-The fixed point itself is no rule; `ceed_vla.decoding.jacobi` proves it.
+Each rule is a small class, found by its name. `ceed_vla.decoding.jacobi` itself ends rows that are
+at the fixed point.
 """
 
 from __future__ import annotations
@@ -28,49 +28,61 @@ NEAR = 2  # bins on each side of the argmax that count as the same decision
 
 @dataclass
 class Seen:
-    """What is known after an iteration, on the host."""
+    """The state of a block after an iteration, on the host."""
 
     iteration: int  # iterations done, from 1
     exact: np.ndarray  # (B,) leading tokens proven equal to greedy AR
     watched: int  # end ``M`` of the slots that must be right
-    # (B, M) by how many bins the last iteration moved the watched tokens; 0 where it did not
-    # compute
+    # (B, M) bins by which the last iteration moved the watched tokens; 0 in slots that it skipped
     moved: np.ndarray
     elapsed_s: float  # since decoding began [s]
     iteration_s: float  # of the last iteration [s]
-    readable: Callable[[], np.ndarray]  # gives (B,) bool, the rows whose tokens stand for a chunk
+    readable: Callable[[], np.ndarray]  # (B,) bool, rows whose tokens decode to a chunk
 
 
 class ExitRule(abc.ABC):
-    """Ends rows early. It is made once for a decoding and keeps no state."""
+    """Ends rows early. One instance serves all blocks of a decoding, so it has no state."""
 
-    reason: ClassVar[str]  # what `DecodeResult.exit_reason` says of rows that it ended
-    # Setting of `DecodingConfig` that holds its option, made by `kind`; rules without are in
-    # `exits`.
+    reason: ClassVar[str]  # `DecodeResult.exit_reason` of the rows that it ends
+    # Field of `DecodingConfig` that holds its option, converted by `kind`; empty for rules that are
+    # listed in `exits`.
     field: ClassVar[str] = ""
     kind: ClassVar[Callable[..., Any]] = float
-    # Whether it compares neighbouring tokens, which must then stand for neighbouring actions.
+    # Whether it requires that neighbouring tokens stand for neighbouring actions.
     ordered: ClassVar[bool] = False
 
     def measure(self, logits: Tensor, tokens: Tensor) -> Tensor | None:
-        """What it needs of the watched slots: (B, k) of `logits` (B, k, V) and their `tokens` (B,
-        k); None for nothing.
+        """Measure k watched slots.
 
-        It travels to the host with the tokens, in the one transfer of an iteration.
+        The values go to the host with the tokens, in the one transfer of an iteration.
+
+        Args:
+            logits: (B, k, V) of the slots.
+            tokens: (B, k) their tokens.
+
+        Returns:
+            One value (B, k) per slot, or None if the rule measures nothing.
         """
         return None
 
     @abc.abstractmethod
     def ends(self, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
-        """Which rows end after this iteration: (B,) bool, or one for all; `measured` is (B, M -
-        f).
+        """Choose the rows that end after this iteration.
+
+        Args:
+            seen: The state of the block.
+            measured: (B, M - f) values of the watched slots behind the ``f`` frozen ones, or None
+                if the rule measures nothing.
+
+        Returns:
+            (B,) bool, or one bool for all rows.
         """
 
 
 @register_exit(
     r"conf(?P<confidence>\d*\.?\d+)",
     "conf<P>",
-    "or until confident",
+    "ends when confident",
     ["conf0.9", "conf0.7", "conf0.55", "conf0.4", "conf0.3", "conf0.2", "conf0.1"],
 )
 class Confidence(ExitRule):
@@ -94,12 +106,12 @@ class Confidence(ExitRule):
 @register_exit(
     r"gap(?P<confidence>0?\.\d+|0|1(?:\.0*)?)",
     "gap<P>",
-    "or a lead of P",
+    "ends when the best token leads by P",
     ["gap0.5", "gap0.3", "gap0.2", "gap0.1", "gap0.05", "gap0.02"],
 )
 class Gap(Confidence):
-    """In every watched slot the best token's probability exceeds the next one's by more than this
-    (DSSD's signal).
+    """In every watched slot the best token leads the next one by more than this probability (DSSD's
+    signal).
     """
 
     reason = "gap"
@@ -115,7 +127,7 @@ class Gap(Confidence):
 @register_exit(
     r"agree(?P<most>\d+)",
     "agree<D>",
-    "or D bins apart",
+    "ends when two states differ by at most D bins",
     [
         "agree0",
         "agree1",
@@ -130,9 +142,7 @@ class Gap(Confidence):
     ],
 )
 class Agreement(ExitRule):
-    """The last two states are nowhere further apart in the watched slots than so many bins (DeeR's
-    criterion).
-    """
+    """In every watched slot the last two states differ by at most ``D`` bins (DeeR's criterion)."""
 
     reason, ordered = "agreement", True
 
@@ -146,11 +156,11 @@ class Agreement(ExitRule):
 @register_exit(
     r"changed(?P<most>\d+)",
     "changed<K>",
-    "or until K tokens change",
+    "ends when at most K tokens change",
     ["changed0", "changed1", "changed2", "changed4", "changed8", "changed14"],
 )
 class Changed(Agreement):
-    """The last iteration changed no more than so many watched tokens."""
+    """The last iteration changed at most ``K`` watched tokens."""
 
     reason, ordered = "few_changes", False
 
@@ -160,7 +170,7 @@ class Changed(Agreement):
 
 @register_exit(r"cap(?P<max_iterations>\d+)", "cap<K>", "at most K forwards")
 class Cap(ExitRule):
-    """So many iterations are done. Rows that cannot be read then go on to their fixed point."""
+    """``K`` iterations are done. Rows that do not decode to a chunk continue to the fixed point."""
 
     reason = "max_iterations"
     field = "max_iterations"
@@ -173,7 +183,7 @@ class Cap(ExitRule):
         return seen.iteration == self.most
 
 
-@register_exit(r"deadline(?P<deadline_s>\d*\.?\d+)", "deadline<MS>", "or MS ms are over")
+@register_exit(r"deadline(?P<deadline_s>\d*\.?\d+)", "deadline<MS>", "at most MS milliseconds")
 class Deadline(ExitRule):
     """Another iteration as long as the last one would end too late."""
 
@@ -192,26 +202,27 @@ class Deadline(ExitRule):
 
 
 def exit_rules(config: DecodingConfig, ordered: bool = True) -> tuple[ExitRule, ...]:
-    """The rules of `config`, in the order in which they give their reason.
+    """The rules of `config`, in order: the first that ends a row sets its exit reason.
 
     Args:
         config: The decoding.
         ordered: Whether neighbouring tokens stand for neighbouring actions.
 
     Raises:
-        ConfigError: A rule that compares neighbouring tokens, for tokens that are not ordered.
+        ConfigError: A rule compares neighbouring tokens, and the tokens are not ordered.
     """
     rules = _rules(config)
     wrong = [rule.reason for rule in rules if rule.ordered]
     if wrong and not ordered:
         raise ConfigError(
-            f"The exit rule {wrong[0]!r} compares neighbouring tokens, but those of this "
-            "vocabulary are no bins; max_iterations and deadline_s work."
+            f"The exit rule {wrong[0]!r} compares neighbouring tokens, but in this vocabulary "
+            "neighbouring tokens do not stand for neighbouring actions; use max_iterations or "
+            "deadline_s."
         )
     return rules
 
 
-@lru_cache(maxsize=256)  # a robot decodes every chunk with the same ones
+@lru_cache(maxsize=256)  # a robot decodes every chunk with the same rules
 def _rules(config: DecodingConfig) -> tuple[ExitRule, ...]:
     rules: list[ExitRule] = []
     if config.confidence is not None:

@@ -1,10 +1,10 @@
-"""One name says a whole decoding, everywhere: ``ar``, ``jacobi``, ``ceed``, ``cap2``,
-``conf0.2_cap2_mid``, ``ar_h``.
+"""Decoder names: ``ar``, ``jacobi``, ``ceed``, ``cap2``, ``conf0.2_cap2_mid``, ``ar_h``.
 
-A name is ``ceed`` (the checkpoint's own), a decoder, or exit rules of the Jacobi decoder, joined by
-underscores; then ``h`` if only the executed steps must be right (exit rules imply it), ``fresh`` if
-the tail behind them is computed with every iteration, then the guess. A checkpoint may have names
-of its own, for what was measured on it: ``risk0.05``.
+One name specifies a whole decoding, everywhere. It starts with ``ceed`` (the checkpoint's own
+decoding), a decoder, or exit rules of the Jacobi decoder, joined by underscores. Then follow ``h``
+if only the executed steps must be right (exit rules imply it), ``fresh`` if every iteration
+computes the tail behind them, and the guess. A checkpoint can define names of its own for settings
+that were measured on it, for example ``risk0.05``.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ EXECUTED = "h"
 FRESH = "fresh"
 _GUESSES = ("mid", "random")
 _STRICT = DecodingConfig()
-# What commands write into a checkpoint; a digit is matched in one way only, so that no text takes
-# long.
+# Names that commands write into a checkpoint. Each digit matches in one way only, so that matching
+# takes linear time.
 OWN = re.compile(r"(risk|plan)(\d+(\.\d+)?|\.\d+)|plan|learned", re.ASCII)
-MOST_OWN = 256  # names of its own that a checkpoint may have
+MOST_OWN = 256  # limit on the names that a checkpoint defines
 
 
 def names_help() -> str:
-    """What a decoding's name may be."""
+    """A description of all decoder names, for help and messages."""
     return (
-        f"{CEED} (the checkpoint's), {meanings()}; rules can be joined (conf<P>_cap<K>); Jacobi "
-        "ones also with _fresh (the tail), _mid or _random (the guess); of a checkpoint: risk<E>, "
-        "plan<MS>, learned"
+        f"{CEED} (the checkpoint's), {meanings()}; exit rules can be joined (conf<P>_cap<K>); "
+        "endings: _h (only the executed steps), _fresh (the tail), _mid or _random (the guess); "
+        "names of a checkpoint: risk<E>, plan<MS>, learned"
     )
 
 
@@ -45,12 +45,16 @@ def named_config(
     ceed: DecodingConfig = _STRICT,
     own: Mapping[str, str] | None = None,
 ) -> DecodingConfig:
-    """The decoding that a name stands for; `ConfigError` if it is unknown, or has values outside
-    their range.
+    """The decoding that a name specifies.
 
-    "ceed" stands for `ceed`, the decoding of a checkpoint (strict without one), and the
-    checkpoint's own names for what `own` says; where that is None, no checkpoint is known, and they
-    are only checked.
+    Args:
+        decoding: A decoder name; a configuration is returned as it is.
+        ceed: The checkpoint's decoding, for the name "ceed"; strict without a checkpoint.
+        own: Decoder names by the checkpoint's own names. If None, no checkpoint is loaded: its own
+            names are only validated, and give `ceed`.
+
+    Raises:
+        ConfigError: The name is unknown, or a value in it is out of range.
     """
     if isinstance(decoding, DecodingConfig):
         return decoding
@@ -67,9 +71,9 @@ def named_config(
     return _parse(decoding, ceed)
 
 
-@lru_cache(maxsize=256)  # a robot asks for the same name with every chunk
+@lru_cache(maxsize=256)  # a robot uses the same name for every chunk
 def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
-    if len(decoding) > LONGEST_NAME:  # of what a checkpoint's own name stands for
+    if len(decoding) > LONGEST_NAME:  # a checkpoint's own name may map to any text
         raise _unknown(decoding)
     head, *parts = decoding.split("_")
     changes = {} if head == "ar" else _endings(parts)
@@ -96,7 +100,7 @@ def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
 
 
 def _endings(parts: list[str]) -> dict[str, Any]:
-    """What the last `parts` of a name say of guess and tail; they are removed."""
+    """Remove the last `parts` of a name that set guess and tail; return these settings."""
     changes: dict[str, Any] = {}
     if parts and parts[-1] in _GUESSES:
         changes["guess"] = parts.pop()
@@ -106,8 +110,10 @@ def _endings(parts: list[str]) -> dict[str, Any]:
 
 
 def _add_exit(part: str, changes: dict[str, Any]) -> bool:
-    """Add the exit rule that a part of a name stands for; false if there is none, or one of its
-    kind already.
+    """Add the exit rule that a part of a name specifies to `changes`.
+
+    Returns:
+        Whether it was added: not if the rule is unknown, or sets a field that is set already.
     """
     kind = EXITS.match(part)
     if kind is None or kind.rule.field in changes:
@@ -126,7 +132,11 @@ def _unknown(decoding: object) -> ConfigError:
         if isinstance(decoding, str) and len(decoding) > LONGEST_NAME
         else short(decoding)
     )
+    decoders = [decoder.shown for decoder in DECODERS.values()]
+    rules = [kind.shown for kind in EXITS.values()]
+    known = ", ".join((CEED, *decoders, *rules))
     return ConfigError(
-        f"Unknown decoder {shown}; choose from {names_help()}. One of another package needs "
-        "--discover_packages_path; those of an axis are known once ceed_vla.axes is imported."
+        f"Unknown decoder {shown}; choose from {known}. A checkpoint's own names are risk<E>, "
+        "plan<MS> and learned. A decoder of another package needs --discover_packages_path; those "
+        "of an axis need `import ceed_vla.axes`."
     )

@@ -1,7 +1,7 @@
-"""What watches a block while it is decoded, and changes nothing: recorded states, streamed steps.
+"""Observers of a block while it is decoded: they record states and stream proven steps.
 
-An observer is called after every iteration with the tokens (B, n), the leading tokens proven in
-every row (B,), and the forwards so far.
+An observer is called after every iteration with the tokens (B, n), the number of leading tokens
+proven in each row (B,), and the forwards so far. It changes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Observer = Callable[[Tensor, np.ndarray, int], None]
 
 
 class StateRecorder:
-    """Keeps a copy of every state (B, n), from the guess on."""
+    """Stores a copy of every state (B, n), from the guess on."""
 
     def __init__(self, guess: Tensor) -> None:
         self.states = [guess.clone()]
@@ -25,7 +25,7 @@ class StateRecorder:
 
 
 class ProvenStream:
-    """Passes on how many leading tokens are proven in all rows; those no longer change."""
+    """Reports how many leading tokens are proven in all rows; these no longer change."""
 
     def __init__(self, on_proven: Callable[[Tensor, int, int], None]) -> None:
         self.on_proven = on_proven

@@ -1,5 +1,6 @@
-"""Decoders and exit rules, found by the pattern of their names; each is registered where it is
-written.
+"""Registries of decoders and exit rules, which are found by the patterns of their names.
+
+Each is registered in the file that defines it.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ _FORMER = {"relaxes": "relaxes", "prefill": "prefill", "eager_only": "compiles"}
 
 
 class Options:
-    """What the name of a decoder says beside its kind: a frozen dataclass with one field for every
-    named group of the pattern.
+    """Options in a decoder's name.
+
+    A subclass is a frozen dataclass with one field for every named group of the pattern.
     """
 
     @classmethod
     def parse(cls, groups: Mapping[str, str | None]) -> Self:
-        """The options of a name; a group that is absent leaves the default of its field."""
+        """The options of a name; the field of an absent group has its default."""
         kinds = typing.get_type_hints(cls)
         return cls(**{name: kinds[name](text) for name, text in groups.items() if text})
 
 
 class Numbers(tuple[int, ...]):
-    """Numbers that a name joins by dashes: ``1-2-4``."""
+    """Numbers that are joined by dashes in a name: ``1-2-4``."""
 
     def __new__(cls, text: str) -> Self:
         return super().__new__(cls, (int(number) for number in text.split("-")))
@@ -46,11 +48,12 @@ class Decoder:
 
     Attributes:
         pattern: Regular expression of its names.
-        shown: Its name in messages, such as ``cap<K>``.
+        shown: Its name in messages, for example ``cap<K>``.
         meaning: What it does, in a few words.
         decode: Decodes one block: ``decode(backbone, prefix, request) -> DecodeResult``.
-        options: Kind of the options in its names; None passes the named groups on as text.
-        relaxes: Whether it may return other tokens than the greedy ones, by its options.
+        options: Class of the options in its names; with None, the options are the named groups as
+            text.
+        relaxes: ``relaxes(options)``, whether it may return other tokens than the greedy ones.
         compiles: Whether it runs on a compiled backbone.
         prefill: Runs the prefix, ``prefill(backbone, observation, options) -> Prefix``; None for
             ``backbone.prefill(observation)``.
@@ -71,14 +74,14 @@ class Decoder:
     ladder: tuple[str, ...] = ()
 
     def parse(self, name: str) -> Any:
-        """The options in a name that matches the pattern."""
+        """Parse the options in a name that matches the pattern."""
         found = re.fullmatch(self.pattern, name, re.ASCII)
         assert found is not None
         return found.groupdict() if self.options is None else self.options.parse(found.groupdict())
 
     @property
     def home(self) -> str:
-        """The module that it is written in."""
+        """The module that defines it."""
         return self.decode.__module__
 
 
@@ -108,23 +111,25 @@ class ExitKind:
 
     @property
     def home(self) -> str:
-        """The module that it is written in."""
+        """The module that defines it."""
         return str(self.rule.__module__)
 
 
 class Registry[E: (Decoder, ExitKind)](dict[str, E]):
-    """Entries by their patterns; `setting` is the field of `DecodingConfig` that names them."""
+    """Entries by their patterns; the field `setting` of `DecodingConfig` holds their names."""
 
     def __init__(self, setting: str) -> None:
         super().__init__()
         self.setting = setting
 
     def add(self, entry: E) -> None:
-        """Register an entry; `ConfigError` if its name is another module's."""
+        """Register an entry; `ConfigError` if another module has registered its name."""
         for other in _entries():
             same = other.shown.partition("<")[0] == entry.shown.partition("<")[0]
             if same and other.home != entry.home:
-                raise ConfigError(f"The name {entry.shown!r} is {other.home}'s; choose another.")
+                raise ConfigError(
+                    f"The name {entry.shown!r} is registered by {other.home}; choose another."
+                )
         self[entry.pattern] = entry
 
     def match(self, name: str) -> E | None:
@@ -142,14 +147,14 @@ class Registry[E: (Decoder, ExitKind)](dict[str, E]):
             return entry
         known = ", ".join(entry.shown for entry in self.values()) or "none is installed"
         raise ConfigError(
-            f"decoding.{self.setting} is {name[:LONGEST_NAME]!r}; known: {known}. One of another "
-            "package needs --discover_packages_path."
+            f"decoding.{self.setting} is {name[:LONGEST_NAME]!r}; known: {known}. One of "
+            "another package needs --discover_packages_path."
         )
 
     def ladders(self, exits: Sequence[int] = ()) -> dict[str, tuple[str, ...]]:
-        """What can be tried of every entry with a ladder: "conf" -> ("conf0.9", ..., "conf0.1").
+        """Ladders of the entries that have one: "conf" -> ("conf0.9", ..., "conf0.1").
 
-        One that needs an exit has a ladder for every depth in `exits`: "deer3" -> ("deer3t0.5",
+        An entry that needs an exit has one ladder per depth in `exits`: "deer3" -> ("deer3t0.5",
         ..., "deer3t3").
         """
         found: dict[str, tuple[str, ...]] = {}
@@ -237,7 +242,7 @@ def register_exit[R](
     def add(rule: type[R]) -> type[R]:
         if not isinstance(getattr(rule, "reason", None), str):
             raise ConfigError(
-                f"The exit rule {rule.__name__} has no reason, the text that results give; set one."
+                f"The exit rule {rule.__name__} has no `reason`, which results report; set it."
             )
         EXITS.add(ExitKind(pattern, shown, meaning, rule, tuple(ladder)))
         return rule
@@ -250,7 +255,7 @@ def _entries() -> list[Decoder | ExitKind]:
 
 
 def find_decoder(name: str) -> Decoder:
-    """The decoder that a name belongs to; `ConfigError` for an unknown one."""
+    """The decoder that a name belongs to; `ConfigError` for an unknown name."""
     decoder = DECODERS.find(name)
     for former, present in _FORMER.items():
         if hasattr(decoder.decode, former):
@@ -262,7 +267,7 @@ def find_decoder(name: str) -> Decoder:
 
 
 def find_exit(name: str) -> ExitKind:
-    """The kind of an exit rule's name; `ConfigError` for an unknown one."""
+    """The kind of an exit rule's name; `ConfigError` for an unknown name."""
     return EXITS.find(name)
 
 

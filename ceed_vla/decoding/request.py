@@ -1,4 +1,4 @@
-"""What a decoder is asked for: one block behind one prefix."""
+"""The input of a decoder: one block to decode behind one prefix."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from ceed_vla.tensors import check_tokens
 class BlockRequest:
     """One block to decode.
 
-    A robot that executes one chunk while the next is decoded has consumed some steps of it by
-    then. If these steps begin the guess and are frozen, the rest of the next chunk continues what
-    the robot really does ("real-time chunking"), exactly as a causal model defines it: it is the
-    greedy continuation of the frozen tokens.
+    In real-time chunking, a robot executes one chunk while the next one is decoded. The steps that
+    it executes meanwhile are frozen at the start of the next chunk, so that the two chunks join
+    without a jump: the rest of the chunk is the model's greedy continuation of the frozen tokens.
 
     Attributes:
         config: How to decode, and what ends decoding.
-        guess: (B, n) int64, the first state. Without frozen steps slot 0 is not read, as the
-            prefix gives it. AR fills up from it.
-        tokens_per_step: Tokens of one control step; None where tokens belong to no step.
+        guess: (B, n) int64, the initial state. Slot 0 is not read unless it is frozen, as the
+            prefix gives it. AR takes the tokens that it does not decode from the guess.
+        tokens_per_step: Tokens of one control step; None if tokens do not belong to steps.
         ordered: Whether neighbouring tokens stand for neighbouring actions.
-        exact_dims: Dimensions of a step that stay exact where others may be near.
+        exact_dims: Dimensions of a step that must be exact in decoders that accept near tokens.
         executed_steps: Steps ``h`` that are executed before the next replan; None for all.
         frozen_steps: Steps ``k`` at the start of the guess that stay as they are; fewer than the
             block has.
-        stop: Token that ends a row as soon as it is proven; None where every block is full.
-        readable: Which rows (B,) of tokens (B, n) decode to a chunk; None for all.
-        record_states: Keep every state.
-        on_proven: Called while decoding goes on with the tokens (B, n), the leading tokens that
-            are proven in every row, and the forwards so far. Proven tokens no longer change. AR,
-            Jacobi decoding and drafts call it.
-        deadline_s: Time for this block, counted as the deadline of `config`, beside that [s].
-        forwards_before: Forwards that ran before, which a cap counts too.
-        clock: Time [s], for deadlines.
-        started: When decoding began [s]; None before (`begun`).
+        stop: Token that ends a row as soon as it is proven; None if all blocks have fixed length.
+        readable: Maps tokens (B, n) to the rows (B,) that decode to a chunk; None for all.
+        record_states: Whether the result holds every state.
+        on_proven: Called during decoding with the tokens (B, n), the number of leading tokens
+            proven in every row, and the forwards so far. Proven tokens no longer change. AR, Jacobi
+            decoding and drafts call it.
+        deadline_s: Time limit of this block, counted like the deadline of `config` and additional
+            to it [s].
+        forwards_before: Forwards that ran before, which the cap includes.
+        clock: Returns the time [s], for deadlines.
+        started: When decoding began [s]; None until then (`begun`).
     """
 
     config: DecodingConfig = field(default_factory=DecodingConfig)
@@ -67,12 +67,12 @@ class BlockRequest:
     started: float | None = None
 
     def begun(self) -> BlockRequest:
-        """This request, whose time runs from now on if it does not yet."""
+        """This request with its start time, which is now unless it is set already."""
         return replace(self, started=self.clock()) if self.started is None else self
 
     @property
     def options(self) -> Any:
-        """What the decoder's name says beside its kind; see `Decoder.options`."""
+        """The options in the decoder's name; see `Decoder.options`."""
         return self.config.options
 
     def begin(
@@ -82,17 +82,16 @@ class BlockRequest:
 
         Args:
             backbone: The model.
-            prefix: What the block is decoded behind.
+            prefix: The prefix, which the block follows.
             guessed: Whether the decoder needs a guess; without one, the state is 0.
 
         Returns:
-            The guess (B, n) on the prefix's device, which without frozen steps begins with the
-            token that the prefix gives; how many tokens are frozen; the end ``M`` of the watched
-            slots.
+            The guess (B, n) on the prefix's device, with the prefix's token in slot 0 unless that
+            is frozen; the number of frozen tokens; the end ``M`` of the watched slots.
 
         Raises:
-            TokenError: No guess where one is needed, or tokens that do not fit.
-            ConfigError: Executed steps that do not fit the block.
+            TokenError: A needed guess is missing, or its tokens do not fit.
+            ConfigError: The executed or frozen steps do not fit the block.
         """
         rows = len(prefix.logits)
         device = prefix.logits.device
@@ -104,8 +103,8 @@ class BlockRequest:
             tokens = self.guess.to(device, torch.int64, copy=True)
         elif guessed or frozen or watched < n:
             raise TokenError(
-                f"{self.config.method} does not decode all {n} tokens anew; pass a guess "
-                f"({rows}, {n})."
+                f"The guess is missing, and {self.config.method} takes some of the {n} tokens from "
+                f"it; pass a guess ({rows}, {n})."
             )
         else:
             tokens = torch.zeros(rows, n, dtype=torch.int64, device=device)
@@ -118,7 +117,7 @@ class BlockRequest:
         """How many tokens of a block of `block_length` are frozen.
 
         Raises:
-            ConfigError: Frozen steps where tokens belong to no step, or so many that nothing is
+            ConfigError: Steps are frozen although tokens do not belong to steps, or no step is
                 left to decode.
         """
         frozen = self.frozen_steps
@@ -127,8 +126,8 @@ class BlockRequest:
             return 0
         if width is None:
             raise ConfigError(
-                f"frozen_steps is {short(frozen)}; tokens of variable length belong to no step, so "
-                "none can be frozen. Leave it at 0."
+                f"frozen_steps is {short(frozen)}; it must be 0, as tokens of variable length do "
+                "not belong to steps. Leave it at 0."
             )
         steps = block_length // width
         if type(frozen) is not int or not 0 <= frozen < steps:
@@ -143,7 +142,7 @@ class BlockRequest:
         steps behind them.
 
         Raises:
-            ConfigError: More executed steps than the block has.
+            ConfigError: There are more executed steps than the block has.
         """
         executed = self.executed_steps
         width = self.tokens_per_step
@@ -160,17 +159,17 @@ class BlockRequest:
         return min(frozen + executed * width, block_length)
 
     def refuse_jacobi_settings(self) -> None:
-        """Raise `ConfigError` for settings of Jacobi decoding, which others would ignore."""
+        """Raise `ConfigError` for settings that only Jacobi decoding supports."""
         config = self.config
         relaxed = config.relaxations or self.deadline_s is not None
         if relaxed or config.tail == "fresh" or config.window:
             raise ConfigError(
-                f"The decoder {config.method} has no exits, fresh tail or window, which are "
-                "settings of jacobi; leave them out."
+                f"The decoder {config.method} does not support exit rules, a fresh tail or a "
+                "window; leave them out, or use jacobi."
             )
 
     def observers(self, guess: Tensor) -> tuple[list[Observer], StateRecorder | None]:
-        """What watches the block from its `guess` (B, n) on; the second keeps its states."""
+        """The block's observers, from its `guess` (B, n) on, and the recorder among them."""
         recorder = StateRecorder(guess) if self.record_states else None
         observers: list[Observer] = [] if recorder is None else [recorder]
         if self.on_proven is not None:
@@ -186,8 +185,8 @@ class BlockRequest:
     def finished(
         self, tokens: Tensor, states: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor] | None]:
-        """`tokens` (B, n) and `states` with the stop token in every slot behind the first one of
-        the block's row.
+        """`tokens` (B, n) and `states`, where the stop token fills the slots behind the first stop
+        token of a row.
         """
         if self.stop is None:
             return tokens, states

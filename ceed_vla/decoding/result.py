@@ -9,41 +9,41 @@ from torch import Tensor
 
 @dataclass
 class DecodeResult:
-    """Decoded block and how it came about.
+    """A decoded block, and how decoding went.
 
     Attributes:
         tokens: (B, n) int64.
         forwards: Model calls after the prefill, shared by all rows: block forwards (Jacobi) or
             single-token forwards (AR). The forward that verifies the fixed point is counted.
-        iterations: (B,) int64 on the CPU, forwards until this row was done; it no longer changes
-            then.
-        layer_forwards: (B,) int64 on the CPU, layers that ran in these; None of a decoder means
-            all.
-        prefix_layers: (B,) int64 on the CPU, layers that the prefix ran through; None of a decoder
-            means all.
+        iterations: (B,) int64 on the CPU, forwards until this row ended; its tokens do not change
+            afterwards.
+        layer_forwards: (B,) int64 on the CPU, layers that ran in these forwards; a decoder that
+            returns None ran all.
+        prefix_layers: (B,) int64 on the CPU, layers that the prefix ran through; a decoder that
+            returns None ran all.
         exit_reason: Why each row stopped.
 
-            - "complete": AR decoded every token it was asked for.
+            - "complete": AR decoded every requested token.
             - "stop": the stop token of a variable-length vocabulary is proven; the rest of the
               block is filled with it. Rows of such a vocabulary that end otherwise have no proven
               stop token.
             - "converged": every token of the block is proven equal to greedy AR.
-            - "stable": every token of the executed steps is proven, the tail not
+            - "stable": every token of the executed steps is proven, but not the tail
                 (``watch="executed"``).
             - "confidence": the watched slots are confident enough.
             - "max_iterations": the cap.
             - "deadline": the next iteration would have ended too late.
-            - "near": drafted tokens counted as right that are only near.
-            - "depths_agree", "depth_sure": exits of the first forward were enough.
-            - "gap", "agreement", "few_changes", and what exit rules of other packages say.
-        exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR (behind a
-            frozen prefix: to its greedy continuation), at least 1, but where not all layers saw the
-            prefix. Those behind are unchecked. "Proven" is up to floating-point
-            ties, and for causal backbones.
+            - "near": drafted tokens were accepted that are only near the right ones.
+            - "depths_agree", "depth_sure": the early-exit layers of the first forward sufficed.
+            - "gap", "agreement", "few_changes", and the reasons of other packages' exit rules.
+        exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR (behind frozen
+            tokens: to their greedy continuation). At least 1, unless the prefix ran through a part
+            of the layers. Later tokens are unchecked. "Proven" holds for causal backbones, up to
+            floating-point ties.
         exact: (B,) bool on the CPU, ``exact_tokens == n``.
         states: With ``record_states`` the states y(0), y(1), ..., each (B, n); y(0) is the guess
-            with the exact first token in it, the last one is `tokens`. For strict Jacobi this is
-            the trajectory to train on; where the last forward only verified, the last two states
+            with the exact first token in slot 0, the last state is `tokens`. For strict Jacobi this
+            is the trajectory to train on; where the last forward only verified, the last two states
             are equal.
         actions: (B, m, A) in the tokenizer's units, filled by the policy.
         seconds: Times "prefill" and "decode" [s], filled by the policy.

@@ -1,4 +1,4 @@
-"""What is known about every row of a block, on the host."""
+"""Progress of every row of a block, on the host."""
 
 from __future__ import annotations
 
@@ -31,19 +31,24 @@ class Rows:
         """Leading tokens that are proven in every running row."""
         return int(self.exact[self.running].min())
 
-    def accept(self, old: np.ndarray, new: np.ndarray, first: int) -> None:
-        """Prove tokens of the running rows: `new` (B, k) was computed from `old` (B, k), from slot
-        `first` on.
+    def accept(self, old: np.ndarray, new: np.ndarray, start: int) -> None:
+        """Accept new tokens of the running rows up to and including the first that changed.
 
-        The first changed slot is right now, as all slots before it were; no change proves every
-        slot. A window that ends before what a row has proven already takes nothing back.
+        That token is exact, because all slots in front of it were a fixed point already; without a
+        change, every slot is exact. Tokens that are proven stay proven, even if the slots end
+        before them.
+
+        Args:
+            old: (B, k) the tokens of the slots in the state before.
+            new: (B, k) the tokens that a forward computed from that state.
+            start: The slot that they begin with.
         """
         changed = new != old  # (B, k)
         proven = np.where(changed.any(1), changed.argmax(1) + 1, new.shape[1])  # (B,)
-        self.exact = np.where(self.running, np.maximum(self.exact, first + proven), self.exact)
+        self.exact = np.where(self.running, np.maximum(self.exact, start + proven), self.exact)
 
     def end(self, rows: np.ndarray | bool, reason: str, iteration: int) -> None:
-        """End those of `rows` (B,) bool that run. Behind a stop token there is nothing to prove."""
+        """End the running rows among `rows` (B,) bool; a row with a stop token is exact."""
         for row in np.flatnonzero(self.running & rows):
             self.reasons[row] = reason
             self.iterations[row] = iteration

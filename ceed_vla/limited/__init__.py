@@ -1,6 +1,5 @@
-"""Work on what others made, such as tokenizers and chat templates, in a child with limits of time
-and memory.
+"""Untrusted tokenizers and chat templates, used in a child process of limited time and memory.
 
-`process` starts the child; `child` is what it runs, which needs nothing of this package; each other
-file is one kind of work.
+`process` starts the child. `child` is the program of the child and imports nothing of this package.
+Each other file is one kind of work.
 """

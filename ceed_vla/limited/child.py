@@ -1,8 +1,7 @@
-"""What the child of `process.run_limited` runs: a job from standard input, whose answer goes to
-standard output.
+"""Program of the child of `process.run_limited`: job on standard input, answer on standard output.
 
-The limits are set before any library of others is imported. Nothing of this package is: a child
-starts in some 50 ms.
+The limits are set before any third-party library is imported. Nothing of this package is imported,
+so that a child starts in some 50 ms.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ def main() -> None:
     """Answer one job."""
     sent = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a library that prints does not spoil the answer
+    os.dup2(2, 1)  # what libraries print goes to stderr, not into the answer
     sys.path[:] = sent["path"]
     sys.dont_write_bytecode = True
     _limit(sent["cpu_s"], sent["memory"])
@@ -35,10 +34,8 @@ def main() -> None:
 
 
 def _limit(cpu_s: int, memory: int) -> None:
-    """Bound computation [s] and address space [bytes], and allow neither files nor dumps of
-    memory.
-    """
-    with contextlib.suppress(ImportError):  # on other systems the limit of wall time is what holds
+    """Limit computation [s] and address space [bytes]; forbid files and core dumps."""
+    with contextlib.suppress(ImportError):  # on other systems only the limit of wall time applies
         import resource
 
         limits = {

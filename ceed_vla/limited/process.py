@@ -11,27 +11,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-WALL_S = 30.0  # of everything, the interpreter's start on a busy machine included [s]
+WALL_S = 30.0  # in all, including the interpreter's start on a busy machine [s]
 CPU_S = 10  # [s]
 MEMORY = 2**31  # of address space [bytes]
 _HERE = Path(__file__).resolve().parent
 
 
 class LimitError(Exception):
-    """Limited work failed; the message says why, without saying of what."""
+    """Limited work failed; the message has the reason, and the caller adds the subject."""
 
 
 def run_limited(work: str, job: Mapping[str, Any]) -> dict[str, Any]:
-    """What the function ``work(job)`` in ``<work>.py`` of this folder returns, run in a process of
-    its own.
+    """Call the function ``work(job)`` in ``<work>.py`` of this folder, in a separate process.
 
     Args:
         work: Name of the file, which imports nothing of this package.
-        job: Its argument; JSON.
+        job: The argument, of JSON types.
+
+    Returns:
+        The value that the function returns.
 
     Raises:
-        LimitError: It raised, wrote no JSON, crashed, or took more than `CPU_S`, `WALL_S` or
-            `MEMORY`.
+        LimitError: The function raised, wrote no JSON, crashed, or took more than `CPU_S`, `WALL_S`
+            or `MEMORY`.
     """
     sent = {
         "work": str(_HERE / f"{work}.py"),
@@ -40,15 +42,15 @@ def run_limited(work: str, job: Mapping[str, Any]) -> dict[str, Any]:
         "cpu_s": CPU_S,
         "memory": MEMORY,
     }
-    # each takes address space
+    # each thread takes address space
     one_thread = {
         "RAYON_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     try:
         done = subprocess.run(
-            # Neither site nor the environment's paths are read: the child gets this process's path,
-            # and starts sooner.
+            # -I -S: the child skips `site` and PYTHONPATH, which is faster; it receives this
+            # process's path.
             [sys.executable, "-I", "-S", str(_HERE / "child.py")],
             input=json.dumps(sent),
             capture_output=True,

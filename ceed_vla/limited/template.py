@@ -1,6 +1,6 @@
-"""Render a chat template, in a limited child: a Jinja program, in the environment of transformers.
+"""Render a chat template, which is a Jinja program, in a limited child.
 
-That is sandboxed; its tracking of generated tokens is left out.
+The environment is that of transformers: sandboxed, but without its tracking of generated tokens.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ _LONGEST = 10_000_000  # characters of a rendered prompt
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """The text of the job's messages up to where the model answers, or what is wrong with the
-    template.
-    """
+    """Render the job's messages up to the start of the model's answer; or return an "error"."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}`` marks what a model is trained to write; here it is text as any
-        other.
-        """
+        """Accepts ``{% generation %}``, which marks training targets, as plain text."""
 
         tags = {"generation"}  # noqa: RUF012  (jinja's name and type)
 
@@ -51,4 +47,6 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         add_generation_prompt=True,
         **job["variables"],
     )
-    return {"text": text} if len(text) <= _LONGEST else {"error": "its text has no end"}
+    if len(text) > _LONGEST:
+        return {"error": f"its text is longer than {_LONGEST} characters"}
+    return {"text": text}

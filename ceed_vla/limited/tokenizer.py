@@ -1,7 +1,8 @@
-"""Open tokenizer files and use them on texts that find out what they cost, in a limited child.
+"""Open tokenizer files and use them on texts that reveal their cost, in a limited child.
 
-The texts are ordinary ones, and long runs of what the file's own patterns and replacements match:
-these are where a pattern backtracks without end, and where replacements double.
+The texts are ordinary ones, and long runs of characters that the file's own patterns and
+replacements match: on such runs, patterns backtrack without end and replacements grow
+exponentially.
 """
 
 from __future__ import annotations
@@ -18,16 +19,14 @@ ORDINARY = (
     "".join(map(chr, range(300))),
 )
 LONG = 2000  # characters of a run
-MOST_MARKS = 64  # characters of patterns of which a run is made
+MOST_MARKS = 64  # different characters that runs are made of
 _STAGES = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-_MOST_IDS = 65_536  # of a text; padding included
+_MOST_IDS = 65_536  # of a text, padding included
 _MOST_TEXT = 2**24  # characters that ids are decoded to
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Use every file of the job, tokenizer.json or SentencePiece's, on ordinary texts and the job's
-    own.
-    """
+    """Use each file of the job (tokenizer.json or SentencePiece's) on ordinary and on its texts."""
     for name in job["files"]:
         texts = [*ORDINARY, *job["texts"]]
         if name.endswith(".json"):
@@ -38,18 +37,14 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def runs(marks: str) -> Iterator[str]:
-    """Texts of one mark again and again, with another at the end, which makes a pattern try all it
-    has tried.
-    """
+    """Texts that repeat one mark and end in another one, which makes patterns backtrack."""
     for mark in marks:
         yield mark * LONG + ("!" if mark != "!" else "?")
     yield marks * (LONG // max(len(marks), 1)) + "!"
 
 
 def marks_of(values: Any) -> str:
-    """Characters in the patterns and replacements of what tokenizer.json holds besides its
-    vocabulary.
-    """
+    """Characters in the patterns and replacements of a tokenizer.json, without its vocabulary."""
     found: dict[str, None] = dict.fromkeys("a 0.\n")
     waiting = [values.get(stage) for stage in _STAGES]
     while waiting:
@@ -66,7 +61,7 @@ def _use_json(file: Path, texts: list[str]) -> None:
 
     values = json.loads(file.read_text(encoding="utf-8"))
     marks = marks_of(values)
-    del values  # a vocabulary takes its memory twice otherwise
+    del values  # otherwise the vocabulary is in memory twice
     tokenizer = Tokenizer.from_file(str(file))
     for text in [*texts, *runs(marks)]:
         ids = tokenizer.encode(text).ids

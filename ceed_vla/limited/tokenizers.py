@@ -1,6 +1,4 @@
-"""Tokenizers of checkpoints: they are opened here only after a limited child has opened and used
-them.
-"""
+"""Check tokenizers of checkpoints in a limited child, before this process opens them."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from ceed_vla.limited.process import LimitError, run_limited
 
 MOST_BYTES = 2**26  # of a tokenizer's file; the largest that are published have about half
 FAST = "tokenizer.json"
-# What a loader reads beside it in this process, if it is there.
+# Further files that a loader in this process reads if they exist.
 _BESIDE = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -24,20 +22,19 @@ _BESIDE = (
     "chat_template.json",
     "vocab.json",
 )
-_LONGEST_TOKEN, _MOST_TOKENS = 200, 1000  # of the texts beside it that are tried
-_checked: set[str] = set()  # hashes of what a child of this process has used
+_LONGEST_TOKEN, _MOST_TOKENS = 200, 1000  # of the texts in these files that are tried
+_checked: set[str] = set()  # hashes of content and texts that passed the check
 
 
 def check_tokenizers(folder: Path, texts: Iterable[str] = ()) -> None:
-    """Refuse a folder whose tokenizer crashes, does not end or fills the memory when it is opened
-    or used.
+    """Refuse a folder whose tokenizer crashes, hangs or fills the memory when opened or used.
 
     Args:
-        folder: Where tokenizer.json, or files of SentencePiece (``*.model``), are.
-        texts: What it will be used on, besides instructions.
+        folder: Folder of tokenizer.json, or of files of SentencePiece (``*.model``).
+        texts: Texts that it will be used on, besides instructions.
 
     Raises:
-        CheckpointError: Such a tokenizer, or a file that cannot be read.
+        CheckpointError: The tokenizer fails the check, or a file cannot be read.
     """
     beside = [file for name in _BESIDE if (file := folder / name).exists()]
     tokens = dict.fromkeys(token for file in beside for token in _tokens(file))
@@ -48,8 +45,9 @@ def check_tokenizers(folder: Path, texts: Iterable[str] = ()) -> None:
 
 
 def check_tokenizer_text(text: str, what: str, error: type[CeedVLAError]) -> None:
-    """As `check_tokenizers`, of the content of a tokenizer.json, which is called `what`; raises
-    `error`.
+    """As `check_tokenizers`, for the content of a tokenizer.json; raises `error`.
+
+    Messages call the content `what`.
     """
     _check(text.encode("utf-8", "surrogatepass"), ".json", what, [], error)
 
@@ -70,14 +68,14 @@ def _check(
             run_limited("tokenizer", {"files": [str(copy)], "texts": texts})
     except LimitError as problem:
         raise error(
-            f"{what} cannot be read ({problem}), as a trial in another process shows; copy it "
-            "again."
+            f"{what} cannot be read ({problem}), according to a check in a separate process; copy "
+            "it again."
         ) from problem
     _checked.add(key)
 
 
 def _tokens(file: Path) -> Iterator[str]:
-    """Short texts in a file of settings; `CheckpointError` if it is no JSON."""
+    """Short strings in a file of settings; `CheckpointError` if it is not JSON."""
     try:
         waiting: list[Any] = [parse_json(read_text(file))]
     except ValueError as error:

@@ -1,3 +1,3 @@
 """Action vocabularies, one file each; a user's own registers itself the same way
-(docs/extending.md).
+(docs/how-to/add-an-action-vocabulary.md).
 """

@@ -1,5 +1,5 @@
-"""What an action vocabulary is: the settings that ``--policy.action_tokens.type`` chooses, and what
-these build.
+"""Base of the action vocabularies: the settings that ``--policy.action_tokens.type`` chooses, and
+the tokenizer that they build.
 """
 
 from __future__ import annotations
@@ -21,72 +21,76 @@ from ceed_vla.tensors import check_tokens
 if TYPE_CHECKING:
     from ceed_vla.tokens.grammar import Grammar
 
-ACTIONS = "[-1e9, 1e9]"  # whatever the unit: metres, degrees or ticks of an encoder
+ACTIONS = "[-1e9, 1e9]"  # allowed actions in any unit: metres, degrees or ticks of an encoder
 GUESSES = ("previous", "mid", "random")
 
 
 def check_ends(low: Sequence[float], high: Sequence[float]) -> None:
-    """Refuse `action_low` and `action_high` of two lengths."""
+    """Raise `ConfigError` if `action_low` and `action_high` differ in length."""
     if len(low) != len(high):
         raise ConfigError(
-            f"action_low has {len(low)} values, action_high {len(high)}; give one of each a "
+            f"action_low has {len(low)} values, action_high {len(high)}; set one of each per "
             "dimension."
         )
 
 
 def from_front(gripper_dims: Sequence[int], action_dim: int) -> tuple[int, ...]:
-    """Dimensions of which negative ones count from the end, as sorted non-negative indices."""
+    """Sorted non-negative indices of dimensions; negative ones count from the end."""
     bad = [d for d in gripper_dims if not -action_dim <= d < action_dim]
     if bad:
-        raise ConfigError(f"gripper_dims {bad} lie outside the {action_dim} action dimensions.")
+        raise ConfigError(
+            f"gripper_dims has {bad}; it must be in [{-action_dim}, {action_dim - 1}], as there "
+            f"are {action_dim} action dimensions."
+        )
     return tuple(sorted({int(d) % action_dim for d in gripper_dims}))
 
 
 class ActionTokens(abc.ABC):
-    """Writes chunks of ``m`` actions of ``A`` dimensions as blocks of ``n`` tokens, and reads
-    them.
-    """
+    """Converts chunks of ``m`` actions of ``A`` dimensions to blocks of ``n`` tokens, and back."""
 
     action_dim: int  # action dimensions ``A``
     chunk_steps: int  # steps ``m`` of a chunk
     block_length: int  # tokens ``n`` of a block
     vocabulary_size: int  # values ``V`` of one token
-    # Tokens of one step, in order of time; None where a token belongs to no step. Then nothing can
+    # Tokens of one step, in order of time; None if tokens do not belong to steps. Then no step can
     # be frozen, and a block is executed as a whole or not at all.
     tokens_per_step: int | None
-    # whether neighbouring tokens stand for neighbouring actions, as the settings say
+    # Whether neighbouring tokens stand for neighbouring actions; set from the settings.
     ordered: bool = True
-    # whether it writes what the pre-processor makes of a data set's actions
+    # Whether the actions are those that the preprocessor has normalised.
     normalised: bool = False
-    # token behind which a block holds nothing; None where every block is full
+    # Token that ends a block; None if all blocks have fixed length.
     stop: int | None = None
     zero: Tensor  # (n,) int64, the block nearest "do not move"
     gripper_dims: tuple[int, ...] = ()  # two-valued dimensions, as non-negative indices
     low: Tensor  # (A,) float64, smallest action [action units]
     high: Tensor  # (A,) float64, largest action [action units]
-    # which tokens can complete a chunk; None where all can, or nobody knows
+    # Rules for the tokens that can complete a chunk; None if all can, or if this is unknown.
     grammar: Grammar | None = None
     clipped: int = 0  # values outside [low, high] that `encode` has clipped since construction
 
     @abc.abstractmethod
     def encode(self, actions: Tensor) -> Tensor:
-        """Tokens (B, n) int64 of finite `actions` (B, m, A); values out of range are clipped and
-        counted.
+        """Convert finite `actions` (B, m, A) to tokens (B, n) int64.
 
-        `TokenError` for another shape, NaN or infinity, or a chunk that no block can hold.
+        Values out of range are clipped and counted.
+
+        Raises:
+            TokenError: Another shape, NaN or infinity, or a chunk that is too long for a block.
         """
 
     @abc.abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
-        """Actions (B, m, A) float32 [action units] of `tokens` (B, n).
+        """Convert `tokens` (B, n) to actions (B, m, A) float32 [action units].
 
-        `TokenError` for another shape or what lies outside the vocabulary, `MalformedChunkError`
-        for rows of no chunk.
+        Raises:
+            TokenError: Another shape, or a value outside the vocabulary.
+            MalformedChunkError: The tokens of a row are not a chunk.
         """
 
     def readable(self, tokens: Tensor) -> Tensor:
-        """Which rows (B,) bool of `tokens` (B, n) stand for a chunk: all, unless a vocabulary says
-        otherwise.
+        """The rows (B,) bool of `tokens` (B, n) that decode to a chunk: all, unless a vocabulary
+        overrides this.
         """
         check_tokens(tokens, "tokens", (None, self.block_length), 0)
         return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -98,8 +102,7 @@ class ActionTokens(abc.ABC):
         check_tokens(tokens, "tokens", (None, self.block_length), 0)
         if padded is not None and getattr(padded, "shape", None) != (len(tokens), self.chunk_steps):
             raise TokenError(
-                f"padded is {short(padded)}; expected ({len(tokens)}, {self.chunk_steps}) true or "
-                "false."
+                f"padded is {short(padded)}; expected ({len(tokens)}, {self.chunk_steps}) booleans."
             )
         if padded is None or self.tokens_per_step is None:
             return torch.ones_like(tokens, dtype=torch.float32)
@@ -113,17 +116,21 @@ class ActionTokens(abc.ABC):
         shift_steps: int = 0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """First states (B, n) int64 of Jacobi decoding.
+        """Make initial guesses (B, n) int64 for Jacobi decoding.
 
         Args:
             kind: "random" (uniform tokens), "mid" (`zero`), or "previous" (the previous chunk
-                without the steps that were executed, its last step repeated; "mid" in rows that
-                have none).
+                without its executed steps, its last step repeated; "mid" in rows without a previous
+                chunk).
             rows: Rows ``B``.
-            previous: Tokens (B, n) of the previous chunk; rows of -1 have none.
-            shift_steps: Steps of it that were executed.
-            generator: Random source, on the CPU so that a seed means the same tokens on every
-                device; torch's if None.
+            previous: Tokens (B, n) of the previous chunk; -1 in rows that have none.
+            shift_steps: Steps of the previous chunk that were executed.
+            generator: Random source on the CPU, so that a seed gives the same tokens on every
+                device; torch's default if None.
+
+        Raises:
+            ConfigError: `kind` is unknown.
+            TokenError: `previous` or `shift_steps` do not fit.
         """
         if kind not in GUESSES:
             raise ConfigError(f"The guess is {short(kind)}; choose one of {', '.join(GUESSES)}.")
@@ -132,7 +139,7 @@ class ActionTokens(abc.ABC):
             check_tokens(previous, "The previous chunk", shape, self.vocabulary_size, none=True)
         if type(shift_steps) is not int or not 0 <= shift_steps <= self.chunk_steps:
             raise TokenError(
-                f"shift_steps is {short(shift_steps)}; it must be whole steps in [0, "
+                f"shift_steps is {short(shift_steps)}; it must be a whole number in [0, "
                 f"{self.chunk_steps}]."
             )
         if kind == "random":
@@ -149,38 +156,47 @@ class ActionTokens(abc.ABC):
     def with_frozen(
         self, guess: Tensor, previous: Tensor | None, shift_steps: int, frozen_steps: int
     ) -> Tensor:
-        """`guess` (B, n) with the steps of `previous` (B, n) behind its first `shift_steps` as its
-        own first `frozen_steps`.
+        """Replace the first steps of a guess by frozen steps of the previous chunk.
 
-        `ConfigError` where tokens belong to no step, `TokenError` where `previous` lacks these
-        steps.
+        Args:
+            guess: (B, n) the guess.
+            previous: (B, n) tokens of the previous chunk.
+            shift_steps: Steps of the previous chunk that were executed.
+            frozen_steps: Steps behind these that are copied to the start of the guess.
+
+        Returns:
+            (B, n).
+
+        Raises:
+            ConfigError: Tokens do not belong to steps.
+            TokenError: `previous` does not have these steps.
         """
         width = self.tokens_per_step
         if width is None:
             raise ConfigError(
-                f"frozen_steps is {short(frozen_steps)}; tokens of variable length belong to no "
-                "step, so none can be frozen. Leave it at 0."
+                f"frozen_steps is {short(frozen_steps)}; it must be 0, as tokens of variable "
+                "length do not belong to steps. Leave it at 0."
             )
         most = min(self.chunk_steps - shift_steps, self.chunk_steps - 1)
         if type(frozen_steps) is not int or not 0 <= frozen_steps <= most:
             raise TokenError(
-                f"frozen_steps is {short(frozen_steps)}; it must be in [0, {most}]: the steps of "
-                f"the previous chunk behind the {shift_steps} executed ones, and one step less "
+                f"frozen_steps is {short(frozen_steps)}; it must be in [0, {most}]: at most the "
+                f"steps of the previous chunk behind the {shift_steps} executed ones, and less "
                 "than a chunk."
             )
         if previous is None or bool((previous[:, 0] < 0).any()):
             raise TokenError(
-                f"frozen_steps is {frozen_steps}, but there is no previous chunk whose steps could "
-                "stay in every row. Pass it as previous, or freeze none."
+                f"frozen_steps is {frozen_steps}, but a row has no previous chunk to copy steps "
+                "from. Pass previous for every row, or set frozen_steps to 0."
             )
         start = shift_steps * width
         end = start + frozen_steps * width
-        kept = previous[:, start:end].to(guess)  # (B, k * width)
-        return torch.cat([kept, guess[:, end - start :]], dim=1)
+        frozen = previous[:, start:end].to(guess)  # (B, k * width)
+        return torch.cat([frozen, guess[:, end - start :]], dim=1)
 
     def shifted(self, previous: Tensor, mid: Tensor, steps: int) -> Tensor:
-        """`previous` (B, n) without its first `steps`, its last step repeated; `mid` (B, n) in rows
-        of -1.
+        """Shift `previous` (B, n) by `steps` and repeat its last step; rows of -1 become those of
+        `mid` (B, n).
         """
         assert self.tokens_per_step is not None
         width = self.tokens_per_step
@@ -195,14 +211,14 @@ class ActionTokensConfig(Choice, Checked, draccus.ChoiceRegistry, abc.ABC):
     """Base of the settings of all vocabularies.
 
     Attributes:
-        listed: Settings that have one value for every action dimension, or are empty until they are
-            filled.
+        listed: Names of the settings that have one value per action dimension, or are empty until
+            they are fitted.
         gripper_dims: Two-valued action dimensions, which decode to their two values exactly.
     """
 
     setting: ClassVar[str] = "action_tokens"
     usual: ClassVar[str] = "uniform"
-    # neighbouring tokens stand for neighbouring actions: soft labels make sense
+    # Whether neighbouring tokens stand for neighbouring actions, as soft labels require.
     ordered: ClassVar[bool] = True
 
     listed: ClassVar[tuple[str, ...]] = ()
@@ -211,7 +227,7 @@ class ActionTokensConfig(Choice, Checked, draccus.ChoiceRegistry, abc.ABC):
 
     @abc.abstractmethod
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
-        """The vocabulary for chunks of ``m`` steps of ``A`` dimensions."""
+        """Build the vocabulary for chunks of ``m`` steps of ``A`` dimensions."""
 
     @property
     @abc.abstractmethod
@@ -223,8 +239,11 @@ class ActionTokensConfig(Choice, Checked, draccus.ChoiceRegistry, abc.ABC):
         return chunk_steps * action_dim
 
     def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
-        """Fill what the data define, once, when a policy is new; `action_stats` are LeRobot's, or
-        None.
+        """Set what depends on the data, once, when a policy is created.
+
+        Args:
+            action_dim: Action dimensions ``A``.
+            action_stats: LeRobot's statistics of the actions, or None.
         """
 
     def validate_features(self, action_dim: int) -> None:
@@ -232,7 +251,10 @@ class ActionTokensConfig(Choice, Checked, draccus.ChoiceRegistry, abc.ABC):
         self.gripper_indices(action_dim)
         for name in self.listed:
             if (count := len(getattr(self, name))) not in (0, action_dim):
-                raise ConfigError(f"{name} has {count} values, the action has {action_dim}.")
+                raise ConfigError(
+                    f"{name} has {count} values, the action has {action_dim} dimensions; set one "
+                    "per dimension."
+                )
 
     def gripper_indices(self, action_dim: int) -> tuple[int, ...]:
         """`gripper_dims` as non-negative indices."""

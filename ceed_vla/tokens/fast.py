@@ -1,5 +1,5 @@
-"""FAST tokens fitted on own data (``--policy.action_tokens.type=fast``): the ids of a `FastCodec`,
-and a stop token.
+"""FAST tokens that are fitted to the training data (``--policy.action_tokens.type=fast``): the ids
+of a `FastCodec`, and a stop token.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from ceed_vla.tokens.grammar import Grammar
 from ceed_vla.tokens.uniform import ranges_from_stats
 from ceed_vla.tokens.variable_length import VariableLengthTokens
 
-_HEADROOM = 1.25  # data recorded later, such as takeovers, may take a little longer
+_HEADROOM = 1.25  # later data, for example takeovers, may have longer chunks
 
 
 @ActionTokensConfig.register_subclass("fast")
 @dataclass
 class FastTokensConfig(ActionTokensConfig):
-    """FAST (DCT + BPE, arXiv 2501.09747) fitted on the training data; a chunk takes as many tokens
-    as it needs.
+    """FAST tokens (DCT + BPE, arXiv 2501.09747), fitted to the training data; chunks have different
+    numbers of tokens.
 
-    `ceed-vla train` fits the tokens when it starts, `ceed-vla fit-tokens` writes them to a file for
-    other trainers. A checkpoint holds them in its configuration.
+    `ceed-vla train` fits the tokens when it starts, and `ceed-vla fit-tokens` writes them to a file
+    for other trainers. A checkpoint stores them in its configuration.
 
     Attributes:
-        path: File of `ceed-vla fit-tokens`; it replaces the fields below.
-        most_ids: Most FAST ids; the data may need fewer.
-        scale: Quantisation: a DCT coefficient is rounded to ``1 / scale`` of half a range. Larger
-            is finer and longer.
-        action_low: Lower end of every action dimension [the data set's units]; the data's if empty.
-        action_high: Upper end of every action dimension [the data set's units].
-        gripper_dims: Two-valued action dimensions; they decode to the nearer range end exactly.
-        max_tokens: Slots ``n`` of a block; a quarter more than the longest chunk of the data if 0.
-        chunk_steps: Steps of the chunks that were fitted; filled by the fit.
-        symbols: Smallest and largest coefficient; filled by the fit.
-        merges: Pairs of ids that BPE joins; filled by the fit.
+        path: File from `ceed-vla fit-tokens`, which replaces the fields below.
+        most_ids: Maximum number of FAST ids; the data may need fewer.
+        scale: Quantisation: DCT coefficients are rounded to ``1 / scale`` of half a range. A larger
+            scale gives finer and longer chunks.
+        action_low: Lower end of every action dimension [the dataset's units]; empty for the data's.
+        action_high: Upper end of every action dimension [the dataset's units].
+        gripper_dims: Two-valued action dimensions, which decode to the nearer end of their range.
+        max_tokens: Slots ``n`` of a block; 0 for 25 % more than the longest chunk of the data.
+        chunk_steps: Steps of the fitted chunks; set by the fit.
+        symbols: Smallest and largest coefficient; set by the fit.
+        merges: Pairs of ids that BPE joins; set by the fit.
     """
 
     ordered = False
@@ -75,7 +75,7 @@ class FastTokensConfig(ActionTokensConfig):
 
     @property
     def fitted(self) -> bool:
-        """Whether the tokens are known."""
+        """Whether the tokens are fitted."""
         return bool(self.symbols)
 
     @property
@@ -92,8 +92,8 @@ class FastTokensConfig(ActionTokensConfig):
         self._check_fitted()
 
     def fit_chunks(self, chunks: Tensor) -> None:
-        """Fit the tokens on every chunk (N, m, A) of the training data; does nothing if they are
-        known.
+        """Fit the tokens to all chunks (N, m, A) of the training data, unless they are fitted
+        already.
         """
         if self.fitted:
             return
@@ -115,17 +115,17 @@ class FastTokensConfig(ActionTokensConfig):
         self.chunk_steps = int(chunks.shape[1])
         self.merges = " ".join(f"{left}+{right}" for left, right in codec.merges)
         longest = max(map(len, codec.encode(scaled)))
-        most = self.chunk_steps * dim  # a token stands for one coefficient at least
+        most = self.chunk_steps * dim  # each token stands for at least one coefficient
         self.max_tokens = self.max_tokens or min(math.ceil(_HEADROOM * longest), most)
 
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
         self._check_fitted()
         if chunk_steps != self.chunk_steps:
             raise ConfigError(
-                f"The FAST tokens were fitted on chunks of {self.chunk_steps} steps, the policy's "
-                f"have {chunk_steps}; fit them again."
+                f"The FAST tokens were fitted to chunks of {self.chunk_steps} steps, but the "
+                f"policy's have {chunk_steps}; fit them again."
             )
-        with raised_as(ConfigError, "merges holds no pairs of ids", "fit the tokens again."):
+        with raised_as(ConfigError, "merges must be pairs of ids", "fit the tokens again."):
             pairs = [
                 (int(a), int(b))
                 for a, _, b in (merge.partition("+") for merge in self.merges.split())
@@ -142,7 +142,7 @@ class FastTokensConfig(ActionTokensConfig):
         return Path(file)
 
     def _stored(self) -> list[str]:
-        """Names of the fields that a file of fitted tokens holds."""
+        """Names of the fields in a file of fitted tokens."""
         return [item.name for item in fields(self) if item.name != "path"]
 
     def _read(self, file: Path) -> None:
@@ -152,30 +152,35 @@ class FastTokensConfig(ActionTokensConfig):
         if "most_ids" not in values and "vocabulary_size" in values:  # its name until format 1
             values["most_ids"] = values["vocabulary_size"]
         if lacking := [name for name in self._stored() if name not in values]:
-            raise CheckpointError(f"{file} holds no fitted tokens: it lacks {', '.join(lacking)}.")
+            raise CheckpointError(
+                f"{file} has no fitted tokens: it lacks {', '.join(lacking)}. Write it with "
+                "`ceed-vla fit-tokens`."
+            )
         for name in self._stored():
             setattr(self, name, values[name])
         with raised_as(
-            CheckpointError, f"{file} holds no fitted tokens", "fit them again.", CheckpointError
+            CheckpointError, f"{file} has no fitted tokens", "fit them again.", CheckpointError
         ):
             check_fields(self)
 
     def _check_fitted(self) -> None:
         if not self.fitted:
             raise ConfigError(
-                "The FAST tokens are not fitted yet: `ceed-vla train` does it when it starts; for "
-                "other trainers run `ceed-vla fit-tokens` on the data, then set "
+                "The FAST tokens are not fitted yet. `ceed-vla train` fits them when it starts; "
+                "for other trainers, run `ceed-vla fit-tokens` on the data and set "
                 "--policy.action_tokens.path to its file."
             )
 
 
 class FastTokenizer(VariableLengthTokens):
-    """FAST ids of a fitted `FastCodec`, and the stop token behind them.
+    """FAST ids of a fitted `FastCodec`, then the stop token.
 
-    The range [low, high] of every dimension [action units] maps to [-1, 1] before the cosine
-    transform; values outside are clipped and counted. Grippers decode to the nearer range end
-    exactly. `ConfigError` for ranges that define no scale, or a block too short for the chunk of
-    zeros.
+    The range [low, high] of every dimension [action units] is mapped to [-1, 1] before the cosine
+    transform; values outside are clipped and counted. Grippers decode exactly to the nearer end of
+    their range.
+
+    Raises:
+        ConfigError: The ranges do not define a scale, or a block is too short for a chunk of zeros.
     """
 
     def __init__(self, settings: FastTokensConfig, codec: FastCodec) -> None:
@@ -184,7 +189,8 @@ class FastTokenizer(VariableLengthTokens):
         self.high = torch.tensor([float(v) for v in high], dtype=torch.float64)  # (A,)
         if len(low) != len(high) or not len(low) or not bool((self.low < self.high).all()):
             raise ConfigError(
-                f"low {list(low)} must be below high {list(high)} in every dimension."
+                f"action_low is {list(low)} and action_high {list(high)}; low must be below high "
+                "in every dimension."
             )
         self.action_dim = len(low)
         self.chunk_steps = settings.chunk_steps
@@ -196,16 +202,16 @@ class FastTokenizer(VariableLengthTokens):
         self.speculative = torch.arange(self.vocabulary_size)
         lengths = torch.cat([codec.id_lengths(), torch.zeros(1, dtype=torch.int64)])  # (V,)
         total = self.chunk_steps * self.action_dim
-        # under it a chunk is always whole
+        # Under the grammar, every decoded chunk is whole.
         self.grammar = Grammar(lengths, self.stop, total, self.block_length)
-        # chunks that lost their highest frequencies because they would have overfilled a block
+        # Number of chunks without their highest frequencies, because they did not fit into a block.
         self.smoothed = 0
         zero = torch.zeros(1, self.chunk_steps, self.action_dim, dtype=torch.float64)
         try:
             self.zero = self.encode(zero.clamp(self.low, self.high))[0]
         except TokenError as error:
             raise ConfigError(
-                f"block_length {self.block_length} does not even hold the chunk of zeros."
+                f"max_tokens is {self.block_length}, too few for a chunk of zeros; raise it."
             ) from error
         self.clipped = 0
 
@@ -216,16 +222,16 @@ class FastTokenizer(VariableLengthTokens):
         scaled = normalise(inside, self.low, self.high)
         rows = self.codec.encode(scaled)
         for row, ids in enumerate(rows):
-            kept = self.chunk_steps
-            while len(rows[row]) > self.block_length and kept > 1:
-                kept -= 1
-                rows[row] = self.codec.encode(scaled[row : row + 1], kept)[0]
+            frequencies = self.chunk_steps
+            while len(rows[row]) > self.block_length and frequencies > 1:
+                frequencies -= 1
+                rows[row] = self.codec.encode(scaled[row : row + 1], frequencies)[0]
             self.smoothed += rows[row] is not ids
         return rows
 
     def _read(self, tokens: list[int]) -> Tensor:
         chunk = self.codec.decode(tokens, self.chunk_steps, self.action_dim)
-        # The rounded cosines overshoot a step by a few per cent, which no action of the data did.
+        # Rounded cosines overshoot a step by a few per cent, beyond the range of the data.
         chunk = ((chunk + 1) / 2 * (self.high - self.low) + self.low).clamp(self.low, self.high)
         for d in self.gripper_dims:
             middle = (self.low[d] + self.high[d]) / 2
@@ -234,5 +240,5 @@ class FastTokenizer(VariableLengthTokens):
 
 
 def normalise(actions: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`actions` (..., A) with every dimension mapped from [low, high] to [-1, 1]."""
+    """Map every dimension of `actions` (..., A) from [low, high] to [-1, 1]."""
     return 2 * (actions - low) / (high - low) - 1

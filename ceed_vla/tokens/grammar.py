@@ -1,11 +1,11 @@
-"""Which tokens can still complete a chunk of variable length: decoding under it always ends in a
-whole chunk.
+"""Grammar of chunks of variable length: only tokens that can still complete a chunk are allowed, so
+decoding always ends in a whole chunk.
 
-The tokens of a fitted FAST vocabulary stand for fixed numbers of coefficients, and a chunk has ``m
-* A`` of them. So a slot may hold a token only if the rest can be reached in the slots behind it,
-and the stop token only if nothing is left. What a slot may hold depends on the tokens before it, as
-its logits do: the model stays causal, and what holds for Jacobi decoding (the fixed point is the
-greedy block) holds under a grammar too.
+Each token of a fitted FAST vocabulary stands for a fixed number of coefficients, and a chunk has
+``m * A`` of them. So a token is allowed only if the slots behind it suffice for the remaining
+coefficients, and the stop token only if none remain. Like the logits, the allowed tokens of a slot
+depend only on earlier tokens. So the model remains causal, and the fixed point of Jacobi decoding
+is the greedy block under the grammar too.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from torch import Tensor
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.backbones.capabilities import ReadsDepths, require
 
-# Score of a forbidden token: finite, so that only a broken model has scores that are not.
+# Logit of a forbidden token: finite, so that only damaged models have non-finite logits.
 FORBIDDEN = -1e30
 
 
 class Grammar:
-    """Tokens as numbers of coefficients: `lengths` (V,) int64, at least 1 of every token, and 0 of
-    the `stop` token.
+    """The numbers of coefficients that tokens stand for, and which tokens they allow.
 
-    A chunk has `total` of them, and `block_length` slots are enough for some chunk.
+    Args:
+        lengths: (V,) int64, coefficients of each token: at least 1, and 0 for the stop token.
+        stop: The stop token.
+        total: Coefficients of a chunk.
+        block_length: Slots ``n`` of a block, which must suffice for some chunk.
     """
 
     def __init__(self, lengths: Tensor, stop: int, total: int, block_length: int) -> None:
@@ -34,7 +37,7 @@ class Grammar:
         self.stop = stop
         self.total = total
         self.block_length = block_length
-        # tokens that make 0 .. total coefficients
+        # Fewest tokens that stand for 0 .. total coefficients.
         sizes = {int(v) for v in lengths if v > 0}
         fewest = [0]
         for size in range(1, total + 1):
@@ -45,8 +48,14 @@ class Grammar:
         self.fewest = torch.tensor(fewest)  # (total + 1,)
 
     def allowed(self, used: Tensor, slots: Tensor) -> Tensor:
-        """Tokens (B, k, V) that `slots` (k,) may hold behind `used` (B, k) coefficients; none if no
-        chunk begins so.
+        """The tokens that are allowed in some slots.
+
+        Args:
+            used: (B, k) coefficients in front of each slot.
+            slots: (k,) the slots.
+
+        Returns:
+            (B, k, V) bool; no token is allowed if no chunk starts with these coefficients.
         """
         left = (self.total - used).unsqueeze(-1) - self.lengths  # (B, k, V) behind the token
         behind = (self.block_length - 1 - slots).unsqueeze(-1)  # (k, 1) slots behind
@@ -56,9 +65,15 @@ class Grammar:
 
 
 class GrammarBackbone:
-    """`backbone` with the scores of tokens that cannot complete a chunk set to `FORBIDDEN`.
+    """A backbone whose logits of tokens that cannot complete a chunk are `FORBIDDEN`.
 
-    `prefix` is the one that it will decode behind; the attribute is the same under the grammar.
+    Args:
+        backbone: The backbone.
+        prefix: The prefix, which the block follows.
+        grammar: The grammar.
+
+    Attributes:
+        prefix: The same prefix, with logits under the grammar.
     """
 
     def __init__(self, backbone: Backbone, prefix: Prefix, grammar: Grammar) -> None:
@@ -70,11 +85,11 @@ class GrammarBackbone:
         device = prefix.logits.device
         grammar.lengths = grammar.lengths.to(device)
         grammar.fewest = grammar.fewest.to(device)
-        # of slots so far
+        # (B, n) coefficients of the tokens so far.
         self._lengths = torch.zeros(batch, self.block_length, dtype=torch.int64, device=device)
         nothing = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        first = torch.zeros(1, device=device)
-        logits = self._mask(prefix.logits.unsqueeze(1), nothing, first.long()).squeeze(1)
+        slot = torch.zeros(1, dtype=torch.int64, device=device)
+        logits = self._mask(prefix.logits.unsqueeze(1), nothing, slot).squeeze(1)
         self.prefix = replace(prefix, logits=logits)
 
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
@@ -94,7 +109,7 @@ class GrammarBackbone:
         """`logits` (B, k, V) of the successors of `tokens` (B, k), under the grammar."""
         start = prefix.cache.committed
         k = tokens.shape[1]
-        # The committed slots came in earlier calls.
+        # Earlier calls have set the lengths of the committed slots.
         self._lengths[:, start : start + k] = self.grammar.lengths[tokens]
         used = self._lengths[:, : start + k].cumsum(1)[:, start:]  # (B, k)
         return self._mask(

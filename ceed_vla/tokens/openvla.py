@@ -1,6 +1,4 @@
-"""OpenVLA's action tokens: 256 ids, 255 bin centres, and quantiles of a data set to un-normalise
-with.
-"""
+"""OpenVLA's action tokens: 256 ids, 255 bin centres, and normalisation by a dataset's quantiles."""
 
 from __future__ import annotations
 
@@ -25,12 +23,12 @@ class OpenVLATokensConfig(ActionTokensConfig):
     """OpenVLA's tokens: equidistant bins between two quantiles (`OpenVLATokenizer`).
 
     Attributes:
-        n_action_bins: Edges of the bins, and values of one token.
-        unnorm_key: Data set the quantiles come from; a name only.
-        q01: Lower quantile of every action dimension; filled from the data if empty.
-        q99: Upper quantile of every action dimension; filled from the data if empty.
-        mask: Dimensions that are normalised; filled with all but `gripper_dims` within [-1, 1] if
-            empty.
+        n_action_bins: Number of bin edges, and of values of one token.
+        unnorm_key: Name of the dataset of the quantiles, for information only.
+        q01: Lower quantile of every action dimension; set from the data if empty.
+        q99: Upper quantile of every action dimension; set from the data if empty.
+        mask: Whether each dimension is normalised; if empty, all are except `gripper_dims` within
+            [-1, 1].
     """
 
     listed = ("q01", "q99", "mask")
@@ -50,7 +48,8 @@ class OpenVLATokensConfig(ActionTokensConfig):
         if not self.q01:
             if action_stats is None:
                 raise ConfigError(
-                    "q01 and q99 are empty, and there are no action statistics to take them from."
+                    "q01 and q99 are empty, and there are no action statistics of a dataset; pass "
+                    "statistics, or set q01 and q99."
                 )
             self.q01, self.q99 = ranges_from_stats(
                 action_stats, "quantile", grippers, self.n_action_bins
@@ -63,12 +62,19 @@ class OpenVLATokensConfig(ActionTokensConfig):
 
 
 class OpenVLATokenizer(ActionTokens):
-    """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
+    """Converts a chunk of ``m`` actions with ``A`` dimensions to ``n = m * A`` tokens, step-major.
 
-    Dimensions in `mask` are normalised, ``x = 2 (a - q01) / (q99 - q01) - 1``, the others (the
-    gripper) stay. `x` in [-1, 1] falls between two of ``V`` equidistant edges; token ``v`` decodes
-    to the middle of edges ``v`` and ``v + 1``, and the last token, which only ``x = 1`` gets, to
-    the last middle. `ConfigError` for quantiles of no action.
+    Dimensions in `mask` are normalised, ``x = 2 (a - q01) / (q99 - q01) - 1``; the others (the
+    gripper) are unchanged. `x` in [-1, 1] lies between two of ``V`` equidistant edges. Token ``v``
+    decodes to the middle of edges ``v`` and ``v + 1``; the last token, which stands only for ``x =
+    1``, decodes to the last middle.
+
+    Args:
+        settings: Quantiles, mask and bins.
+        chunk_steps: Steps ``m`` of a chunk.
+
+    Raises:
+        ConfigError: The quantiles are missing or wrong.
     """
 
     def __init__(self, settings: OpenVLATokensConfig, chunk_steps: int) -> None:
@@ -77,7 +83,8 @@ class OpenVLATokenizer(ActionTokens):
         mask = settings.mask
         if not len(q01) == len(q99) == len(mask) > 0:
             raise ConfigError(
-                f"q01 has {len(q01)} values, q99 {len(q99)}, mask {len(mask)}; give one of each."
+                f"q01 has {len(q01)} values, q99 {len(q99)}, mask {len(mask)}; set one of each per "
+                "dimension."
             )
         self.action_dim = len(q01)
         self.chunk_steps = chunk_steps
@@ -93,9 +100,10 @@ class OpenVLATokenizer(ActionTokens):
         if len(wrong):
             d = int(wrong[0])
             raise ConfigError(
-                f"Dimension {d} has the quantiles [{q01[d]}, {q99[d]}]; they must be in order."
+                f"Dimension {d} has the quantiles [{q01[d]}, {q99[d]}]; q01 must not exceed q99."
             )
-        # numpy's grid, not torch's: they differ in the last bit, and so would decoded actions.
+        # numpy's grid, as in OpenVLA; torch's differs in the last bit, and so would decoded
+        # actions.
         self._edges = torch.from_numpy(np.linspace(-1.0, 1.0, self.vocabulary_size))  # (V,)
         self._centres = (self._edges[:-1] + self._edges[1:]) / 2  # (V - 1,)
         self.zero = self._bins(
@@ -111,7 +119,7 @@ class OpenVLATokenizer(ActionTokens):
         """Bins (B, m, A) of float64 actions."""
         low = self.low.to(actions.device)
         high = self.high.to(actions.device)
-        # unmasked ones have [-1, 1]
+        # Dimensions outside the mask have the range [-1, 1].
         normalised = 2 * (actions - low) / (high - low).clamp(min=1e-8) - 1
         self.clipped += int((normalised.abs() > 1 + 1e-6).sum())
         edges = self._edges.to(actions.device)

@@ -1,6 +1,4 @@
-"""Continuous actions to tokens and back: one uniform grid of bin centres for every action
-dimension.
-"""
+"""Uniform action tokens: one uniform grid of bin centres per action dimension."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from ceed_vla.fields import chosen, ranged, short
 from ceed_vla.tensors import check_actions, check_tokens, numbers, whole
 from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, check_ends, from_front
 
-# by what of the data's statistics
+# Mode -> statistics of the data that are the lower and the upper end.
 RANGE_MODES = {
     "quantile": ("q01", "q99"),
     "min_max": ("min", "max"),
@@ -25,7 +23,7 @@ RANGE_MODES = {
 ACTION_RANGES = (*RANGE_MODES, "fixed")
 MOST_BINS, MOST_STEPS = 65_536, 4096
 LARGEST = 1e30  # end of a range [action units]
-_LEAST_WIDTH = 1e-3  # a dimension that never moves still needs distinct bins [action units]
+_LEAST_WIDTH = 1e-3  # of a range, so that a dimension that never moves has distinct bins too
 
 
 @ActionTokensConfig.register_subclass("uniform")
@@ -34,14 +32,14 @@ class UniformTokensConfig(ActionTokensConfig):
     """One uniform grid of bin centres for every action dimension (`ActionTokenizer`).
 
     Attributes:
-        num_bins: Values of one action token. Odd numbers put zero exactly on a bin centre.
-        action_range: Where the bins end: "quantile" (1 % and 99 %), "min_max" (of the data), or
-            "fixed" (`action_low`, `action_high`). Quantiles break dimensions that are nearly always
-            zero.
-        action_low: Lower end of every action dimension [the data set's units]; filled from the data
+        num_bins: Number of values of an action token. With an odd number, zero is a bin centre.
+        action_range: Ends of the bins: "quantile" (1 % and 99 % of the data), "min_max" (of the
+            data), or "fixed" (`action_low`, `action_high`). Quantiles are wrong for dimensions that
+            are nearly always zero.
+        action_low: Lower end of every action dimension [the dataset's units]; set from the data
             unless fixed.
-        action_high: Upper end of every action dimension [the data set's units].
-        gripper_dims: Two-valued action dimensions; always min/max, decoded exactly.
+        action_high: Upper end of every action dimension [the dataset's units].
+        gripper_dims: Two-valued action dimensions, with the range min/max, which decodes exactly.
     """
 
     listed = ("action_low", "action_high")
@@ -56,7 +54,7 @@ class UniformTokensConfig(ActionTokensConfig):
         check_ends(self.action_low, self.action_high)
         if self.action_range == "fixed" and not self.action_low:
             raise ConfigError(
-                'action_range "fixed" needs action_low and action_high, one value a dimension.'
+                'action_range "fixed" needs action_low and action_high, one value per dimension.'
             )
 
     @property
@@ -68,8 +66,8 @@ class UniformTokensConfig(ActionTokensConfig):
             return
         if action_stats is None:
             raise ConfigError(
-                f'action_range "{self.action_range}" needs the data set\'s action statistics, or '
-                'set action_range="fixed" with action_low and action_high.'
+                f'action_range is "{self.action_range}", but there are no action statistics of a '
+                'dataset; pass them, or set action_range="fixed" with action_low and action_high.'
             )
         grippers = self.gripper_indices(action_dim)
         ranges = ranges_from_stats(action_stats, self.action_range, grippers, self.num_bins)
@@ -82,13 +80,22 @@ class UniformTokensConfig(ActionTokensConfig):
 
 
 class ActionTokenizer(ActionTokens):
-    """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
+    """Converts a chunk of ``m`` actions with ``A`` dimensions to ``n = m * A`` tokens, step-major.
 
     Token ``v`` of dimension ``d`` stands for ``low[d] + v * (high[d] - low[d]) / (num_bins - 1)``
-    [action units]: the tokens are bin centres and both ends are exact. With an odd `num_bins` and a
-    range symmetric about zero, zero is exactly the middle bin, so "do not move" costs no error.
-    Values outside a range are clipped and counted. `gripper_dims` have two values, which should be
-    range ends. `ConfigError` for ranges that define no grid.
+    [action units]: tokens are bin centres, and both ends are exact. With an odd `num_bins` and a
+    range symmetric about zero, zero is exactly the middle bin, so "do not move" has no error.
+    Values outside a range are clipped and counted.
+
+    Args:
+        low: (A,) smallest actions [action units].
+        high: (A,) largest actions [action units].
+        chunk_steps: Steps ``m`` of a chunk.
+        num_bins: Values ``V`` of a token.
+        gripper_dims: Two-valued dimensions, whose values should be the ends of their ranges.
+
+    Raises:
+        ConfigError: The ranges do not define a grid.
     """
 
     def __init__(
@@ -104,7 +111,7 @@ class ActionTokenizer(ActionTokens):
         gripper_dims = whole(gripper_dims, "gripper_dims")
         if len(low) != len(high) or len(low) == 0:
             raise ConfigError(
-                f"low has {len(low)} values and high {len(high)}; give one for every dimension."
+                f"low has {len(low)} values and high {len(high)}; pass one of each per dimension."
             )
         chunk_steps, num_bins = whole((chunk_steps, num_bins), "chunk_steps and num_bins")
         if (
@@ -121,7 +128,7 @@ class ActionTokenizer(ActionTokens):
         self.block_length = chunk_steps * len(low)
         self.vocabulary_size = num_bins
         self.gripper_dims = from_front(gripper_dims, self.action_dim)
-        # float64: rounding to a bin must not depend on how a float32 grid rounds.
+        # float64, so that the nearest bin does not depend on the rounding of a float32 grid.
         self.low = torch.tensor(low, dtype=torch.float64)  # (A,)
         self.high = torch.tensor(high, dtype=torch.float64)  # (A,)
         width = (self.high - self.low) / (self.vocabulary_size - 1)
@@ -130,19 +137,18 @@ class ActionTokenizer(ActionTokens):
             d = int((~ordered).nonzero()[0])
             raise ConfigError(
                 f"Dimension {d} has the range [{low[d]}, {high[d]}]; low must be below high, both "
-                f"within {LARGEST:g}. Widen it by hand if the dimension never moves."
+                f"within {LARGEST:g}. Set a wider range if the dimension never moves."
             )
         self.step = width  # (A,) distance of two bin centres
         # (V, 1)
         v = torch.arange(num_bins, dtype=torch.float64).unsqueeze(1)
         top = num_bins - 1
-        # A weighted mean of the ends is symmetric: v and top - v of a symmetric range are exactly
-        # opposite.
+        # As weighted means of the ends, v and top - v of a symmetric range are exactly opposite.
         self._centres = (((top - v) * self.low + v * self.high) / top).float()  # (V, A)
         if not bool((self._centres[1:] > self._centres[:-1]).all()):
             raise ConfigError(
                 f"{num_bins} bins in the ranges {short(list(zip(low, high, strict=True)))} are not "
-                "distinct."
+                "distinct in float32; widen the ranges or lower num_bins."
             )
         nearest = (-self.low / self.step).round().clamp(0, self.vocabulary_size - 1).long()  # (A,)
         self.zero = nearest.repeat(self.chunk_steps)
@@ -169,21 +175,30 @@ class ActionTokenizer(ActionTokens):
 def ranges_from_stats(
     stats: Mapping[str, Any], mode: str, gripper_dims: Sequence[int] = (), num_bins: int = 255
 ) -> tuple[list[float], list[float]]:
-    """Lows and highs (A,) [action units] of an `ActionTokenizer` from the action statistics of a
-    data set.
+    """Compute the ranges of an `ActionTokenizer` from the action statistics of a dataset.
 
-    With an odd `num_bins` the ranges of values on both sides of zero are made symmetric about it,
-    so zero is a bin centre; where it is the least or largest value it is an end. Gripper dimensions
-    keep their minimum and maximum, which decode exactly. Dimensions that never move get a small
-    range around their value.
+    With an odd `num_bins`, ranges with values on both sides of zero become symmetric about zero, so
+    that zero is a bin centre; if zero is the smallest or largest value, it becomes an end. Gripper
+    dimensions have the range min/max, which decodes exactly. Dimensions that never move have a
+    small range around their value.
 
-    `stats` is ``dataset.meta.stats["action"]``, (A,) each: "min" and "max", and for `mode`
-    "quantile" (1 % to 99 %; robust, but wrong for dimensions that are nearly always zero) "q01" and
-    "q99"; the other mode is "min_max".
+    Args:
+        stats: ``dataset.meta.stats["action"]``: "min" and "max", and for quantiles "q01" and "q99",
+            each (A,).
+        mode: "quantile" (1 % to 99 %; robust, but wrong for dimensions that are nearly always zero)
+            or "min_max".
+        gripper_dims: Two-valued dimensions.
+        num_bins: Values ``V`` of a token.
+
+    Returns:
+        Lower and upper ends (A,) [action units].
+
+    Raises:
+        ConfigError: Statistics are missing or wrong, or `mode` is unknown.
     """
     if not isinstance(stats, Mapping):
         raise ConfigError(
-            f"The action statistics are {short(stats)}; pass those of a LeRobot data set."
+            f"The action statistics are {short(stats)}; pass those of a LeRobot dataset."
         )
     if mode not in RANGE_MODES:
         raise ConfigError(f"The range mode is {mode!r}; choose one of {', '.join(RANGE_MODES)}.")
@@ -191,7 +206,7 @@ def ranges_from_stats(
     least = _statistic(stats, "min")
     most = _statistic(stats, "max")
     if not len(low) == len(high) == len(least) == len(most):
-        raise ConfigError("The action statistics have different lengths; recompute the data set's.")
+        raise ConfigError("The action statistics differ in length; recompute those of the dataset.")
     grippers = from_front(gripper_dims, len(low))
     for d in range(len(low)):
         if d in grippers:
@@ -201,7 +216,7 @@ def ranges_from_stats(
             low[d], high[d] = -reach, reach
         elif num_bins % 2 and 0.0 in (least[d], most[d]):
             low[d], high[d] = min(low[d], 0.0), max(high[d], 0.0)
-        # Of large values float32 tells fewer apart.
+        # float32 resolves large values less finely.
         width = max(_LEAST_WIDTH, 2**-21 * num_bins * max(abs(low[d]), abs(high[d])))
         if high[d] - low[d] < width:
             middle = (low[d] + high[d]) / 2
@@ -213,7 +228,7 @@ def _statistic(stats: Mapping[str, Any], key: str) -> list[float]:
     if key not in stats:
         raise ConfigError(
             f"The action statistics lack {key!r} (they have "
-            f"{', '.join(sorted(stats)) or 'nothing'}); recompute the statistics of the data set, "
+            f"{', '.join(sorted(stats)) or 'nothing'}); recompute the statistics of the dataset, "
             'or use action_range "fixed".'
         )
     values = numbers(stats[key], f"The action statistic {key!r}")

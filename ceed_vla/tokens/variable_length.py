@@ -1,6 +1,4 @@
-"""Action vocabularies of variable length: a chunk takes as many tokens as it needs, then a stop
-token.
-"""
+"""Base of action vocabularies of variable length: the tokens of a chunk, then a stop token."""
 
 from __future__ import annotations
 
@@ -15,17 +13,17 @@ from ceed_vla.tokens.base import ActionTokens
 
 
 class VariableLengthTokens(ActionTokens):
-    """Chunks that take as many tokens as they need.
+    """Chunks with different numbers of tokens.
 
-    A block has ``n`` slots: the tokens of the chunk, then the stop token in every slot that is
-    left. A slot belongs to no step and tokens have no order, so nothing can be relaxed by bins,
-    frozen by steps or shifted by slots.
+    A block has ``n`` slots: the tokens of the chunk, then the stop token in all remaining slots.
+    Slots do not belong to steps and tokens have no order, so decoding cannot be relaxed by bins,
+    steps cannot be frozen, and chunks cannot be shifted by slots.
     """
 
     tokens_per_step = None
     stop: int  # ends a chunk that does not fill the block
-    speculative: Tensor  # tokens (N,) that a guess may hold
-    malformed: int = 0  # rows that `decode` has refused since construction
+    speculative: Tensor  # (N,) tokens that a guess may contain
+    malformed: int = 0  # malformed rows in calls of `decode` since construction
 
     @abc.abstractmethod
     def _write(self, actions: Tensor) -> list[list[int]]:
@@ -33,21 +31,25 @@ class VariableLengthTokens(ActionTokens):
 
     @abc.abstractmethod
     def _read(self, tokens: list[int]) -> Tensor:
-        """The chunk (m, A) float64 that `tokens` before the stop token stand for, or
-        `MalformedChunkError`.
+        """Decode the `tokens` in front of the stop token to a chunk (m, A) float64.
+
+        Raises:
+            MalformedChunkError: The tokens are not a chunk.
         """
 
     def encode(self, actions: Tensor) -> Tensor:
-        """Tokens (B, n) int64 of `actions` (B, m, A); `TokenError` for a chunk of more tokens than
-        a block has.
+        """Convert `actions` (B, m, A) to tokens (B, n) int64.
+
+        Raises:
+            TokenError: A chunk has more tokens than a block.
         """
         check_actions(actions, self.chunk_steps, self.action_dim)
         rows = self._write(actions)
         longest = max(map(len, rows), default=0)
         if longest > self.block_length:
             raise TokenError(
-                f"A chunk takes {longest} tokens, a block has {self.block_length}. Fit the tokens "
-                "on these data too, or with a longer block."
+                f"A chunk takes {longest} tokens; a block has {self.block_length}. Fit the tokens "
+                "to these data too, or set a longer block."
             )
         padded = [row + [self.stop] * (self.block_length - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.int64, device=actions.device).view(
@@ -55,8 +57,12 @@ class VariableLengthTokens(ActionTokens):
         )
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Actions (B, m, A) float32 of `tokens` (B, n); what is behind a stop token is not read.
-        `MalformedChunkError` for rows that stand for no chunk, which are counted in `malformed`.
+        """Convert `tokens` (B, n) to actions (B, m, A) float32.
+
+        Tokens behind a stop token are not read.
+
+        Raises:
+            MalformedChunkError: Rows are not a chunk; they are counted in `malformed`.
         """
         chunks, errors = self._chunks(tokens)
         self.malformed += len(errors)
@@ -64,14 +70,16 @@ class VariableLengthTokens(ActionTokens):
             row, reason = next(iter(errors.items()))
             raise MalformedChunkError(
                 f"{len(errors)} of {len(tokens)} chunks are malformed, the first in row {row}: "
-                f"{reason} ({self.malformed} so far.) Hold the robot; strict decoding and more "
-                "training make this rarer."
+                f"{reason} ({self.malformed} so far.) Hold the robot; use strict decoding or train "
+                "longer to make this rarer."
             )
         empty = torch.empty(0, self.chunk_steps, self.action_dim)
         return (torch.stack(chunks).float() if chunks else empty).to(tokens.device)
 
     def readable(self, tokens: Tensor) -> Tensor:
-        """Which rows (B,) of `tokens` (B, n) stand for a chunk; nothing is counted."""
+        """The rows (B,) bool of `tokens` (B, n) that decode to a chunk; `malformed` does not
+        change.
+        """
         _, errors = self._chunks(tokens)
         return torch.tensor(
             [row not in errors for row in range(len(tokens))],
@@ -80,8 +88,10 @@ class VariableLengthTokens(ActionTokens):
         )
 
     def _chunks(self, tokens: Tensor) -> tuple[list[Tensor], dict[int, MalformedChunkError]]:
-        """The chunks (m, A) that `tokens` (B, n) stand for, and by row what is wrong with the
-        others.
+        """Decode `tokens` (B, n).
+
+        Returns:
+            The chunks (m, A) of the rows that decode, and the errors of the other rows.
         """
         check_tokens(tokens, "tokens", (None, self.block_length), 0)
         chunks, errors = [], {}
@@ -97,8 +107,8 @@ class VariableLengthTokens(ActionTokens):
         return self._read(ids[: ids.index(self.stop)] if self.stop in ids else ids)
 
     def weight(self, tokens: Tensor, padded: Tensor | None = None) -> Tensor:
-        """(B, n) float32: 1 up to and including the first stop token of every row of `tokens`, 0
-        behind it.
+        """Weights (B, n) float32: 1 up to and including the first stop token of a row, 0 behind
+        it.
         """
         ends = (tokens == self.stop).int()
         return (ends.cumsum(1) - ends == 0).float()
@@ -108,10 +118,10 @@ class VariableLengthTokens(ActionTokens):
         return self.speculative[drawn]
 
     def shifted(self, previous: Tensor, mid: Tensor, steps: int) -> Tensor:
-        """`previous` (B, n) shifted in time and encoded again; `mid` (B, n) in rows that cannot
-        be.
+        """Shift `previous` (B, n) in time and encode it again; rows that do not decode become those
+        of `mid` (B, n).
         """
-        # the last one repeated
+        # The last step is repeated.
         order = torch.arange(steps, steps + self.chunk_steps).clamp(max=self.chunk_steps - 1)
         for row, tokens in enumerate(previous.cpu()):
             if not steps and tokens[0] >= 0:

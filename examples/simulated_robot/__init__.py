@@ -1,13 +1,11 @@
-"""The simulated arm as a LeRobot robot, for `lerobot-rollout`: one control step a tick, held where
-no action comes.
+r"""The simulated arm as a LeRobot robot, for `lerobot-rollout`.
 
-PYTHONPATH=examples lerobot-rollout --discover_packages_path=simulated_robot
---robot.type=simulated_arm \
-  --policy.path=ceed_vla/pretrained/student --task="move the red cube into the bin"
-  --inference.type=rtc
+    PYTHONPATH=examples lerobot-rollout --discover_packages_path=simulated_robot \
+        --robot.type=simulated_arm --policy.path=ceed_vla/pretrained/student \
+        --task="move the red cube into the bin" --inference.type=rtc
 
-A robot plugin is a package: LeRobot imports it, and looks in it for the class that the
-configuration is named after.
+Each tick is one control step; without an action, the arm holds. A robot plugin is a package:
+LeRobot imports it, and searches it for the class that the configuration is named after.
 """
 
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ class SimulatedArmConfig(RobotConfig):
 
 
 class SimulatedArm(Robot):
-    """Says at the end how the episode went, as its own judge."""
+    """The simulated arm; prints at the end whether the episode was solved."""
 
     config_class = SimulatedArmConfig
     name = "simulated_arm"
@@ -68,13 +66,13 @@ class SimulatedArm(Robot):
         return True
 
     def calibrate(self) -> None:
-        """Nothing to do: a simulated arm knows where it is."""
+        """Nothing to do: a simulated arm needs no calibration."""
 
     def configure(self) -> None:
         """Nothing to do."""
 
     def get_observation(self) -> dict[str, Any]:
-        if self._idle:  # time goes on
+        if self._idle:  # no action since the last observation: advance the time
             self._advance(self._env.hold_action())
         self._idle = True
         seen = self._env.observe()

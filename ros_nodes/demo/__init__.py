@@ -1,1 +1,1 @@
-"""`ceed-vla ros-demo`: both nodes in a run of episodes, recorded and measured."""
+"""`ceed-vla ros-demo`: records and measures a run of episodes with both nodes."""

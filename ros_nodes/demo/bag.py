@@ -1,6 +1,4 @@
-"""Records topics as an MCAP bag, which Foxglove and rosbags open: messages as they came, with their
-definitions.
-"""
+"""Records topics as an MCAP bag for Foxglove and rosbags: unchanged messages and definitions."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ _FIELD = re.compile(r"^([a-z]\w*/)?(?:msg/)?([A-Z]\w*)(?:<=\d+)?(?:\[.*?\])?\s")
 
 
 class BagWriter:
-    """An MCAP file of serialized ROS 2 messages; its folder is made, an older file replaced."""
+    """An MCAP file of serialized ROS 2 messages; creates its folder and replaces an older file."""
 
     def __init__(self, path: str | Path) -> None:
         from mcap.writer import Writer
@@ -35,11 +33,17 @@ class BagWriter:
         self._file = self.path.open("wb")
         self._writer = Writer(self._file)
         self._writer.start(profile="ros2", library=MADE_BY)
-        self._schema = cache(self._writer.register_schema)  # one a type
+        self._schema = cache(self._writer.register_schema)  # one per message type
 
     def write(self, topic: str, kind: str, data: bytes, published: int, received: int) -> None:
-        """Append a message of type `kind`, "sensor_msgs/msg/Image": CDR with its header; times in
-        [ns] since 1970.
+        """Append a serialized message (CDR with its header).
+
+        Args:
+            topic: Name of the topic.
+            kind: Type of the message, such as "sensor_msgs/msg/Image".
+            data: The message.
+            published: Time of sending [ns] since 1970.
+            received: Time of arrival [ns] since 1970.
         """
         if topic not in self._channels:
             schema = self._schema(kind, "ros2msg", message_definition(kind).encode())
@@ -47,8 +51,9 @@ class BagWriter:
         self._writer.add_message(self._channels[topic], received, data, published)
 
     def close(self) -> None:
-        """Write the index; a bag that was not closed must be repaired before it is read. May be
-        called twice.
+        """Write the index; without it, a bag must be repaired before it can be read.
+
+        May be called twice.
         """
         if not self._file.closed:
             self._writer.finish()
@@ -56,11 +61,10 @@ class BagWriter:
 
 
 def record(node: Node, bag: BagWriter, topic: str, message_type: Any, qos: Any) -> Any:
-    """Write all messages of a topic that `qos` keeps, while the caller spins the node; returns the
-    subscription.
+    """Record all messages of a topic that `qos` buffers, while the caller spins the node.
 
-    The time of sending is the one that the middleware took in the sender, so a slow recorder does
-    not blur it.
+    The sender's middleware records the time of sending, so a slow recorder does not change it.
+    Returns the subscription.
     """
     name = node.resolve_topic_name(topic)
     kind = type_name(message_type)
@@ -74,8 +78,8 @@ def record(node: Node, bag: BagWriter, topic: str, message_type: Any, qos: Any) 
 
 
 def read_messages(path: str | Path, topics: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
-    """(topic, time of sending [ns], message) of every message on `topics`, in the order they
-    came.
+    """Iterate over the messages on `topics` in order of arrival: topic, time of sending [ns],
+    message.
     """
     from mcap.reader import make_reader
     from mcap_ros2.decoder import DecoderFactory
@@ -87,20 +91,20 @@ def read_messages(path: str | Path, topics: Sequence[str]) -> Iterator[tuple[str
 
 
 def type_name(message_type: Any) -> str:
-    """The name of a message class: "sensor_msgs/msg/Image"."""
+    """Return the name of a message class, such as "sensor_msgs/msg/Image"."""
     package, kind, *_ = message_type.__module__.split(".")
     return f"{package}/{kind}/{message_type.__name__}"
 
 
 def message_definition(kind: str) -> str:
-    """The text of a message type, "package/msg/Name", and of all types it contains, as a bag stores
-    them.
+    """Return the definition of a message type, "package/msg/Name", and of all types it contains, in
+    the form that bags store.
 
-    `ConfigError` for a name of another form, or a type whose ``.msg`` file is not installed.
+    `ConfigError`: The name has another form, or the type's ``.msg`` file is not installed.
     """
     parts = kind.split("/")
     if len(parts) != 3 or parts[1] != "msg":
-        raise ConfigError(f"{kind!r} names no message type; write package/msg/Name.")
+        raise ConfigError(f"{kind!r} is not a message type; write package/msg/Name.")
     texts: dict[str, str] = {}
     waiting = [(parts[0], parts[2])]
     while waiting:
@@ -118,7 +122,7 @@ def message_definition(kind: str) -> str:
 
 
 def _definition_file(package: str, name: str) -> Path:
-    """``share/<package>/msg/<name>.msg`` of the installation that the package is imported from."""
+    """Return ``share/<package>/msg/<name>.msg`` in the installation that has the package."""
     try:
         module = importlib.import_module(package)
     except ImportError as error:
@@ -132,6 +136,4 @@ def _definition_file(package: str, name: str) -> Path:
         path = prefix / "share" / package / "msg" / f"{name}.msg"
         if path.is_file():
             return path
-    raise ConfigError(
-        f"The definition {package}/msg/{name}.msg is not installed beside the package."
-    )
+    raise ConfigError(f"The definition {package}/msg/{name}.msg is not installed with the package.")

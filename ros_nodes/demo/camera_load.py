@@ -1,8 +1,8 @@
-"""Measures whether a policy node is on time: ``python -m ceed_vla.ros_nodes.demo.camera_load``.
+"""Measures missed ticks of a policy node: ``python -m ceed_vla.ros_nodes.demo.camera_load``.
 
-A process of its own replays prepared images of two cameras to a real policy node with the shipped
-student. This one publishes joint states that follow the commands, and tells from the times at which
-commands were sent how many ticks were missed.
+A separate process replays prepared images of two cameras to a real policy node with the shipped
+student. This process publishes joint states that follow the commands, and counts missed ticks from
+the commands' times of sending.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_conf
 CAMERAS = ("front", "wrist")
 COMMANDS = "/forward_position_controller/commands"
 COMMAND_RATE = 100.0  # of the policy node [Hz]
-PROFILE = "fastdds_large_images.xml"  # beside the packaged robot's file
-_IMAGES = 8  # different ones that are replayed
+PROFILE = "fastdds_large_images.xml"  # in the folder of the packaged robot's file
+_IMAGES = 8  # number of different images that are replayed
 _JPEG_QUALITY = 85
-_KEPT = 1000  # commands that this process may fall behind
-_STATES = 0.01  # between two joint states [s]
+_QUEUED = 1000  # commands that this process may lag behind
+_STATES = 0.01  # time between two joint states [s]
 _START_TIMEOUT = 300.0  # until the arm moves [s]
-_SETTLE = 3.0  # from then on, before anything is measured [s]
+_SETTLE = 3.0  # from the first motion to the beginning of the measurement [s]
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the cameras send: images of `width` x `height` [px], `rate` a second of each."""
+    """Images of the cameras: `width` x `height` [px], at `rate` [Hz] per camera."""
 
     width: int = 1920
     height: int = 1080
@@ -58,7 +58,7 @@ class Load:
 
 
 def scene(load: Load, number: int) -> NDArray[np.uint8]:
-    """An image (H, W, 3) with details of all sizes; its JPEG is as large as a photograph's."""
+    """Return an image (H, W, 3) whose JPEG is as large as a photograph's."""
     rng = np.random.default_rng(number)
     height, width = load.height, load.width
     total = 128.0 + rng.normal(0.0, 2.0, (height, width, 3))
@@ -72,7 +72,7 @@ def scene(load: Load, number: int) -> NDArray[np.uint8]:
 
 
 def prepared(load: Load) -> list[bytes]:
-    """Serialized messages with different images."""
+    """Return serialized messages with different images."""
     from rclpy.serialization import serialize_message
     from sensor_msgs.msg import CompressedImage, Image
 
@@ -92,7 +92,7 @@ def prepared(load: Load) -> list[bytes]:
 
 
 def replay(load: Load) -> None:
-    """Publish the images of both cameras at once, until the process is ended."""
+    """Publish the images of both cameras simultaneously, until the process is killed."""
     import rclpy
     from sensor_msgs.msg import CompressedImage, Image
 
@@ -117,7 +117,7 @@ def replay(load: Load) -> None:
 
 
 def robot_file(folder: Path, load: Load) -> Path:
-    """The packaged robot's file with these cameras, in `folder`."""
+    """Write the packaged robot's file with these cameras into `folder`, and return its path."""
     packaged = packaged_config()
     values = yaml.safe_load(packaged.read_text(encoding="utf-8"))
     values["arm"]["model"] = str(packaged.with_name(values["arm"]["model"]))
@@ -136,10 +136,10 @@ def robot_file(folder: Path, load: Load) -> Path:
 
 @dataclass
 class Arm:
-    """The joints, which go where the last command says, and what the policy node tells.
+    """Simulated joints that follow the last command, and the policy node's diagnostics.
 
     Attributes:
-        sent: When every command was sent [ns].
+        sent: Times of sending of the commands [ns].
         policy: Newest diagnostics of the policy node.
     """
 
@@ -174,14 +174,14 @@ class Arm:
         self._executor.add_node(self._node)
         self._states = self._node.create_publisher(JointState, "/joint_states", JOINT_STATES)
         self._node.create_timer(_STATES, self._publish)
-        follow: Callable[..., None] = self._follow  # with the message's information
-        kept = QoSProfile(depth=_KEPT)  # a command that this process loses is no missed tick
-        self._node.create_subscription(Float64MultiArray, COMMANDS, follow, kept)
+        follow: Callable[..., None] = self._follow  # rclpy passes the message's information too
+        queued = QoSProfile(depth=_QUEUED)  # a command lost here must not count as a missed tick
+        self._node.create_subscription(Float64MultiArray, COMMANDS, follow, queued)
         self._node.create_subscription(DiagnosticArray, "/diagnostics", self._diagnosed, COMMAND)
 
     def _publish(self) -> None:
         now = time.time_ns()
-        for joint, speed in self._speeds.items():  # a busy machine does not make an arm leap
+        for joint, speed in self._speeds.items():  # so that no arm leaps on a busy machine
             reach = speed * 1e-9 * (now - self._moved)
             way = self._target[joint] - self._position[joint]
             self._position[joint] += min(max(way, -reach), reach)
@@ -199,9 +199,10 @@ class Arm:
         self.policy = status_values(message, "action_interface") or self.policy
 
     def spin(self, seconds: float, node: subprocess.Popen[bytes], until: str = "") -> bool:
-        """Move for so long [s], or until the node is in that state; whether it is.
+        """Move for `seconds`, or until the node's state is `until`.
 
-        `NodeError`: The node has ended.
+        Returns whether that state was reached; without `until`, True. `NodeError`: The node has
+        ended.
         """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -221,10 +222,10 @@ class Arm:
 
 
 def timing(sent: Sequence[int]) -> dict[str, float]:
-    """Of commands that were sent at these times [ns]: ticks, missed ones, jitter."""
+    """Return ticks, missed ticks and jitter of commands with these times of sending [ns]."""
     intervals = np.diff(np.sort(np.asarray(sent, dtype=np.int64))) * 1e-9
     if not len(intervals):
-        raise NodeError(f"{len(sent)} commands came; at least 2 are needed to measure.")
+        raise NodeError(f"{len(sent)} commands arrived; at least 2 are needed to measure.")
     jitter = np.abs(intervals - 1.0 / COMMAND_RATE)
     missed = intervals > MISSED / COMMAND_RATE
     shares = np.percentile(1e3 * jitter, (50, 95, 99))
@@ -240,18 +241,18 @@ def timing(sent: Sequence[int]) -> dict[str, float]:
 
 
 def measure(load: Load, seconds: float, parameters: Sequence[str] = ()) -> dict[str, Any]:
-    """What a policy node does under that load for so long [s], with further `parameters`.
+    """Measure a policy node with `parameters` under a load for `seconds`.
 
     `NodeError`: The node ends, or does not move the arm.
     """
-    given = [
+    settings = [
         "autostart:=true",
         "instruction:=move the green cube into the bin",
         *parameters,
     ]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        arguments = [f"robot_config:={robot_file(folder, load)}", *given]
+        arguments = [f"robot_config:={robot_file(folder, load)}", *settings]
         command = [sys.executable, "-m", "ceed_vla.ros_nodes.robot.policy_node", "--ros-args"]
         command += [part for argument in arguments for part in ("-p", argument)]
         context = multiprocessing.get_context("spawn")
@@ -265,14 +266,14 @@ def measure(load: Load, seconds: float, parameters: Sequence[str] = ()) -> dict[
         stack.callback(node.wait)
         stack.callback(node.terminate)
         if not arm.spin(_START_TIMEOUT, node, until="moving"):
-            reason = arm.policy.get("hold_reason") or "no diagnostics came"
+            reason = arm.policy.get("hold_reason") or "no diagnostics arrived"
             raise NodeError(f"The arm does not move: {reason}.")
         arm.spin(_SETTLE, node)
         arm.sent.clear()
         before = dict(arm.policy)
         arm.spin(seconds, node)
         sent = list(arm.sent)
-        arm.spin(1.1, node)  # until the diagnostics tell of the last second
+        arm.spin(1.1, node)  # until the diagnostics include the last second
         return {
             **vars(load),
             **timing(sent),
@@ -282,7 +283,7 @@ def measure(load: Load, seconds: float, parameters: Sequence[str] = ()) -> dict[
 
 
 def _told(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
-    """What the diagnostics say of the time between two of them."""
+    """Return the differences between two diagnostics."""
     told: dict[str, Any] = {key: after.get(key, "") for key in ("state", "hold_reason")}
     holds = [key for key in after if key.startswith("holds.")]
     for key in ("ticks", "missed_ticks", "chunks", *holds, *(f"images.{name}" for name in CAMERAS)):
@@ -295,35 +296,35 @@ def _told(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what `measure` finds as JSON, a line for every time that it measures."""
+    """Print the result of `measure` as JSON, one line per measurement."""
     from ceed_vla.ros_nodes.demo.ros_demo import free_domain
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     about = str(__doc__).partition("\n")[0]
     parser = argparse.ArgumentParser(prog="camera_load", description=about)
-    parser.add_argument("--width", type=int, default=1920, help="of the images [px]")
-    parser.add_argument("--height", type=int, default=1080, help="of the images [px]")
-    parser.add_argument("--rate", type=float, default=30.0, help="images a second of each camera")
+    parser.add_argument("--width", type=int, default=1920, help="width of the images [px]")
+    parser.add_argument("--height", type=int, default=1080, help="height of the images [px]")
+    parser.add_argument("--rate", type=float, default=30.0, help="image rate of each camera [Hz]")
     parser.add_argument("--transport", choices=("compressed", "raw"), default="compressed")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of every measurement")
-    parser.add_argument("--repeat", type=int, default=1, help="how often it is measured")
-    parser.add_argument("--domain", type=int, default=-1, help="ROS_DOMAIN_ID; -1 picks one")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time of a measurement [s]")
+    parser.add_argument("--repeat", type=int, default=1, help="number of measurements")
+    parser.add_argument("--domain", type=int, default=-1, help="ROS_DOMAIN_ID; -1 selects one")
     parser.add_argument(
         "--parameter",
         action="append",
         default=[],
-        help="of the node, such as inference_mode:=thread",
+        help="parameter of the node, such as inference_mode:=thread",
     )
-    given = parser.parse_args(arguments)
-    domain = given.domain if given.domain >= 0 else free_domain()
+    options = parser.parse_args(arguments)
+    domain = options.domain if options.domain >= 0 else free_domain()
     os.environ["ROS_DOMAIN_ID"] = str(domain)
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     profile = packaged_config().with_name(PROFILE)
     os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(profile))
-    load = Load(given.width, given.height, given.rate, given.transport)
+    load = Load(options.width, options.height, options.rate, options.transport)
     try:
-        for _ in range(given.repeat):
-            print(json.dumps(measure(load, given.seconds, given.parameter)), flush=True)
+        for _ in range(options.repeat):
+            print(json.dumps(measure(load, options.seconds, options.parameter)), flush=True)
     except CeedVLAError as error:
         print(f"camera_load: error: {error}", file=sys.stderr)
         return 1

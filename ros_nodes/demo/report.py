@@ -1,7 +1,7 @@
-"""The numbers of ``ceed-vla ros-demo``: ros.json, details.json and the table on the terminal.
+"""The results of ``ceed-vla ros-demo``: ros.json, details.json and the table on the terminal.
 
-How steadily commands came is told from the times at which they were sent; the rest is from the
-node's diagnostics.
+The timing of commands comes from their times of sending, everything else from the node's
+diagnostics.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ceed_vla.ros_nodes.robot.loop_statistics import MISSED
 from ceed_vla.sim.rollout import success_entry
 
 COMMAND_RATE = 100.0  # of the policy node [Hz]
-_RESTING = 0.05  # speed of the fastest joint [rad/s]
-Window = tuple[int, int]  # first and last moment [ns]
+_RESTING = 0.05  # speed of the fastest joint below which the arm is at rest [rad/s]
+Span = tuple[int, int]  # first and last moment [ns]
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,29 @@ class Episode:
 
     seed: int
     instruction: str
-    success: bool  # solved in time
+    success: bool  # whether it was solved in time
     seconds: float  # from enabling the policy to the end [s]
-    window: Window  # when the command stream counts [ns]
+    span: Span  # in which the command stream counts [ns]
 
 
 def command_timing(
-    sent: Sequence[int], windows: Sequence[Window]
+    sent: Sequence[int], spans: Sequence[Span]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ros.json and details.json say of commands `sent` in windows [ns]; pauses between windows
-    do not count.
+    """Return the entries of ros.json and of details.json about the timing of commands.
 
-    Jitter is |interval - period|; one longer than `MISSED` periods is a missed tick. `ConfigError`:
-    no window of two.
+    Args:
+        sent: Times of sending [ns].
+        spans: First and last moments of motion [ns]; pauses between spans do not count.
+
+    Jitter is |interval - period|; an interval of more than `MISSED` periods is a missed tick.
+    `ConfigError`: No span contains two commands.
     """
     times = np.sort(np.asarray(sent, dtype=np.int64))
-    parts = [times[(times >= start) & (times <= end)] for start, end in windows]
+    parts = [times[(times >= start) & (times <= end)] for start, end in spans]
     intervals = np.concatenate([np.diff(part) for part in parts]) * 1e-9 if parts else np.zeros(0)
     if not len(intervals):
         raise ConfigError(
-            f"{len(times)} commands in {len(windows)} windows make no interval to measure."
+            f"{len(times)} commands in {len(spans)} spans of motion have no interval to measure."
         )
     jitter = np.abs(intervals - 1.0 / COMMAND_RATE)
     report = {
@@ -67,25 +70,31 @@ def command_timing(
 def build_report(
     options: Mapping[str, Any],
     episodes: Sequence[Episode],
-    windows: Sequence[Window],
+    spans: Sequence[Span],
     policy: Mapping[str, str],
     bag: Path,
     topic: str,
     killed: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``ros.json`` and ``details.json`` contain.
+    """Return the contents of ``ros.json`` and ``details.json``.
 
-    Times come from the bag, latencies and interventions from `policy`, the node's last diagnostics.
-    The commands, on `topic`, ran in `windows` [ns]; the policy node was killed at `killed` [ns].
+    Args:
+        options: The run's options, for details.json.
+        episodes: The episodes.
+        spans: First and last moments of motion [ns].
+        policy: The node's last diagnostics, for latencies and interventions.
+        bag: The recorded bag, for the timing of commands.
+        topic: Topic of the commands.
+        killed: Time at which the policy node was killed [ns]; None if it was not.
     """
     sent = [moment for _, moment, _ in read_messages(bag, [topic])]
-    timing, more_timing = command_timing(sent, windows)
+    timing, more_timing = command_timing(sent, spans)
     outcome = success_entry(episode.success for episode in episodes)
     seam = number(policy, "seam_step_max")
     inner = number(policy, "inner_step_max")
     holds = counts(policy, "holds")
     clamps = counts(policy, "clamps")
-    holds.pop("disabled", None)  # between episodes, on request
+    holds.pop("disabled", None)  # requested, between episodes
     states = ((moment, state) for _, moment, state in read_messages(bag, ["/joint_states"]))
     report = {
         **timing,
@@ -111,16 +120,14 @@ def build_report(
         "load": os.getloadavg()[0],
         "rest_after_kill_ms": None if killed is None else rest_after(states, killed),
         "config": dict(options),
-        "per_episode": [
-            {k: v for k, v in asdict(one).items() if k != "window"} for one in episodes
-        ],
+        "per_episode": [{k: v for k, v in asdict(one).items() if k != "span"} for one in episodes],
     }
     return report, details
 
 
 def rest_after(states: Iterable[tuple[int, Any]], moment: int) -> float | None:
-    """Time from `moment` [ns] to the last joint state in which an arm joint still moves [ms]; None
-    if it never rests.
+    """Return the time from `moment` [ns] to the last joint state in which the arm moves [ms]; None
+    if it never comes to rest.
 
     `states` are (time of sending [ns], joint state) in order.
     """
@@ -133,7 +140,7 @@ def rest_after(states: Iterable[tuple[int, Any]], moment: int) -> float | None:
 
 
 def status_values(message: Any, key: str) -> dict[str, str] | None:
-    """Key -> value of the status in a DiagnosticArray that has `key`; None if none has."""
+    """Return key -> value of the status in a DiagnosticArray that has `key`; None if none has."""
     for status in message.status:
         values = {value.key: value.value for value in status.values}
         if key in values:
@@ -142,7 +149,7 @@ def status_values(message: Any, key: str) -> dict[str, str] | None:
 
 
 def number(values: Mapping[str, str], key: str) -> float | None:
-    """A value as a number; None if it is absent or says that there is none yet."""
+    """Return a value as a number; None if it is absent or not known yet."""
     try:
         return float(values[key])
     except (KeyError, ValueError):
@@ -150,7 +157,7 @@ def number(values: Mapping[str, str], key: str) -> float | None:
 
 
 def counts(values: Mapping[str, str], name: str) -> dict[str, int]:
-    """The counters ``<name>.<kind>`` that are not 0, by kind."""
+    """Return the counters ``<name>.<kind>`` that are not 0, by kind."""
     prefix = f"{name}."
     found = {
         key.removeprefix(prefix): int(value)

@@ -1,5 +1,5 @@
-"""``ceed-vla ros-demo``: episodes of the simulated robot under the policy node, two processes,
-without ROS tools.
+"""``ceed-vla ros-demo``: runs episodes of the simulated robot with the policy node, as two
+processes, without ROS tools.
 """
 
 from __future__ import annotations
@@ -32,44 +32,45 @@ if TYPE_CHECKING:
     from ceed_vla.ros_nodes.demo.session import Session
 
 
-_DIAGNOSED = 1.2  # until the next diagnostics, which come once a second [s]
-_MOVING = 0.3  # speed of the fastest joint [rad/s]
-_DECAY = 1.5  # after the policy node was killed, until the arm must have come to rest [s]
+_DIAGNOSED = 1.2  # longest time until the next diagnostics, which come once a second [s]
+_MOVING = 0.3  # speed of the fastest joint above which the arm moves [rad/s]
+_DECAY = 1.5  # longest time from killing the policy node until the arm is at rest [s]
 
 
 @dataclass
 class RosDemoConfig(Checked, prefix="--"):
-    """Run the simulated robot and the policy node as two processes and measure what passes between
-    them.
+    """Run the simulated robot and the policy node as two processes and measure their messages.
 
-    Writes ros.json, details.json (more numbers and every episode), bag.mcap (for Foxglove) and both
-    nodes' output.
+    Writes ros.json, details.json (more numbers and every episode), bag.mcap (for Foxglove) and the
+    output of both nodes.
 
     Attributes:
         episodes: Number of episodes.
         seed: First seed; the same seeds give the same scenes as in ``ceed-vla eval``.
-        checkpoint: Checkpoint folder, or student or teacher for the shipped ones.
+        checkpoint: Checkpoint folder, or student or teacher for a shipped checkpoint.
         output_dir: Folder for the results.
-        task: A task family, or "mixed" for the episode's own.
-        split: Colour and phrase combinations.
-        action_interface: How commands reach the arm, one of launch/config/tabletop_robot.yaml.
-        decoding: How the checkpoint decodes: ceed, jacobi, ar, cap2, ...
+        task: Task family, or "mixed" to draw one per episode.
+        split: Set of colour and phrasing combinations.
+        action_interface: Interface of commands to the arm, from launch/config/tabletop_robot.yaml.
+        decoding: Decoder name: ceed, jacobi, ar, cap2, ...
         replan_steps: Steps after which the next chunk is due, as the parameter of the node.
-        inference_delay: Slows every chunk, to see that the command rate does not depend on it [s].
-        stream_seconds: Afterwards the command stream is measured for so long without a pause [s].
-        kill: At the end, kill the policy node (SIGKILL) in mid-motion and measure how soon the arm
-            rests.
-        simulated_time: Instead, in one process and simulated time, `rivals` at `latencies_ms` on
-            the same episodes: success against latency, whatever this machine's load; writes
-            simulated_time.json and a plot.
-        rivals: Checkpoints with their decodings.
+        inference_delay: Time added to every chunk, to test that the command rate does not depend on
+            it [s].
+        stream_seconds: Time for which the command stream is measured without a pause, after the
+            episodes [s].
+        kill: Whether to kill the policy node (SIGKILL) in motion at the end, and to measure the
+            time until the arm is at rest.
+        simulated_time: Whether to run in one process and simulated time instead: `rivals` at
+            `latencies_ms` on the same episodes, success against latency, independent of the
+            machine's load; writes simulated_time.json and a plot.
+        rivals: Checkpoints with their decoder names.
         latencies_ms: Times from request to answer [ms].
-        camera_rate: Of both cameras in simulated time [Hz].
-        camera_jitter_ms: Images come up to so much late in simulated time [ms].
-        reaction: In simulated time, run every episode once more with the object pushed aside on the
-            way: the time from that to the first command that it changes.
+        camera_rate: Rate of both cameras in simulated time [Hz].
+        camera_jitter_ms: Largest delay of images in simulated time [ms].
+        reaction: Whether to repeat every episode in simulated time with the object pushed aside
+            during motion, to measure the time from the push to the first command that it changes.
         max_episode_steps: Control steps of 0.1 s after which an episode counts as failed.
-        domain: ROS domain; -1 picks one, so that runs side by side do not meet.
+        domain: ROS domain; -1 selects one by process, so that concurrent runs do not interfere.
     """
 
     episodes: int = ranged(10, "[1, 10000]")
@@ -102,20 +103,21 @@ SIMULATED_TIME = ("rivals", "latencies_ms", "camera_rate", "camera_jitter_ms", "
 
 
 def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str, Any]:
-    """Run the demonstration; returns ``ros.json``, or simulated_time.json. Without a `console` the
-    terminal is used.
+    """Run the demonstration and return the contents of ros.json, or of simulated_time.json.
 
-    `ConfigError` where the robot has no such action interface, `CheckpointError` for no checkpoint,
-    `NodeError` for a node that ended, refused a request or did not answer.
+    Without a `console`, the terminal is used.
+
+    `ConfigError`: The robot does not have the action interface. `CheckpointError`: There is no such
+    checkpoint. `NodeError`: A node ended, refused a request or did not answer.
     """
     from ceed_vla.ros_nodes.demo.simulated_time import simulated_time
 
     unread = REAL_TIME if config.simulated_time else SIMULATED_TIME
-    if given := [
+    if unused := [
         name for name in unread if getattr(config, name) != getattr(RosDemoConfig(), name)
     ]:
         raise ConfigError(
-            f"--{given[0]} is not read with --simulated_time {config.simulated_time}; leave it out."
+            f"--{unused[0]} is not used with --simulated_time {config.simulated_time}; remove it."
         )
     console = console or default_console()
     own = ("bag.mcap", "simulated_time.json")
@@ -126,7 +128,7 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
 
 
 def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict[str, Any]:
-    """As `ros_demo`, with two processes, into a folder of its own."""
+    """Run `ros_demo` with two processes, into its own folder."""
     from ceed_vla.ros_nodes.demo.session import Session
     from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 
@@ -156,16 +158,16 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
             result = "solved" if one.success else "failed"
             console.print(f"  {seed}  {result:<7}{one.seconds:5.1f} s  {one.instruction}")
             episodes.append(one)
-        windows = [episode.window for episode in episodes]
+        spans = [episode.span for episode in episodes]
         if config.stream_seconds:
-            windows.append(_act(session, config, config.seed, config.stream_seconds).window)
+            spans.append(_act(session, config, config.seed, config.stream_seconds).span)
             console.print(f"  commands streamed for {config.stream_seconds:.0f} s")
         session.spin(_DIAGNOSED)
         values = dict(session.policy)
         killed = _kill_in_motion(session, config, console) if config.kill else None
     bag = folder / "bag.mcap"
     report, details = build_report(
-        asdict(config), episodes, windows, values, bag, f"/{interface.topic}", killed
+        asdict(config), episodes, spans, values, bag, f"/{interface.topic}", killed
     )
     for name, content in (("ros", report), ("details", details)):
         write_text(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
@@ -175,8 +177,8 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
 
 
 def free_domain() -> int:
-    """A ROS domain for this process, in [1, 99], that is not the environment's: a real arm may be
-    there.
+    """Return a ROS domain for this process, in [1, 99], other than the environment's, which a real
+    arm may use.
     """
     domain = 1 + os.getpid() % 99
     taken = os.environ.get("ROS_DOMAIN_ID", "").strip()
@@ -184,7 +186,7 @@ def free_domain() -> int:
 
 
 def ros_arguments(parameters: Mapping[str, Any]) -> list[str]:
-    """Parameters as words behind ``--ros-args``. Texts are quoted: ROS reads values as YAML."""
+    """Return parameters as words after ``--ros-args``; texts are quoted, as ROS reads YAML."""
     return [
         word
         for name, value in parameters.items()
@@ -193,7 +195,7 @@ def ros_arguments(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def _begin(session: Session, config: RosDemoConfig, seed: int) -> str:
-    """Draw a scene with the arm held, then let the policy act; returns the instruction."""
+    """Draw a scene while the arm is held, then enable the policy; return the instruction."""
     instruction = session.reset_episode(seed, config.task)
     session.enable(True)
     return instruction
@@ -206,9 +208,7 @@ def _act(
     seconds: float,
     until: Callable[[], bool] = lambda: False,
 ) -> Episode:
-    """Let the policy act for so many `seconds`, or until a condition holds: then it is a
-    success.
-    """
+    """Let the policy act for `seconds`, or until a condition holds, which is a success."""
     session.enable(False)
     instruction = _begin(session, config, seed)
     began = time.time_ns()
@@ -219,7 +219,7 @@ def _act(
 
 
 def _kill_in_motion(session: Session, config: RosDemoConfig, console: Console) -> int:
-    """Kill the policy node while the arm moves; when [ns]."""
+    """Kill the policy node while the arm moves; return the time [ns]."""
     _begin(session, config, config.seed)
     if not session.spin(5.0, until=lambda: session.speed > _MOVING):
         raise NodeError("The arm did not move within 5 s, so nothing was killed.")

@@ -1,6 +1,4 @@
-"""Simulated robot and policy node as two processes, driven through their topics and services
-alone.
-"""
+"""Simulated robot and policy node as two processes, driven only through topics and services."""
 
 from __future__ import annotations
 
@@ -30,20 +28,20 @@ from ceed_vla.ros_nodes.demo.report import status_values
 from ceed_vla.ros_nodes.robot.interfaces.base import ActionInterface
 from ceed_vla.ros_nodes.robot.messages import COMMAND, LATCHED
 
-START_TIMEOUT = 90.0  # until both nodes answer; the policy loads its weights meanwhile [s]
-CALL_TIMEOUT = 10.0  # [s]
-SETTLE = 0.3  # after a new episode, until the policy node has seen where the arm is [s]
-_KEPT = 1000  # messages that a slow recorder may fall behind
+START_TIMEOUT = 90.0  # until both nodes answer, which includes loading the policy [s]
+CALL_TIMEOUT = 10.0  # of a service call [s]
+SETTLE = 0.3  # after a new episode, until the policy node has received the arm's pose [s]
+_QUEUED = 1000  # messages that a slow recorder may lag behind
 
 
 class Session:
-    """Two node processes in a ROS domain of their own, and a bag of what they say.
+    """Two node processes in a ROS domain of their own, and a bag of their messages.
 
-    They stay on this machine unless the environment says otherwise. Every method may raise
-    `NodeError`.
+    They stay on this machine unless the environment sets another discovery range. `NodeError`: Any
+    method may raise it.
 
     Args:
-        folder: Where their output ("sim.log", "policy.log") and "bag.mcap" go.
+        folder: Folder for their output ("sim.log", "policy.log") and "bag.mcap".
         interface: Action interface of the policy node, whose commands are recorded.
         policy_arguments: Further ``--ros-args`` of the policy node.
         sim_arguments: Further ``--ros-args`` of the simulated robot.
@@ -58,12 +56,12 @@ class Session:
         sim_arguments: list[str],
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # Read by rclpy.init, here and in the children.
+        # rclpy.init reads this, here and in the child processes
         os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
         self.policy: dict[str, str] = {}  # newest diagnostics of the policy node
         self.speed = 0.0  # of the fastest joint [rad/s]
-        self.heard = 0  # stamp of the newest joint state [ns]; a busy recorder is behind
-        self.solved = False  # the simulation has reported success since the last reset
+        self.heard = 0  # stamp of the newest joint state [ns]; a busy recorder lags behind
+        self.solved = False  # whether the simulation has reported success since the last reset
         self._folder, self._domain = folder, domain
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._context = Context()
@@ -78,8 +76,8 @@ class Session:
         self._start("policy", "ceed_vla.ros_nodes.robot.policy_node", arguments)
 
     def _subscribe(self, interface: ActionInterface) -> None:
-        sensor = QoSProfile(depth=_KEPT, reliability=ReliabilityPolicy.BEST_EFFORT)
-        command = QoSProfile(depth=_KEPT)
+        sensor = QoSProfile(depth=_QUEUED, reliability=ReliabilityPolicy.BEST_EFFORT)
+        command = QoSProfile(depth=_QUEUED)
         topics = {
             "/front/image_raw": (Image, sensor),
             "/wrist/image_raw": (Image, sensor),
@@ -116,21 +114,21 @@ class Session:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C reaches this process only, which ends them in order
+                # Ctrl-C reaches only this process, which ends the children in order
                 start_new_session=True,
             )
 
     def wait_until_ready(self) -> None:
         """Return when both nodes answer and the policy is loaded."""
-        begun = (None, "unconfigured", "inactive")  # a node that cannot start ends
+        begun = (None, "unconfigured", "inactive")  # a node that cannot start exits
         self._wait(lambda: self.policy.get("state") not in begun, "policy", START_TIMEOUT)
 
     def enable(self, on: bool) -> None:
-        """Let the policy move the arm, or make it hold."""
+        """Enable the policy's motion, or disable it."""
         end = time.monotonic() + CALL_TIMEOUT
         request = SetBool.Request(data=on)
         response = self._call("/policy/enable", SetBool, request)
-        passing = ("stale", "unsettled_pose")  # on a busy machine, or after a new episode
+        passing = ("stale", "unsettled_pose")  # transient: on a busy machine, after a new episode
         while response.message.startswith(passing) and time.monotonic() < end:
             self.spin(0.1)
             response = self._call("/policy/enable", SetBool, request)
@@ -140,9 +138,7 @@ class Session:
             )
 
     def reset_episode(self, seed: int, task: str) -> str:
-        """Draw a scene in the simulation, and accept the arm's new pose; returns the
-        instruction.
-        """
+        """Draw a scene in the simulation and accept the arm's new pose; return the instruction."""
         parameters = [Parameter("seed", value=seed), Parameter("task", value=task)]
         request = SetParameters.Request(
             parameters=[parameter.to_parameter_msg() for parameter in parameters]
@@ -154,13 +150,13 @@ class Session:
         response = self._call("/sim/reset_episode", Trigger, Trigger.Request())
         if not response.success:
             raise NodeError(f"The simulation does not reset: {response.message}")
-        # The arm is elsewhere all at once, which the policy node accepts from an operator alone.
+        # The arm jumps to its new pose, which the policy node accepts only from an operator.
         self.spin(SETTLE)
         self._call("/policy/reset", Trigger, Trigger.Request())
         return str(response.message)
 
     def spin(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
-        """Record for a time [s] or until a condition holds; returns whether it does."""
+        """Record for a time [s] or until a condition holds; return whether it holds."""
         end = time.monotonic() + seconds
         while not (reached := until()) and (left := end - time.monotonic()) > 0.0:
             for name, process in self._processes.items():
@@ -171,7 +167,7 @@ class Session:
         return reached
 
     def kill_policy(self) -> int:
-        """End the policy node without notice (SIGKILL); returns when [ns since the epoch]."""
+        """Kill the policy node (SIGKILL); return the time [ns since the epoch]."""
         process = self._processes.pop("policy")
         moment = time.time_ns()
         process.kill()
@@ -181,12 +177,12 @@ class Session:
     def close(self) -> None:
         """End both nodes, then the bag. May be called twice."""
         try:
-            # the policy first: the arm comes to rest
+            # the policy node first, so that the arm comes to rest
             for process in reversed(self._processes.values()):
-                process.terminate()  # does nothing to one that has ended
+                process.terminate()  # no effect on a process that has ended
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(5.0)
-        finally:  # interrupted once more, too
+        finally:  # also after a second interrupt
             for process in self._processes.values():
                 process.kill()
                 process.wait()
@@ -211,7 +207,7 @@ class Session:
             raise NodeError(f"No {what} after {timeout:.0f} s. {self._last_words('sim', 'policy')}")
 
     def _last_words(self, *names: str) -> str:
-        """The last line that each node printed, and where the rest is."""
+        """Return the last line that each node printed, and the file with the rest."""
         lines = []
         for name in names:
             path = self._folder / f"{name}.log"

@@ -1,13 +1,13 @@
-"""``ceed-vla ros-demo --simulated_time true``: success against the latency of decoding, whatever
-the machine's load.
+"""``ceed-vla ros-demo --simulated_time true``: success against the latency of decoding, independent
+of the machine's load.
 
 The node's own controller, stream, safety filter and interfaces drive the simulated robot in one
-process, on one simulated clock. The policy decodes for real; its answer comes after a prescribed
+process, on one simulated clock. The policy really decodes; its answer arrives after a prescribed
 time.
 
-An episode repeats itself to the last bit. So for the reaction time, from an event to the first
-command that it changes, it runs twice, the second time with the object pushed aside on the way:
-until then both send the same commands.
+Episodes are deterministic to the last bit. The reaction time, from an event to the first command
+that it changes, therefore comes from two runs of an episode, of which one has the object pushed
+aside during motion: until then both runs send the same commands.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ from ceed_vla.sim.rollout import success_entry
 from ceed_vla.sim.tabletop.env import CTRL_DT
 
 TRANSPORT = 0.002  # from an image's stamp to its arrival, as between the processes [s]
-DISTANCE = 0.04  # that the object moves [m]
-WHEN = (0.2, 0.8)  # from `enable` on [s]: two periods of chunks on the way, before most grasps
-PATIENCE = 1.5  # for a command that differs [s]
-Event = tuple[float, Array]  # the object moves so long [s] after `enable` by (2,) [m]
-_STATES = 0.01  # between joint states [s]
-TIE = 1e-9  # an answer that is due at a tick, but for rounding, comes before it [s]
-_PREFILL = 2  # forwards that the prefill takes as long as
+DISTANCE = 0.04  # by which the object is moved [m]
+WHEN = (0.2, 0.8)  # range of event times after `enable`: in motion, before most grasps [s]
+PATIENCE = 1.5  # longest time until a command differs [s]
+Event = tuple[float, Array]  # time after `enable` [s], shift of the object (2,) [m]
+_STATES = 0.01  # time between joint states [s]
+TIE = 1e-9  # an answer that is due at a tick, up to rounding, comes before it [s]
+_PREFILL = 2  # number of forwards that take as long as the prefill
 # percentiles
 _TIMES = {
     "observation_to_command_ms": (50, 99),
@@ -72,7 +72,7 @@ _TIMES = {
 
 
 def draw_event(seed: int) -> Event:
-    """The event of an episode: the same for all policies."""
+    """Draw the event of an episode, which is the same for all policies."""
     random = np.random.default_rng([seed, 1])
     after = random.uniform(*WHEN)
     angle = random.uniform(0.0, 2.0 * np.pi)
@@ -80,8 +80,8 @@ def draw_event(seed: int) -> Event:
 
 
 def first_change(calm: Sequence[Any], stirred: Sequence[Any]) -> float:
-    """When the run with the event first sent what the other did not [s]; both are of (time, ...).
-    inf: never.
+    """Return the time at which the run with the event first sent another command than the run
+    without [s]; inf if it never did. Both are sequences of (time, ...).
     """
     return next(
         (ours[0] for theirs, ours in zip(calm, stirred, strict=False) if theirs != ours), np.inf
@@ -89,11 +89,10 @@ def first_change(calm: Sequence[Any], stirred: Sequence[Any]) -> float:
 
 
 class TimedWorker:
-    """A policy whose answers take `latency` [s] of simulated time, in the place of an
-    `InferenceWorker`.
+    """Replaces an `InferenceWorker` by one whose answers take `latency` [s] of simulated time.
 
-    First steps that are certain come earlier, by the forwards that they take; the prefill counts as
-    `_PREFILL`.
+    Certain first steps arrive earlier, in proportion to the forwards that they take; the prefill
+    counts as `_PREFILL` forwards.
     """
 
     failed: str | None = None
@@ -104,11 +103,11 @@ class TimedWorker:
         self.now = 0.0
         self._predictor = predictor
         self._latency = latency
-        self._answers: list[Response] = []  # in the order in which they come
+        self._answers: list[Response] = []  # in order of arrival
         self._asked = 0.0
 
     def begin(self) -> None:
-        """It is loaded."""
+        """Do nothing: the policy is loaded already."""
 
     @property
     def idle(self) -> bool:
@@ -116,7 +115,7 @@ class TimedWorker:
 
     @property
     def due(self) -> float:
-        """When the next answer comes [s]."""
+        """Time at which the next answer arrives [s]."""
         return self._asked + self._answers[0].seconds["total"] if self._answers else np.inf
 
     def submit(self, request: Request) -> bool:
@@ -136,9 +135,9 @@ class SimulatedLoop:
     """One episode on one clock; `values` are of `POLICY_PARAMETERS`.
 
     Attributes:
-        sent: Of every tick, when [s], the arm's message and the gripper's opening [m].
-        enabled, moving, stirred: When motion was enabled, the first command in motion sent, the
-            `event` [s].
+        sent: For every tick, the time [s], the arm's message and the gripper's opening [m].
+        enabled, moving, stirred: Times at which motion was enabled, the first command in motion was
+            sent, and the `event` took place [s].
     """
 
     def __init__(self, robot: SimRobot, worker: TimedWorker, values: dict[str, Any]) -> None:
@@ -157,15 +156,16 @@ class SimulatedLoop:
         seed: int,
         event: Event | None = None,
     ) -> bool:
-        """Let the policy act for so long [s]; whether the task was solved. Images come up to
-        `jitter` [s] late.
+        """Let the policy act for `seconds`; images arrive up to `jitter` [s] late.
+
+        Returns whether the task was solved.
         """
         controller, cameras = self.setup.controller, self.setup.observations.cameras
         random = np.random.default_rng(seed)
         start = self.robot.time
         state = start
         tick = start + 0.004
-        # The episode begins when the pose is trusted: then the first image comes, and motion is
+        # The episode begins when the pose is trusted: the first image then arrives, and motion is
         # enabled.
         image = start + TRUST_TIME + random.uniform(0.0, 1.0 / camera_rate)
         arriving: list[tuple[float, int, dict[str, Any], float]] = []
@@ -215,7 +215,7 @@ class SimulatedLoop:
             self.moving = min(self.moving, now)
         if message is not None:
             obey(self.robot, message, now)
-            # sent as `Streaming` does
+            # as `Streaming` sends it
             if decision is not None and (opening := decision.gripper) is not None:
                 last, at = self._gripped
                 if opening != last or now - at >= GRIPPER_PERIOD:
@@ -225,8 +225,9 @@ class SimulatedLoop:
 
 
 def simulated_time(config: Any, folder: Path, console: Console) -> dict[str, Any]:
-    """Every rival of a `RosDemoConfig` at every latency; writes simulated_time.json and a plot,
-    returns the former.
+    """Run every rival of a `RosDemoConfig` at every latency; write simulated_time.json and a plot.
+
+    Returns the content of simulated_time.json.
     """
     rows = []
     with closing(SimRobot(config.split)) as robot:
@@ -278,12 +279,12 @@ def simulated_time(config: Any, folder: Path, console: Console) -> dict[str, Any
 def _episode(
     config: Any, robot: SimRobot, predictor: Predictor, latency: float, seed: int
 ) -> dict[str, Any]:
-    """What one episode was like; times in lists [s], empty if there is none."""
+    """Return the results of one episode; times are lists [s], empty without a value."""
     began = robot.time
     loop, success = _run(config, robot, predictor, latency, seed)
     ended, answered = robot.time, np.inf
     if config.reaction:
-        robot.time = began  # the same times, to the last bit
+        robot.time = began  # so that all times are equal to the last bit
         stirred, _ = _run(config, robot, predictor, latency, seed, draw_event(seed))
         answered = first_change(loop.sent, stirred.sent) - stirred.stirred
         robot.time = ended
@@ -301,14 +302,14 @@ def _run(
     seed: int,
     event: Event | None = None,
 ) -> tuple[SimulatedLoop, bool]:
-    """One episode, or what follows an `event`; whether it was solved."""
-    given = {name: getattr(config, name) for name in ("action_interface", "replan_steps")}
-    given |= {
+    """Run one episode, or until after an `event`; return the loop, and whether it was solved."""
+    changes = {name: getattr(config, name) for name in ("action_interface", "replan_steps")}
+    changes |= {
         "checkpoint": predictor.spec.checkpoint,
         "instruction": robot.reset(seed, config.task),
     }
     loop = SimulatedLoop(
-        robot, TimedWorker(predictor, latency), {**defaults(POLICY_PARAMETERS), **given}
+        robot, TimedWorker(predictor, latency), {**defaults(POLICY_PARAMETERS), **changes}
     )
     # The time until the pose is trusted is not part of the episode.
     limit = TRUST_TIME + (
@@ -320,7 +321,7 @@ def _run(
 
 
 def _percentiles(lists: list[list[float]], shares: tuple[int, ...]) -> dict[str, float | None]:
-    """Of all times [s], in milliseconds; None without any."""
+    """Return percentiles of all times [s], in milliseconds; None without any."""
     times = list(itertools.chain(*lists))
     return {
         f"p{s}": round(1e3 * float(np.percentile(times, s)), 1) if times else None for s in shares

@@ -1,3 +1,1 @@
-"""What drives a robot: the policy node, its safety and interfaces. Imports nothing of the
-simulator.
-"""
+"""The policy node, its safety and its interfaces; independent of the simulator."""

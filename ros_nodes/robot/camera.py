@@ -1,4 +1,4 @@
-"""The newest image of one camera, and whether its images can be used."""
+"""The newest image of one camera, and whether the camera's images are usable."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from ceed_vla.ros_nodes.robot.images import (
 )
 from ceed_vla.ros_nodes.robot.robot_file import ImageSource
 
-CALM = 1.0  # without a bad image, before a camera that sends bad ones among good ones is used [s]
+CALM = 1.0  # time without a bad image after which an alternating camera is usable again [s]
 _LOOKED_BACK = 30  # images whose verdicts are counted
-_QUIET = 1.0  # between two warnings of a camera [s]
+_QUIET = 1.0  # shortest time between two warnings of a camera [s]
 
 
 class Camera:
-    """Keeps the newest message of a camera; only `Shown.pixels` decodes it, in another thread.
+    """Stores the newest message of a camera; only `Shown.pixels` decodes it, in another thread.
 
-    A bad image is a fault until a good one comes. Where bad images alternate with good ones, until
-    none came for `CALM` seconds: otherwise the arm would start and stop with every image.
+    A bad image is a fault until a good image arrives. If bad and good images alternate, the fault
+    lasts until no bad image has arrived for `CALM` seconds; otherwise the arm would start and stop
+    with every image.
 
     Attributes:
         source: The camera in the robot's file.
-        received: Images that have come, bad ones included.
-        stamp: When the newest image was taken [s]; None before the first.
-        gaps: Between the last images, one of which may have been lost [s].
-        renewed: Whether an image has come since `Observations.renewed` was last true.
-        changed: Stamp of the first of the images that are all the same [s].
-        blank: Whether the image that the policy saw last has one colour.
-        fault: Why its images cannot be used; None if they can.
+        received: Number of images that arrived, including bad ones.
+        stamp: Stamp of the newest image [s]; None before the first image.
+        gaps: Times between the latest images, one of which may have been lost [s].
+        renewed: Whether an image has arrived since `Observations.renewed` was last true.
+        changed: Stamp of the first of the latest images that are all identical [s].
+        blank: Whether the image that the policy received last has one colour.
+        fault: Why the camera's images are unusable; None if they are usable.
     """
 
     def __init__(self, source: ImageSource, shape: tuple[int, int, int]) -> None:
@@ -45,7 +46,7 @@ class Camera:
         self.forget()
 
     def forget(self) -> None:
-        """Forget all images."""
+        """Drop all images and verdicts."""
         self.stamp: float | None = None
         self.gaps: deque[float] = deque(maxlen=3)
         self.renewed = False
@@ -53,18 +54,18 @@ class Camera:
         self.blank = False
         self.fault: str | None = None
         self._image: CameraImage | None = None
-        self._shown: CameraImage | None = None  # the one that is being decoded, or was last
-        self._damaged = False  # the fault was found in the data, where no header tells of it
-        self._damage_stamp: float | None = None  # of the last image that was found so [s]
+        self._shown: CameraImage | None = None  # the image that is being decoded, or was last
+        self._damaged = False  # the fault is in the pixel data; the header does not show it
+        self._damage_stamp: float | None = None  # of the last image with damaged data [s]
         self._alternating = False
         self._bad_stamp: float | None = None  # of the last bad image [s]
         # Stamp of one of the last images [s] -> whether it is bad.
         self._verdicts: dict[float, bool] = {}
-        # Height, width and stamp [s] of the image that was warned of last, or came first.
+        # Height, width and stamp [s] of the first image, or of the image of the last warning.
         self._told: tuple[int, int, float] | None = None
 
     def take(self, message: bytes) -> str | None:
-        """Keep a serialized message, which may be bad; returns what to warn of."""
+        """Store a serialized message, which may be bad; return a warning, or None."""
         self.received += 1
         try:
             image = self._read(message)
@@ -84,9 +85,9 @@ class Camera:
         return self._warning(image)
 
     def show(self) -> Shown:
-        """The newest image, for whoever decodes it; `judge` is then told of it.
+        """Return the newest image for decoding; `judge` then takes the result.
 
-        `ObservationError`: There is none.
+        `ObservationError`: No image has arrived.
         """
         if self._image is None:
             raise ObservationError(f"There is no image of {self.source.name} yet.")
@@ -95,10 +96,10 @@ class Camera:
 
     @property
     def suspect(self) -> bool:
-        """Whether its newest image should be decoded without a request for it.
+        """Whether the newest image should be decoded although no request needs it.
 
-        So it is until a good one ends a fault that no header tells of, and for `CALM` seconds after
-        a damaged one.
+        True until a good image ends a fault that only decoding detects, and for `CALM` seconds
+        after a damaged image.
         """
         if self._image is None or self._image is self._shown:
             return False
@@ -106,8 +107,8 @@ class Camera:
         return self._damaged or (damage is not None and 0.0 <= self._image.stamp - damage < CALM)
 
     def judge(self, problem: str | None, *, blank: bool) -> None:
-        """Take what decoding the image of the last `show` has found; `problem` is why it is bad."""
-        if self._shown is None:  # forgotten meanwhile
+        """Take the result of decoding the image of the last `show`; `problem` is why it is bad."""
+        if self._shown is None:  # dropped in the meantime
             return
         self.blank = blank and problem is None
         if problem is not None:
@@ -117,7 +118,7 @@ class Camera:
             self._damaged = self.fault is not None
 
     def _judge(self, stamp: float | None, problem: str | None) -> None:
-        """One of the last images is bad or good."""
+        """Record one of the latest images as bad or good."""
         stamp = stamp if stamp is not None else self.stamp or 0.0
         self._verdicts[stamp] = problem is not None
         while len(self._verdicts) > _LOOKED_BACK:
@@ -136,7 +137,7 @@ class Camera:
             self.fault = None
 
     def _warning(self, image: CameraImage) -> str | None:
-        """What is new of the size of its images: at the first one, and where it changes."""
+        """Return a warning about the image size, for the first image and after a change of size."""
         size = (image.height, image.width)
         texts = []
         if self._told is not None:

@@ -1,8 +1,9 @@
-"""``ceed-vla robot check FILE --checkpoint C``: whether a robot's file and a checkpoint fit, before
-anything runs.
+"""``ceed-vla robot check FILE --checkpoint C``: checks whether a robot's file and a checkpoint fit
+before anything runs.
 
-A checkpoint may bring the robot's file that it was made with. It is a template, printed and
-compared here alone: what moves an arm comes from the file that the user names.
+A checkpoint may contain the robot's file that it was trained with. That file is a template: this
+command prints it or compares it, and nothing else reads it. The arm's settings come only from the
+file that the user names.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from ceed_vla.ros_nodes.robot.safety import SafetyLimits
 from ceed_vla.ros_nodes.robot.texts import short
 from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 
-TEMPLATE = "robot.yaml"  # beside a checkpoint's config.json
+TEMPLATE = "robot.yaml"  # in the checkpoint's folder
 
 
 @dataclass
 class RobotCheckConfig:
-    """Compare a robot's file with a checkpoint and the arm's model; the exit code is 0 if they fit.
+    """Compare a robot's file with a checkpoint and the arm's model; exit code 0 if they fit.
 
     Attributes:
-        file: The robot's YAML file; without it the template that the checkpoint brings is printed,
-            if it brings one.
-        checkpoint: LeRobot checkpoint folder, or student or teacher for the shipped ones.
+        file: YAML file of the robot; without it, the checkpoint's template is printed, if the
+            checkpoint has one.
+        checkpoint: LeRobot checkpoint folder, or student or teacher for a shipped checkpoint.
     """
 
     file: str = ""
@@ -50,10 +51,10 @@ class RobotCheckConfig:
 
 
 class _Problems(list[str]):
-    """What does not fit, in the order in which it was found."""
+    """The problems in the order in which they were found."""
 
     def attempt(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns; None, and one more problem, if it fails."""
+        """Return the result of `make`; if it fails, add a problem and return None."""
         try:
             return make()
         except CeedVLAError as error:
@@ -61,24 +62,24 @@ class _Problems(list[str]):
 
 
 def robot_check(config: RobotCheckConfig) -> str | None:
-    """Print what fits, what does not, and a verdict; without a file, return the template.
+    """Print what fits, the problems, and a verdict; without a file, return the template.
 
-    `ConfigError`: They do not fit.
+    `ConfigError`: The file and the checkpoint do not fit.
     """
     template = resolve_checkpoint(config.checkpoint) / TEMPLATE
     if not config.file:
         if not template.exists():
             raise ConfigError(
-                f"{config.checkpoint} brings no {TEMPLATE}; name a robot's file, see "
-                "docs/robots.md."
+                f"{config.checkpoint} has no {TEMPLATE}; name a robot's file, see "
+                "docs/how-to/connect-an-arm.md."
             )
-        Fields.read(template)  # plain YAML of a limited size, which has no control characters
+        Fields.read(template)  # validates: plain YAML of limited size without control characters
         return template.read_text(encoding="utf-8")
     console = Console(width=None if Console().is_terminal else 140)
     try:
         robot = load_robot_config(config.file)
         spec = declared_spec(config.checkpoint)
-    except CeedVLAError as error:  # there is nothing to compare
+    except CeedVLAError as error:  # no further comparison is possible
         _tell(console, [str(error)], ())
         raise
     problems = _Problems()
@@ -106,7 +107,7 @@ def robot_check(config: RobotCheckConfig) -> str | None:
 
 
 def _tell(console: Console, problems: Sequence[str], warnings: Sequence[str]) -> None:
-    """Print warnings, then problems with their numbers, one a line, and the verdict last."""
+    """Print the warnings, then the numbered problems, one per line, and the verdict last."""
     lines = [f"warning: {warning}" for warning in warnings]
     lines += [f"{number}. {problem}" for number, problem in enumerate(problems, 1)]
     for line in [*lines, verdict(problems, warnings)]:
@@ -115,7 +116,7 @@ def _tell(console: Console, problems: Sequence[str], warnings: Sequence[str]) ->
 
 
 def _features(robot: RobotConfig, spec: PolicySpec) -> Table:
-    """What the policy sees and does, and what it is made of."""
+    """Tabulate the policy's inputs and actions with their sources on the robot."""
     table = Table("what", "the checkpoint", "the robot")
     images = {image.feature: image for image in robot.images}
     for feature, (_, height, width) in spec.cameras.items():
@@ -129,7 +130,7 @@ def _features(robot: RobotConfig, spec: PolicySpec) -> Table:
     table.add_row(
         "action",
         f"{spec.action_dim} values, {chunk}",
-        f"{robot.action.kind}, {1 / robot.action.dt:g} a second",
+        f"{robot.action.kind}, {1 / robot.action.dt:g} per second",
     )
     for name, interface in robot.interfaces.items():
         table.add_row(name, "", interface.topic)
@@ -142,7 +143,7 @@ def _joints(
     ranges: Mapping[str, Range | str],
     has_model: bool,
 ) -> Table:
-    """The limits of every joint in both units, and what they were compared with."""
+    """Tabulate the limits of every joint in both units, and the checks that were made."""
     table = Table("limits", "in the policy's unit", "of commands")
     for place, joint in enumerate(robot.arm.joints if limits is not None else ()):
         assert limits is not None
@@ -163,7 +164,7 @@ def _joints(
 
 
 def _differences(own: Fields, template: Fields) -> Table:
-    """The keys in which a robot's file differs from the template that a checkpoint brings."""
+    """Tabulate the keys in which a robot's file differs from the checkpoint's template."""
     here = own.flat()
     there = template.flat()
     table = Table("key that differs", "the file", "the checkpoint (a template, not used)")

@@ -1,17 +1,18 @@
-"""Joins action chunks into one stream of steps: token real-time chunking, free of clocks, threads
-and ROS.
+"""Joins action chunks into one stream of steps (token real-time chunking), without clocks, threads
+or ROS.
 
-While a chunk runs, the next one is decoded, from the newest observation that is still in time for
-the step at which it shall take over. The steps that are consumed before it is ready are its *frozen
-prefix*, so the new chunk agrees with the running one up to there:
+While a chunk runs, the policy decodes the next chunk from the newest observation that is still in
+time for the step at which the next chunk takes over. The steps that are consumed before the next
+chunk is ready are its *frozen steps*: it repeats the running chunk up to there, so the two join
+without a jump:
 
     running chunk     | 0 1 2 3 4 5 6 7 |
     request in step 1       ^                    the answer is expected to take 2.3 steps
     next chunk                | 0 1 2 3 4 5 6 7 |      0, 1 = steps 2, 3 of the running one
                                     ^ takes over here, after `replan_steps` 4; the rest is decoded
 
-An answer that takes less than the rest of the running step freezes nothing. The delay is measured
-on the step grid, in steps that were consumed between request and answer, so it needs no clock.
+If the answer takes less than the rest of the running step, no step is frozen. The delay is counted
+in steps of the step grid between request and answer, so it needs no clock.
 """
 
 from __future__ import annotations
@@ -26,69 +27,70 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
 
-_DELAYS = 32  # answers that the expected delay looks back on
+_DELAYS = 32  # latest answers from which the delay of the next one is estimated
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A chunk to request."""
+class ChunkRequest:
+    """The request of one chunk."""
 
-    id: int  # the answer repeats it
+    id: int  # the answer carries the same id
     # tokens (n,) of the running chunk for the warm start; None without one
     previous: NDArray[np.int64] | None
     shift_steps: int  # steps of `previous` that are consumed
-    # Steps that will be consumed before the answer is expected: the first ones of the new chunk,
-    # equal to the next ones of `previous`. 0 if nothing runs.
+    # Steps that will be consumed before the answer is expected. The new chunk begins with them;
+    # they equal the next steps of `previous`. 0 if no chunk runs.
     frozen_steps: int
-    # time until the answer is needed, from the request on [s]; None if nothing runs
+    # time from the request until the answer is needed [s]; None if no chunk runs
     deadline_s: float | None
 
 
 @dataclass(frozen=True)
 class Target:
-    """What one step of the grid does."""
+    """The action of one step of the grid, or the reason why it has none."""
 
-    # "chunk", or why there is no action and the arm holds: "stopped" (not started), "waiting" (for
-    # the first chunk) or "starved" (the running chunk ended before the next one came).
+    # "chunk", or the reason for a hold without an action: "stopped" (not started), "waiting" (the
+    # first chunk has not arrived) or "starved" (the running chunk ended before the next arrived).
     source: str
     action: NDArray[np.float32] | None = None  # (A,)
-    chunk_id: int | None = None  # the plan that the action comes from
+    chunk_id: int | None = None  # id of the request whose chunk has the action
     index: int = -1  # step of that chunk
-    seam: bool = False  # this is the first step taken from its chunk
+    seam: bool = False  # whether this is the first step taken from its chunk
 
 
 @dataclass
 class StreamCounters:
-    """What happened since construction."""
+    """Counts of events since construction."""
 
     switched: int = 0  # chunks that took over
-    late: int = 0  # chunks that took over after more steps than were frozen: their seam may jump
-    missed: int = 0  # chunks that arrived when all their steps were past
-    starved: int = 0  # steps held because the running chunk had ended
+    late: int = 0  # chunks that took over after more steps than were frozen; their seam may jump
+    missed: int = 0  # chunks that arrived after all their steps had passed
+    starved: int = 0  # steps that held because the running chunk had ended
 
 
 class ChunkStream:
-    """Which action each step executes, when the next chunk is due, and how many steps it will take.
+    """Selects the action of each step, and decides when the next chunk is due.
 
-    Call `plan` whenever a request could be sent; `offer` or `cancel` follows. `target` takes a step
-    at a boundary.
+    Call `request` whenever a request can be sent, then `offer` with its answer or `cancel`. Call
+    `target` at every boundary between steps.
 
     Args:
         chunk_steps: ``m``.
         replan_steps: Steps ``h`` after which the next chunk is due, in [1, m].
         action_dt: Duration of a step [s].
-        delay_steps: First estimate of the steps consumed between a request and its answer, at least
-            0.
-        least_lead: Steps before a boundary after which no request can be sent for it any more.
+        delay_steps: Initial estimate of the steps consumed between a request and its answer, at
+            least 0.
+        least_lead: Smallest number of steps before a boundary by which a request for it must be
+            sent.
 
     Attributes:
-        started: Whether it runs.
-        grace: Share of a step that an answer may come too late and still replace it (`redo`), in
-            [0, 1).
+        started: Whether the stream runs.
+        grace: Share of a step by which an answer may be late and still replace that step (`redo`),
+            in [0, 1).
         margin: Time between an answer and the boundary that needs it [s].
-        quantile: Of the delays of the last answers, which is expected of the next one, in (0, 1].
+        quantile: Quantile of the latest delays that is expected as the next delay, in (0, 1].
 
-    `ConfigError`: More steps than a chunk has, or none.
+    `ConfigError`: `replan_steps` is outside [1, m].
     """
 
     grace = 0.3
@@ -113,9 +115,7 @@ class ChunkStream:
         self.stop()
 
     def fit(self, chunk_steps: int, replan_steps: int, delay_steps: float) -> None:
-        """Take chunks of another length from now on; the arguments are the constructor's, before
-        `start`.
-        """
+        """Set the chunk length, `replan_steps` and the initial delay; call it before `start`."""
         if chunk_steps < 1 or not 1 <= replan_steps <= chunk_steps:
             raise ConfigError(
                 f"replan_steps is {replan_steps} for chunks of {chunk_steps} steps; "
@@ -127,12 +127,12 @@ class ChunkStream:
 
     @property
     def pending(self) -> int | None:
-        """Id of the plan whose answer is pending."""
-        return self._next.plan.id if self._next else None
+        """Id of the request whose answer is pending; None if none is."""
+        return self._next.request.id if self._next else None
 
     @property
     def arrived(self) -> bool:
-        """Whether its answer is here."""
+        """Whether the answer to the pending request has arrived."""
         return self._next is not None and self._next.actions is not None
 
     @property
@@ -142,61 +142,63 @@ class ChunkStream:
 
     @property
     def delay_steps(self) -> float:
-        """Steps that the next answer is expected to take."""
+        """Expected delay of the next answer [steps]."""
         if not self._delays:
             return self._first_delay
         ordered = sorted(self._delays)
-        # the smallest that covers the quantile
+        # the smallest delay that covers the quantile
         return ordered[math.ceil(self.quantile * len(ordered)) - 1]
 
     @property
     def lead(self) -> float:
-        """Steps before a boundary by which a request must be sent to be answered in time."""
+        """Number of steps before a boundary by which a request must be sent to be in time."""
         return max(self.delay_steps + self.margin / self.action_dt, self._least_lead)
 
     def start(self) -> None:
-        """Begin without a chunk: hold until the first one arrives; its request is due at once."""
+        """Begin without a chunk: hold until the first chunk arrives; its request is due at once."""
         self.stop()
         self.started = True
 
     def stop(self) -> None:
-        """Forget the running chunk and any answer under way; hold until `start`."""
+        """Drop the running chunk and any pending answer; hold until `start`."""
         self.started = False
         self._replan_now = False
         self._seam = False  # the next step is the first one of its chunk
-        self._moving = False  # the running step is one of a chunk
+        self._moving = False  # the running step belongs to a chunk
         self._running: _Chunk | None = None
         self._next: _Chunk | None = None
         self._consumed = 0  # steps taken from chunks
-        self._boundaries = 0  # the same with the steps that were held
+        self._boundaries = 0  # steps taken from chunks, plus steps that held
 
     def preempt(self) -> None:
         """Make a new chunk due at once and ignore the pending answer: the instruction changed."""
         self._next = None
         self._replan_now = True
 
-    def plan(self, remaining: float = 0.0, wait: float = 0.0) -> Plan | None:
-        """The chunk to ask for now, or None if none is due.
+    def request(self, remaining: float = 0.0, wait: float = 0.0) -> ChunkRequest | None:
+        """Return the request that is due now, or None if none is due.
 
-        `remaining` are the steps until the next one is consumed, at most 1 as a rule; `wait` those
-        until the next chance to send a request, with a newer observation.
+        Args:
+            remaining: Steps until the next step is consumed, usually at most 1.
+            wait: Steps until the next opportunity to send a request, with a newer observation.
         """
         if not self.started or self._next is not None:
             return None
         index, left = self._position()
         lead = self.lead
         runs = left > 0 or self._moving
-        # steps that are consumed until it is ready
+        # steps that are consumed until the chunk is ready
         frozen = max(math.ceil(lead - remaining - 1e-9), 0)
         if runs and not self._replan_now:
             frozen = max(frozen, self.replan_steps - index)
-            # What is frozen must be there, and the answer must come before the running chunk ends.
+            # The running chunk must contain all frozen steps, and the answer must arrive before the
+            # running chunk ends.
             if min(frozen, left) + remaining - lead >= wait:
                 return None
-        # At least one step of the new chunk must be left to decode.
+        # At least one step of the new chunk must remain to be decoded.
         frozen = min(frozen, left, self.chunk_steps - 1)
         running = self._running
-        plan = Plan(
+        request = ChunkRequest(
             id=next(self._ids),
             previous=running.tokens if running else None,
             shift_steps=index,
@@ -205,31 +207,38 @@ class ChunkStream:
                 (frozen + remaining + self.grace) * self.action_dt - self.margin if runs else None
             ),
         )
-        self._next = _Chunk(plan, self._consumed, self._boundaries + 1 - remaining, frozen)
+        self._next = _Chunk(request, self._consumed, self._boundaries + 1 - remaining, frozen)
         self._replan_now = False
-        return plan
+        return request
 
-    def cancel(self, plan_id: int) -> None:
-        """The request was not sent, or failed: it is due again at once."""
-        if self.pending == plan_id:
+    def cancel(self, request_id: int) -> None:
+        """Drop a request that was not sent or that failed; a new one is due at once."""
+        if self.pending == request_id:
             self._next = None
             self._replan_now = True
 
     def offer(
         self,
-        plan_id: int,
+        request_id: int,
         actions: NDArray[np.float32],
         tokens: NDArray[np.int64] | None = None,
         remaining: float = 0.0,
         *,
         whole: bool = True,
     ) -> bool:
-        """Take an answer to a plan: actions (m, A), tokens (n,), None for policies without;
-        `remaining` as in `plan`.
+        """Accept the answer to a request; its chunk takes over at the next boundary.
 
-        It takes over at the next boundary. Of an answer that is not `whole` these are the first
-        actions (k, A); the others follow. Returns False if the answer is no longer pending.
-        `ConfigError`: Actions that are no finite (m, A).
+        Args:
+            request_id: Id of the request.
+            actions: Actions (m, A); if not `whole`, the first k actions (k, A).
+            tokens: Tokens (n,); None for policies without tokens.
+            remaining: As in `request`.
+            whole: Whether the answer is complete; otherwise another answer follows.
+
+        Returns:
+            False if the request is no longer pending.
+
+        `ConfigError`: The actions do not have the shape (m, A), or are not finite.
         """
         fits = actions.ndim == 2 and (
             len(actions) == self.chunk_steps if whole else len(actions) < self.chunk_steps
@@ -240,17 +249,18 @@ class ChunkStream:
                 f"expected ({self.chunk_steps}, A) finite actions."
             )
         chunk = self._next or self._running
-        if chunk is None or chunk.plan.id != plan_id or chunk.whole:
+        if chunk is None or chunk.request.id != request_id or chunk.whole:
             return False
         chunk.actions = actions
         chunk.tokens = tokens
         chunk.whole = whole
-        if whole and chunk is self._next:  # otherwise its first steps have moved the grid
+        # If the chunk already runs, its first steps moved the grid, and its delay is unknown.
+        if whole and chunk is self._next:
             self._delays.append(max(self._boundaries + 1 - remaining - chunk.position, 0.0))
         return True
 
     def target(self) -> Target:
-        """What the step that begins now does; consumes it."""
+        """Return the target of the step that begins now, and consume that step."""
         self._take_over()
         self._boundaries += 1
         if not self.started:
@@ -266,11 +276,13 @@ class ChunkStream:
         seam = self._seam
         self._seam = False
         assert self._running.actions is not None
-        return Target("chunk", self._running.actions[index], self._running.plan.id, index, seam)
+        return Target("chunk", self._running.actions[index], self._running.request.id, index, seam)
 
     def redo(self) -> Target | None:
-        """The step that began last, from a chunk that came too late for it by less than `grace`;
-        None if none did.
+        """Repeat the running step from a chunk that arrived just after the step began.
+
+        Returns:
+            The step's new target; None if no such chunk has arrived.
         """
         chunk = self._next
         if chunk is None or chunk.actions is None or self._running is None:
@@ -283,13 +295,13 @@ class ChunkStream:
 
     @property
     def upcoming(self) -> tuple[int, NDArray[np.float32]]:
-        """The plan that runs, 0 if none does, and its actions (k, A) that are still to come."""
+        """Id of the running chunk's request, 0 if none runs, and its remaining actions (k, A)."""
         if self._running is None or self._running.actions is None:
             return 0, np.empty((0, 0), np.float32)
-        return self._running.plan.id, self._running.actions[self._position()[0] :]
+        return self._running.request.id, self._running.actions[self._position()[0] :]
 
     def _position(self) -> tuple[int, int]:
-        """Next step of the running chunk, and how many it has left."""
+        """Index of the next step of the running chunk, and the number of its remaining steps."""
         if self._running is None or self._running.actions is None:
             return 0, 0
         steps = len(self._running.actions)
@@ -297,7 +309,7 @@ class ChunkStream:
         return index, steps - index
 
     def _take_over(self) -> None:
-        """Make the chunk that arrived the running one, at the step that is next in it."""
+        """Make the chunk that arrived the running chunk, at its next step."""
         chunk = self._next
         if chunk is None or chunk.actions is None:
             return
@@ -314,14 +326,14 @@ class ChunkStream:
 
 @dataclass
 class _Chunk:
-    """A chunk whose step 0 is the step that was next when it was requested."""
+    """A requested chunk; its step 0 is the step that was next at the time of the request."""
 
-    plan: Plan
-    start: int  # steps consumed until then: steps that are held move nothing, so they do not count
-    position: float  # then, on the step grid
-    # steps that are consumed until the answer is expected, whether the policy can freeze them or
-    # not
+    request: ChunkRequest
+    # Steps consumed before the request. Steps that hold do not move the arm and do not count.
+    start: int
+    position: float  # time of the request on the step grid [steps]
+    # steps that are consumed until the answer is expected, even if the policy cannot freeze them
     frozen_steps: int
-    actions: NDArray[np.float32] | None = None  # None until the answer is here
+    actions: NDArray[np.float32] | None = None  # None until the answer arrives
     tokens: NDArray[np.int64] | None = None
-    whole: bool = False  # whether these are all of them
+    whole: bool = False  # whether the actions are complete

@@ -1,15 +1,15 @@
-"""From observations to commands at a fixed rate, free of ROS and of clocks: the policy node's whole
-behaviour.
+"""The policy node's control loop: turns observations into commands at a fixed rate, without ROS or
+clocks.
 
-`controller_states` has the states and every way from one to another; here is what happens in them.
+`controller_states` has the states and their transitions; this module implements them.
 
-Time is a grid of steps of ``action_dt``, each ``N`` ticks long. A step has one end target; the
-command of tick i of N lies on the straight line from the target before to this one, so commands
-stay continuous where one chunk follows another. As soon as `SafetyFilter` or an input objects, the
-arm holds and all plans are dropped; it goes on from where it was held, or from where it is if that
-was unknown meanwhile. After a long outage, a restart of the robot or a conflict it waits for an
-operator instead. A chunk is requested with the last images that can still make the step at which it
-takes over, and the grid is moved so that these are fresh.
+Time is a grid of steps of ``action_dt``, each ``N`` ticks long. A step has one end target. The
+command of tick i of N lies on the straight line from the previous target to this one, so commands
+stay continuous at the seam of two chunks. When `SafetyFilter` or an input objects, the arm holds
+and all chunks are dropped. Motion then resumes from the held pose, or from the measured pose if the
+pose was unknown meanwhile. After a long outage, a restart of the robot or a conflict, an operator
+must allow motion again. A chunk is requested with the last images that are in time for the step at
+which it takes over, and the grid is moved so that these images are fresh.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from ceed_vla.ros_nodes.robot.safety import (
 )
 from ceed_vla.ros_nodes.robot.step_grid import StepGrid
 
-STALLED = 1.0  # real time without a tick after which a simulation's clock counts as stopped [s]
-HOME_SPEED = 0.2  # of the fastest joint on the way home [rad/s]
-NOT_BY_WAITING = ("estop", "conflict", MOVED)  # refusals of `enable` that an operator must see
+STALLED = 1.0  # real time without a tick after which the simulated clock counts as stopped [s]
+HOME_SPEED = 0.2  # speed of the fastest joint on the way home [rad/s]
+NOT_BY_WAITING = ("estop", "conflict", MOVED)  # refusals of `enable` that need an operator
 
 
 class PolicyController:
     """Sends the actions of a `stream` through the `safety` filter, at the rate of its grid.
 
-    Motion begins gently: for `blend_in` [s] after `enable` commands lie between the pose then and
-    what is wanted. Motion is allowed by `safety`; operators change that at any time, and the next
-    tick acts on it.
+    Motion begins gently: for `blend_in` [s] after `enable`, commands lie between the pose at that
+    moment and the policy's target. `safety` stores whether motion is allowed; operators change that
+    at any time, and it applies from the next tick on.
 
     Attributes:
-        stream: The policy's; it owns the step grid.
-        machine: The present state.
+        stream: The policy's chunk stream; it owns the step grid.
+        machine: State machine with the present state.
         ages: `Observations.ages`.
         hold: Why the arm held at the last tick; None in motion.
-        outage: How long the fault has lasted that holds the arm.
+        outage: Duration of the fault that holds the arm.
     """
 
     def __init__(
@@ -79,36 +79,36 @@ class PolicyController:
         self._safety = safety
         self._steps = StepRunner(motion, stream, Blend(blend_in, motion.joints))
         self._pose = PoseWatch()
-        self._home: HomeMove | None = None  # what `enable` was told to do
-        self._insists = False  # `enable` is tried again at every tick
+        self._home: HomeMove | None = None  # the move that `enable` requested
+        self._insists = False  # whether every tick tries `enable` again
         self._objections = Objections(observations, stream)
         self._clock_fault: Hold | None = None
         self._last_tick: float | None = None
 
     @property
     def grid(self) -> StepGrid:
-        """The stream's; only the stream moves it."""
+        """The step grid of the stream; only the stream moves it."""
         return self.stream.grid
 
     @property
     def statistics(self) -> LoopStatistics:
-        """The stream's."""
+        """The statistics of the stream."""
         return self.stream.statistics
 
-    # ---- what operators do -----------------------------------------------------------------------
+    # ---- operators -------------------------------------------------------------------------------
 
     def enable(
         self, now: float, *, insist: bool = False, home: Sequence[float] = ()
     ) -> Hold | None:
-        """Allow motion from the measured pose on, with nothing planned.
+        """Allow motion from the measured pose on, without a chunk.
 
         Args:
             now: The clock's time [s].
-            insist: If it is refused, try again at every tick until joint states come.
-            home: (J,) [rad]. Move there slowly, without the policy; then motion is disabled.
+            insist: If refused, try again at every tick until joint states arrive.
+            home: Pose (J,) [rad] to move to slowly, without the policy; motion is then disabled.
 
         Returns:
-            Why motion is not allowed, and is disabled at once; None if it is.
+            Why motion is refused and disabled at once; None if it is allowed.
         """
         refused = self._refusal(now, home)
         self._insists = insist and refused is not None and refused.code not in NOT_BY_WAITING
@@ -129,7 +129,7 @@ class PolicyController:
         return None
 
     def _refusal(self, now: float, home: Sequence[float]) -> Hold | None:
-        """Allow motion in the safety filter; why it must be disabled again, or None."""
+        """Allow motion in the safety filter; return why it must be disabled again, or None."""
         moving = self._safety.enabled and (self.hold is None or self.hold.code == WAITING)
         moving = moving and self.machine.commanding and self._pose_fault(now) is None
         refused = self._objections.conflict_hold()
@@ -146,7 +146,7 @@ class PolicyController:
 
     @property
     def state(self) -> State:
-        """What is true now, whatever was at the last tick."""
+        """The present state, including changes since the last tick."""
         hold = self.hold
         forbidden = self._safety.forbidden
         conflict = self._objections.conflict
@@ -159,18 +159,16 @@ class PolicyController:
         return State.of(hold)
 
     def note_conflict(self, reason: str | None) -> None:
-        """Note what else commands the arm or publishes its joints; None if nothing does.
+        """Record what else commands the arm or publishes its joints; None if nothing does.
 
-        A conflict disables motion, which stays so when the conflict ends.
+        A conflict disables motion, and motion stays disabled after the conflict.
         """
         if reason is not None:
             self.interrupt(f"there was a conflict: {reason}")
         self._objections.conflict = reason
 
     def interrupt(self, why: str) -> None:
-        """Forbid motion until an operator allows it again; nothing changes if it is not allowed
-        now.
-        """
+        """Forbid motion until an operator allows it again; no effect if motion is not allowed."""
         if self._safety.enabled or self._insists:
             self._forbid(f"{why}; see where the arm is, then call ~/enable")
 
@@ -186,7 +184,7 @@ class PolicyController:
         self._steps.drop()
 
     def end(self, clock: float) -> Decision | None:
-        """The last command once more, and then none until motion begins where the arm is."""
+        """Send the last command once more, and then nothing until motion restarts."""
         self.disable()
         event = self._end(blind=False) or Event.FORBID
         return self._fall_silent(event, self.grid.nominal, clock, None)
@@ -197,21 +195,21 @@ class PolicyController:
         self.disable()
 
     def reset(self) -> str:
-        """Unlatch the stop and accept the arm's pose; motion that is disabled stays so.
+        """Unlatch the stop and accept the arm's pose; disabled motion stays disabled.
 
-        Returns how the pose differs from the last trusted one; "" if it does not.
+        Returns how the pose differs from the last trusted pose; "" if it does not.
         """
         self._insists = False
         return self._safety.reset()
 
-    # ---- the loop --------------------------------------------------------------------------------
+    # ---- control loop ----------------------------------------------------------------------------
 
     def tick(self, now: float, clock: float) -> Decision | None:
-        """One period of the loop.
+        """Run one period of the loop.
 
         Args:
             now: Steady time [s].
-            clock: The same moment in the messages' stamps [s].
+            clock: The same moment on the clock of the messages' stamps [s].
 
         Returns:
             The command; None to send nothing.
@@ -220,7 +218,7 @@ class PolicyController:
         self._last_tick = now
         self._watch_clock(passed, clock)
         self.stream.count_tick(now, passed)
-        # a tick that only makes up for a late one is no faster motion
+        # A tick that follows a late one comes sooner, but must not allow less time for motion.
         dt = max(passed, self.grid.nominal)
         self.receive(now)
         refused = self.enable(clock, insist=True) if self._insists else None
@@ -237,26 +235,22 @@ class PolicyController:
         return self._command(now, dt, clock, hold)
 
     def after_tick(self, now: float) -> None:
-        """What takes time and can wait until the command is sent: the next step, and requesting a
-        chunk.
-        """
+        """Do the slow work that can follow the command: the next step and the chunk request."""
         self._steps.after_tick(now, self._safety)
 
     def observed(self, now: float) -> None:
-        """An image has come; the next chunk is requested if the next images would come too late for
-        it.
-        """
+        """Handle a new image; request the next chunk if the next images would be late for it."""
         if self._observations.renewed():
             self.stream.images_came(now)
 
     def receive(self, now: float) -> None:
-        """Take the policy's answer if there is one; called as soon as it comes, so that its step
-        begins in time.
+        """Take the policy's answer if there is one; call it as soon as the answer arrives, so that
+        its step begins in time.
         """
         self._steps.receive(now, self._safety)
 
     def planned(self) -> list[tuple[Array, float | None]]:
-        """Where the steps to come of the running chunk end: joints (J,) [rad], opening [m]."""
+        """Targets of the running chunk's remaining steps: joints (J,) [rad], opening [m]."""
         motion = self._motion.copy()
         steps = []
         for action in self.stream.upcoming[1]:
@@ -264,17 +258,17 @@ class PolicyController:
             steps.append((motion.joints, motion.gripper))
         return steps
 
-    # ---- what holds or ends motion ---------------------------------------------------------------
+    # ---- holds and the end of motion -------------------------------------------------------------
 
     def watch_ticks(self, since: float) -> None:
-        """Note that no tick came for so long [s] of real time, though time is a simulation's."""
+        """Detect a stopped simulated clock, `since` [s] of real time after the last tick."""
         if since > STALLED and self._safety.enabled:
             detail = f"no tick for {since:.1f} s: /clock has stopped, and with it the commands"
             self.hold = Hold("clock", detail)
 
     def _watch_clock(self, dt: float, clock: float) -> None:
-        """After a step back, the stamps of the inputs are of a time that is still to come: wait for
-        new ones.
+        """Watch for a step back of the clock: the inputs' stamps then lie in the future, so new
+        inputs are needed.
         """
         self._objections.allowed_at = min(self._objections.allowed_at, clock)
         if dt <= 0.0:
@@ -289,8 +283,8 @@ class PolicyController:
             self._clock_fault = None
 
     def _watch_faults(self, now: float, clock: float) -> None:
-        """Forbid motion where it must not resume by itself: after a long outage, or from another
-        pose than before.
+        """Forbid motion if it must not resume by itself: after a long outage, or if the pose has
+        changed.
         """
         if not self._safety.enabled:
             return
@@ -303,9 +297,9 @@ class PolicyController:
             self.interrupt(why)
 
     def _end(self, *, blind: bool) -> Event | None:
-        """Why nothing may be sent, wherever the arm is; None if a command may be.
+        """Return the event that forbids commands at any pose; None if commands are possible.
 
-        `blind` is whether the pose is unknown for too long. A stop that was unlatched ends here.
+        `blind` is whether the pose has been unknown for too long. An unlatched stop ends here.
         """
         if self._safety.stopped is not None:
             return Event.ESTOP
@@ -316,10 +310,10 @@ class PolicyController:
         return Event.BLIND if blind else None
 
     def _may_command(self, clock: float, *, known: bool, regained: bool) -> bool:
-        """Whether a command may be sent.
+        """Return whether a command may be sent.
 
-        Out of silence, motion starts from wherever others moved the arm meanwhile. So it does when
-        the pose is `regained` during a hold: no command follows from a pose of before.
+        After silence, motion starts from the measured pose, because others may have moved the arm.
+        The same holds if the pose is `regained` during a hold: no command follows an old pose.
         """
         if self._pose.left(self._safety.measured, self._safety.limits.max_step):
             self._go_silent(Event.ELSEWHERE)
@@ -335,8 +329,8 @@ class PolicyController:
         return True
 
     def _start_here(self, clock: float, *, resumed: bool) -> None:
-        """Plan nothing, and start from the measured pose; what the gripper was told stays true if
-        it is `resumed`.
+        """Start from the measured pose without a chunk; if `resumed`, the gripper's command stays
+        valid.
         """
         self._steps.drop()
         self.statistics.paused()
@@ -356,7 +350,7 @@ class PolicyController:
     def _fall_silent(
         self, event: Event, dt: float, clock: float, hold: Hold | None
     ) -> Decision | None:
-        """The last command once more, so that a twist ends too; then nothing."""
+        """Send the last command once more, so that a twist ends too; then send nothing."""
         if not self.machine.commanding:
             self.machine.take(event)
             self.hold = self._silent_hold(clock, hold)
@@ -373,7 +367,7 @@ class PolicyController:
     # ---- one command -----------------------------------------------------------------------------
 
     def _command(self, now: float, dt: float, clock: float, hold: Hold | None) -> Decision | None:
-        """The command of this tick, and the state that it leads to."""
+        """Return the command of this tick, and change the state."""
         home = self._home
         if home is not None:
             decision = self._command_home(dt, clock, home)
@@ -393,7 +387,7 @@ class PolicyController:
         return decision
 
     def _command_home(self, dt: float, clock: float, home: HomeMove) -> Decision:
-        """One command on the way home, on which images do not matter."""
+        """Return one command of the move home, for which images do not matter."""
         last = self._safety.last_command
         assert last is not None
         dt = min(dt, MAX_DT)
@@ -406,19 +400,19 @@ class PolicyController:
             self.disable()
         return decision
 
-    # ---- why the arm holds -----------------------------------------------------------------------
+    # ---- reasons of holds ------------------------------------------------------------------------
 
     def _pose_fault(self, clock: float) -> Hold | None:
         return self._cause(self._safety.pose_fault(self.ages(clock)[JOINT_STATES]))
 
     def _cause(self, hold: Hold | None) -> Hold | None:
-        """What made an input stale, where that is known."""
+        """Return the cause of a stale input, if it is known."""
         if hold is None or hold.code != "stale":
             return hold
         return self._clock_fault or self._observations.explain(hold, self._safety.limits.timeouts)
 
     def _silent_hold(self, clock: float, hold: Hold | None) -> Hold | None:
-        """Why nothing is sent; `hold` is what objects to motion that is allowed."""
+        """Return why nothing is sent; `hold` is the objection to motion that is allowed."""
         forbidden = self._safety.forbidden
         if self._safety.stopped is not None or forbidden is None:
             hold = forbidden or self._pose_fault(clock) or self._pose.refusal or hold

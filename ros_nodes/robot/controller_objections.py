@@ -1,4 +1,4 @@
-"""Why the arm must hold though the safety filter has no reason. Free of ROS and of clocks."""
+"""Reasons for a hold that the safety filter does not have. Free of ROS and of clocks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ceed_vla.ros_nodes.robot.safety import Hold
 
 
 class Objections:
-    """Collects what a conflict, the policy and the images object to.
+    """Collects the objections of a conflict, the policy and the images.
 
     Attributes:
         conflict: What else commands the arm or publishes its joints; None if nothing does.
-        allowed_at: When motion was allowed, on the messages' clock [s]: images from before are of
-            another situation.
+        allowed_at: Time at which motion was allowed, on the messages' clock [s]; images from before
+            show another situation.
     """
 
     def __init__(self, observations: Observations, stream: PolicyStream) -> None:
@@ -26,11 +26,11 @@ class Objections:
         self._stream = stream
 
     def conflict_hold(self) -> Hold | None:
-        """The hold of a conflict; None without one."""
+        """Return the hold for a conflict; None without a conflict."""
         return None if self.conflict is None else Hold("conflict", self.conflict)
 
     def first(self) -> Hold | None:
-        """The objection that counts now; None without any."""
+        """Return the objection with the highest priority; None without any."""
         objection = self.conflict_hold() or self._stream.objection()
         if objection is not None:
             return objection

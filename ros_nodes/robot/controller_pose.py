@@ -1,6 +1,4 @@
-"""What the controller notes about the arm's pose while commands are held. Free of ROS and of
-clocks.
-"""
+"""Tracks the arm's pose while commands are held. Free of ROS and of clocks."""
 
 from __future__ import annotations
 
@@ -12,16 +10,16 @@ from ceed_vla.ros_nodes.robot.safety import Hold
 
 
 class PoseWatch:
-    """Times how long the pose is unknown, and finds an arm that is moved during a hold.
+    """Times how long the pose is unknown, and detects an arm that is moved during a hold.
 
     Attributes:
-        refusal: Why motion does not restart, though the pose is known.
+        refusal: Why motion does not restart although the pose is known; None if it may restart.
     """
 
     def __init__(self) -> None:
         self.refusal: Hold | None = None
         self._unknown_since: float | None = None  # steady time [s]
-        self._held_at: Array | None = None  # (J,) [rad], where the present hold began
+        self._held_at: Array | None = None  # (J,) [rad], pose at which the present hold began
 
     @property
     def unknown(self) -> bool:
@@ -29,7 +27,7 @@ class PoseWatch:
         return self._unknown_since is not None
 
     def note_pose(self, *, known: bool, now: float) -> bool:
-        """Note whether the pose is known at steady time `now` [s].
+        """Record whether the pose is known at steady time `now` [s].
 
         Returns:
             Whether it has been unknown for longer than `BLIND_HOLD`.
@@ -44,22 +42,22 @@ class PoseWatch:
         return now - since > BLIND_HOLD
 
     def note_hold(self, measured: Array | None) -> None:
-        """A command was held, at the last trusted pose (J,) [rad]."""
+        """Record that a command was held, at the last trusted pose (J,) [rad]."""
         if self._held_at is None:
             self._held_at = measured
 
     def left(self, measured: Array | None, most: Array) -> bool:
-        """Whether a joint of the pose (J,) [rad] is further than `most` (J,) [rad] from where the
-        hold began.
+        """Whether a joint of the pose (J,) is further than `most` (J,) [rad] from the pose at which
+        the hold began.
         """
         if self._held_at is None or measured is None:
             return False
         return bool(np.any(np.abs(measured - self._held_at) > most))
 
     def forget_time(self) -> None:
-        """The clock went back: the time of before cannot be compared."""
+        """Restart the timer: the clock went back, and earlier times cannot be compared."""
         self._unknown_since = None
 
     def forget_hold(self) -> None:
-        """No command is held any more."""
+        """Forget the pose of the hold: no command is held any more."""
         self._held_at = None

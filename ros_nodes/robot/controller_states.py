@@ -1,7 +1,7 @@
-"""The states of the controller, and every way from one to another.
+"""The controller's states and all transitions between them.
 
-`TRANSITIONS` is the machine. `PolicyController` changes its state by it alone, the tests walk it,
-and docs/robots.md shows it (`state_picture` writes that). Free of ROS and of clocks.
+`TRANSITIONS` is the state machine: it alone changes the state of `PolicyController`, the tests walk
+it, and docs/explanation/safety.md shows it (written by `state_picture`). Free of ROS and of clocks.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-# How long the last command is repeated while the arm's pose is unknown [s]. Nobody can move the arm
-# by hand and restart it faster than this; afterwards it would leap back as its drives come on.
+# Time for which the last command is repeated while the arm's pose is unknown [s]. Nobody can move
+# the arm by hand and restart it faster than this; after a longer time, the arm would leap back when
+# its drives come on.
 BLIND_HOLD = 5.0
 
 
 class Worded(StrEnum):
-    """A name, and what it means in words."""
+    """A name with its meaning in words."""
 
     meaning: str
 
@@ -29,20 +30,20 @@ class Worded(StrEnum):
 
 
 class ControllerState(Worded):
-    """What the last tick has sent, and so what the next one starts from.
+    """What the last tick sent, and therefore what the next tick starts from.
 
-    `mode.State` is what an operator sees: it is also true between two ticks.
+    `mode.State` is the state that operators see; unlike this one, it is also valid between ticks.
     """
 
     SILENT = (
         "silent",
-        "Nothing is sent: motion is not allowed, or the pose is not trusted. Motion restarts from "
-        "the measured pose only.",
+        "No command is sent: motion is not allowed, or the pose is not trusted. Motion restarts "
+        "only from the measured pose.",
     )
     WAITING = (
         "waiting",
-        "Commands repeat the pose until the first chunk comes; before that the policy must be "
-        "loaded and the images be taken after motion was allowed.",
+        "Commands repeat the pose until the first chunk arrives. The policy must be loaded first, "
+        "and the images must be taken after motion was allowed.",
     )
     MOVING = ("moving", "Commands follow the policy's steps.")
     HOMING = ("homing", "Commands lead slowly to `arm.home`, without the policy.")
@@ -51,33 +52,32 @@ class ControllerState(Worded):
         "Commands repeat the last one, because an input, the pose, the instruction or the policy "
         "is at fault, or the running chunk has ended.",
     )
-    STOPPED = ("stopped", "The emergency stop is latched. Nothing is sent.")
+    STOPPED = ("stopped", "The emergency stop is latched. No command is sent.")
 
 
 class Event(Worded):
-    """What changes the state; each event leads to one state, wherever it happens."""
+    """What changes the state; each event leads to one state, from any state."""
 
-    ESTOP = ("estop", "`~/estop` has latched the stop")
-    RESET = ("reset", "`~/reset` has unlatched the stop")
+    ESTOP = ("estop", "`~/estop` latched the stop")
+    RESET = ("reset", "`~/reset` unlatched the stop")
     FORBID = (
         "forbid",
-        "motion is not allowed: `~/enable` with false or a refused one, home is reached, an outage "
-        "was longer than `resume_within`, the pose is another one, a driver restarted, or there is "
-        "a conflict",
+        "motion is not allowed: `~/enable` with false, a refused `~/enable`, arrival at home, an "
+        "outage longer than `resume_within`, a changed pose, a restart of a driver, or a conflict",
     )
     BLIND = ("blind", f"the pose has been unknown for more than {BLIND_HOLD:g} s")
     ELSEWHERE = (
         "elsewhere",
-        "the arm is not where its commands hold it, or its pose has not settled",
+        "the arm left the pose at which its commands hold it, or its pose has not settled",
     )
     RESTART = ("restart", "motion is allowed, and the pose is trusted and has settled")
-    RESUME = ("resume", f"the pose is trusted again, after {BLIND_HOLD:g} s at most")
+    RESUME = ("resume", f"the pose is trusted again, after at most {BLIND_HOLD:g} s")
     ENABLE = ("enable", "`~/enable` or `~/go_home` is accepted while commands are sent")
     HOME = ("home", "`~/go_home` was accepted, and nothing is at fault")
     ACTION = ("action", "the running step has an action, and nothing is at fault")
     NO_CHUNK = (
         "no chunk",
-        "nothing is at fault, but the first chunk, the policy or a new image is not there yet",
+        "nothing is at fault, but the first chunk, the policy or a new image is missing",
     )
     FAULT = (
         "fault",
@@ -90,13 +90,13 @@ class Event(Worded):
 class Transition:
     """One row of the table."""
 
-    state: ControllerState  # before
+    state: ControllerState  # before the event
     event: Event
     next: ControllerState
-    action: str  # what the controller does, in words
+    action: str  # of the controller, in words
 
 
-# In these every tick sends a command.
+# In these states, every tick sends a command.
 COMMANDING = (
     ControllerState.WAITING,
     ControllerState.MOVING,
@@ -108,24 +108,24 @@ COMMANDING = (
 def _rows(
     states: Iterable[ControllerState], event: Event, to: ControllerState, action: str
 ) -> tuple[Transition, ...]:
-    """The same row for several states."""
+    """Return the same row for several states."""
     return tuple(Transition(state, event, to, action) for state in states)
 
 
 _SILENT, _STOPPED = (ControllerState.SILENT,), (ControllerState.STOPPED,)
 _WAITING, _MOVING, _HOMING, _HOLDING = ((state,) for state in COMMANDING)
-_LAST_ONCE_MORE = "drop all plans and send the last command once more"
+_LAST_ONCE_MORE = "drop all chunks and send the last command once more"
 
 TRANSITIONS: tuple[Transition, ...] = (
     *_rows(
         _SILENT,
         Event.RESTART,
         ControllerState.WAITING,
-        "plan nothing; begin at the measured pose, and blend in from there",
+        "begin at the measured pose without a chunk, and blend in from there",
     ),
     *_rows(_SILENT, Event.ESTOP, ControllerState.STOPPED, "send nothing"),
     *_rows(
-        _STOPPED, Event.RESET, ControllerState.SILENT, "send nothing; motion needs `~/enable` too"
+        _STOPPED, Event.RESET, ControllerState.SILENT, "send nothing; motion also needs `~/enable`"
     ),
     *_rows(
         _WAITING + _HOLDING,
@@ -133,32 +133,32 @@ TRANSITIONS: tuple[Transition, ...] = (
         ControllerState.MOVING,
         "send the command of the step",
     ),
-    *_rows(_WAITING, Event.HOME, ControllerState.HOMING, "send the first command of the way home"),
+    *_rows(_WAITING, Event.HOME, ControllerState.HOMING, "send the first command of the move home"),
     *_rows(
         _WAITING + _MOVING + _HOMING,
         Event.FAULT,
         ControllerState.HOLDING,
-        "repeat the last command; drop all plans, unless the chunk has merely ended",
+        "repeat the last command; drop all chunks, unless the chunk has only ended",
     ),
     *_rows(
         _MOVING + _HOLDING,
         Event.NO_CHUNK,
         ControllerState.WAITING,
-        "repeat the last command and drop all plans; request a chunk as soon as one can be used",
+        "repeat the last command and drop all chunks; request a chunk as soon as one can be used",
     ),
     *_rows(
         _HOLDING,
         Event.RESUME,
         ControllerState.WAITING,
-        "plan nothing; begin at the measured pose, and leave the gripper as it was told",
+        "begin at the measured pose without a chunk; leave the gripper as commanded",
     ),
     *_rows(
         _MOVING + _HOMING + _HOLDING,
         Event.ENABLE,
         ControllerState.WAITING,
-        "plan nothing; blend in from the measured pose",
+        "drop all chunks; blend in from the measured pose",
     ),
-    *_rows(COMMANDING, Event.ELSEWHERE, ControllerState.SILENT, "drop all plans and send nothing"),
+    *_rows(COMMANDING, Event.ELSEWHERE, ControllerState.SILENT, "drop all chunks and send nothing"),
     *_rows(_WAITING + _HOLDING, Event.BLIND, ControllerState.SILENT, _LAST_ONCE_MORE),
     *_rows(
         COMMANDING,
@@ -171,15 +171,15 @@ TRANSITIONS: tuple[Transition, ...] = (
 
 
 class UndeclaredTransitionError(RuntimeError):
-    """An event has happened in a state for which `TRANSITIONS` has no row."""
+    """An event occurred in a state for which `TRANSITIONS` has no row."""
 
 
 class StateMachine:
-    """Holds the controller's state and changes it as `TRANSITIONS` says.
+    """Stores the controller's state and changes it according to `TRANSITIONS`.
 
     Attributes:
-        state: Silent at first.
-        observers: Called with every transition, after it.
+        state: The present state; silent at first.
+        observers: Callbacks for every transition, called after it.
     """
 
     def __init__(self) -> None:
@@ -188,11 +188,11 @@ class StateMachine:
 
     @property
     def commanding(self) -> bool:
-        """Whether the last tick has sent a command, which the next one may follow."""
+        """Whether the last tick sent a command that the next command may follow."""
         return self.state in COMMANDING
 
     def take(self, event: Event) -> None:
-        """Go where `event` leads; nothing changes if that is the present state.
+        """Change to the state to which `event` leads; do nothing in that state.
 
         Raises:
             UndeclaredTransitionError: The table has no such row.
@@ -202,8 +202,8 @@ class StateMachine:
         row = _TABLE.get((self.state, event))
         if row is None:
             raise UndeclaredTransitionError(
-                f"The event {event!s} has happened in the state {self.state!s}; TRANSITIONS has it "
-                f"in {', '.join(row.state for row in TRANSITIONS if row.event is event)} only."
+                f"The event {event!s} occurred in the state {self.state!s}; TRANSITIONS allows it "
+                f"only in {', '.join(row.state for row in TRANSITIONS if row.event is event)}."
             )
         self.state = row.next
         for observer in self.observers:

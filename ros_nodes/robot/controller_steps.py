@@ -1,6 +1,4 @@
-"""Carries out the steps of a policy's stream: one command after the other. Free of ROS and of
-clocks.
-"""
+"""Executes the steps of a policy's stream, one command at a time. Free of ROS and of clocks."""
 
 from __future__ import annotations
 
@@ -19,17 +17,17 @@ FIRST_CHUNK = Hold(WAITING, "for the first chunk")
 
 
 class Blend:
-    """Leads commands gently from a pose to what is wanted.
+    """Leads commands gently from a pose to their target.
 
     Args:
-        seconds: Until commands are what is wanted [s]; 0: at once.
-        origin: (J,) [rad], the pose that commands come from.
+        seconds: Time until commands equal their target [s]; 0: at once.
+        origin: Pose (J,) [rad] at which commands begin.
     """
 
     def __init__(self, seconds: float, origin: Array) -> None:
         self.origin = origin
         self._seconds = seconds
-        self._share = 1.0  # of what is wanted
+        self._share = 1.0  # of the way from the origin to the target
 
     def restart(self, origin: Array) -> None:
         """Begin at `origin` (J,) [rad]."""
@@ -37,23 +35,22 @@ class Blend:
         self._share = 0.0
 
     def advance(self, dt: float) -> None:
-        """Let the motion of `dt` [s] pass."""
+        """Advance by `dt` [s] of motion."""
         self._share = min(self._share + dt / self._seconds, 1.0) if self._seconds else 1.0
 
     def mix(self, wanted: Array) -> Array:
-        """The command (J,) [rad] for the `wanted` one (J,) [rad]."""
+        """Return the command (J,) [rad] for the target `wanted` (J,) [rad]."""
         command: Array = self.origin + self._share * (wanted - self.origin)
         return command
 
 
 class StepRunner:
-    """Takes the actions of a `stream`, one for each step of its grid, and interpolates the commands
-    of a step.
+    """Takes the actions of a `stream`, one per step of its grid, and interpolates the commands.
 
-    The safety filter belongs to the controller and is handed in where a step needs it.
+    The safety filter belongs to the controller, which passes it to the methods that need it.
 
     Attributes:
-        blend: How motion begins.
+        blend: Blends commands in when motion begins.
         hold: Why the running step has no action; None if it has one.
     """
 
@@ -62,16 +59,16 @@ class StepRunner:
         self.hold: Hold | None = None
         self._motion = motion
         self._stream = stream
-        self._due = False  # the running step is over; the next one waits for the pending answer
+        self._due = False  # the running step is over; the next step waits for the pending answer
         self._seam = False  # the next command is the first one of its chunk
-        self._from: Array = motion.joints  # (J,) [rad], where the running step starts, ...
-        self._from_part = 0.0  # ... and at which of its ticks
+        self._from: Array = motion.joints  # (J,) [rad], start of the running step, ...
+        self._from_part = 0.0  # ... and its tick of the step
         self._wanted: Array = motion.joints  # (J,) [rad], the last command without blending
-        self._lag: Array | float = 0.0  # (J,) [rad], what the safety filter took from the last one
-        self._before = motion.copy()  # as the running step began
+        self._lag: Array | float = 0.0  # (J,) [rad], last target minus the command that was sent
+        self._before = motion.copy()  # at the beginning of the running step
 
     def drop(self) -> None:
-        """Forget all plans."""
+        """Drop all chunks."""
         self._stream.stop()
         self.hold = None
         self._lag = 0.0
@@ -81,17 +78,17 @@ class StepRunner:
     def receive(self, now: float, safety: SafetyFilter) -> None:
         """Take the policy's answer if there is one, at steady time `now` [s].
 
-        This is the one place where an answer meets the step grid: it ends a step that holds, lets
-        the rest of a chunk follow its first actions, begins the step that waited for it, or
+        This is the only place where an answer meets the step grid. The answer ends a step that
+        holds, completes a chunk whose first steps run, begins the step that waits for it, or
         replaces the action of a step that has just begun.
         """
         was_partial = self._stream.partial
         accepted = self._stream.take_answer(now)
         if accepted and self.hold is not None:
-            self._stream.end_step()  # nothing moves: the next step need not wait for its boundary
+            self._stream.end_step()  # the arm is still, so the next step can begin at once
             self._due = True
         elif was_partial and not self._stream.partial:
-            # Steps begin when answers to images come, so the running one takes longer.
+            # Steps begin when answers to images arrive, so the running step takes longer.
             self._stream.extend_step()
             self._from = self._wanted
             self._from_part = 0.0
@@ -102,7 +99,7 @@ class StepRunner:
             return
         target = self._stream.redo()
         if target is not None:
-            # It came just after the step had begun, and decides on the rest of it.
+            # The answer came just after the step began, and determines the rest of the step.
             self._motion.restore(self._before)
             self._from = self._wanted
             self._from_part = self._stream.grid.part
@@ -116,17 +113,17 @@ class StepRunner:
         clock: float,
         ages: Mapping[str, float | None],
     ) -> Decision:
-        """The command of this tick.
+        """Return the command of this tick.
 
         Args:
-            safety: Judges it.
+            safety: The filter for the command.
             hold: Why the arm must hold; None if it may move.
             dt: Time since the last command [s].
-            clock: The time of the messages' stamps [s].
-            ages: Input -> age [s], None if it never came.
+            clock: Time on the clock of the messages' stamps [s].
+            ages: Input -> age [s], None if it never arrived.
 
         Returns:
-            What to send. A hold that is not the stream's own has dropped all plans.
+            What to send. A hold that is not the stream's own drops all chunks.
         """
         if not self._stream.started:
             return self._start(safety, hold, dt, ages)
@@ -165,7 +162,7 @@ class StepRunner:
     def _start(
         self, safety: SafetyFilter, hold: Hold | None, dt: float, ages: Mapping[str, float | None]
     ) -> Decision:
-        """Hold with nothing planned; start the stream as soon as nothing objects."""
+        """Hold without a chunk; start the stream as soon as nothing objects."""
         decision = safety.command(None, None, dt=dt, ages=ages, hold=hold or FIRST_CHUNK)
         held = decision.positions
         if decision.hold is FIRST_CHUNK and held is not None:
@@ -179,14 +176,14 @@ class StepRunner:
     def _catch_up(self, safety: SafetyFilter) -> None:
         """Begin the steps that must have begun by this tick."""
         if self._due:
-            self._begin_step(safety)  # with the running chunk: the answer is late
+            self._begin_step(safety)  # with the running chunk, because the answer is late
         while self._stream.started and self._stream.grid.overdue:
             self._begin_step(safety)  # its first tick was missed
 
     def _interpolate(self, dt: float, *, blocked: bool) -> Array:
-        """The command (J,) [rad] that this tick wants, `dt` [s] after the last one.
+        """Return the target command (J,) [rad] of this tick, `dt` [s] after the last one.
 
-        Motion begins gently only as far as the arm moves, so not while it is `blocked`.
+        The blend advances only while the arm moves, so not while it is `blocked`.
         """
         if not blocked and self.hold is None:
             self.blend.advance(dt)
@@ -196,7 +193,7 @@ class StepRunner:
         return self.blend.mix(self._wanted)
 
     def _begin_step(self, safety: SafetyFilter) -> None:
-        """Take the action of the step that begins at the tick that was sent last."""
+        """Take the action of the step that begins at the last sent tick."""
         target = self._stream.next_step()
         held = safety.last_command if self.hold is not None else None
         if held is not None:
@@ -208,14 +205,14 @@ class StepRunner:
         self._execute(target, safety)
 
     def _execute(self, target: Target, safety: SafetyFilter) -> None:
-        """Move the end of the running step to where its action leads, or hold if it has none."""
+        """Set the end of the running step from its action, or hold if it has none."""
         if target.action is None:
             self.hold = self._hold(target)
             return
         self.hold = None
         self._seam = target.seam
-        # Increments run away from an arm that cannot follow: they end where a step at full speed
-        # does, and a stop.
+        # Increments would run away from an arm that cannot follow. They are limited to the reach of
+        # one step at full speed and a stop.
         limits = safety.limits
         base = self._motion.joints - self._lag
         reach = limits.max_velocity * self._stream.grid.action_dt + safety.stopping_distance
@@ -224,7 +221,7 @@ class StepRunner:
         )
 
     def _hold(self, target: Target) -> Hold:
-        """Why a step without an action holds."""
+        """Return the hold for a step without an action."""
         detail = "the chunk ended before the next one came"
         if target.source == WAITING:
             detail = "for the first chunk"

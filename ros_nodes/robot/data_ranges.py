@@ -1,6 +1,7 @@
-"""What the data of a checkpoint's training looked like: the ranges of its states and actions.
+"""Ranges of the states and actions in the training data of a checkpoint.
 
-They come from the files of the normalisation, read without torch: the node may have none.
+They come from the checkpoint's normalisation files, read without torch, which the node may not
+have.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ceed_vla.ros_nodes.robot.texts import short
 
 ACTION = "action"
 _MOST_HEADER = 1_000_000  # [bytes]
-_MOST_VALUES = 10_000  # of one statistic of a state or an action
+_MOST_VALUES = 10_000  # largest size of one statistic of a state or an action
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 _NORMALIZER, _UNNORMALIZER = "normalizer_processor", "unnormalizer_processor"
 _RELATIVE = "relative_actions_processor"
@@ -31,21 +32,21 @@ _PAIRS = (("q01", "q99"), ("min", "max"), ("q10", "q90"))
 
 @dataclass(frozen=True)
 class Range:
-    """Where a feature lies in the data, in the data's units."""
+    """Range of a feature in the training data, in the data's units."""
 
     low: Array  # (D,)
     high: Array  # (D,)
     source: str  # of both ends: "q01 to q99", "mean -+ std", ...
-    measured: bool = True  # False: what actions can say at all, whatever the data was
+    measured: bool = True  # False: the range that actions can take at all, for any data
 
     def part(self, begin: int, length: int) -> Range:
-        """The range of some of the dimensions."""
+        """Return the range of some of the dimensions."""
         end = begin + length
         return Range(self.low[begin:end], self.high[begin:end], self.source, self.measured)
 
 
 def read_ranges(checkpoint: str, lengths: Mapping[str, int]) -> dict[str, Range | str]:
-    """The range of every feature in `lengths` (feature -> D), or why it is not known.
+    """Return the range of every feature in `lengths` (feature -> D), or why it is unknown.
 
     `CheckpointError`: The checkpoint's files are damaged.
     """
@@ -70,11 +71,11 @@ def read_ranges(checkpoint: str, lengths: Mapping[str, int]) -> dict[str, Range 
 
 
 def _steps(folder: Path, name: str) -> dict[str, tuple[dict[str, Any], Path | None]]:
-    """Name of a processor's step -> its settings and the file of its tensors."""
+    """Map the name of each step of a processor to its settings and the file of its tensors."""
     file = folder / name
     entries = read_json(file).get("steps")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise CheckpointError(f"{file} is no processor's file: it needs 'steps'; copy it again.")
+        raise CheckpointError(f"{file} is not a processor file: it needs 'steps'; copy it again.")
     found = {}
     for entry in entries:
         settings = entry.get("config")
@@ -88,7 +89,7 @@ def _steps(folder: Path, name: str) -> dict[str, tuple[dict[str, Any], Path | No
 
 
 def _normalised_by(file: Path, feature: str, length: int) -> Range | None:
-    """The range that a normaliser's statistics say; None if they say none of this length."""
+    """Return the range from a normaliser's statistics; None if none has this length."""
     tensor = _tensors(file)
 
     def get(name: str) -> Array | None:
@@ -109,7 +110,7 @@ def _normalised_by(file: Path, feature: str, length: int) -> Range | None:
 
 
 def _bins(settings: Any, length: int) -> Range | None:
-    """Between which values the action tokens of a CEED-VLA checkpoint lie."""
+    """Return the range of the action bins of a CEED-VLA checkpoint; None if it has none."""
     if not isinstance(settings, dict):
         return None
     for lowest, highest in (("action_low", "action_high"), ("q01", "q99")):
@@ -127,8 +128,9 @@ def _bins(settings: Any, length: int) -> Range | None:
 
 
 def _tensors(file: Path) -> Callable[[str], Array | None]:
-    """Looks up a tensor in a safetensors file by name: None if there is none, or of another type.
+    """Return a function that reads a tensor of a safetensors file by name.
 
+    The function returns None if the tensor is missing or of another type.
     `CheckpointError`: The file is damaged.
     """
     damaged = CheckpointError(f"The statistics {file} do not load; copy them again.")

@@ -1,5 +1,6 @@
-"""What the policy node tells an operator once a second on /diagnostics. docs/robots.md explains the
-keys.
+"""The policy node's diagnostics, published once a second on /diagnostics.
+
+docs/reference/holds.md explains the keys.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from ceed_vla.ros_nodes.robot.mode import HARMLESS, LOADING, Mode, State
 from ceed_vla.ros_nodes.robot.safety import SafetyFilter
 from ceed_vla.ros_nodes.robot.texts import short
 
-SUSTAINED = 3  # seconds over which clamps count as sustained, one publication each
-MOST_CLAMPED = 0.5  # share of the commands of that time that may be clamped
+SUSTAINED = 3  # time over which clamping counts as sustained [s], one publication per second
+MOST_CLAMPED = 0.5  # largest share of commands in that time that may be clamped
 
 
 class ClampWatch:
-    """Finds clamping that lasts: limits, units or the scale of the actions do not fit then."""
+    """Detects sustained clamping: the limits, units or action scale then do not fit the policy."""
 
     def __init__(self) -> None:
-        # commands, clamps so far
+        # commands sent and clamps counted so far, once a second
         self._seconds: deque[tuple[int, int]] = deque(maxlen=SUSTAINED + 1)
 
     def look(self, commands: int, safety: SafetyFilter) -> str:
-        """What to warn of, "" if nothing; call it once a second with the commands sent so far."""
-        if self._seconds and commands < self._seconds[-1][0]:  # another run of the node
+        """Return a warning or ""; call it once a second with the commands sent so far."""
+        if self._seconds and commands < self._seconds[-1][0]:  # the node was configured again
             self._seconds.clear()
         self._seconds.append((commands, sum(safety.clamps.values())))
         sent = commands - self._seconds[0][0]
@@ -38,13 +39,13 @@ class ClampWatch:
             return ""
         kinds = ", ".join(f"{kind} {count}" for kind, count in safety.clamps.items() if count)
         return (
-            f"{clamped} clamps in the last {sent} commands ({kinds} in all): do limits, units and "
-            "action scale of the robot's file fit the policy?"
+            f"{clamped} clamps in the last {sent} commands ({kinds} in total): check that limits, "
+            "units and action scale in the robot's file fit the policy."
         )
 
 
 def level_of(state: State, *, warn: bool) -> bytes:
-    """OK in motion, unless there is something to `warn` of."""
+    """Return the level of `state`; in motion OK, or WARN if `warn` is set."""
     if state.mode == Mode.MOVING:
         return DiagnosticStatus.WARN if warn else DiagnosticStatus.OK
     harmless = state.code in HARMLESS or (not state.code and state.detail in ("", LOADING))
@@ -54,7 +55,7 @@ def level_of(state: State, *, warn: bool) -> bytes:
 def running_values(
     controller: PolicyController, safety: SafetyFilter, now: float
 ) -> dict[str, Any]:
-    """What an active node counts and measures; `now` is steady time [s]."""
+    """Return the counts and timings of an active node; `now` is steady time [s]."""
     stream, numbers = controller.stream, controller.statistics
     return {
         "instruction": stream.instruction,
@@ -105,7 +106,7 @@ def status_message(
 
 
 def _text(value: Any) -> str:
-    """Numbers with four digits, texts cut; "" for what is not known yet."""
+    """Format a value: numbers with four digits, texts shortened, unknown values as ""."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.4g}" if isinstance(value, float) else short(value)

@@ -1,4 +1,4 @@
-"""Logs failures that may repeat at any rate, in a bounded number of lines."""
+"""Logs failures that may repeat at any rate in a bounded number of lines."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Callable
 from ceed_vla.errors import CeedVLAError
 from ceed_vla.ros_nodes.robot.texts import short
 
-_PERIOD = 10.0  # between two lines about failures of a known kind [s]
-_MOST_KINDS = 20  # kinds that get a line of their own
+_PERIOD = 10.0  # shortest time between two lines about failures of a known kind [s]
+_MOST_KINDS = 20  # largest number of kinds that get a line of their own
 _FRAMES = 12  # innermost calls of a traceback that are shown
 
 
 class FailureLog:
-    """One line for a `CeedVLAError`, a traceback for the first failure of any other kind, then a
-    line now and then.
+    """Logs one line for a `CeedVLAError`, and a traceback for any other failure of a new kind.
 
-    A kind is a type of exception at a line of code; `clock` gives steady time [s].
+    Failures of known kinds share a line every `_PERIOD` seconds. A kind is a type of exception at a
+    line of code; `clock` returns steady time [s].
     """
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,4 +1,4 @@
-"""What a review of a robot's file found, and how it is told."""
+"""Findings of a review of a robot's file, and their texts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ceed_vla.ros_nodes.robot.robot_file import RobotConfig
 from ceed_vla.ros_nodes.robot.texts import short
 
 PROBLEM, WARNING = "problem", "warning"
-LONGEST_TEXT = 1200  # characters of all problems in one message
+LONGEST_TEXT = 1200  # largest number of characters of all problems in one message
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that does not fit."""
+    """A mismatch between the robot's file and the model, the data or a rule."""
 
     key: str  # of the robot's file
-    value: str  # what is there
-    rule: str  # what it must be
+    value: str  # the present value
+    rule: str  # what the value must be
     remedy: str
-    allow: str = ""  # the entry of `allow` that turns a problem into a warning; "" if none does
+    allow: str = ""  # the entry of `allow` that turns the problem into a warning; "" for none
     severity: str = PROBLEM
 
     def __str__(self) -> str:
@@ -34,13 +34,13 @@ class Finding:
 
 
 def split(findings: Sequence[Finding]) -> tuple[list[str], list[str]]:
-    """The texts of the problems, and those of the warnings."""
+    """Return the texts of the problems and the texts of the warnings."""
     problems = [str(finding) for finding in findings if finding.severity == PROBLEM]
     return problems, [str(finding) for finding in findings if finding.severity == WARNING]
 
 
 def verdict(problems: Sequence[str], warnings: Sequence[str]) -> str:
-    """One line: whether file and checkpoint fit."""
+    """Return whether file and checkpoint fit, in one line."""
     if problems:
         return f"does not fit: {_count(problems, 'problem')}"
     if warnings:
@@ -49,9 +49,9 @@ def verdict(problems: Sequence[str], warnings: Sequence[str]) -> str:
 
 
 def explained(robot: RobotConfig, checkpoint: str, problems: Sequence[str]) -> str:
-    """The verdict with the problems, the first ones if they are many, for an error message.
+    """Return the verdict with as many problems as fit into an error message.
 
-    The problems come before the names: the node shows the beginning of an error.
+    The problems come before the names, because the node shows only the beginning of an error.
     """
     numbered: list[str] = []
     for number, problem in enumerate(problems, 1):
@@ -69,7 +69,7 @@ def _count(texts: Sequence[str], word: str) -> str:
 
 
 def worst(names: Sequence[str], excess: Array) -> tuple[int, str]:
-    """The joint with the largest `excess` (J,), and how it and the others above 0 are called."""
+    """Return the joint with the largest `excess` (J,), and a name for it and the others above 0."""
     joint = int(np.argmax(excess))
     others = int((excess > 0.0).sum()) - 1
     if others == 0:

@@ -1,6 +1,4 @@
-"""Joint states that stay the same while the command moves on: a driver that repeats its last
-message.
-"""
+"""Detects a driver that repeats its last joint state while the commands move on."""
 
 from __future__ import annotations
 
@@ -8,21 +6,21 @@ import numpy as np
 
 from ceed_vla.kinematics import Array
 
-# Joint states that do not change for so long [s] while commands went on by so much [rad] are stale.
+# Joint states that do not change for this time [s], while commands move this far [rad], are stale.
 FROZEN_TIME = 0.5
 FROZEN_WAY = 0.05
 
 
 class FrozenStates:
-    """Compares every joint state with the one before it and with the commands in between."""
+    """Compares every joint state with the previous one and with the commands in between."""
 
     def __init__(self) -> None:
         self._positions: Array | None = None  # (J,) of the newest state [rad]
-        self._since = 0.0  # when they were first the same though commands moved [s]
+        self._since = 0.0  # time from which they were equal although commands moved [s]
         self._command: Array | None = None  # (J,) at that time [rad]
 
     def forget(self) -> None:
-        """Start anew with the next state."""
+        """Start again with the next state."""
         self._positions = None
 
     def take(
@@ -38,14 +36,13 @@ class FrozenStates:
 
         Args:
             measured: Positions (J,) [rad].
-            stamp: When they were measured [s].
-            command: The last command (J,) [rad]; None before the first.
+            stamp: Time of the measurement [s].
+            command: The last command (J,) [rad]; None before the first one.
             max_step: `limits.step` (J,) [rad].
             follows: Whether commands reach the arm.
 
         Returns:
-            How the same positions come again and again while the command moves on; "" if they do
-            not.
+            How the positions repeat while the command moves on; "" if they do not.
         """
         if (
             self._positions is None
@@ -64,7 +61,7 @@ class FrozenStates:
             self._since = stamp
         if not follows or seconds <= FROZEN_TIME:
             return ""
-        # No command is further than `limits.step` from the pose: half of that must suffice.
+        # No command is further than `limits.step` from the pose, so half of that must suffice.
         if way <= min(FROZEN_WAY, 0.5 * float(max_step.min())):
             return ""
         return (

@@ -1,8 +1,8 @@
-"""Camera images: their headers as they come, their pixels when they are needed. Free of ROS.
+"""Camera images: headers are read on arrival, pixels only on demand. Free of ROS.
 
-The thread that sends commands reads headers, in a time that does not depend on the number of
-pixels; decoding, cropping and scaling belong to the inference thread. A serialized
-`sensor_msgs/Image` stays the middleware's bytes: rclpy's conversion to a message would copy them.
+The thread that sends commands reads only headers, in a time that does not depend on the number of
+pixels; the inference thread decodes, crops and scales. A serialized `sensor_msgs/Image` is not
+converted to a message, because rclpy would copy its bytes.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 ENCODINGS = ("rgb8", "bgr8")
 JPEG, PNG = "jpeg", "png"
-MAX_PIXELS = 25_000_000  # of a compressed image; more take seconds to decode
-SQUEEZED = 0.02  # relative difference of two aspect ratios that is worth a warning
+MAX_PIXELS = 25_000_000  # largest size of a compressed image; more pixels take seconds to decode
+SQUEEZED = 0.02  # relative difference of two aspect ratios above which a warning is due
 Box = tuple[int, int, int, int]  # top, left, height, width [px]
-_SEGMENTS = 1000  # of a JPEG's header that are looked through; files have some ten
-_KEPT = 2  # sides of a JPEG are decoded in at least so many times the pixels that the policy sees
+_SEGMENTS = 1000  # largest number of segments read from a JPEG's header; files have about ten
+_OVERSAMPLING = 2  # smallest size of a decoded JPEG, as a multiple of the policy's height and width
 
 
 @dataclass(frozen=True)
 class View:
-    """What a policy sees of a camera's images.
+    """The part of a camera's images that a policy receives, and its size.
 
     Attributes:
-        height: Of the policy's images [px].
-        width: Of the policy's images [px].
-        resize: Scale images to that size; otherwise another size is an error.
-        crop: Top, left, height, width [px] of what is kept before; empty for all.
+        height: Height of the policy's images [px].
+        width: Width of the policy's images [px].
+        resize: Whether to scale images to that size; if not, another size is an error.
+        crop: Top, left, height, width [px] of the part that is cut out before; empty for all.
     """
 
     height: int
@@ -50,58 +50,58 @@ class View:
     crop: tuple[int, ...] = ()
 
     def box(self, height: int, width: int) -> Box:
-        """Top, left, height, width [px] of what is kept of an image.
+        """Return top, left, height and width [px] of the part that is cut out of an image.
 
-        `ObservationError`: It does not fit.
+        `ObservationError`: The image is too small for the crop, or needs scaling.
         """
         if not self.crop:
             top = 0
             left = 0
-            kept_height = height
-            kept_width = width
+            cut_height = height
+            cut_width = width
         else:
-            top, left, kept_height, kept_width = self.crop
-        if top + kept_height > height or left + kept_width > width:
-            kept = f"the robot's file crops {list(self.crop)} of it"
-            raise ObservationError(f"The image is {width} x {height} pixels; {kept}.")
-        if (kept_height, kept_width) != (self.height, self.width) and not self.resize:
+            top, left, cut_height, cut_width = self.crop
+        if top + cut_height > height or left + cut_width > width:
+            crop = f"the robot's file crops {list(self.crop)} of it"
+            raise ObservationError(f"The image is {width} x {height} pixels; {crop}.")
+        if (cut_height, cut_width) != (self.height, self.width) and not self.resize:
             raise ObservationError(
-                f"The image is {kept_width} x {kept_height} pixels; the policy was trained on "
-                f"{self.width} x {self.height}. Set the camera to it, "
+                f"The image is {cut_width} x {cut_height} pixels; the policy was trained on "
+                f"{self.width} x {self.height}. Set the camera to that size, "
                 "or resize: true in the robot's file."
             )
-        return top, left, kept_height, kept_width
+        return top, left, cut_height, cut_width
 
     def distortion(self, height: int, width: int) -> str:
-        """What scaling does to an image of that size where it changes the aspect ratio, or ""."""
-        _, _, kept_height, kept_width = self.box(height, width)
-        aspect = kept_width / kept_height
+        """Describe how scaling an image of that size changes its aspect ratio; "" if unchanged."""
+        _, _, cut_height, cut_width = self.box(height, width)
+        aspect = cut_width / cut_height
         wanted = self.width / self.height
         if abs(aspect / wanted - 1.0) <= SQUEEZED:
             return ""
-        side = min(kept_height * self.width, kept_width * self.height)
+        side = min(cut_height * self.width, cut_width * self.height)
         height = side // self.width
         width = side // self.height
         return (
-            f"resize squeezes {kept_width} x {kept_height} pixels (aspect {aspect:.2f}) into "
+            f"resize squeezes {cut_width} x {cut_height} pixels (aspect {aspect:.2f}) into "
             f"the policy's {self.width} x {self.height} ({wanted:.2f}); "
-            f"if it was not trained so, crop to about {width} x {height} in the robot's file"
+            f"if training did not do this, crop to about {width} x {height} in the robot's file"
         )
 
 
 @dataclass(frozen=True)
 class CameraImage:
-    """An image whose header was validated and whose pixels were not read.
+    """An image whose header is validated and whose pixels are not decoded yet.
 
     Attributes:
-        stamp: When it was taken [s].
+        stamp: Time at which it was taken [s].
         encoding: "rgb8", "bgr8", "jpeg" or "png".
         height: [px].
         width: [px].
         step: Bytes of a row; 0 if it is compressed.
-        data: The message that holds it.
-        begin: Where in `data` it begins.
-        end: Where it ends.
+        data: The serialized message that contains it.
+        begin: Offset of its first byte in `data`.
+        end: Offset behind its last byte.
     """
 
     stamp: float
@@ -114,23 +114,23 @@ class CameraImage:
     end: int
 
     def same(self, other: CameraImage | None) -> bool:
-        """Whether both have the same bytes; the comparison of memory ends where they differ."""
+        """Whether both have the same bytes; the comparison stops at the first difference."""
         if other is None or self.end - self.begin != other.end - other.begin:
             return False
         theirs = memoryview(other.data)[other.begin : other.end]
         return self.data.startswith(theirs, self.begin, self.end)
 
     def pixels(self, view: View | None = None) -> NDArray[np.uint8]:
-        """Pixels (H, W, 3), red first, as a `view` has them; without one all of them.
+        """Return the pixels (H, W, 3), red first, of the part in `view`; without a view all pixels.
 
-        `ObservationError`: Data that cannot be decoded, or that do not fit the view.
+        `ObservationError`: The data cannot be decoded, or do not fit the view.
         """
         view = view or View(self.height, self.width)
         try:
             return self._raw(view) if self.encoding in ENCODINGS else self._decoded(view)
         except ObservationError:
             raise
-        except Exception as error:  # Pillow's readers raise some ten kinds on damaged files
+        except Exception as error:  # Pillow raises about ten types of errors on damaged files
             raise _unreadable(self.encoding, self.end - self.begin, short(error)) from error
 
     @property
@@ -141,7 +141,7 @@ class CameraImage:
         box = view.box(self.height, self.width)
         top, left, height, width = box
         data = np.frombuffer(self._bytes, np.uint8)
-        if (height, width) == (view.height, view.width):  # needs no Pillow
+        if (height, width) == (view.height, view.width):  # no scaling, so no Pillow
             rows = data.reshape(self.height, self.step)[:, : 3 * self.width]
             whole = rows.reshape(self.height, self.width, 3)
             pixels = whole[top : top + height, left : left + width]
@@ -158,17 +158,17 @@ class CameraImage:
 
         with PillowImage.open(io.BytesIO(self._bytes), formats=[self.encoding.upper()]) as image:
             problem = _size_problem(image.height, image.width)
-            if problem:  # the header said another size
+            if problem:  # the message's header gave another size
                 raise ObservationError(problem)
             box = view.box(image.height, image.width)
             _, _, height, width = box
             scale = 1.0
             if self.encoding == JPEG and (height, width) != (view.height, view.width):
-                # Decodes a half, a quarter or an eighth of its size where that is enough: 4 ms
+                # Decode at a half, a quarter or an eighth of the size if that is enough: 4 ms
                 # instead of 12 for 1920 x 1080 pixels that become 96 x 96.
                 enough = (
-                    math.ceil(_KEPT * view.width * image.width / width),
-                    math.ceil(_KEPT * view.height * image.height / height),
+                    math.ceil(_OVERSAMPLING * view.width * image.width / width),
+                    math.ceil(_OVERSAMPLING * view.height * image.height / height),
                 )
                 full = image.width
                 drafted = image.draft("RGB", enough)
@@ -177,14 +177,14 @@ class CameraImage:
 
 
 def _scaled(image: PillowImage.Image, view: View, box: Box, scale: float) -> NDArray[np.uint8]:
-    """The `box` of an image in the view's size; the image was scaled by `scale` already."""
+    """Return the `box` of an image at the view's size; the image is already scaled by `scale`."""
     from PIL import Image as PillowImage
 
     top, left, height, width = box
     right = left + width
     bottom = top + height
     part = (left * scale, top * scale, right * scale, bottom * scale)
-    if scale == 1.0 and image.size != (width, height):  # `resize` would look beyond its box
+    if scale == 1.0 and image.size != (width, height):  # `resize` would read beyond its box
         image = image.crop((left, top, right, bottom))
         part = (0.0, 0.0, float(width), float(height))
     size = (view.width, view.height)
@@ -195,24 +195,24 @@ def _scaled(image: PillowImage.Image, view: View, box: Box, scale: float) -> NDA
 
 @dataclass(frozen=True)
 class Shown:
-    """What a policy is shown of a camera: an image, and the part of it that counts."""
+    """A camera image for a policy, and the view that selects its part."""
 
     image: CameraImage
     view: View
 
     def pixels(self) -> NDArray[np.uint8]:
-        """As `CameraImage.pixels`."""
+        """Decode the image; as `CameraImage.pixels`."""
         return self.image.pixels(self.view)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What decoding the images of an observation has found.
+    """Result of decoding the images of an observation.
 
     Attributes:
         problems: Feature -> why its image is bad; None if it is good.
         blank: Features whose pixels all have one colour.
-        seconds: Time that it took [s].
+        seconds: Time of decoding [s].
     """
 
     problems: Mapping[str, str | None] = field(default_factory=dict)
@@ -221,14 +221,14 @@ class Seen:
 
     @property
     def problem(self) -> str:
-        """What the first bad image lacks; "" if all are good."""
+        """Why the first bad image is bad; "" if all are good."""
         return next(filter(None, self.problems.values()), "")
 
 
 def decode(observation: Mapping[str, Any]) -> tuple[dict[str, Any], Seen]:
-    """The observation with pixels in the place of `Shown` images, and what they are like.
+    """Return the observation with pixels in place of `Shown` images, and the result of decoding.
 
-    A bad image is left out.
+    The observation then lacks bad images.
     """
     started = time.monotonic()
     decoded: dict[str, Any] = {}
@@ -245,7 +245,7 @@ def decode(observation: Mapping[str, Any]) -> tuple[dict[str, Any], Seen]:
             continue
         problems[feature] = None
         decoded[feature] = pixels
-        few = pixels[::4, ::4]  # most images end the comparison here
+        few = pixels[::4, ::4]  # for most images this comparison is enough
         if (few == pixels[0, 0]).all() and (pixels == pixels[0, 0]).all():
             blank.append(feature)
     return decoded, Seen(problems, tuple(blank), time.monotonic() - started)
@@ -254,22 +254,22 @@ def decode(observation: Mapping[str, Any]) -> tuple[dict[str, Any], Seen]:
 class _Reader:
     """Reads the fields of a serialized message in order.
 
-    `ObservationError`: It is no CDR, or ends before them.
+    `ObservationError`: The message is not CDR, or ends too early.
     """
 
     def __init__(self, data: bytes) -> None:
         if len(data) < 4 or data[0] or data[1] not in (0, 1):
             raise ObservationError(
                 f"The message is serialized as {data[:2].hex() or 'nothing'}; "
-                "only CDR (0000, 0001) is read. "
-                "Use a middleware that sends it, such as Fast DDS, Cyclone DDS or Zenoh."
+                "only CDR (0000, 0001) is supported. "
+                "Use a middleware that sends CDR, such as Fast DDS, Cyclone DDS or Zenoh."
             )
         self._order = "<" if data[1] else ">"
         self._data = data
         self.at = 4
 
     def number(self, kind: str = "I") -> int:
-        """A number of 4 bytes, or of one with `kind` "B"."""
+        """Read a number of 4 bytes, or of one byte with `kind` "B"."""
         size = struct.calcsize(kind)
         self.at += -(self.at - 4) % size
         self._need(size)
@@ -285,15 +285,15 @@ class _Reader:
         return text.rstrip(b"\0").decode(errors="replace")
 
     def rest(self) -> tuple[int, int]:
-        """Begin and end of a sequence of bytes, which ends the message but for padding."""
+        """Read a sequence of bytes at the end of the message; return its begin and end."""
         size = self.number()
         have = len(self._data) - self.at
         if not 0 <= have - size < 4:
-            raise ObservationError(f"The message has {have} bytes of image, not {size} as it says.")
+            raise ObservationError(f"The message has {have} bytes of image but declares {size}.")
         return self.at, self.at + size
 
     def stamp(self) -> float:
-        """Of the message's header [s]; its frame is passed over."""
+        """Read the message's header and return its stamp [s]; skip the frame."""
         stamp = self.number("i") + 1e-9 * self.number()
         self.text()
         return stamp
@@ -304,17 +304,17 @@ class _Reader:
 
 
 def read_image(message: bytes) -> CameraImage:
-    """The image of a serialized `sensor_msgs/Image`.
+    """Return the image of a serialized `sensor_msgs/Image`.
 
-    `ObservationError`: Another encoding than rgb8 and bgr8, no pixels, or data that `step` and
-    `height` contradict.
+    `ObservationError`: The encoding is neither rgb8 nor bgr8, there are no pixels, or `step` and
+    `height` contradict the data.
     """
     reader = _Reader(message)
     stamp = reader.stamp()
     height = reader.number()
     width = reader.number()
     encoding = reader.text()
-    reader.number("B")  # is_bigendian: single bytes have no order
+    reader.number("B")  # is_bigendian: irrelevant for single bytes
     step = reader.number()
     begin, end = reader.rest()
     if encoding not in ENCODINGS:
@@ -334,9 +334,10 @@ def read_image(message: bytes) -> CameraImage:
 
 
 def read_compressed(message: bytes) -> CameraImage:
-    """The image of a serialized `sensor_msgs/CompressedImage`, of which only the header is read.
+    """Return the image of a serialized `sensor_msgs/CompressedImage`; only the header is read.
 
-    `ObservationError`: Neither JPEG nor PNG, no pixels, or more than `MAX_PIXELS`.
+    `ObservationError`: The data are neither JPEG nor PNG, have no pixels, or have more than
+    `MAX_PIXELS`.
     """
     reader = _Reader(message)
     stamp = reader.stamp()
@@ -350,14 +351,14 @@ def read_compressed(message: bytes) -> CameraImage:
     elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = struct.unpack_from(">II", data, 16)
         kind, size = PNG, (height, width)
-    problem = _size_problem(*size) if size else "it has the header of neither"
+    problem = _size_problem(*size) if size else "its header is neither JPEG nor PNG"
     if size is None or problem:
         raise _unreadable(told, end - begin, problem)
     return CameraImage(stamp, kind, *size, 0, message, begin, end)
 
 
 def message_stamp(message: bytes) -> float | None:
-    """When the image of a serialized message was taken [s]; None if that cannot be read."""
+    """Return the stamp of a serialized message [s]; None if it cannot be read."""
     try:
         return _Reader(message).stamp()
     except ObservationError:
@@ -365,9 +366,9 @@ def message_stamp(message: bytes) -> float | None:
 
 
 def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
-    """Height and width that the frame header of a JPEG says; None without one."""
+    """Return height and width from the frame header of a JPEG; None without one."""
     for marker, begin in _jpeg_segments(data):
-        # Start of frame; C4, C8 and CC of these sixteen mean something else.
+        # Start of frame; three of these sixteen markers, C4, C8 and CC, mean something else.
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if begin + 7 > len(data):
                 return None
@@ -377,7 +378,7 @@ def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
 
 
 def _jpeg_segments(data: memoryview) -> Iterator[tuple[int, int]]:
-    """(marker, where its length stands) of the header's segments."""
+    """Iterate over the header's segments: marker, and offset of the segment's length."""
     at = 2
     for _ in range(_SEGMENTS):
         if at + 4 > len(data) or data[at] != 0xFF:
@@ -390,7 +391,7 @@ def _jpeg_segments(data: memoryview) -> Iterator[tuple[int, int]]:
 
 
 def _size_problem(height: int, width: int) -> str:
-    """Why no image of that size is decoded; "" if it is."""
+    """Return why an image of that size is not decoded; "" if it is."""
     if not height or not width:
         return f"it is empty: {width} x {height} pixels"
     if width * height > MAX_PIXELS:

@@ -1,13 +1,13 @@
-"""Runs a policy beside the control loop, in a process of its own or in a thread, behind one class.
+"""Runs a policy concurrently with the control loop, in a separate process or in a thread.
 
-A thread decodes the images of the newest request, takes it to wherever the policy runs and brings
-the answer back, so `submit` and `poll` never block, whatever the size of the images, and a policy
-that crashes is an answer too.
+A thread decodes the images of the newest request, passes the request to the policy and returns the
+answer. `submit` and `poll` therefore never block, for any size of the images, and a crash of
+the policy is reported as an answer.
 
-The process is the default because a thread shares the interpreter lock with the control loop:
-decoding all the time beside a 100 Hz loop of real-time priority on two cores, a thread makes its
-p99 tick 2 to 4 ms late, a process 0.1 ms (0.1 without any policy). A thread is for debuggers, and
-where a second process does not fit into memory.
+The process is the default because a thread shares the interpreter lock with the control loop. If
+the policy decodes all the time next to a 100 Hz loop of real-time priority on two cores, a thread
+makes the loop's p99 tick 2 to 4 ms late, a process 0.1 ms (0.1 without any policy). The thread is
+for debuggers, and for machines without memory for a second process.
 """
 
 from __future__ import annotations
@@ -46,24 +46,27 @@ MODES = ("process", "thread")
 
 
 class _PolicyDied(Exception):  # noqa: N818 - an event, not a message for users
-    """The place where the policy ran is gone."""
+    """The process that ran the policy has ended."""
 
 
 def decoded(request: Request) -> tuple[Request, Seen]:
-    """The request with its images as pixels, and what they are like."""
+    """Return the request with decoded images, and the findings of decoding."""
     observation, seen = decode(request.observation)
     return replace(request, observation=observation), seen
 
 
 class InferenceWorker:
-    """One policy, one request at a time, with the other fields of `PredictorSettings` as
-    `settings`.
+    """Runs one policy, one request at a time; `settings` are the fields of `PredictorSettings`.
 
-    `python` runs the process of mode "process", this Python if it is empty; it needs ceed_vla,
-    torch and lerobot.
+    Args:
+        checkpoint: LeRobot checkpoint folder or name.
+        mode: "process" or "thread".
+        python: Interpreter of mode "process"; it needs ceed_vla, torch and lerobot. Empty: the
+            present one.
+        notify: Called in the inference thread when an answer can be polled.
+        settings: The other fields of `PredictorSettings`.
 
-    `notify` is called in the thread that carries the answers when one can be polled.
-    `ConfigError`: An unknown mode, or a number outside its range.
+    `ConfigError`: The mode is unknown, or a number is outside its range.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class InferenceWorker:
         if mode not in MODES:
             raise ConfigError(f"The inference mode is {mode!r}; choose one of {', '.join(MODES)}.")
         chosen = PredictorSettings(str(checkpoint), **settings)
-        # it may crash beside other threads
+        # the compiled engine may crash in a process with other threads
         if mode == "thread" and (python or chosen.engine == "compiled"):
             raise ConfigError(
                 "inference_python and the engine compiled need the inference mode process, not "
@@ -90,20 +93,19 @@ class InferenceWorker:
         self._inbox: queue.SimpleQueue[tuple[Request, float | None] | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Response] = queue.SimpleQueue()
         self._closed = self._busy = False
-        self.failed: str | None = None  # why this worker will never answer again
+        self.failed: str | None = None  # why this worker can never answer again
         self._thread = threading.Thread(target=self._infer, name="inference", daemon=True)
 
     def begin(self) -> None:
-        """Load the policy and warm it up meanwhile; then `ready`, or `failed` says why not, and
-        `notify` is called.
+        """Load and warm up the policy in the background; call it once.
 
-        A worker begins once.
+        Afterwards `ready` is true or `failed` has the reason, and `notify` is called.
         """
         self._thread.start()
 
     @property
     def thread(self) -> int | None:
-        """The system's number of the thread that decodes images, while it runs."""
+        """The operating system's id of the thread that decodes images; None before it starts."""
         return self._thread.native_id
 
     @property
@@ -113,21 +115,17 @@ class InferenceWorker:
 
     @property
     def spec(self) -> PolicySpec:
-        """What the policy wants and gives, when it is `ready`."""
+        """The policy's inputs and outputs; valid once `ready`."""
         assert self._spec is not None
         return self._spec
 
     @property
     def idle(self) -> bool:
-        """Whether `submit` would take a request: the policy is there, the last answer was
-        polled.
-        """
+        """Whether `submit` accepts a request: the policy is loaded, the last answer was polled."""
         return self.ready and not (self._busy or self._closed or self.failed)
 
     def submit(self, request: Request) -> bool:
-        """Hand a request over; False, and it is dropped, if the worker is busy, failed or
-        closed.
-        """
+        """Pass a request to the policy; return False and drop it if the worker is not idle."""
         if not self.idle:
             return False
         self._busy = True
@@ -136,7 +134,7 @@ class InferenceWorker:
         return True
 
     def poll(self) -> Response | None:
-        """The answer to the last request, once, as soon as there is one; before it, parts of it."""
+        """Return the next part of the answer to the last request, or the whole answer, once."""
         try:
             response = self._outbox.get_nowait()
         except queue.Empty:
@@ -145,8 +143,9 @@ class InferenceWorker:
         return response
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Stop, wherever the policy is; a process that does not end in time is killed. May be
-        called twice.
+        """Stop, even during a request; kill a process that does not end in time.
+
+        May be called twice.
         """
         self._closed = True
         self._inbox.put(None)
@@ -157,7 +156,7 @@ class InferenceWorker:
     def _infer(self) -> None:
         try:
             self._spec = self._policy.load()
-        except Exception as error:  # policies of any make raise anything
+        except Exception as error:  # third-party policies raise any type
             self.failed = None if self._closed else _reason(error)
         if not self._closed:
             self._notify()
@@ -173,8 +172,9 @@ class InferenceWorker:
             self._answer(response)
 
     def _respond(self, request: Request, deadline: float | None) -> Response:
-        """Decode the images, which is this thread's part: Pillow does it without the interpreter's
-        lock.
+        """Decode the images and query the policy.
+
+        Images are decoded in this thread because Pillow releases the interpreter lock.
         """
         request, seen = decoded(request)
         if seen.problem:
@@ -202,13 +202,13 @@ class _SameProcess:
         return self._predictor.spec
 
     def stop(self, timeout_s: float) -> None:
-        self._stopped.set()  # a chunk that is being decoded is finished; `close` waits for it
+        self._stopped.set()  # `close` waits until a chunk in progress is decoded
 
 
 class _OwnProcess:
-    """Runs it in a child process, which dies with its parent, because its pipe ends then.
+    """Runs the policy in a child process, which ends with its parent because its pipe closes.
 
-    The child may be another `python`, where torch and lerobot are; the node itself needs neither.
+    The child may run another `python` that has torch and lerobot; the node itself needs neither.
     """
 
     def __init__(self, settings: PredictorSettings, python: str) -> None:
@@ -222,7 +222,7 @@ class _OwnProcess:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         if self._python:
             environment = dict(os.environ)
-            # ROS's wheels set both for this Python alone
+            # ROS's wheels set both only for this Python
             if environment.pop("_ROS_WHEELS_BOOTSTRAP_COMPLETE", None):
                 environment.pop("LD_LIBRARY_PATH", None)
         command = [self._python or sys.executable, "-m", __name__, str(theirs.fileno())]
@@ -232,7 +232,7 @@ class _OwnProcess:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment
             )
-        theirs.close()  # or the pipe would not end with the child
+        theirs.close()  # otherwise the pipe would stay open after the child's end
         spec: PolicySpec | str = self._ask(self._settings)
         if isinstance(spec, str):
             raise CheckpointError(spec)
@@ -257,7 +257,7 @@ class _OwnProcess:
             self._process.wait()
 
     def _ask(self, question: Any, early: Callable[[Response], None] = lambda _: None) -> Any:
-        """What the child answers; parts of it go to `early`."""
+        """Return the child's answer; parts of it go to `early`."""
         try:
             self._pipe.send(question)
             while isinstance(answer := self._pipe.recv(), Response) and not answer.whole:
@@ -273,8 +273,8 @@ class _OwnProcess:
 
 
 def _serve(number: int) -> None:
-    """Main function of the child process, whose end of the pipe has that file number."""
-    # Ctrl-C reaches the whole group; the parent decides what ends when.
+    """Main function of the child process; `number` is its file descriptor of the pipe."""
+    # Ctrl-C reaches the whole process group; the parent decides when each process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(number)
     try:
@@ -290,11 +290,11 @@ def _serve(number: int) -> None:
             request, deadline = pipe.recv()
             pipe.send(predictor.predict(request, deadline, pipe.send))
     except (EOFError, OSError):
-        return  # the parent is gone
+        return  # the parent has ended
 
 
 def _reason(error: Exception) -> str:
-    """Why the policy is not there."""
+    """Return why the policy could not be loaded."""
     if isinstance(error, CeedVLAError):
         return str(error)
     kind = "" if isinstance(error, _PolicyDied) else f"{type(error).__name__}: "

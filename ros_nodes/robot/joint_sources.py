@@ -1,9 +1,9 @@
-"""Who publishes a joint: from the numbers that publishers give their messages. Free of ROS and of
-clocks.
+"""Detects two publishers of one joint from the numbers of their messages.
 
-A publisher counts its messages up, so the numbers under which a joint arrives grow. They fall back
-once when its driver restarts, and again and again when two publishers send the same joint. An arm's
-driver and a gripper's have no joint in common, so neither disturbs the other.
+A publisher numbers its messages in ascending order, so the numbers of a joint's messages grow. They
+fall back once when its driver restarts, and repeatedly when two publishers send the same joint. The
+drivers of an arm and of a gripper share no joint, so neither disturbs the other. Free of ROS and of
+clocks.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-LATE = 16  # messages by which one may be overtaken on the way; a restart falls back by more
-MEMORY = 10.0  # how long a number that fell back counts [s]
-OVERLAPS = 3  # numbers that fell back within `MEMORY`, from which on two publishers send the joint
+LATE = 16  # largest fall of a number by reordering on the way; a restart falls back by more
+MEMORY = 10.0  # time for which a fall of a number counts [s]
+OVERLAPS = 3  # falls within `MEMORY` from which on two publishers are assumed
 
 
 @dataclass
 class _Joint:
     number: int = 0  # of its newest message
-    # when it fell back [s]
+    # times at which the number fell back [s]
     fallen: deque[float] = field(default_factory=lambda: deque(maxlen=OVERLAPS))
 
 
@@ -28,21 +28,21 @@ class JointSources:
     """Follows the message numbers of the joints `wanted`.
 
     Attributes:
-        numbered: Whether the middleware numbers messages; without numbers, only the joint sets tell
-            publishers apart.
+        numbered: Whether the middleware numbers messages; if not, publishers are told apart only by
+            their joint sets.
     """
 
     def __init__(self, wanted: Iterable[str]) -> None:
         self.numbered = True
         self._wanted = frozenset(wanted)
         self._joints: dict[str, _Joint] = {}
-        self._sets: dict[frozenset[str], float] = {}  # joint set -> when it came last [s]
+        self._sets: dict[frozenset[str], float] = {}  # joint set -> time of its last message [s]
 
     def take(self, names: Iterable[str], number: int | None, now: float) -> str:
-        """Note a message that came at `now` [s], steady, with its publisher's `number` (None
-        without).
+        """Record a message that arrived at steady time `now` [s].
 
-        Returns the first joint whose publisher began anew; "" if none did.
+        `number` is its publisher's number for it, None without one. Returns the first joint whose
+        publisher restarted its numbers; "" if none did.
         """
         own = self._wanted.intersection(names)
         if own:
@@ -61,7 +61,7 @@ class JointSources:
         return restarted
 
     def shared(self, publishers: int, now: float) -> list[str]:
-        """Joints that two publishers send, if the topic has so many `publishers`."""
+        """Return the joints that two publishers send, if the topic has `publishers` publishers."""
         if publishers < 2:
             return []
         if not self.numbered:

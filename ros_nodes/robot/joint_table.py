@@ -1,5 +1,5 @@
-"""The newest value and stamp of every joint: an arm's driver and a gripper's may publish messages
-of their own.
+"""The newest value and stamp of every joint, because the drivers of an arm and of a gripper may
+publish separate messages.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _FIELDS = ("position", "velocity", "effort")
 
 @dataclass
 class JointTable:
-    """Merges joint states that each have some of the joints `wanted`."""
+    """Merges joint states that each contain some of the joints `wanted`."""
 
     wanted: Sequence[str]
-    lacks: str = ""  # what the newest message lacked, though one before had it; "" if nothing
-    # joint -> its newest message, and where
+    lacks: str = ""  # joints that earlier messages had and the newest lacks; "" if none
+    # joint -> its newest message, and its index there
     _rows: dict[str, tuple[JointState, int]] = field(default_factory=dict)
 
     def forget(self) -> None:
@@ -30,11 +30,10 @@ class JointTable:
         self.lacks = ""
 
     def take(self, message: JointState) -> tuple[JointState, list[float]]:
-        """The joints that are known now, and the stamp of each [s]; the message's own is the
-        oldest.
+        """Return a message with all joints known so far, and the stamp of each joint [s].
 
-        A message that contradicts itself, or has none of the joints while none are known, comes
-        back as it is.
+        The message's own stamp is the oldest of them. A message that contradicts itself is returned
+        unchanged, and so is a message without known joints if no joint is known yet.
         """
         names = list(message.name)
         places = {name: names.index(name) for name in self.wanted if name in names}
@@ -52,9 +51,9 @@ class JointTable:
         merged = JointState(name=list(self._rows))
         rows = list(self._rows.values())
         for values in _FIELDS:
-            given = [getattr(row, values) for row, _ in rows]
-            if any(given):  # a gripper's driver may tell positions alone
-                found = zip(given, rows, strict=True)
+            columns = [getattr(row, values) for row, _ in rows]
+            if any(columns):  # a gripper's driver may send only positions
+                found = zip(columns, rows, strict=True)
                 setattr(
                     merged,
                     values,

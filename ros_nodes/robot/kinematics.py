@@ -1,4 +1,4 @@
-"""The arm of an MJCF or URDF file: kinematics through MuJoCo."""
+"""Kinematics of the arm in an MJCF or URDF file, through MuJoCo."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ceed_vla.ros_nodes.robot.texts import short
 
 
 class ModelArm(ArmKinematics):
-    """One arm of an MJCF or URDF model; every joint that is not named stays at its default.
+    """One arm of an MJCF or URDF model; other joints stay at their defaults.
 
     Args:
         tcp: Site or body of the tool centre point.
@@ -25,11 +25,11 @@ class ModelArm(ArmKinematics):
         home: As in `ArmKinematics`; the model's default if it is empty.
 
     Attributes:
-        low, high: (J,) [rad], from the model; infinite without a limit.
-        velocity: (J,) [rad/s], of a URDF; NaN where the model has no limit, as every MJCF.
+        low, high: Position limits (J,) [rad] from the model; infinite without a limit.
+        velocity: Velocity limits (J,) [rad/s] of a URDF; NaN without a limit, as in every MJCF.
 
-    `ConfigError`: An unreadable model, or names that are not in it (the message lists those that
-    are).
+    `ConfigError`: The model cannot be read, or lacks a name (the message lists the names that it
+    has).
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ModelArm(ArmKinematics):
         self._model = _arm_model(Path(model_path), kinematics, joint_names)
         self._data = mujoco.MjData(self._model)
         self._tcp, self._body = _frame(self._model, self._data, tcp, model_path)
-        # of one position and one velocity each
+        # each with one position and one velocity
         joints = [self._model.joint(name) for name in joint_names]
         self._positions = np.array([joint.qposadr[0] for joint in joints])
         self._velocities = np.array([joint.dofadr[0] for joint in joints])
@@ -71,7 +71,7 @@ class ModelArm(ArmKinematics):
 
     @staticmethod
     def quaternion(matrix: Array) -> Array:
-        """Orientation (3, 3) as a quaternion wxyz (4,) with w >= 0."""
+        """Return the orientation (3, 3) as a quaternion wxyz (4,) with w >= 0."""
         found = np.empty(4)
         mujoco.mju_mat2Quat(found, matrix.ravel())
         return found * np.copysign(1.0, found[0])
@@ -82,7 +82,7 @@ def _arm_model(
     kinematics: ElementTree.Element,
     joint_names: Sequence[str],
 ) -> mujoco.MjModel:
-    """The model without the joints that are not named."""
+    """Return the model with only the named joints."""
     try:
         spec = mujoco.MjSpec.from_string(text_of(kinematics))
     except (ValueError, RuntimeError) as error:
@@ -99,12 +99,12 @@ def _arm_model(
     for joint in list(spec.joints):
         if joint.name not in joint_names:
             spec.delete(joint)
-    for body in spec.bodies[1:]:  # kinematics alone: nothing has a shape, and any mass will do
+    for body in spec.bodies[1:]:  # kinematics needs no shapes, and any mass is valid
         body.mass = 1.0
         body.inertia = [1.0] * 3
         body.fullinertia = [np.nan] * 6
         body.explicitinertial = True
-    # A URDF's fixed links would lose their names, the TCP's among them.
+    # Otherwise a URDF's fixed links, such as the TCP, would lose their names.
     spec.compiler.fusestatic = False
     try:
         model = spec.compile()
@@ -120,7 +120,7 @@ def _arm_model(
 def _frame(
     model: mujoco.MjModel, data: mujoco.MjData, name: str, path: str | Path
 ) -> tuple[Any, int]:
-    """The site or body called `name`: its pose, and the body that it moves with."""
+    """Return the site or body `name`, for its pose, and the id of the body that it moves with."""
     sites = [model.site(i).name for i in range(model.nsite)]
     bodies = [model.body(i).name for i in range(1, model.nbody)]
     if name in sites:

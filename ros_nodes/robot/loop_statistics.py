@@ -10,28 +10,29 @@ from numpy.typing import NDArray
 
 from ceed_vla.ros_nodes.robot.predictor import Response
 
-MISSED = 1.5  # periods without a command that count as a missed tick
+MISSED = 1.5  # gap between commands that counts as a missed tick [periods]
 
 
-class Window(deque[float]):
-    """The last `size` values of something."""
+class Latest(deque[float]):
+    """The latest `size` values of a quantity."""
 
     def __init__(self, size: int) -> None:
         super().__init__(maxlen=size)
 
     def percentile(self, share: float) -> float:
-        """The `share` percentile, NaN without values."""
+        """Return the `share` percentile; NaN without values."""
         return float(np.percentile(self, share)) if self else math.nan
 
     @property
     def mean(self) -> float:
-        """NaN without values."""
+        """The mean; NaN without values."""
         return sum(self) / len(self) if self else math.nan
 
 
 class LoopStatistics:
-    """What the loop did since activation, in the last 20 s of commands and the last 200 chunks
-    where it is a window.
+    """Counts and timings of the loop since activation.
+
+    Distributions cover the last 20 s of commands and the last 200 chunks.
     """
 
     def __init__(self, period: float) -> None:
@@ -39,15 +40,15 @@ class LoopStatistics:
         self.ticks = 0  # commands sent
         self.missed = 0  # gaps of more than `MISSED` periods between two commands of one motion
         self.slips = 0  # times that the step grid was set back because a whole step was missed
-        self.jitter = Window(2000)  # |period - nominal| of every command [s]
-        self.decode = Window(200)  # time of every chunk, as the policy's side measured it [s]
-        self.images = Window(200)  # time of decoding and scaling the images of every chunk [s]
-        # from the oldest image shown to the first command computed from it [s]
-        self.to_command = Window(200)
-        self.beyond_decode = Window(200)  # the same without the chunk's decoding [s]
-        self.forwards = Window(200)  # model calls of every chunk
+        self.jitter = Latest(2000)  # |period - nominal| of every command [s]
+        self.decode = Latest(200)  # time of every chunk, as the policy's side measured it [s]
+        self.images = Latest(200)  # time of decoding and scaling the images of every chunk [s]
+        # from the stamp of the oldest image to the first command computed from it [s]
+        self.to_command = Latest(200)
+        self.beyond_decode = Latest(200)  # the same without the chunk's decoding [s]
+        self.forwards = Latest(200)  # model calls of every chunk
         self.exit_reasons: Counter[str] = Counter()  # rule -> chunks that it ended
-        self.deadline_misses = 0  # chunks that came after their deadline
+        self.deadline_misses = 0  # chunks that arrived after their deadline
         self.errors = 0  # requests that ended in an error
         self.last_error = ""
         # largest change of a joint between two commands where a new chunk took over [rad]
@@ -55,10 +56,10 @@ class LoopStatistics:
         self.inner_step = 0.0  # the same elsewhere [rad]
         self._last_sent: float | None = None
         self._last_positions: NDArray[np.float64] | None = None
-        self._rated: tuple[float, int] | None = None  # when `rate` was asked [s], and `ticks` then
+        self._rated: tuple[float, int] | None = None  # time [s] and `ticks` of the last `rate`
 
     def sent(self, now: float, positions: NDArray[np.float64], seam: bool) -> None:
-        """A command left at `now` [s]; `seam`: it is the first after a new chunk took over."""
+        """Record a command sent at `now` [s]; `seam`: it is the first one of its chunk."""
         self.ticks += 1
         if self._last_sent is not None:
             gap = now - self._last_sent
@@ -73,11 +74,11 @@ class LoopStatistics:
         self._last_sent, self._last_positions = now, positions
 
     def paused(self) -> None:
-        """No command is sent now on purpose: the gap that follows is none."""
+        """Record that commands stop on purpose, so that the next gap does not count."""
         self._last_sent = self._last_positions = None
 
     def answered(self, response: Response) -> None:
-        """A chunk or an error came."""
+        """Record a chunk or an error."""
         if response.error is not None:
             self.errors += 1
             self.last_error = response.error
@@ -89,6 +90,6 @@ class LoopStatistics:
             self.exit_reasons[response.exit_reason] += 1
 
     def rate(self, now: float) -> float:
-        """Commands per second since the last call [Hz]."""
+        """Return the commands per second since the last call [Hz]."""
         (start, ticks), self._rated = self._rated or (now, 0), (now, self.ticks)
         return (self.ticks - ticks) / (now - start) if now > start else 0.0

@@ -1,5 +1,5 @@
-"""ROS messages to NumPy arrays and back, and the quality-of-service profiles that every node here
-uses.
+"""Converts between ROS messages and NumPy arrays, and defines the nodes' quality-of-service
+profiles.
 """
 
 from __future__ import annotations
@@ -27,36 +27,37 @@ except ImportError as error:
         "package.xml."
     ) from error
 
-# Cameras: the newest image wins, an old one in a queue only adds latency. Joint states queue: an
-# arm's and a gripper's come on one topic, often within a millisecond, and with a depth of 1 the
-# second would always replace the first.
+# Cameras: only the newest image matters; an old image in a queue adds latency. Joint states queue:
+# those of an arm and of a gripper arrive on one topic, often within a millisecond, and with a depth
+# of 1 one would always replace the other.
 SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 JOINT_STATES = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
-# Values that a late subscriber must get too: the instruction, success.
+# Values that a late subscriber must also receive: the instruction, success.
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-# Commands to controllers; ros2_control subscribes to them with the system's default, which this
-# matches.
+# Commands to controllers; the profile matches ros2_control, which subscribes with the system's
+# default.
 COMMAND = QoSProfile(depth=10)
 
-_UNNUMBERED = 2**64 - 1  # what a middleware without message numbers puts there
+_UNNUMBERED = 2**64 - 1  # number from a middleware that does not number messages
 
 
 def image_to_array(message: Image) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of an image, red first, without the padding of its rows; raises as
-    `read_image`.
+    """Return the pixels (H, W, 3) of an image, red first, without row padding; raises as
+    `read_image` does.
     """
     return read_image(serialize_message(message)).pixels()
 
 
 def compressed_to_array(message: CompressedImage) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of a JPEG or PNG image, red first; `ObservationError` if the data are
-    none.
+    """Return the pixels (H, W, 3) of a JPEG or PNG image, red first.
+
+    `ObservationError`: The data are not an image of these types.
     """
     return read_compressed(serialize_message(message)).pixels()
 
 
 def array_to_image(pixels: NDArray[np.uint8], stamp: Time, frame_id: str) -> Image:
-    """An rgb8 image message of pixels (H, W, 3) uint8."""
+    """Return an rgb8 image message of pixels (H, W, 3) uint8."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ObservationError(
             f"Pixels of shape {pixels.shape} and type {pixels.dtype}; give (H, W, 3) uint8."
@@ -71,18 +72,18 @@ def array_to_image(pixels: NDArray[np.uint8], stamp: Time, frame_id: str) -> Ima
 
 
 def seconds(stamp: Any) -> float:
-    """A message's time stamp [s]."""
+    """Return a message's time stamp [s]."""
     return float(stamp.sec) + 1e-9 * float(stamp.nanosec)
 
 
 def message_number(information: Mapping[str, Any]) -> int | None:
-    """The number that its publisher gave a message, from rclpy's message information; None if it
-    gives none.
+    """Return the publisher's number of a message, from rclpy's message information; None if it has
+    none.
     """
     number = information.get("publication_sequence_number")
     return number if isinstance(number, int) and 0 < number < _UNNUMBERED else None
 
 
 def clock_time(node: Node) -> float:
-    """Time that a node's messages are stamped with [s]; the simulation's with use_sim_time."""
+    """Return the time that stamps a node's messages [s]; simulated with use_sim_time."""
     return 1e-9 * float(node.get_clock().now().nanoseconds)

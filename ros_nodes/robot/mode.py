@@ -1,7 +1,7 @@
-"""What a policy node tells operators at a moment: every answer, diagnostic and ``~/state`` is a
-function of it. Free of ROS.
+"""State that a policy node reports to operators; every service answer, diagnostic and ``~/state``
+message is a function of it. Free of ROS.
 
-`controller_states` has the states that the control loop goes through.
+`controller_states` has the states of the control loop.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from enum import StrEnum
 from ceed_vla.ros_nodes.robot.safety import Hold
 from ceed_vla.ros_nodes.robot.texts import short
 
-WAITING = "waiting"  # code of a hold: for the first chunk, or what it needs
-STARVED = "starved"  # code of a hold: the chunk ended before the next one came
+WAITING = "waiting"  # code of a hold: the first chunk, or what it needs, is missing
+STARVED = "starved"  # code of a hold: the chunk ended before the next one arrived
 LOADING = "the policy is being loaded"
-# Holds that are no fault of the robot or its inputs.
+# Holds that are not a fault of the robot or its inputs.
 HARMLESS = (WAITING, STARVED, "disabled", "no_instruction", "bad_instruction")
 
 
 class Mode(StrEnum):
     UNCONFIGURED = "unconfigured"  # no robot, no checkpoint
     INACTIVE = "inactive"  # configured; nothing is streamed
-    DISABLED = "disabled"  # motion waits for ~/enable
-    WAITING = "waiting"  # enabled; the policy's first chunk is not there yet
+    DISABLED = "disabled"  # motion is not allowed until ~/enable
+    WAITING = "waiting"  # enabled; the policy's first chunk has not arrived
     MOVING = "moving"
-    HOLDING = "holding"  # enabled, and something objects
+    HOLDING = "holding"  # enabled, but an objection holds the arm
     STOPPED = "stopped"  # by ~/estop, until ~/reset
 
 
@@ -35,11 +35,11 @@ class State:
 
     mode: Mode
     code: str = ""  # of the hold
-    detail: str = ""  # for a person, with values and limits
+    detail: str = ""  # for the operator, with values and limits
 
     @classmethod
     def of(cls, hold: Hold | None) -> State:
-        """An active node's."""
+        """Return the state of an active node with this hold."""
         if hold is None:
             return cls(Mode.MOVING)
         codes = {WAITING: Mode.WAITING, "disabled": Mode.DISABLED, "estop": Mode.STOPPED}

@@ -1,8 +1,8 @@
-"""Reads an MJCF or URDF file down to its kinematics, within limits, before MuJoCo sees any of it.
+"""Reads an MJCF or URDF file and reduces it to its kinematics, within limits, for MuJoCo.
 
-MuJoCo multiplies (`replicate`, `composite`, `attach`), allocates what a file declares (textures,
-`memory`), and loads the files that it names. Kinematics needs none of that: only the elements in
-`_KEPT` and the attributes in `_ATTRIBUTES` are passed on.
+MuJoCo multiplies elements (`replicate`, `composite`, `attach`), allocates what a file declares
+(textures, `memory`), and loads the files that it names. Kinematics needs none of that, so only the
+elements in `_ELEMENTS` and the attributes in `_ATTRIBUTES` are passed on.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.files import regular
 from ceed_vla.ros_nodes.robot.texts import short
 
-MOST_BYTES = 5_000_000  # of a model and all that it includes
+MOST_BYTES = 5_000_000  # of a model and all files that it includes
 MOST_FILES = 50
-MOST_PARTS = 1_000  # of `_PARTS`: MuJoCo's time grows with their square
-_DEEPEST = 200  # nested elements
+MOST_PARTS = 1_000  # number of `_PARTS`: MuJoCo's time grows with its square
+_DEEPEST = 200  # largest depth of nested elements
 _PARTS = frozenset(("body", "compiler", "default", "frame", "freejoint", "joint", "link", "site"))
 _IN_BODY = frozenset(("body", "frame", "freejoint", "joint", "site"))
-_KEPT: dict[str, frozenset[str]] = {
+_ELEMENTS: dict[str, frozenset[str]] = {  # parent -> children that are passed on
     "mujoco": frozenset(("compiler", "default", "worldbody")),
     "default": frozenset(("default", "joint", "site")),
     "worldbody": _IN_BODY,
@@ -42,9 +42,9 @@ _ATTRIBUTES = frozenset(
 
 
 def read_model(path: Path) -> ElementTree.Element:
-    """The kinematics of an MJCF or URDF file, with its includes in place.
+    """Return the kinematics of an MJCF or URDF file, with its includes in place.
 
-    `ConfigError`: The file cannot be read, is no XML, or exceeds a limit.
+    `ConfigError`: The file cannot be read, is not XML, or exceeds a limit.
     """
     reader = _Reader(path)
     try:
@@ -59,7 +59,7 @@ def read_model(path: Path) -> ElementTree.Element:
 
 
 def urdf_velocities(model: ElementTree.Element) -> dict[str, float]:
-    """Joint -> velocity limit [rad/s] of a URDF; an MJCF has none, and 0 stands for unknown."""
+    """Map joints of a URDF to velocity limits [rad/s]; an MJCF has none, and 0 means unknown."""
     found = {}
     for joint in model.findall("joint"):
         limit = joint.find("limit")
@@ -73,18 +73,18 @@ def urdf_velocities(model: ElementTree.Element) -> dict[str, float]:
 
 
 class _Reader:
-    """Copies what is kept of a file and of its includes into `builder`."""
+    """Copies the elements of a file and of its includes that are passed on to `builder`."""
 
     def __init__(self, path: Path) -> None:
         self.builder = ElementTree.TreeBuilder()
         self._path = path
-        self._open: list[str] = []  # names of the kept elements that are open
+        self._open: list[str] = []  # names of the open elements
         self._bytes = 0
         self._files = 0
         self._parts = 0
 
     def read(self, file: Path) -> None:
-        """Copy one file; an include's own root element is left out."""
+        """Copy one file, without the root element if it is an include."""
         self._files += 1
         if self._files > MOST_FILES:
             raise self._too_much(f"includes more than {MOST_FILES - 1} files")
@@ -95,11 +95,11 @@ class _Reader:
             raise self._too_much(f"has more than {MOST_BYTES / 1e6:g} MB")
         _FileParser(self, is_include=self._files > 1).parse(_without_comments(text))
 
-    def keeps(self, tag: str) -> bool:
-        """Whether an element is kept where it stands."""
+    def passes(self, tag: str) -> bool:
+        """Whether an element is passed on at the present place."""
         if not self._open:
             return True
-        return tag in _KEPT.get(self._open[-1], ())
+        return tag in _ELEMENTS.get(self._open[-1], ())
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         self._parts += tag in _PARTS
@@ -107,8 +107,8 @@ class _Reader:
             what = f"more than {MOST_PARTS} bodies, links, joints, frames and sites"
             raise self._too_much(f"has {what}")
         self._open.append(tag)
-        kept = {name: value for name, value in attributes.items() if name in _ATTRIBUTES}
-        self.builder.start(tag, kept)
+        known = {name: value for name, value in attributes.items() if name in _ATTRIBUTES}
+        self.builder.start(tag, known)
 
     def end(self, tag: str) -> None:
         self._open.pop()
@@ -130,17 +130,17 @@ class _Reader:
         return self._too_much(f"nests more than {_DEEPEST} elements")
 
     def _too_much(self, what: str) -> ConfigError:
-        remedy = "give a file that has the arm alone"
+        remedy = "give a file that contains only the arm"
         return ConfigError(f"The robot model {self._path} {what}; {remedy}.")
 
 
 class _FileParser:
-    """Parses one file for a `_Reader`. Names keep their prefixes: vendors leave them undeclared."""
+    """Parses one file for a `_Reader`. Prefixes stay in names: vendors leave them undeclared."""
 
     def __init__(self, reader: _Reader, is_include: bool) -> None:
         self._reader, self._is_include = reader, is_include
         self._depth = 0
-        self._dropped = 0  # depth of the element whose content is left out; 0 outside of one
+        self._dropped = 0  # depth of the element whose content is skipped; 0 outside of one
         self._parser = expat.ParserCreate()
         self._parser.StartElementHandler = self._start
         self._parser.EndElementHandler = self._end
@@ -158,7 +158,7 @@ class _FileParser:
         if tag == "include":
             self._dropped = self._depth
             self._reader.include(attributes)
-        elif self._reader.keeps(tag):
+        elif self._reader.passes(tag):
             self._reader.start(tag, attributes)
         else:
             self._dropped = self._depth
@@ -172,7 +172,7 @@ class _FileParser:
 
 
 def _without_comments(text: bytes) -> bytes:
-    """`text` without comments: XML forbids a "--" in them, which MuJoCo and many vendors allow."""
+    """Return `text` without comments: XML forbids "--" there, MuJoCo and many vendors allow it."""
     parts = []
     at = 0
     while (begin := text.find(b"<!--", at)) >= 0:
@@ -185,5 +185,5 @@ def _without_comments(text: bytes) -> bytes:
 
 
 def text_of(model: ElementTree.Element) -> str:
-    """What MuJoCo is given of a model."""
+    """Return the model as text for MuJoCo."""
     return ElementTree.tostring(model, encoding="unicode")

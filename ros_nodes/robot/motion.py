@@ -1,6 +1,4 @@
-"""From a policy's actions to the arm's joint targets and the gripper's opening, one step of the
-policy at a time.
-"""
+"""Converts a policy's actions to joint targets and gripper openings, one step at a time."""
 
 from __future__ import annotations
 
@@ -18,15 +16,15 @@ INF = np.inf
 
 
 def toward(last: Array, goal: Array, speed: float, dt: float, braking: Array | None) -> Array:
-    """The next command (J,) [rad] on the straight way from the `last` one to `goal`.
+    """Return the next command (J,) [rad] on the straight line from the `last` one to `goal`.
 
     Args:
-        last: (J,) [rad].
-        goal: (J,) [rad].
-        speed: Of the joint with the longest way [rad/s].
-        dt: Until the next command [s].
-        braking: Acceleration (J,) [rad/s^2] of the safety filter, which brakes for what is wanted;
-            so this lies so far ahead that it need not. None without.
+        last: The last command (J,) [rad].
+        goal: Target (J,) [rad].
+        speed: Speed of the joint with the longest way [rad/s].
+        dt: Time until the next command [s].
+        braking: Acceleration limit (J,) [rad/s^2] of the safety filter, or None. The filter brakes
+            for the requested command, so the result lies far enough ahead that it need not.
     """
     way = goal - last
     velocity = way * min(speed / max(float(np.abs(way).max()), 1e-9), 1.0 / dt)
@@ -45,21 +43,20 @@ class HomeMove:
     speed: float  # of the joint with the longest way [rad/s]
 
     def command(self, last: Array, dt: float, braking: Array | None) -> Array:
-        """The command (J,) [rad] after the `last` one; arguments and result as in `toward`."""
+        """Return the command (J,) [rad] after the `last` one, as `toward`."""
         return toward(last, self.goal, self.speed, dt, braking)
 
     def reached_by(self, command: Array) -> bool:
-        """Whether a command (J,) [rad] is the goal, but for rounding."""
+        """Whether a command (J,) [rad] equals the goal, except for rounding."""
         return bool(np.allclose(command, self.goal, rtol=0.0, atol=1e-9))
 
 
 class Motion:
-    """Where the arm is to be at the end of the running step; actions mean what
-    ``robot.action.kind`` says.
+    """Target of the arm at the end of the running step; ``robot.action.kind`` defines the actions.
 
     Attributes:
-        joints: (J,) targets [rad].
-        gripper: Opening [m]; None while no action has set it.
+        joints: Targets (J,) [rad].
+        gripper: Opening [m]; None until an action sets it.
     """
 
     def __init__(self, robot: RobotConfig, model: ArmKinematics | None = None) -> None:
@@ -69,7 +66,7 @@ class Motion:
         self.gripper: float | None = None
         self._open = True
         limits = robot.action.pose
-        # The commanded TCP pose; inverse kinematics moves the joints after it.
+        # The commanded TCP pose; inverse kinematics derives the joints from it.
         self._pose = (
             CommandedPose(limits, 0.5 * (limits.workspace_low + limits.workspace_high))
             if limits
@@ -77,8 +74,8 @@ class Motion:
         )
 
     def restart(self, joints: Array, opening: float | None) -> None:
-        """Start from joints (J,) [rad] and a gripper's opening [m] as measured; nothing is
-        commanded yet.
+        """Start from measured joints (J,) [rad] and a measured gripper opening [m], without a
+        command.
         """
         self.gripper = None
         if self._robot.gripper is not None and opening is not None:
@@ -86,15 +83,17 @@ class Motion:
         self.resume(joints)
 
     def resume(self, joints: Array) -> None:
-        """Go on from joints (J,) [rad], where the arm was held; the gripper's command stays."""
+        """Continue from joints (J,) [rad] at which the arm held; the gripper's command stays."""
         self.joints = np.array(joints, dtype=np.float64)
         if self._pose is not None and self._model is not None:
             self._pose.reset(*self._model.pose(self.joints))
             self._pose.limits = self._fence(self._pose)
 
     def _fence(self, pose: CommandedPose, old: PoseLimits | None = None) -> PoseLimits:
-        """The robot's limits, and as far as a commanded `pose` is outside: it may stay, or come;
-        `old` ones hold.
+        """Return the robot's limits, widened to include a commanded `pose` outside them.
+
+        The pose may stay or come back inside; with `old` limits, they are never widened beyond
+        those.
         """
         limits = self._robot.action.pose
         low = pose.position
@@ -116,13 +115,13 @@ class Motion:
         )
 
     def copy(self) -> Motion:
-        """A copy of everything: it can be advanced by itself, or be given to `restore`."""
+        """Return a copy of the state, to advance independently or to pass to `restore`."""
         other = copy(self)
         other._pose = copy(self._pose)
         return other
 
     def restore(self, other: Motion) -> None:
-        """Undo everything since `other` was copied."""
+        """Undo all changes since `other` was copied."""
         vars(self).update(vars(other.copy()))
 
     def advance(
@@ -133,10 +132,16 @@ class Motion:
         low: Bound = -INF,
         high: Bound = INF,
     ) -> None:
-        """Execute one action (A,); an increment ends within `reach` of the joints `base`, and of
-        `low` to `high` [rad].
+        """Execute one action (A,).
 
-        `ConfigError`: Another length, or not finite.
+        Args:
+            action: Values (A,) as ``robot.action.kind`` defines them.
+            base: Joints (J,) [rad] from which an increment is limited; None: the present targets.
+            reach: Largest distance of an increment's end from `base` [rad].
+            low: Lowest position at an increment's end [rad].
+            high: Highest position at an increment's end [rad].
+
+        `ConfigError`: The action has another length, or is not finite.
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (self._robot.action_dim,) or not np.isfinite(action).all():
@@ -153,11 +158,11 @@ class Motion:
                 self.gripper = min(max(gripper.policy.ours(value), gripper.closed), gripper.open)
             self._open = self.gripper > 0.5 * (gripper.closed + gripper.open)
         if self._pose is not None:
-            assert self._model is not None  # `robot_file` has checked it
+            assert self._model is not None  # `robot_file` validates it
             self._pose.advance(np.clip(action, -1.0, 1.0))
             start = self.joints if base is None else base
             way = self._model.solve(self.joints, self._pose.position, self._pose.matrix) - start
-            # All joints slow down together, so the tool keeps its way.
+            # All joints slow down together, so the direction of the tool does not change.
             share = min(1.0, float(np.min(reach / np.maximum(np.abs(way), 1e-12))))
             self.joints = np.clip(start + share * way, low, high)
             self._pose.follow(*self._model.pose(self.joints))

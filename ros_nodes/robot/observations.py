@@ -1,5 +1,5 @@
-"""The newest image of every camera and the newest joint state, how old they are, and what a policy
-is shown of them.
+"""The newest image of every camera and the newest joint state, their ages, and the observation that
+a policy receives.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ceed_vla.ros_nodes.robot.safety import JOINT_STATES, SYNCHRONIZE, Hold
 if TYPE_CHECKING:
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
-MOVED = 0.05  # a joint moves so far, and an image must have changed [rad]
-AT_ONCE = 0.1  # between stamps of an image and of the pose that it shows [s]
+MOVED = 0.05  # joint motion after which a camera's image must have changed [rad]
+AT_ONCE = 0.1  # largest gap between the stamps of an image and of the pose it shows [s]
 _MEASURED = {
     "joint_positions": "position",
     "joint_velocities": "velocity",
@@ -38,27 +38,26 @@ _MEASURED = {
 
 @dataclass
 class _Look:
-    """What is known of a camera's image that repeats itself."""
+    """A camera's image that repeats, and the arm's pose at its first stamp."""
 
-    changed: float | None  # when it came first [s]
-    pose: Array | None  # of the arm then (J,) [rad]; None where that is not known
-    moved: float | None = None  # stamp of the joint state that is `MOVED` from there [s]
+    changed: float | None  # stamp of the image's first copy [s]
+    pose: Array | None  # of the arm at that time (J,) [rad]; None if unknown
+    moved: float | None = None  # stamp of the joint state that is `MOVED` away from `pose` [s]
     stuck: bool = False
 
 
 class Observations:
-    """Takes messages, keeps the newest, and answers with a policy's observation; `PolicySpec` has
-    its features.
+    """Stores the newest messages and returns a policy's observation; `PolicySpec` has its features.
 
     A camera that repeats one image for longer than `frozen_after` [s] while the arm moves is a
-    fault; 0: it never is.
+    fault; 0 disables this check.
 
     Attributes:
-        table: The newest of every joint.
-        opening: Measured opening of the gripper [m]; None without.
+        table: The newest state of every joint.
+        opening: Measured opening of the gripper [m]; None without a gripper.
 
-    `ConfigError`: The policy wants a camera or a state that the robot does not have, or of another
-    length.
+    `ConfigError`: The policy needs a camera or a state that the robot does not have, or one of
+    another length.
     """
 
     def __init__(
@@ -83,8 +82,8 @@ class Observations:
                 )
         self.cameras = [Camera(images[feature], shape) for feature, shape in cameras.items()]
         self._features = tuple(states)
-        # Component of a state -> the values of a joint state that are read for it: some drivers
-        # send NaN as velocities.
+        # Component of a state -> field of the joint state that it needs. Only these fields are
+        # read: some drivers send NaN as velocities.
         parts = {"joint_positions", *(part for feature in states for part in robot.states[feature])}
         self._measured = {part: values for part, values in _MEASURED.items() if part in parts}
         self.table = JointTable(
@@ -99,15 +98,15 @@ class Observations:
         self._joint_fault: str | None = None
 
     def renewed(self) -> bool:
-        """Whether every camera has a new image since this was last true, all as near in time as
-        their rate allows.
+        """Return whether every camera has a new image since this was last true, with stamps as
+        close as the cameras' rate allows.
         """
         if not self.cameras or not all(camera.renewed for camera in self.cameras):
             return False
         stamps = [camera.stamp or 0.0 for camera in self.cameras]
         newest = self.cameras[stamps.index(max(stamps))]
         together = max(stamps) - min(stamps) <= 0.5 * min(newest.gaps, default=math.inf)
-        # sooner together again with the next image of the one that is behind?
+        # With the next image of the camera that is behind, the stamps may be closer.
         for camera in self.cameras:
             camera.renewed = not together and camera is newest
         return together
@@ -115,10 +114,10 @@ class Observations:
     def take_joints(
         self, message: JointState
     ) -> tuple[Sequence[str], Sequence[float], list[float]]:
-        """Take a joint state; a malformed one is a fault until a good one comes.
+        """Take a joint state; a malformed one is a fault until a good one arrives.
 
-        Returns what `SafetyFilter.measure` takes: names, positions and stamps of all joints that
-        are known.
+        Returns the arguments of `SafetyFilter.measure`: names, positions and stamps of all known
+        joints.
         """
         merged, stamps = self.table.take(message)
         gripper, opening = self._robot.gripper, None
@@ -145,7 +144,7 @@ class Observations:
 
     @property
     def fault(self) -> Hold | None:
-        """What is wrong with the newest messages; None if nothing is."""
+        """The fault of the newest messages; None if they are good."""
         for camera in self.cameras:
             if camera.fault is not None:
                 return Hold("bad_image", f"{camera.source.name}: {camera.fault}")
@@ -154,14 +153,15 @@ class Observations:
         return self._frozen()
 
     def look_anew(self) -> None:
-        """An operator has seen the arm: what moved before says nothing about the images that are
-        there now.
+        """Restart the check for frozen images, because an operator inspected the arm: its earlier
+        motion says nothing about the present images.
         """
         self._looks.clear()
 
     def _frozen(self) -> Hold | None:
-        """A camera that goes on sending the image that it sent before the arm moved. One that stops
-        is stale.
+        """Return a fault if a camera repeats the image from before the arm moved.
+
+        A camera that sends nothing is stale instead.
         """
         for camera in self.cameras if self._frozen_after and self._joints else ():
             name = camera.source.name
@@ -180,18 +180,18 @@ class Observations:
             since = 0.0 if look.changed is None else taken - look.changed
             if since > self._frozen_after and look.moved is not None and taken >= look.moved:
                 look.stuck = True
-            if look.stuck:  # until another image comes
+            if look.stuck:  # until another image arrives
                 detail = f"{name} repeats the same image for {since:.2f} s while the arm moved"
                 return Hold("frozen_image", f"{detail}; is its driver stuck?")
         return None
 
     def arrived(self, name: str, now: float) -> None:
-        """Note that a message of an input has come at the clock's time `now` [s]."""
+        """Record that a message of an input arrived at the clock's time `now` [s]."""
         self._delays[name] = self.ages(now)[name]
 
     def explain(self, stale: Hold, timeouts: Mapping[str, float]) -> Hold:
-        """What made an input `stale`, as far as the messages show it; `timeouts` are the inputs'
-        [s].
+        """Return the cause of a `stale` input, as far as the messages show it; `timeouts` are the
+        inputs' timeouts [s].
         """
         if self.table.lacks and stale.detail.startswith(JOINT_STATES):
             return Hold("bad_joint_states", self.table.lacks)
@@ -204,22 +204,22 @@ class Observations:
         return Hold(stale.code, f"{stale.detail}; it arrives with such stamps. {SYNCHRONIZE}")
 
     def ages(self, now: float) -> dict[str, float | None]:
-        """Input -> age of its newest good message at the clock's time `now` [s]; None if none
-        came.
+        """Input -> age of its newest good message at the clock's time `now` [s]; None if none has
+        arrived.
         """
         stamps = {JOINT_STATES: self._joint_stamp, **{c.source.name: c.stamp for c in self.cameras}}
         return {name: None if stamp is None else now - stamp for name, stamp in stamps.items()}
 
     @property
     def image_stamp(self) -> float | None:
-        """When the oldest of the newest images was taken [s]; None if one is missing or there are
-        no cameras.
+        """Stamp of the oldest of the newest images [s]; None if an image is missing or the policy
+        has no cameras.
         """
         known = [camera.stamp for camera in self.cameras if camera.stamp is not None]
         return min(known) if known and len(known) == len(self.cameras) else None
 
     def forget(self) -> None:
-        """Forget all messages: their stamps are worth nothing after a jump of the clock."""
+        """Drop all messages: after a jump of the clock their stamps are invalid."""
         self.opening = self._joint_stamp = self._joint_fault = None
         self._joints = {}
         self.table.forget()
@@ -228,10 +228,10 @@ class Observations:
             camera.forget()
 
     def snapshot(self, motion: Motion) -> dict[str, Shown | NDArray[np.generic]]:
-        """What the policy is shown now: images that `images.decode` turns into pixels, states (D,)
-        float32.
+        """Return the policy's observation: images that `images.decode` turns into pixels, and
+        states (D,) float32.
 
-        `judge` is then told what decoding has found. `ObservationError`: An input is missing or
+        `judge` then takes the result of decoding. `ObservationError`: An input is missing or
         malformed.
         """
         if not self._joints:
@@ -240,13 +240,13 @@ class Observations:
         return {**images, **{feature: self._state(feature, motion) for feature in self._features}}
 
     def suspects(self) -> dict[str, Shown]:
-        """Images that must be decoded to know whether a camera's fault is over; `judge` is told of
-        them too.
+        """Return the images that must be decoded to find whether a camera's fault is over; `judge`
+        takes their results too.
         """
         return {camera.source.feature: camera.show() for camera in self.cameras if camera.suspect}
 
     def judge(self, seen: Seen) -> None:
-        """Take what decoding the last images that were shown has found."""
+        """Take the result of decoding the images that were last returned."""
         for camera in self.cameras:
             feature = camera.source.feature
             if feature in seen.problems:
@@ -264,7 +264,7 @@ class Observations:
         }
         if "joint_velocities" in values:
             values["joint_velocities"] = values["joint_velocities"] / units.scale
-        if "joint_efforts" in values:  # [N m], whatever angles are counted in
+        if "joint_efforts" in values:  # [N m]; the unit of angles changes only the sign
             values["joint_efforts"] = values["joint_efforts"] * np.sign(units.scale)
         if gripper is not None and self.opening is not None:
             values["finger_opening"] = gripper.policy.theirs(self.opening)
@@ -275,10 +275,10 @@ class Observations:
 
 
 def _check(robot: RobotConfig, wanted: Iterable[str], have: Mapping[str, Any], key: str) -> None:
-    """Refuse a policy that wants more features than the robot's file has under `key`."""
+    """Refuse a policy that needs a feature that the robot's file does not have under `key`."""
     for feature in wanted:
         if feature not in have:
             has = ", ".join(have) or "none"
             raise ConfigError(
-                f"The policy wants {feature!r}; {robot.source} has {has}. Add it under {key}."
+                f"The policy needs {feature!r}; {robot.source} has {has}. Add it under {key}."
             )

@@ -1,4 +1,4 @@
-"""How long an input or the policy has been at fault. Free of ROS and of clocks."""
+"""Measures how long an input or the policy has been at fault. Free of ROS and of clocks."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Collection
 from ceed_vla.ros_nodes.robot.mode import HARMLESS
 from ceed_vla.ros_nodes.robot.safety import Hold
 
-RESUME_WITHIN = 5.0  # default of the longest outage after which motion resumes by itself [s]
+RESUME_WITHIN = 5.0  # default of the longest outage after which motion resumes automatically [s]
 
 
 class Outage:
-    """Times the hold that lasts; an outage longer than `within` [s] needs an operator."""
+    """Times the present hold; an outage longer than `within` [s] needs an operator."""
 
     def __init__(self, within: float) -> None:
         self.within = within
         self._since: float | None = None  # steady time at which the outage began [s]
 
     def forget(self) -> None:
-        """Motion is forbidden, or goes on: there is no outage."""
+        """End the outage, because motion is forbidden or continues."""
         self._since = None
 
     def over(self, hold: Hold | None, ages: Collection[float | None], now: float) -> str:
-        """Take the hold of the last tick, at steady time `now` [s], and the inputs' ages.
+        """Take the hold of the last tick, at steady time `now` [s], and the inputs' ages [s].
 
-        Returns why motion must not resume by itself; "" if it may. An input that never came is
-        waited for: that is no outage.
+        Returns why motion must not resume by itself; "" if it may. An input that never arrived is
+        not an outage.
         """
         missing = hold is not None and hold.code == "stale" and None in ages
         if hold is None or hold.code in HARMLESS or missing:

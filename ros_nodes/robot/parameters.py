@@ -1,4 +1,4 @@
-"""Parameters of a node: declared with ranges and reasons, refused with the valid values."""
+"""Parameters of a node: their declaration with ranges, and the refusal of invalid values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ceed_vla.ros_nodes.robot.texts import short, shown
 START = "start"
 SETUP = "setup"
 LIVE = "live"
-"""When a parameter may change: only at the start (read-only), while a lifecycle node is
+"""Times at which a parameter may change: only at the start (read-only), while a lifecycle node is
 unconfigured, or always.
 """
 
@@ -31,17 +31,17 @@ unconfigured, or always.
 @dataclass(frozen=True)
 class NodeParameter:
     name: str
-    default: Any  # whose type it keeps (a whole number is taken for a float)
+    default: Any  # sets the type (an integer is accepted for a float)
     description: str  # with its unit
     when: str = SETUP
-    within: tuple[float, float] = (0, 0)  # smallest and largest number
+    within: tuple[float, float] = (0, 0)  # smallest and largest number; (0, 0): any
     choices: Collection[str] = ()  # allowed texts; any if empty
-    # what else is wrong with a text; None if nothing is
+    # returns what is wrong with a text; None if it is valid
     check: Callable[[str], str | None] = lambda _: None
 
     @property
     def values(self) -> Allowed | None:
-        """The texts or numbers that it may be; None for all of its type."""
+        """The allowed texts or numbers; None if all values of its type are allowed."""
         numbers = (
             Interval(f"[{self.within[0]:g}, {self.within[1]:.10g}]") if any(self.within) else None
         )
@@ -49,12 +49,12 @@ class NodeParameter:
 
     @property
     def allowed(self) -> str:
-        """What may be set, in words."""
+        """The allowed values in words."""
         return describe(type(self.default), self.values)
 
     @property
     def descriptor(self) -> ParameterDescriptor:
-        """The same for ROS.
+        """The ROS descriptor of the parameter.
 
         Typing is dynamic because ROS would refuse `command_rate:=100` for a float; `problem` checks
         types instead.
@@ -71,11 +71,11 @@ class NodeParameter:
         )
 
     def problem(self, value: Any) -> str | None:
-        """Why `value` is refused; None if it is allowed."""
+        """Return why `value` is refused; None if it is allowed."""
         if not fits(value, type(self.default), self.values):
             return f"{self.name} is {shown(value)}; it must be {self.allowed}."
         wrong = self.check(value) if isinstance(value, str) else None
-        return f"{self.name} cannot be taken: {wrong}." if wrong else None
+        return f"{self.name} is invalid: {wrong}." if wrong else None
 
 
 Table = Sequence[NodeParameter]
@@ -84,10 +84,10 @@ Table = Sequence[NodeParameter]
 def declare_parameters(node: Node, table: Table) -> None:
     """Declare all parameters of a table.
 
-    `ConfigError`: A value given at the start is not allowed.
+    `ConfigError`: A value set at the start is not allowed.
     """
     for parameter in table:
-        # with its ranges, rclpy would word the refusal
+        # with ranges in the descriptor, rclpy would refuse with its own message
         untyped = ParameterDescriptor(dynamic_typing=True)
         problem = parameter.problem(
             node.declare_parameter(parameter.name, parameter.default, untyped).value
@@ -98,25 +98,26 @@ def declare_parameters(node: Node, table: Table) -> None:
 
 
 def refuse_unknown(node: Node) -> None:
-    """Refuse values for parameters that the node does not have; call it when all of them are
-    declared.
+    """Refuse values for parameters that the node does not have; call it after their declaration.
 
-    `ConfigError`: Names the unknown parameter, and the closest ones that exist.
+    `ConfigError`: A parameter is unknown; the message has the closest existing names.
     """
-    given = node._parameter_overrides  # rclpy offers no other way to what the command line has
-    unknown = [n for n in given if not node.has_parameter(n) and not n.startswith("qos_overrides.")]
+    overrides = node._parameter_overrides  # rclpy has no public access to the command line's values
+    unknown = [
+        n for n in overrides if not node.has_parameter(n) and not n.startswith("qos_overrides.")
+    ]
     if not unknown:
         return
     known = sorted(name for name in node._parameters if not name.startswith("qos_overrides."))
     near = difflib.get_close_matches(unknown[0], known, n=3) or known
     raise ConfigError(
         f"Parameter {shown(unknown[0])} is unknown to the node {node.get_name()}; it has "
-        f"{short(', '.join(near))}. Correct the name, or leave it out."
+        f"{short(', '.join(near))}. Correct the name, or remove it."
     )
 
 
 def refusal(table: Table, changes: Iterable[Parameter], *, configured: bool) -> SetParametersResult:
-    """Whether parameters may take new values now; for `Node.add_on_set_parameters_callback`."""
+    """Return whether new values are allowed now, for `Node.add_on_set_parameters_callback`."""
     by_name = {parameter.name: parameter for parameter in table}
     for change in changes:
         known = by_name.get(change.name)
@@ -134,10 +135,10 @@ def refusal(table: Table, changes: Iterable[Parameter], *, configured: bool) -> 
 
 
 def defaults(table: Table) -> dict[str, Any]:
-    """The values that a node has if nobody sets any."""
+    """Return the default values of all parameters of a table."""
     return {parameter.name: parameter.default for parameter in table}
 
 
 def values(node: Node, table: Table) -> dict[str, Any]:
-    """The values of all parameters of a table, floats as floats."""
+    """Return the values of all parameters of a table, converted to their types."""
     return {p.name: type(p.default)(node.get_parameter(p.name).value) for p in table}

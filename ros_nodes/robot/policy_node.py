@@ -1,11 +1,11 @@
-"""A lifecycle node that drives an arm with a LeRobot policy: topics in, commands at a fixed rate
-out.
+"""Lifecycle node that drives an arm with a LeRobot policy: it subscribes to topics and sends
+commands at a fixed rate.
 
-Behaviour is in `PolicyController`; this file is its connection to ROS. docs/robots.md lists topics
-and parameters.
+`PolicyController` defines the behaviour; this file connects it to ROS.
+docs/reference/policy-node.md lists topics and parameters.
 """
 
-# Import order: ceed_vla.ros_nodes.robot.messages comes first, as it explains absent ROS.
+# ceed_vla.ros_nodes.robot.messages is imported first, because its error explains a missing ROS.
 from __future__ import annotations  # noqa: I001
 
 import gc
@@ -54,13 +54,13 @@ from ceed_vla.ros_nodes.robot.step_grid import SLEW
 from ceed_vla.ros_nodes.robot.streaming import Streaming
 from ceed_vla.ros_nodes.robot.texts import instruction_problem, short, shown
 
-LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to do
-_LOAD_TIMEOUT = 900.0  # of a start by itself: billions of weights from a slow disk, or compiled [s]
-_LOOK = 0.05  # how often a start by itself asks whether the policy is loaded [s]
+LONGEST_FAILURE = 500  # characters: the value, the rule and the remedy
+_LOAD_TIMEOUT = 900.0  # of an autostart: billions of weights from a slow disk, or compiling [s]
+_LOOK = 0.05  # time between two checks of an autostart whether the policy is loaded [s]
 
 
 class PolicyNode(LifecycleNode):
-    """See the module. Raises `ConfigError` for a parameter's bad value."""
+    """The policy node; see the module. `ConfigError`: A parameter has an invalid value."""
 
     def __init__(self, **node_options: Any) -> None:
         super().__init__("policy", **node_options)
@@ -77,16 +77,16 @@ class PolicyNode(LifecycleNode):
         self._setup: PolicySetup | None = None
         self._active: Streaming | None = None
         self._failure = ""  # why the last transition failed
-        self._starting = False  # by itself: then nobody could set right what fails
+        self._starting = False  # whether an autostart runs, which ends the process if it fails
         self._begun = 0.0  # steady time at which the policy began to load [s]
-        self._told: tuple[Mode, str] | None = None  # what ~/state said last
+        self._told: tuple[Mode, str] | None = None  # the last state on ~/state
         self._clamp_watch = ClampWatch()
-        self._announced = False  # the policy that is loaded
+        self._announced = False  # whether the end of loading was logged
         self._scheduling = "normal"
-        self._stopped_early: str | None = None  # an emergency stop while there was nothing to stop
+        self._stopped_early: str | None = None  # an emergency stop before the node was configured
         self._inputs: list[Any] = []
-        self._image_warnings: list[str] = []  # that the diagnostics have not said yet
-        # runs on when the system's time is set
+        self._image_warnings: list[str] = []  # not yet in the diagnostics
+        # independent of changes of the system's time
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._answered = self.create_guard_condition(self._on_answer)
         self._diagnostics = self.create_publisher(DiagnosticArray, "diagnostics", COMMAND)
@@ -108,9 +108,7 @@ class PolicyNode(LifecycleNode):
     # ---- lifecycle -------------------------------------------------------------------------------
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Begin to load the checkpoint; stays unconfigured, and says why, if robot and config.json
-        do not fit.
-        """
+        """Begin to load the checkpoint; fail, and log why, if robot and config.json do not fit."""
         self._failure = ""
         self._begun = time.monotonic()
         self._announced = False
@@ -120,14 +118,14 @@ class PolicyNode(LifecycleNode):
                 notify=self._answered.trigger,
                 slew=0.0 if self.get_parameter("use_sim_time").value else SLEW,
             )
-        except Exception as error:  # a model's file may make mujoco raise anything
+        except Exception as error:  # mujoco raises many types for a model's file
             return self._fail("configure", error)
         self._setup = setup
         for warning in setup.warnings:
             self.get_logger().warning(warning)
         if self._stopped_early is not None:
             setup.controller.estop(self._stopped_early)
-        # with the message's information, which rclpy does not declare
+        # rclpy passes the message's information too, but its types do not declare that
         take_joints: Any = self._on_joint_states
         states = setup.robot.joint_states
         self._inputs = [self.create_subscription(JointState, states, take_joints, JOINT_STATES)]
@@ -135,7 +133,7 @@ class PolicyNode(LifecycleNode):
         for camera in setup.observations.cameras:
             kind = CompressedImage if camera.source.transport == "compressed" else Image
             take = partial(self._on_image, camera)
-            # raw: as bytes, for this thread has no time for pixels
+            # raw: as bytes, because this thread has no time to convert pixels
             self._inputs.append(
                 self.create_subscription(kind, camera.source.topic, take, SENSOR, raw=True)
             )
@@ -143,7 +141,7 @@ class PolicyNode(LifecycleNode):
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Hold the measured pose, then stream; waits while the policy loads."""
+        """Hold the measured pose, then stream commands; hold while the policy loads."""
         assert self._setup is not None
         if self._setup.worker.failed is not None:
             return self._fail(
@@ -162,18 +160,18 @@ class PolicyNode(LifecycleNode):
         if "(" in self._scheduling:
             self.get_logger().warning(
                 f"Scheduling is {self._scheduling}: commands may be late on a busy machine; see "
-                "docs/robots.md."
+                "docs/how-to/send-commands-on-time.md."
             )
         return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Hold, then send nothing."""
+        """Hold once more, then send nothing."""
         self._end_stream()
         self.show_state()
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Hold, and forget robot and checkpoint."""
+        """Hold once more, and release robot and checkpoint."""
         self._release()
         self.show_state()
         return TransitionCallbackReturn.SUCCESS
@@ -181,7 +179,7 @@ class PolicyNode(LifecycleNode):
     on_shutdown = on_cleanup
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Back to unconfigured."""
+        """Return to unconfigured."""
         self._failure = self._failure or "a transition raised an error; the log has it"
         return self.on_cleanup(state)
 
@@ -189,12 +187,12 @@ class PolicyNode(LifecycleNode):
         self._release()
         super().destroy_node()
 
-    # rclpy has no hook for this: an impossible transition raises RCLError out of its service, and
-    # the node would end.
+    # rclpy has no hook for this: an impossible transition raises RCLError in its service, which
+    # would end the node.
     def _LifecycleNodeMixin__on_change_state(  # noqa: N802 - overrides rclpy's private method
         self, request: ChangeState.Request, response: ChangeState.Response
     ) -> ChangeState.Response:
-        """Answer ~/change_state; a transition that this state does not have is refused."""
+        """Handle ~/change_state; refuse a transition that the present state does not have."""
         wanted = request.transition.label or request.transition.id
         possible = {
             label: number for number, label, *_ in self._state_machine.available_transitions
@@ -214,8 +212,8 @@ class PolicyNode(LifecycleNode):
         return answer
 
     def _start(self) -> None:
-        """Configure, and activate when the policy is there; if that fails, a launch file sees the
-        node gone.
+        """Autostart: configure, and activate once the policy is loaded; a failure ends the node, so
+        that a launch file detects it.
         """
         self._starting, setup = True, self._setup
         # a lifecycle manager has taken over
@@ -239,10 +237,10 @@ class PolicyNode(LifecycleNode):
             raise NodeError(self._failure or "the node does not start")
 
     def _fail(self, transition: str, error: Exception) -> TransitionCallbackReturn:
-        """A transition cannot be done; the log and the diagnostics say why."""
+        """Store, log and publish why a transition failed."""
         kind = "" if isinstance(error, CeedVLAError) else f"{type(error).__name__}: "
         self._failure = short(f"{transition} failed: {kind}{error}", LONGEST_FAILURE)
-        if not self._starting:  # else it is the last thing that is said
+        if not self._starting:  # otherwise the process prints it as it ends
             self.get_logger().error(self._failure)
         self.show_state()
         return TransitionCallbackReturn.FAILURE
@@ -287,7 +285,7 @@ class PolicyNode(LifecycleNode):
         if self._setup is None:
             return
         worker = self._setup.worker
-        if not self._announced:  # it is loaded, or never will be
+        if not self._announced:  # it is loaded, or has failed
             self._announced = True
             if worker.failed is None:
                 spec = worker.spec
@@ -354,7 +352,7 @@ class PolicyNode(LifecycleNode):
         return self._answer(response, refused is None, refused)
 
     def _answer(self, response: Any, success: bool, refused: Hold | None = None) -> Any:
-        """Every service says what is true after it, and why it did not do what it was asked for."""
+        """Fill a service's response with the present state, and with the reason for a refusal."""
         state = self._state()
         response.success = success
         response.message = str(state)
@@ -412,7 +410,7 @@ class PolicyNode(LifecycleNode):
         return State(Mode.INACTIVE, detail=self._failure or self._setup.worker.failed or loading)
 
     def show_state(self) -> None:
-        """Publish on ~/state what has changed, and log it, which reaches /rosout too."""
+        """Publish a changed state on ~/state, and log it, which publishes it on /rosout too."""
         state = self._state()
         key = (state.mode, state.code or state.detail)
         if key == self._told:
@@ -430,8 +428,9 @@ class PolicyNode(LifecycleNode):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; the console script ``policy_node``. Arguments and
-    result as in `run`.
+    """Run the node until SIGINT or SIGTERM; entry point of ``policy_node``.
+
+    Arguments and result are as in `run`.
     """
     return run(PolicyNode, "policy_node", arguments)
 

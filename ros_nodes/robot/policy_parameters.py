@@ -9,118 +9,135 @@ from ceed_vla.ros_nodes.robot.predictor import ENGINES
 from ceed_vla.ros_nodes.robot.texts import LONGEST_INSTRUCTION, instruction_problem, shown
 
 POLICY_PARAMETERS = (
-    # The first one: what these packages register is a choice of others.
+    # First, because the packages register choices of the parameters below.
     NodeParameter(
         "discover_packages",
         "",
-        "Python packages, comma-separated, that register an interface, backbone, decoder, ... of "
-        "your own.",
+        "Your Python packages, comma-separated, that register interfaces, backbones, decoders, ...",
         START,
     ),
     NodeParameter(
         "checkpoint",
         "student",
-        "LeRobot checkpoint folder, or teacher or student for the shipped ones.",
+        "LeRobot checkpoint folder, or teacher or student for a shipped checkpoint.",
     ),
     NodeParameter(
         "robot_config",
         "",
-        "Robot's YAML file (topics, joints, limits); empty: the simulated arm's.",
+        "YAML file of the robot (topics, joints, limits); empty: the simulated arm.",
     ),
     NodeParameter(
         "topics",
         "",
-        "Topics instead of those of the robot's file: front=/camera/image_raw, "
-        "joint_states=/left/joint_states.",
+        "Topics that replace those in the robot's file, for example "
+        "front=/camera/image_raw, joint_states=/left/joint_states.",
     ),
     NodeParameter(
-        "action_interface", "forward_position", "How commands reach the arm.", choices=INTERFACES
+        "action_interface",
+        "forward_position",
+        "Interface through which the arm receives commands.",
+        choices=INTERFACES,
     ),
     NodeParameter(
         "instruction",
         "",
-        f"What to do, in at most {LONGEST_INSTRUCTION} characters; ~/instruction sets it too, the "
-        "last one counts.",
+        f"Task for the policy, at most {LONGEST_INSTRUCTION} characters; the topic ~/instruction "
+        "sets it too, and the latest value is used.",
         LIVE,
         check=instruction_problem,
     ),
     NodeParameter(
         "autostart",
         False,
-        "Configure and activate at the start, without a lifecycle manager.",
+        "Configure and activate the node at the start, without a lifecycle manager.",
         START,
     ),
-    NodeParameter("start_enabled", True, "Enable motion when activated; false: wait for ~/enable."),
+    NodeParameter(
+        "start_enabled",
+        True,
+        "Enable motion on activation; false: motion starts only after a call of ~/enable.",
+    ),
     NodeParameter(
         "dry_run",
         False,
-        "Command nothing: ~/preview_command has what the arm and ~/planned what arm and gripper "
-        "would be sent.",
+        "Send no commands; publish the arm's commands on ~/preview_command and the chunks for arm "
+        "and gripper on ~/planned instead.",
     ),
     NodeParameter(
         "blend_in",
         0.0,
-        "Motion grows from none to all that the policy wants for so long [s].",
+        "Time over which motion grows from zero to the policy's full motion [s].",
         within=(0, 10),
     ),
     NodeParameter(
         "resume_within",
         RESUME_WITHIN,
-        "Longest outage of an input or of the policy after which motion resumes by itself [s]; "
-        "after a longer one, a restart of the robot or a conflict it waits for ~/enable.",
+        "Longest outage of an input or of the policy after which motion resumes automatically [s]; "
+        "after a longer outage, a restart of the robot or a conflict, motion needs ~/enable.",
         within=(0, 3600),
     ),
     NodeParameter(
         "command_rate",
         100.0,
-        "Commands per second [Hz]; at least the robot's steps per second.",
+        "Rate of commands [Hz]; at least the robot's steps per second.",
         within=(5, 500),
     ),
     NodeParameter(
         "replan_steps",
         0,
-        "Steps after which the next chunk is due; 0: the checkpoint's n_action_steps, one less if "
-        "an answer takes 1.5 steps at most.",
+        "Steps after which the next chunk is due; 0: the checkpoint's n_action_steps, minus one if "
+        "an answer takes at most 1.5 steps.",
         within=(0, 64),
     ),
     NodeParameter(
-        "decoding", "ceed", "How CEED-VLA checkpoints decode: ceed, jacobi, ar, cap2, plan, ..."
+        "decoding",
+        "ceed",
+        "Decoder name for CEED-VLA checkpoints: ceed, jacobi, ar, cap2, plan, ...",
     ),
     NodeParameter(
         "chunk_deadline",
         0.0,
-        "With decoding plan: the plans of the checkpoint are timed here, on a blank image, and the "
-        "best that takes no longer decodes; 0: one step of the robot [s].",
+        "Time limit of a chunk with decoding plan [s]: the node times the checkpoint's plans on "
+        "this machine, on a blank image, and selects the best plan within the limit; 0: one step "
+        "of the robot.",
         within=(0, 10),
     ),
-    NodeParameter("device", "cpu", "Where the policy runs: cpu, cuda, cuda:1, mps."),
+    NodeParameter("device", "cpu", "Device on which the policy runs: cpu, cuda, cuda:1, mps."),
     NodeParameter(
         "engine",
         "eager",
-        "How CEED-VLA checkpoints run; compiled needs minutes to load, a C++ compiler, and "
-        "inference_mode process.",
+        "Engine that runs CEED-VLA checkpoints; compiled takes minutes to load and requires a C++ "
+        "compiler and inference_mode process.",
         choices=ENGINES,
     ),
     NodeParameter(
-        "inference_mode", "process", "Where inference runs.", choices=("process", "thread")
+        "inference_mode",
+        "process",
+        "Run inference in a separate process or in a thread of the node.",
+        choices=("process", "thread"),
     ),
     NodeParameter(
         "inference_python",
         "",
-        "Python of the inference process, where ceed_vla, torch and lerobot are, if this one has "
-        "none of them.",
+        "Python interpreter of the inference process; it must have ceed_vla, torch and lerobot. "
+        "Empty: the node's own.",
         check=lambda path: (
-            f"{shown(path)} is no program" if path and shutil.which(path) is None else None
+            f"{shown(path)} is not an executable program"
+            if path and shutil.which(path) is None
+            else None
         ),
     ),
-    NodeParameter("inference_threads", 1, "Threads of inference on the CPU.", within=(1, 64)),
+    NodeParameter("inference_threads", 1, "CPU threads of inference.", within=(1, 64)),
     NodeParameter(
-        "inference_delay", 0.0, "Slows every chunk, to test slow inference [s].", within=(0, 5)
+        "inference_delay",
+        0.0,
+        "Time added to every chunk, to test slow inference [s].",
+        within=(0, 5),
     ),
     NodeParameter(
         "realtime_priority",
         50,
-        "SCHED_FIFO priority of the command stream where the system allows it; 0: none.",
+        "SCHED_FIFO priority of the command stream if the system allows it; 0: none.",
         START,
         (0, 90),
     ),
@@ -130,7 +147,8 @@ POLICY_PARAMETERS = (
     NodeParameter(
         "frozen_image_timeout",
         0.5,
-        "Hold if a camera repeats one image for longer while the arm moves [s]; 0: a camera may.",
+        "Hold if a camera repeats one image for longer than this while the arm moves [s]; 0: no "
+        "check.",
         START,
         (0, 60),
     ),
@@ -144,14 +162,15 @@ POLICY_PARAMETERS = (
     NodeParameter(
         "max_joint_velocity",
         10.0,
-        "Velocity limit of every joint; the robot's own if lower [rad/s].",
+        "Velocity limit of every joint [rad/s]; a lower limit in the robot's file applies instead.",
         START,
         (0.01, 10),
     ),
     NodeParameter(
         "max_joint_step",
         1.0,
-        "Largest distance of a command from the measured position; the robot's own if lower [rad].",
+        "Largest distance of a command from the measured position [rad]; a lower limit in the "
+        "robot's file applies instead.",
         START,
         (0.001, 1),
     ),

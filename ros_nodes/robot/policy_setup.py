@@ -1,4 +1,4 @@
-"""Builds what a policy node runs from its parameters, and checks that checkpoint and robot fit;
+"""Builds the parts of a policy node from its parameters, and checks that checkpoint and robot fit;
 free of ROS nodes.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PolicySetup:
-    """Everything that is made at configure."""
+    """The parts that the node creates when it is configured."""
 
     robot: RobotConfig
     interface: ActionInterface
@@ -44,7 +44,7 @@ class PolicySetup:
     sources: JointSources
     safety: SafetyFilter
     controller: PolicyController
-    warnings: tuple[str, ...] = ()  # of the review: what is strange about the robot's file
+    warnings: tuple[str, ...] = ()  # of the review: unusual values in the robot's file
 
 
 def make_setup(
@@ -55,10 +55,10 @@ def make_setup(
 ) -> PolicySetup:
     """Check robot and checkpoint, and build the controller; `values` are of `POLICY_PARAMETERS`.
 
-    The checkpoint loads in the background; until then the controller waits. `notify` is called, in
-    another thread, when it is there (or cannot be) and when the policy has answered.
-    `CheckpointError`: No checkpoint, or a config.json that is not read. `ConfigError`: Parameters,
-    robot and checkpoint that do not fit each other.
+    The checkpoint loads in the background, and the controller holds until it is loaded. `notify` is
+    called in another thread when loading ends or fails, and after every answer of the policy.
+    `CheckpointError`: The checkpoint is missing, or its config.json cannot be read. `ConfigError`:
+    Parameters, robot and checkpoint do not fit each other.
     """
     robot = with_topics(load_robot_config(values["robot_config"]), values["topics"])
     interface = robot.interface(values["action_interface"])
@@ -111,7 +111,7 @@ def make_setup(
 
 
 def arm_model(robot: RobotConfig) -> ModelArm | None:
-    """The arm's kinematics; None if nothing needs them."""
+    """Return the arm's kinematics; None if the robot's file names no model."""
     if robot.arm.model is None:
         return None
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm
@@ -121,8 +121,8 @@ def arm_model(robot: RobotConfig) -> ModelArm | None:
 
 
 def check_fit(robot: RobotConfig, spec: PolicySpec) -> None:
-    """Raise `ConfigError` where a checkpoint's actions are not the robot's; `Observations` checks
-    what it sees.
+    """Raise `ConfigError` if a checkpoint's actions do not fit the robot; `Observations` checks the
+    policy's inputs.
     """
     if spec.action_dim != robot.action_dim:
         gripper = robot.gripper.action if robot.gripper else "absent"
@@ -143,7 +143,7 @@ def check_fit(robot: RobotConfig, spec: PolicySpec) -> None:
 
 
 def check_review(robot: RobotConfig, model: ModelArm | None, spec: PolicySpec) -> list[str]:
-    """The warnings of `review`; `ConfigError` for its problems."""
+    """Return the warnings of `review`; raise `ConfigError` for its problems."""
     ranges = read_ranges(spec.checkpoint, feature_lengths(robot))
     findings = review(robot, model, physical_velocity(robot, model), ranges)
     problems, warnings = split(findings)
@@ -153,9 +153,10 @@ def check_review(robot: RobotConfig, model: ModelArm | None, spec: PolicySpec) -
 
 
 def physical_velocity(robot: RobotConfig, model: ModelArm | None) -> Array:
-    """What the joints reach (J,) [rad/s], by the file, else by the URDF.
+    """Largest velocities of the joints (J,) [rad/s], from the robot's file or else from the URDF.
 
-    Where neither says it: the larger of the file's velocity limit and `PHYSICAL_VELOCITY`.
+    For a joint that neither specifies: the larger of the file's velocity limit and
+    `PHYSICAL_VELOCITY`.
     """
     limits = robot.limits
     if limits.physical_velocity:
@@ -171,7 +172,7 @@ def safety_limits(
     cameras: Iterable[Camera],
     values: Mapping[str, Any],
 ) -> SafetyLimits:
-    """The robot's limits, or the lower ones of the parameters' `values`."""
+    """Return the robot's limits, lowered by the parameters' `values` where these are lower."""
     limits, gripper = robot.limits, robot.gripper
     low = np.array(limits.low)
     high = np.array(limits.high)

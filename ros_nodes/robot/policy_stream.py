@@ -1,5 +1,5 @@
-"""The chunk stream of a policy on its step grid: requests the chunks that are due, takes the
-answers, and times images to commands.
+"""Chunk stream of a policy: sends the requests that are due, receives the answers, and measures the
+latency from image to command.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ceed_vla.errors import ConfigError, ObservationError
-from ceed_vla.ros_nodes.robot.chunk_stream import ChunkStream, Plan, Target
+from ceed_vla.ros_nodes.robot.chunk_stream import ChunkRequest, ChunkStream, Target
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker
 from ceed_vla.ros_nodes.robot.loop_statistics import LoopStatistics
 from ceed_vla.ros_nodes.robot.mode import WAITING
@@ -19,10 +19,10 @@ from ceed_vla.ros_nodes.robot.safety import Hold
 from ceed_vla.ros_nodes.robot.step_grid import UNSURE, StepGrid
 from ceed_vla.ros_nodes.robot.texts import instruction_problem
 
-# between a failure and the next request; doubled each time [s]
+# time between a failure and the next request, doubled after each failure [s]
 _FIRST_RETRY = 0.1
 _LAST_RETRY = 2.0
-_SLOW = 1.5  # steps that an answer takes
+_SLOW = 1.5  # delay above which a policy counts as slow [steps]
 # policy types that take no instruction
 _WITHOUT_INSTRUCTION = (
     "act",
@@ -35,27 +35,27 @@ _WITHOUT_INSTRUCTION = (
 
 @dataclass(frozen=True)
 class _SentRequest:
-    """A request whose chunk does not move the arm yet."""
+    """A request that was sent and whose chunk does not move the arm yet."""
 
-    plan: Plan
-    taken: float  # when the oldest of its images was taken, on the messages' clock [s]
-    sent: float  # steady time [s]
+    request: ChunkRequest
+    taken_at: float  # stamp of the oldest of its images, on the messages' clock [s]
+    sent_at: float  # steady time at which it was sent [s]
     decode_s: float = 0.0
 
 
 class PolicyStream(ChunkStream):
-    """Requests chunks from a `worker` that has begun, one at a time and each from the newest
-    observation, as soon as the worker is ready.
+    """Requests chunks from a `worker`, one at a time, each from the newest observation.
 
-    It owns the `grid`: others read it, and only the methods here move it. `replan_steps` is as in
-    `ChunkStream`; with None the checkpoint decides. Times `now` are the grid's, steady [s].
+    Requests begin as soon as the worker is ready; its `begin` must have been called. This class
+    owns the `grid`: other classes read it, and only the methods here move it. `replan_steps` is as
+    in `ChunkStream`; with None it comes from the checkpoint. `now` is the grid's steady time [s].
 
     Attributes:
-        grid: Where in the running step the newest tick is.
-        statistics: What the loop counts and measures.
-        instruction: The policy's.
-        failure: `Response.code` of the last answer, unless it is the instruction's.
-        pace: Real seconds in one of the grid, whose time may be a simulation's.
+        grid: Position of the newest tick in the running step.
+        statistics: Counts and timings of the loop.
+        instruction: Instruction of the policy.
+        failure: `Response.code` of the last answer, unless the instruction was at fault.
+        pace: Real seconds per second of the grid, whose time may be simulated.
     """
 
     pace = 1.0
@@ -84,7 +84,7 @@ class PolicyStream(ChunkStream):
         self.try_again()
 
     def _load(self) -> bool:
-        """Whether the policy is loaded; the first time, take its chunks' length over."""
+        """Return whether the policy is loaded; adopt its chunk length as soon as it is."""
         if not self._loaded and self._worker.ready and self._worker.failed is None:
             spec = self._worker.spec
             try:
@@ -97,14 +97,14 @@ class PolicyStream(ChunkStream):
 
     @property
     def broken(self) -> str | None:
-        """Why the policy will never answer; None if it may."""
+        """Why the policy cannot answer any more; None if it can."""
         self._load()
         return self._worker.failed
 
     # ---- the step grid ---------------------------------------------------------------------------
 
     def count_tick(self, now: float, dt: float) -> None:
-        """Number the tick at `now` [s], `dt` [s] after the last one."""
+        """Count the tick at `now` [s], `dt` [s] after the last tick."""
         self.grid.count(now, dt)
 
     def start(self) -> None:
@@ -113,14 +113,14 @@ class PolicyStream(ChunkStream):
         self.grid.begin_now()
 
     def stop(self) -> None:
-        """Forget all chunks and requests; hold until `start`."""
+        """Drop all chunks and requests; hold until `start`."""
         super().stop()
         self._requests.clear()
-        # the next command is the first one that is computed from this request
+        # the request for which the next command is the first one
         self._fresh: _SentRequest | None = None
 
     def next_step(self) -> Target:
-        """Go on to the next step of the grid; returns what it does."""
+        """Advance to the next step of the grid and return its target."""
         self.statistics.slips += self.grid.begin_step()
         return self.target()
 
@@ -140,43 +140,46 @@ class PolicyStream(ChunkStream):
         return super().redo()
 
     def images_came(self, now: float) -> None:
-        """All cameras have new images: request the next chunk if the next images would come too
-        late for it, and move the grid so that such images come just in time.
+        """Handle new images of all cameras.
+
+        Request the next chunk if the next images would be too late for it, and move the grid so
+        that later images arrive just in time.
         """
         self.grid.images.append(now)
         if not self.started:
             return
-        plan = self.request_if_due(now)
-        if plan is not None and plan.deadline_s is not None:
-            slack = plan.frozen_steps + self.grid.remaining(now) - self.lead
+        request = self.request_if_due(now)
+        if request is not None and request.deadline_s is not None:
+            slack = request.frozen_steps + self.grid.remaining(now) - self.lead
             self.grid.align(slack * self.grid.action_dt, self.grid.until_images(now))
 
     def request_after_tick(self, now: float) -> None:
-        """Request the next chunk if it is due, though no images have come; the grid then moves
-        back towards them.
+        """Request the next chunk if it is due although no new images have arrived.
+
+        The grid then moves back towards the images.
         """
-        plan = self.request_if_due(now)
-        if plan is not None and plan.deadline_s is not None:
+        request = self.request_if_due(now)
+        if request is not None and request.deadline_s is not None:
             self.grid.delay()
 
     # ---- the worker ------------------------------------------------------------------------------
 
     def instruct(self, instruction: str) -> None:
-        """Change the instruction; the request of a chunk that follows it is due at once."""
+        """Change the instruction; the request of a chunk for it is due at once."""
         if instruction != self.instruction:
             self.instruction = instruction
             self.try_again()
             self.preempt()
 
     def try_again(self) -> None:
-        """Forget what failed: the next request waits for nothing."""
+        """Clear earlier failures, so that the next request can be sent at once."""
         self._failures = 0
         self._retry_at = -math.inf
         self.failure = ""
-        self._refusal = instruction_problem(self.instruction)  # why the policy does not take it
+        self._refusal = instruction_problem(self.instruction)  # why the instruction is refused
 
     def objection(self) -> Hold | None:
-        """Why the policy cannot drive the arm now."""
+        """Return why the policy cannot drive the arm now; None if it can."""
         if self.broken is not None:
             return Hold("inference_failed", f"{self.broken} Clean up and configure again.")
         if self._observations.fault is not None:
@@ -192,11 +195,11 @@ class PolicyStream(ChunkStream):
             )
         return Hold("bad_instruction", self._refusal) if self._refusal is not None else None
 
-    def request_if_due(self, now: float) -> Plan | None:
-        """Request the next chunk, unless images that are still to come are in time for it.
+    def request_if_due(self, now: float) -> ChunkRequest | None:
+        """Request the next chunk, unless the next images will be in time for it.
 
         Returns:
-            The plan that was sent; None if none was.
+            The request that was sent; None if none was.
         """
         if (
             not self._loaded
@@ -206,30 +209,30 @@ class PolicyStream(ChunkStream):
         ):
             return None
         if self._replan_steps is None:
-            # One sooner than in the policy's own loop, where observations are new when they are
-            # acted on; but behind a slow policy frozen steps would be most of a chunk.
+            # One step earlier than in the policy's own loop, which acts on new observations. With a
+            # slow policy, most of a chunk would then be frozen steps.
             own = self._worker.spec.n_action_steps
             self.replan_steps = own if self.delay_steps > _SLOW else max(own - 1, 1)
-        plan = self.plan(
+        request = self.request(
             self.grid.remaining(now), (self.grid.until_images(now) + UNSURE) / self.action_dt
         )
-        if plan is None or self._request(plan, now):
-            return plan
-        self.cancel(plan.id)
+        if request is None or self._submit(request, now):
+            return request
+        self.cancel(request.id)
         return None
 
     def take_answer(self, now: float) -> bool:
         """Take the policy's answer if there is one.
 
         Returns:
-            Whether it will be used; `StepRunner.receive` says when.
+            Whether the answer will be used; `StepRunner.receive` decides when.
         """
         response = self._worker.poll()
         if response is None:
             self._check_suspects()
             return False
         self._observations.judge(response.seen)
-        request = self._requests.pop(response.id, None)
+        sent = self._requests.pop(response.id, None)
         accepted = False
         if response.id == LOOK or response.code == BAD_IMAGE:
             self.cancel(response.id)  # the next tick holds, without a failure of the policy
@@ -252,61 +255,65 @@ class PolicyStream(ChunkStream):
         if not accepted:
             return False
         self.statistics.last_error = ""
-        if request is not None:  # no step of it was taken yet
-            late = (
-                request.plan.deadline_s is not None and now - request.sent > request.plan.deadline_s
+        if sent is not None:  # no step of its chunk was executed yet
+            deadline = sent.request.deadline_s
+            self.statistics.deadline_misses += (
+                deadline is not None and now - sent.sent_at > deadline
             )
-            self.statistics.deadline_misses += late
             self._requests = {
-                response.id: replace(request, decode_s=response.seconds.get("total", 0.0))
+                response.id: replace(sent, decode_s=response.seconds.get("total", 0.0))
             }
         return True
 
     def target(self) -> Target:
         target = super().target()
-        request = self._requests.get(target.chunk_id or 0)
-        if request is not None and target.index >= request.plan.frozen_steps:
-            self._fresh = request
+        sent = self._requests.get(target.chunk_id or 0)
+        if sent is not None and target.index >= sent.request.frozen_steps:
+            self._fresh = sent
             self._requests.clear()
         return target
 
     def commanded(self, clock: float) -> None:
-        """A command of the running step was sent in motion; `clock` is the time of the messages'
-        stamps [s].
+        """Record that a command of the running step was sent in motion.
+
+        Args:
+            clock: Current time on the clock of the messages' stamps [s].
         """
         if self._fresh is None:
             return
-        latency = clock - self._fresh.taken
+        latency = clock - self._fresh.taken_at
         self.statistics.to_command.append(latency)
         self.statistics.beyond_decode.append(latency - self._fresh.decode_s)
         self._fresh = None
 
-    def _request(self, plan: Plan, now: float) -> bool:
-        """Send a request with the newest observation; False if it cannot be sent."""
+    def _submit(self, request: ChunkRequest, now: float) -> bool:
+        """Send a request with the newest observation; return False if it cannot be sent."""
         try:
             observation = self._observations.snapshot(self._motion)
-        except ObservationError:  # the objection of the next tick says what is wrong
+        except ObservationError:  # the objection of the next tick gives the reason
             return False
-        taken = self._observations.image_stamp
-        deadline = None if plan.deadline_s is None else plan.deadline_s * self.pace
-        request = Request(
-            plan.id,
+        taken_at = self._observations.image_stamp
+        deadline = None if request.deadline_s is None else request.deadline_s * self.pace
+        message = Request(
+            request.id,
             observation,
             self.instruction,
-            plan.previous,
-            plan.shift_steps,
-            plan.frozen_steps,
+            request.previous,
+            request.shift_steps,
+            request.frozen_steps,
             deadline,
-            stream=plan.deadline_s is None,
+            stream=request.deadline_s is None,
         )
-        if not self._worker.submit(request):
+        if not self._worker.submit(message):
             return False
         self._requested_instruction = self.instruction
-        self._requests[plan.id] = _SentRequest(plan, math.nan if taken is None else taken, now)
+        self._requests[request.id] = _SentRequest(
+            request, math.nan if taken_at is None else taken_at, now
+        )
         return True
 
     def _check_suspects(self) -> None:
-        """Have images decoded that may end a camera's fault; their answer has the id `LOOK`."""
+        """Submit images that may end a camera's fault; their answer has the id `LOOK`."""
         suspects = self._observations.suspects() if self._worker.idle else {}
         if suspects:
             self._worker.submit(Request(LOOK, suspects, ""))

@@ -1,10 +1,10 @@
-"""Which joint states are trusted as the arm's pose. Free of ROS and of clocks; `safety.py` states
-the rule.
+"""Decides which joint states are trusted as the arm's pose. Free of ROS and of clocks; `safety.py`
+states the rule.
 
-A pose is trusted once the joint states have agreed with each other for `TRUST_TIME`. From then on
+A pose is trusted once the joint states have agreed with each other for `TRUST_TIME`. From then on,
 every state that follows without a gap is trusted too. A gap, a jump or a position outside the
-limits ends that, and the states must agree anew. The last trusted pose outlives the gap: a new one
-that lies elsewhere is not trusted before an operator accepts it.
+limits ends the trust, and the states must agree again. The last trusted pose is remembered over the
+gap: a new pose that differs from it is not trusted until an operator accepts it.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from ceed_vla.errors import ObservationError
 from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.texts import short
 
-TRUST_TIME = 0.2  # for which joint states must agree before their pose is trusted [s]
-TRUST_STATES = 3  # that must agree, at least
-PHYSICAL_VELOCITY = float(np.pi)  # of a joint whose own limit is not known [rad/s]
-_SPEEDS = 2.0  # physical velocities that a joint may show between two states
-_SLACK = 0.05  # noise, and stamps that jitter [rad]
-_OUTSIDE = 0.1  # how far beyond the position limits a joint may be [rad]
-_EXACT = 1e-9  # rounding of a position [rad]
-_MOMENT = 1e-4  # rounding of the difference of two stamps, which are large numbers [s]
+TRUST_TIME = 0.2  # time for which joint states must agree before their pose is trusted [s]
+TRUST_STATES = 3  # smallest number of states that must agree
+PHYSICAL_VELOCITY = float(np.pi)  # of a joint whose own limit is unknown [rad/s]
+_SPEEDS = 2.0  # largest velocity between two states, as a multiple of the physical velocity
+_SLACK = 0.05  # tolerance for noise and for jitter of the stamps [rad]
+_OUTSIDE = 0.1  # largest distance of a joint beyond its position limits [rad]
+_EXACT = 1e-9  # rounding error of a position [rad]
+_MOMENT = 1e-4  # rounding error of the difference of two stamps, which are large numbers [s]
 
 
 @dataclass(frozen=True)
 class JointBounds:
-    """What joint states are compared with; every array is (J,)."""
+    """Bounds that joint states are compared with; every array is (J,)."""
 
     names: tuple[str, ...]
     low: Array  # [rad]
     high: Array  # [rad]
-    velocity: Array  # that the joints reach physically [rad/s]
-    step: Array  # `limits.step`: how far a pose may lie from the last trusted one [rad]
-    longest_gap: float  # between two states that follow each other [s]
+    velocity: Array  # largest physical velocity [rad/s]
+    step: Array  # `limits.step`: largest distance of a pose from the last trusted one [rad]
+    longest_gap: float  # between two consecutive states [s]
 
 
 def by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str) -> Array:
-    """The `values` of `names` (J,) among those that a joint state has, in any order.
+    """Select the `values` of `names` (J,) from a joint state, which may have any order.
 
-    Errors call the values `what`. `ObservationError`: Joints missing or named twice, another number
-    of values than of names, values that are not finite.
+    Errors call the values `what`. `ObservationError`: Joints are missing or named twice, the
+    numbers of names and values differ, or values are not finite.
     """
     if len(values) != len(have):
         raise ObservationError(f"The joint state has {len(have)} names and {len(values)} {what}.")
@@ -65,11 +65,11 @@ def by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], 
 
 
 class PoseTrust:
-    """Takes every joint state in turn and says where the arm is known to be.
+    """Takes every joint state in turn and determines the trusted pose.
 
     Attributes:
-        pose: The last trusted pose (J,) [rad]; None before the first.
-        newest: The last state (J,) [rad], trusted or not; None before the first.
+        pose: The last trusted pose (J,) [rad]; None before the first one.
+        newest: The last state (J,) [rad], trusted or not; None before the first one.
         trusted: Whether `newest` is trusted.
     """
 
@@ -80,16 +80,16 @@ class PoseTrust:
         self._bounds = bounds
         self._stamps: Array | None = None  # (J,) of `newest` [s]
         self._slack = np.minimum(_SLACK, 0.5 * bounds.step)  # (J,) [rad]
-        # The states of the last `TRUST_TIME`: stamp [s], lowest and highest positions (J,) of that
-        # moment.
+        # The states of the last `TRUST_TIME`: stamp [s], and the lowest and highest positions (J,)
+        # at that stamp.
         self._agreeing: deque[tuple[float, Array, Array]] = deque()
 
     def take(self, positions: Array, stamps: Array) -> tuple[str, str]:
-        """Take a state (J,) [rad], and when each of its joints was measured (J,) [s].
+        """Take a state (J,) [rad] and the stamp of each of its joints (J,) [s].
 
         Returns:
-            Which joint lies where none can be, and which one jumped out of a trusted pose; "" each
-            if none did.
+            Which joint is at an impossible position, and which joint jumped out of a trusted pose;
+            "" for each if none did.
         """
         outside = self._outside(positions)
         jump = self._jump(positions, stamps)
@@ -133,7 +133,7 @@ class PoseTrust:
 
     @property
     def unsettled(self) -> str:
-        """How far the states are from being trusted, for a person."""
+        """Why the states are not trusted yet, for the operator."""
         span = self._agreeing[-1][0] - self._agreeing[0][0] if self._agreeing else 0.0
         spread = self._spread() - self._bounds.step if self._agreeing else -self._bounds.step
         joint = int(spread.argmax())
@@ -149,7 +149,7 @@ class PoseTrust:
         )
 
     def accept(self) -> None:
-        """Forget the last trusted pose: wherever the states settle next is right."""
+        """Forget the last trusted pose, so that the next settled pose is trusted anywhere."""
         if self.trusted:
             return
         self.pose = None
@@ -157,16 +157,16 @@ class PoseTrust:
             self._judge(self.newest)
 
     def _spread(self) -> Array:
-        """How far the states of the last `TRUST_TIME` lie apart (J,) [rad]."""
+        """Return the largest distance between the states of the last `TRUST_TIME` (J,) [rad]."""
         lowest = np.min([low for _, low, _ in self._agreeing], axis=0)
         highest = np.max([high for _, _, high in self._agreeing], axis=0)
         spread: Array = highest - lowest
         return spread
 
     def _remember(self, positions: Array, stamp: float) -> None:
-        """Keep a state, and of the older ones no more than `TRUST_TIME` needs."""
+        """Store a state; drop older ones that `TRUST_TIME` no longer needs."""
         states = self._agreeing
-        # of another joint's driver, or late: no time has passed
+        # from another joint's driver, or late: no time has passed
         if states and stamp <= states[-1][0]:
             last, low, high = states[-1]
             states[-1] = (last, np.minimum(low, positions), np.maximum(high, positions))
@@ -176,7 +176,7 @@ class PoseTrust:
             states.popleft()
 
     def _judge(self, positions: Array) -> None:
-        """Decide whether `positions`, the newest state, are trusted."""
+        """Determine whether `positions`, the newest state, are trusted."""
         near = self.pose is None or bool(
             (np.abs(positions - self.pose) <= self._bounds.step + _EXACT).all()
         )
@@ -187,7 +187,7 @@ class PoseTrust:
     def _outside(self, positions: Array) -> str:
         bounds = self._bounds
         beyond = np.maximum(bounds.low - positions, positions - bounds.high)
-        # or the first command would be a larger step
+        # otherwise the first command would be a larger step
         excess = beyond - np.minimum(_OUTSIDE, bounds.step)
         joint = int(excess.argmax())
         if excess[joint] <= _EXACT:
@@ -198,9 +198,9 @@ class PoseTrust:
         )
 
     def _jump(self, positions: Array, stamps: Array) -> str:
-        """Which joint moved faster than it can since the last state.
+        """Return which joint moved faster than possible since the last state; "" if none did.
 
-        The order of the stamps does not matter: a late message is a state of a moment ago.
+        The order of the stamps does not matter: a late message is an earlier state.
         """
         if self.newest is None or self._stamps is None:
             return ""
@@ -209,7 +209,7 @@ class PoseTrust:
         reach = _SPEEDS * bounds.velocity * np.minimum(seconds, bounds.longest_gap) + self._slack
         excess = np.abs(positions - self.newest) - reach
         joint = int(excess.argmax())
-        if excess[joint] <= 0.0 or seconds[joint] > bounds.longest_gap:  # then it is a gap
+        if excess[joint] <= 0.0 or seconds[joint] > bounds.longest_gap:  # the latter is a gap
             return ""
         way = (
             f"from {self.newest[joint]:.4g} to {positions[joint]:.4g} rad in {seconds[joint]:.3f} s"
@@ -219,7 +219,7 @@ class PoseTrust:
         )
 
     def _gap(self, stamps: Array) -> bool:
-        """Whether a joint was not heard of for too long, or the clock went back."""
+        """Whether the states of a joint were missing for too long, or the clock went back."""
         if self._stamps is None:
             return False
         return bool((np.abs(stamps - self._stamps) > self._bounds.longest_gap + _MOMENT).any())

@@ -1,5 +1,5 @@
-"""One LeRobot checkpoint from raw observation to actions: what the inference worker runs, wherever
-it runs it.
+"""Runs one LeRobot checkpoint from raw observation to actions, in the inference worker's process or
+thread.
 
 The module itself imports neither torch nor lerobot, so that a node whose policy runs in another
 process stays light.
@@ -51,19 +51,19 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_PLAN_CALLS = 10  # on which a plan is timed
-_LEAST_DEADLINE = 1e-4  # [s]: the first iteration runs in any case
+_PLAN_CALLS = 10  # calls that time a plan
+_LEAST_DEADLINE = 1e-4  # [s]; the first iteration runs in any case
 
 
 class Predictor:
     """A loaded and warmed-up policy; `wait` sleeps for ``settings.delay_s``.
 
     Attributes:
-        spec: What the policy wants and gives.
+        spec: The policy's inputs and outputs.
 
     Raises:
-        CheckpointError: Missing, damaged, or of a kind that cannot be served.
-        ConfigError: An unknown way to decode, or a package that cannot be imported.
+        CheckpointError: The checkpoint is missing, damaged, or of a kind that cannot be served.
+        ConfigError: The decoder name is unknown, or a package cannot be imported.
     """
 
     def __init__(
@@ -81,17 +81,17 @@ class Predictor:
         if settings.engine == "compiled":
             if not self._is_ceed:
                 raise ConfigError(
-                    f"engine is compiled; a {self.spec.policy_type} checkpoint runs eager only."
+                    f"engine is compiled; a {self.spec.policy_type} checkpoint supports only eager."
                 )
             from ceed_vla.compiled import engine
 
             self._policy.backbone = engine.compiled(self._policy.backbone)
         self._decoding = self._decoding_config(settings.decoding) if self._is_ceed else None
-        # Of one step; tokens of variable length belong to none: they can be neither frozen nor
+        # Tokens of one step; None for tokens of variable length, which can be neither frozen nor
         # counted in steps.
         self._tokens: int | None = self._policy.tokenizer.tokens_per_step if self._is_ceed else None
         self._prefill_s = 0.0
-        self._failures: FailureLog | None = None  # while it warms up, an error ends the load
+        self._failures: FailureLog | None = None  # during the warm-up, an error ends loading
         steps = preprocess.steps if self._is_ceed else ()
         vocabulary: set[str] = {word for step in steps for word in getattr(step, "vocabulary", ())}
         self._reader = RequestReader(self.spec, preprocess, vocabulary)
@@ -106,21 +106,21 @@ class Predictor:
         deadline: float | None = None,
         early: Callable[[Response], None] | None = None,
     ) -> Response:
-        """Decode one chunk; never raises, an error is in the response.
+        """Decode one chunk; never raises, because the response has the error.
 
         Args:
             request: The observation and the instruction.
             deadline: Time on `time.monotonic`'s clock at which the answer is needed [s]; None: no
                 limit.
-            early: Gets the first parts of the answer, if the request is for a `stream`.
+            early: Receives the first parts of the answer, if the request is for a `stream`.
 
         Returns:
-            The whole chunk, or why there is none.
+            The whole chunk, or the error.
         """
         started = time.monotonic()
         try:
             response = self._predict(request, deadline, None if self._settings.delay_s else early)
-        # A policy of any make may raise anything, and the worker must go on.
+        # Third-party policies may raise any type, and the worker must continue.
         except Exception as error:
             if self._failures is not None:
                 self._failures.add(error)
@@ -169,14 +169,16 @@ class Predictor:
             )
 
     def _actions(self, actions: Any) -> NDArray[np.float32]:
-        """Actions (m, A) of the policy's (1, m, A)."""
+        """Return the actions (m, A) from the policy's (1, m, A)."""
         return cast("NDArray[np.float32]", self._postprocess(actions).float().cpu().numpy()[0])
 
     def _first_steps(
         self, number: int, width: int, started: float, early: Callable[[Response], None]
     ) -> Callable[..., None]:
-        """A callback that passes the steps, of `width` tokens each, to `early` whenever another one
-        is certain. When all are, they are the answer itself, which `predict` returns.
+        """Return a callback that passes the steps that are certain to `early`.
+
+        A step has `width` tokens. When all steps are certain, they are the answer, which `predict`
+        returns.
         """
         told = 0
 
@@ -193,7 +195,7 @@ class Predictor:
         return on_proven
 
     def _decode_arguments(self, request: Request, deadline: float | None) -> dict[str, Any]:
-        """What `decode_behind` takes besides the batch."""
+        """Return the arguments of `decode_behind` except the batch."""
         import torch
 
         assert self._decoding is not None
@@ -203,8 +205,8 @@ class Predictor:
             "executed_steps": steps,
         }
         if deadline is not None and self._decoding.method == "jacobi":
-            # The decoder's own deadline starts after the prefill, which takes about as long as the
-            # last one.
+            # The decoder's own deadline starts after the prefill, whose time is estimated by that
+            # of the last one.
             left = deadline - time.monotonic() - self._prefill_s
             own = self._decoding.deadline_s
             allowed = max(left if own is None else min(left, own), _LEAST_DEADLINE)
@@ -217,28 +219,28 @@ class Predictor:
         return arguments
 
     def _decoding_config(self, name: str) -> Any:
-        """The named configuration, for the steps that are executed before the next replan."""
+        """Return the named configuration, for the steps executed before the next replan."""
         steps = self._settings.replan_steps
         config = self._policy.decoding_config(name)
         if self._settings.engine == "compiled" and not config.decoder.compiles:
-            raise ConfigError(f"engine is compiled; {name} ({config.method}) runs eager only.")
-        # Greedy decoding of all steps has no tail of guesses that the next chunk could freeze.
+            raise ConfigError(f"engine is compiled; {name} ({config.method}) supports only eager.")
+        # Greedy decoding of all steps leaves no unconverged guesses that the next chunk could
+        # freeze.
         if steps is None or config.method == "ar":
             return config
         return replace(config, watch="executed")
 
     def _warm_up(self, calls: int = 0) -> PolicySpec:
-        """Decode a blank observation a few times, and complete the specification with what comes
-        out.
+        """Decode a blank observation several times, and complete the specification with the result.
 
-        ``warmup_s`` is the last call's time; with `calls`, it is the time of the slowest of so many
-        calls [s].
+        ``warmup_s`` is the time of the last call; with `calls`, it is the time of the slowest of
+        `calls` calls [s].
         """
         observation: dict[str, NDArray[Any]] = {
             **{key: np.zeros((h, w, 3), np.uint8) for key, (_, h, w) in self.spec.cameras.items()},
             **{key: np.zeros(length, np.float32) for key, length in self.spec.states.items()},
         }
-        word = min(self._reader.vocabulary, default="move")  # an instruction that it takes
+        word = min(self._reader.vocabulary, default="move")  # a valid instruction
         if self._settings.engine == "compiled" and self._decoding is not None:
             self._compile(Request(0, observation, word), self._decoding)
         response = Response(0)
@@ -249,7 +251,7 @@ class Predictor:
             response = self.predict(request)
             if response.error is not None:
                 raise CheckpointError(
-                    f"The checkpoint {self.spec.checkpoint} cannot act: {response.error}"
+                    f"The checkpoint {self.spec.checkpoint} cannot be run: {response.error}"
                 )
             times.append(response.seconds["total"])
         steps, dim = response.actions.shape
@@ -263,21 +265,21 @@ class Predictor:
         return replace(self.spec, chunk_steps=steps, n_action_steps=executed, warmup_s=seconds)
 
     def _compile(self, request: Request, decoding: Any) -> None:
-        """Compile whatever decoding a request needs, before anything is timed."""
+        """Compile everything that decoding a request needs, before anything is timed."""
         import torch
 
         from ceed_vla.decoding import prefill
 
-        with torch.inference_mode():  # as requests are answered
+        with torch.inference_mode():  # as for requests
             batch = self._reader.read(request)
             backbone = self._policy.backbone
             backbone.compile_now(prefill(backbone, batch, decoding))
 
     def _choose_plan(self) -> PolicySpec:
-        """Where the decoding is "plan": time the checkpoint's plan<MS> here, and take the most
-        generous that fits.
+        """For the decoding "plan", time the checkpoint's plan<MS> here and select one.
 
-        Of a search's plans the slower one solves more. If none fits, it is the fastest.
+        Among the plans of a search, a slower plan has more success, so the slowest plan within the
+        limit is selected; if none is within the limit, the fastest.
         """
         chosen = self._settings.decoding
         found = [name for name in self._policy.config.decodings if re.fullmatch("plan.+", name)]
@@ -288,7 +290,7 @@ class Predictor:
             self._decoding = self._decoding_config(chosen)
             spec = self._warm_up(_PLAN_CALLS)
             limit = self._settings.chunk_deadline
-            text = "%s: %.1f ms a chunk, deadline %.1f"
+            text = "%s: %.1f ms per chunk, deadline %.1f ms"
             logger.info(text, chosen, 1e3 * spec.warmup_s, 1e3 * limit)
             if spec.warmup_s <= limit:
                 break

@@ -1,4 +1,4 @@
-"""Reads and loads the checkpoint that a `Predictor` runs, of any policy of LeRobot.
+"""Reads and loads the checkpoint of any LeRobot policy for a `Predictor`.
 
 The module itself imports neither torch nor lerobot.
 """
@@ -15,16 +15,16 @@ from ceed_vla.ros_nodes.robot.texts import short
 
 
 def declared_spec(checkpoint: str) -> PolicySpec:
-    """What a checkpoint's config.json declares, without loading its weights.
+    """Read what a checkpoint's config.json declares, without loading its weights.
 
     Args:
         checkpoint: Name or folder.
 
     Returns:
-        The specification; `chunk_steps` is 0 where the file does not give it.
+        The specification; `chunk_steps` is 0 if the file does not declare it.
 
     Raises:
-        CheckpointError: No such folder, or a config.json that is none of a LeRobot policy.
+        CheckpointError: The folder is missing, or its config.json is not a LeRobot policy's.
     """
     from ceed_vla.checkpoints.manifest import read_config
     from ceed_vla.folders import resolve_checkpoint
@@ -67,11 +67,11 @@ def load_policy(settings: PredictorSettings, kind: str) -> tuple[Any, Any, Any]:
         kind: LeRobot's name of the policy: "ceed_vla", "act", ...
 
     Returns:
-        The policy in evaluation mode, its pre-processor and its post-processor.
+        The policy in evaluation mode, its preprocessor and its postprocessor.
 
     Raises:
-        CheckpointError: Missing, damaged, or of a type that cannot be loaded.
-        ConfigError: A device that this machine lacks.
+        CheckpointError: The checkpoint is missing, damaged, or of a type that cannot be loaded.
+        ConfigError: This machine does not have the device.
     """
     from ceed_vla.checkpoints import load, resolve_checkpoint
     from ceed_vla.devices import check_device
@@ -80,17 +80,18 @@ def load_policy(settings: PredictorSettings, kind: str) -> tuple[Any, Any, Any]:
     device = check_device(settings.device)
     if kind == "ceed_vla":
         return load(folder, device=device)
-    # Every policy of LeRobot fails in its own way.
+    # LeRobot's policies raise errors of many types.
     what = f"The checkpoint {settings.checkpoint} of type {kind!r} cannot be loaded"
     with raised_as(CheckpointError, what, "see what its type needs in LeRobot, or copy it again."):
         return _load_other(folder, kind, device)
 
 
 def _load_other(folder: Path, kind: str, device: str) -> tuple[Any, Any, Any]:
-    """Load another policy of LeRobot, whose type, settings and steps are listed; never contacts a
-    hub.
+    """Load another LeRobot policy whose type, settings and processor steps are on the allow list.
+
+    It never contacts a hub.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported from here on
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for modules that are imported from here on
     import draccus
     import huggingface_hub.constants
 
@@ -99,7 +100,7 @@ def _load_other(folder: Path, kind: str, device: str) -> tuple[Any, Any, Any]:
     from ceed_vla.processor_steps import check_foreign_processors
     from ceed_vla.weights import check_floating, check_weights
 
-    # It may have been imported before; this is read at every request.
+    # huggingface_hub may be imported already; it reads this flag at every request.
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     values = read_allowed(folder, device)
     from lerobot.configs import PreTrainedConfig

@@ -1,4 +1,4 @@
-"""What goes into a `Predictor` and what comes out of it. Free of torch and lerobot."""
+"""Inputs and outputs of a `Predictor`. Free of torch and lerobot."""
 
 from __future__ import annotations
 
@@ -21,80 +21,80 @@ LOOK = 0  # id of a request that only decodes its images
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """What a checkpoint wants and gives."""
+    """The inputs and outputs of a checkpoint."""
 
-    checkpoint: str  # name or folder, as given
+    checkpoint: str  # name or folder, as configured
     policy_type: str  # LeRobot's name: "ceed_vla", "act", ...
     # feature name ("observation.images.front") -> (3, H, W)
     cameras: dict[str, tuple[int, int, int]]
     # name of every other observation feature ("observation.state") -> its length
     states: dict[str, int]
-    action_dim: int  # A
+    action_dim: int  # action dims A
     chunk_steps: int  # m
     n_action_steps: int  # steps that the checkpoint executes before it replans
     warmup_s: float  # time of the last warm-up call [s]
     delta_dims: tuple[int, ...] = ()  # dimensions of actions that are increments
-    decoding: str = ""  # name of the decoding that is used; "" for policies that have one way
+    decoding: str = ""  # decoder name in use; "" for policies with only one way to decode
 
 
 @dataclass(frozen=True)
 class Request:
-    """One chunk to decode."""
+    """The request of one chunk."""
 
     id: int  # repeated in the response
-    # Feature name -> vector (D,) of floats, or an image: `Shown` until `images.decode`, then (H, W,
-    # 3) uint8.
+    # Feature name -> vector (D,) of floats, or image: a `Shown` before `images.decode`, then
+    # (H, W, 3) uint8.
     observation: Mapping[str, Any]
     instruction: str
     # tokens (n,) of the running chunk, for the warm start
     previous: NDArray[np.int64] | None = None
     shift_steps: int = 0  # steps of `previous` that are consumed
-    frozen_steps: int = 0  # leading steps of the new chunk that stay as they are in `previous`
-    # until the answer is needed, from `InferenceWorker.submit` on [s]
+    frozen_steps: int = 0  # leading steps of the new chunk that are copied from `previous`
+    # time from `InferenceWorker.submit` until the answer is needed [s]
     deadline_s: float | None = None
-    # answer with steps that are certain before the whole chunk; not behind frozen ones
+    # whether to answer with certain steps before the whole chunk; without frozen steps only
     stream: bool = False
 
 
 @dataclass(frozen=True)
 class Response:
-    """One decoded chunk, or why there is none."""
+    """One decoded chunk, or the reason for its absence."""
 
     id: int  # of the request
     # (m, A) in the environment's units, finite; empty (0, 0) on error.
     actions: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    tokens: NDArray[np.int64] | None = None  # (n,); None for policies without
+    tokens: NDArray[np.int64] | None = None  # (n,); None for policies without tokens
     forwards: int = 0  # model calls after the prefill; 0 for policies that do not report them
     exit_reason: str = ""  # rule that ended decoding; "" for policies that do not report it
-    # "preprocess", "prefill", "decode", "total" [s]; without stages all is in "decode".
+    # "preprocess", "prefill", "decode", "total" [s]; without stages, "decode" has the whole time
     seconds: dict[str, float] = field(default_factory=dict)
-    error: str | None = None  # why there are no actions; None if all went well
+    error: str | None = None  # why there are no actions; None on success
     code: str = ""  # `BAD_INSTRUCTION`, `NOT_FINITE`, `BAD_IMAGE`, or "" for any other error
-    # whether no more is to come; otherwise `actions` (k, A) are the first steps of the chunk
+    # whether the answer is complete; otherwise `actions` (k, A) are the first steps of the chunk
     whole: bool = True
-    seen: Seen = field(default_factory=Seen)  # what decoding the images has found
+    seen: Seen = field(default_factory=Seen)  # result of decoding the images
 
 
 @dataclass(frozen=True)
 class PredictorSettings(Checked):
-    """How to run a checkpoint.
+    """Settings that run a checkpoint.
 
     Raises:
-        ConfigError: A value outside its range.
+        ConfigError: A value is outside its range.
     """
 
     checkpoint: str  # LeRobot checkpoint folder, or "teacher" / "student"
-    # comma-separated, to import before: they register what the checkpoint names
+    # comma-separated packages to import first; they register names that the checkpoint uses
     discover_packages: str = ""
-    # a name that `CeedVLAPolicy.decoding_config` knows; other policies have one way
+    # decoder name for `CeedVLAPolicy.decoding_config`; other policies ignore it
     decoding: str = "ceed"
-    # Steps behind the frozen ones that must have converged; None: the checkpoint's own.
+    # Steps after the frozen ones that must have converged; None: as the checkpoint declares.
     replan_steps: int | None = ranged(None, COUNTS)
     threads: int = ranged(1, COUNTS)  # of torch
     device: str = "cpu"
-    engine: str = chosen("eager", ENGINES)  # compiled: some minutes longer to load, then faster
-    # by which decoding "plan" chooses among the plan<MS> [s]
+    engine: str = chosen("eager", ENGINES)  # compiled: loads some minutes longer, then runs faster
+    # time limit by which decoding "plan" selects among the plan<MS> [s]
     chunk_deadline: float = ranged(1.0, "(0, inf)")
     warmup: int = ranged(3, COUNTS)  # calls on a blank observation before the first request
-    # added to every chunk, to see what slow inference does [s]
+    # time added to every chunk, to test slow inference [s]
     delay_s: float = ranged(0.0, "[0, 60)")

@@ -1,4 +1,4 @@
-"""Turns requests into what a policy reads, and refuses those that it cannot.
+"""Converts requests to the policy's batches, and refuses invalid requests.
 
 The module itself imports neither torch nor lerobot.
 """
@@ -16,14 +16,14 @@ from ceed_vla.ros_nodes.robot.texts import shown
 
 
 class InstructionError(ObservationError):
-    """The policy does not take the instruction."""
+    """The policy does not accept the instruction."""
 
 
 class RequestReader:
     """Prepares the requests of one policy.
 
     Attributes:
-        vocabulary: Words that the policy was trained with; empty if it takes any.
+        vocabulary: Words that the policy was trained with; empty if it accepts any word.
     """
 
     def __init__(
@@ -32,18 +32,18 @@ class RequestReader:
         preprocess: Callable[[dict[str, Any]], Any],
         vocabulary: set[str],
     ) -> None:
-        """`preprocess` is the checkpoint's pre-processor."""
+        """`preprocess` is the checkpoint's preprocessor."""
         self.vocabulary = vocabulary
         self._spec = spec
         self._preprocess = preprocess
 
     def read(self, request: Request) -> Any:
-        """The batch that the policy takes.
+        """Return the policy's batch for a request.
 
         Raises:
             ObservationError: Features are missing or of a wrong shape or type.
-            InstructionError: The policy does not take the instruction. A blank observation does not
-                test it, so this is told from other errors.
+            InstructionError: The policy does not accept the instruction. This has its own type
+                because the warm-up on a blank observation does not detect it.
         """
         from ceed_vla.backbones.compact.words import split_words
 
@@ -51,21 +51,19 @@ class RequestReader:
         words = split_words(request.instruction)
         try:
             unknown = [word for word in words if word not in self.vocabulary]
-            # A few known words among nonsense would still drive the arm at full speed.
+            # With a few known words among unknown ones, the policy would still move the arm.
             if self.vocabulary and (not words or 2 * len(unknown) > len(words)):
                 raise ObservationError(
-                    f"The policy knows {len(words) - len(unknown)} of the {len(words)} words of "
-                    f"the instruction {shown(request.instruction)}; it must know at least half of "
-                    f"them, such as {', '.join(sorted(self.vocabulary)[:8])}."
+                    f"{len(words) - len(unknown)} of the {len(words)} words of the instruction "
+                    f"{shown(request.instruction)} are in the policy's vocabulary; at least half "
+                    f"must be, for example {', '.join(sorted(self.vocabulary)[:8])}."
                 )
             return self._preprocess(batch)
         except ObservationError as error:
             raise InstructionError(str(error)) from error
 
     def _batch(self, request: Request) -> dict[str, Any]:
-        """The request as a LeRobot batch of one: images (1, 3, H, W) in [0, 1], vectors (1, D), the
-        task.
-        """
+        """Return a LeRobot batch of one: images (1, 3, H, W) in [0, 1], vectors (1, D), task."""
         import torch
 
         batch: dict[str, Any] = {"task": [request.instruction]}

@@ -1,7 +1,7 @@
-"""Compares a robot's file with the arm's model and with the data of a checkpoint's training.
+"""Compares a robot's file with the arm's model and with the ranges of a checkpoint's training data.
 
-`robot check` and the node at configure refuse what this finds impossible, unless the file's `allow`
-names the rule. Everything here is a pure function of what the files say.
+`robot check`, and the node when it is configured, refuse a file with problems, unless the file's
+`allow` names the rule. Everything here is a pure function of the files' contents.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
 LONGEST_STEP = 0.5  # [rad]
-_MODEL_SLACK = 0.02  # between the file's limits and the model's [rad]
+_MODEL_SLACK = 0.02  # tolerance between the file's limits and the model's [rad]
 _VELOCITY_SLACK = 1.01
 
 
@@ -39,13 +39,13 @@ def review(
     physical: Array,
     ranges: Mapping[str, Range | str],
 ) -> list[Finding]:
-    """What does not fit, problems first.
+    """Return what does not fit, problems first.
 
     Args:
         robot: The robot's file.
         model: The arm's model; None if the file names none.
-        physical: What the joints reach (J,) [rad/s].
-        ranges: Of every state and of the action, from `read_ranges`.
+        physical: Largest physical velocities of the joints (J,) [rad/s].
+        ranges: Ranges of every state and of the action, from `read_ranges`.
     """
     joints = Joints.of(robot, model, physical)
     found = [*_limits(robot, model), *_home(robot, joints), *_gripper(robot.gripper)]
@@ -62,13 +62,13 @@ def review(
 
 
 def feature_lengths(robot: RobotConfig) -> dict[str, int]:
-    """Every feature whose range `review` reads -> how many values the robot's file gives it."""
+    """Map every feature whose range `review` reads to its number of values in the robot's file."""
     lengths = {feature: robot.state_dim(feature) for feature in robot.states}
     return {**lengths, ACTION: robot.action_dim}
 
 
 def _judged(finding: Finding, allowed: Sequence[str]) -> Finding:
-    """A problem that the file allows, as a warning."""
+    """Return the finding; a problem that the file allows becomes a warning."""
     if finding.severity == PROBLEM and finding.allow in allowed:
         remedy = f"The file allows it (allow: [{finding.allow}])."
         return replace(finding, remedy=remedy, severity=WARNING)
@@ -104,7 +104,7 @@ def _limits(robot: RobotConfig, model: ModelArm | None) -> Iterator[Finding]:
             "limits.step",
             f"commands of {who} may be {step[joint]:g} rad from the measured position",
             f"it must be at most {LONGEST_STEP:g} rad",
-            "Lower it; it bounds what one wrong command does.",
+            "Lower it; it bounds the effect of one wrong command.",
             "step",
         )
     physical = np.array(limits.physical_velocity)
@@ -114,7 +114,7 @@ def _limits(robot: RobotConfig, model: ModelArm | None) -> Iterator[Finding]:
             "limits.physical_velocity",
             f"{who} reaches {physical[joint]:g} rad/s",
             f"no joint of an arm is faster than {FASTEST:g} rad/s",
-            "Lower it: joint states that cannot be true are found by it.",
+            "Lower it; it serves to detect joint states that cannot be true.",
             severity=WARNING,
         )
     if limits.low:
@@ -132,7 +132,7 @@ def _positions(robot: RobotConfig, model: ModelArm | None) -> Iterator[Finding]:
             "limits.position",
             f"{who} may move from {low[joint]:g} to {high[joint]:g} rad",
             f"a joint has at most {LARGEST_ANGLE:.3g} rad to either side",
-            "These are degrees; limits are in radians, whatever arm.unit says.",
+            "These are degrees; limits are always in radians, for any arm.unit.",
             "units",
         )
     if model is None:
@@ -144,7 +144,7 @@ def _positions(robot: RobotConfig, model: ModelArm | None) -> Iterator[Finding]:
             "limits.position",
             f"{who} may move from {low[joint]:g} to {high[joint]:g} rad",
             f"the model's limits are {model.low[joint]:.4g} to {model.high[joint]:.4g} rad",
-            "Stay inside them, or leave limits.position out: the model's count then.",
+            "Stay inside them, or omit limits.position to use the model's.",
             "position_limits",
         )
 

@@ -1,4 +1,4 @@
-"""Compares a robot's file with the data of a checkpoint's training, through the file's mappings."""
+"""Compares a robot's file, through its mappings, with the training data of a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,46 +19,45 @@ if TYPE_CHECKING:
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
 FASTEST = 12.0  # [rad/s]: no joint of an arm is faster
-WIDEST = 0.5  # opening of a gripper [m]
-LARGEST_ANGLE = 4.0 * math.pi  # [rad]: limits beyond are degrees
-_FARTHEST = 5.0  # of a tool centre point [m]
-_OUTSIDE = 0.1  # of the limits: states further out are held at (`pose_trust`) [rad]
+WIDEST = 0.5  # largest opening of a gripper [m]
+LARGEST_ANGLE = 4.0 * math.pi  # [rad]: larger limits must be in degrees
+_FARTHEST = 5.0  # largest distance of a tool centre point [m]
+_OUTSIDE = 0.1  # distance beyond the limits from which on states cause a hold (`pose_trust`) [rad]
 _DEGREE = math.pi / 180.0
 
 
 @dataclass(frozen=True)
 class Joints:
-    """The arm's resolved limits, a value for each joint."""
+    """The arm's resolved limits, one value per joint."""
 
     names: tuple[str, ...]
     low: Array  # [rad]; infinite without a limit
     high: Array
-    physical_velocity: Array  # what the joints reach [rad/s]
+    physical_velocity: Array  # largest physical velocities [rad/s]
 
     @classmethod
     def of(cls, robot: RobotConfig, model: ModelArm | None, physical: Array) -> Joints:
-        """The file's position limits, or the model's where the file has none."""
+        """Return the file's position limits, or the model's if the file has none."""
         if robot.limits.low:
             low = np.array(robot.limits.low)
             high = np.array(robot.limits.high)
         elif model is not None:
             low, high = model.low, model.high
-        else:  # `robot_file` has refused this already
+        else:  # `robot_file` refuses this earlier
             low = np.full(len(physical), -np.inf)
             high = np.full(len(physical), np.inf)
         return cls(robot.arm.joints, low, high, physical)
 
     def beyond(self, low: Array, high: Array) -> Array:
-        """How far (J,) the way from `low` to `high` leaves the limits [rad]; negative inside.
-
-        A joint without limits has `LARGEST_ANGLE` to either side.
+        """Return how far (J,) the range from `low` to `high` exceeds the limits [rad]; negative
+        inside. A joint without limits has `LARGEST_ANGLE` to either side.
         """
         lowest = np.maximum(self.low, -LARGEST_ANGLE)
         highest = np.minimum(self.high, LARGEST_ANGLE)
         return np.maximum(lowest - low, high - highest)
 
     def fit(self, low: Array, high: Array) -> bool:
-        """Whether no joint leaves its limits further than joint states may when the arm moves."""
+        """Whether no joint exceeds its limits further than joint states may in motion."""
         return bool((self.beyond(low, high) <= _OUTSIDE).all())
 
 
@@ -68,7 +67,7 @@ def state_findings(
     feature: str,
     seen: Range,
 ) -> Iterator[Finding]:
-    """What does not fit about a state whose data were in the range `seen`."""
+    """Return the findings about a state whose data lie in the range `seen`."""
     at = 0
     for part in robot.states[feature]:
         length = robot.component_dim(part)
@@ -93,7 +92,7 @@ def state_findings(
 
 
 def action_findings(robot: RobotConfig, joints: Joints, done: Range) -> Iterator[Finding]:
-    """What does not fit about actions whose data were in the range `done`."""
+    """Return the findings about actions whose data lie in the range `done`."""
     body = len(joints.names) if robot.action.kind != "ee_delta" else 6
     arm = done.part(0, body)
     if robot.action.kind == "joint_position":
@@ -120,7 +119,7 @@ def _angles(
     *,
     is_state: bool,
 ) -> Iterator[Finding]:
-    """Joint positions of the data, through the file's mapping, against the limits."""
+    """Compare the data's joint positions, through the file's mapping, with the limits."""
     ends = np.sort([robot.arm.units.ours(values.low), robot.arm.units.ours(values.high)], axis=0)
     low, high = ends
     excess = joints.beyond(low, high) - _OUTSIDE
@@ -135,14 +134,14 @@ def _angles(
     )
     rule = f"its limits are {joints.low[joint]:.4g} to {joints.high[joint]:.4g} rad"
     key, allow, remedy = _cause(robot, joints, low, high, wrong)
-    # The arm holds where its states are outside; a target outside is clamped.
+    # The arm holds if its states are outside; a target outside is clamped.
     lost = bool((wrong & _centre_outside(joints, low, high)).any())
     refused = values.measured and (is_state or lost or key != "limits.position")
     yield Finding(key, told, rule, remedy, allow, PROBLEM if refused else WARNING)
 
 
 def _centre_outside(joints: Joints, low: Array, high: Array) -> NDArray[np.bool_]:
-    """Which joints (J,) are outside their limits for half of the way from `low` to `high`."""
+    """Return which joints (J,) are outside their limits for half of the range."""
     centre = 0.5 * (low + high)
     return (centre < joints.low) | (centre > joints.high)
 
@@ -154,14 +153,14 @@ def _hardly_moves(
     values: Range,
     ends: Array,
 ) -> Iterator[Finding]:
-    """Radians that the file takes for degrees: `ends` (2, J) [rad] are all near 0."""
+    """Detect radians that the file declares as degrees: `ends` (2, J) [rad] are all near 0."""
     largest = float(np.abs(ends).max())
     in_degrees = bool((np.abs(robot.arm.units.scale) < 0.1).all())
     if in_degrees and largest < 2.0 * math.pi * _DEGREE and joints.fit(*(ends / _DEGREE)):
         yield Finding(
             "arm.scale" if robot.arm.scale else "arm.unit",
             f"{feature} is within {largest:.3g} rad of 0 for all joints ({values.source})",
-            "an arm that does something moves further",
+            "an arm in use moves further",
             "The data are in radians already: arm.unit: rad, or another arm.scale.",
             "units",
             PROBLEM if values.measured else WARNING,
@@ -175,7 +174,7 @@ def _cause(
     high: Array,
     wrong: NDArray[np.bool_],
 ) -> tuple[str, str, str]:
-    """The key that explains why angles are outside the limits, its rule's name, the remedy."""
+    """Return the key that explains angles outside the limits, its rule's name and the remedy."""
     largest = float(np.maximum(np.abs(low), np.abs(high)).max())
     if largest > 2.0 * math.pi and joints.fit(low * _DEGREE, high * _DEGREE):
         key = "arm.scale" if robot.arm.scale else "arm.unit"
@@ -200,7 +199,7 @@ def _cause(
                 return (
                     "arm.joints",
                     "statistics",
-                    f"With {names} exchanged it fits: the order must be that of the data set.",
+                    f"With {names} exchanged it fits: the order must be that of the dataset.",
                 )
     offset = robot.arm.units.offset
     flipped_low = np.where(wrong, 2.0 * offset - high, low)
@@ -217,7 +216,7 @@ def _speeds(
     values: Range,
     dt: float,
 ) -> Iterator[Finding]:
-    """Velocities (or increments in `dt`) of the data, against what the joints reach."""
+    """Compare the data's velocities (or increments in `dt`) with the physical velocities."""
     scale = np.abs(robot.arm.units.scale)
     speed = scale * np.maximum(np.abs(values.low), np.abs(values.high)) / dt
     bound = np.minimum(2.0 * joints.physical_velocity, FASTEST)
@@ -249,7 +248,7 @@ def _speeds(
 
 
 def _pose_steps(values: Range) -> Iterator[Finding]:
-    """`ee_delta`: actions are shares of position_scale and rotation_scale, clipped to +-1."""
+    """Compare `ee_delta` actions, shares of position_scale and rotation_scale, with [-1, 1]."""
     reach = float(np.maximum(np.abs(values.low), np.abs(values.high)).max())
     if 0.02 <= reach <= 1.5:
         return
@@ -261,7 +260,7 @@ def _pose_steps(values: Range) -> Iterator[Finding]:
         told,
         rule,
         (
-            "Larger ones are clipped: every step would be a full one."
+            "Larger actions are clipped, so every step would have full length."
             if reach > 1.0
             else "The arm will hardly move: the data may be in metres and radians."
         ),
@@ -271,7 +270,7 @@ def _pose_steps(values: Range) -> Iterator[Finding]:
 
 
 def _opening(gripper: Gripper, feature: str, values: Range) -> Iterator[Finding]:
-    """Openings of the data, through the file's mapping, against `closed` and `open`."""
+    """Compare the data's openings, through the file's mapping, with `closed` and `open`."""
     first = gripper.policy.ours(values.low[0])
     last = gripper.policy.ours(values.high[0])
     low = min(first, last)

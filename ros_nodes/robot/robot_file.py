@@ -1,5 +1,6 @@
-"""What a policy must know of a robot: its topics as LeRobot features, its actions as commands; read
-from a YAML file, such as launch/config/tabletop_robot.yaml, which is refused if it cannot work.
+"""Reads a robot's YAML file, such as launch/config/tabletop_robot.yaml, and validates it.
+
+The file maps the robot's topics to LeRobot features, and a policy's actions to commands.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES, ActionInterface
 from ceed_vla.ros_nodes.robot.texts import short, shown
 from ceed_vla.ros_nodes.robot.yaml_fields import TOPIC, Fields
 
-INVERSE = 1e-9  # part of its range that a mapping may lose there and back
+INVERSE = 1e-9  # largest error of a mapping there and back, as a share of its range
 PACKAGED = "launch/config/tabletop_robot.yaml"
-# Rules of `review` that a file may set aside, by its list `allow`.
+# Rules of `review` that a file may disable in its list `allow`.
 ALLOWABLE = ("gripper", "position_limits", "statistics", "step", "units", "velocity")
 POSE_COMPONENTS = ("tcp_position", "tcp_quaternion")
 COMMAND_COMPONENTS = ("commanded_position", "commanded_yaw_cos_sin")
-# Component of a state -> its length; 0 stands for a value of each arm joint.
+# Component of a state -> its length; 0: one value per arm joint.
 COMPONENTS = {
     **{
         "joint_positions": 0,
@@ -41,23 +42,23 @@ COMPONENTS = {
 class ImageSource:
     """A camera."""
 
-    feature: str  # of LeRobot, "observation.images.front"
+    feature: str  # LeRobot's name, such as "observation.images.front"
     topic: str
     transport: str  # "raw" (sensor_msgs/Image) or "compressed" (sensor_msgs/CompressedImage)
     resize: bool  # scale images to the policy's size; otherwise another size is a fault
-    # top, left, height, width [px] of what is kept, before resizing; empty for all
+    # top, left, height, width [px] of the part that is cut out before resizing; empty for all
     crop: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        """Short name, in diagnostics and holds: "front"."""
+        """Short name in diagnostics and holds, such as "front"."""
         return self.feature.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """From a unit of others to ours, ours = scale * theirs + offset, and back; numbers or arrays of
-    joints.
+    """Linear mapping between a foreign unit and ours, ours = scale * theirs + offset; numbers or
+    arrays of joints.
     """
 
     scale: Any = 1.0
@@ -77,18 +78,18 @@ class Arm:
     model: Path | None  # MJCF or URDF file; None if nothing needs kinematics
     tcp: str  # site or body of the tool centre point; "" without a model
     joints: tuple[str, ...]  # in the order of states, actions and commands
-    # posture of inverse kinematics and of ~/go_home [rad]; empty for the model's own
+    # posture for inverse kinematics and ~/go_home [rad]; empty for the model's own
     home: tuple[float, ...]
     unit: str  # of the policy's joint positions and velocities: "rad" or "deg"
-    # Of every joint, empty for 1 and 0: radians = sign * scale * policy's value + offset, instead
-    # of `unit`.
+    # Per joint, instead of `unit`: radians = sign * scale * policy's value + offset; empty: 1 and
+    # 0.
     sign: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     offset: tuple[float, ...] = ()  # [rad]
 
     @property
     def units(self) -> Linear:
-        """From the policy's joint positions (J,) to radians."""
+        """Mapping from the policy's joint positions (J,) to radians."""
         unit = 1.0 if self.unit == "rad" else math.pi / 180.0
         scale = np.array(self.scale or (unit,) * len(self.joints)) * np.array(self.sign or 1.0)
         return Linear(scale, np.array(self.offset or 0.0))
@@ -96,63 +97,62 @@ class Arm:
 
 @dataclass(frozen=True)
 class Gripper:
-    """In the middle is the opening [m]: joints, policies and drivers each have a unit of their
-    own.
+    """The gripper. Joints, policies and drivers each have their own unit; all are mapped to the
+    opening [m].
     """
 
-    joints: tuple[str, ...]  # of the joint states
+    joints: tuple[str, ...]  # in the joint states
     measured: Linear  # from the sum of these joints to the opening [m]
     closed: float  # opening [m]
     open: float  # opening [m]
-    # what the last action dimension says: "binary" (> 0 opens), "opening" [m], "none" (no such one)
+    # meaning of the last action dimension: "binary" (> 0 opens), "opening" [m], "none" (absent)
     action: str
-    topic: str  # where the command is sent (std_msgs/Float64MultiArray)
-    command: str = "opening"  # [opening in metres], or "joint": what each of `joints` shall be
+    topic: str  # of the command (std_msgs/Float64MultiArray)
+    command: str = "opening"  # [opening in metres], or "joint": the target of each of `joints`
     # from the value of action "opening", and of states, to the opening [m]
     policy: Linear = Linear()
 
     def told(self, opening: float) -> float:
-        """What the driver is sent for an opening [m]."""
+        """Return the driver's command for an opening [m]."""
         joints: float = self.measured.theirs(opening) / max(len(self.joints), 1)
         return opening if self.command == "opening" else joints
 
 
 @dataclass(frozen=True)
 class Action:
-    """What a policy's action does to the arm."""
+    """The effect of a policy's action on the arm."""
 
     # "ee_delta" (TCP translation and rotation vector in the base frame), "joint_position" or
     # "joint_delta"
     kind: str
     dt: float  # duration of a step [s]
-    # Of "ee_delta": how the commanded TCP pose moves, and the largest change of a joint in one step
-    # [rad].
+    # For "ee_delta": motion of the commanded TCP pose, and the largest change of a joint in one
+    # step [rad].
     pose: PoseLimits | None = None
     max_joint_step: float = 0.6
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the arm may do; every tuple has a value for each arm joint."""
+    """Limits of the arm; every tuple has one value per arm joint."""
 
     low: tuple[float, ...]  # positions [rad]; empty for the model's
     high: tuple[float, ...]
     velocity: tuple[float, ...]  # [rad/s]
     step: tuple[float, ...]  # largest distances of a command from the measured position [rad]
-    # What the joints reach [rad/s], to tell joint states that cannot be true; empty for the
-    # model's.
+    # Largest physical velocities [rad/s], to detect impossible joint states; empty for the model's.
     physical_velocity: tuple[float, ...] = ()
     acceleration: tuple[float, ...] = ()  # of commands [rad/s^2]; empty for none
 
 
 @dataclass(frozen=True)
 class RobotConfig:
-    """A robot as a policy sees it."""
+    """A robot's file: the topics and limits that a policy needs."""
 
     source: Path
     images: tuple[ImageSource, ...]
     joint_states: str  # topic of sensor_msgs/JointState
-    # feature ("observation.state") -> its `COMPONENTS`, one after the other
+    # feature ("observation.state") -> its `COMPONENTS`, in order
     states: dict[str, tuple[str, ...]]
     arm: Arm
     gripper: Gripper | None
@@ -174,9 +174,9 @@ class RobotConfig:
         return COMPONENTS[component] or len(self.arm.joints)
 
     def interface(self, name: str) -> ActionInterface:
-        """An interface of the robot.
+        """Return an interface of the robot.
 
-        `ConfigError`: The robot has no such one, or one that needs a model of the arm without it.
+        `ConfigError`: The robot does not have it, or it needs a model of the arm and there is none.
         """
         if name not in self.interfaces:
             raise ConfigError(
@@ -188,9 +188,9 @@ class RobotConfig:
 
 
 def packaged_config() -> Path:
-    """The tabletop robot's file: in the source tree, or where pip or colcon installed it.
+    """Return the tabletop robot's file, from the source tree or the installation.
 
-    `ConfigError`: It is in neither.
+    `ConfigError`: The file is in neither.
     """
     for folder in Path(__file__).resolve().parents:
         for place in ("", "share/ceed_vla"):
@@ -202,7 +202,7 @@ def packaged_config() -> Path:
 def load_robot_config(path: str | Path = "") -> RobotConfig:
     """Read a robot's file; the packaged tabletop robot's if `path` is empty.
 
-    `ConfigError`: What is wrong, at which key, and what is allowed.
+    `ConfigError`: A value is invalid; the message has the key and the allowed values.
     """
     if not isinstance(path, str | Path):
         raise ConfigError(f"The robot's file is {path!r:.100}; give its path.")
@@ -228,9 +228,9 @@ def load_robot_config(path: str | Path = "") -> RobotConfig:
 
 
 def with_topics(robot: RobotConfig, topics: str) -> RobotConfig:
-    """The robot with other topics: "front=/camera/image_raw, joint_states=/left/joint_states".
+    """Replace topics of the robot: "front=/camera/image_raw, joint_states=/left/joint_states".
 
-    `ConfigError`: Not of that form, or a name that is no camera of the robot.
+    `ConfigError`: The text does not have that form, or names a camera that the robot lacks.
     """
     entries = [
         entry.partition("=") for entry in topics.replace(" ", "").split(",") if entry.strip()
@@ -261,7 +261,7 @@ def _images(fields: Fields) -> tuple[ImageSource, ...]:
     sources = []
     for feature, image in fields.children():
         if not feature.startswith("observation."):
-            raise fields.error(feature, "is no feature; it must start with 'observation.'")
+            raise fields.error(feature, "is not a feature; it must start with 'observation.'")
         transport = image.text("transport", "raw", ("raw", "compressed"))
         crop = tuple(int(value) for value in image.numbers("crop", 4, 0, 1e5, optional=True))
         if 0 in crop[2:]:
@@ -291,7 +291,8 @@ def _arm(fields: Fields) -> Arm:
             raise fields.error("model", f"is {shown(named)}: {short(error)}") from error
         if not there:
             raise fields.error(
-                "model", f"is {short(model)!r}, no file; paths start at this file's folder"
+                "model",
+                f"is {short(model)!r}, not a file; paths are relative to this file's folder",
             )
     tcp = fields.text("tcp") if model else ""
     each = partial(fields.numbers, length=len(joints), optional=True)
@@ -338,7 +339,7 @@ def _linear(fields: Fields, name: str) -> Linear:
 def _action(fields: Fields) -> Action:
     kind = fields.text("kind", choices=("ee_delta", "joint_position", "joint_delta"))
     if "fps" in fields and "dt" in fields:
-        raise fields.error("dt", "and fps say the same; give one of them")
+        raise fields.error("dt", "and fps exclude each other; give one of them")
     dt = (
         1.0 / fields.number("fps", 0.5, 100.0)
         if "fps" in fields
@@ -363,9 +364,11 @@ def _action(fields: Fields) -> Action:
 
 
 def _limits(fields: Fields, joints: int) -> Limits:
-    given = "position" in fields
+    has_position = "position" in fields
     position = fields.child("position", optional=True)
-    low, high = (position.numbers(end, joints, optional=not given) for end in ("low", "high"))
+    low, high = (
+        position.numbers(end, joints, optional=not has_position) for end in ("low", "high")
+    )
     if not all(a < b for a, b in zip(low, high, strict=True)):
         raise position.error("low", f"is not below high for every joint: {low}, {high}")
     return Limits(
@@ -392,13 +395,13 @@ def _interfaces(fields: Fields) -> dict[str, ActionInterface]:
 
 
 def _check(config: RobotConfig, fields: Fields) -> None:
-    """What only holds between the parts."""
+    """Validate the rules between the parts of a file."""
     components = {component for parts in config.states.values() for component in parts}
     if config.arm.model is None:
         if config.action.kind == "ee_delta" or components & set(POSE_COMPONENTS):
             raise fields.error("arm.model", "is missing; ee_delta actions and tcp states need it")
         if not config.limits.low:
-            raise fields.error("limits.position", "is missing; without arm.model it must be given")
+            raise fields.error("limits.position", "is missing; without arm.model it is required")
     if config.action.kind != "ee_delta" and components & set(COMMAND_COMPONENTS):
         raise fields.error(
             "state", f"has {', '.join(COMMAND_COMPONENTS)}, which only ee_delta actions have"
@@ -414,7 +417,7 @@ def _check(config: RobotConfig, fields: Fields) -> None:
 
 
 def _check_inverses(config: RobotConfig, fields: Fields) -> None:
-    """Every mapping must come back from there and from here, all over what the robot does."""
+    """Check that every mapping is invertible in both directions, over the robot's whole range."""
     limits = config.limits
     joints = len(config.arm.joints)
     low = limits.low or (-math.pi,) * joints
@@ -432,7 +435,6 @@ def _check_inverses(config: RobotConfig, fields: Fields) -> None:
         ):
             if not np.all(np.abs(again - values) < INVERSE * np.abs(values[-1] - values[0])):
                 problem = (
-                    "is too large beside scale and limits: there and back the mapping loses more "
-                    "than"
+                    "is too large for scale and limits: the mapping there and back loses more than"
                 )
                 raise fields.error(key, f"{problem} {INVERSE:g} of its range")

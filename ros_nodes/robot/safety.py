@@ -1,20 +1,20 @@
-"""The last check of every command, free of ROS: what may be sent to the arm now, and why not more.
+"""The last check of every command before it is sent to the arm. Free of ROS.
 
-The rule of the pose. Motion starts, and restarts, only from a pose that has been trusted for 0.2 s:
-at least three joint states in a row that agree with each other within what the velocity limits
-allow, none further than `limits.step` from another. If that pose lies further than `limits.step`
-from the last trusted one, nothing restarts and `enable` is refused; only `reset` and then `enable`
-accept it. No command, and no hold, is further than `limits.step` from the last trusted pose, and a
-pose that turns out to be wrong is never repeated. States that stay wrong through both `reset` and
-`enable` cannot be detected.
+The pose rule: motion starts and restarts only from a pose that has been trusted for 0.2 s. Trust
+takes at least three consecutive joint states that agree within the velocity limits, with no two
+further apart than `limits.step`. If that pose is further than `limits.step` from the last trusted
+pose, nothing restarts and `enable` is refused; only `reset` followed by `enable` accepts it. No
+command and no hold is further than `limits.step` from the last trusted pose, and a pose that turns
+out to be wrong is never repeated. States that stay wrong through both `reset` and `enable` cannot
+be detected.
 
-A command passes in this order: latched stop, enabled, pose trusted and inputs fresh, the caller's
-own reason to hold, joint set, finite numbers; then it is clamped to the position limits, to the
-neighbourhood of the measured position, to the velocity and the acceleration limit. A hold repeats
-the last command, so an arm never stops by a jump; where the arm has left that command by more than
-`limits.step`, nothing is sent.
+The checks of a command, in order: latched stop, enabled, pose trusted and inputs fresh, the
+caller's own reason to hold, joint set, finite numbers. The command is then clamped to the position
+limits, to the neighbourhood of the measured position, to the velocity limit and to the acceleration
+limit. A hold repeats the last command, so the arm stops without a jump; if the arm has left that
+command by more than `limits.step`, nothing is sent.
 
-This is software: it is no safety-rated stop.
+This is software, not a safety-rated stop.
 """
 
 from __future__ import annotations
@@ -59,22 +59,22 @@ __all__ = [
     "SafetyLimits",
 ]
 
-# Longest time between two commands that counts for `max_velocity` [s]: after a stall the command
-# catches up slowly.
+# Longest time between two commands that counts for `max_velocity` [s]: after a stall, commands
+# catch up slowly.
 MAX_DT = 0.05
 
 
 class SafetyFilter:
-    """Decides every command. Disabled at first; the emergency stop is latched and disables.
+    """Checks every command. Motion is disabled at first, and by the latched emergency stop.
 
-    `reset` only unlatches: as on a machine, motion starts again by a separate `enable`.
+    `reset` only unlatches the stop; as on a machine, a separate `enable` starts motion again.
 
     Attributes:
         enabled: Whether motion is allowed (unless stopped).
         follows: Whether commands reach the arm; False in a dry run.
         stopped: Why the emergency stop is latched; None if it is not.
-        clamps: Kind -> commands that it changed.
-        holds: Code -> commands that were replaced by a hold.
+        clamps: Kind -> number of commands that it changed.
+        holds: Code -> number of commands that a hold replaced.
     """
 
     def __init__(self, limits: SafetyLimits) -> None:
@@ -85,7 +85,7 @@ class SafetyFilter:
         self.clamps: Counter[str] = Counter(dict.fromkeys(CLAMPS, 0))
         self.holds: Counter[str] = Counter()
         self._fault: Hold | None = Hold("no_joint_states", "no joint state has come yet")
-        # Joint states that cannot be true came while motion was enabled.
+        # Impossible joint states that arrived while motion was enabled.
         self._latched: Hold | None = None
         self._trust = PoseTrust(
             JointBounds(
@@ -107,12 +107,12 @@ class SafetyFilter:
 
     @property
     def measured(self) -> Array | None:
-        """Last trusted joint positions (J,) [rad]; None before the first."""
+        """Last trusted joint positions (J,) [rad]; None before the first one."""
         return None if self._trust.pose is None else self._trust.pose.copy()
 
     @property
     def last_command(self) -> Array | None:
-        """Last command (J,) [rad]; None before the first."""
+        """Last command (J,) [rad]; None before the first one."""
         return None if self._last is None else self._last.copy()
 
     def measure(
@@ -120,12 +120,12 @@ class SafetyFilter:
     ) -> Hold | None:
         """Take a joint state.
 
-        While motion is enabled, a state that cannot be true is latched until `enable`.
+        While motion is enabled, an impossible state is latched until `enable`.
 
         Args:
-            names: Joints in any order; those that are not in the limits are ignored.
-            positions: One for each name [rad].
-            stamps: When each joint was measured [s], or one time for all.
+            names: Joints in any order; joints without limits are ignored.
+            positions: One position per name [rad].
+            stamps: Time at which each joint was measured [s], or one time for all.
 
         Returns:
             Why the pose is not trusted now; None if it is.
@@ -154,8 +154,9 @@ class SafetyFilter:
         return self._latched or self._fault or self._untrusted()
 
     def pose_fault(self, age: float | None) -> Hold | None:
-        """Why the arm's pose is not known, or None; `age` of the newest joint state [s], None if
-        none came.
+        """Return why the arm's pose is unknown, or None.
+
+        `age` is the age of the newest joint state [s]; None if none has arrived.
         """
         return (
             self._latched
@@ -165,13 +166,13 @@ class SafetyFilter:
         )
 
     def enable(self, age: float | None, *, moving: bool = False) -> Hold | None:
-        """Allow motion from the measured position on; forgets what is latched and what the gripper
-        was told.
+        """Allow motion from the measured position on; clear the latched fault and the gripper's
+        command.
 
         Args:
             age: As in `pose_fault`.
-            moving: The arm is in motion under this filter's commands, which go on from the last
-                one: the measured position is behind it.
+            moving: Whether the arm is in motion under this filter's commands. They then continue
+                from the last command, because the measured position lags behind it.
 
         Returns:
             Why motion is not allowed; None if it is.
@@ -194,36 +195,37 @@ class SafetyFilter:
         return None
 
     def restart(self, age: float | None) -> Hold | None:
-        """Go on from the measured position without an operator: as `enable`, but what is latched
-        stays so.
+        """Continue from the measured position without an operator: as `enable`, but a latched fault
+        refuses it.
         """
         return self._latched or self.enable(age)
 
     def disable(self, why: str = NOT_ENABLED) -> None:
-        """Hold until `enable`; the first reason stays while motion is disabled."""
+        """Hold until `enable`; while motion is disabled, the first reason is retained."""
         if self.enabled or why != NOT_ENABLED:
             self._why_disabled = why
         self.enabled = False
 
     def estop(self, reason: str = "requested") -> None:
-        """Latch the stop. The first reason stays."""
+        """Latch the stop; the first reason is retained."""
         self.stopped = self.stopped or reason
         self.disable()
 
     def reset(self) -> str:
-        """Unlatch the stop and accept the pose in which the joint states settle; motion still needs
-        `enable`.
+        """Unlatch the stop and accept the pose at which the joint states settle.
+
+        Motion still needs `enable`.
 
         Returns:
-            How that pose differs from the last trusted one; "" if it does not, or none has settled
-            yet.
+            How that pose differs from the last trusted one; "" if it does not, or if no pose has
+            settled yet.
         """
         elsewhere = self._trust.elsewhere
         self.stopped = None
         self._trust.accept()
         return elsewhere
 
-    # ---- the decision ----------------------------------------------------------------------------
+    # ---- commands --------------------------------------------------------------------------------
 
     def command(
         self,
@@ -234,15 +236,15 @@ class SafetyFilter:
         ages: Mapping[str, float | None],
         hold: Hold | None = None,
     ) -> Decision:
-        """Judge one command.
+        """Check one command.
 
         Args:
-            positions: (J,) wanted [rad]; None only together with `hold`.
-            gripper: Wanted opening [m]; None keeps the last one.
+            positions: Requested positions (J,) [rad]; None only together with `hold`.
+            gripper: Requested opening [m]; None repeats the last one.
             dt: Time since the last command [s]. The command changes by at most ``max_velocity *
                 min(dt, MAX_DT)``.
-            ages: Input name -> age [s], None if it never came. Every input in ``limits.timeouts``
-                is checked.
+            ages: Input name -> age [s], None if it never arrived. Every input in
+                ``limits.timeouts`` is checked.
             hold: The caller's own reason to hold: "starved", a worker that failed, ...
 
         Returns:
@@ -291,7 +293,7 @@ class SafetyFilter:
 
     @property
     def stopping_distance(self) -> Array:
-        """How far (J,) the joints get while they brake from the last command [rad]; 0 without
+        """Distance (J,) of the joints while they brake from the last command [rad]; 0 without
         `max_acceleration`.
         """
         brake = self.limits.max_acceleration
@@ -299,13 +301,13 @@ class SafetyFilter:
 
     @property
     def forbidden(self) -> Hold | None:
-        """Why an operator does not allow motion; None if it is allowed."""
+        """Why motion is not allowed by an operator; None if it is allowed."""
         if self.stopped is not None:
             return Hold("estop", f"emergency stop ({self.stopped})")
         return None if self.enabled else Hold("disabled", self._why_disabled)
 
     def _untrusted(self) -> Hold | None:
-        """Why the newest joint state is not trusted."""
+        """Return why the newest joint state is not trusted; None if it is."""
         if self._trust.trusted:
             return None
         elsewhere = self._trust.elsewhere
@@ -315,7 +317,7 @@ class SafetyFilter:
         return Hold(UNSETTLED, self._trust.unsettled)
 
     def _held(self, age: float | None) -> Array | None:
-        """The last command (J,) [rad]; None where repeating it could move the arm."""
+        """Return the last command (J,) [rad]; None if repeating it could move the arm."""
         last = self._last
         pose = self._trust.pose
         if not self.limits.commands_joints:

@@ -1,5 +1,5 @@
-"""Checks of one value each: how old an input is, whether a command can be executed at all, how far
-it may go.
+"""Checks of single values: the age of an input, whether a command can be executed, and how far it
+may go.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from ceed_vla.ros_nodes.robot.safety_limits import SafetyLimits
 
 
 def age_fault(limits: SafetyLimits, name: str, age: float | None) -> Hold | None:
-    """Why the input `name` cannot be used at this `age` [s], None if it never came; None if it
-    can.
+    """Return why the input `name` cannot be used at this `age` [s]; None if it can be used.
+
+    An `age` of None means that the input never arrived.
     """
     limit = limits.timeouts[name]
     if age is None:
@@ -31,12 +32,12 @@ def age_fault(limits: SafetyLimits, name: str, age: float | None) -> Hold | None
 def command_fault(
     limits: SafetyLimits, wanted: Array, gripper: float | None, dt: float
 ) -> Hold | None:
-    """Why a command cannot be executed; None if it can.
+    """Return why a command cannot be executed; None if it can.
 
     Args:
-        limits: Of the arm.
+        limits: Limits of the arm.
         wanted: Joint positions of the command, of any shape [rad].
-        gripper: Opening [m]; None keeps the last one.
+        gripper: Opening [m]; None repeats the last one.
         dt: Time since the last command [s].
     """
     if not dt > 0:  # NaN too
@@ -52,21 +53,21 @@ def command_fault(
 def clamp(
     limits: SafetyLimits, wanted: Array, *, last: Array, measured: Array, speed: Array, dt: float
 ) -> tuple[Array, tuple[str, ...]]:
-    """The nearest command to `wanted` within position and step limits.
+    """Return the nearest command to `wanted` within the position and step limits.
 
-    It is further from the last command than the velocity allows only where the arm was moved away
-    from that command.
+    Its distance from the last command exceeds what the velocity limit allows only if the arm was
+    moved away from that command.
 
     Args:
-        limits: Of the arm.
-        wanted: (J,) [rad].
+        limits: Limits of the arm.
+        wanted: Requested positions (J,) [rad].
         last: The last command (J,) [rad].
         measured: The last trusted pose (J,) [rad].
-        speed: Of the last command (J,) [rad/s].
+        speed: Velocity of the last command (J,) [rad/s].
         dt: Time since the last command [s].
 
     Returns:
-        The command (J,) [rad], and which of `CLAMPS` changed it.
+        The command (J,) [rad], and the names in `CLAMPS` of the limits that changed it.
     """
     clamped = []
     reach = limits.max_velocity * dt
@@ -75,7 +76,7 @@ def clamp(
     highest = np.minimum(limits.position_high, measured + step)
     slowest = last - reach
     fastest = last + reach
-    if limits.max_acceleration is not None:  # never faster than what can stop where it must
+    if limits.max_acceleration is not None:  # slow enough to stop at the target or the limits
         gain = limits.max_acceleration * dt
         way = np.clip(wanted, lowest, highest) - last
         stop = np.sqrt(gain**2 + 2.0 * limits.max_acceleration * np.abs(way)) - gain
@@ -91,14 +92,14 @@ def clamp(
         if not np.array_equal(inside, wanted):
             clamped.append(kind)
         wanted = inside
-    # Braking must not lead away from the measured position, nor a position outside the limits out
-    # of them.
+    # Braking must not lead away from the measured position, and must not take a position that is
+    # outside the limits further outside.
     return np.clip(wanted, lowest, highest), tuple(clamped)
 
 
 def displaced(limits: SafetyLimits, last: Array, pose: Array) -> Hold:
-    """The hold of an arm that something else has moved to `pose` (J,) [rad], away from the `last`
-    command (J,) [rad].
+    """Return the hold for an arm that was moved to `pose` (J,) [rad], away from the `last` command
+    (J,) [rad].
     """
     way = np.abs(last - pose) - limits.max_step
     joint = int(way.argmax())

@@ -1,4 +1,4 @@
-"""The limits that `SafetyFilter` enforces, validated when they are made."""
+"""The limits that `SafetyFilter` enforces, validated on construction."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.pose_trust import PHYSICAL_VELOCITY
 
-JOINT_STATES = "joint_states"  # the input that every arm has
-NEAR = 1e-9  # rounding of a distance that may be `limits.step` [rad]
+JOINT_STATES = "joint_states"  # the input of every arm
+NEAR = 1e-9  # rounding error of a distance that may equal `limits.step` [rad]
 _ARRAYS = ("position_low", "position_high", "max_velocity", "max_step", "physical_velocity")
 
 
 @dataclass(frozen=True)
 class SafetyLimits:
-    """What an arm may do.
+    """The limits of an arm.
 
     Raises:
-        ConfigError: Wrong lengths, limits that are not finite or in the wrong order, a timeout that
+        ConfigError: Arrays have wrong lengths, limits are not finite or not in order, or a timeout
             is not positive.
     """
 
@@ -36,13 +36,13 @@ class SafetyLimits:
     timeouts: Mapping[str, float]
     gripper_low: float = 0.0  # opening [m]
     gripper_high: float = 0.1  # opening [m]
-    # (J,) that the joints reach physically [rad/s], for `PoseTrust`; empty: the larger of
-    # `max_velocity` and `PHYSICAL_VELOCITY`.
+    # (J,) largest physical velocities [rad/s], for `PoseTrust`; empty: the larger of `max_velocity`
+    # and `PHYSICAL_VELOCITY`.
     physical_velocity: Array = field(default_factory=lambda: np.empty(0))
-    # (J,) of commands [rad/s^2]; a hold stops at once all the same
+    # (J,) acceleration of commands [rad/s^2]; a hold stops at once regardless
     max_acceleration: Array | None = None
     # Whether commands are joint positions. A twist moves the tool and leaves the posture to its
-    # controller, so that the commanded joints may differ from the measured ones; its hold is a zero
+    # controller, so the commanded joints may differ from the measured ones; its hold is a zero
     # twist.
     commands_joints: bool = True
 
@@ -73,8 +73,8 @@ class SafetyLimits:
             )
 
     def _checked_array(self, name: str) -> Array:
-        """A copy (J,) of the limit `name`: one finite number for each joint, positive unless it is
-        a position.
+        """Return a copy (J,) of the limit `name`, with one finite number per joint, positive unless
+        it is a position.
         """
         value = np.array(getattr(self, name), dtype=np.float64)
         if value.shape != (len(self.joint_names),) or not np.isfinite(value).all():

@@ -1,8 +1,8 @@
-"""Runs a node until SIGINT or SIGTERM without taking the ground from under its callbacks.
+"""Runs a node until SIGINT or SIGTERM, and ends it without interrupting its callbacks.
 
-rclpy's own handlers shut the context down while a callback may be publishing, which then fails.
-Here a signal only ends the loop: callbacks finish, and the node can still say something before it
-goes.
+rclpy's own signal handlers shut the context down while a callback may be publishing, which then
+fails. Here a signal only ends the loop: callbacks finish, and the node can still publish before it
+is destroyed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,25 @@ from ceed_vla.errors import CeedVLAError
 from ceed_vla.ros_nodes.robot.texts import short
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
-_LARGEST_KEPT = 2**25  # blocks; the most that glibc takes [B]
-_MOST_KEPT = 2**28  # of free memory [B]
-# longest time between a signal and the end of the loop, without any message or timer [s]
+_LARGEST_BLOCK = 2**25  # largest block that is not returned; glibc's maximum [B]
+_MOST_FREE = 2**28  # largest amount of free memory that is not returned [B]
+# longest time between a signal and the end of the loop if no message or timer comes [s]
 _POLL = 0.2
 
 
 def raise_priority(priority: int, *, only_this_thread: bool, second: int | None = None) -> str:
-    """Let this process's threads go before all that run without real-time priority, as
-    ros2_control's manager does.
+    """Schedule the threads of this process before all threads without real-time priority.
 
-    The thread `second` comes right behind them: commands do not wait for its work, and while it
-    holds the interpreter's lock it does not wait for other processes. Threads and processes that
-    are started later do not inherit it. The `priority` is of SCHED_FIFO, from 1 up; 0 leaves
-    everything as it is. Returns how this thread is scheduled now, and why not better.
+    ros2_control's manager does the same. Threads and processes that start later do not inherit it.
+
+    Args:
+        priority: Priority of SCHED_FIFO, from 1 up; 0 changes nothing.
+        only_this_thread: Whether only the calling thread gets the priority.
+        second: A thread that gets a priority one lower. Commands then need not wait for its work,
+            and other processes cannot interrupt it while it has the interpreter's lock.
+
+    Returns:
+        How the calling thread is scheduled now, with the reason if real-time priority failed.
     """
     if not priority:
         return "normal"
@@ -57,26 +62,31 @@ def raise_priority(priority: int, *, only_this_thread: bool, second: int | None 
 
 
 def keep_memory() -> None:
-    """Let this process keep the memory that messages free, instead of returning it to the system.
+    """Let this process retain the memory that messages free, instead of returning it to the system.
 
-    glibc returns large blocks at once and every page of the next message is faulted in anew: taking
-    an image of 6 MB (1920 x 1080 pixels, raw) then takes 12 ms of the command thread instead of
-    1.5. Other libraries have no such call.
+    glibc returns large blocks at once, and then every page of the next message is faulted in again:
+    taking an image of 6 MB (1920 x 1080 pixels, raw) then takes 12 ms of the command thread instead
+    of 1.5. Other C libraries have no such call.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((_MMAP_THRESHOLD, _LARGEST_KEPT), (_TRIM_THRESHOLD, _MOST_KEPT)):
+        for option, value in ((_MMAP_THRESHOLD, _LARGEST_BLOCK), (_TRIM_THRESHOLD, _MOST_FREE)):
             mallopt(option, value)
 
 
 def run(make_node: Callable[[], Node], name: str, arguments: Sequence[str] | None = None) -> int:
-    """Make a node and spin it in this, the main thread.
+    """Create a node and spin it in the calling thread, which must be the main thread.
 
-    The executor is the single-threaded one by measurement: the multi-threaded one loses ticks (12 %
-    of 100 Hz on two cores), and the events one has no guard conditions.
+    Measurements chose the single-threaded executor: the multi-threaded one loses ticks (12 % of
+    100 Hz on two cores), and the events executor has no guard conditions.
 
-    `arguments` are the command line with the program's `name`; None takes `sys.argv`. Returns the
-    exit code: 0, or 1 if the node cannot start; then one line says why.
+    Args:
+        make_node: Creates the node.
+        name: Name of the program in error messages.
+        arguments: Command line with the program's name; None uses `sys.argv`.
+
+    Returns:
+        The exit code: 0, or 1 if the node cannot start; one line on stderr then has the reason.
     """
     received: list[int] = []
     for number in (

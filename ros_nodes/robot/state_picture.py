@@ -1,7 +1,8 @@
 """Writes the picture and the tables of the controller's states from `controller_states`.
 
 ``python -m ceed_vla.ros_nodes.robot.state_picture`` rewrites docs/images/controller_states.svg and
-the section "The states of the controller" of docs/robots.md, in a clone of the repository.
+the section "The states of the controller" of docs/explanation/safety.md, in a clone of the
+repository.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from ceed_vla.ros_nodes.robot.controller_states import (
 COMMAND = "python -m ceed_vla.ros_nodes.robot.state_picture"
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs" / "images" / "controller_states.svg"
-PAGE = ROOT / "docs" / "robots.md"
-HEADING = "### The states of the controller\n"
+PAGE = ROOT / "docs" / "explanation" / "safety.md"
+HEADING = "## The states of the controller\n"
 NEXT_HEADING = "\n## "  # ends the section
 
 INTRODUCTION = """\
-For readers of `ros_nodes/robot/controller.py`: what the node does from tick to tick. The second
-table is the code's own, `TRANSITIONS` in `ros_nodes/robot/controller_states.py`; any other
-transition is an error. The state changes at ticks, and at once where `~/enable` or `~/go_home` is
-accepted while commands are sent. `policy/state` shows the same states to operators, with three
-differences: `moving` includes homing; silence is `disabled`, or `holding` where motion is allowed;
-and what operators forbid shows before the tick that acts on it."""
+This section is for readers of `ros_nodes/robot/controller.py`. The controller is a state machine
+that runs once per tick. The second table is `TRANSITIONS` in
+`ros_nodes/robot/controller_states.py`; any other transition raises an error. The state changes at
+ticks, and immediately when `~/enable` or `~/go_home` is accepted while commands are sent.
+
+`policy/state` publishes the same states for operators, with three differences: `moving` includes
+`homing`; `silent` is published as `disabled`, or as `holding` if motion is allowed; and a call that
+forbids motion shows before the tick that acts on it."""
 
 type Point = tuple[float, float]  # x to the right and y down [px]
 
@@ -87,8 +90,10 @@ def picture() -> str:
 
 
 def section() -> str:
-    """The section of docs/robots.md, from its heading to the empty line before the next one."""
-    name = PICTURE.relative_to(PAGE.parent)
+    """The section of docs/explanation/safety.md, from its heading to the empty line before the next
+    heading. Its layout is the one that the formatter of the docs writes.
+    """
+    name = PICTURE.relative_to(PAGE.parent, walk_up=True)
     lines = [
         HEADING,
         INTRODUCTION,
@@ -96,14 +101,14 @@ def section() -> str:
         f"![The states of the controller and the events between them]({name.as_posix()})",
         "",
         "| state | meaning |",
-        "|---|---|",
+        "| -- | -- |",
         *(f"| {state} | {state.meaning} |" for state in ControllerState),
         "",
         "| event | when | from | to | what the controller does |",
-        "|---|---|---|---|---|",
+        "| -- | -- | -- | -- | -- |",
         *_table_rows(),
         "",
-        f"Picture and tables are made by `{COMMAND}`.",
+        f"`{COMMAND}` generates the picture and the tables.",
         "",
     ]
     return "\n".join(lines)

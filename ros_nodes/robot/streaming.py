@@ -1,5 +1,5 @@
-"""The command stream of an active policy node: publishers, and the timers that feed and watch
-them.
+"""The command stream of an active policy node: its publishers, and the timers that drive and
+monitor them.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from ceed_vla.ros_nodes.robot.messages import COMMAND, clock_time
 from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup
 from ceed_vla.ros_nodes.robot.safety import Decision
 
-CONFLICT_PERIOD = 0.2  # how often other commanders are looked for [s]
-GRIPPER_PERIOD = 0.1  # an unchanged gripper command is repeated this often [s]
+CONFLICT_PERIOD = 0.2  # time between two checks for other commanders [s]
+GRIPPER_PERIOD = 0.1  # time after which an unchanged gripper command is repeated [s]
 
 
 def command_message(
     setup: PolicySetup, decision: Decision | None, last: Decision | None, stamp: Time
 ) -> Any | None:
-    """What the arm's controller is sent for a decision that follows the `last` one; None to send
-    nothing.
+    """Return the message to the arm's controller for a decision that follows the `last` one; None
+    to send nothing.
     """
     measured = setup.safety.measured
     if decision is None or decision.positions is None or measured is None:
         return None
     speeds = np.zeros_like(decision.positions)
     if last is not None and last.positions is not None and decision.hold is None:
-        limit = setup.safety.limits.max_velocity  # a late command catches up by a longer step
+        limit = setup.safety.limits.max_velocity  # a late command follows by a longer step
         speeds = np.clip((decision.positions - last.positions) / setup.arm.period, -limit, limit)
     return setup.interface.message(Command(decision.positions, speeds, measured, stamp), setup.arm)
 
 
 class Streaming:
-    """Sends what the controller decides; `steady` is the clock of the timers, unless the time is a
-    simulation's.
+    """Sends the controller's decisions.
 
-    `told` is called after every tick. In a dry run nothing is sent to the arm:
-    ``~/preview_command`` has what would be, ``~/planned`` the rest of every chunk that takes over.
+    Ticks are timed by the clock `steady`, or by simulated time with use_sim_time. `told` is called
+    after every tick. A dry run sends nothing to the arm: ``~/preview_command`` has the commands
+    instead, and ``~/planned`` the rest of every chunk that takes over.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Streaming:
         self._commands = node.create_publisher(interface.message_type, topic, COMMAND)
         self._publishers = [self._commands]
         self._planned = None
-        self._shown = 0  # the chunk that ~/planned had last
+        self._shown = 0  # the last chunk on ~/planned
         if self._dry:
             self._planned = node.create_publisher(JointTrajectory, "~/planned", COMMAND)
             self._publishers.append(self._planned)
@@ -74,10 +74,10 @@ class Streaming:
                 node.create_publisher(Float64MultiArray, gripper.topic, COMMAND)
             )
         self._gripped: tuple[float, float] | None = None  # last opening [m], and when [s]
-        self._ticked = time.monotonic()  # when the last tick came
+        self._ticked = time.monotonic()  # time of the last tick [s]
         self._last: Decision | None = None
         clock = node.get_clock() if self._simulated else steady
-        self._paced = time.monotonic(), self.now()  # when others were looked for last
+        self._paced = time.monotonic(), self.now()  # time of the last check for other commanders
         self._ticks = node.create_timer(setup.arm.period, self._tick, clock=clock)
         self._looks = node.create_timer(CONFLICT_PERIOD, self._look_for_others, clock=steady)
 
@@ -86,7 +86,7 @@ class Streaming:
         return clock_time(self._node) if self._simulated else time.monotonic()
 
     def end(self) -> None:
-        """Hold once more and stop."""
+        """Repeat the pose once more and stop."""
         self._node.destroy_timer(self._ticks)
         self._node.destroy_timer(self._looks)
         self._send(self._setup.controller.end(clock_time(self._node)))
@@ -101,11 +101,11 @@ class Streaming:
         period = round(1e9 * controller.grid.period)
         if period != self._ticks.timer_period_ns:
             self._ticks.timer_period_ns = period
-        self._show_plan(controller)
+        self._show_chunk(controller)
         self._told()
 
-    def _show_plan(self, controller: PolicyController) -> None:
-        """In a dry run: where the chunk that has just taken over would move arm and gripper."""
+    def _show_chunk(self, controller: PolicyController) -> None:
+        """In a dry run, publish the motion of arm and gripper that a new chunk would command."""
         chunk, _ = controller.stream.upcoming
         if chunk in (0, self._shown) or self._planned is None or controller.stream.partial:
             return
@@ -141,8 +141,8 @@ class Streaming:
             self._gripped = opening, now
 
     def _look_for_others(self) -> None:
-        """Two commanders would pull the arm to and fro: then nothing is sent. Also measure how fast
-        simulated time runs.
+        """Check for other commanders, with which the arm would move to and fro; if there are any,
+        nothing is sent. Also measure the pace of simulated time.
         """
         self._measure_pace()
         self._setup.controller.note_conflict(self._other_commanders() or self._other_drivers())
@@ -150,7 +150,7 @@ class Streaming:
             self._setup.controller.watch_ticks(time.monotonic() - self._ticked)
 
     def _measure_pace(self) -> None:
-        """How many real seconds a second of the step grid takes."""
+        """Measure the number of real seconds per second of the step grid."""
         wall_before, before = self._paced
         wall = time.monotonic()
         now = self.now()
@@ -160,7 +160,7 @@ class Streaming:
             self._setup.controller.stream.pace = (wall - wall_before) / passed
 
     def _other_commanders(self) -> str | None:
-        """Which nodes publish on a command topic of this node too."""
+        """Return which other nodes publish on a command topic of this node."""
         topics = [publisher.topic_name for publisher in self._publishers]
         crowded = [topic for topic in topics if self._node.count_publishers(topic) > 1]
         if not crowded:
@@ -171,9 +171,9 @@ class Streaming:
         return f"{others} publishes on {', '.join(crowded)} too; end one of them"
 
     def _other_drivers(self) -> str | None:
-        """Which joints have more than one publisher, and which nodes that may be."""
+        """Return which joints have several publishers, and which nodes these may be."""
         topic = self._node.resolve_topic_name(self._setup.robot.joint_states)
-        if self._node.count_publishers(topic) < 2:  # a tenth of the time that their names take
+        if self._node.count_publishers(topic) < 2:  # takes a tenth of the time to read their names
             return None
         nodes = self._publishers_of(topic)
         shared = self._setup.sources.shared(len(nodes), time.monotonic())
@@ -185,6 +185,6 @@ class Streaming:
         )
 
     def _publishers_of(self, topic: str) -> list[str]:
-        """The full names of the nodes that publish on a topic, one for each publisher."""
+        """Return the full names of the nodes that publish on a topic, one per publisher."""
         found = self._node.get_publishers_info_by_topic(topic)
         return [f"{one.node_namespace.rstrip('/')}/{one.node_name}" for one in found]

@@ -1,4 +1,4 @@
-"""Read a YAML file field by field, with errors that name the file, the key and what is allowed."""
+"""Reads a YAML file field by field; errors name the file, the key and the allowed values."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.texts import LONGEST, short, shown
 
 _MISSING: Any = object()
-HUGE = 1e6  # m, rad or anything per second: sums and squares of such numbers are finite
+HUGE = 1e6  # m, rad or anything per second; sums and squares of smaller numbers are finite
 _LARGEST_FILE = 100_000  # [bytes]
 TOPIC = re.compile(r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*")
 
 
 class Fields:
-    """One mapping of a YAML file; `source` and `path`, "action.workspace", say in messages
-    which.
-    """
+    """One mapping of a YAML file; errors name `source` and `path`, such as "action.workspace"."""
 
     def __init__(self, source: Path, path: str, values: Any) -> None:
         if not isinstance(values, dict):
@@ -36,16 +34,14 @@ class Fields:
 
     @classmethod
     def read(cls, file: Path) -> Fields:
-        """The top of a file, read as the command line reads values: YAML 1.2 without aliases or
-        repeated keys.
-        """
+        """Read a file: YAML 1.2 without aliases or repeated keys, as on the command line."""
         try:
             if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
-                raise ConfigError(f"it is no file of at most {_LARGEST_FILE} bytes")
+                raise ConfigError(f"it must be a file of at most {_LARGEST_FILE} bytes")
             values = read_yaml(file.read_text(encoding="utf-8"), short(file))
         except UsageError as error:
             raise ConfigError(short(error, 2 * LONGEST)) from error
-        # too deep, impossible dates, ...: YAML's constructors raise anything
+        # nested too deeply, impossible dates, ...: YAML's constructors raise many types
         except Exception as error:
             reason = short(error) or type(error).__name__
             raise ConfigError(f"{short(file)} cannot be read: {reason}") from error
@@ -58,7 +54,7 @@ class Fields:
         return iter(self._values)
 
     def flat(self) -> dict[str, Any]:
-        """Every value below by its whole name, "limits.step"."""
+        """Return every value by its full name, such as "limits.step"."""
         found: dict[str, Any] = {}
         for key, value in self._values.items():
             below = (
@@ -70,31 +66,31 @@ class Fields:
         return found
 
     def error(self, key: str, problem: str) -> ConfigError:
-        """An error about `key`; raise it."""
+        """Return an error about `key`, for the caller to raise."""
         return ConfigError(f"{self.source}: {short(self._name(key))} {problem}.")
 
     def child(self, key: str, *, optional: bool = False) -> Fields:
-        """The mapping below `key`; an empty one if it is optional and absent."""
+        """Return the mapping below `key`; an empty one if it is optional and absent."""
         value = self._get(key, {} if optional else _MISSING)
         self._children.append(Fields(self.source, self._name(key), value))
         return self._children[-1]
 
     def children(self) -> Iterator[tuple[str, Fields]]:
-        """Every key with the mapping below it."""
+        """Iterate over the keys with the mappings below them."""
         for key in self:
             yield key, self.child(key)
 
     def text(self, key: str, default: str = _MISSING, choices: Sequence[str] = ()) -> str:
-        """A string, one of `choices` if there are any."""
+        """Return a string; one of `choices` if there are any."""
         value = self._get(key, default)
         if not isinstance(value, str) or (not value and default != ""):
-            raise self.error(key, f"is {shown(value)}; give a text")
+            raise self.error(key, f"is {shown(value)}; give a string")
         if choices and value not in choices:
             raise self.error(key, f"is {shown(value)}; choose one of {', '.join(choices)}")
         return value
 
     def topic(self, key: str) -> str:
-        """A name that ROS takes for a topic."""
+        """Return a valid ROS topic name."""
         value = self.text(key)
         if not TOPIC.fullmatch(value) or len(value) > LONGEST:
             raise self.error(
@@ -105,14 +101,14 @@ class Fields:
     def texts(
         self, key: str, choices: Sequence[str] = (), default: tuple[str, ...] = _MISSING
     ) -> tuple[str, ...]:
-        """A list of different strings."""
+        """Return a list of different strings."""
         value = self._get(key, default)
         if not isinstance(value, list | tuple) or not all(
             isinstance(item, str) and item for item in value
         ):
-            raise self.error(key, f"is {shown(value)}; give a list of texts")
+            raise self.error(key, f"is {shown(value)}; give a list of strings")
         if len(set(value)) != len(value):
-            raise self.error(key, f"is {shown(value)}; a value is there twice")
+            raise self.error(key, f"is {shown(value)}; it has a duplicate value")
         unknown = [item for item in value if choices and item not in choices]
         if unknown:
             raise self.error(
@@ -129,7 +125,7 @@ class Fields:
     def number(
         self, key: str, low: float = -HUGE, high: float = HUGE, default: float = _MISSING
     ) -> float:
-        """A finite number in [low, high]."""
+        """Return a finite number in [low, high]."""
         return self._number(key, self._get(key, default), low, high)
 
     def numbers(
@@ -141,7 +137,7 @@ class Fields:
         *,
         optional: bool = False,
     ) -> tuple[float, ...]:
-        """A list of `length` finite numbers in [low, high]; empty if it is optional and absent."""
+        """Return `length` finite numbers in [low, high]; none if optional and absent."""
         if optional and key not in self:
             return ()
         value = self._get(key, _MISSING)
@@ -150,9 +146,7 @@ class Fields:
         return tuple(self._number(key, item, low, high) for item in value)
 
     def finish(self) -> None:
-        """Refuse keys that nobody took, here or further down: a misspelt limit must not be
-        ignored.
-        """
+        """Refuse keys that were not read, here or below: a misspelt limit must not be ignored."""
         for child in self._children:
             child.finish()
         unknown = [key for key in self._values if key not in self._taken]
@@ -171,7 +165,7 @@ class Fields:
         return value
 
     def _number(self, key: str, value: Any, low: float, high: float) -> float:
-        # of any size, unlike a float
+        # an integer of any size, which a float may not be able to represent
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole and not (isinstance(value, float) and math.isfinite(value)):
             raise self.error(key, f"has {shown(value)}; give a finite number")

@@ -1,1 +1,1 @@
-"""A simulated robot behind the topics of a real one."""
+"""A simulated robot with the topics of a real one."""

@@ -1,4 +1,4 @@
-"""What a ros2_control robot would do with a command message, done to the simulated robot."""
+"""Applies a command message to the simulated robot, as a ros2_control robot would."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ceed_vla.ros_nodes.simulated.robot import SimRobot
 
 
 def obey(robot: SimRobot, message: Any, now: float) -> None:
-    """Positions (Float64MultiArray), trajectories or twists; `now` is the clock of the stamps [s].
+    """Execute positions (Float64MultiArray), a trajectory or a twist.
 
-    `SimulationError` for a message that a controller would refuse.
+    `now` is the time on the clock of the stamps [s]. `SimulationError`: A controller would refuse
+    the message.
     """
     if isinstance(message, TwistStamped):
         linear, angular = message.twist.linear, message.twist.angular

@@ -1,8 +1,8 @@
-"""Turn commands into joint set-points on the simulated robot, after ros2_control's and MoveIt
-Servo's controllers.
+"""Controllers that turn commands into joint set-points on the simulated robot, modelled on those of
+ros2_control and MoveIt Servo.
 
-Every controller answers ``setpoint(now)``: joint positions (J,) [rad] at a time, or None when its
-commands have stopped and the arm shall hold where it is. Free of ROS.
+Every controller has ``setpoint(now)``: joint positions (J,) [rad] at a time, or None if its
+commands have stopped and the arm must hold where it is. Free of ROS.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ceed_vla.kinematics import ArmKinematics, Array, turn_matrix
 
 
 class ForwardPosition:
-    """Sends positions (J,) [rad] straight to the joints, like a forward_command_controller, until
-    they expire [s].
+    """Sends positions (J,) [rad] to the joints until the time `until` [s], like a
+    forward_command_controller.
     """
 
     def __init__(self, positions: Array, until: float) -> None:
@@ -27,16 +27,18 @@ class ForwardPosition:
 
 
 class Trajectory:
-    """Follows way-points like a joint_trajectory_controller: cubic with velocities, linear without,
-    rests at the end.
+    """Follows way-points like a joint_trajectory_controller: cubic with velocities, linear without;
+    it rests at the end.
 
     Args:
-        start: Time of the way-points' zero [s].
-        now: Time of arrival [s]; way-points before it are dropped.
-        joints, velocities: (J,) set-point at `now` [rad], [rad/s].
-        times: (P,) of the way-points after `start` [s]; `SimulationError` for what such a
-            controller rejects.
-        points, slopes: (P, J) finite [rad], [rad/s]; no `slopes` for straight lines.
+        start: Time to which `times` are relative [s].
+        now: Time of arrival [s]; earlier way-points are dropped.
+        joints, velocities: Set-point (J,) at `now` [rad], [rad/s].
+        times: Times (P,) of the way-points after `start` [s].
+        points, slopes: Way-points (P, J), finite [rad], [rad/s]; `slopes` is None for straight
+            lines.
+
+    `SimulationError`: A joint_trajectory_controller would reject the trajectory.
     """
 
     def __init__(
@@ -73,8 +75,8 @@ class Trajectory:
         return self.sample(now)[0]
 
     def sample(self, now: float) -> tuple[Array, Array]:
-        """Position (J,) [rad] and velocity (J,) [rad/s] at `now`; past the end, the last
-        way-point.
+        """Return position (J,) [rad] and velocity (J,) [rad/s] at `now`; after the end, the last
+        way-point's.
         """
         if now >= self._times[-1]:
             return self._points[-1], np.zeros_like(self._points[-1])
@@ -99,9 +101,9 @@ class Trajectory:
 
 class ServoTwist:
     """Integrates a TCP twist in the base frame and solves for the joints, like MoveIt Servo, until
-    no more twists come.
+    twists stop.
 
-    The first twist comes at `now` [s]; `joints` (J,) is the set-point to start from [rad].
+    The first twist arrives at `now` [s]; `joints` (J,) is the initial set-point [rad].
     """
 
     def __init__(self, arm: ArmKinematics, now: float, joints: Array) -> None:
@@ -114,7 +116,7 @@ class ServoTwist:
         self._until = now
 
     def command(self, linear: Array, angular: Array, until: float) -> None:
-        """Move on with a twist (3,) [m/s], (3,) [rad/s] until it expires [s]."""
+        """Continue with a twist (3,) [m/s], (3,) [rad/s] until it expires [s]."""
         self._linear = linear
         self._angular = angular
         self._until = until
@@ -134,13 +136,14 @@ Controller = ForwardPosition | Trajectory | ServoTwist
 
 
 def finite(what: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """`values` as an array of `shape`; `SimulationError` for another one, NaN or infinite
-    values.
+    """Return `values` as an array of `shape`.
+
+    `SimulationError`: The shape differs, or a value is NaN or infinite.
     """
     try:
         array = np.array(values, dtype=np.float64)
     except ValueError as error:
-        raise SimulationError(f"The {what} are no array of shape {shape}: {error}.") from error
+        raise SimulationError(f"The {what} are not an array of shape {shape}: {error}.") from error
     if array.shape != shape:
         raise SimulationError(f"The {what} have shape {array.shape}; it must be {shape}.")
     if not np.isfinite(array).all():

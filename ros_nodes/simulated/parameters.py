@@ -9,18 +9,28 @@ SIM_PARAMETERS = (
         "task", "mixed", "Task family of the next episode.", LIVE, choices=("mixed", *TASKS)
     ),
     NodeParameter(
-        "seed", 0, "Seed of the next episode; it decides everything.", LIVE, (0, 2**31 - 1)
+        "seed",
+        0,
+        "Seed of the next episode; it determines the whole episode.",
+        LIVE,
+        (0, 2**31 - 1),
     ),
     NodeParameter("advance_seed", False, "Add 1 to the seed before every reset.", LIVE),
     NodeParameter(
-        "split", "train", "Combinations of colours and phrasings.", START, choices=SPLITS
+        "split",
+        "train",
+        "Set of colour and phrasing combinations of the episodes.",
+        START,
+        choices=SPLITS,
     ),
-    NodeParameter("camera_rate", 30.0, "Images per second of every camera [Hz].", LIVE, (1, 60)),
-    NodeParameter("image_size", 96, "Side of the images [px].", START, (16, MAX_IMAGE_SIZE)),
+    NodeParameter("camera_rate", 30.0, "Image rate of every camera [Hz].", LIVE, (1, 60)),
+    NodeParameter(
+        "image_size", 96, "Height and width of the images [px].", START, (16, MAX_IMAGE_SIZE)
+    ),
     NodeParameter(
         "command_timeout",
         0.05,
-        "How long a position command or a twist lasts before the arm stops [s].",
+        "Time for which a position command or a twist applies before the arm stops [s].",
         START,
         (0.02, 1),
     ),
@@ -30,13 +40,13 @@ SIM_PARAMETERS = (
     NodeParameter(
         "publish_clock",
         False,
-        "Publish /clock and stamp with it; other nodes need use_sim_time.",
+        "Publish /clock and stamp messages with it; other nodes need use_sim_time.",
         START,
     ),
     NodeParameter(
         "real_time_factor",
         1.0,
-        "Simulated per real seconds; other values than 1 need publish_clock.",
+        "Simulated seconds per real second; values other than 1 need publish_clock.",
         START,
         (0.1, 20),
     ),

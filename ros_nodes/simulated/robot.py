@@ -1,5 +1,5 @@
-"""The tabletop scene as a position-controlled robot whose time runs on whether commands come or
-not. Free of ROS.
+"""The tabletop scene as a position-controlled robot whose time advances with or without commands.
+Free of ROS.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ JOINTS = (*ARM_JOINTS, "finger_left", "finger_right")
 class SimRobot:
     """Arm, gripper, cameras and scene.
 
-    The last command wins, whichever interface it came through; `SimulationError` for a refused one.
-    When positions or twists stop for `command_timeout` [s], the arm stops where it is; the gripper
-    keeps its command. `split` and `image_size` [px] are those of `TabletopEnv`.
+    The last command applies, through any interface; `SimulationError`: A command is refused. When
+    positions or twists stop for `command_timeout` [s], the arm stops where it is, and the gripper's
+    last command still applies. `split` and `image_size` [px] are as in `TabletopEnv`.
     """
 
     def __init__(
@@ -43,19 +43,19 @@ class SimRobot:
                 f"command_timeout is {command_timeout} s; it must be more than 0."
             )
         self.command_timeout = command_timeout
-        self.time = 0.0  # simulated, since construction [s]; a reset does not set it back
-        self.holds = 0  # times that the arm stopped because commands had stopped
+        self.time = 0.0  # simulated time since construction [s]; a reset does not change it
+        self.holds = 0  # number of times that the arm stopped because commands stopped
         self._env = TabletopEnv(split=split, image_size=image_size, cameras=())
         self._arm = arm.SceneArm(self._env.scene.model, self._env.scene.tcp_site)
         self._controller: Controller | None = None
-        self._owed = 0.0  # time that is too short for a physics step yet [s]
+        self._owed = 0.0  # time that is too short for a physics step so far [s]
         self._joints: Array = arm.HOME.copy()  # set-point
 
     def reset(self, seed: int, task: str = "mixed") -> str:
-        """Draw a scene and put the arm at rest in its start pose; forgets earlier commands. Returns
-        the instruction.
+        """Draw a scene, put the arm at rest in its start pose, and drop earlier commands.
 
-        The `seed` determines everything; `task` is a family, or "mixed" to draw one.
+        The `seed` determines everything; `task` is a family, or "mixed" to draw one. Returns the
+        instruction.
         """
         self._env.reset(seed=seed, options={"task": task})
         self._controller, self._owed = None, 0.0
@@ -92,13 +92,13 @@ class SimRobot:
         return self._env.data.qfrc_actuator[: len(JOINTS)].copy()
 
     def images(self) -> dict[str, NDArray[np.uint8]]:
-        """An image (S, S, 3) of every camera, all of this moment."""
+        """Return an image (S, S, 3) of every camera, all of the present moment."""
         # poses of the state after the last physics step
         mujoco.mj_forward(self._env.scene.model, self._env.data)
         return {name: self._env.view(name, self._env.image_size) for name in CAMERAS}
 
     def command_positions(self, positions: ArrayLike) -> None:
-        """Go to joint positions (7,) [rad] at once."""
+        """Command joint positions (7,) [rad], effective at once."""
         wanted = finite("joint positions", positions, (len(ARM_JOINTS),))
         self._controller = ForwardPosition(_inside(wanted), self.time + self.command_timeout)
 
@@ -110,11 +110,14 @@ class SimRobot:
         velocities: ArrayLike | None = None,
         delay: float = 0.0,
     ) -> None:
-        """Follow way-points of the seven arm joints, named in any order. No way-points stop the
-        arm.
+        """Follow way-points of the seven arm joints; without way-points, the arm stops.
 
-        `times` (P,) count from the start [s], which is in `delay` [s], negative if it is past;
-        `positions` are (P, 7) [rad]; `velocities` (P, 7) [rad/s], None interpolates linearly.
+        Args:
+            names: The joints, in any order.
+            times: Times (P,) of the way-points after the start [s].
+            positions: Way-points (P, 7) [rad].
+            velocities: Velocities (P, 7) at the way-points [rad/s]; None interpolates linearly.
+            delay: Time until the start [s]; negative if the start is past.
         """
         if np.size(times) == 0:
             self.hold()
@@ -157,7 +160,7 @@ class SimRobot:
         self._env.gripper_open = each > 0.5 * FINGER_STROKE
 
     def move_target(self, shift: ArrayLike) -> None:
-        """Move the cube of the instruction by (2,) [m] on the table, at once."""
+        """Move the instruction's cube on the table by (2,) [m], instantly."""
         address = self._env.scene.cube_qpos[self._env.command.target]
         self._env.data.qpos[address : address + 2] += finite("shift", shift, (2,))
 
@@ -167,7 +170,7 @@ class SimRobot:
         self._joints = _inside(self.positions[: len(ARM_JOINTS)])
 
     def advance(self, duration: float) -> None:
-        """Let a time [s] pass, in physics steps of `SIM_DT`; the rest is kept for the next call."""
+        """Advance by `duration` [s] in steps of `SIM_DT`; the rest adds to the next call."""
         env = self._env
         self._owed += max(duration, 0.0)
         steps = int(self._owed / SIM_DT + 1e-9)
@@ -190,5 +193,5 @@ class SimRobot:
 
 
 def _inside(positions: Any) -> Array:
-    """Joint positions (..., 7) within the arm's limits [rad]."""
+    """Clip joint positions (..., 7) to the arm's limits [rad]."""
     return np.clip(positions, arm.JOINT_LOW, arm.JOINT_HIGH)

@@ -1,8 +1,7 @@
-"""The tabletop scene as a robot: publishes what a ros2_control arm with two cameras publishes, and
-obeys what it obeys.
+"""The tabletop scene as a robot with the topics of a ros2_control arm and two cameras.
 
-Physics and rendering share the executor's one thread: two 96 px images take about 1 ms, a period of
-physics 0.05 ms.
+Physics and rendering share the single thread of the executor: two 96 px images take about 1 ms, a
+period of physics 0.05 ms.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from functools import partial
 from typing import Any
 
 if sys.platform == "linux":
-    # read when mujoco is imported; renders without a screen
+    # Read when mujoco is imported; EGL renders without a screen.
     os.environ.setdefault("MUJOCO_GL", "egl")
-# A writer into the shared memory of a process that was killed may wait a second for it, and the
-# robot with it.
+# Without shared memory: a write to that of a killed process may block for a second, and the robot
+# with it.
 os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
 
-# Import order: messages comes first, as it explains absent ROS.
+# messages is imported first, because its error explains a missing ROS.
 from ceed_vla.ros_nodes.robot.messages import (  # noqa: I001
     COMMAND,
     LATCHED,
@@ -52,13 +51,14 @@ from ceed_vla.ros_nodes.robot.spinning import run
 from ceed_vla.sim.tabletop.scene import CAMERAS
 
 JOINT_STATE_RATE = 100.0  # [Hz]
-REFUSAL_SHOWN = 5.0  # how long diagnostics warn of a refused command [s]
-MAX_LAG = 0.25  # time that is made up after a stall; more is left out, or the arm would leap [s]
+REFUSAL_SHOWN = 5.0  # time for which diagnostics warn of a refused command [s]
+MAX_LAG = 0.25  # longest time caught up after a stall; the rest is skipped, or the arm leaps [s]
 
 
 class SimNode(Node):
-    """A simulated robot; `CeedVLAError` for parameters that cannot work together, or without a GL
-    context.
+    """The simulated robot's node.
+
+    `CeedVLAError`: The parameters contradict each other, or there is no GL context.
     """
 
     def __init__(self, **node_options: Any) -> None:
@@ -86,7 +86,7 @@ class SimNode(Node):
         self._make_topics()
         self._reset_episode()
         self._wall = time.monotonic()
-        steady = Clock(clock_type=ClockType.STEADY_TIME)  # runs on when the system's time is set
+        steady = Clock(clock_type=ClockType.STEADY_TIME)  # independent of the system's time
         self.create_timer(1.0 / (JOINT_STATE_RATE * self._factor), self._tick, clock=steady)
         self._camera_timer = self.create_timer(
             self._camera_period, self._on_camera_time, clock=steady
@@ -124,10 +124,10 @@ class SimNode(Node):
         self.create_service(Trigger, "~/reset_episode", self._on_reset)
 
     def _obey(self, topic: str, message_type: Any, act: Callable[[Any], None]) -> None:
-        """Let `act` have every message of a command topic; count and log those it refuses."""
+        """Pass every message of a command topic to `act`; count and log refused messages."""
 
         def callback(message: Any) -> None:
-            self._catch_up()  # the command takes effect now, not at the last tick
+            self._catch_up()  # so that the command takes effect now, not at the last tick
             try:
                 act(message)
             except SimulationError as error:
@@ -149,9 +149,7 @@ class SimNode(Node):
         return response
 
     def _reset_episode(self) -> str:
-        """Draw the scene that `task` and `seed` name, and show it at once. Returns the
-        instruction.
-        """
+        """Draw the scene for `task` and `seed`, publish it at once, and return the instruction."""
         seed = self.get_parameter("seed").value
         self._robot.reset(seed, self.get_parameter("task").value)
         self._solved = False
@@ -172,13 +170,11 @@ class SimNode(Node):
 
     @property
     def _camera_period(self) -> float:
-        """Between images, in real time [s]."""
+        """Time between images, in real time [s]."""
         return 1.0 / (self.get_parameter("camera_rate").value * self._factor)
 
     def _now(self) -> Time:
-        """What the messages are stamped with: the simulation's time with publish_clock, else the
-        system's.
-        """
+        """The time of message stamps: simulated with publish_clock, else the system's."""
         return Time(seconds=self._robot.time) if self._publishes_clock else self._wall_clock.now()
 
     def _catch_up(self) -> None:
@@ -252,10 +248,11 @@ class SimNode(Node):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; the console script ``sim_node``. Arguments and result
-    as in `run`.
+    """Run the node until SIGINT or SIGTERM; entry point of ``sim_node``.
+
+    Arguments and result are as in `run`.
     """
-    # nobody else needs this robot
+    # no other machine needs this robot
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     return run(SimNode, "sim_node", arguments)
 

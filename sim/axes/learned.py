@@ -1,8 +1,8 @@
-"""Serial groups: what becomes of an episode from every state of one decode path (S-GRPO, arXiv
-2505.07686).
+"""Serial groups: the outcome of an episode from every state of one decode path.
 
-The states of a path are ordered, each what an exit would execute. So they are one group: all go on
-from the same state of the simulator, and the same decoder drives each to the end of the episode.
+After S-GRPO (arXiv 2505.07686). The states of a path are ordered, and each is the chunk that an
+exit there would execute. They form one group: all continue from the same state of the simulator,
+and the same decoder drives each to the end of the episode.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from ceed_vla.sim.rollout import (
 from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
 from ceed_vla.workers import MOST, Workers
 
-Decision = tuple[int, str, int]  # seed, task, chunks before it
-Outcome = tuple[str, int, str, bool, int]  # decoder, seed, task, whether it was solved, chunks
+Decision = tuple[int, str, int]  # seed, task, number of chunks before the decision
+Outcome = tuple[str, int, str, bool, int]  # decoder, seed, task, solved, number of chunks
 
 
 NEEDED = ("snapshot", "restore", "observe", "advance", "is_success")  # of the unwrapped environment
@@ -46,42 +46,47 @@ NEEDED = ("snapshot", "restore", "observe", "advance", "is_success")  # of the u
 
 @register_exit("watched", "watched", "")
 class Watched(Learned):
-    """Ends no row."""
+    """An exit rule that never exits and records the features of every iteration."""
 
     reason = "watched"
-    kept: ClassVar[list[NDArray[np.float64]]] = []  # (B, F) of every iteration of the last block
+    # (B, F) of every iteration of the last block
+    recorded: ClassVar[list[NDArray[np.float64]]] = []
 
     def __init__(self) -> None:
-        """It has no weights."""
+        """Create the rule, which has no weights."""
 
     def ends(self, seen: Seen, measured: np.ndarray | None) -> NDArray[np.bool_]:
         assert measured is not None
-        self.kept.append(features(seen, measured))
+        self.recorded.append(features(seen, measured))
         return np.zeros(len(measured), dtype=bool)
 
 
 @dataclass
 class SerialGroups:
-    """Rollouts for `ceed_vla.training.axes.learned`, shared by `workers` processes; `env` has
-    ``snapshot`` and ``restore``.
+    """Rollouts for `ceed_vla.training.axes.learned`.
+
+    Attributes:
+        env: Environment; must have ``snapshot`` and ``restore``.
+        workers: Processes that share the episodes.
     """
 
     env: EnvConfig
     workers: int = 2
 
     def outcomes(self, policy: str, decoders: Sequence[str], seeds: range) -> Iterator[Outcome]:
-        """Whether each decoder solves each seed, and in how many chunks, as shards end."""
+        """Yield the outcome of each decoder on each seed, shard by shard."""
         low, high = TAKEOVER_SEEDS
         if not low <= seeds.start < seeds.stop <= high:
             raise ConfigError(
-                f"--seed and --scouts give {seeds}; those for training are {low} to {high - 1}."
+                f"--seed and --scouts select {seeds}; training seeds are {low} to {high - 1}. "
+                "Change --seed or --scouts."
             )
         tasks = turns(self.env)
         with EnvPool(1, self.env) as pool:  # before the first episode
             pool.env(0).needs("reinforce", *NEEDED)
-        plan = [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)]
+        episodes = [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)]
         with Workers(self.workers, episode_runner, policy, self.env) as workers:
-            runs = [(decoder, shard) for shard in batched(plan, SHARD) for decoder in decoders]
+            runs = [(decoder, shard) for shard in batched(episodes, SHARD) for decoder in decoders]
             for (decoder, shard), found in zip(
                 runs, workers.map((d, None, s) for d, s in runs), strict=True
             ):
@@ -91,9 +96,7 @@ class SerialGroups:
     def groups(
         self, policy: str, decoder: str, cap: int, decisions: Sequence[Decision]
     ) -> Iterator[Group]:
-        """The group of every decision that an episode driven by `decoder` reaches, as shards
-        end.
-        """
+        """Yield the group of every decision that an episode driven by `decoder` reaches."""
         with Workers(self.workers, group_runner, policy, self.env, decoder, cap) as workers:
             for found in workers.map(batched(decisions, SHARD)):
                 yield from found
@@ -101,26 +104,26 @@ class SerialGroups:
 
 @dataclass
 class ReinforceSimulation:
-    """The flags by which `reinforce` uses a simulator.
+    """Simulator flags of `reinforce`.
 
     Attributes:
-        env: Where episodes run; it has ``snapshot`` and what goes with it, see
+        env: Environment of the episodes; must have ``snapshot`` and the methods listed with it in
             `ceed_vla.sim.environment`.
-        workers: Processes that share them.
+        workers: Processes that share the episodes.
     """
 
     env: EnvConfig = field(default_factory=mixed_tabletop)
     workers: int = ranged(2, MOST)
 
     def arguments(self) -> dict[str, Any]:
-        """What the command's function takes besides the configuration."""
+        """Return the arguments of the command's function besides the configuration."""
         return {"rollouts": SerialGroups(self.env, self.workers)}
 
 
 def group_runner(
     policy: str, env: EnvConfig, decoder: str, cap: int
 ) -> Callable[[Sequence[Decision]], list[Group]]:
-    """What runs the groups of some decisions, in a process of its own."""
+    """Make the function of a worker process: decisions -> their groups."""
     runner = PolicyRunner(joined(load(policy), env), decoder)
     pool = EnvPool(SHARD * (cap + 1), env)
     pool.env(0).needs("reinforce", *NEEDED)
@@ -153,7 +156,7 @@ def group_runner(
 
 
 def _driven(runner: PolicyRunner, pool: EnvPool, decisions: Sequence[Decision]) -> list[Episode]:
-    """The episodes that reach their decision, there."""
+    """Run episodes up to their decisions; return those that reach them."""
     limit = pool.max_episode_steps
     episodes = [
         Episode.start(pool.env(i), seed, task, limit) for i, (seed, task, _) in enumerate(decisions)
@@ -170,14 +173,16 @@ def _driven(runner: PolicyRunner, pool: EnvPool, decisions: Sequence[Decision]) 
 def _paths(
     runner: PolicyRunner, episodes: Sequence[Episode], cap: int
 ) -> Iterator[tuple[Episode, NDArray[np.float64], list[Tensor]]]:
-    """What a head sees (K, F) of each episode's next chunk, and its states (n,), after every
-    forward.
+    """Decode the next chunk of each episode.
+
+    Yields:
+        The episode, and after each of K forwards the features (K, F) and the states (n,).
     """
     if not episodes:
         return
     observations = [episode.env.observe() for episode in episodes]
     batch = observation_batch(observations, [episode.result.instruction for episode in episodes])
-    Watched.kept.clear()
+    Watched.recorded.clear()
     result = runner.policy.decode(
         runner.preprocessor(batch),
         f"watched_cap{cap}",
@@ -188,12 +193,12 @@ def _paths(
         read=False,
     )
     for row, (episode, count) in enumerate(zip(episodes, result.iterations.tolist(), strict=True)):
-        seen = np.stack([found[row] for found in Watched.kept[:count]])
+        seen = np.stack([found[row] for found in Watched.recorded[:count]])
         yield episode, seen, [state[row].cpu() for state in result.states[1 : count + 1]]
 
 
 def _branched(episode: Episode, pool: EnvPool, slot: int) -> Episode:
-    """The episode once more, in the environment of a slot."""
+    """Copy an episode into the environment of a slot."""
     env = pool.env(slot)
     env.follow(episode.env)
     result = replace(

@@ -1,7 +1,7 @@
-"""Meta-World's tasks (arXiv 1910.10897, version 3) behind one Gymnasium id, rendered twenty times
-as fast.
+"""Meta-World's tasks (arXiv 1910.10897, version 3) under one Gymnasium id.
 
-Importing this package registers the id; it imports neither torch nor MuJoCo.
+They are rendered twenty times as fast as LeRobot's. Importing this package registers the id; it
+imports neither torch nor MuJoCo.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Meta-World's tasks as one environment: LeRobot's own, with another renderer and views for experts
-and recordings.
+"""Meta-World's tasks as one environment, with fast rendering and access for experts and recording.
 
-A task of LeRobot's `MetaworldEnv` is the same simulation with the same seeds. Four things differ:
-`metaworld.MT1` is not made, which draws fifty scenes that nobody uses; images are rendered in the
-size that was asked for, without shadows, smoothed; the first one shows the goal of its own episode,
-not the last one's; a solved episode is not reset.
+Each task is the same simulation, with the same seeds, as in LeRobot's `MetaworldEnv`. Four things
+differ: `metaworld.MT1` is not created, because it draws fifty scenes that are not used; images are
+rendered in the requested size, smoothed and without shadows; the first image shows the goal of its
+own episode, not that of the previous one; a solved episode is not reset.
 """
 
 from __future__ import annotations
@@ -32,15 +31,18 @@ from ceed_vla.sim.render import check_image_size, coarsen, render, tune
 
 CAMERA = "corner2"
 CAMERA_POSITION = (0.75, 0.075, 0.7)  # LeRobot moves the camera to here
-# a goal in the air is a ball of 3 px, and only its size, in shades, tells how far away it is
+# samples per pixel side: a goal in the air is a ball of 3 px, and only its exact size shows its
+# distance
 SMOOTH = 2
 MESH_CELL = 0.004  # [m]
-HAND_STEPS = 40  # until a hand that is sent somewhere is there
+HAND_STEPS = 40  # simulation steps until the hand has reached a place
 
 
 class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
-    """One environment for all tasks: ``reset(options={"task": name})`` chooses one, else a
-    `SimulationError`.
+    """One environment for all tasks; ``reset(options={"task": name})`` selects one.
+
+    Raises:
+        SimulationError: A task is unknown, or the image size cannot be rendered.
     """
 
     # Gymnasium defines this mutable class attribute.
@@ -79,9 +81,7 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A scene of the task in `options`, of one of the tasks otherwise; `seed` determines
-        everything.
-        """
+        """Draw a scene of the task in `options`, or of a random task; `seed` determines all."""
         super().reset(seed=seed)
         task = (options or {}).get("task") or str(self.np_random.choice(self.tasks))
         if task not in self.tasks:
@@ -95,7 +95,7 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if seed is not None:
             world.seed(seed)
         self._values, _ = world.reset(seed=seed)
-        # Meta-World moves the goal that is drawn, with the first step
+        # Meta-World itself moves the drawn goal only with the first step
         mujoco.mj_kinematics(world.model, world.data)
         return self.observe(), {"task": task, "is_success": False}
 
@@ -112,14 +112,14 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         )
 
     def advance(self, action: NDArray[np.floating]) -> float:
-        """One control step, without an observation; its reward."""
+        """Run one control step without an observation; return its reward."""
         self._grip = float(action[3])
         self._values, reward, _, _, info = self._world.step(np.asarray(action))
         self._success = bool(info.get("success", 0))
         return float(reward)
 
     def observe(self) -> dict[str, Any]:
-        """What the policy sees: ``pixels`` (H, W, 3), the right way up, and ``agent_pos`` (4,)."""
+        """Return the observation: ``pixels`` (H, W, 3), upright, and ``agent_pos`` (4,)."""
         return {"pixels": self.render(), "agent_pos": self._values[:4].copy()}
 
     def render(self) -> NDArray[np.uint8]:  # type: ignore[override]
@@ -135,19 +135,19 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         while self._made:
             self._made.popitem()[1].close()
 
-    # ------------------------------------------------------------------ what `ceed_vla.sim.environm
+    # ------------------------------------------------------------------ see sim/environment.py
 
     @property
     def task_description(self) -> str:
         return INSTRUCTIONS[self._task]
 
     def expert_action(self) -> NDArray[np.float32]:
-        """Action (4,) of Meta-World's scripted policy, which is told the goal."""
+        """Action (4,) of Meta-World's scripted policy, which reads the goal."""
         action = TASK_POLICY_MAPPING[self._task]().get_action(self._values)
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
     def privileged_state(self) -> NDArray[np.float32]:
-        """Object and goal as seen from the hand (6,) [m]."""
+        """Object and goal relative to the hand (6,) [m]."""
         world = self._world
         hand = self._values[:3]
         return np.concatenate([self._values[4:7] - hand, world._target_pos - hand]).astype(
@@ -158,7 +158,7 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return np.array([0.0, 0.0, 0.0, self._grip], dtype=np.float32)
 
     def scatter(self, rng: np.random.Generator) -> None:
-        """Send the hand somewhere in its workspace."""
+        """Move the hand to a random place in its workspace."""
         world = self._world
         place = rng.uniform(world.mocap_low, world.mocap_high)
         for _ in range(HAND_STEPS):
@@ -170,13 +170,13 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     @property
     def _world(self) -> Any:
-        """Meta-World's environment of the present task, made when it is first needed."""
+        """Meta-World's environment of the current task, created on first use."""
         if self._task not in self._made:
             world: Any = metaworld.env_dict.ALL_V3_ENVIRONMENTS[self._task]()
-            # as a task of `metaworld.MT1` would
+            # the settings of a task of `metaworld.MT1`
             world._partially_observable = False
             world._set_task_called = True
-            world.__dict__.pop("sawyer_observation_space", None)  # it was made without the goal
+            world.__dict__.pop("sawyer_observation_space", None)  # cached without the goal
             world.model.cam_pos[
                 mujoco.mj_name2id(world.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
             ] = CAMERA_POSITION

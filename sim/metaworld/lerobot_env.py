@@ -30,9 +30,10 @@ class CeedMetaworldEnv(MetaworldEnv):
     """Meta-World's tasks by language.
 
     Attributes:
-        task: "mt10", "all" (50 tasks) or a comma-separated list, which take turns (LeRobot: one
-            suite each); or "mixed": the environment draws a task of MT10 for every episode.
-        fps: Control rate [Hz], Meta-World's own.
+        task: "mt10", "all" (50 tasks) or a comma-separated list; these cycle over the seeds (in
+            LeRobot's tools: a suite each). "mixed": the environment draws a task of MT10 for every
+            episode.
+        fps: Control rate [Hz]; Meta-World's is fixed.
         episode_length: Step limit of an episode.
         image_size: Side of the camera image [px].
     """
@@ -72,7 +73,7 @@ class CeedMetaworldEnv(MetaworldEnv):
         }
 
     def tasks(self) -> list[str]:
-        """Tasks that take turns over the seeds; `ConfigError` for an unknown one."""
+        """Tasks to cycle over the seeds; `ConfigError` for an unknown one."""
         sets = {"mt10": TASKS, MIXED: TASKS, "all": ALL_TASKS}
         names = [name.strip() for name in (self.task or "").split(",") if name.strip()]
         found = list(sets[names[0]]) if len(names) == 1 and names[0] in sets else names

@@ -1,4 +1,4 @@
-"""Names of Meta-World's tasks and values; importing this needs no Meta-World."""
+"""Names of Meta-World's tasks and values; importing this does not import Meta-World."""
 
 from __future__ import annotations
 

@@ -1,3 +1,1 @@
-"""Recording of LeRobot data sets: what one attempt yields, and how episodes reach the disk
-safely.
-"""
+"""Recording of LeRobot datasets: options, attempts, and safe handling of interrupts and folders."""

@@ -1,8 +1,7 @@
-"""One attempt of the scripted expert: which frames it yields, and which it must not.
+"""Attempts of the scripted expert, and the frames that they yield.
 
-An attempt ends in success or yields nothing. A segment is what becomes one stored episode:
-consecutive expert steps without anything in between, so that every action chunk cut from it is what
-the expert did next.
+Only a successful attempt yields frames. A segment becomes one stored episode: consecutive expert
+steps without interruption, so that every action chunk cut from it is what the expert did next.
 """
 
 from __future__ import annotations
@@ -22,37 +21,34 @@ Frame = dict[str, Any]
 
 EXCURSION_STEPS = (0, 5)  # random steps before the expert starts
 BURST_STEPS = (1, 3)  # random steps of one perturbation burst
-# expert steps between two; chunks that reach over a segment's end are padded
-BURST_EVERY = (
-    11,
-    19,
-)
+# expert steps between two bursts; chunks that extend beyond a segment's end are padded
+BURST_EVERY = (11, 19)
 
 
 @dataclass
 class Attempt:
-    """What one seed yielded."""
+    """Result of one seed."""
 
     seed: int
     task: str
-    # "recorded"; "failed" (the expert did not finish); "unfinished" (not after the takeover);
-    # "solved" (the policy finished before the expert took over)
+    # "recorded"; "failed": the expert did not finish; "unfinished": it did not finish after the
+    # takeover; "solved": the policy finished before the takeover
     outcome: str = "failed"
     # frames of each stored episode; empty unless recorded
     segments: list[list[Frame]] = field(default_factory=list)
 
 
 def make_frame(env: Environment, action: np.ndarray | None) -> Frame:
-    """One data set frame of the present state, with the expert's action (A,) for it; without one if
-    None.
+    """Build a dataset frame of the current state, with the expert's action (A,) unless it is None.
 
-    `SimulationError` where the observation has no camera or no state.
+    Raises:
+        SimulationError: The observation has no camera or no state.
     """
     observation = env.observe()
     frame: Frame = dict(images_of(observation))
     if not frame or "agent_pos" not in observation:
         raise SimulationError(
-            f"Observations have {', '.join(observation)}; pixels and agent_pos are recorded."
+            f"Observations have {', '.join(observation)}; recording needs pixels and agent_pos."
         )
     frame[OBS_STATE] = np.asarray(observation["agent_pos"], dtype=np.float32)
     if hasattr(env.inner, "privileged_state"):
@@ -93,9 +89,7 @@ def attempt_rng(seed: int, mode: str) -> np.random.Generator:
 
 
 def expert_steps(env: Environment) -> Iterator[tuple[Frame, bool]]:
-    """Let the expert act, endlessly; yields every frame and whether the task is solved after its
-    action.
-    """
+    """Run the expert without end; yield every frame and whether its action solved the task."""
     while True:
         action = env.expert_action()
         frame = make_frame(env, action)
@@ -103,8 +97,9 @@ def expert_steps(env: Environment) -> Iterator[tuple[Frame, bool]]:
 
 
 def expert_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt:
-    """The expert from reset to success; in mode perturb with unrecorded bursts of random steps
-    between its segments.
+    """Run the expert from reset to success.
+
+    In mode perturb, unrecorded bursts of random steps separate the segments.
     """
     env.reset(seed, config.task(seed))
     attempt = Attempt(seed, env.task)
@@ -118,7 +113,7 @@ def expert_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt
         pause = int(rng.integers(EXCURSION_STEPS[0], EXCURSION_STEPS[1] + 1))
         pause = pause if rng.random() < config.excursion_fraction else 0
     while steps < limit and not env.finished:
-        # unrecorded
+        # these steps are not recorded
         solved = any(not env.finished and env.advance(env.disturbance(rng)) for _ in range(pause))
         steps += pause
         if not solved:
@@ -139,11 +134,10 @@ def expert_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt
 
 
 def grounding_scenes(env: Environment, seeds: range, config: RecordConfig) -> list[Attempt]:
-    """Action-free frames for learning where things are, each of another scene or arm pose, with its
-    own task.
+    """Record action-free frames for grounding, each of another scene or arm pose.
 
-    All frames of these seeds become one stored episode (of the first attempt): storing one per
-    scene is slow.
+    All frames of these seeds become one stored episode (of the first attempt), because storing one
+    per scene is slow. Each frame has its own task.
     """
     frames: list[Frame] = []
     attempts = []

@@ -1,4 +1,4 @@
-"""Options of `ceed-vla record`, and every check that can be made before a simulator starts."""
+"""Options of `ceed-vla record`, and all checks that need no simulator."""
 
 from __future__ import annotations
 
@@ -33,36 +33,35 @@ class RecordConfig:
     """Record demonstrations of the scripted expert into one LeRobotDataset v3 folder.
 
     Change first: `env.task`, `episodes`, `mode`, `root`. Every attempt has its own seed, `seed +
-    i`, and the tasks take turns, so an interrupted set is balanced. **Sharding:** machines with
-    disjoint ranges `[seed, seed + episodes)` and different roots record disjoint data; training
-    reads several roots.
+    i`, and the tasks cycle over the seeds, so an interrupted dataset is balanced. **Sharding:**
+    machines with disjoint ranges `[seed, seed + episodes)` and different roots record disjoint
+    data; training reads several roots.
 
     Attributes:
-        root: Folder of the data set. Must not exist, unless `resume`.
-        env: The environment; it needs an expert, see `ceed_vla.sim.environment`.
-        episodes: Number of attempts (scenes, in mode grounding), one seed each. Attempts that fail
-            are counted, not recorded, so a set may hold fewer episodes (or more: perturb splits at
-            bursts).
-        mode: "clean", "perturb", "grounding" or "takeover" (see `ceed_vla.sim.recording.attempts`
-            and its neighbours).
+        root: Folder of the dataset; must not exist, unless `resume` is set.
+        env: The environment; must have an expert, see `ceed_vla.sim.environment`.
+        episodes: Number of attempts (scenes, in mode grounding), one seed each. Failed attempts are
+            counted but not recorded, so a dataset may have fewer episodes (or more: mode perturb
+            splits an attempt at its bursts).
+        mode: clean (the expert alone), perturb (with bursts of random steps), grounding (scenes
+            without actions) or takeover (the policy drives first, then the expert).
         seed: First seed; default 0, or 30000 in mode takeover.
-        resume: Go on with an interrupted or finished root; a missing root is started.
+        resume: Continue an interrupted or finished dataset; a missing one is started.
         excursion_fraction: Share of perturb attempts that begin with 0-5 unrecorded random steps.
         poses_per_scene: Arm poses (frames) per grounding scene.
         scenes_per_episode: Grounding scenes per stored episode (storing an episode has a fixed
             cost).
-        instruction: The task in words, where the environment says nothing or other ones.
+        instruction: Instruction to record, if the environment has none or other words are wanted.
         policy_path: Checkpoint folder of the policy that drives in mode takeover.
-        decoding: Decoder of that policy, by a name that `ceed-vla eval` knows: "ar", "ceed", "cap1"
-            and so on.
+        decoding: Decoder of that policy, a name as for `ceed-vla eval`: ar, ceed, cap1 and so on.
         executed_steps: Actions executed per chunk in mode takeover; None: the policy's own.
         batch: Environments driven in lock step in mode takeover.
-        workers: Processes that share the attempts; what is recorded does not depend on it.
+        workers: Processes that share the attempts; the data do not depend on their number.
         max_chunks: The policy drives 1 to `max_chunks` chunks before the expert takes over.
         takeover_steps: Control steps within which the expert must finish after the takeover.
-        max_minutes: End after so long, with what was recorded by then; 0: record all episodes.
-        commit_frames: Frames after which the data set on disk is brought up to date; a killed
-            process loses at most these, an interrupt, an error or a full disk lose less.
+        max_minutes: Time limit [min]; recorded episodes stay. 0: no limit.
+        commit_frames: Frames between two commits of the dataset to disk. A killed process loses at
+            most this many; an interrupt, an error or a full disk loses fewer.
         progress: Show a progress bar.
     """
 
@@ -97,11 +96,11 @@ class RecordConfig:
         check_fields(self)
         self.root = Path(self.root)
         if self.root == Path():
-            raise ConfigError(f"root is {str(self.root)!r}; name a new folder for the data set.")
+            raise ConfigError(f"root is {str(self.root)!r}; choose a new folder for the dataset.")
         if named_config(self.decoding).deadline_s is not None and self.mode == "takeover":
             raise ConfigError(
-                f"decoding is {self.decoding}: attempts share batches, where a deadline means "
-                "nothing."
+                f"decoding is {self.decoding}, which has a deadline; attempts share batches, but "
+                "a deadline applies to a chunk alone. Choose another decoder."
             )
         if self.seed is None:
             self.seed = TAKEOVER_SEEDS[0] if self.mode == "takeover" else RECORDING_SEEDS[0]
@@ -126,9 +125,7 @@ class RecordConfig:
 
     @property
     def unit_size(self) -> int:
-        """Consecutive seeds recorded as one unit of work: stored completely or, after an interrupt,
-        again.
-        """
+        """Seeds per unit of work, which is stored completely or, after an interrupt, repeated."""
         return {"grounding": self.scenes_per_episode, "takeover": self.batch}.get(self.mode, 1)
 
     def task(self, seed: int) -> str:
@@ -137,7 +134,7 @@ class RecordConfig:
         return tasks[(seed - self.first_seed) % len(tasks)]
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the first one, as plain JSON types."""
+        """Return the options that a resumed run must share with the first, as plain JSON types."""
         names = [item.name for item in fields(self) if item.name not in (*_FREE, "env")]
         values = {name: getattr(self, name) for name in names if getattr(self, name) != ""}
         values = {

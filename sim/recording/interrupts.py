@@ -1,4 +1,4 @@
-"""Interrupts that wait until a write is complete."""
+"""Deferred interrupts, so that a write completes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 @contextmanager
 def handled_by(handler: Any = signal.default_int_handler) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler`, by default as `KeyboardInterrupt`; Python allows it in
-    the main thread.
+    """Handle SIGINT and SIGTERM with `handler`; the default raises `KeyboardInterrupt`.
+
+    It has no effect outside the main thread, where Python allows no signal handlers.
     """
     main = threading.current_thread() is threading.main_thread()
     previous = {
@@ -27,11 +28,9 @@ def handled_by(handler: Any = signal.default_int_handler) -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold interrupts back until the block is left; raise them then (unless an error is on its
-    way).
-    """
-    waiting: list[int] = []
-    with handled_by(lambda number, _: waiting.append(number)):
+    """Defer interrupts until the end of the block; raise them then, unless it raises an error."""
+    deferred: list[int] = []
+    with handled_by(lambda number, _: deferred.append(number)):
         yield
-    if waiting:
+    if deferred:
         raise KeyboardInterrupt

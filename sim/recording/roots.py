@@ -1,6 +1,4 @@
-"""The folder of a new data set, which is removed where recording fails before anything is stored in
-it.
-"""
+"""Removal of a new dataset folder if recording fails before anything is stored."""
 
 from __future__ import annotations
 
@@ -18,9 +16,8 @@ def removed_while_empty(root: Path) -> Iterator[None]:
     """Remove what this process wrote to a new `root` if the block fails before an attempt is
     stored.
 
-    A folder that was not empty before is never touched, and an empty one that existed stays.
-    Neither is a folder touched that holds attempts, or a file which no data set without episodes
-    has.
+    A folder that was not empty before is never touched, and an empty one that existed stays. A
+    folder that has attempts, or a file that an empty dataset does not have, is not touched either.
     """
     existed = root.exists()
     is_new = not (existed and any(root.iterdir()))
@@ -36,7 +33,7 @@ def removed_while_empty(root: Path) -> Iterator[None]:
 
 
 def _remove_empty(root: Path) -> None:
-    """Remove a data set that holds no attempts; any other folder stays as it is."""
+    """Remove a dataset without attempts; any other folder is unchanged."""
     if not root.is_dir() or root.is_symlink() or not _is_empty(root):
         return
     below = sorted(root.rglob("*"), key=lambda path: len(path.parts), reverse=True)
@@ -48,7 +45,7 @@ def _remove_empty(root: Path) -> None:
 
 
 def _is_empty(root: Path) -> bool:
-    """Whether all of a folder is what a data set without attempts consists of."""
+    """Whether a folder contains only the files of a dataset without attempts."""
     files = [
         path.relative_to(root) for path in root.rglob("*") if path.is_symlink() or not path.is_dir()
     ]

@@ -11,11 +11,10 @@ from ceed_vla.sim.rollout import NO_LIMIT, Episode, PolicyRunner, replan
 def takeover_attempts(
     runner: PolicyRunner, pool: EnvPool, seeds: range, config: RecordConfig
 ) -> list[Attempt]:
-    """Let the policy drive all seeds in lock step, each for its own number of chunks, then the
-    expert.
+    """Run the policy on all seeds in lock step, then the expert on each.
 
-    Frames are stored from the takeover on, and only if the expert finishes within
-    `config.takeover_steps`.
+    The policy drives each seed for its own random number of chunks. Frames are stored from the
+    takeover on, and only if the expert finishes within `config.takeover_steps`.
     """
     episodes = [
         Episode.start(pool.env(i), seed, config.task(seed), NO_LIMIT)
@@ -32,7 +31,7 @@ def takeover_attempts(
 
 
 def _attempt(episode: Episode, seed: int, config: RecordConfig) -> Attempt:
-    """What the expert makes of what the policy left, recorded."""
+    """Record the expert from the state that the policy reached."""
     env = episode.env
     frames = list[Frame]()
     attempt = Attempt(seed, env.task, outcome="solved" if episode.result.success else "unfinished")

@@ -1,5 +1,4 @@
-"""A 7-joint arm with a parallel gripper over a table with coloured cubes, a bin, a plate and two
-edge zones.
+"""The tabletop: a 7-joint arm with a parallel gripper, coloured cubes, a bin, a plate, edge zones.
 
 Importing this package registers the Gymnasium id; it imports neither torch nor MuJoCo.
 """

@@ -1,6 +1,4 @@
-"""The Gymnasium environment: reset, step, observe, and the privileged views that recording and
-experts use.
-"""
+"""The Gymnasium environment of the tabletop, with privileged access for recording and experts."""
 
 from __future__ import annotations
 
@@ -45,16 +43,13 @@ STATE_NAMES = (
 _SUBSTEPS = round(CTRL_DT / SIM_DT)
 _RAMP = 5  # the joint targets move in this many parts during a control step
 _SETTLE_SUBSTEPS = 20  # before the first image
-_TELEPORT_SOLVES = 8  # the first is enough nearly always; the rest cost nothing then
+_TELEPORT_SOLVES = 8  # the first is nearly always enough; the others then cost nothing
 _JOINT_STEP = 0.6  # largest change of a joint target per control step [rad]
 _POSE_LIMITS = PoseLimits(
     POSITION_STEP, ROTATION_STEP, WORKSPACE_LOW, WORKSPACE_HIGH, MAX_TILT, MAX_YAW
 )
-# x, z: absent cubes lie on the floor behind the front camera [m]
-_PARKED = (
-    3.0,
-    tasks.CUBE_HALF - 0.4,
-)
+# x and z of absent cubes, on the floor behind the front camera [m]
+_PARKED = (3.0, tasks.CUBE_HALF - 0.4)
 
 
 class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
@@ -68,7 +63,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     Args:
         task: A family of `tasks.TASKS`, or "mixed" to draw one at every reset.
-        split: Which combinations of colours and phrasings are drawn: "train", "heldout" or "all".
+        split: Combinations of colours and phrasings to draw: "train", "heldout" or "all".
         image_size: Side of the square camera images [px].
         cameras: Cameras of the observation; empty for physics only.
         render_mode: "rgb_array" or None.
@@ -159,11 +154,11 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """Front view (render_size, render_size, 3), or None without a render mode."""
         return None if self.render_mode is None else self.view("front", self.render_size)
 
-    # ------------------------------------------------------------------ for recorders, experts, eva
+    # ------------------------------------------------------------------ for recording and experts
 
     @property
     def command(self) -> tasks.Command:
-        """What the robot is told to do; `SimulationError` before the first reset."""
+        """The command of the episode; `SimulationError` before the first reset."""
         if self._command is None:
             raise SimulationError("The environment has no scene yet; call reset() first.")
         return self._command
@@ -200,7 +195,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         mujoco.mj_forward(self.scene.model, self.data)  # poses of the state after the last substep
 
     def hold_action(self) -> NDArray[np.float32]:
-        """The action (7,) that keeps the commanded pose and the gripper as they are."""
+        """The action (7,) that leaves the commanded pose and the gripper unchanged."""
         return np.array([0, 0, 0, 0, 0, 0, 1 if self.gripper_open else -1], dtype=np.float32)
 
     def observe(self) -> dict[str, Any]:
@@ -214,9 +209,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return observation
 
     def snapshot(self) -> dict[str, Any]:
-        """All that decides what comes next, for `restore` here or in another environment of the
-        same settings.
-        """
+        """Return the complete state, for `restore` here or in an environment of equal settings."""
         kind = mujoco.mjtState.mjSTATE_INTEGRATION
         state = np.empty(mujoco.mj_stateSize(self.scene.model, kind))
         mujoco.mj_getState(self.scene.model, self.data, state, kind)
@@ -228,13 +221,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Go on from a `snapshot`: the same actions give the same observations, byte for byte."""
+        """Restore a `snapshot`: equal actions then give equal observations, byte for byte."""
         kind = mujoco.mjtState.mjSTATE_INTEGRATION
         own = deepcopy(snapshot["own"])
         self._command, self._present, self._pose, self.gripper_open, self._joints = own
         self.np_random.bit_generator.state = snapshot["random"]
         mujoco.mj_setState(self.scene.model, self.data, snapshot["physics"], kind)
-        mujoco.mj_forward(self.scene.model, self.data)  # poses; it moves the solver's start, too
+        mujoco.mj_forward(self.scene.model, self.data)  # poses; also changes the solver's start
         mujoco.mj_setState(self.scene.model, self.data, snapshot["physics"], kind)
 
     def situation(self) -> tasks.Situation:
@@ -261,8 +254,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         )
 
     def privileged_state(self) -> NDArray[np.float32]:
-        """What the simulator knows and the policy does not: (E,) float32,
-        `ceed_vla.sim.tabletop.lerobot_env` [m, rad].
+        """Simulator state that the policy does not receive: (E,) float32 [m, rad].
+
+        `ceed_vla.sim.tabletop.lerobot_env` names its values.
         """
         now = self.situation()
         target = self.command.target
@@ -281,7 +275,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return expert.expert_action(self.command, self.situation())
 
     def disturbance(self, rng: np.random.Generator) -> NDArray[np.float32]:
-        """Any translation, moderate rotation, and now and then the wrong gripper command (7,)."""
+        """Random action (7,): any translation, moderate rotation, sometimes a flipped gripper."""
         flip = -1.0 if rng.random() < 0.1 else 1.0
         gripper = 1.0 if self.gripper_open else -1.0
         parts = rng.uniform(-1, 1, 3), rng.uniform(-0.3, 0.3, 3), [gripper * flip]
@@ -296,14 +290,12 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if np.any(np.linalg.norm(things[:, :2] - position[:2], axis=1) < clearance):
             position[2] = max(position[2], rng.uniform(0.075, 0.20))
         self._teleport(position, rng.uniform(-0.6, 0.6), open_gripper=bool(rng.random() < 0.7))
-        # In motion the command leads the arm: a policy must not take one for the other.
+        # In motion the command leads the arm: a policy must not confuse the two.
         lead = rng.normal(0.0, 0.01, 3)
         self._pose.position = np.clip(self._pose.position + lead, WORKSPACE_LOW, WORKSPACE_HIGH)
 
     def retarget(self, rng: np.random.Generator) -> None:
-        """Draw another instruction of the split for the same scene (of the env's family unless it
-        is "mixed").
-        """
+        """Draw another instruction for the same scene, with the same split and `task`."""
         self._command = layout.draw_command(rng, self.task, self.split, self.colors, {})
 
     # ------------------------------------------------------------------ internals
@@ -321,7 +313,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return np.clip(action, -1.0, 1.0)
 
     def _place(self, scene_layout: layout.Layout) -> None:
-        """Put every object where the layout wants it, at rest."""
+        """Put every object at its place in the layout, at rest."""
         data, scene = self.data, self.scene
         mujoco.mj_resetData(scene.model, data)
         self._present = np.array(scene_layout.present)

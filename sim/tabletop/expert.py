@@ -1,8 +1,7 @@
-"""Scripted experts: a pure function of the current simulator state, so they can take over at any
-moment.
+"""The scripted expert: a pure function of the simulator state, so it can take over at any moment.
 
-There is no phase variable. Where the arm is, what the fingers hold and where the cube lies decide
-what comes next:
+There is no phase variable. The positions of arm and cube and the state of the fingers determine the
+next action:
 
     fingers closed on the target    -> carry it down a funnel to the goal, then open
     cube in place                   -> open and rise
@@ -11,7 +10,7 @@ what comes next:
 
 A *funnel* is a target height that grows with the horizontal error: far away the gripper travels
 high, near the target it comes down. Moves are proportional and saturate, so the motion is smooth
-and never waits on what a policy cannot see.
+and never pauses for something that a policy cannot observe.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def _carry(command: Command, now: Situation, cube: Array, goal: Array) -> Array:
     )
     if far < tolerance and cube[2] + grip - place < 0.008:
         return _action(now, now.command_position, 0.0, gripper_open=True)
-    # way that the arm still has to go to reach its command
+    # distance by which the arm lags behind its command
     lag = now.command_position[:2] - now.tcp[:2]
     target = np.array([*(now.command_position[:2] + offset - lag), height])
     return _action(now, _slow_below(now, target), _goal_yaw(command, now), gripper_open=False)
@@ -132,8 +131,8 @@ def _may_close(now: Situation, point: Array, yaw: float) -> bool:
 def _descend(now: Situation, point: Array, yaw: float) -> Array:
     """One step down the funnel that ends at a TCP position, with open fingers.
 
-    The funnel adds to the final height what the horizontal error, the yaw error and half-open
-    fingers need.
+    The funnel raises the final height in proportion to the horizontal error, the yaw error and the
+    missing opening of the fingers.
     """
     error = float(np.hypot(*(point - now.tcp)[:2]))
     turn = abs(now.tcp_yaw - yaw)
@@ -197,9 +196,7 @@ def _can_push(command: Command, now: Situation, cube: Array, goal: Array) -> boo
 
 
 def _slow_below(now: Situation, target: Array) -> Array:
-    """Scale the horizontal way down while the gripper is clearly below the target height: rise
-    first, then travel.
-    """
+    """Reduce horizontal motion while the gripper is clearly too low: rise first, then travel."""
     missing = target[2] - now.tcp[2]
     share = np.clip(1.0 - (missing - 0.01) / 0.04, 0.0, 1.0)
     horizontal = now.command_position[:2] + share * (target[:2] - now.command_position[:2])
@@ -207,11 +204,10 @@ def _slow_below(now: Situation, target: Array) -> Array:
 
 
 def _grasp(command: Command, now: Situation, cube: Array) -> tuple[float, Array]:
-    """Gripper yaw [rad] and TCP position (3,) [m] of a grasp: centred, yaw near zero, where the
-    fingers have room.
+    """Choose the gripper yaw [rad] and the TCP position (3,) [m] of a grasp.
 
-    Beside a wall or another cube the grasp moves along the opening axis, or takes the other pair of
-    faces.
+    The grasp is centred, with a yaw near zero, if the fingers have room. Next to a wall or another
+    cube it moves along the opening axis or uses the other pair of faces.
     """
     first = _nearest_quarter(now.cube_yaws[command.target], _sticky(now))
     best, choice = -np.inf, (first, cube[:2])
@@ -231,7 +227,7 @@ def _grasp(command: Command, now: Situation, cube: Array) -> tuple[float, Array]
 
 
 def _finger_room(command: Command, now: Situation, height: float, tip: Array) -> float:
-    """Free way [m] around an open finger at a grasp of that height, at most `_ENOUGH_ROOM`."""
+    """Clearance [m] of an open finger in a grasp at `height`, at most `_ENOUGH_ROOM`."""
     room = _ENOUGH_ROOM
     for index, other in enumerate(now.cubes):
         if index != command.target and other.any() and abs(other[2] - height) < 2 * CUBE_HALF:
@@ -245,7 +241,7 @@ def _finger_room(command: Command, now: Situation, height: float, tip: Array) ->
 
 
 def _sticky(now: Situation) -> float:
-    """Reference yaw [rad] that keeps the choice between two pairs of faces near 45 degrees."""
+    """Reference yaw [rad] that stabilizes the choice of a pair of faces near 45 degrees."""
     return float(np.clip(now.command_rpy[2], -0.2, 0.2))
 
 

@@ -1,6 +1,4 @@
-"""Random scenes: which cubes are present, where everything stands, and what the robot is told to
-do.
-"""
+"""Random scenes: the cubes that are present, the places of all objects, and the command."""
 
 from __future__ import annotations
 
@@ -30,14 +28,8 @@ CUBE_YAW = 0.3  # largest start yaw [rad]
 LANE = 0.085  # half width of the strip that a pushed cube needs free [m]
 ALL_CUBES_CHANCE = 0.25
 
-# LeRobot says the last, which changes nothing
-_OPTIONS = (
-    "task",
-    "color",
-    "other",
-    "phrase",
-    "lerobot_new_rollout",
-)
+# LeRobot passes the last option, which has no effect.
+_OPTIONS = ("task", "color", "other", "phrase", "lerobot_new_rollout")
 
 
 @dataclass(frozen=True)
@@ -79,16 +71,13 @@ def draw_command(
     if not choices:
         raise SimulationError(
             f"No combination of {family} in split {split!r} fits the options {options!r} with the "
-            "cubes "
-            f'{", ".join(colors)}; drop an option or use split="all".'
+            f'cubes {", ".join(colors)}; drop an option or use split="all".'
         )
     return choices[int(rng.integers(len(choices)))]
 
 
 def draw_layout(rng: np.random.Generator, command: Command) -> Layout:
-    """Draw a scene in which `command` can be carried out: its cubes are present and a push lane is
-    free.
-    """
+    """Draw a scene that allows `command`: its cubes are present and a push lane is free."""
     needed = {command.target} | ({command.base} if command.family == "stack_cubes" else set())
     present = np.ones(len(COLORS), dtype=bool)
     if rng.random() >= ALL_CUBES_CHANCE:
@@ -118,8 +107,6 @@ def draw_layout(rng: np.random.Generator, command: Command) -> Layout:
 
 
 def _lane_is_free(command: Command, cubes: NDArray[np.float64], here: NDArray[np.int64]) -> bool:
-    """Whether no other cube stands between the target and its edge zone, with room for the open
-    fingers.
-    """
+    """Whether the lane from the target to its edge zone has room for the open fingers."""
     away = cubes[here[here != command.target]] - cubes[command.target]  # (others, 2)
     return not np.any((command.side * away[:, 1] > -CUBE_HALF) & (np.abs(away[:, 0]) < LANE))

@@ -1,5 +1,4 @@
-"""The tabletop environments as LeRobot's: `--env.type=ceed_tabletop --env.task=all`, with LeRobot's
-tools and ours.
+"""The tabletop as a LeRobot environment: `--env.type=ceed_tabletop --env.task=all`.
 
 Importing this module registers the type. The distribution `lerobot_policy_ceed_vla` imports it for
 LeRobot's tools; without that distribution, pass
@@ -32,10 +31,9 @@ _NAMES = (
     *("goal_dx", "goal_dy", "goal_dz"),
     *(f"{thing}_{part}" for thing in (*COLORS, "bin", "plate") for part in ("x", "y", "z", "yaw")),
 )
-# The named cube and goal as seen from the gripper, in units of 3 cm, then every object in
-# decimetres. Without the objects a policy learns where things are only through which one is named,
-# far more slowly. Yaws count little: at 96 px they are mostly noise, which would drown the
-# centimetres that a stack needs.
+# The named cube and goal relative to the gripper, in units of 3 cm; then all objects in decimetres.
+# With the named ones alone, a policy learns positions far more slowly. Yaws have a small weight: at
+# 96 px they are mostly noise, which would drown the centimetres that a stack needs.
 _NAMED_SCALE = (30.0, 30.0, 30.0, 0.3, 0.3, 30.0, 30.0, 30.0)
 _OBJECTS_SCALE = (10.0, 10.0, 1.0, 0.1) * 6
 PRIVILEGED = Privileged(
@@ -52,11 +50,11 @@ class CeedTabletopEnv(EnvConfig):
     """Tabletop manipulation by language, four task families.
 
     Attributes:
-        task: "all" or a comma-separated list of families, which take turns (LeRobot: one suite
-            each); or "mixed": the environment draws the family of an episode (recordings take turns
-            all the same).
+        task: "all" or a comma-separated list of families; these cycle over the seeds (in LeRobot's
+            tools: a suite each). "mixed": the environment draws the family of every episode
+            (recordings still cycle).
         fps: Control rate [Hz].
-        split: Colours and phrasings: "train", "heldout" or "all".
+        split: Combinations of colours and phrasings: "train", "heldout" or "all".
         episode_length: Step limit of an episode.
         image_size: Side of the camera images [px].
         cameras: Names of the cameras, in `observation.images.<name>`.
@@ -64,10 +62,7 @@ class CeedTabletopEnv(EnvConfig):
 
     privileged: ClassVar[Privileged] = PRIVILEGED
     # the front camera faces the robot
-    sides: ClassVar[tuple[str, str]] = (
-        "robot's right",
-        "robot's left",
-    )
+    sides: ClassVar[tuple[str, str]] = ("robot's right", "robot's left")
 
     task: str | None = "all"
     fps: int = ranged(10, "[10, 10]")
@@ -108,7 +103,7 @@ class CeedTabletopEnv(EnvConfig):
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
-        """Keywords of `gymnasium.make`; of several families each gets its own `task`."""
+        """Keywords of `gymnasium.make`; with several families, `create_envs` sets each `task`."""
         names = self.families()
         return {
             "task": names[0] if len(names) == 1 else MIXED,
@@ -120,9 +115,7 @@ class CeedTabletopEnv(EnvConfig):
         }
 
     def families(self) -> list[str]:
-        """The values of the environment's `task` keyword, one per suite entry; `ConfigError` for an
-        unknown family.
-        """
+        """Values of the environment's `task` keyword, one per suite; `ConfigError` if unknown."""
         names = [name.strip() for name in (self.task or "all").split(",") if name.strip()]
         if names == ["all"]:
             return list(TASKS)
@@ -135,7 +128,7 @@ class CeedTabletopEnv(EnvConfig):
         return names
 
     def tasks(self) -> list[str]:
-        """Families that take turns over the seeds of a recording."""
+        """Families that a recording cycles over its seeds."""
         return list(TASKS) if self.task == MIXED else self.families()
 
     def act(self, env: Any) -> NDArray[np.float32]:
@@ -153,5 +146,5 @@ class CeedTabletopEnv(EnvConfig):
 
 
 def mixed_tabletop() -> CeedTabletopEnv:
-    """The tabletop as evaluations use it: every seed's own draw of a family."""
+    """The tabletop of evaluations: every seed draws its family."""
     return CeedTabletopEnv(task=MIXED)

@@ -1,6 +1,4 @@
-"""The MuJoCo model of `scene.xml`, compiled once per process and shared read-only by all
-environments.
-"""
+"""The MuJoCo model of `scene.xml`: compiled once per process, shared read-only."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ CAMERAS, MAX_IMAGE_SIZE = tasks.CAMERAS, tasks.MAX_IMAGE_SIZE
 
 
 class Scene:
-    """The model, compiled with the fast rendering settings, and the ids that the environment
-    uses.
-    """
+    """The compiled model, with fast rendering settings, and the ids that the environment uses."""
 
     def __init__(self) -> None:
         self.model = model = mujoco.MjModel.from_xml_path(str(SCENE))

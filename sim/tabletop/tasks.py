@@ -65,7 +65,7 @@ _REST_SPEED = 0.05  # [m/s]
 
 @dataclass(frozen=True)
 class Command:
-    """What the robot is told to do."""
+    """A command to the robot."""
 
     family: str  # one of `TASKS`
     color: str  # colour of the cube to move
@@ -94,8 +94,9 @@ class Command:
 
 
 def is_heldout(command: Command) -> bool:
-    """Whether a combination is kept for evaluation. Every colour, side and phrasing still occurs in
-    training.
+    """Whether a combination is held out for evaluation.
+
+    Every colour, side and phrasing still occurs in training.
     """
     shift = command.target
     if command.family == "push_cube":
@@ -108,8 +109,10 @@ def is_heldout(command: Command) -> bool:
 
 
 def combinations(family: str, split: str, colors: Sequence[str] = COLORS) -> list[Command]:
-    """Every combination of a family in a split, of the colours on the table; `SimulationError` for
-    an unknown one.
+    """Combinations of a family in a split, with the colours on the table.
+
+    Raises:
+        SimulationError: The family or the split is unknown.
     """
     check_choice("task", family, TASKS)
     check_choice("split", split, SPLITS)
@@ -132,9 +135,7 @@ def check_choice(what: str, value: object, choices: Sequence[object]) -> None:
 
 @dataclass
 class Situation:
-    """The part of the simulator state that the success tests and the expert look at (base
-    frame).
-    """
+    """The part of the simulator state that success tests and expert use (base frame)."""
 
     # cube centres (4, 3) [m], in the order of `COLORS`; absent cubes hold zeros
     cubes: NDArray[np.float64]
@@ -151,7 +152,7 @@ class Situation:
 
 
 def goal_position(command: Command, now: Situation) -> NDArray[np.float64]:
-    """Where the centre of the target cube shall come to rest (3,) [m]."""
+    """Goal of the centre of the target cube (3,) [m]."""
     if command.family == "cube_in_bin":
         return now.bin + np.array([0.0, 0.0, BIN_WALL + CUBE_HALF])
     if command.family == "cube_on_plate":
@@ -163,7 +164,7 @@ def goal_position(command: Command, now: Situation) -> NDArray[np.float64]:
 
 
 def in_place(command: Command, now: Situation) -> bool:
-    """Whether the target cube lies where the command wants it, regardless of the gripper."""
+    """Whether the target cube is at its goal, regardless of the gripper."""
     cube = now.cubes[command.target]
     goal = goal_position(command, now)
     offset = np.abs(cube - goal)
@@ -182,8 +183,9 @@ def in_place(command: Command, now: Situation) -> bool:
 
 
 def is_success(command: Command, now: Situation) -> bool:
-    """Whether the command is fulfilled: the cube in place and, unless it is pushed, released and at
-    rest.
+    """Whether the command is fulfilled.
+
+    The cube must be in place and, unless it is pushed, released and at rest.
     """
     if not in_place(command, now):
         return False

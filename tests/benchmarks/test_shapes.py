@@ -84,6 +84,7 @@ def test_a_run_writes_times_and_ratios(monkeypatch: pytest.MonkeyPatch, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_it_needs_no_lerobot() -> None:
     """A bare machine with a GPU has torch, transformers and draccus."""
     script = "import sys; sys.modules['lerobot'] = None; import benchmarks.shapes"

@@ -1,4 +1,4 @@
-"""Small random models whose answers are known by independent routes."""
+"""Small random models whose greedy tokens are computed by independent routes."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ class LlamaBackbone(TransformersBackbone):
 
 @torch.no_grad()
 def depth_is_a_shorter_model(backbone: Any, observation: dict[str, Tensor]) -> None:
-    """Run to depth k: the model of the first k layers, which leaves no trace; at full depth nothing
-    changes.
+    """A forward to depth k equals the model of the first k layers and does not change the cache; at
+    full depth it equals the ordinary forward.
     """
     n, layers, prefix = backbone.block_length, backbone.num_layers, backbone.prefill(observation)
     tokens = torch.randint(backbone.vocabulary_size, (len(prefix.logits), n - 1))
@@ -164,8 +164,8 @@ def depth_is_a_shorter_model(backbone: Any, observation: dict[str, Tensor]) -> N
 
 
 def trains_as_it_decodes(backbone: Any, observation: dict[str, Tensor]) -> None:
-    """Packed logits are those of decoding, with recomputed activations too; distillation leaves the
-    prefix alone.
+    """Packed logits equal those of decoding, also with recomputed activations; distillation does
+    not change the prefix.
     """
     backbone = copy.deepcopy(backbone).train()
     rows, n = backbone.check_observation(observation), backbone.block_length
@@ -200,7 +200,7 @@ def trains_as_it_decodes(backbone: Any, observation: dict[str, Tensor]) -> None:
             decoded = torch.cat(
                 [prefix.logits[:, None], backbone.block_logits(prefix, block[:, :-1])], dim=1
             )
-            seen = decoded.isfinite()  # what speculation may not hold scores -inf
+            seen = decoded.isfinite()  # tokens that a guess must not contain have logits -inf
             torch.testing.assert_close(logits[seen], decoded[seen], rtol=1e-4, atol=1e-4)
         for name in backbone.distillation_parameters():
             backbone.get_parameter(name).add_(0.01)
@@ -208,7 +208,7 @@ def trains_as_it_decodes(backbone: Any, observation: dict[str, Tensor]) -> None:
 
 
 class OnlyActions(LogitsProcessor):
-    """Lets `generate()` choose action ids only."""
+    """Restricts `generate()` to action ids."""
 
     def __init__(self, action_ids: Tensor, vocabulary: int) -> None:
         self.forbidden = torch.ones(vocabulary, dtype=torch.bool)
@@ -285,9 +285,7 @@ def _depth_is_a_shorter_model() -> Callable[[Any, dict[str, Tensor]], None]:
 
 @pytest.fixture(scope="session")
 def keeps_the_contract() -> Callable[[Any, dict[str, Tensor]], None]:
-    """What the families of `TransformersBackbone` share, checked on a model and an observation for
-    it.
-    """
+    """Checks of all `TransformersBackbone` families, on a model and an observation for it."""
 
     def check(backbone: Any, observation: dict[str, Tensor]) -> None:
         torch.manual_seed(0)
@@ -319,7 +317,7 @@ def batch(student: tuple[Any, Any, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no forward has written is NaN, and so is what one wrote and nobody committed."""
+    """Fill unwritten, and written but uncommitted, positions of a cache with NaN."""
     plain = KVCache.__init__
 
     def poison(self: KVCache, *arguments: Any, **options: Any) -> None:

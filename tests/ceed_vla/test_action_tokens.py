@@ -1,4 +1,4 @@
-"""Action tokens: bad input first, then the round trip by independent arithmetic."""
+"""Action tokens: wrong input, then the round trip by independent arithmetic."""
 
 from __future__ import annotations
 
@@ -167,9 +167,9 @@ def stats(**more) -> dict:
 
 def test_ranges_are_symmetric_for_odd_bins_and_grippers_keep_their_ends() -> None:
     low, high = ranges_from_stats(stats(), "quantile", gripper_dims=(-1,), num_bins=255)
-    assert low[:2] == pytest.approx([-0.8, 0.0])  # zero is the second's least value
+    assert low[:2] == pytest.approx([-0.8, 0.0])  # zero is the smallest value of dimension 1
     assert high[:2] == pytest.approx([0.8, 2.0])
-    assert (low[3], high[3]) == (-1.0, 1.0)  # its quantiles coincide
+    assert (low[3], high[3]) == (-1.0, 1.0)  # the quantiles coincide
     low, high = ranges_from_stats(stats(), "min_max", gripper_dims=(3,), num_bins=256)
     assert low[:2] == [-2.0, 0.0]
     assert high[:2] == [1.0, 3.0]
@@ -236,7 +236,7 @@ def test_bad_statistics_are_named() -> None:
     assert ranges_from_stats(without, "min_max")
     with pytest.raises(ConfigError, match="finite"):
         ranges_from_stats(stats(max=[1.0, np.nan, 1.0, 1.0]), "min_max")
-    with pytest.raises(ConfigError, match="lengths"):
+    with pytest.raises(ConfigError, match="differ in length"):
         ranges_from_stats(stats(max=[1.0]), "min_max")
-    with pytest.raises(ConfigError, match="outside the 4"):
+    with pytest.raises(ConfigError, match="there are 4 action dimensions"):
         ranges_from_stats(stats(), "min_max", gripper_dims=(4,))

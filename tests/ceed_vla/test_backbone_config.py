@@ -1,4 +1,4 @@
-"""Backbones and action tokens are chosen by name: flags, files, help, and what does not exist."""
+"""Backbones and action tokens by name: flags, files, help, and unknown names."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ToolConfig:
     class_: str = "a"
 
 
-# Checkpoints name these: a family and a step keep their names for ever.
+# Checkpoints contain these names, so they never change.
 STEPS = {
     "compact": ("ceed_vla_instruction_words",),
     "openvla": ("ceed_vla_openvla_inputs",),
@@ -58,7 +58,7 @@ STEPS = {
 
 @pytest.mark.slow
 def test_names_in_checkpoints_are_frozen() -> None:
-    """Whoever has a configuration has the steps, in a process that imported nothing else."""
+    """Importing the configuration registers the steps, in a process without other imports."""
     script = (
         "import ceed_vla.configuration_ceed_vla, json\nfrom ceed_vla.backbones.config import "
         "BackboneConfig as B\nfrom lerobot.processor import ProcessorStepRegistry as "
@@ -100,7 +100,7 @@ def test_flags_of_the_usual_kind_keep_the_other_defaults() -> None:
 
 def test_a_decoding_flag_keeps_the_policys_other_decoding_settings() -> None:
     usual = ToolConfig().policy.decoding
-    assert usual.guess == "mid"  # which is not `DecodingConfig`'s own default
+    assert usual.guess == "mid"  # not the default of `DecodingConfig`
     changed = parse_flags(ToolConfig, ["--policy.decoding.max_iterations=3"]).policy.decoding
     assert changed == replace(usual, max_iterations=3)
 
@@ -145,7 +145,7 @@ def test_help_names_the_kinds_and_says_whose_a_flag_is() -> None:
     assert "usage: ceed-vla tool PATH [--flag" in words
     assert "--policy.backbone.type compact|" in words
     assert "--policy.backbone.width INT Model width" in words
-    assert "--policy.action_tokens.n_action_bins INT openvla: Edges of the bins" in words
+    assert "--policy.action_tokens.n_action_bins INT openvla: Number of bin edges" in words
     assert words.count("--policy.backbone.path STR") == 1
 
 
@@ -180,11 +180,11 @@ def test_lerobots_files_and_flags_reach_the_kinds(tmp_path: Path) -> None:
     [
         (
             {"backbone": OpenVLAConfig()},
-            "OpenVLA looks through one camera; set backbone.camera to one of",
+            "OpenVLA reads one camera, the policy has 2; set backbone.camera to one of",
         ),
         (
             {"backbone": OpenVLAConfig(camera="left")},
-            "backbone.camera is 'left'; the policy has observation",
+            "backbone.camera is 'left'; choose one of observation",
         ),
         (
             {"action_tokens": OpenVLATokensConfig(q01=[0.0], q99=[1.0])},
@@ -204,7 +204,7 @@ def test_kinds_that_do_not_fit_the_features(changes: dict[str, Any], message: st
 def test_uniform_bins_and_openvla_ids_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OpenVLAConfig, "_architecture", lambda _: {"n_action_bins": 256})
     shape = PolicyShape({"observation.images.front": (3, 8, 8)}, 0, 7, 1, UniformTokensConfig())
-    with pytest.raises(ConfigError, match="255 values, the model 256 action ids"):
+    with pytest.raises(ConfigError, match="255 values, but the model has 256 action ids"):
         OpenVLAConfig(architecture="{}").build(shape)
 
 
@@ -272,7 +272,7 @@ def test_files_travel_as_tensors(tmp_path: Path) -> None:
     for name in ("../a", "/a", "", ".."):
         with pytest.raises(CheckpointError, match="plain name"):
             step.use({name: files["a.json"]}, "it")
-    with pytest.raises(CheckpointError, match="must be bytes"):
+    with pytest.raises(CheckpointError, match="must be uint8 bytes"):
         step.use({"a": files["a.json"].float()}, "it")
     with pytest.raises(CheckpointError, match=r"^it/bad is wrong"):
         step.use({"bad": files["empty"]}, "it")
@@ -282,5 +282,7 @@ def test_features_without_a_state_serve_a_model_that_reads_none() -> None:
     features = {"observation.images.front": PolicyFeature(FeatureType.VISUAL, (3, 32, 32))}
     config = tabletop_config(input_features=features, backbone=OpenVLAConfig())
     config.validate_features()
-    with pytest.raises(ConfigError, match=r"no observation\.state; the compact backbone reads one"):
+    with pytest.raises(
+        ConfigError, match=r"no observation\.state; the compact backbone needs a state"
+    ):
         tabletop_config(input_features=features).validate_features()

@@ -40,7 +40,7 @@ def test_bounds_are_checked() -> None:
     with pytest.raises(TokenError, match="Cannot commit 1"):
         kv.commit(1)
     kv.write(0, entries(2), entries(2))
-    with pytest.raises(TokenError, match="Cannot commit 1"):  # the other layer has not seen them
+    with pytest.raises(TokenError, match="Cannot commit 1"):  # the other layer has not written them
         kv.commit(1)
     kv.write(L - 1, entries(2), entries(2))
     with pytest.raises(TokenError, match="Cannot commit 3"):
@@ -155,5 +155,5 @@ def test_a_static_cache_is_written_in_place_and_masks_what_is_not_written() -> N
     new = StaticCache(prefilled(3), 12, kv)
     assert [tensor.data_ptr() for tensor in (*new.keys, *new.values, new.position)] == addresses
     assert not torch.cat(new.keys + new.values)[:, :, 3:].any()
-    with pytest.raises(TokenError, match="taken this one's place"):
+    with pytest.raises(TokenError, match="overwritten this one"):
         kv.place(1, shallow=False)

@@ -1,4 +1,4 @@
-"""Decoding of one block: states, layouts, what leaves the block, the autoregressive reference, bad
+"""Decoding of one block: states, layouts, committed tokens, the autoregressive reference, wrong
 input.
 """
 
@@ -26,8 +26,8 @@ def random_guess(seed: int, batch: int, n: int, vocabulary: int) -> Tensor:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_proven_tokens_leave_the_block(toy, batch: int) -> None:
-    """Every forward starts at the last token that is proven in all running rows, found again from
-    the states.
+    """Every forward starts at the last token that is proven in all running rows; the states give
+    that token independently.
     """
     backbone, observation = toy(9, batch, 28, 5)
     prefix, guess = backbone.prefill(observation), random_guess(0, batch, 28, 5)
@@ -56,7 +56,7 @@ def test_recorded_states_are_the_trajectory(toy) -> None:
     for old, new in itertools.pairwise(result.states):
         expected = backbone.full_logits(observation, old[:, :-1]).argmax(-1)
         assert torch.equal(new, expected)
-    for row, last in enumerate(result.iterations.tolist()):  # frozen once done
+    for row, last in enumerate(result.iterations.tolist()):  # unchanged after the row ended
         assert all(torch.equal(state[row], result.tokens[row]) for state in result.states[last:])
     assert jacobi(backbone, prefix, guess, tokens_per_step=A).states is None
 
@@ -172,9 +172,9 @@ def test_tokens_that_are_proven_on_the_way_are_those_of_the_end(
 ) -> None:
     backbone, observation = toy(6, 3, 28, 31)
     prefix, guess = backbone.prefill(observation), random_guess(0, 3, 28, 31)
-    given = guess[:, : frozen * A] if frozen else None
+    frozen_tokens = guess[:, : frozen * A] if frozen else None
     told: list[tuple[Tensor, int, int]] = []
-    options = {"tokens_per_step": A, "frozen": given}
+    options = {"tokens_per_step": A, "frozen": frozen_tokens}
     if decode is jacobi:
         options["guess"] = guess
     result = decode(

@@ -1,4 +1,4 @@
-"""Decoding configurations: bad values, names, and the way through LeRobot's configuration files."""
+"""Decoding configurations: wrong values, names, and LeRobot's configuration files."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_names() -> None:
         "cap2_cap",
         "c" * 99,
     ):
-        with pytest.raises(ConfigError, match=r"Unknown decoder .*token by token"):
+        with pytest.raises(ConfigError, match=r"Unknown decoder .*ceed, ar, jacobi"):
             named_config(wrong, ceed)  # type: ignore[arg-type]
     for wrong, reason in {
         "cap0": "its cap K is 0",

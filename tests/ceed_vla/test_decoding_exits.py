@@ -1,4 +1,4 @@
-"""Early exits against a slow reference that commits nothing, and what each rule promises."""
+"""Exit rules against a slow reference without a cache, and the promise of each rule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ A = 7
 
 
 def reference(backbone, observation, guess: Tensor, config: DecodingConfig, executed: int | None):
-    """Row by row from method.md's loop: full recomputation, nothing committed, rules written out
+    """The loop of the method row by row: full recomputation, no commits, exit rules implemented
     again.
     """
     n = guess.shape[1]
@@ -41,7 +41,7 @@ def reference(backbone, observation, guess: Tensor, config: DecodingConfig, exec
                 for s in range(must)
             )
             moved = (new != state)[0].nonzero().flatten().tolist()
-            # A change of the last slot is the last there can be: what it depends on did not change.
+            # A change of the last slot only leaves a fixed point, as no input changed.
             done_watched = all(s >= must - 1 for s in moved)
             done_all = all(s >= n - 1 for s in moved) and (fresh or must == n)
             state = new
@@ -219,7 +219,7 @@ class FakeClock:
     [
         (0.001, [1.0] * 40, 1),  # the first iteration always runs
         (3.5, [1.0] * 40, 3),
-        (3.0, [1.0] * 40, 3),  # exactly on time is on time
+        (3.0, [1.0] * 40, 3),  # ending exactly at the deadline is in time
         (2.9, [1.0] * 40, 2),
         (9.0, [1.0, 1.0, 4.0, 1.0], 3),  # the last duration predicts the next
     ],

@@ -1,4 +1,4 @@
-"""A frozen prefix stays, and what follows it is its greedy continuation, by independent routes."""
+"""Frozen tokens do not change, and the rest is their greedy continuation, by independent routes."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ def forced_llama(backbone, observation, frozen: Tensor, n: int) -> Tensor:
 
 
 def assert_continues(backbone, prefix, frozen: Tensor, answer: Tensor, dim: int, seed: int) -> None:
-    """AR and strict Jacobi, from several guesses, both give `answer` (B, n)."""
-    (batch, n), given = answer.shape, frozen.shape[1]
+    """AR and strict Jacobi, from several guesses, return `answer` (B, n)."""
+    batch, n = answer.shape
+    length = frozen.shape[1]
     ar = greedy(backbone, prefix, tokens_per_step=dim, frozen=frozen)
     assert torch.equal(ar.tokens, answer)
-    assert ar.forwards == (n - given if given else n - 1)
+    assert ar.forwards == (n - length if length else n - 1)
     assert ar.exact.all()
     for guess in (
         random_tokens(seed, batch, n, backbone.vocabulary_size),
@@ -60,9 +61,9 @@ def assert_continues(backbone, prefix, frozen: Tensor, answer: Tensor, dim: int,
         assert torch.equal(guess, kept)
         assert result.exit_reason == ["converged"] * batch
         assert result.exact_tokens.tolist() == [n] * batch
-        assert result.forwards == result.iterations.max() <= max(n - given, 1)
+        assert result.forwards == result.iterations.max() <= max(n - length, 1)
         assert result.states is not None
-        assert all(torch.equal(state[:, :given], frozen) for state in result.states)
+        assert all(torch.equal(state[:, :length], frozen) for state in result.states)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -126,7 +127,7 @@ def test_frozen_steps_cost_no_forward_and_are_not_recomputed(toy) -> None:
     backbone.calls.clear()
     jacobi(backbone, prefix, (answer + 1) % 255, tokens_per_step=A, frozen=frozen)
     assert backbone.calls[0] == 27
-    assert all(length <= 13 for length in backbone.calls[1:])  # slots 14 .. 26 read at most
+    assert all(length <= 13 for length in backbone.calls[1:])  # reads at most slots 14 .. 26
     assert prefix.cache.committed >= 14
 
 
@@ -144,7 +145,7 @@ def test_only_the_steps_behind_the_frozen_ones_must_converge(toy, executed: int)
     assert torch.equal(result.tokens[:, :end], answer[:, :end])
     assert result.exit_reason == ["stable" if end < 28 else "converged"]
     assert end <= int(result.exact_tokens[0]) <= 28
-    start = 14  # after the first iteration at least the frozen tokens are committed
+    start = 14  # the first iteration commits at least the frozen tokens
     assert max(backbone.calls[1:]) <= end - 1 - start
     ar = greedy(
         backbone,
@@ -228,8 +229,8 @@ def test_decode_block_freezes_for_both_methods(toy) -> None:
         ("frozen_steps is -1", {"frozen_steps": -1}),
         ("frozen_steps is 1.0", {"frozen_steps": 1.0}),
         ("frozen_steps is 'one'", {"frozen_steps": "one"}),
-        ("there is no previous chunk", {"previous": None}),
-        ("there is no previous chunk", {"previous": torch.tensor([[0] * 14, [-1] * 14])}),
+        ("has no previous chunk", {"previous": None}),
+        ("has no previous chunk", {"previous": torch.tensor([[0] * 14, [-1] * 14])}),
         (r"\(2, 7\) torch.int64, expected \(2, 14\)", {"previous": torch.zeros(2, 7).long()}),
         ("torch.float32", {"previous": torch.zeros(2, 14)}),
         (r"chunk\[0, 3\] is 31; .* \[0, 30\]", {"previous": torch.arange(28, 42).repeat(2, 1)}),
@@ -257,7 +258,7 @@ def test_what_a_decoder_freezes_is_checked(toy) -> None:
     guess = torch.zeros(2, 14, dtype=torch.int64)
     with pytest.raises(ConfigError, match=r"frozen_steps is 2; it must be in \[0, 1\]"):
         jacobi(backbone, prefix, guess, tokens_per_step=A, frozen_steps=2)
-    with pytest.raises(ConfigError, match="variable length belong to no step"):
+    with pytest.raises(ConfigError, match="variable length do not belong to steps"):
         jacobi(backbone, prefix, guess, tokens_per_step=None, frozen_steps=1)
     with pytest.raises(TokenError, match="pass a guess"):
         greedy(backbone, prefix, tokens_per_step=A, frozen_steps=1)

@@ -1,4 +1,4 @@
-"""First states: always action tokens, always reproducible."""
+"""Initial guesses: always action tokens, always reproducible."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.tokens.uniform import ActionTokenizer
 
-TOKENS = ActionTokenizer([-10.0, -20.0], [88.0, 78.0], 3, num_bins=99)  # zero is bin 10, and bin 20
+TOKENS = ActionTokenizer([-10.0, -20.0], [88.0, 78.0], 3, num_bins=99)  # zero is bin 10 or bin 20
 PREVIOUS = torch.arange(12).reshape(2, 6)
 
 

@@ -1,4 +1,4 @@
-"""Stop tokens and windows: blocks of variable length end where the stop token is proven, and stay
+"""Stop tokens and windows: blocks of variable length end when the stop token is proven, and are
 exact.
 """
 
@@ -18,7 +18,7 @@ from ceed_vla.errors import ConfigError
 
 
 def cut(tokens: Tensor, stop: int) -> Tensor:
-    """`tokens` with every slot behind a row's first stop token filled with it, by plain loops."""
+    """`tokens`, filled with the stop token behind a row's first stop token, by plain loops."""
     rows = []
     for row in tokens.tolist():
         end = row.index(stop) if stop in row else len(row)
@@ -76,7 +76,7 @@ def test_a_window_computes_less_and_changes_nothing(toy: Any, window: int) -> No
     assert result.exit_reason == ["converged"] * 3
     assert max(backbone.calls) == min(window, 19)
     known = jacobi(backbone, prefix, answer, DecodingConfig(window=window), tokens_per_step=1)
-    assert known.forwards == -(-19 // window)  # a window of right tokens is proven in one forward
+    assert known.forwards == -(-19 // window)  # one forward proves a window of right tokens
     early = jacobi(
         backbone, prefix, guess, DecodingConfig(window=window), tokens_per_step=1, executed_steps=6
     )
@@ -88,11 +88,11 @@ def test_rules_that_need_bins_or_steps_are_refused(toy: Any) -> None:
     backbone, observation = toy(1, 2, 6, 5)
     prefix = backbone.prefill(observation)
     guess = torch.zeros(2, 6, dtype=torch.int64)
-    with pytest.raises(ConfigError, match="are no bins"):
+    with pytest.raises(ConfigError, match="do not stand for neighbouring actions"):
         jacobi(backbone, prefix, guess, DecodingConfig(confidence=0.9), stop=0)
-    with pytest.raises(ConfigError, match="belong to no step"):
+    with pytest.raises(ConfigError, match="do not belong to steps"):
         greedy(backbone, prefix, guess=guess, frozen_steps=1, stop=0, tokens_per_step=None)
     with pytest.raises(ConfigError, match="window is 0"):
         DecodingConfig(window=0)
-    with pytest.raises(ConfigError, match="set only one"):
+    with pytest.raises(ConfigError, match="set either the window"):
         DecodingConfig(window=4, confidence=0.9)

@@ -1,5 +1,5 @@
-"""`ceed-vla doctor`: a table whatever is broken, and an exit code that says whether something
-needed is missing.
+"""`ceed-vla doctor`: always a table, and an exit code that shows whether something needed is
+missing.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ GOOD = {
 
 @pytest.fixture
 def probes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Scripts that answer at once in the place of those that import torch and MuJoCo; a test
-    changes them.
-    """
+    """Fast scripts that replace the probes of torch and MuJoCo; tests change them."""
     scripts = {name: f"print({answer!r})" for name, answer in GOOD.items()}
     monkeypatch.setattr(module, "_PROBES", scripts)
     return scripts
@@ -41,7 +39,7 @@ def table(*, fails: bool = False) -> str:
     output = StringIO()
     console = Console(file=output, width=200)
     if fails:
-        with pytest.raises(ConfigError, match="Not as needed"):
+        with pytest.raises(ConfigError, match="Missing or broken"):
             doctor(DoctorConfig(), console)
     else:
         doctor(DoctorConfig(), console)
@@ -74,7 +72,7 @@ def test_a_sound_installation(probes: dict[str, str]) -> None:
             "ImportError: libfoo.so: cannot open",
         ),
         ("torch", "import os; os.abort()", True, "died of signal 6"),
-        ("torch", "print('{}')", True, "cannot be looked at: KeyError"),
+        ("torch", "print('{}')", True, "cannot be checked: KeyError"),
         ("gl", "print('remark'); print('{\"brightest\": 0}')", True, "the picture is black"),
         ("gl", "raise RuntimeError('no EGL')", True, "no EGL"),
         ("gl", "import time; time.sleep(60)", True, "no answer in 2 s"),
@@ -134,8 +132,8 @@ def test_full_disk_and_damaged_checkpoint(
     monkeypatch.setattr(module, "SHIPPED", tmp_path)
     text = table(fails=True)
     assert "0.0 GB free" in text
-    assert "model.safetensors is no file of weights" in text
-    assert "checkpoint student" in text.partition("model.safetensors is no file of weights")[2]
+    assert "model.safetensors is not a weights file" in text
+    assert "checkpoint student" in text.partition("model.safetensors is not a weights file")[2]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +168,7 @@ def test_exit_code(probes: dict[str, str], capsys: pytest.CaptureFixture[str]) -
     probes["gl"] = "raise RuntimeError('no EGL')"
     assert main(["doctor"]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("ceed-vla doctor: error: Not as needed: rendering")
+    assert captured.err.startswith("ceed-vla doctor: error: Missing or broken: rendering")
     assert "apt-get install" in captured.out
 
 

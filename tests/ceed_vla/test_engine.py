@@ -1,8 +1,8 @@
-"""The compiled engine: the eager tokens from every decoder, code that is compiled once, a cache
-that is rolled back.
+"""The compiled engine: the eager tokens from every decoder, no recompilation, a cache that is
+rolled back.
 
-torch traces and guards as it would, and runs what it traced with its own kernels ("eager" backend):
-compiling those takes minutes, and is left to the slow tests.
+torch traces and guards as usual, and runs the traced graph with its own kernels ("eager" backend).
+Only the slow tests compile the kernels, which takes minutes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOKENS = ActionTokenizer([-1.0] * DIM, [1.0] * DIM, STEPS, num_bins=BINS)
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    """No code of other tests, and none left to them."""
+    """Discard compiled code of other tests before and after a test."""
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -94,7 +94,7 @@ def test_nothing_is_compiled_again(kind: str, llama: Any) -> None:
     for k in (1, N // 2, N - 1):
         engine.block_logits(engine.prefill(observation), torch.zeros(2, k, dtype=torch.int64))
     made = counters["stats"]["unique_graphs"]
-    assert made == (4 if kind == "compact" else 3)  # three windows, and the prefill
+    assert made == (4 if kind == "compact" else 3)  # three lengths, and the prefill
     random, previous, taken = torch.Generator().manual_seed(0), None, set()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for chunk, name in zip(range(50), itertools.cycle(DECODINGS), strict=False):
@@ -150,7 +150,7 @@ def test_a_new_prefix_takes_the_place_of_the_old_one() -> None:
     new = engine.prefill(observe(2, seed=1))
     engine.block_logits(other, token)  # another batch size
     engine.block_logits(new, token.expand(2, 1))
-    with pytest.raises(TokenError, match="taken this one's place"):
+    with pytest.raises(TokenError, match="overwritten this one"):
         engine.block_logits(old, token.expand(2, 1))
     with pytest.raises(TokenError, match="prefill it with the compiled backbone"):
         engine.block_logits(backbone.prefill(observe(2)), token.expand(2, 1))

@@ -40,7 +40,7 @@ def uncached_llama(backbone, observation, n: int) -> Tensor:
 def every_guess(
     batch: int, n: int, dim: int, vocabulary: int, seed: int, answer: Tensor
 ) -> dict[str, Tensor]:
-    """All kinds of first states, from hopeless to the answer itself."""
+    """All kinds of initial guesses, from unrelated tokens to the answer itself."""
     generator = torch.Generator().manual_seed(seed)
     tokens = ActionTokenizer([-1.0] * dim, [2.0] * dim, n // dim, num_bins=vocabulary)
     previous = torch.randint(vocabulary, (batch, n), generator=generator)
@@ -152,8 +152,8 @@ def test_a_llama_trains_and_is_cut_short(llama, keeps_the_contract) -> None:
 
 
 def test_models_are_not_trivial(toy, llama) -> None:
-    """The property above would hold for a constant answer too; these models depend on what they
-    read.
+    """Exactness would also hold for a constant answer; the tokens of these models depend on their
+    inputs.
     """
     for make in (toy, llama):
         backbone, observation = make(3, 4, 56, 255)

@@ -1,5 +1,5 @@
-"""FAST tokens fitted on own data: codec, tokenizer, grammar, configuration, and the compact
-backbone on top of them.
+"""FAST tokens that are fitted to data: codec, tokenizer, grammar, configuration, and the compact
+backbone with them.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def test_round_trip_errs_by_the_rounding_alone(tokenizer: FastTokenizer) -> None
     chunks = smooth_chunks(50, seed=1)
     decoded = tokenizer.decode(tokenizer.encode(chunks))
     half_range = (tokenizer.high - tokenizer.low) / 2
-    # An orthonormal transform keeps the norm: every coefficient is off by at most half a step of 1
-    # / scale.
+    # An orthonormal transform preserves the norm; each coefficient has an error of at most half a
+    # step of 1 / scale.
     bound = 0.5 / tokenizer.codec.scale * STEPS**0.5 * half_range
     error = (decoded - chunks)[..., :-1].norm(dim=1)  # (B, A - 1)
     assert bool((error <= bound[:-1] + 1e-6).all())
@@ -107,7 +107,7 @@ def test_published_folders_of_transformers_5_are_read(tmp_path: Path) -> None:
     chunks = smooth_chunks(5, seed=4)
     assert read.encode(chunks) == codec.encode(chunks)
     settings_file.write_text(json.dumps({"scale": 10}))
-    with pytest.raises(CheckpointError, match="must name scale and min_token"):
+    with pytest.raises(CheckpointError, match="must have scale and min_token"):
         FastCodec.from_folder(tmp_path)
 
 
@@ -136,7 +136,7 @@ def test_blocks_are_padded_with_the_stop_token_and_read_up_to_it(tokenizer: Fast
     noisy[0, length + 1 :] = 3
     assert torch.equal(tokenizer.decode(noisy), tokenizer.decode(block))
     weight = tokenizer.weight(noisy)
-    assert weight.sum() == length + 1  # the stop token itself is learnt
+    assert weight.sum() == length + 1  # the stop token itself is trained
 
 
 def test_malformed_blocks_are_counted_errors(tokenizer: FastTokenizer) -> None:
@@ -173,9 +173,9 @@ def test_chunks_that_overfill_a_block_are_smoothed_and_counted(tokens: FastToken
     noise[..., -1] = 1.0
     decoded = short.decode(short.encode(noise))
     assert short.smoothed == 4
-    # the low frequencies stay
+    # the low frequencies remain
     assert torch.allclose(decoded.mean(1)[:, :5], noise.mean(1)[:, :5], atol=0.1)
-    with pytest.raises(ConfigError, match="does not even hold the chunk of zeros"):
+    with pytest.raises(ConfigError, match="too few for a chunk of zeros"):
         replace(tokens, max_tokens=1).build(STEPS, DIM)
 
 
@@ -232,7 +232,7 @@ def test_jacobi_is_greedy_under_the_grammar_and_always_a_chunk(
     for config in (
         DecodingConfig(guess="mid"),
         DecodingConfig(guess="random", window=5),
-        # goes on, as two iterations give no chunk
+        # continues, as two iterations do not give a chunk
         DecodingConfig(guess="random", max_iterations=2),
         DecodingConfig(watch="executed"),  # every step needs every token
     ):
@@ -251,18 +251,18 @@ def test_a_cap_ends_where_every_row_holds_a_chunk(toy: Toy, tokenizer: FastToken
     assert result.forwards == 1
     assert set(result.exit_reason) <= {"stop", "max_iterations"}
     assert tokenizer.readable(result.tokens).all()
-    # half a chunk serves nobody
+    # decoding never stops on a block that does not decode to a chunk
     late = toy_decode(toy, tokenizer, 0, DecodingConfig(guess="mid", deadline_s=1e-6))
     assert tokenizer.readable(late.tokens).all()
     soon = DecodingConfig(guess="previous", deadline_s=1e-6)
     late = toy_decode(toy, tokenizer, 0, soon, previous=greedy.tokens, shift_steps=0)
-    assert late.forwards == 1  # there is one already
+    assert late.forwards == 1  # the first iteration gives a chunk already
     assert set(late.exit_reason) <= {"stop", "deadline"}
-    with pytest.raises(ConfigError, match="none can be frozen"):
+    with pytest.raises(ConfigError, match="do not belong to steps"):
         toy_decode(toy, tokenizer, 0, config, previous=greedy.tokens, frozen_steps=1)
-    with pytest.raises(ConfigError, match="fixed number; use jacobi"):
+    with pytest.raises(ConfigError, match="fixed number of tokens"):
         toy_decode(toy, tokenizer, 0, DecodingConfig(method="sure1p0.5"))
-    with pytest.raises(ConfigError, match="are no bins"):
+    with pytest.raises(ConfigError, match="do not stand for neighbouring actions"):
         toy_decode(toy, tokenizer, 0, DecodingConfig(confidence=0.5))
 
 
@@ -272,7 +272,7 @@ def test_a_cap_ends_where_every_row_holds_a_chunk(toy: Toy, tokenizer: FastToken
 def test_tokens_must_be_fitted_for_the_policys_chunk(tokens: FastTokensConfig) -> None:
     with pytest.raises(ConfigError, match="not fitted yet"):
         FastTokensConfig().build(STEPS, DIM)
-    with pytest.raises(ConfigError, match="fitted on chunks of 8 steps, the policy's have 4"):
+    with pytest.raises(ConfigError, match="fitted to chunks of 8 steps, but the policy's have 4"):
         tokens.build(4, DIM)
     with pytest.raises(ConfigError, match="has 7 values, the action has 6"):
         tokens.validate_features(6)
@@ -293,7 +293,7 @@ def test_file_holds_the_tokens(tokens: FastTokensConfig, tmp_path: Path) -> None
         read.build(STEPS, DIM).encode(chunks), tokens.build(STEPS, DIM).encode(chunks)
     )
     file.write_text("{}")
-    with pytest.raises(CheckpointError, match="holds no fitted tokens"):
+    with pytest.raises(CheckpointError, match="has no fitted tokens"):
         FastTokensConfig(path=str(file))
     with pytest.raises(CheckpointError, match="no file"):
         FastTokensConfig(path=str(tmp_path / "none.json"))

@@ -1,4 +1,4 @@
-"""Where checkpoints are found: shipped names, local folders, and both at once."""
+"""Locations of checkpoints: shipped names, local folders, and names that are both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHIPPED = pretrained_path("student")
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
-    """The working directory, an empty one; warnings are recorded."""
+    """An empty working directory; warnings are recorded."""
     monkeypatch.chdir(tmp_path)
     folders._warn.cache_clear()
     caplog.set_level(logging.WARNING)
@@ -47,7 +47,7 @@ def test_a_local_checkpoint_of_a_shipped_name(
 ) -> None:
     expected = checkpoint(here / "student" / inner)
     assert resolve_checkpoint(given) == resolve_checkpoint(given) == expected
-    (message,) = caplog.messages  # once, however often it is resolved
+    (message,) = caplog.messages  # once, although it is resolved several times
     assert message.startswith(
         f"student is the local folder {here}/student, not the shipped checkpoint"
     )
@@ -60,7 +60,7 @@ def test_a_local_folder_that_is_no_checkpoint(here: Path, caplog: pytest.LogCapt
     assert resolve_checkpoint("student") == SHIPPED
     assert resolve_checkpoint("teacher") == pretrained_path("teacher")
     assert [
-        f"the local folder {here}/{name} is none" in text
+        f"the local folder {here}/{name} is not a checkpoint" in text
         for name, text in zip(("student", "teacher"), caplog.messages, strict=True)
     ] == [True, True]
     assert "Write ./student if you mean the folder" in caplog.messages[0]
@@ -86,7 +86,7 @@ def test_a_path_is_always_the_local_folder(
     folder = checkpoint(here / "student")
     found = resolve_checkpoint(given)
     assert found.resolve() == folder.resolve()
-    assert resolve_checkpoint(found) == found  # still without a doubt once it is a `Path`
+    assert resolve_checkpoint(found) == found  # still unambiguous as a `Path`
     assert not caplog.messages
 
 
@@ -124,7 +124,7 @@ def test_unambiguous(here: Path) -> None:
 
 
 def test_nothing_heavy_is_imported_to_list_what_there_is() -> None:
-    """Shells complete `ceed_vla.<TAB>` from `dir`."""
+    """Shells complete `ceed_vla.<TAB>` with `dir`."""
     script = (
         "import sys, ceed_vla, ceed_vla.folders, ceed_vla.checkpoints\nfor module in (ceed_vla, "
         "ceed_vla.checkpoints): assert {*module.__all__} <= {*dir(module)}\nprint([name for name "

@@ -1,5 +1,5 @@
-"""What a new policy takes from a LeRobotDataset that `lerobot-train` opens: of its frames, else of
-its statistics.
+"""Settings that a new policy takes from a LeRobotDataset of `lerobot-train`: from its frames, or
+else from its statistics.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 
 FRONT, STATE, DEPTH = "observation.images.front", "observation.state", "observation.images.depth"
 NAMES = ["dx", "dy", "tool", "gripper"]
-AVERAGED = {"q01": [-0.3, -0.3, 0.0, 0.0], "q99": [0.3, 0.3, 0.1, 100.0]}  # over episodes
+AVERAGED = {"q01": [-0.3, -0.3, 0.0, 0.0], "q99": [0.3, 0.3, 0.1, 100.0]}  # averaged over episodes
 STATE_STATS = {"mean": np.zeros(3), "std": np.ones(3)}
 
 
 def open_config(**changes: Any) -> CeedVLAConfig:
-    """Settings of a small policy as LeRobot fills them: with every feature of a data set."""
+    """Settings of a small policy as LeRobot makes them: with all features of a dataset."""
     return tabletop_config(
         width=32,
         layers=1,
@@ -54,9 +54,7 @@ def open_config(**changes: Any) -> CeedVLAConfig:
 
 
 def write(root: Path, actions: np.ndarray | None) -> SimpleNamespace:
-    """LeRobot's metadata of a data set in one episode, of which only numbers exist; without files
-    of its frames.
-    """
+    """LeRobot's metadata of a dataset with one episode of numbers, without files for its frames."""
     vector = {"dtype": "float32", "names": None}
     image = {"dtype": "image", "shape": [32, 32, 3], "names": ["height", "width", "channels"]}
     features = {
@@ -98,7 +96,7 @@ def write(root: Path, actions: np.ndarray | None) -> SimpleNamespace:
 
 
 def build(config: CeedVLAConfig, meta: Any) -> CeedVLAPolicy:
-    """A policy, as LeRobot's `make_policy` makes it."""
+    """A policy, made with LeRobot's `make_policy`."""
     return CeedVLAPolicy(config=config, dataset_stats=meta.stats, dataset_meta=meta)
 
 
@@ -156,7 +154,7 @@ def test_without_frames_ranges_are_the_extremes(
     assert "from the statistics' minimum and maximum, as the frames cannot be read" in caplog.text
     assert "the data files hold 0 frames" in caplog.text
 
-    alone = open_config()  # a policy that is built in Python, with the statistics alone
+    alone = open_config()  # a policy built in Python, with the statistics only
     alone.input_features = {
         name: f for name, f in (alone.input_features or {}).items() if name != DEPTH
     }
@@ -201,7 +199,7 @@ def test_a_checkpoint_keeps_its_ranges(
 
 
 def test_a_checkpoint_with_more_features_is_read(actions: np.ndarray, tmp_path: Path) -> None:
-    """As lerobot-train wrote them once: every feature of the data was an input."""
+    """Earlier versions of lerobot-train wrote every feature of the data as an input."""
     meta = write(tmp_path / "data", actions)
     policy = build(open_config(), meta)
     force = {"observation.force": PolicyFeature(FeatureType.STATE, (6,))}

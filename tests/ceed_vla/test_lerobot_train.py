@@ -1,4 +1,4 @@
-"""LeRobot's own training command drives the policy: train, resume, and load what it wrote."""
+"""LeRobot's training command with the policy: train, resume, and load the result."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def dataset(tmp_path: Path) -> Path:
 
 
 def lerobot_train(*arguments: str) -> str:
-    """Run `lerobot-train` and return what it printed."""
+    """Run `lerobot-train` and return its output."""
     try:
         importlib.metadata.distribution(PLUGIN)
         discover = []
@@ -73,7 +73,7 @@ def lerobot_train(*arguments: str) -> str:
 
 
 def settings(root: Path, output: Path, **changes: Any) -> list[str]:
-    """Arguments that train a small new policy on the data set in `root`."""
+    """Arguments that train a small new policy on the dataset in `root`."""
     values: dict[str, Any] = {
         "policy.type": "ceed_vla",
         "policy.device": "cpu",
@@ -120,11 +120,11 @@ def test_lerobot_train(dataset: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def uneven(tmp_path: Path) -> Path:
-    """A data set whose quantiles an episode say little of all: two of eight episodes make the large
-    motions.
+    """A dataset in which quantiles per episode differ from those of all data: two of eight episodes
+    have the large motions.
 
-    It has a gripper of 0 and 255, a dimension that moves in two frames, and features that no policy
-    of ours uses.
+    It has a gripper with the values 0 and 255, a dimension that moves in two frames, and features
+    that the policy does not use.
     """
     from lerobot.datasets import LeRobotDataset
 
@@ -189,7 +189,7 @@ def test_lerobot_train_takes_from_the_data_what_ceed_vla_train_takes(
     assert policy.config.input_features == ours.input_features
     averaged = json.loads((uneven / "meta" / "stats.json").read_text())["action"]["q99"]
     high = policy.config.action_tokens.action_high
-    # what LeRobot's statistics would have clipped
+    # values that LeRobot's statistics would clip
     assert max(averaged[:3]) < 0.3 < 0.9 < min(high[:3])
     assert high[4] == pytest.approx(0.7)
 

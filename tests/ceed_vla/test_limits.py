@@ -1,5 +1,5 @@
-"""Limits are on work, not on what a file says of itself: lengths, values, unpacked bytes,
-patterns.
+"""Limits apply to the actual work, not to sizes that a file declares: lengths, values, unpacked
+bytes, patterns.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from ceed_vla.tokens.fast_codec import FastCodec
     ],
 )
 def test_a_long_name_is_refused_as_fast_as_a_short_one(name: str) -> None:
-    OWN.fullmatch(name)  # which takes its length, not its square
+    OWN.fullmatch(name)  # in linear, not quadratic time
     for own in (None, {}, {"risk0.05": name}):
         with pytest.raises(ConfigError, match="Unknown decoder"):
             named_config(name if own is None else "risk0.05" if own else name, own=own)
@@ -100,7 +100,7 @@ def test_json_is_read_up_to_a_size(tmp_path: Path, text: str, message: str) -> N
 def test_json_of_a_line() -> None:
     assert parse_json('{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
     for text in ("[" * 10**5, "[" + "[]," * 10**6 + "0]", "", "{", "nonsense", '{"a": 1, "a": 2}'):
-        with pytest.raises(ValueError, match=r"nested|values|twice|Expecting"):
+        with pytest.raises(ValueError, match=r"nested|values|duplicate|Expecting"):
             parse_json(text)
 
 
@@ -134,13 +134,13 @@ ROWS = 20_000
 
 
 def repeated(**options: Any) -> Callable[[Path], Any]:
-    """A text of 8 kB in every row: 160 MB in a few kB."""
+    """A text of 8 kB in every row: 160 MB that compress to a few kB."""
     table = pa.table({"task": ["x" * 8192] * ROWS, "index": np.arange(ROWS)})
     return lambda file: pq.write_table(table, file, **options)
 
 
 def constant(file: Path) -> None:
-    """2,000 numbers a row, all 0: 160 MB."""
+    """2,000 zeros per row: 160 MB."""
     zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(ROWS * 2000, np.float32)), 2000)
     pq.write_table(pa.table({"task": zeros, "index": np.arange(ROWS)}), file)
 
@@ -166,7 +166,7 @@ def test_a_small_file_unpacks_to_little(tmp_path: Path, kind: str) -> None:
         read_table(file, {"task": shape, "index": ()}, Budget([file]))
     assert pa.total_allocated_bytes() - before < most
     assert (pool.max_memory() or 0) < 10**9
-    rest = read_table(file, {"index": ()}, Budget([file]))  # which costs no more than it did
+    rest = read_table(file, {"index": ()}, Budget([file]))  # the cost stays the same
     assert rest["index"].to_pylist()[-1] == ROWS - 1
 
 
@@ -217,11 +217,11 @@ def test_pages_hold_what_the_footer_says(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     chunk = pq.ParquetFile(file).metadata.row_group(0).column(0)
     assert chunk.num_values == 300
-    at = data.index(b"\x15\xd8\x04", chunk.data_page_offset)  # the header's count, 300
+    at = data.index(b"\x15\xd8\x04", chunk.data_page_offset)  # the count in the header is 300
     data[at + 1 : at + 3] = b"\xfe\x7f"  # 8191 values of one row
     file.write_bytes(bytes(data))
-    open_parquet(file, {"a": (3,)})  # the footer is as it was
-    with pytest.raises(DatasetError, match="other values than it says"):
+    open_parquet(file, {"a": (3,)})  # the footer is unchanged
+    with pytest.raises(DatasetError, match="do not hold the values that it"):
         read_table(file, {"a": (3,)}, Budget([file]))
 
 
@@ -366,7 +366,7 @@ def test_ids_of_long_texts_are_no_chunk() -> None:
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "a" * 50_000: 1}, merges=[]))
     tokenizer.decoder = decoders.Fuse()
     codec = FastCodec(tokenizer, 10.0, 0)
-    with pytest.raises(MalformedChunkError, match="stand for more than 448 bytes"):
+    with pytest.raises(MalformedChunkError, match="decode to more than 448 bytes"):
         codec.decode([1] * 100_000, 4, 7)  # 5 GB of text
     assert codec.decode([0] * 28, 4, 7).shape == (4, 7)
 

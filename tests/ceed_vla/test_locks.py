@@ -1,4 +1,4 @@
-"""One writer of an output folder: real processes that hold, die, fork and race."""
+"""One writer per output folder: real processes that hold a lock, die, fork and race."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ while done < 100:
 
 
 def write_record(folder: Path, **changes: Any) -> Path:
-    """A lock file that no process holds, as a process that was killed leaves one."""
+    """Write a lock file that no process holds, like a killed process leaves."""
     file = lock_file(folder)
     file.write_text(json.dumps(asdict(replace(Holder.own(), **changes))))
     return file
@@ -71,7 +71,7 @@ def test_the_second_writer_is_told_who_is_the_first(tmp_path: Path) -> None:
         assert first.stdin is not None
         first.stdin.close()
         assert first.wait() == 0
-    assert list(tmp_path.iterdir()) == []  # nor are folders left that only the lock needed
+    assert list(tmp_path.iterdir()) == []  # folders that only the lock needed are removed, too
     with locked(folder, WHAT):
         assert lock_file(folder).exists()
 
@@ -100,19 +100,19 @@ def test_a_forked_child_neither_holds_nor_releases(tmp_path: Path) -> None:
             parent.kill()
             parent.wait()
             with locked(tmp_path / "run", WHAT):
-                os.kill(child, 0)  # it runs
+                os.kill(child, 0)  # a running process
         finally:
             parent.kill()
             os.kill(child, signal.SIGKILL)
     with locked(tmp_path / "run", WHAT):
-        if (own := os.fork()) == 0:  # which leaves the block as this process does
+        if (own := os.fork()) == 0:  # the child leaves the block as this process does
             os._exit(0 if _left_the_block(tmp_path / "run") else 1)
         assert os.waitpid(own, 0)[1] == 0
         assert lock_file(tmp_path / "run").exists()
 
 
 def _left_the_block(folder: Path) -> bool:
-    """Whether the lock is another process's."""
+    """Whether another process has the lock."""
     try:
         with locked(folder, WHAT):
             return False
@@ -160,7 +160,7 @@ def test_processes_of_one_launch_share_the_lock_of_the_first(
 
 def test_a_lock_of_another_host_is_refused_with_its_file(tmp_path: Path) -> None:
     file = write_record(tmp_path / "run", host="elsewhere", boot="another")
-    seen = r"on elsewhere since .* cannot be seen from"
+    seen = r"on elsewhere since .* cannot be determined on"
     with pytest.raises(ConfigError, match=seen) as error, locked(tmp_path / "run", WHAT):
         pass
     assert str(error.value).endswith(f"remove {file}.")
@@ -195,7 +195,7 @@ def test_without_flock_the_record_decides(tmp_path: Path, monkeypatch: pytest.Mo
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)  # as on some cluster file systems
+    monkeypatch.setattr(fcntl, "flock", no_locks)  # like some cluster file systems
     with holder(tmp_path / "run") as first:
         with (
             pytest.raises(ConfigError, match=f"process {first.pid} on"),
@@ -206,7 +206,7 @@ def test_without_flock_the_record_decides(tmp_path: Path, monkeypatch: pytest.Mo
         first.wait()
         with locked(tmp_path / "run", WHAT):
             pass
-    write_record(tmp_path / "run", started="5")  # the number of this process, which began later
+    write_record(tmp_path / "run", started="5")  # the id of this process, which started later
     with locked(tmp_path / "run", WHAT):
         pass
     write_record(tmp_path / "run", host="a container")
@@ -246,7 +246,7 @@ def test_what_is_no_file_is_no_lock(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "\0" * 300])
 def test_an_empty_lock_is_taken_over(tmp_path: Path, text: str) -> None:
-    lock_file(tmp_path / "run").write_text(text)  # as a power cut leaves it
+    lock_file(tmp_path / "run").write_text(text)  # the state after a power failure
     with locked(tmp_path / "run", WHAT):
         pass
     assert not lock_file(tmp_path / "run").exists()
@@ -260,7 +260,7 @@ def test_where_the_lock_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     assert lock_file(Path(".")) == tmp_path.parent / f".{tmp_path.name}.ceed-vla.lock"
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
-    with owned_folder("output_dir", str(tmp_path)):  # inside, where another container sees it too
+    with owned_folder("output_dir", str(tmp_path)):  # inside, where another container finds it, too
         assert [file.name for file in tmp_path.iterdir()] == [f".{tmp_path.name}.ceed-vla.lock"]
-        assert claim_folder("output_dir", str(tmp_path), (), ()) == tmp_path  # as good as empty
+        assert claim_folder("output_dir", str(tmp_path), (), ()) == tmp_path  # treated as empty
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,4 @@
-"""Where commands write: what is not theirs, links and inputs are refused before anything is
-done.
-"""
+"""Output paths: other people's files, links and inputs are refused before any work is done."""
 
 from __future__ import annotations
 
@@ -135,6 +133,6 @@ def test_an_input_is_not_replaced(folder: Path, tmp_path: Path) -> None:
     for source in (folder / PART, tmp_path / "link", folder / PART / "inner"):
         with pytest.raises(ConfigError, match=r"where checkpoint would replace .*, an input"):
             claim(folder, source)
-    # a report beside a policy replaces nothing
+    # a report next to a policy replaces nothing
     assert claim(folder, folder / PART, part="") == folder
     assert claim(folder, tmp_path / "elsewhere") == folder

@@ -1,6 +1,4 @@
-"""Processes that share work: results in order, errors as they are, packages discovered, nothing
-left behind.
-"""
+"""Processes that share work: ordered results, original errors, discovered packages, clean exit."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from ceed_vla.workers import Workers
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These need no torch, nor LeRobot."""
+    """These tests need neither torch nor LeRobot."""
     monkeypatch.setattr(workers, "PRELOADED", [])
 
 
@@ -48,7 +46,7 @@ if __name__ == "__main__":
 
 
 def test_a_worker_reads_no_input(tmp_path: Path) -> None:
-    """A library that prompts finds the end of standard input, whatever the command was given."""
+    """A library that prompts reads the end of standard input, even if the command has input."""
     script = tmp_path / "reading.py"
     script.write_text(READING)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -70,7 +68,7 @@ def test_processes_import_what_was_discovered(
 
 
 def test_a_process_that_dies_is_an_error_and_nothing_is_left() -> None:
-    before = set(multiprocessing.active_children())  # of other tests
+    before = set(multiprocessing.active_children())  # processes of other tests
     with pytest.raises(CeedVLAError, match="died"), Workers(2, make, 0) as pool:
         list(pool.map([1, -2, 3]))
     with pytest.raises(KeyboardInterrupt), Workers(2, make, 0) as pool:  # noqa: PT012
@@ -85,7 +83,7 @@ def test_a_process_that_dies_is_an_error_and_nothing_is_left() -> None:
 def test_an_answer_that_a_dead_process_was_writing_holds_nothing_up() -> None:
     with pytest.raises(KeyboardInterrupt), Workers(2, make, 0) as pool:  # noqa: PT012
         next(pool.map(range(10)))
-        pool._pool._result_queue._wlock.acquire()  # as one that was killed in the middle
+        pool._pool._result_queue._wlock.acquire()  # as if it was killed while it wrote
         began = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - began < 60

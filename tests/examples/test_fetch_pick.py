@@ -1,5 +1,6 @@
-"""The environment of docs/own-data.md: its expert solves it, doing nothing does not, and the state
-hides the block.
+"""The environment of docs/tutorials/first-policy.md: its expert solves it, and idling does not.
+
+The state does not contain the block.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def test_the_expert_solves_every_scene(env: Any) -> None:
 
 
 @pytest.mark.parametrize("action", [(0, 0, 0, 1), (0, 0, -1, 1), (0, 0, 0, -1)])
+@pytest.mark.slow
 def test_a_constant_action_solves_less_than_a_fifth(env: Any, action: tuple[float, ...]) -> None:
     constant = np.array(action, np.float32)
     count = sum(solved(env, seed, lambda: constant) for seed in SCENES)

@@ -1,58 +1,31 @@
-"""The commands of docs/lerobot.md and docs/own-data.md, as printed, in the order written."""
+"""Shell commands and Python examples of the pages, as printed, in the order of the page."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-def run_page(
-    page: str, folder: Path, *, sizes: str = "", threads: int = 1, timeout: float = 880
-) -> str:
-    """What the commands of a page print, with `folder` in the place of its ``out``, and `sizes` of
-    its sizes.
-    """
-    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    script = "set -e\n" + "".join(blocks).replace('export PATH="$PWD/.venv/bin:$PATH"', "export")
-    script = re.sub(r"out=outputs/\S+", f"out={folder}", script, count=1)
-    if sizes:
-        assert len(SIZES.findall(script)) == 1
-        script = SIZES.sub(sizes, script)
-    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {
-        **os.environ,
-        "PATH": tools,
-        "OMP_NUM_THREADS": str(threads),
-        "TQDM_DISABLE": "1",
-    }
-    process = subprocess.run(
-        ["bash", "-c", script],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    output = process.stdout + process.stderr
-    assert process.returncode == 0, output[-4000:]
-    return output
+from pages import (
+    FIRST_POLICY,
+    FIRST_ROBOT,
+    LEROBOT,
+    PIPELINE,
+    REPOSITORY,
+    SMALL,
+    run_page,
+    sizes_in,
+)
 
 
 @pytest.mark.slow
 @pytest.mark.realtime
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_lerobot_page(tmp_path: Path) -> None:
-    output = run_page("lerobot.md", tmp_path)
+    output = run_page(LEROBOT, tmp_path)
     assert (
         tmp_path / "teacher" / "checkpoints" / "000006" / "pretrained_model" / "model.safetensors"
     ).is_file()
@@ -61,28 +34,28 @@ def test_the_commands_of_the_lerobot_page(tmp_path: Path) -> None:
         json.loads((tmp_path / "eval" / "eval_info.json").read_text())["overall"]["pc_success"]
         >= 50
     )
-    # Two rollouts and the client of the server.
+    # Two rollouts, and the client of the server.
     outcomes = re.findall(r"Solved after \d+ control steps|\d+ steps, not solved", output)
     assert len(outcomes) == 3, output[-4000:]
     assert all(outcome.startswith("Solved") for outcome in outcomes), outcomes
 
 
-SIZES = re.compile(r"^seed=0 .*$", re.MULTILINE)  # of docs/own-data.md
 REDUCED = "seed=0 attempts=30 scenes=40 teacher_minutes=0.6 student_minutes=0.3 gate=0 episodes=2"
 
 
 @pytest.mark.slow
-@pytest.mark.realtime  # it trains for a time, not for a number of steps
+@pytest.mark.realtime  # training has a time limit instead of a number of steps
 @pytest.mark.timeout(900)
-def test_the_commands_of_the_page_for_own_data(tmp_path: Path) -> None:
-    """gymnasium-robotics' FetchPickAndPlace in sizes that show that every command runs, not that
-    the task is learnt.
+def test_the_commands_of_the_first_policy(tmp_path: Path) -> None:
+    """gymnasium-robotics' FetchPickAndPlace in tiny sizes.
+
+    It shows that every command runs, not that the task is learnt.
     """
-    output = run_page("own-data.md", tmp_path, sizes=REDUCED)
+    output = run_page(FIRST_POLICY, tmp_path, sizes=REDUCED)
     assert "two-valued dimensions [3]; increments [0, 1, 2]" in output
     assert "Verdict: ready" in output  # inspect
     assert "0.6 minutes on this machine:" in output
-    # open-loop, which only says it without a gate
+    # open-loop, which without a gate only prints the verdict
     assert re.search("Verdict: it (has not learnt|follows)", output)
     assert output.count("held-out episode") >= 2  # the summaries of teacher and student
     report = json.loads((tmp_path / "eval" / "report.json").read_text())
@@ -100,11 +73,11 @@ def test_the_commands_of_the_page_for_own_data(tmp_path: Path) -> None:
 # half an hour of two quiet cores for each seed; the log is docs/reports/own-data.md
 @pytest.mark.external
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_page_for_own_data_solves_its_task(tmp_path: Path, seed: int) -> None:
-    text = (REPOSITORY / "docs" / "own-data.md").read_text(encoding="utf-8")
-    (sizes,) = SIZES.findall(text)
+def test_the_first_policy_solves_its_task(tmp_path: Path, seed: int) -> None:
+    text = (REPOSITORY / "docs" / FIRST_POLICY).read_text(encoding="utf-8")
+    (sizes,) = sizes_in(text, "seed")
     run_page(
-        "own-data.md",
+        FIRST_POLICY,
         tmp_path,
         sizes=sizes.replace("seed=0", f"seed={seed}"),
         threads=2,
@@ -113,3 +86,42 @@ def test_the_page_for_own_data_solves_its_task(tmp_path: Path, seed: int) -> Non
     rows = json.loads((tmp_path / "eval" / "report.json").read_text())["decoders"]
     assert rows["teacher_ar"]["success"] >= 80
     assert rows["ceed"]["success"] >= rows["teacher_ar"]["success"] - 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", SMALL)
+def test_the_commands_of_a_how_to(page: str, tmp_path: Path) -> None:
+    run_page(page, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_pipeline(tmp_path: Path) -> None:
+    run_page(
+        PIPELINE,
+        tmp_path,
+        sizes="demos=6 scenes=16 grounding=2 steps=4 takeovers=2 distil=2 episodes=2",
+    )
+    report = json.loads((tmp_path / "eval" / "report.json").read_text())
+    assert report["decoders"]["ceed"]["episodes"] == 2
+
+
+@pytest.mark.external  # it runs in real time for five minutes
+@pytest.mark.realtime
+@pytest.mark.timeout(1800)
+def test_the_commands_of_the_first_robot(tmp_path: Path) -> None:
+    run_page(FIRST_ROBOT, tmp_path, timeout=1500)
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_first_decode() -> None:
+    text = (REPOSITORY / "docs" / "tutorials" / "first-decode.md").read_text(encoding="utf-8")
+    script = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert not done.returncode, done.stderr
+    assert done.stdout.count("same tokens as ar: True") == 2
+    assert "frozen steps equal: True" in done.stdout
+    assert "solved: True" in done.stdout

@@ -1,4 +1,4 @@
-"""Recipes: a grown trunk decodes as the one it was grown from."""
+"""Recipes: a grown trunk decodes as the original one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The examples run as printed, and with the flags of a real model; the written backbone keeps the
-contract.
+"""The examples run as printed, and with the flags of a real model.
+
+The example backbone fulfils the contract.
 """
 
 from __future__ import annotations
@@ -41,9 +42,7 @@ def run(name: str, *flags: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_smolvlm(tmp_path: Path) -> None:
-    """A random model, fine-tuned and distilled on simulated demonstrations: its iterations fall by
-    half.
-    """
+    """A random model, fine-tuned and distilled on simulated data: half as many iterations."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     command = ["bash", str(EXAMPLES / "smolvlm.sh"), str(tmp_path)]
@@ -58,6 +57,7 @@ def test_smolvlm(tmp_path: Path) -> None:
     assert after["ar"]["error"] < after["mean action"]["error"]
 
 
+@pytest.mark.slow
 def test_own_backbone() -> None:
     output = run("own_backbone.py")
     assert int(re.findall(r"(\d+) tokens by all routes: equal", output)[0]) > 1000
@@ -65,7 +65,7 @@ def test_own_backbone() -> None:
 
 @pytest.fixture
 def own() -> ModuleType:
-    """The example as a module of a name that is new, as a family registers once."""
+    """The example as a module with a new name, because a family registers only once."""
     module = sys.modules.get("own_backbone_example")
     if module is None:
         module = ModuleType("own_backbone_example")
@@ -131,7 +131,7 @@ def test_the_check_finds_what_is_wrong(own: Any) -> None:
         (stale, r"strict Jacobi decoding differ"),
     ):
         backbone.block_logits = wrong
-        if wrong is not rows_mixed:  # leave this route out: it would be the first to differ
+        if wrong is not rows_mixed:  # leave this route out: the first one to differ
             backbone.packed_logits = lambda embeddings, blocks: (None, [_one_hot(blocks[0])])
         else:
             del backbone.__dict__["packed_logits"]

@@ -1,4 +1,4 @@
-"""Bad inputs, each tried in a child with limits of time and memory, and what became of them."""
+"""Bad inputs, each tried in a child process with limits of time and memory, and their outcomes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any
 from ceed_vla.cli.flags import UsageError
 from ceed_vla.errors import CeedVLAError
 
-CASE_S = 60.0  # that a case may take, on a busy machine [s]
-MEMORY = 2**31  # that a case may need beyond what the process has [bytes]
-LONGEST = 2000  # characters of a message that somebody reads
+CASE_S = 60.0  # time limit of a case, for a busy machine [s]
+MEMORY = 2**31  # memory limit of a case beyond that of the process [bytes]
+LONGEST = 2000  # longest message that is readable [characters]
 
 
 @dataclass
 class Counts:
-    """What became of cases; all but the first three must stay 0."""
+    """Outcomes of cases; all but the first three must stay 0."""
 
     cases: int = 0
-    refused: int = 0  # with an error of ours, in a few lines
+    refused: int = 0  # with a `CeedVLAError`, in a few lines
     accepted: int = 0
-    executed: int = 0  # something that the input names was run, or a file was written beside it
-    lost: int = 0  # a file of somebody else has changed
+    executed: int = 0  # code named in the input ran, or a file appeared next to it
+    lost: int = 0  # a foreign file has changed
     hung: int = 0
     crashed: int = 0
     tracebacks: int = 0  # any other exception
@@ -44,7 +44,7 @@ class Counts:
 
 @dataclass
 class Failure:
-    """A case that neither was refused nor is harmless."""
+    """A case that was neither refused nor harmless."""
 
     number: int
     what: str
@@ -53,14 +53,13 @@ class Failure:
 def try_cases(
     count: int, case: Callable[[int], Any], outside: Path, mark: Path
 ) -> tuple[Counts, list[Failure]]:
-    """Run ``case(0)`` ... ``case(count - 1)`` in children, which go on behind a case that hangs or
-    crashes.
+    """Run ``case(0)`` ... ``case(count - 1)`` in children; a case that hangs or crashes is skipped.
 
     Args:
-        count: How many.
+        count: Number of cases.
         case: Makes a bad input and reads it.
         outside: A file that no case may change.
-        mark: A folder, the children's own, in which nothing may appear.
+        mark: A folder of the children in which nothing may appear.
     """
     counts, failures, first = Counts(cases=count), [], 0
     before = outside.read_bytes()
@@ -83,7 +82,7 @@ def try_cases(
 def _child(
     first: int, count: int, case: Callable[[int], Any], mark: Path
 ) -> list[tuple[int, str, str]]:
-    """What became of cases from `first` on, up to the last or the first that ended the child."""
+    """Outcomes of cases from `first` to the last one, or to one that ended the child."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -119,7 +118,7 @@ def _child(
 
 
 def _run(first: int, count: int, case: Callable[[int], Any], mark: Path, writing: int) -> None:
-    """What the child does."""
+    """Run the cases in the child."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -131,7 +130,7 @@ def _run(first: int, count: int, case: Callable[[int], Any], mark: Path, writing
         except (CeedVLAError, UsageError) as error:
             end, what = "refused", str(error)
             if len(what) >= LONGEST:
-                end = "tracebacks"  # nobody reads that
+                end = "tracebacks"  # too long to be read
         except BaseException as error:
             end, what = "tracebacks", f"{type(error).__name__}: {error}"
         os.write(writing, json.dumps([number, end, what[:500]]).encode() + b"\n")

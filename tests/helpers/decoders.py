@@ -30,14 +30,14 @@ def greedy(
 def jacobi(
     backbone: Any, prefix: Any, guess: Tensor, config: DecodingConfig = STRICT, **request: Any
 ) -> DecodeResult:
-    """Jacobi decoding; with `executed_steps` only these must be right."""
+    """Jacobi decoding; with `executed_steps`, only these steps must converge."""
     if request.get("executed_steps") is not None:
         config = replace(config, watch="executed")
     return decode_jacobi(backbone, prefix, behind(backbone, BlockRequest(config, guess), request))
 
 
 def behind(backbone: Any, request: BlockRequest, settings: dict[str, Any]) -> BlockRequest:
-    """`request` with `settings`; of these "frozen" are tokens (B, k * A), which begin its guess."""
+    """`request` with `settings`; "frozen" are tokens (B, k * A) at the start of its guess."""
     frozen = settings.get("frozen")
     request = replace(request, **{name: settings[name] for name in settings if name != "frozen"})
     if frozen is None:

@@ -26,9 +26,7 @@ TCP_OFFSET = 0.12  # flange to TCP, along z [m]
 
 
 def forward_kinematics(q: Array) -> tuple[Array, Array]:
-    """TCP position (3,) [m] and rotation matrix (3, 3) in the base frame, of joint angles (7,)
-    [rad].
-    """
+    """TCP position (3,) [m] and rotation (3, 3) in the base frame for joint angles (7,) [rad]."""
     position, frame = np.zeros(3), np.eye(3)
     for (a, d, alpha), angle in zip(DH, q, strict=True):
         position = position + frame @ np.array([a, -d * np.sin(alpha), d * np.cos(alpha)])

@@ -1,4 +1,4 @@
-"""Changes to a checkpoint's files, as somebody else may have made them."""
+"""Changes to the files of a checkpoint, as a user may make them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 
 def unsealed(folder: Path) -> Path:
-    """The checkpoint in `folder`, which is returned, as one that never had a manifest."""
+    """Make the checkpoint in `folder` one that never had a manifest; return the folder."""
     (folder / "manifest.json").unlink()
     values = json.loads((folder / "config.json").read_text())
     assert values.pop("sealed") is True

@@ -1,4 +1,4 @@
-"""A compiled backbone against the eager one, for tests of every family."""
+"""Comparison of a compiled backbone with the eager one, for tests of every family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DECODINGS = ("ar", "ar_h", "jacobi", "cap1", "cap2", "cap4", "conf0.2_cap2")
 def assert_same_tokens(
     backbone: Any, engine: Any, observation: dict[str, Tensor], tokens: ActionTokens
 ) -> None:
-    """Every decoder writes the same tokens for the same reasons, with and without frozen tokens."""
+    """Assert equal tokens and exit reasons of every decoder, with and without frozen tokens."""
     eager, fast = backbone.prefill(observation), engine.prefill(observation)
     greedy = decode_block(backbone, eager, tokens, "ar").tokens
     previous = (greedy + 1) % backbone.vocabulary_size if tokens.stop is None else None

@@ -22,7 +22,7 @@ from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 def run_seeds(
     policy: Any, seeds: Iterable[int], env: EnvConfig, batch: int = 20, **options: Any
 ) -> list[EpisodeResult]:
-    """Episodes of `seeds`, whose tasks take turns; `options` are the runner's."""
+    """Run episodes of `seeds`, cycling the tasks; `options` are the runner's."""
     tasks = turns(env)
     with EnvPool(batch, env) as pool:
         runner = PolicyRunner(joined((policy, None, None), env), **options)
@@ -40,7 +40,7 @@ def short_evaluation(checkpoint: Path, folder: Path, **changes: Any) -> EvalConf
 
 
 def episodes_of(folder: Path) -> list[str]:
-    """The lines in order, without the checksums, which tell in which order they were written."""
+    """Sorted lines without the checksums, which depend on the order of writing."""
     return sorted(
         re.sub(r', "check": "\w+"', "", line)
         for line in (folder / EPISODES).read_text().splitlines()
@@ -48,7 +48,7 @@ def episodes_of(folder: Path) -> list[str]:
 
 
 def as_of_before(folder: Path) -> None:
-    """Rewrite the episodes as versions did whose lines have no checksums."""
+    """Rewrite the episodes in the format of earlier versions, without checksums."""
     first, *lines = (folder / EPISODES).read_text().splitlines()
     header = {name: value for name, value in json.loads(first).items() if name != "chained"}
     plain = [re.sub(r', "check": "\w+"', "", line) for line in lines]

@@ -21,7 +21,7 @@ from tests.helpers.tabletop import tabletop_config
 
 
 def save_untrained(folder: Path) -> Path:
-    """A tiny policy with random weights, saved in `folder`."""
+    """Save a tiny policy with random weights in `folder`."""
     torch.manual_seed(0)
     config = tabletop_config(
         width=16,

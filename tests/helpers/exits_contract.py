@@ -1,4 +1,4 @@
-"""What exits of a backbone may and may not do."""
+"""The contract of a backbone's exits."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from ceed_vla.errors import ConfigError, TokenError
 
 
 def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) -> None:
-    """With exits everywhere all layers score as before, bit for bit; they train as they decode;
-    drafts are exact.
-    """
+    """Assert that exits leave the base bit-equal, train as they decode, and draft exactly."""
     backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
     n, layers, rows = (
         backbone.block_length,

@@ -11,9 +11,7 @@ from ceed_vla.axes.depth.exits import make_exits
 
 
 def student_with_exits() -> tuple[Any, Any, Any]:
-    """The shipped student, its pre- and post-processor, with linear exits that are nearly its last
-    norm.
-    """
+    """The shipped student with its processors, and linear exits that are nearly its last norm."""
     policy, pre, post = load("student")
     policy.backbone.exits = make_exits(policy.backbone, [1, 2, 3], "linear")
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,6 @@
 """Run a model as if on a GPU: fake tensors know their device, and mixing devices raises.
 
-No number is computed, so what a model reads on the host cannot be known; a test says which values
-those are.
+No number is computed, so values that a model reads on the host are unknown; a test sets them.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 def claimed(mode: FakeTensorMode, value: Tensor) -> Tensor:
-    """A tensor like `value` that is said to be on the GPU."""
+    """A fake tensor like `value` on the GPU."""
     with mode:
         return torch.empty(value.shape, dtype=value.dtype, device="cuda")
 
 
 def move(mode: FakeTensorMode, module: nn.Module) -> None:
-    """Say that all parameters and buffers of a module are on the GPU."""
+    """Make all parameters and buffers of a module fake tensors on the GPU."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -35,9 +34,7 @@ def move(mode: FakeTensorMode, module: nn.Module) -> None:
 
 @contextmanager
 def no_padding() -> Iterator[None]:
-    """While it lasts, every truth value that is read of a fake tensor is true: no prompt is padded,
-    every check of inputs passes.
-    """
+    """Make every fake tensor true within the block: no prompt is padded, and all checks pass."""
     read = FakeTensor.__bool__ if "__bool__" in vars(FakeTensor) else Tensor.__bool__
     FakeTensor.__bool__ = lambda self: True  # type: ignore[method-assign]
     try:
@@ -47,7 +44,7 @@ def no_padding() -> Iterator[None]:
 
 
 def all_claimed(mode: FakeTensorMode, value: Any) -> Any:
-    """`value` with all tensors in it on the GPU."""
+    """Return `value` with all its tensors on the GPU."""
     if isinstance(value, Tensor):
         return claimed(mode, value)
     if isinstance(value, dict):
@@ -67,10 +64,10 @@ def stays_on_its_device(
     """Assert that prefill and block forwards of a model on the GPU make no tensor elsewhere.
 
     Args:
-        model: A family's, which is moved and cannot be used any more.
-        observation: What it is run with.
-        reads_on_host: Why `embed_prefix` cannot run on tensors without numbers; then it runs on
-            the CPU, and what it returns is moved.
+        model: Model of a family; it is moved and unusable afterwards.
+        observation: Its input.
+        reads_on_host: Why `embed_prefix` cannot run on tensors without numbers; if set, it runs on
+            the CPU, and its result is moved.
     """
     mode = FakeTensorMode()
     given = model.embed_prefix(observation) if reads_on_host else observation

@@ -1,4 +1,4 @@
-"""A simulated robot and a policy node, with a test between them that can spoil their messages."""
+"""A simulated robot and a policy node, with a relay between them that can corrupt messages."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Bench:
         status: Diagnostics of the policy node.
         states: Joint states as the robot sent them.
         commands: Commands that reached the robot, each with its time [s].
-        image: What becomes of front images; None loses one.
-        joints: What becomes of joint states.
+        image: Function applied to front images; it returns None to drop one.
+        joints: Function applied to joint states.
     """
 
     def __init__(self, graph: Graph, *policy: str) -> None:
@@ -45,29 +45,29 @@ class Bench:
         node.create_subscription(JointState, "/joint_states", self._pass_joints, SENSOR)
         node.create_subscription(Float64MultiArray, COMMANDS, self._on_command, 10)
         graph.start("sim_node", "-p", "publish_instruction:=false")
-        # On a busy machine a fault may last long; what happens then has a test of its own.
+        # On a busy machine a fault may last long; another test covers its consequences.
         own = ("-p", "autostart:=true", "-p", "start_enabled:=false", "-p", "resume_within:=60.0")
         graph.start("policy_node", *RELAYED, *own, *policy)
 
     def repair(self) -> None:
-        """Pass everything on as it is."""
+        """Relay all messages unchanged."""
         self.image: Callable[[Image], Image | None] = lambda message: message
         self.joints: Callable[[JointState], JointState | None] = lambda message: message
 
     def begin(self, seed: int) -> None:
-        """A new scene, with the policy at work."""
+        """Start a new scene, with the policy driving."""
         self.repair()
         self.graph.call("/policy/enable", SetBool, SetBool.Request(data=False))
         self.graph.set_parameters("/sim", seed=seed, task="cube_in_bin")
         told = self.graph.call("/sim/reset_episode", Trigger).message
         self.instruction.publish(String(data=told))
         self.graph.spin(0.3)
-        self.graph.call("/policy/reset", Trigger)  # the arm is elsewhere all at once
+        self.graph.call("/policy/reset", Trigger)  # the arm has jumped to another pose
         self.enable()
         self.graph.wait(self.moves, "the arm to move")
 
     def enable(self) -> None:
-        """Allow motion, as soon as the pose is trusted: this process, the relay, may be slow."""
+        """Enable motion as soon as the pose is accepted; this process, the relay, may be slow."""
         answer = self.graph.call("/policy/enable", SetBool, SetBool.Request(data=True))
         for _ in range(20):
             if not answer.message.startswith(("stale", "unsettled_pose")):
@@ -81,7 +81,7 @@ class Bench:
         return bool(self.states) and float(np.abs(self.states[-1].velocity[:7]).max()) > 2 * AT_REST
 
     def check_rest(self) -> None:
-        """The arm comes to rest within a second, and stays there."""
+        """Assert that the arm comes to rest within a second, and stays at rest."""
         self.graph.spin(0.7)
         first = len(self.states)
         self.graph.spin(0.3)
@@ -91,13 +91,13 @@ class Bench:
         np.testing.assert_allclose(calm[-1].position[:7], calm[0].position[:7], atol=2e-3)
 
     def check_goes_on(self, since: int | None = None) -> None:
-        """The arm moves again, and since a number of commands no joint was commanded to jump."""
+        """Assert that the arm moves again, and that commands from number `since` on do not jump."""
         self.status.state("moving")
         self.graph.wait(self.moves, "the arm to move again", timeout=10.0)
         for (_, before), (_, after) in itertools.pairwise(
             self.commands[since:] if since is not None else ()
         ):
-            assert np.abs(after - before).max() < 0.25  # 3.5 rad/s for at most 50 ms, and a bit
+            assert np.abs(after - before).max() < 0.25  # 3.5 rad/s for at most 50 ms, with a margin
 
     def _pass_image(self, message: Image) -> None:
         changed = self.image(message)
@@ -122,5 +122,5 @@ class Bench:
 
 
 def lost(message: object) -> None:
-    """A message that does not arrive."""
+    """Drop a message."""
     return None

@@ -1,4 +1,4 @@
-"""Runs the cases of the fuzz tests, and counts what became of them."""
+"""Runs the cases of the fuzz tests, and counts their outcomes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from tests.helpers.corpus import Counts, try_cases
 from tests.helpers.mutations import damage
 
-# More cases than the suite has time for, and what became of them in a file:
+# To run more cases than the suite, and to write their outcomes to a file:
 # FUZZ_FACTOR=20 FUZZ_SEED=1 FUZZ_REPORT=counts.txt pytest -n 0 --timeout 0 tests/test_fuzz*.py
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 OFFSET = 1000 * int(os.environ.get("FUZZ_SEED", "0"))
@@ -28,7 +28,7 @@ def forbid_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_report() -> None:
-    """Write what became of all cases so far, where FUZZ_REPORT names a file for it."""
+    """Write the outcomes of all cases so far to the file FUZZ_REPORT, if set."""
     file = os.environ.get("FUZZ_REPORT")
     if not file:
         return
@@ -42,9 +42,7 @@ def write_report() -> None:
 def run_cases(
     good: Path, names: list[str], read: Callable[[Path], Any], tmp_path: Path, count: int, seed: int
 ) -> int:
-    """Damage a copy of `good` `count` times and read it; how often that was refused in a few
-    lines.
-    """
+    """Damage a copy of `good` `count` times and read it; return the number of refusals."""
     victim = tmp_path / "victim"
     mark = tmp_path / "mark"
     folder = tmp_path / "place" / "folder"
@@ -62,9 +60,7 @@ def run_cases(
 
 
 def counted(kind: str, count: int, case: Callable[[int], Any], victim: Path, mark: Path) -> int:
-    """Try cases, note what became of them, and fail for any that neither was refused nor is
-    harmless.
-    """
+    """Try cases, count their outcomes, and fail if one was neither refused nor harmless."""
     counts, failures = try_cases(count, case, victim, mark)
     TOTAL.setdefault(kind, Counts()).add(counts)
     assert not failures, f"{counts}\n" + "\n".join(

@@ -15,7 +15,7 @@ from typing import Any
 from ceed_vla.locks import lock_file
 from ceed_vla.workers import prepare
 
-LONGEST_S = 60.0  # that a process may take to begin
+LONGEST_S = 60.0  # time that a process may take to start
 HOLD = """
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ with locked(Path(sys.argv[1]), "--output_dir is the holder's"):
 
 @contextmanager
 def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the lock of `folder` until its input is closed."""
+    """Start a process that holds the lock of `folder` until its input is closed."""
     command = [sys.executable, "-c", HOLD, str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as process:
@@ -44,10 +44,9 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
 def stopped_writer(
     folder: Path, function: Callable[..., Any], *arguments: Any, part: str = ""
 ) -> Iterator[Any]:
-    """A process of `function`, stopped as soon as it holds the lock of `folder`; it ends with the
-    block.
+    """Start a process of `function`, and stop it as soon as it holds the lock of `folder`.
 
-    `SIGCONT` lets it go on.
+    `SIGCONT` continues it. It ends with the block.
     """
     file = lock_file(folder, part)
     context = prepare(function.__module__)
@@ -68,7 +67,7 @@ def stopped_writer(
 
 
 def go_on(process: Any) -> int:
-    """Let a stopped process end; its exit code."""
+    """Continue a stopped process to its end; return its exit code."""
     os.kill(process.pid, signal.SIGCONT)
     process.join()
     return int(process.exitcode)

@@ -1,8 +1,8 @@
-"""Saves over a checkpoint that SIGKILL ends, each at another system call: what is there afterwards.
+"""Saves over a checkpoint, each killed at another system call, and the files that they leave.
 
-python killed_saves.py OLD NEW PLACE POINTS [FOLDER]: writes one JSON object a line. With FOLDER,
-the checkpoint's folder holds one of the user's, too. One process loads, and its forks save: they
-are what is killed.
+python killed_saves.py OLD NEW PLACE POINTS [FOLDER]: writes one JSON object per line. With FOLDER,
+the checkpoint's folder also contains a folder of the user. One process loads; its forks save and
+are killed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ceed_vla.checkpoints.manifest import hash_of, own_files
 from ceed_vla.errors import CheckpointError
 
 FILE_EVENTS = ("open", "os", "shutil", "ctypes", "tempfile")
-MOST_BYTES = 5000  # of a file, where the disk is "full"
+MOST_BYTES = 5000  # size of a file at which the disk is "full"
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -51,7 +51,7 @@ class Saves:
             (self.target / self.folder / "mine").write_text("kept")
 
     def child(self, kill_at: int) -> tuple[int, int]:
-        """Process number of a fork that saves, and a pipe with the events that it saw."""
+        """Fork a process that saves; return its id and a pipe with its events."""
         reading, writing = os.pipe()
         number = os.fork()
         if number:
@@ -72,7 +72,7 @@ class Saves:
         os._exit(0)
 
     def events(self, kill_at: int) -> list[str]:
-        """Save once, killed at that event; 0 for never. Returns the events."""
+        """Save once, killed at an event (0: not killed); return the events."""
         self.fresh()
         number, reading = self.child(kill_at)
         with os.fdopen(reading) as pipe:
@@ -82,7 +82,7 @@ class Saves:
         return found
 
     def outcome(self) -> str:
-        """Which checkpoint is there: it loads, and every file of it is that one's."""
+        """Return which checkpoint is there; it must load, and all its files must be of one save."""
         load(self.target)
         found = content(self.target)
         assert (self.target / "README.md").read_text() == "kept"
@@ -99,7 +99,7 @@ class Saves:
             event = self.events(kill_at)[kill_at - 1]
             place = f"event {kill_at} of {len(whole)}"
             yield {"killed at": place, "event": event, "found": self.outcome()}
-        for delay in (0.002, 0.01, 0.03):  # within what Rust writes, where there are no events
+        for delay in (0.002, 0.01, 0.03):  # while Rust writes, which causes no events
             self.fresh()
             number, reading = self.child(0)
             time.sleep(delay)
@@ -115,13 +115,13 @@ class Saves:
 
     @staticmethod
     def spread(events: int, points: int) -> list[int]:
-        """Numbers of events; most of the last ones, where the new checkpoint takes its place."""
+        """Numbers of events; mostly the last ones, which replace the old checkpoint."""
         last = list(range(events - 3 * points // 4 + 1, events + 1))
         first = points - len(last)
         return [1 + index * (last[0] - 1) // first for index in range(first)] + last
 
     def full(self) -> str:
-        """What a save says whose files may not become as long as they are."""
+        """Error of a save whose files would exceed the size limit."""
         self.fresh()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)

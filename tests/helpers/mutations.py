@@ -1,7 +1,7 @@
 """Seeded damage to files.
 
-It knows no format: values of JSON and YAML are replaced, removed, moved and blown up, bytes are
-flipped and cut.
+It is independent of formats: values of JSON and YAML are replaced, removed, moved and enlarged;
+bytes are flipped and cut.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STRANGE: tuple[Any, ...] = (
         {"auto_map": {"AutoTokenizer": "ran.Ran"}},
     ),
 )
-# Values that take much more time or memory than any that is meant, each made when it is drawn.
+# Values that need excessive time or memory, each created when it is drawn.
 LARGE: tuple[Callable[[], Any], ...] = (
     lambda: "1" * 60_000,
     lambda: "risk" + "1" * 60_000,
@@ -56,7 +56,7 @@ LARGE: tuple[Callable[[], Any], ...] = (
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in nested mappings and lists; of long lists the first three."""
+    """All places in nested mappings and lists; the first three of long lists."""
     yield place
     entries = (
         value.items()
@@ -92,7 +92,7 @@ def mutated(value: Any, source: random.Random) -> Any:
 
 
 def dump_yaml(values: Any) -> str:
-    """YAML; long ones as JSON, which is YAML too and quickly written."""
+    """Format as YAML; long values as JSON, which is also YAML and fast to write."""
     text = json.dumps(values, default=str)
     return text if len(text) > 20_000 else yaml.safe_dump(values)
 
@@ -120,7 +120,7 @@ def damage_bytes(file: Path, source: random.Random) -> None:
         data = data + bytes(source.randrange(256) for _ in range(16))
     else:
         for _ in range(source.choice((1, 4, 64))):
-            # Headers and footers are where formats say what there is.
+            # Headers and footers describe the contents of a file.
             edge = source.choice((min(len(data), 600), len(data)))
             at = source.randrange(edge)
             data[at if source.random() < 0.5 else -1 - at] = source.randrange(256)
@@ -128,6 +128,6 @@ def damage_bytes(file: Path, source: random.Random) -> None:
 
 
 def damage(file: Path, source: random.Random) -> None:
-    """Damage a file in place: mostly the values of text, otherwise the bytes."""
+    """Damage a file in place: mostly its values if it is text, otherwise its bytes."""
     text = file.suffix in (".json", ".jsonl", ".yaml")
     (damage_text if text and source.random() < 0.9 else damage_bytes)(file, source)

@@ -1,6 +1,6 @@
-"""Checkpoints for the robots' files in launch/config: an ACT policy's settings and statistics.
+"""Checkpoints for the robot files in launch/config: settings and statistics of an ACT policy.
 
-`lerobot-train` leaves the same files; only the weights, which nobody reads here, are empty.
+`lerobot-train` writes the same files; only the weights, which are not read here, are empty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CAMERAS = ("observation.images.front", "observation.images.wrist")
 PIXELS = 64  # side of the images
 KINDS = ("min", "max", "mean", "std", "q01", "q99")
 
-# Of every robot: the lowest and the highest joint positions and gripper of plausible data.
+# Per robot: lowest and highest joint positions and gripper of plausible data.
 DATA: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "so101_follower": ([-60, -98, -40, -20, -120, 1], [65, 40, 95, 95, 100, 98]),
     "ur5e": ([-1.0, -2.4, 0.5, -2.6, -1.8, -1.0, 0.0], [1.1, -0.6, 2.4, -0.6, -1.2, 2.0, 0.085]),
@@ -27,7 +27,7 @@ DATA: dict[str, tuple[Sequence[float], Sequence[float]]] = {
 
 
 def statistics(low: Sequence[float], high: Sequence[float]) -> dict[str, Any]:
-    """What LeRobot's data sets say of a feature that lies between `low` and `high`."""
+    """Statistics in LeRobot's format of a feature between `low` and `high`."""
     ends = np.array([low, high], dtype=np.float64)
     middle = ends.mean(axis=0)
     spread = np.ptp(ends, axis=0)
@@ -49,7 +49,7 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint with these statistics of ``observation.state`` and ``action``.
 
-    Only `kinds` of them, as data sets of other versions have.
+    Only the statistics `kinds` are written, as in datasets of other versions.
     """
     import torch
     from lerobot.configs import FeatureType, PolicyFeature

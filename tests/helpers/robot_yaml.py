@@ -1,4 +1,4 @@
-"""Files of robots, written for a test."""
+"""Robot files, written for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "launch" / "config"
 
 
 def write(folder: Path, values: Any) -> Path:
-    """`folder`/robot.yaml with these values."""
+    """Write `folder`/robot.yaml with these values."""
     file = folder / "robot.yaml"
     file.write_text(yaml.safe_dump(values))
     return file

@@ -1,10 +1,12 @@
-"""The tables of docs/robots.md, made from the code: topics, services and parameters of both nodes.
+"""Generated tables of the reference pages of the ROS nodes: topics, services and parameters.
 
-``python tests/helpers/robots_page.py`` writes them into the page again; a test compares.
+``python tests/helpers/robots_page.py`` writes the tables into the pages; a test compares pages and
+code.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +17,13 @@ from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 from ceed_vla.ros_nodes.simulated.parameters import SIM_PARAMETERS
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "robots.md"
+REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
+HOLDS_PAGE = REFERENCE / "holds.md"  # hold codes and diagnostics keys, not generated
+# Page -> the markers of its generated tables.
+PAGES = {
+    REFERENCE / "policy-node.md": ("policy topics", "policy parameters"),
+    REFERENCE / "sim-node.md": ("sim topics", "sim parameters"),
+}
 IN, OUT, SERVICE = "in", "out", "service"
 DRY = ("policy/preview_command", "policy/planned")  # with dry_run only
 OF_POLICY = ("policy/state", *DRY)
@@ -26,19 +34,20 @@ Row = tuple[str, str, str, str]
 
 
 def policy_topics() -> list[Row]:
-    """(default name, direction, type, what it is) of all that the policy node exposes, for the
-    packaged robot.
+    """(default name, direction, type, meaning) of each topic and service of the policy node.
+
+    The names are those of the packaged robot's file.
     """
     robot = load_robot_config()
-    said = "commands at `command_rate`, if `action_interface` is"
+    said = "commands at `command_rate`, with `action_interface`"
     assert robot.gripper is not None
     return [
         *(
-            (i.topic, IN, _TYPES[i.transport], f"`{i.feature}`; best effort, the newest counts")
+            (i.topic, IN, _TYPES[i.transport], f"`{i.feature}`; best effort, newest image used")
             for i in robot.images
         ),
         (robot.joint_states, IN, "sensor_msgs/msg/JointState", "joints, matched by name"),
-        ("policy/instruction", IN, "std_msgs/msg/String", "what to do; latched"),
+        ("policy/instruction", IN, "std_msgs/msg/String", "task for the policy; latched"),
         *(
             (one.topic, OUT, type_name(one.message_type), f"{said} `{name}`")
             for name, one in robot.interfaces.items()
@@ -47,30 +56,30 @@ def policy_topics() -> list[Row]:
             robot.gripper.topic,
             OUT,
             "std_msgs/msg/Float64MultiArray",
-            "[opening in metres], or its joint's position (`gripper.command`)",
+            "opening in metres, or the joint's position with `gripper.command: joint`",
         ),
         ("diagnostics", OUT, "diagnostic_msgs/msg/DiagnosticArray", "once a second"),
         (
             "policy/state",
             OUT,
             "std_msgs/msg/String",
-            "the state, and why, at every change; latched",
+            "the state and its reason, at every change; latched",
         ),
-        ("policy/preview_command", OUT, "as the command", "instead of commands, with `dry_run`"),
+        ("policy/preview_command", OUT, "type of the command", "replaces commands with `dry_run`"),
         (
             "policy/planned",
             OUT,
             "trajectory_msgs/msg/JointTrajectory",
-            "every chunk as it takes over, with `dry_run`",
+            "every chunk when it takes over, with `dry_run`",
         ),
-        ("policy/estop", SERVICE, "std_srvs/srv/Trigger", "hold, and stay so until reset"),
+        ("policy/estop", SERVICE, "std_srvs/srv/Trigger", "stop; latched until `policy/reset`"),
         (
             "policy/reset",
             SERVICE,
             "std_srvs/srv/Trigger",
-            "unlatch the stop and accept the pose; motion stays as it is",
+            "unlatch the stop and accept the pose; does not enable motion",
         ),
-        ("policy/enable", SERVICE, "std_srvs/srv/SetBool", "allow motion, or forbid it"),
+        ("policy/enable", SERVICE, "std_srvs/srv/SetBool", "true allows motion, false forbids it"),
         (
             "policy/go_home",
             SERVICE,
@@ -81,18 +90,18 @@ def policy_topics() -> list[Row]:
             "policy/change_state",
             SERVICE,
             "lifecycle_msgs/srv/ChangeState",
-            "configure, activate, ...",
+            "lifecycle transitions: configure, activate, ...",
         ),
     ]
 
 
 def sim_topics() -> list[Row]:
-    """The same for the simulated robot."""
+    """The same rows for the simulated robot."""
     mirrored = {IN: OUT, OUT: IN}
     said = {
-        "joint_states": "arm and fingers, 100 Hz",
-        "front/image_raw": "`camera_rate`",
-        "wrist/image_raw": "`camera_rate`",
+        "joint_states": "arm and finger joints, 100 Hz",
+        "front/image_raw": "images at `camera_rate`",
+        "wrist/image_raw": "images at `camera_rate`",
         "policy/instruction": (
             "the episode's instruction, unless `publish_instruction` is false; latched"
         ),
@@ -103,19 +112,19 @@ def sim_topics() -> list[Row]:
                 name,
                 mirrored[way],
                 kind,
-                said.get(name, "obeyed; refused commands are in the diagnostics"),
+                said.get(name, "executed; refused commands are in the diagnostics"),
             )
             for name, way, kind, _ in policy_topics()
             if way in mirrored and name not in ("diagnostics", *OF_POLICY)
         ),
-        ("sim/success", OUT, "std_msgs/msg/Bool", "whether the episode is solved; latched"),
+        ("sim/success", OUT, "std_msgs/msg/Bool", "true when the episode is solved; latched"),
         ("clock", OUT, "rosgraph_msgs/msg/Clock", "with `publish_clock`"),
         ("diagnostics", OUT, "diagnostic_msgs/msg/DiagnosticArray", "once a second"),
         (
             "sim/reset_episode",
             SERVICE,
             "std_srvs/srv/Trigger",
-            "the scene that `task` and `seed` name",
+            "draw the scene of `task` and `seed`",
         ),
     ]
 
@@ -128,10 +137,10 @@ def parameter_rows(table: Table) -> list[Row]:
 
 
 def tables() -> dict[str, str]:
-    """Marker in the page -> table in Markdown."""
+    """Marker -> table in Markdown."""
     topic, parameter = (
-        ("name", "direction", "type", "what"),
-        ("parameter", "default", "allowed; when", "what"),
+        ("name", "direction", "type", "meaning"),
+        ("parameter", "default", "allowed; when", "meaning"),
     )
     return {
         "policy topics": _table(topic, policy_topics()),
@@ -142,18 +151,22 @@ def tables() -> dict[str, str]:
 
 
 def filled(page: str) -> str:
-    """The page with the tables between its markers ``<!-- NAME -->`` and ``<!-- end -->``."""
+    """The text of a page with its tables between ``<!-- NAME -->`` and ``<!-- end -->``.
+
+    Blank lines and delimiter rows are those that the formatter of the docs writes.
+    """
     for name, table in tables().items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, found, after = page.partition(start)
         if found:
-            page = f"{before}{start}{table}\n{end}{after.partition(end)[2]}"
+            page = f"{before}{start}\n{table}\n\n{end}{after.partition(end)[2]}"
     return page
 
 
 def _table(head: Sequence[str], rows: Iterable[Row]) -> str:
-    lines = [head, ["---"] * len(head), *((f"`{row[0]}`", *row[1:]) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [head, ["--"] * len(head), *((f"`{row[0]}`", *row[1:]) for row in rows)]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return re.sub(r"\[([^]]*)\]:", r"\[\1\]:", text)  # else "[s]:" looks like a link's target
 
 
 def _value(value: object) -> str:
@@ -162,5 +175,6 @@ def _value(value: object) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"Written: {PAGE}", file=sys.stderr)
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"Written: {page}", file=sys.stderr)

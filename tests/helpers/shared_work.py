@@ -24,5 +24,5 @@ def make(offset: int) -> Callable[[int], tuple[int, bool]]:
 
 
 def reader() -> Callable[[int], tuple[bytes, str]]:
-    """Reads standard input: the system's, and Python's."""
+    """Read standard input: the system's and Python's."""
     return lambda _: (os.read(0, 4), sys.stdin.read(4))

@@ -1,6 +1,6 @@
-"""Arms of other packages in MuJoCo, behind the topics of a robot's file, on one simulated clock.
+"""Arms of other packages in MuJoCo, connected by a robot file's topics, on one simulated clock.
 
-The packages are in the extra "test"; their model files are read and nothing of them is imported.
+The packages are in the extra "test"; their model files are read, but their code is not imported.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from ceed_vla.ros_nodes.robot.safety import Decision
 from ceed_vla.ros_nodes.robot.streaming import command_message
 
 CHUNK, EXECUTED = 16, 8
-ANSWER = 0.02  # time of an answer [s]
-PERIOD = 4.0  # of the policy's wave [s]
+ANSWER = 0.02  # time that the policy takes per chunk [s]
+PERIOD = 4.0  # period of the policy's wave [s]
 
 
 @dataclass(frozen=True)
 class ArmModel:
-    """Where a package has the model of an arm."""
+    """The model of an arm in a package."""
 
     package: str
     file: str
     tcp: str
-    prefix: str = ""  # of the joints' names in the robot's file, where the model has none
+    prefix: str = ""  # prefix of joint names in the robot's file if the model has none
 
     def path(self) -> Path:
         """The model's file; skips the test if the package is not installed."""
@@ -52,7 +52,7 @@ class ArmModel:
         return Path(spec.origin).parent / self.file
 
     def written(self, folder: Path) -> Path:
-        """The model with the joints' names of the robot's file."""
+        """Write the model with the joint names of the robot's file."""
         text = self.path().read_text()
         if self.prefix:
             text = re.sub(r'"(joint\d)"', rf'"{self.prefix}\1"', text)
@@ -69,11 +69,11 @@ MODELS = {
 
 
 def _keep_joints(spec: mujoco.MjSpec, kept: list[str]) -> None:
-    """Delete all other joints, and what is no part of a free arm's motion."""
+    """Delete all other joints, and everything that does not affect the free motion of the arm."""
     for part in ("keys", "sensors", "actuators", "tendons", "equalities", "excludes"):
         for element in list(getattr(spec, part)):
             spec.delete(element)
-    for geom in list(spec.geoms):  # nothing is touched, and meshes take seconds
+    for geom in list(spec.geoms):  # no contacts are needed, and meshes take seconds
         spec.delete(geom)
     for mesh in list(spec.meshes):
         spec.delete(mesh)
@@ -83,7 +83,7 @@ def _keep_joints(spec: mujoco.MjSpec, kept: list[str]) -> None:
 
 
 def _add_servos(spec: mujoco.MjSpec, joints: list[str], *, own_inertia: bool) -> None:
-    """Give every joint a position servo; `own_inertia`: the model has the inertia of its motors."""
+    """Add a position servo to every joint; with `own_inertia`, the model has its motor inertias."""
     for name in joints:
         if not own_inertia:
             spec.joint(name).armature = 0.5  # [kg m^2]
@@ -93,10 +93,10 @@ def _add_servos(spec: mujoco.MjSpec, joints: list[str], *, own_inertia: bool) ->
 
 
 class SimulatedArm:
-    """The arm with position servos; a gripper that the model lacks goes where it is told at once.
+    """The arm with position servos; a gripper missing in the model follows commands at once.
 
     Attributes:
-        positions: Joint -> position [rad], of the arm and of the gripper's joints.
+        positions: Joint -> position [rad], of arm and gripper.
     """
 
     def __init__(self, model: ArmModel, arm: tuple[str, ...], gripper: tuple[str, ...]) -> None:
@@ -114,7 +114,7 @@ class SimulatedArm:
         self._rigid = {name: 0.0 for name in gripper if name not in self._moved}
 
     def place(self, positions: dict[str, float]) -> None:
-        """Be at rest at these positions [rad]."""
+        """Put the joints at rest at these positions [rad]."""
         for name, value in positions.items():
             if name in self._rigid:
                 self._rigid[name] = value
@@ -123,7 +123,7 @@ class SimulatedArm:
         self.command(positions)
 
     def command(self, positions: dict[str, float]) -> None:
-        """Where joints shall go [rad]."""
+        """Set target positions of joints [rad]."""
         for name, value in positions.items():
             if name in self._rigid:
                 self._rigid[name] = value
@@ -143,10 +143,10 @@ class SimulatedArm:
 class Wave:
     """A policy that moves every joint, and the gripper, about the middle of the data.
 
-    `reach` (A,) is in the data's units. It answers `ANSWER` seconds after it was asked.
+    `reach` (A,) is in the data's units. A chunk is ready `ANSWER` seconds after its request.
 
     Attributes:
-        seen: Every state that it was shown, in the data's units, with its time.
+        seen: Every state in the data's units, with its time.
     """
 
     failed: str | None = None
@@ -163,7 +163,7 @@ class Wave:
         self._begun = math.inf
 
     def begin(self) -> None:
-        """It is loaded."""
+        """Do nothing: the policy is loaded."""
 
     @property
     def idle(self) -> bool:
@@ -174,7 +174,7 @@ class Wave:
         return math.inf if self._request is None else self.seen[-1][0] + ANSWER
 
     def action(self, now: float) -> Array:
-        """What it wants at a time [s]."""
+        """Action at a time [s]."""
         turn = 2.0 * math.pi * max(now - self._begun, 0.0) / PERIOD
         return self._middle + self._reach * math.sin(turn)
 
@@ -196,20 +196,20 @@ class Wave:
 
 @dataclass(frozen=True)
 class Tick:
-    """What was at one command."""
+    """State and command at one tick."""
 
     now: float  # [s]
     measured: Array  # (J,) [rad]
-    command: Array  # (J,) that the interface's message says [rad]
-    wanted: Array  # (A,) by the policy, in the data's units
-    opening: float | None  # that the gripper is commanded [m]
+    command: Array  # (J,) in the interface's message [rad]
+    wanted: Array  # (A,) of the policy, in the data's units
+    opening: float | None  # commanded opening of the gripper [m]
 
 
 class DrivenArm:
-    """A robot's file, its arm in MuJoCo, and all of the node but ROS.
+    """A robot's file, its arm in MuJoCo, and the complete node without ROS.
 
     Attributes:
-        ticks: One for every command while the arm moved.
+        ticks: One per command while the arm moved.
     """
 
     def __init__(self, name: str, file: Path, checkpoint: Path, interface: str) -> None:
@@ -218,7 +218,7 @@ class DrivenArm:
         self._gripper = robot.gripper
         low, high = (np.array(ends, float) for ends in DATA[name])
         middle = 0.5 * (low + high)
-        # As fast as 0.6 of the velocity limit, in the data's units.
+        # At 0.6 of the velocity limit, in the data's units.
         reach = 0.6 * np.array(robot.limits.velocity) * PERIOD / (2.0 * math.pi)
         scale = np.abs(robot.arm.units.scale)
         wave = np.array([*(reach / scale), 0.4 * (high[-1] - low[-1])])
@@ -241,7 +241,7 @@ class DrivenArm:
         return self.worker
 
     def run(self, seconds: float) -> None:
-        """Let the policy drive; motion is enabled as soon as that is accepted."""
+        """Run the policy; motion is enabled as soon as the node accepts it."""
         controller = self.setup.controller
         period = controller.grid.period
         enabled = False
@@ -295,7 +295,7 @@ class DrivenArm:
         controller.after_tick(self.now)
 
     def _grip(self, opening: float) -> None:
-        """As the gripper's driver does."""
+        """Move the gripper as its driver does."""
         joint = float(self._gripper.measured.theirs(opening)) / len(self._gripper.joints)
         if self._gripper.command == "joint":
             assert self._gripper.told(opening) == pytest.approx(joint)

@@ -1,7 +1,6 @@
-"""A tiny pi0-FAST in LeRobot's file format, with tokenizers made on the spot.
+"""A tiny pi0-FAST in LeRobot's file format, with generated tokenizers.
 
-LeRobot fixes the sizes of its models, so its classes must be told to be tiny whenever such a folder
-is read:
+LeRobot fixes the sizes of its models, so its classes must be patched when such a folder is read:
 
     with tiny_sizes():
         folder = write_pi0_fast("tiny", chunks)
@@ -34,7 +33,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ceed_vla.tokens.fast_codec import cosine_basis
 
-# text ids, those behind the FAST ids, image side [px], prompt [tokens]
+# text ids, ids after the FAST ids, image side [px], prompt [tokens]
 WORDS, SKIP, SIDE, PROMPT = (
     700,
     8,
@@ -68,9 +67,7 @@ def write_text_tokenizer(folder: Path, stop_id: int = STOP) -> None:
 
 
 def write_fast_tokenizer(folder: Path, chunks: Tensor) -> None:
-    """A FAST folder as published, a byte-level BPE and its numbers, fitted on normalised `chunks`
-    (N, m, A).
-    """
+    """Write a published FAST folder: a byte-level BPE fitted on normalised `chunks` (N, m, A)."""
     folder.mkdir(parents=True)
     rounded = (cosine_basis(chunks.shape[1]) @ chunks.double() * SCALE).round().long().flatten(
         1
@@ -91,7 +88,7 @@ def write_fast_tokenizer(folder: Path, chunks: Tensor) -> None:
 
 @contextmanager
 def tiny_sizes() -> Iterator[None]:
-    """While this holds, LeRobot builds pi0-FAST with two narrow layers and `WORDS` text ids."""
+    """Within the block, LeRobot builds pi0-FAST with two narrow layers and `WORDS` text ids."""
     paligemma, sizes = (
         lerobot_pi0.PaliGemmaForConditionalGenerationWithPiGemma,
         lerobot_pi0.get_gemma_config,
@@ -130,9 +127,7 @@ def _shrink(config: Any) -> Any:
 def tiny_config(
     folder: Path, chunks: Tensor, cameras: tuple[str, ...], state_dim: int, **more: Any
 ) -> PI0FastConfig:
-    """LeRobot's configuration for chunks (N, m, A), with tokenizers in ``folder/text`` and
-    ``folder/fast``.
-    """
+    """LeRobot's configuration for chunks (N, m, A), with tokenizers in ``text`` and ``fast``."""
     steps, dim = chunks.shape[1:]
     return PI0FastConfig(
         input_features={
@@ -157,9 +152,9 @@ def tiny_config(
 
 
 def write_pi0_fast(folder: str | Path, chunks: Tensor, *, state_dim: int = 2) -> Path:
-    """Write a random model with one camera as LeRobot saves one into ``folder/lerobot``, and its
-    tokenizers beside it.
+    """Write a random model with one camera in LeRobot's format, and its tokenizers.
 
+    The model is in ``folder/lerobot``, the tokenizers in ``folder``.
     The FAST tokenizer is fitted on normalised `chunks` (N, m, A); the processors' statistics are
     standard normals.
     """
@@ -198,9 +193,7 @@ def write_pi0_fast(folder: str | Path, chunks: Tensor, *, state_dim: int = 2) ->
 
 
 def save_weights(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Write LeRobot's model.safetensors; the head and the embeddings share one matrix, which is
-    written once.
-    """
+    """Write LeRobot's model.safetensors, with the shared matrix of head and embeddings once."""
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     kept: dict[int, str] = {}
     for name in sorted(weights, key=lambda name: "lm_head" not in name):

@@ -1,4 +1,4 @@
-"""Tiny random models of every family of image-text-to-text models, in their own file formats."""
+"""Tiny random models of every image-text-to-text family, in their own file formats."""
 
 from __future__ import annotations
 
@@ -144,7 +144,5 @@ FAMILIES: dict[str, Callable[[int], tuple[Any, Any]]] = {
 
 
 def make_tiny_vlm(family: str, folder: Path, *, width: int = 64, scale: float = 1.0) -> Path:
-    """Write one of `FAMILIES` into a folder; the `width` of its language model is a multiple of 24
-    or of 32.
-    """
+    """Write one of `FAMILIES` into a folder; the `width` is a multiple of 24 or of 32."""
     return write_tiny(*FAMILIES[family](width), folder, scale=scale)

@@ -23,7 +23,7 @@ def observation(seed: int = 0, side: int = 96) -> dict[str, np.ndarray]:
 
 
 def wait(worker: InferenceWorker, timeout: float = 60.0) -> Response:
-    """The next answer, within `timeout` [s]."""
+    """Wait for the next answer, at most `timeout` [s]."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if (response := worker.poll()) is not None:
@@ -33,6 +33,6 @@ def wait(worker: InferenceWorker, timeout: float = 60.0) -> Response:
 
 
 def ask(worker: InferenceWorker, request: Request) -> Response:
-    """The answer to a request that the worker must take."""
+    """Send a request, which the worker must accept, and return the answer."""
     assert worker.submit(request)
     return wait(worker)

@@ -12,7 +12,7 @@ from ceed_vla.ros_nodes.robot.inference import InferenceWorker
 
 
 def load_error(worker: InferenceWorker, timeout: float = 120.0) -> str | None:
-    """Begin, and wait until the policy is there; or why it never will be."""
+    """Start the worker and wait until its policy is loaded; return the error if that fails."""
     worker.begin()
     end = time.monotonic() + timeout
     while not worker.ready and worker.failed is None:
@@ -23,14 +23,14 @@ def load_error(worker: InferenceWorker, timeout: float = 120.0) -> str | None:
 
 @contextmanager
 def running(checkpoint: str | Path, **options: Any) -> Iterator[InferenceWorker]:
-    """A worker with its policy, and an end to it."""
+    """A worker with a loaded policy, which ends with the block."""
     with closing(InferenceWorker(checkpoint, **options)) as worker:
         assert load_error(worker) is None
         yield worker
 
 
 def process_of(worker: InferenceWorker) -> int:
-    """Id of the process of mode "process"; waits until there is one."""
+    """Wait for the process of mode "process" and return its id."""
     policy: Any = worker._policy
     while policy._process is None:
         time.sleep(0.005)

@@ -1,5 +1,5 @@
-"""A ROS graph of its own for a test: real node processes on loopback, and a node that listens and
-speaks.
+"""Fixtures: a ROS graph for each test with real node processes on loopback and a test node, and a
+tiny checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _serial = itertools.count()
 
 
 class Graph:
-    """Processes and one listening node in a ROS domain of their own.
+    """Processes and one test node in a ROS domain of their own.
 
     Attributes:
         domain: ROS domain of this test.
@@ -43,8 +43,8 @@ class Graph:
         self._executor.add_node(self.node)
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start policy_node or sim_node (a digit makes another one) with ``--ros-args``; its output
-        goes to a file.
+        """Start policy_node or sim_node (a digit starts another one) with ``--ros-args``; its
+        output goes to a file.
         """
         environment = os.environ | {
             "ROS_DOMAIN_ID": str(self.domain),
@@ -63,11 +63,11 @@ class Graph:
         return self.processes[name]
 
     def output(self, name: str) -> str:
-        """What a process has printed so far."""
+        """Return what a process has printed so far."""
         return (self.folder / f"{name}.txt").read_text(errors="replace")
 
     def listen(self, topic: str, message_type: Any, qos: Any = 10) -> list[Any]:
-        """A list that grows with the messages of a topic."""
+        """Return a list that grows with the messages of a topic."""
         messages: list[Any] = []
         self.node.create_subscription(message_type, topic, messages.append, qos)
         return messages
@@ -88,8 +88,7 @@ class Graph:
         """Handle messages until `until()` is true, and return it; fail with all output after
         `timeout` [s].
 
-        What was `heard` meanwhile is shown with the failure: its first and its last five different
-        lines.
+        The failure shows the first and the last five different lines of `heard`.
         """
         end = time.monotonic() + timeout
         while not (result := until()):
@@ -117,7 +116,7 @@ class Graph:
             self.node.destroy_client(client)
 
     def set_parameters(self, node: str, **values: Any) -> Any:
-        """Set parameters of another node; returns their results."""
+        """Set parameters of another node; return the results."""
         from rcl_interfaces.srv import SetParameters
         from rclpy.parameter import Parameter
 
@@ -134,7 +133,7 @@ class Graph:
         return process.wait(timeout)
 
     def close(self) -> None:
-        """End everything."""
+        """End all processes."""
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -161,7 +160,7 @@ class Status:
     def wait(
         self, fits: Callable[[str, dict[str, str]], bool], what: str, timeout: float = 120.0
     ) -> dict[str, str]:
-        """The values of the first status from now on for which ``fits(message, values)``."""
+        """Return the values of the first status from now on with ``fits(message, values)``."""
         start = len(self._messages)
 
         def look() -> dict[str, str] | None:
@@ -192,16 +191,16 @@ class Status:
 
 
 def tiny_act(folder: Path, joints: int, spread: float) -> tuple[Any, Any, Any]:
-    """Write an ACT checkpoint with random weights, as lerobot-train would leave it: chunks of 6
-    steps, 4 executed.
+    """Write an ACT checkpoint with random weights, in the form that lerobot-train writes: chunks of
+    6 steps, 4 executed.
 
     Args:
-        folder: Where to.
+        folder: Folder of the checkpoint.
         joints: Length of state and action.
         spread: Standard deviation of both.
 
     Returns:
-        Policy, pre-processor and post-processor.
+        Policy, preprocessor and postprocessor.
     """
     import torch
     from lerobot.configs import FeatureType, PolicyFeature

@@ -29,8 +29,8 @@ from ceed_vla.ros_nodes.robot.step_grid import SLEW, StepGrid
 FEATURE = "observation.images.front"
 JOINTS = ("shoulder", "elbow")
 M, H, DT, RATE = 8, 4, 0.1, 100.0
-CLIMB = 0.02  # what the policy wants each step [rad]
-EVEN = CLIMB / (RATE * DT)  # change per tick while nothing disturbs [rad]
+CLIMB = 0.02  # change of the policy's action per step [rad]
+EVEN = CLIMB / (RATE * DT)  # change per tick without disturbances [rad]
 PIXELS = np.zeros((4, 4, 3), np.uint8)
 
 
@@ -54,11 +54,10 @@ def stamp(now: float) -> Time:
 
 
 class Policy:
-    """Stands for the worker: every action is `CLIMB` above the one before, and answers take a given
-    time.
+    """Replaces the worker: every action is `CLIMB` above the last one, and answers take `delay`.
 
     Attributes:
-        delay: Of the next answers [s].
+        delay: Time of the next answers [s].
         asked: Every request, with its time.
     """
 
@@ -114,10 +113,10 @@ class Loop:
 
     Attributes:
         sent: (time, decision) of every tick.
-        cameras: Whether images come.
-        states: Whether joint states come.
+        cameras: Whether images arrive.
+        states: Whether joint states arrive.
         alive: Whether the images change.
-        late: Tick -> how late it is [s].
+        late: Tick -> its delay [s].
     """
 
     def __init__(
@@ -157,7 +156,7 @@ class Loop:
         )
         self.sent: list[tuple[float, Decision | None]] = []
         self.position = np.zeros(2)
-        self.follows = True  # commands move the arm
+        self.follows = True  # whether commands move the arm
         self.cameras = self.states = self.alive = True
         self._images = 0
         self.late: dict[int, float] = {}
@@ -170,7 +169,7 @@ class Loop:
             assert self.controller.enable(self.now) is None
 
     def settle(self) -> None:
-        """Joint states of the last 0.3 s that agree, so that the pose is trusted."""
+        """Send joint states of the last 0.3 s that agree, so that the pose is trusted."""
         for step in range(-30, 1):
             self._joints(self.now + 0.01 * step)
 
@@ -195,8 +194,7 @@ class Loop:
         if decision is not None and decision.positions is not None and self.follows:
             self.position = decision.positions
         self.controller.after_tick(self.now)
-        # Like rclpy's timer: the grid does not move when a tick is late, and ticks that are past
-        # are left out.
+        # Like rclpy's timer: a late tick does not move the grid, and past ticks are skipped.
         self._grid += self.controller.grid.period
         while self._grid <= self.now:
             self._grid += self.controller.grid.period
@@ -218,11 +216,11 @@ class Loop:
 
     @property
     def path(self) -> np.ndarray:
-        """Commands (T, 2)."""
+        """Return the commands (T, 2)."""
         return np.array(
             [d.positions for _, d in self.sent if d is not None and d.positions is not None]
         )
 
     def steps(self, since: int = 0) -> np.ndarray:
-        """Change of the first joint from command to command."""
+        """Return the change of the first joint from command to command."""
         return np.diff(self.path[since:, 0])

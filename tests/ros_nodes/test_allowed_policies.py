@@ -1,4 +1,6 @@
-"""LeRobot's policies on a robot: listed types with listed settings; no code of a folder runs."""
+"""LeRobot's policies on a robot: only listed types with listed settings load, and no code of a
+checkpoint's folder runs.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ ATTACKS = {
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with a folder `lk/enc` whose code writes `ran` if anybody runs it."""
+    """The working directory, with a folder `lk/enc` whose code writes `ran` if it is executed."""
     monkeypatch.chdir(tmp_path)
     encoder = tmp_path / "lk" / "enc"
     encoder.mkdir(parents=True)
@@ -66,7 +68,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def foreign(place: Path, kind: str, **changes: Any) -> Path:
-    """A checkpoint of another type, as LeRobot's own class writes its settings."""
+    """Write a checkpoint of another type, with settings written by LeRobot's own class."""
     import lerobot.policies  # noqa: F401  (registers them)
 
     folder = place / "lk"
@@ -119,9 +121,9 @@ print("\\n" + json.dumps(found))
 """
 
 
-@pytest.mark.external  # of LeRobot alone: it shows what the test above refuses
+@pytest.mark.external  # tests only LeRobot: that the attacks refused above work there
 def test_the_attacks_are_real(place: Path) -> None:
-    """What LeRobot does with the same folders by itself: it runs code, or asks on stdin."""
+    """LeRobot itself runs code of the same folders, or reads from stdin."""
     for kind, texts in ATTACKS.items():
         folder = foreign(place, kind, **texts)
         (folder / "config.json").rename(place / f"{kind}.json")
@@ -175,7 +177,7 @@ def test_a_type_of_a_package_that_the_user_named_is_loaded(
         monkeypatch.setitem(sys.modules, "their_package", types.ModuleType("their_package"))
         monkeypatch.setattr("ceed_vla.discovery._discovered", {"their_package", "lerobot"})
         assert read_allowed(folder, "cpu") == {**values, "device": "cpu"}
-        # LeRobot's own are not, whoever names LeRobot.
+        # LeRobot's own policies do not, even in a folder whose code names LeRobot.
         foreign(place, "pi0_fast", **ATTACKS["pi0_fast"])
         with pytest.raises(CheckpointError, match="action_tokenizer_name"):
             read_allowed(folder, "cpu")
@@ -188,7 +190,7 @@ def test_a_type_of_a_package_that_the_user_named_is_loaded(
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_what_lerobot_writes_of_a_listed_type_is_read(place: Path, kind: str) -> None:
-    """Also with all that training leaves there, which is dropped."""
+    """Also with all settings that training leaves there, which are dropped."""
     left = {"repo_id": "me/policy", "tags": ["a"], "license": "mit", "pretrained_path": "lk/enc"}
     values = read_allowed(foreign(place, kind, **left), "cpu")
     assert not left.keys() & values.keys()
@@ -243,7 +245,7 @@ def test_adapters_are_not_left_out_without_a_word(place: Path) -> None:
 
 @pytest.fixture
 def full_input() -> Iterator[None]:
-    """Standard input that could be read from for ever."""
+    """Standard input that never ends."""
     reading, writing = os.pipe()
     kept = os.dup(0)
     os.dup2(reading, 0)

@@ -1,5 +1,5 @@
-"""Bags hold what was sent and open in other readers; other DDS implementations see and drive the
-simulated robot.
+"""Bags contain the sent messages and open in other readers; other DDS implementations exchange
+messages with the simulated robot.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ceed_vla.ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR
 
 
 class CountingBag(BagWriter):
-    """Counts what it writes: topic -> messages."""
+    """Counts the messages that it writes: topic -> messages."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -79,7 +79,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert [(topic, sent, list(message.data)) for topic, sent, message in found] == [
         ("/numbers", 10 * index, [float(index), 0.5]) for index in range(5)
     ]
-    bag.close()  # a second time does no harm
+    bag.close()  # a second call has no effect
 
 
 def test_rosbags_reads_what_the_simulated_robot_sent(graph: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One camera: which images are faults and for how long, and what is warned of."""
+"""One camera: which images are faults and for how long, and which warnings it returns."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def test_one_bad_image_is_a_fault_until_a_good_one_comes() -> None:
     front = camera()
     front.take(raw(1.0))
     assert front.fault is None
-    for number in range(5):  # however long it lasts
+    for number in range(5):  # for any duration
         front.take(raw(2.0 + number, "mono8"))
         assert "'mono8'; use rgb8" in str(front.fault)
-    assert front.stamp == 1.0  # of the last good one
+    assert front.stamp == 1.0  # of the last good image
     front.take(raw(7.0))
     assert front.fault is None
 
@@ -78,7 +78,7 @@ def test_bad_images_among_good_ones_are_a_fault_that_stays_and_is_counted(every:
     bad = 30 // every
     assert f"{bad} of the last 30 images were bad: " in str(settled[-1])
     assert "'mono8'" in str(settled[-1])
-    last = 10.0 + 119 // every * every * PERIOD  # bad one
+    last = 10.0 + 119 // every * every * PERIOD  # stamp of the last bad image
     front.take(raw(last + 0.9 * CALM))
     assert front.fault is not None
     front.take(raw(last + 1.1 * CALM))
@@ -101,7 +101,7 @@ def test_a_damaged_image_is_found_when_it_is_decoded_and_lasts_until_a_good_one_
     assert front.fault is None
     assert not front.suspect
     front.take(jpeg(1.1, damaged=True))
-    assert front.fault is None  # no header tells
+    assert front.fault is None  # the header does not show it
     look(front)
     assert "cannot be read" in str(front.fault)
     assert not front.suspect  # it was decoded just now
@@ -111,7 +111,7 @@ def test_a_damaged_image_is_found_when_it_is_decoded_and_lasts_until_a_good_one_
     look(front)
     assert front.fault is not None
     front.take(jpeg(1.3))
-    assert front.fault is not None  # its header says nothing of its data
+    assert front.fault is not None  # its header does not describe the data
     look(front)
     assert front.fault is None
 
@@ -121,7 +121,7 @@ def test_damaged_images_among_good_ones_stay_a_fault() -> None:
     faults = []
     for number in range(60):
         front.take(jpeg(10.0 + number * PERIOD, damaged=number % 3 == 0))
-        if number % 7 == 0 or front.suspect:  # requests come now and then
+        if number % 7 == 0 or front.suspect:  # requests are less frequent than images
             look(front)
         faults.append(front.fault)
     first = next(number for number, fault in enumerate(faults) if fault)
@@ -200,7 +200,7 @@ def hold(loop: Loop) -> str:
 
 @pytest.mark.parametrize("moved", [0.001, 0.02, 0.04])
 def test_a_camera_that_stops_as_motion_begins_is_stale(moved: float) -> None:
-    """Its images were all the same until then: the scene was at rest."""
+    """Its images were identical until then, because the scene was at rest."""
     loop = Loop(enable=False)
     loop.alive = False
     loop.run(3.0)
@@ -257,7 +257,7 @@ def test_one_image_in_three_of_a_wrong_encoding_holds_and_says_so(
 
 
 class Decoding:
-    """The worker of a loop whose images are decoded as the inference thread does it."""
+    """The worker of a loop; it decodes images as the inference thread does."""
 
     def __init__(self, loop: Loop) -> None:
         self.policy: Any = loop.policy
@@ -309,7 +309,7 @@ def test_a_damaged_jpeg_holds_until_a_good_one_was_decoded(monkeypatch: pytest.M
     held = loop.path[-1]
     loop.run(1.0)
     np.testing.assert_array_equal(loop.path[-1], held)
-    assert worker.looks >= 20  # every image, while nothing else is to be decoded
+    assert worker.looks >= 20  # every image, while no request is decoded
     damaged = False
     loop.run(0.5)
     assert hold(loop) == ""

@@ -1,4 +1,4 @@
-"""Cameras of a real policy node that send bad images, or others than before."""
+"""Cameras of a real policy node that send bad images or change their format."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Cameras(Robot):
     """A front camera that sends JPEG, a wrist camera that sends raw images.
 
     Attributes:
-        damaged: Whether an image of the front camera, by its number, is cut off.
-        strange: Whether an image of the wrist camera is of another encoding.
+        damaged: Whether an image of the front camera, by its number, is truncated.
+        strange: Whether an image of the wrist camera has another encoding.
     """
 
     def __init__(self, graph: Any) -> None:
@@ -69,7 +69,7 @@ def test_bad_images_hold_with_their_camera_and_changes_of_size_are_told(graph: A
     values["images"]["observation.images.front"] |= {"topic": FRONT, "transport": "compressed"}
     path.write_text(yaml.safe_dump(values))
     robot, status = Cameras(graph), Status(graph)
-    # Nothing is sent: on a busy machine the test's arm would leap, which is another hold.
+    # A dry run: on a busy machine the test's arm would leap, which causes another hold.
     start(graph, robot_config=str(path), dry_run=True)
     assert int(status.state("moving")["images.front"]) > 0
 
@@ -81,7 +81,7 @@ def test_bad_images_hold_with_their_camera_and_changes_of_size_are_told(graph: A
     status.state("holding", "bad_image: front: The compressed image (format 'jpeg'", "Send JPEG")
     robot.damaged = lambda number: False
     status.state("moving")
-    # At random: the node decodes what a chunk needs, perhaps each third image, and never a bad one.
+    # At random: the node decodes what a chunk needs, about every third image, and never a bad one.
     bad = np.random.default_rng(0).random(100_000) < 0.3
     robot.damaged = lambda number: bool(bad[number])
     status.state("holding", "bad_image: front: ", "images were bad: The compressed image")

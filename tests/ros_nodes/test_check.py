@@ -30,7 +30,7 @@ def test_a_robot_that_fits_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         "observation.images.wrist",
         "wrist/image_raw",
         "14 values",
-        "ee_delta, 10 a second",
+        "ee_delta, 10 per second",
         "joint7",
     ):
         assert text in shown
@@ -48,7 +48,7 @@ def test_all_that_does_not_fit_is_told_at_once(
     assert main(["robot-check", str(tmp_path / "robot.yaml"), "--checkpoint", "teacher"]) == 1
     told = capsys.readouterr().err
     for text in (
-        "wants 'observation.images.wrist'",
+        "needs 'observation.images.wrist'",
         "actions of 7 values",
         "arm.home: joint1 is at 3.5 rad",
     ):
@@ -60,9 +60,7 @@ def test_all_that_does_not_fit_is_told_at_once(
 
 @pytest.fixture
 def brought(tmp_path: Path) -> tuple[Path, Path]:
-    """A user's file, and a checkpoint that brings a template with other limits, topics and
-    signs.
-    """
+    """A user's file, and a checkpoint with a template that has other limits, topics and signs."""
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(pretrained_path("student"), checkpoint)
     values = yaml.safe_load(packaged_config().read_text())
@@ -102,7 +100,7 @@ def test_a_template_is_compared_and_printed(
     )
     (checkpoint / "robot.yaml").unlink()
     assert main(["robot", "check", "--checkpoint", str(checkpoint)]) == 1
-    assert "brings no robot.yaml; name a robot's file" in capsys.readouterr().err
+    assert "has no robot.yaml; name a robot's file" in capsys.readouterr().err
     assert main(["robot", "check", str(own), "--checkpoint", str(checkpoint)]) == 0
     assert "differs" not in capsys.readouterr().out
 
@@ -123,9 +121,7 @@ def test_a_template_is_plain_and_short(
 
 
 def test_nothing_of_a_template_moves_an_arm(brought: tuple[Path, Path]) -> None:
-    """Limits, topics and signs are those of the file that is named, as if the checkpoint brought
-    none.
-    """
+    """Limits, topics and signs come from the named file, as if the checkpoint had no template."""
     own, checkpoint = brought
     given = {"robot_config": str(own), "checkpoint": str(checkpoint), "max_joint_velocity": 10.0}
     setups = []
@@ -179,7 +175,7 @@ def test_success_against_latency_in_simulated_time(tmp_path: Path) -> None:
         assert main(words) == 0
         assert (folder / "simulated_time.png").stat().st_size > 1000
         runs.append(json.loads((folder / "simulated_time.json").read_text())["rows"])
-    assert runs[0] == runs[1]  # whatever the load
+    assert runs[0] == runs[1]  # independent of the load
     assert [(row["rival"], row["latency_ms"]) for row in runs[0]] == [
         *(("student:cap1", latency) for latency in (16.0, 400.0)),
         *(("student", latency) for latency in (16.0, 400.0)),

@@ -1,4 +1,4 @@
-"""Chunks join without a jump, whatever the delays: simulated boundaries, no clock."""
+"""Chunks join without a jump for any delays: simulated boundaries, no clock."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.ros_nodes.robot.chunk_stream import ChunkStream, Plan, StreamCounters, Target
+from ceed_vla.ros_nodes.robot.chunk_stream import ChunkRequest, ChunkStream, StreamCounters, Target
 
 M, H, DT = 8, 4, 0.1
-TICKS = 10  # of a step
+TICKS = 10  # per step
 
 
 def stream(**changes: Any) -> ChunkStream:
@@ -27,13 +27,14 @@ def stream(**changes: Any) -> ChunkStream:
 
 @dataclass
 class Robot:
-    """Runs a stream with a policy that knows how many steps were executed: the actions of a chunk
-    asked for after ``c`` steps are c, c + 1, ..., so a stream that joins chunks at the right index
-    executes 0, 1, 2, ... exactly.
+    """Runs a stream with a policy whose actions count the executed steps.
+
+    The actions of a chunk requested after ``c`` steps are c, c + 1, ..., so a stream that joins
+    chunks at the right index executes exactly 0, 1, 2, ...
 
     Attributes:
-        wait: Steps between two chances to ask, a whole number of ticks.
-        late: Ticks after a boundary that the first chance comes.
+        wait: Steps between two opportunities to request, a whole number of ticks.
+        late: Ticks from a boundary to the first opportunity.
     """
 
     stream: ChunkStream
@@ -41,21 +42,21 @@ class Robot:
     late: int = 0
     executed: list[float] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
-    plans: list[Plan] = field(default_factory=list)
-    # of the request when its chunk took over, in steps
+    requests: list[ChunkRequest] = field(default_factory=list)
+    # age of the request when its chunk took over [steps]
     ages: list[float] = field(default_factory=list)
     now: int = 0  # [ticks]
     asked: int = 0
-    answer: tuple[int, Plan, int] | None = None  # when it comes, to what, first action
+    answer: tuple[int, ChunkRequest, int] | None = None  # time, request, first action
 
     def tick(self, delay: float) -> None:
-        """One tick of time; a chunk asked for now arrives after `delay` steps."""
+        """Advance one tick; a chunk requested now arrives after `delay` steps."""
         remaining = -self.now % TICKS / TICKS
         if self.answer is not None and self.now >= self.answer[0]:
-            _, plan, first = self.answer
+            _, request, first = self.answer
             self.answer = None
             accepted = self.stream.offer(
-                plan.id, chunk(first, self.stream.chunk_steps), np.arange(3), remaining
+                request.id, chunk(first, self.stream.chunk_steps), np.arange(3), remaining
             )
             assert accepted
         if self.now % TICKS == 0:
@@ -67,15 +68,15 @@ class Robot:
                 self.ages.append((self.now - self.asked) / TICKS)
             remaining = 1.0
         if (self.now - self.late) % round(self.wait * TICKS) == 0:
-            plan = self.stream.plan(remaining, self.wait)
-            if plan is not None:
-                self.plans.append(plan)
+            request = self.stream.request(remaining, self.wait)
+            if request is not None:
+                self.requests.append(request)
                 self.asked = self.now
-                self.answer = (self.now + round(delay * TICKS), plan, len(self.executed))
+                self.answer = (self.now + round(delay * TICKS), request, len(self.executed))
         self.now += 1
 
     def steps(self, count: int, delay: float) -> None:
-        """So many steps."""
+        """Advance `count` steps."""
         for _ in range(count * TICKS):
             self.tick(delay)
 
@@ -108,12 +109,16 @@ def test_every_step_is_executed_once_and_in_order(
     sources = [target.source for target in robot.targets]
     assert sources.count("starved") == counted.starved
     assert sources.count("chunk") == len(robot.executed)
-    assert sum(target.seam for target in robot.targets) <= counted.switched <= len(robot.plans)
-    for plan in robot.plans:
-        assert 0 <= plan.frozen_steps <= max(chunk_steps - 1, 0)
-        assert plan.shift_steps + plan.frozen_steps <= chunk_steps
-        if plan.deadline_s is not None:
-            assert plan.frozen_steps * DT <= plan.deadline_s <= (plan.frozen_steps + 1) * DT + 1e-9
+    assert sum(target.seam for target in robot.targets) <= counted.switched <= len(robot.requests)
+    for request in robot.requests:
+        assert 0 <= request.frozen_steps <= max(chunk_steps - 1, 0)
+        assert request.shift_steps + request.frozen_steps <= chunk_steps
+        if request.deadline_s is not None:
+            assert (
+                request.frozen_steps * DT
+                <= request.deadline_s
+                <= (request.frozen_steps + 1) * DT + 1e-9
+            )
 
 
 @pytest.mark.parametrize("delay", [0.1, 0.5, 1.0, 1.5, 2.3, 3.9])
@@ -124,14 +129,14 @@ def test_a_steady_delay_freezes_what_is_consumed_and_replans_on_time(delay: floa
     robot.steps(100, delay)
     assert flow.counters.starved == flow.counters.late == flow.counters.missed == 0
     assert flow.delay_steps == pytest.approx(delay)
-    later = robot.plans[2:]
-    assert {plan.frozen_steps for plan in later} == {int(delay - 1e-9)}
-    if delay < 2:  # slower ones are asked again at once
-        # replaced after H steps
-        assert {plan.shift_steps + plan.frozen_steps for plan in later} == {H}
+    later = robot.requests[2:]
+    assert {request.frozen_steps for request in later} == {int(delay - 1e-9)}
+    if delay < 2:  # a slower policy gets the next request at once
+        # each chunk is replaced after H steps
+        assert {request.shift_steps + request.frozen_steps for request in later} == {H}
     seams = [target.index for target in robot.targets if target.seam]
     assert set(seams[2:]) == {int(delay - 1e-9)}  # takes over at the first step that is not frozen
-    assert max(robot.ages[2:]) == pytest.approx(delay, abs=0.1 + 1e-9)  # no older than it must be
+    assert max(robot.ages[2:]) == pytest.approx(delay, abs=0.1 + 1e-9)  # no older than necessary
 
 
 @pytest.mark.parametrize(("chunk_steps", "replan"), [(1, 1), (8, 8), (8, 4)])
@@ -143,8 +148,8 @@ def test_while_the_last_step_of_a_chunk_runs_the_next_is_still_in_time(
     robot = Robot(flow, wait=0.1)
     robot.steps(60, 0.3)
     assert max(robot.ages[2:]) < 0.41
-    assert [plan.deadline_s is None for plan in robot.plans] == [True] + [False] * (
-        len(robot.plans) - 1
+    assert [request.deadline_s is None for request in robot.requests] == [True] + [False] * (
+        len(robot.requests) - 1
     )
     assert flow.counters.starved == 0
 
@@ -159,13 +164,15 @@ def test_the_last_observation_that_is_in_time_is_used(late: int) -> None:
     assert max(robot.ages[2:]) <= 0.3 + 0.4 + 1e-9
 
 
-def test_the_plan_names_what_the_decoder_needs() -> None:
+def test_the_request_names_what_the_decoder_needs() -> None:
     flow = stream(delay_steps=2)
     flow.start()
     assert flow.target() == Target("waiting")
-    first = flow.plan(1.0, 0.1)
-    assert first == Plan(id=1, previous=None, shift_steps=0, frozen_steps=0, deadline_s=None)
-    assert flow.plan(1.0, 0.1) is None  # it is under way
+    first = flow.request(1.0, 0.1)
+    assert first == ChunkRequest(
+        id=1, previous=None, shift_steps=0, frozen_steps=0, deadline_s=None
+    )
+    assert flow.request(1.0, 0.1) is None  # a request is pending
     tokens = np.arange(56)
     assert flow.offer(1, chunk(0), tokens, 0.4)
     assert flow.arrived
@@ -178,11 +185,11 @@ def test_the_plan_names_what_the_decoder_needs() -> None:
             index,
             index == 0,
         )
-        assert flow.plan(0.9, 0.1) is None  # the next observation will do
-    plan = flow.plan(0.65, 0.1)
-    assert plan.previous is tokens
-    assert (plan.id, plan.shift_steps, plan.frozen_steps) == (2, H, 0)
-    assert plan.deadline_s == pytest.approx(0.065)
+        assert flow.request(0.9, 0.1) is None  # the next observation is in time
+    request = flow.request(0.65, 0.1)
+    assert request.previous is tokens
+    assert (request.id, request.shift_steps, request.frozen_steps) == (2, H, 0)
+    assert request.deadline_s == pytest.approx(0.065)
 
 
 def test_an_answer_before_its_time_takes_over_at_once() -> None:
@@ -190,12 +197,12 @@ def test_an_answer_before_its_time_takes_over_at_once() -> None:
     flow.start()
     robot = Robot(flow)
     robot.steps(20, 3)
-    planned = len(robot.plans)
+    sent = len(robot.requests)
     robot.steps(10, 1)
     assert robot.executed == list(range(len(robot.executed)))
-    assert robot.plans[planned].frozen_steps == 2
+    assert robot.requests[sent].frozen_steps == 2
     seams = {target.chunk_id: target.index for target in robot.targets if target.seam}
-    assert seams[robot.plans[planned].id] == 0
+    assert seams[robot.requests[sent].id] == 0
     assert flow.counters.late == 0
 
 
@@ -204,7 +211,7 @@ def test_a_late_answer_is_counted_and_joined_at_the_right_step() -> None:
     flow.start()
     robot = Robot(flow, wait=0.1)
     robot.steps(8, 0.5)
-    robot.steps(6, 3)  # frozen: 0
+    robot.steps(6, 3)  # 0 frozen steps
     assert flow.counters.late == 1
     assert robot.executed == list(range(len(robot.executed)))
     assert flow.counters.starved == 0
@@ -227,7 +234,7 @@ def test_the_estimate_covers_its_quantile_of_recent_delays() -> None:
     flow.start()
     robot = Robot(flow)
     while flow.counters.switched < 10:
-        robot.tick(3 if len(robot.plans) % 10 == 5 else 1)
+        robot.tick(3 if len(robot.requests) % 10 == 5 else 1)
     assert flow.delay_steps == 1  # one slow answer in ten
     while flow.counters.switched < 14:
         robot.tick(3)
@@ -242,19 +249,19 @@ def test_a_slow_policy_is_asked_early_enough() -> None:
     flow.start()
     robot = Robot(flow)
     robot.steps(40, 3)
-    assert flow.counters.starved == 0  # although the chunk is to be used up
+    assert flow.counters.starved == 0  # although all steps of a chunk are executed
 
 
 def test_cancelled_requests_are_due_again_and_stale_answers_are_dropped() -> None:
     flow = stream()
     flow.start()
-    first = flow.plan(1.0, 0.1)
+    first = flow.request(1.0, 0.1)
     assert first is not None
     flow.cancel(99)
     assert flow.pending == first.id
     flow.cancel(first.id)
     flow.target()
-    second = flow.plan(1.0, 0.1)
+    second = flow.request(1.0, 0.1)
     assert second.id != first.id
     assert not flow.offer(first.id, chunk(0))
     assert flow.offer(second.id, chunk(0))
@@ -269,18 +276,18 @@ def test_preempt_replans_at_once_and_drops_what_is_under_way() -> None:
     robot.steps(2, 1)
     robot.tick(1)
     assert robot.executed == [0, 1]
-    assert flow.plan(0.9, 0.1) is None
+    assert flow.request(0.9, 0.1) is None
     flow.preempt()
-    plan = flow.plan(0.9, 0.1)
-    assert (plan.shift_steps, plan.frozen_steps) == (2, 1)
+    request = flow.request(0.9, 0.1)
+    assert (request.shift_steps, request.frozen_steps) == (2, 1)
     flow.preempt()
-    assert not flow.offer(plan.id, chunk(0), None)
-    assert flow.target().source == "chunk"  # the old chunk goes on meanwhile
+    assert not flow.offer(request.id, chunk(0), None)
+    assert flow.target().source == "chunk"  # the old chunk continues meanwhile
 
 
 def test_stop_forgets_everything() -> None:
     flow = stream()
-    assert flow.plan(1.0, 0.1) is None
+    assert flow.request(1.0, 0.1) is None
     assert flow.target() == Target("stopped")
     flow.start()
     robot = Robot(flow)
@@ -293,24 +300,24 @@ def test_stop_forgets_everything() -> None:
     assert flow.target() == Target("stopped")
     flow.start()
     assert flow.target() == Target("waiting")
-    plan = flow.plan(1.0, 0.1)
-    assert (plan.previous, plan.frozen_steps) == (None, 0)
+    request = flow.request(1.0, 0.1)
+    assert (request.previous, request.frozen_steps) == (None, 0)
 
 
 def test_policies_without_tokens_get_no_frozen_steps_but_a_deadline() -> None:
     flow = stream()
     flow.start()
-    flow.plan(1.0, 0.1)
+    flow.request(1.0, 0.1)
     flow.target()
     flow.offer(1, chunk(0), None, 1.0)
     for _ in range(H):
         flow.target()
-    plan = flow.plan(0.05, 0.1)
-    assert (plan.previous, plan.frozen_steps) == (None, 0)
+    request = flow.request(0.05, 0.1)
+    assert (request.previous, request.frozen_steps) == (None, 0)
     # one more step is consumed until the answer is expected
-    assert plan.deadline_s == pytest.approx(0.105)
+    assert request.deadline_s == pytest.approx(0.105)
     flow.target()
-    flow.offer(plan.id, chunk(H))
+    flow.offer(request.id, chunk(H))
     assert flow.target().index == 1
     assert flow.counters.late == 0
 
@@ -328,7 +335,7 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None
 def test_a_malformed_chunk_is_refused(actions: np.ndarray) -> None:
     flow = stream()
     flow.start()
-    flow.plan(1.0, 0.1)
+    flow.request(1.0, 0.1)
     with pytest.raises(ConfigError, match=r"expected \(8, A\) finite"):
         flow.offer(1, actions)
     assert flow.target().source == "waiting"
@@ -337,22 +344,22 @@ def test_a_malformed_chunk_is_refused(actions: np.ndarray) -> None:
 def test_first_steps_run_before_the_rest_is_there() -> None:
     flow = stream()
     flow.start()
-    plan = flow.plan(1.0, 0.1)
-    assert plan.deadline_s is None
-    assert flow.offer(plan.id, chunk(0, 1), whole=False)
+    request = flow.request(1.0, 0.1)
+    assert request.deadline_s is None
+    assert flow.offer(request.id, chunk(0, 1), whole=False)
     assert flow.arrived
     assert flow.target().action[0] == 0
-    assert flow.offer(plan.id, chunk(0, 3), whole=False)
+    assert flow.offer(request.id, chunk(0, 3), whole=False)
     assert [flow.target().action[0] for _ in range(2)] == [1, 2]
     assert flow.target().source == "starved"
     assert flow.partial
-    assert flow.offer(plan.id, chunk(0), np.arange(M), remaining=1.0)
+    assert flow.offer(request.id, chunk(0), np.arange(M), remaining=1.0)
     assert not flow.partial
-    assert not flow.offer(plan.id, chunk(0, 2), whole=False)
-    assert not flow.offer(plan.id, chunk(9))
-    assert flow.delay_steps == 1  # as before: what it took is unknown where steps began early
+    assert not flow.offer(request.id, chunk(0, 2), whole=False)
+    assert not flow.offer(request.id, chunk(9))
+    assert flow.delay_steps == 1  # unchanged: the delay is unknown if steps began early
     assert flow.target().action[0] == 3
-    following = flow.plan(1.0, 0.1)
+    following = flow.request(1.0, 0.1)
     assert (following.shift_steps, following.previous.tolist()) == (4, list(range(M)))
     assert [flow.target().action[0] for _ in range(4)] == [4, 5, 6, 7]
     assert flow.counters == StreamCounters(switched=1, starved=1)
@@ -361,9 +368,9 @@ def test_first_steps_run_before_the_rest_is_there() -> None:
 def test_first_steps_of_a_chunk_that_nobody_waits_for_are_dropped() -> None:
     flow = stream()
     flow.start()
-    plan = flow.plan(1.0, 0.1)
+    request = flow.request(1.0, 0.1)
     flow.preempt()
-    assert not flow.offer(plan.id, chunk(0, 1), whole=False)
+    assert not flow.offer(request.id, chunk(0, 1), whole=False)
     with pytest.raises(ConfigError, match="finite actions"):
-        flow.offer(plan.id, chunk(0), whole=False)  # all of them are the whole
+        flow.offer(request.id, chunk(0), whole=False)  # all steps must be a whole chunk
     assert flow.target().source == "waiting"

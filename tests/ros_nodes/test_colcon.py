@@ -1,5 +1,5 @@
-"""`colcon build` installs what `ros2 run` and `ros2 launch` look for. Needs colcon: in PATH, or
-named by $COLCON.
+"""`colcon build` installs what `ros2 run` and `ros2 launch` need. Needs colcon, in PATH or named by
+$COLCON.
 
 For example: python -m venv V && V/bin/pip install colcon-common-extensions 'empy<4' catkin-pkg,
 then COLCON=V/bin/colcon pytest -m external tests/ros_nodes/test_colcon.py

@@ -1,5 +1,5 @@
-"""The control loop in simulated time: what is asked for when, and that commands stay continuous
-whatever the delays.
+"""The control loop in simulated time: when it requests chunks, and that commands stay continuous
+for any delays.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_images_are_used_just_in_time_and_motion_is_even(camera_rate: float, del
     asked = loop.policy.asked[seen:]
     # until it takes over
     waits = np.array([r.deadline_s - loop.stream.grace * DT for _, r in asked])
-    if delay == 0.001:  # faster than a tick does not help
+    if delay == 0.001:  # a delay below a tick has no further effect
         delay = 0.01
     if delay < 0.1:
         assert {request.frozen_steps for _, request in asked} == {0}
@@ -85,8 +85,8 @@ def test_commands_come_every_tick_and_never_jump(
     gaps = np.diff([now for now, _ in loop.sent])
     steps = loop.steps()
     assert (steps >= -1e-9).all()  # the policy only climbs
-    # A late tick makes up for the ones it replaces, and a chunk that came late for its step catches
-    # up in the rest.
+    # A late tick makes up for the ticks that it replaces, and a late chunk catches up in the rest
+    # of its step.
     assert (steps <= 2.0 * EVEN * np.maximum(gaps * RATE, 1.0) + 1e-9).all()
 
 
@@ -100,7 +100,7 @@ def test_an_answer_just_after_its_boundary_still_decides() -> None:
     assert loop.policy.asked[asked][1].frozen_steps == 0
     assert loop.stream.counters.late == 0
     assert loop.controller.statistics.to_command.percentile(100) < 0.07
-    np.testing.assert_allclose(loop.steps(100), EVEN, rtol=1e-3)  # this policy's mind is made up
+    np.testing.assert_allclose(loop.steps(100), EVEN, rtol=1e-3)  # the policy ignores the change
 
 
 def test_images_that_stop_hold_the_arm_and_it_goes_on_from_there() -> None:
@@ -127,7 +127,7 @@ def test_a_new_instruction_is_asked_for_at_once() -> None:
     loop.run(0.35)
     changed = [now for now, request in loop.policy.asked if request.instruction == "climb faster"]
     assert changed
-    # as soon as the answer that was under way is thrown away
+    # as soon as the pending answer is dropped
     assert changed[0] - 103.0 <= 0.16 + 1.5 / RATE
     np.testing.assert_allclose(loop.steps(100), EVEN, rtol=1e-3)
 
@@ -151,7 +151,7 @@ def test_ticks_fit_steps() -> None:
         StepGrid(9.0, 0.1)
 
 
-# ---- cameras and frame rates that fit nothing ----------------------------------------------------
+# ---- cameras and frame rates that match no step --------------------------------------------------
 
 
 @pytest.mark.parametrize("camera_rate", [29.6, 29.7, 29.8, 30.3])
@@ -187,7 +187,7 @@ def test_the_command_rate_need_be_no_multiple_of_the_steps(fps: float) -> None:
 
 
 class Increments:
-    """What a policy of increments wants, instead of the positions of `Policy`."""
+    """A policy of increments, instead of the positions of `Policy`."""
 
     def __init__(self, loop: Loop, wanted: Callable[[float], float], **limits: Any) -> None:
         loop.safety.limits = replace(loop.safety.limits, **limits)
@@ -221,11 +221,11 @@ def test_increments_do_not_run_away_from_an_arm_with_low_limits(
     assert 0 <= loop.controller._motion.joints[0] - loop.path[-1, 0] < most
     there, at = loop.path[-1, 0], len(loop.path)
     loop.run(3.0)
-    # when nothing more is wanted it soon stands still
+    # without further increments it soon stands still
     assert loop.path[-1, 0] - there < most + 0.01
     assert loop.steps()[-1] == pytest.approx(0, abs=1e-9)
     loop.run(2.0)
-    assert loop.path[at:, 0].max() - loop.path[-1, 0] > 0.15  # and comes back at once
+    assert loop.path[at:, 0].max() - loop.path[-1, 0] > 0.15  # and it turns back at once
 
 
 def test_increments_within_the_limits_are_all_executed() -> None:
@@ -242,7 +242,7 @@ def test_increments_with_an_acceleration_keep_their_speed() -> None:
         loop, lambda now: 0.1, max_velocity=np.full(2, 2.0), max_acceleration=np.full(2, 2.0)
     )
     loop.run(4.0)
-    assert loop.steps()[-50:].mean() * RATE == pytest.approx(1.0, rel=0.02)  # of 1 rad/s
+    assert loop.steps()[-50:].mean() * RATE == pytest.approx(1.0, rel=0.02)  # limit: 1 rad/s
 
 
 def test_deadlines_are_of_real_time() -> None:
@@ -259,8 +259,8 @@ def test_deadlines_are_of_real_time() -> None:
 def test_the_next_chunk_is_due_one_step_sooner_than_in_the_policy_s_own_loop(
     delay: float, due: int
 ) -> None:
-    """Unless the policy is slow. A chunk's steps count from its request, so frozen ones are among
-    them.
+    """Unless the policy is slow. Steps of a chunk count from its request, including the frozen
+    ones.
     """
     loop = Loop(replan_steps=None)
     loop.policy.delay = delay
@@ -283,9 +283,9 @@ def test_clamping_that_lasts_is_warned_of() -> None:
         warning = watch.look(400 + 100 * second, loop.safety)
         assert bool(warning) == (second >= 3), second
     assert warning.startswith(
-        "180 clamps in the last 300 commands (position 180, velocity 40 in all)"
+        "180 clamps in the last 300 commands (position 180, velocity 40 in total)"
     )
-    assert watch.look(0, loop.safety) == ""  # another run of the node
+    assert watch.look(0, loop.safety) == ""  # the node was configured again
 
 
 def test_stale_inputs_that_keep_coming_hint_at_the_clocks() -> None:

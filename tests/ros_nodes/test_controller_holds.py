@@ -1,5 +1,5 @@
-"""What the control loop does while it does not know where the arm is, or its policy takes no
-instruction.
+"""The control loop while the arm's pose is unknown, an input repeats itself, or the policy refuses
+the instruction.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_strange_messages_hold_and_raise_nothing(data: st.DataObject) -> None:
         loop.now += 0.01
 
 
-# ---- what the policy does not take ---------------------------------------------------------------
+# ---- instructions that the policy refuses --------------------------------------------------------
 
 
 def test_a_refused_instruction_is_not_asked_before_the_tick_that_holds() -> None:
@@ -95,7 +95,7 @@ def test_a_refused_instruction_is_not_asked_before_the_tick_that_holds() -> None
     for _ in range(3):
         loop._image()
         loop.controller.observed(loop.now)
-    assert len(loop.policy.asked) - asked <= 1  # what was under way
+    assert len(loop.policy.asked) - asked <= 1  # the pending request
     assert loop.policy.idle
     loop.run(0.1)
     assert loop.controller.hold is not None
@@ -112,7 +112,7 @@ def test_a_refused_instruction_holds_at_once_and_is_asked_once() -> None:
     loop.run(3.0)
     assert hold_code(loop) == "bad_instruction"
     assert "600 words" in loop.controller.hold.detail
-    assert len(loop.policy.asked) <= asked + 2  # the one under way was of the old instruction
+    assert len(loop.policy.asked) <= asked + 2  # the pending request had the old instruction
     loop.policy.error = None
     loop.controller.stream.instruct("climb on")
     loop.run(0.2)
@@ -160,14 +160,14 @@ def test_a_camera_that_repeats_its_image_holds_until_it_does_not() -> None:
     loop.run(2.0)
     loop.alive = False
     loop.run(0.45)
-    assert loop.controller.hold is None  # a moment proves nothing
+    assert loop.controller.hold is None  # a short time is no proof
     loop.run(0.5)
     assert hold_code(loop) == "frozen_image"
     assert "front repeats the same image" in loop.controller.hold.detail
     held = loop.path[-1]
     loop.run(2.0)
     np.testing.assert_array_equal(loop.path[-1], held)
-    for _ in range(5):  # joint states that come late prove nothing for the camera
+    for _ in range(5):  # late joint states are no proof against the camera
         loop.states = False
         loop.run(0.15)
         loop.states = True
@@ -189,7 +189,7 @@ def test_images_of_a_scene_at_rest_may_be_the_same() -> None:
     assert loop.controller.hold is None
     loop.observations._frozen_after, loop.alive = 0.0, False
     loop.run(2.0)
-    assert loop.controller.hold is None  # switched off
+    assert loop.controller.hold is None  # the check is disabled
 
 
 def test_joint_states_that_do_not_follow_hold_until_an_operator_enables() -> None:
@@ -211,7 +211,7 @@ def test_joint_states_that_do_not_follow_hold_until_an_operator_enables() -> Non
     loop.cameras = False
     loop.run(3.0)  # a rest
     loop.cameras, loop.follows = True, False
-    loop.run(0.4)  # and an arm that takes its time to begin
+    loop.run(0.4)  # and an arm that begins to move slowly
     loop.follows = True
     loop.run(1.0)
     assert loop.controller.hold is None
@@ -226,13 +226,13 @@ def test_a_pose_that_was_wrong_holds_no_longer_than_until_enable() -> None:
     loop = Loop()
     loop.run(1.0)
     true, loop.follows = loop.position.copy(), False
-    # a sensor that lies, while the last images of the motion come
+    # a wrong sensor, while the last images of the motion arrive
     loop.position = true + [
         1.0,
         0.0,
     ]
     loop.run(0.3)
-    loop.alive = False  # the arm rests, and so do the images of a simulation
+    loop.alive = False  # the arm rests, and a simulation's images do not change
     loop.run(1.0)
     loop.position = true
     loop.run(1.0)
@@ -246,8 +246,8 @@ def test_a_pose_that_was_wrong_holds_no_longer_than_until_enable() -> None:
 @pytest.mark.parametrize("apart", [0.0, 0.004, 0.010])
 @pytest.mark.parametrize("first", ["front", "wrist"])
 def test_two_cameras_are_paired_by_when_their_images_were_taken(apart: float, first: str) -> None:
-    """Flags of both may be left from before the start, and either image may come first: no pair is
-    a period apart.
+    """Flags of both cameras may remain from before the start, and either image may arrive first;
+    no pair is a period apart.
     """
     sources = tuple(
         ImageSource(f"observation.images.{name}", name, "raw", False) for name in ("front", "wrist")
@@ -264,7 +264,7 @@ def test_two_cameras_are_paired_by_when_their_images_were_taken(apart: float, fi
                 continue
             taken = stamp(100.0 + step / 30 + apart * (name == "wrist"))
             camera.take(serialize_message(array_to_image(pixels, taken, "")))
-            if step >= 0 and observations.renewed():  # while the policy loads nobody asks
+            if step >= 0 and observations.renewed():  # not called while the policy loads
                 spreads.append(abs(cameras["front"].stamp - cameras["wrist"].stamp))
     assert len(spreads) >= 18
     assert max(spreads) == pytest.approx(apart, abs=1e-6)

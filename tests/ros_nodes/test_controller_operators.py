@@ -1,4 +1,4 @@
-"""What operators do to the control loop in simulated time: allow motion, stop it, send the arm
+"""Operators and the control loop in simulated time: they allow motion, stop it, and send the arm
 home.
 """
 
@@ -24,7 +24,7 @@ def test_motion_begins_gently() -> None:
     whole = Loop()
     whole.run(1.0)
     assert 0.2 * whole.path[-1, 0] < gentle < 0.7 * whole.path[-1, 0]
-    np.testing.assert_allclose(loop.steps(350), EVEN, rtol=1e-3)  # and then goes on as ever
+    np.testing.assert_allclose(loop.steps(350), EVEN, rtol=1e-3)  # and then continues evenly
     whole.run(3.0)
     assert loop.path[-1, 0] == pytest.approx(whole.path[-1, 0], abs=2 * CLIMB)
 
@@ -57,7 +57,7 @@ def test_a_hold_while_motion_begins_throws_nothing_back(why: str) -> None:
 def test_enabling_or_going_home_in_motion_goes_on_from_the_command() -> None:
     for home in ((), (3.0, 0.5)):
         loop = Loop()
-        loop.follows = False  # but for what was commanded 10 ticks ago
+        loop.follows = False  # except for the commands of 10 ticks ago
         for tick in range(200):
             loop.run(0.011)
             loop.position = loop.path[max(len(loop.path) - 10, 0)]
@@ -114,8 +114,8 @@ def test_going_home_is_slow_needs_no_images_and_ends_disabled() -> None:
 
 @pytest.mark.parametrize("delay", [0.016, 0.13, 0.4])
 def test_the_first_action_takes_one_chunk(delay: float) -> None:
-    """Nothing is asked from images of before `enable`: that answer would be dropped, and the next
-    one wait for it.
+    """No chunk is requested from images before `enable`: its answer would be dropped, and the next
+    request would have to wait for it.
     """
     loop = Loop(enable=False)
     loop.policy.delay = delay
@@ -141,7 +141,7 @@ def test_a_refused_enable_leaves_motion_disabled() -> None:
     assert loop.controller.state.mode == "disabled"
     loop.states, count = True, len(loop.sent)
     loop.run(0.5)
-    # what ends the motion of before
+    # the end of the earlier motion
     assert len([d for _, d in loop.sent[count:] if d is not None]) <= 1
 
 
@@ -150,7 +150,7 @@ def test_states_are_true_at_once() -> None:
     assert loop.controller.state.mode == "waiting"
     loop.run(1.0)
     assert loop.controller.state.mode == "moving"
-    loop.controller.reset()  # there is no stop to reset: the arm goes on, and says so
+    loop.controller.reset()  # no stop is latched, so the arm continues, and the answer says so
     assert str(loop.controller.state) == "moving"
     loop.controller.estop("~/estop")
     assert str(loop.controller.state) == "stopped: estop: emergency stop (~/estop)"

@@ -19,7 +19,7 @@ def test_enable_waits_for_fresh_joint_states_and_starts_from_them() -> None:
     loop.run(0.1)
     loop.states = False
     loop.run(0.5)
-    loop.position = np.array([0.7, -0.4])  # by hand, and nobody saw it
+    loop.position = np.array([0.7, -0.4])  # moved by hand, without joint states
     refused = loop.controller.enable(loop.now)
     assert refused.code == "stale"
     assert "joint_states is 0.5" in refused.detail
@@ -54,7 +54,7 @@ def test_without_joint_states_an_enabled_start_says_so_and_sends_nothing() -> No
 
 
 def by_hand(loop: Loop, way: float) -> None:
-    """Somebody moves both joints, at 1 rad/s."""
+    """Move both joints by hand, at 1 rad/s."""
     for _ in range(round(way / 0.01)):
         loop.position = loop.position + 0.01
         loop.run(0.0101)
@@ -68,7 +68,7 @@ def test_after_a_hold_without_joint_states_another_pose_needs_an_operator(pause:
     loop.run(pause)
     assert hold_code(loop) == "stale"
     held = loop.path[-1]
-    loop.position = held + [0.5, -0.5]  # by hand, as nobody saw
+    loop.position = held + [0.5, -0.5]  # moved by hand, without joint states
     loop.states = True
     loop.run(0.02)
     count = len(loop.sent)
@@ -83,7 +83,7 @@ def test_after_a_hold_without_joint_states_another_pose_needs_an_operator(pause:
     assert "further than limits.step (0.3)" in refused.detail
     assert "~/reset" in refused.detail
     loop.run(1.0)
-    assert not sent_since(loop, count)  # a refused `enable` is not kept
+    assert not sent_since(loop, count)  # a refused `enable` is not remembered
     assert "shoulder is at" in loop.controller.reset()
     loop.run(1.0)
     assert not sent_since(loop, count)  # `reset` alone starts nothing
@@ -235,7 +235,7 @@ def test_a_restarted_driver_needs_an_operator() -> None:
 
 
 def test_a_driver_that_begins_with_zeros_moves_nothing() -> None:
-    """Joint states pause, then hold zeros: no command follows from them, whoever calls `enable`."""
+    """Joint states pause, and then contain zeros: no command follows them, even after `enable`."""
     loop = Loop(step=0.1)
     loop.run(1.0)
     loop.follows = False

@@ -1,4 +1,4 @@
-"""The controller's states: every transition of the table happens, no other does, and the docs show
+"""The controller's states: every transition in the table occurs, no other does, and the docs show
 the table.
 """
 
@@ -32,7 +32,7 @@ from ceed_vla.ros_nodes.robot.controller_states import (
 from ceed_vla.ros_nodes.robot.messages import array_to_image
 from tests.ros_nodes.loop import PIXELS, Loop, stamp
 
-# What `policy/state` shows after a tick that ends in a state.
+# Modes on `policy/state` after a tick that ends in a state.
 SHOWN = {
     ControllerState.SILENT: {"disabled", "holding"},
     ControllerState.WAITING: {"waiting"},
@@ -44,16 +44,16 @@ SHOWN = {
 
 
 def by_hand(loop: Loop) -> None:
-    """Somebody moves both joints by 0.6 rad, at 1 rad/s, and the arm does not follow commands."""
+    """Move both joints by hand by 0.6 rad, at 1 rad/s, while the arm does not follow commands."""
     loop.follows = False
     for _ in range(60):
         loop.position = loop.position + 0.01
-        loop.run(0.0105)  # always a tick, for they come up to 2 % late
+        loop.run(0.0105)  # always one tick, because ticks are up to 2 % late
     loop.follows = True
 
 
 def recorded(loop: Loop) -> list[Transition]:
-    """The transitions of a loop from now on."""
+    """Return a list that collects the transitions of a loop from now on."""
     seen: list[Transition] = []
     loop.controller.machine.observers.append(seen.append)
     return seen
@@ -80,7 +80,7 @@ def test_whatever_sends_commands_can_be_stopped_and_forbidden() -> None:
 def test_an_undeclared_transition_raises() -> None:
     machine = StateMachine()
     machine.take(Event.FORBID)  # it is silent already
-    with pytest.raises(UndeclaredTransitionError, match="action has happened in the state silent"):
+    with pytest.raises(UndeclaredTransitionError, match="action occurred in the state silent"):
         machine.take(Event.ACTION)
     assert machine.state is ControllerState.SILENT
 
@@ -145,7 +145,7 @@ def blind(seconds: float = 1.0) -> Loop:
 
 
 def just_enabled() -> Loop:
-    """Waiting, out of a hold without joint states that has lasted for nearly 5 s."""
+    """Waiting, after a hold without joint states that lasted nearly 5 s."""
     loop = blind(4.9)
     loop.states = True
     loop.settle()
@@ -162,7 +162,7 @@ REACH: dict[ControllerState, Callable[[], Loop]] = {
     ControllerState.HOMING: homing,
     ControllerState.HOLDING: holding,
 }
-# Events that need another history than the usual one of their state.
+# Events that need another history than their state usually has.
 REACH_FOR: dict[tuple[ControllerState, Event], Callable[[], Loop]] = {
     (ControllerState.HOLDING, Event.ACTION): starved,
     (ControllerState.HOLDING, Event.RESUME): blind,
@@ -187,16 +187,16 @@ def forbid(loop: Loop) -> None:
 
 
 def lose_sight(loop: Loop) -> None:
-    """No good joint state comes, for 5 s in all."""
+    """Send no good joint state for a total of 5 s."""
     if loop.controller.machine.state is ControllerState.WAITING:
-        loop.safety.measure(["shoulder"], [1.0], loop.now)  # one that lacks the elbow
+        loop.safety.measure(["shoulder"], [1.0], loop.now)  # a state without the elbow
         loop.controller.tick(loop.now + 0.5, loop.now + 0.5)
     else:
         loop.run(5.0)
 
 
 def push(loop: Loop) -> None:
-    """Somebody moves the arm faster than commands follow."""
+    """Move the arm by hand faster than commands follow."""
     loop.safety.limits = replace(loop.safety.limits, max_velocity=np.full(2, 0.1))
     by_hand(loop)
 
@@ -221,7 +221,7 @@ def wait_for_answers(loop: Loop) -> None:
 
 
 def lose_the_chunk(loop: Loop) -> None:
-    """The newest image is of before motion was allowed; or the images come back after a hold."""
+    """Make the newest image older than the permission to move, or restore images after a hold."""
     if loop.controller.machine.state is ControllerState.MOVING:
         assert loop.controller.enable(loop.now) is None
         taken = loop.now - 0.001
@@ -264,11 +264,11 @@ def test_every_row_happens(row: Transition) -> None:
     assert row in seen
 
 
-# ---- nothing else happens ------------------------------------------------------------------------
+# ---- no other transition occurs ------------------------------------------------------------------
 
 
 class Watched(Loop):
-    """A loop that compares the state after every tick with what was sent and what is shown."""
+    """A loop that compares the state after every tick with the command and the shown state."""
 
     def __init__(self) -> None:
         super().__init__(step=0.3)
@@ -291,7 +291,7 @@ class Watched(Loop):
         self.controller.tick = watched  # type: ignore[method-assign, assignment]
 
     def jump(self, back: float) -> None:
-        """The clock goes back for a tick."""
+        """Set the clock back for one tick."""
         self.controller.tick(self.now - back, self.now - back)
         self.controller.after_tick(self.now)
 
@@ -350,7 +350,7 @@ def test_only_the_stream_moves_the_step_grid() -> None:
         assert not moved or path.name == "policy_stream.py", path.name
 
 
-# ---- what the docs show --------------------------------------------------------------------------
+# ---- the docs show the table ---------------------------------------------------------------------
 
 
 def test_picture_and_page_show_the_table() -> None:
@@ -366,6 +366,7 @@ def test_a_page_without_the_section_is_refused() -> None:
         state_picture.with_section("# Robots\n")
 
 
+@pytest.mark.slow
 def test_controller_and_picture_need_no_torch() -> None:
     script = (
         "import sys\n"

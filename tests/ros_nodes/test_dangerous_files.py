@@ -1,4 +1,4 @@
-"""Files that would move an arm wrongly: `robot check` and the node at configure refuse them."""
+"""Files that would move an arm wrongly: `robot check` and the node's configuration refuse them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def named(robot: str) -> Values:
 
 
 def with_model(values: Values, folder: Path, **limits: Any) -> Values:
-    """The file with a URDF of its joints, whose limits are the file's own or one of `limits`."""
+    """Return the file with a URDF of its joints, with the file's limits or those in `limits`."""
     position, names = values["limits"]["position"], values["arm"]["joints"]
     joints = ""
     parent = "base"
@@ -52,7 +52,7 @@ def with_model(values: Values, folder: Path, **limits: Any) -> Values:
 
 
 def edited(robot: str, path: str, value: Any) -> Callable[[Path], Values]:
-    """What makes a robot's file with another value at "limits.step"; None takes it out."""
+    """Return a function that sets a value at a path such as "limits.step"; None removes it."""
 
     def make(folder: Path) -> Values:
         values = named(robot)
@@ -76,7 +76,7 @@ def with_gripper_exchanged(folder: Path) -> Values:
 
 
 def with_joints_exchanged(folder: Path) -> Values:
-    """The model's limits count, and joints 4 and 6 stand in each other's place."""
+    """Return a file with the model's limits and with joints 4 and 6 exchanged."""
     values = with_model(named(PANDA), folder)
     joints = values["arm"]["joints"]
     joints[3], joints[5] = joints[5], joints[3]
@@ -85,7 +85,7 @@ def with_joints_exchanged(folder: Path) -> Values:
 
 
 DEGREES = {"low": [-110, -100, -97, -95, -157], "high": [110, 100, 97, 95, 163]}
-# Name -> the robot, what is wrong with its file, the key and a part of the text.
+# Name -> the robot, the change to its file, the key and a part of the error.
 WRONG: dict[str, tuple[str, Callable[[Path], Values], str, str]] = {
     "limits in degrees": (
         SO101,
@@ -160,12 +160,12 @@ WRONG: dict[str, tuple[str, Callable[[Path], Values], str, str]] = {
         "The data are in radians already",
     ),
 }
-UNREADABLE = ("closed and open exchanged",)  # reading the file refuses it already
+UNREADABLE = ("closed and open exchanged",)  # refused when the file is read
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Robot -> a checkpoint whose data are plausible for it."""
+    """Map each robot to a checkpoint whose data are plausible for it."""
     made = {}
     for robot, ends in DATA.items():
         values = statistics(*ends)
@@ -174,7 +174,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def configure(file: Path, checkpoint: Path) -> Any:
-    """What the node does at configure, but for the process that loads the policy."""
+    """Configure as the node does, without the process that loads the policy."""
     worker = SimpleNamespace(ready=False, failed=None, begin=lambda: None)
     given = {"robot_config": str(file), "checkpoint": str(checkpoint)}
     values = defaults(POLICY_PARAMETERS) | given | {"action_interface": "joint_trajectory"}
@@ -185,7 +185,7 @@ Checked = tuple[int, str, str]
 
 
 def checked(file: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> Checked:
-    """Exit code, output and errors of `robot check`."""
+    """Return exit code, output and errors of `robot check`."""
     code = main(["robot", "check", str(file), "--checkpoint", str(checkpoint)])
     told = capsys.readouterr()
     return code, told.out, told.err
@@ -225,7 +225,7 @@ def test_dangerous_files_are_refused_by_check_and_node(
     told = str(refused.value)
     assert code == 1
     assert len(told) < 1500
-    for message in (err, told[:500]):  # the node shows so much
+    for message in (err, told[:500]):  # the node shows at most 500 characters
         assert key in message
         assert text in message
     problems = [line for line in out.splitlines() if line[:1].isdigit()]

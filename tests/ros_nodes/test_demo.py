@@ -1,5 +1,5 @@
-"""``ceed-vla ros-demo``: what it refuses, what it reports, and a whole run that another reader of
-bags can open.
+"""``ceed-vla ros-demo``: settings it refuses, its report, and a whole run whose bag another reader
+opens.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ MS = 1_000_000  # [ns]
         (
             {"simulated_time": True, "decoding": "ar"},
             ConfigError,
-            "--decoding is not read with --simulated_time True",
+            "--decoding is not used with --simulated_time True",
         ),
-        ({"reaction": True}, ConfigError, "--reaction is not read with --simulated_time False"),
+        ({"reaction": True}, ConfigError, "--reaction is not used with --simulated_time False"),
     ],
 )
 def test_options_that_cannot_work_start_nothing(
@@ -107,7 +107,7 @@ def test_time_to_rest_is_the_last_moving_state() -> None:
     ]
     assert rest_after(states, 5 * MS) == 15.0
     assert rest_after(states[:3], 5 * MS) is None
-    assert rest_after(states, 40 * MS) is None  # nobody saw it
+    assert rest_after(states, 40 * MS) is None  # no joint state shows it
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
     assert details["load"] > 0
     assert "policy node killed in mid-motion" in (tmp_path / "console.txt").read_text()
     with pytest.raises(ConfigError, match="did not make"):
-        ros_demo(replace(config, output_dir=str(tmp_path)))  # console.txt is somebody's
+        ros_demo(replace(config, output_dir=str(tmp_path)))  # console.txt is a user's file
     with rosbags.AnyReader([tmp_path / "run" / "bag.mcap"]) as reader:
         counts = {connection.topic: connection.msgcount for connection in reader.connections}
     assert counts["/forward_position_controller/commands"] >= details["commands"]

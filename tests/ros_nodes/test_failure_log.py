@@ -1,4 +1,4 @@
-"""Failures that repeat at 100 Hz fill no disk, and none is lost without a line."""
+"""Failures that repeat at 100 Hz do not fill the disk, and each is counted in a line."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """Faults between real processes: the arm comes to rest, diagnostics name the cause, and motion
 resumes by itself.
 
-The simulated robot, the policy node, and this process, which passes the robot's messages on and can
-spoil them on the way. One policy node lives through all the faults that need no restart; those that
-need a node of their own are in `test_faults_of_the_node`. `test_policy_node` has the short
-versions.
+The simulated robot, the policy node, and this process, which forwards the robot's messages and can
+change them on the way. One policy node runs through all faults that need no restart; faults that
+need a separate node are in `test_faults_of_the_node`. `test_policy_node` has the short versions.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def other_size(message: Image) -> Image:
 def with_positions(
     change: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[JointState], JointState]:
-    """Joint states whose positions (9,) are others."""
+    """Return a change of joint states that replaces the positions (9,)."""
 
     def spoil(message: JointState) -> JointState:
         message.position = change(np.array(message.position)).tolist()
@@ -62,7 +61,7 @@ def with_positions(
 
 
 def with_names(change: Callable[[list[str]], list[str]]) -> Callable[[JointState], JointState]:
-    """Joint states whose names are others."""
+    """Return a change of joint states that replaces the names."""
 
     def spoil(message: JointState) -> JointState:
         message.name = change(list(message.name))
@@ -72,7 +71,7 @@ def with_names(change: Callable[[list[str]], list[str]]) -> Callable[[JointState
 
 
 def from_the_future(message: JointState) -> JointState:
-    """As if the clock of this computer had been set back."""
+    """Shift the stamp, as if the clock of this computer had been set back."""
     message.header.stamp.sec += 60
     return message
 
@@ -143,7 +142,7 @@ def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("red " * 100, "the instruction"),  # more words than the policy reads
+        ("red " * 100, "the instruction"),  # more words than the policy accepts
         pytest.param("x" * 10_000, "10000 characters; at most 500", marks=slow),
         pytest.param("xyzzy plugh", "knows 0 of the 2 words", marks=slow),
         pytest.param("move\x1b[2J the red cube", "control characters", marks=slow),
@@ -178,7 +177,7 @@ def test_topics_services_and_diagnostics_are_the_documented_ones(bench: Bench) -
     bench.begin(seed=1)
     values = bench.status.state("moving")
     node = bench.graph.node
-    page = robots_page.PAGE.read_text(encoding="utf-8")
+    page = robots_page.HOLDS_PAGE.read_text(encoding="utf-8")
     moved = {"/relay/front": "/front/image_raw", "/relay/joint_states": "/joint_states"}
     interfaces = ("/joint_trajectory_controller/joint_trajectory", "/servo_node/delta_twist_cmds")
     for name, rows, absent in (
@@ -281,7 +280,7 @@ def test_a_second_publisher_of_the_same_joints_is_a_conflict_and_one_of_others_i
         answer = bench.graph.call("/policy/enable", SetBool, SetBool.Request(data=True))
         assert not answer.success
         assert answer.message.startswith("conflict")
-        # If it moved on until then, not towards zero.
+        # If it moved until then, not towards zero.
         for _, command in bench.commands[since:]:
             assert np.abs(np.array(command) - true).max() < 0.6
     finally:
@@ -300,7 +299,7 @@ def test_a_second_publisher_of_the_same_joints_is_a_conflict_and_one_of_others_i
 
 @pytest.mark.realtime
 def test_a_driver_that_restarts_with_zeros_moves_nothing(bench: Bench) -> None:
-    """D1 of the findings: joint states pause, and the first ones afterwards hold zeros."""
+    """Joint states pause, and the first states afterwards contain zeros."""
     bench.begin(seed=1)
     bench.joints = lost
     bench.status.state("holding", "stale")

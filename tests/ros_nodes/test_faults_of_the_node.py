@@ -1,4 +1,4 @@
-"""Faults that need a policy node of their own: a signal in mid-inference, a clock set back."""
+"""Faults that need a separate policy node: a signal during inference, a clock set back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.ros_nodes.conftest import Graph
 def test_sigterm_during_inference_ends_it_with_the_arm_at_rest(graph: Graph, mode: str) -> None:
     bench = Bench(graph, "-p", "inference_delay:=0.6", "-p", f"inference_mode:={mode}")
     bench.status.state("disabled")
-    bench.begin(seed=5)  # with answers that take so long, the next one is always under way
+    bench.begin(seed=5)  # answers take so long that the next one is always pending
     assert graph.stop("policy_node", signal.SIGTERM, timeout=10.0) == 0
     bench.check_rest()
     assert "Traceback" not in graph.output("policy_node")
@@ -56,7 +56,7 @@ def test_simulated_time_that_jumps_back_holds_until_new_inputs_come(graph: Graph
     bench.status.state("disabled")
     bench.begin(seed=6)
     bench.status.state("moving")
-    bench.image = bench.joints = lost  # nothing new comes, so that the cause stays to be seen
+    bench.image = bench.joints = lost  # no new inputs, so that the cause stays visible
     now[0] -= 500.0
     bench.status.state("holding", "clock")
     bench.check_rest()

@@ -1,4 +1,4 @@
-"""Headers of serialized images, and the pixels that a policy sees of them."""
+"""Headers of serialized images, and the pixels that a policy receives."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def file(kind: str, pixels: np.ndarray = SCENE, **options: Any) -> bytes:
 
 
 def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """As it was always done: all pixels, then bilinear."""
+    """The reference: decode all pixels, then scale bilinearly."""
     image = PillowImage.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((width, height), PillowImage.Resampling.BILINEAR)).astype(int)
 
@@ -135,14 +135,14 @@ def test_jpeg_headers_with_other_segments_are_read() -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header says that it has so many pixels."""
+    """Return a PNG whose header declares this size."""
     whole = file("PNG")
     header = b"IHDR" + struct.pack(">II", width, height) + whole[24:29]
     return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
 
 
 def jpeg_of(height: int, width: int) -> bytes:
-    """A JPEG that says it has so many pixels."""
+    """Return a JPEG whose header declares this size."""
     whole = bytearray(file("JPEG"))
     at = whole.index(b"\xff\xc0") + 5
     whole[at : at + 4] = struct.pack(">HH", height, width)
@@ -152,14 +152,14 @@ def jpeg_of(height: int, width: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "the header of neither"),
-        (b"GIF89a" + bytes(100), "the header of neither"),
-        (b"\xff\xd8", "the header of neither"),
-        (b"\xff\xd8" + b"\xff" * 1_000_000, "the header of neither"),
+        (b"", "neither JPEG nor PNG"),
+        (b"GIF89a" + bytes(100), "neither JPEG nor PNG"),
+        (b"\xff\xd8", "neither JPEG nor PNG"),
+        (b"\xff\xd8" + b"\xff" * 1_000_000, "neither JPEG nor PNG"),
         # a million bytes of segments
         (
             b"\xff\xd8" + b"\xff\xfe\x00\x02" * 250_000,
-            "the header of neither",
+            "neither JPEG nor PNG",
         ),
         (bomb(0, 10), "it is empty: 0 x 10 pixels"),
         (bomb(100_000, 100_000), f"100000 x 100000 pixels, more than {MAX_PIXELS}"),
@@ -199,7 +199,7 @@ def test_raw_images_are_cropped_and_scaled_as_ever(encoding: str, crop: tuple[in
 @pytest.mark.parametrize("crop", [(), (33, 57, 200, 330)])
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (20, 30), (150, 200), (300, 300)])
 def test_a_jpeg_decoded_smaller_looks_the_same(height: int, width: int, crop: Crop) -> None:
-    """At most a few of 255 levels from all pixels, cropped and scaled; most less than one."""
+    """It differs by at most a few of 255 levels from decoding all pixels, mostly by less than 1."""
     pixels = scene(Load(641, 363), 1)  # a size that no power of two divides
     message = compressed(file("JPEG", pixels, quality=90))
     image = read_compressed(message)
@@ -260,7 +260,7 @@ def test_an_observation_is_decoded_around_its_bad_images() -> None:
     view = View(48, 64, resize=True)
     blank = np.full((60, 80, 3), 7, np.uint8)
     spot = blank.copy()
-    spot[1, 1, 1] = 8  # the comparison of a few pixels does not find it
+    spot[1, 1, 1] = 8  # the comparison of a few pixels misses it
     damaged = file("JPEG")[:400]
     observation = {
         "good": Shown(read_image(raw(SCENE)), view),
@@ -286,7 +286,7 @@ def test_the_stamp_of_a_bad_image_is_read_where_it_can_be() -> None:
 
 
 def test_messages_are_read_as_rclpy_reads_them() -> None:
-    """Our reader of serialized messages against the middleware's own."""
+    """Our reader of serialized messages agrees with the middleware's own."""
     from rclpy.serialization import deserialize_message
 
     for frame, encoding in (("", "rgb8"), ("camera_link", "bgr8")):

@@ -1,5 +1,5 @@
-"""The worker answers, says what went wrong, and never blocks or outlives its owner; in a thread and
-in a process.
+"""The worker answers, reports errors, never blocks and never outlives its owner, in a thread and in
+a process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ A = 7
 
 @pytest.fixture(scope="module", params=MODES)
 def worker(request: pytest.FixtureRequest) -> Iterator[InferenceWorker]:
-    """The shipped student, in each place."""
+    """The shipped student, in a thread and in a process."""
     with running("student", mode=request.param, replan_steps=4) as started:
         yield started
 
@@ -91,8 +91,10 @@ def test_one_request_at_a_time(worker: InferenceWorker) -> None:
     assert worker.idle
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("decoding", "parts"), [("ar", 7), ("jacobi", 1), ("cap1", 0)])
+@pytest.mark.parametrize(
+    ("mode", "decoding", "parts"),
+    [("thread", "ar", 7), ("thread", "jacobi", 1), ("thread", "cap1", 0), ("process", "ar", 7)],
+)
 def test_steps_that_are_certain_come_before_the_chunk(mode: str, decoding: str, parts: int) -> None:
     with running("student", mode=mode, decoding=decoding) as worker:
         request = Request(5, observation(), INSTRUCTION, stream=True)
@@ -108,9 +110,9 @@ def test_steps_that_are_certain_come_before_the_chunk(mode: str, decoding: str, 
         for one in early:
             np.testing.assert_array_equal(one.actions, whole.actions[: len(one.actions)])
             assert (one.id, one.error, one.forwards <= whole.forwards) == (5, None, True)
-        again = ask(worker, replace(request, stream=False))  # in one
+        again = ask(worker, replace(request, stream=False))  # without early parts
         np.testing.assert_array_equal(again.actions, whole.actions)
-        # what is made up for is no token of the chunk
+        # frozen steps that are copied, not decoded
         behind = replace(request, previous=whole.tokens, frozen_steps=1)
         assert ask(worker, behind).whole
 
@@ -209,7 +211,7 @@ def test_a_process_that_stands_still_or_dies_never_blocks_the_control_loop() -> 
     assert load_error(worker) is None
     process = process_of(worker)
     assert process != os.getpid()
-    os.kill(process, signal.SIGINT)  # Ctrl-C in a terminal reaches it too, and is not for it
+    os.kill(process, signal.SIGINT)  # Ctrl-C in a terminal reaches the child, which must ignore it
     os.kill(process, signal.SIGSTOP)
     # far more than a pipe holds
     assert worker.submit(Request(1, observation(side=1200), INSTRUCTION))
@@ -235,7 +237,7 @@ def test_a_process_that_stands_still_while_it_loads_is_killed_at_close() -> None
     assert not worker.ready
     worker.close(timeout_s=1.0)
     assert not alive(process)
-    assert worker.failed is None  # it was meant to end
+    assert worker.failed is None  # it ended on request
 
 
 @pytest.mark.slow
@@ -264,7 +266,7 @@ def test_the_process_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (one that nobody has waited for yet counts as ended)."""
+    """Return whether a process runs (an ended process counts as ended before it is reaped)."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except OSError:

@@ -1,6 +1,6 @@
-"""Which checkpoints and settings an inference worker takes, and how it refuses the others.
+"""Checkpoints and settings that an inference worker accepts, and how it refuses others.
 
-It serves any policy of LeRobot and every way to decode, compiled or not.
+It serves any policy of LeRobot and every decoder, compiled or not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def test_a_missing_checkpoint_is_refused(mode: str, tmp_path: Path) -> None:
 
 
 def refused(checkpoint: str | Path, **settings: Any) -> str:
-    """Why a worker does not load a checkpoint."""
+    """Return why a worker does not load a checkpoint."""
     with closing(InferenceWorker(checkpoint, mode="thread", **settings)) as worker:
         return load_error(worker) or ""
 
@@ -67,10 +67,10 @@ def test_a_policy_that_reads_several_observations_is_refused(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def act(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any, Any]:
-    """Folder of a tiny ACT policy, and what is in it."""
+    """Folder of a tiny ACT policy, and the policy with its processors."""
     folder = tmp_path_factory.mktemp("act")
     policy, pre, post = tiny_act(folder, joints=6, spread=2.0)
-    # As after training: the weights came from ImageNet once, and are in the checkpoint now.
+    # As after training: ImageNet weights were loaded once, and the checkpoint contains them now.
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(
         text.replace(
@@ -166,7 +166,7 @@ def test_compiled_it_answers_the_same_and_no_request_waits_for_a_compiler(
         np.testing.assert_array_equal(mine.tokens, theirs.tokens)
         assert mine.forwards == theirs.forwards
     assert len(graphs) == ready
-    with pytest.raises(ConfigError, match="runs eager only"):
+    with pytest.raises(ConfigError, match="supports only"):
         Predictor(
             PredictorSettings("student", engine="compiled", decoding="deer3t3_cap2", warmup=1)
         )

@@ -1,6 +1,4 @@
-"""Commands as the messages of our interfaces, and of one that somebody wrote in a file of their
-own.
-"""
+"""Commands as messages of our interfaces, and of an interface in a user's own file."""
 
 from __future__ import annotations
 
@@ -33,8 +31,8 @@ from tests.ros_nodes.conftest import Status
 from tests.ros_nodes.test_policy_node import start, tabletop
 
 ROBOT = load_robot_config()
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "robots.md").read_text(encoding="utf-8")
-OWN = PAGE.split("```python\n")[1].split("```")[0]  # the page's example
+HOW_TO = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "connect-an-arm.md"
+OWN = HOW_TO.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
 OWN += "\nimport os, pathlib\n(pathlib.Path(__file__).parent / f'imported-{os.getpid()}').touch()\n"
 PERIOD = 0.01
 
@@ -47,7 +45,7 @@ def arm() -> CommandedArm:
 
 
 def command(arm: CommandedArm, velocity: float, lag: float = 0.0) -> Command:
-    """At home, all joints in motion [rad/s], the arm behind by `lag` [rad]."""
+    """A command at home, all joints in motion [rad/s], with the arm behind by `lag` [rad]."""
     home = np.array(ROBOT.arm.home)
     return Command(home, np.full(7, velocity), home - lag, Time(sec=3))
 
@@ -168,7 +166,7 @@ def test_the_node_streams_through_an_interface_of_ones_own(graph: Any, own: Path
     expected = [1000 * robot.state[name] + 0.5 for name in ROBOT.arm.joints]
     np.testing.assert_allclose(commands[0].data, expected, atol=1e-3)
     assert len(list(own.parent.glob("imported-*"))) == 2  # the node and the inference process
-    # nobody listens to them here, and the arm does not move
+    # no arm follows the commands here
     status.state("holding", "frozen_joint_states")
     assert graph.stop("policy_node") == 0
 

@@ -11,7 +11,7 @@ HAND = ("finger",)
 
 
 def feed(sources: JointSources, messages: list[tuple[tuple[str, ...], int | None]]) -> list[str]:
-    """Take messages, one every 10 ms; which joints' publishers began anew."""
+    """Take messages, one every 10 ms; return the joints whose publishers restarted."""
     restarted = [
         sources.take(names, number, 0.01 * at) for at, (names, number) in enumerate(messages)
     ]
@@ -50,7 +50,7 @@ def test_a_publisher_that_begins_anew_has_restarted() -> None:
     sources = JointSources(ARM)
     numbers = [*range(100, 150), *range(1, 50)]
     assert feed(sources, [(ARM, number) for number in numbers]) == ["elbow"]
-    assert sources.shared(2, 1.0) == []  # the graph may still know the one that was killed
+    assert sources.shared(2, 1.0) == []  # the graph may still contain the killed publisher
 
 
 def test_without_numbers_only_disjoint_publishers_can_be_told_apart() -> None:

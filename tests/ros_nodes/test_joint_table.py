@@ -1,4 +1,4 @@
-"""Joint states that come in several messages, with stamps of their own."""
+"""Joint states that arrive in several messages, each with its own stamp."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_velocities_and_efforts_are_merged_and_nan_where_a_driver_gives_none() -
     table.take(one)
     merged, _ = table.take(other)
     assert list(merged.velocity) == [1.0, 2.0]
-    # a gripper's driver takes nothing from the arm's
+    # the message of a gripper's driver does not change the arm's values
     np.testing.assert_array_equal(merged.effort, [5.0, np.nan])
     by_name(list(merged.name), merged.effort, ["a"], "efforts")
 
@@ -57,4 +57,4 @@ def test_messages_that_contradict_themselves_come_back_and_change_nothing() -> N
     assert dict(zip(merged.name, merged.position, strict=True)) == {"a": 0.1, "b": 0.2}
     strange = JointTable(("a",))
     foreign = state(1.0, c=1.0)
-    assert strange.take(foreign)[0] is foreign  # nothing is known yet: say what it has
+    assert strange.take(foreign)[0] is foreign  # no joint is known yet, so it is returned unchanged

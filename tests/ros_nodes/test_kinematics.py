@@ -52,7 +52,7 @@ def test_velocity_limits_are_the_urdfs(tmp_path: Path, kinematics: ModelArm) -> 
     )
     (tmp_path / "two.urdf").write_text(text)
     velocity = ModelArm(tmp_path / "two.urdf", "tip", ("c", "b", "a")).velocity
-    np.testing.assert_array_equal(velocity, [1.0, 2.5, np.nan])  # 0 says nothing
+    np.testing.assert_array_equal(velocity, [1.0, 2.5, np.nan])  # 0 means unknown
     assert np.isnan(kinematics.velocity).all()
 
 
@@ -93,7 +93,7 @@ def test_an_arm_outside_its_workspace_is_not_thrown_inside() -> None:
     assert (position > limits.workspace_high).any() or (position < limits.workspace_low).any()
     motion.restart(high, None)
     motion.advance(np.zeros(7))
-    assert np.abs(motion.joints - high).max() < 1e-3  # nothing was asked for
+    assert np.abs(motion.joints - high).max() < 1e-3  # no motion was requested
     for _ in range(30):
         motion.advance(np.array([0, 0, -1.0, 0, 0, 0, 0]))
     below, _ = model.pose(motion.joints)
@@ -107,7 +107,7 @@ def test_an_arm_outside_its_workspace_is_not_thrown_inside() -> None:
     for way in (-1.0, 1.0):
         for _ in range(60):
             motion.advance(np.array([0, 0, way, 0, 0, 0, 0]))
-    # nor does it go out again
+    # and it does not leave them again
     assert model.pose(motion.joints)[0][2] < limits.workspace_high[2] + 0.01
 
 
@@ -136,9 +136,7 @@ LIMITS = PoseLimits(0.05, 0.25, env.WORKSPACE_LOW, env.WORKSPACE_HIGH, env.MAX_T
 
 @pytest.fixture(scope="module")
 def kinematics() -> ModelArm:
-    """Of the whole scene, with fingers, free cubes and actuators that the kinematics must leave
-    out.
-    """
+    """Kinematics of the whole scene, which must ignore fingers, free cubes and actuators."""
     return ModelArm(SCENE, "tcp", JOINTS, home=arm.HOME)
 
 
@@ -280,7 +278,7 @@ def test_a_urdf_works_too_and_joints_keep_the_given_order(tmp_path: Path) -> Non
     path.write_text(URDF)
     planar = ModelArm(path, "tip", ("b", "a"))
     assert planar.low.tolist() == [-1.0, -2.0]
-    position, _ = planar.pose(np.array([np.pi / 2, 0.0]))  # b, a; c is not named: it stays at 0
+    position, _ = planar.pose(np.array([np.pi / 2, 0.0]))  # b, a; c is not named and stays at 0
     np.testing.assert_allclose(position, [1.0, 1.0, 0.0], atol=1e-9)
     found = planar.solve(np.array([1.4, 0.1]), *planar.pose(np.array([1.5, 0.2])))
     np.testing.assert_allclose(found, [1.5, 0.2], atol=1e-2)
@@ -300,11 +298,11 @@ def test_bad_models_and_names_are_named(tmp_path: Path) -> None:
         ModelArm(SCENE, "tcp", ("cube_red",))
 
 
-# ---- what a model may cost ----------------------------------------------------------------------
+# ---- limits of a model ---------------------------------------------------------------------------
 
 
 def chain(links: int) -> str:
-    """A URDF of so many links, one after the other."""
+    """Return a URDF with this number of links in a chain."""
     parts = ["<robot name='a'><link name='l0'/>"]
     for i in range(1, links):
         parts.append(
@@ -315,7 +313,7 @@ def chain(links: int) -> str:
 
 
 def mjcf(inside: str, above: str = "") -> str:
-    """An MJCF of one joint, with more in its body, and before its bodies."""
+    """Return an MJCF of one joint, with more elements in its body and before its bodies."""
     arm = "<body name='tip'><joint name='a' type='hinge' range='-1 1'/></body>"
     return f"<mujoco><compiler angle='radian'/>{above}<worldbody>{arm}{inside}</worldbody></mujoco>"
 
@@ -383,7 +381,7 @@ def test_a_chain_of_the_longest_kind_is_read(tmp_path: Path) -> None:
 
 
 def test_includes_stand_where_they_are_named(tmp_path: Path) -> None:
-    """In a folder of their own, with comments as vendors write them, and an undeclared prefix."""
+    """They have their own folder, comments as vendors write them, and an undeclared prefix."""
     whole = mjcf("<body name='other'><site name='point' pos='0 0 1' material='none'/></body>")
     before, _, after = whole.partition("<body name='other'>")
     part, _, end = after.partition("</body>")
@@ -398,6 +396,6 @@ def test_includes_stand_where_they_are_named(tmp_path: Path) -> None:
 
 
 def test_what_a_comment_hides_is_not_built(tmp_path: Path) -> None:
-    """MuJoCo gets what was read within limits: it takes a "<" in an attribute, XML does not."""
+    """MuJoCo gets only the parsed elements: it accepts a "<" in an attribute, XML does not."""
     hidden = mjcf(f"<body name='<!--'/>{NESTED}<body name='-->'/>")
     assert model(tmp_path, hidden).low.tolist() == [-1.0]

@@ -1,8 +1,8 @@
-"""Launch files: structure, parameters and topics against the nodes; and the node run as `ros2
-launch` would run it.
+"""Launch files: structure, parameters and topics against the nodes; and the node run in the way of
+`ros2 launch`.
 
-ROS's own `launch` is no wheel, so the structure is read through stand-ins that only record what a
-file makes; with `launch_ros` installed, the real one reads the files too.
+ROS's own `launch` is not available as a wheel, so stand-in modules record what a file creates; if
+`launch_ros` is installed, the real one reads the files too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DECLARED = {
 
 
 class Made:
-    """Stands for any class of launch: remembers what it was made of."""
+    """Replaces any class of launch, and records its arguments."""
 
     kind = ""
 
@@ -47,12 +47,12 @@ class Made:
         self.parts, self.named = parts, named
 
     def perform(self, context: dict[str, str]) -> str:
-        """What a `LaunchConfiguration` is in a launch with these arguments."""
+        """Return the value of a `LaunchConfiguration` in a launch with these arguments."""
         return context[self.parts[0]]
 
 
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put recording modules where launch files import from."""
+    """Install recording modules in place of launch's."""
     for name, classes in {
         "launch": ("LaunchDescription",),
         "launch.actions": (
@@ -74,7 +74,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(file: str, monkeypatch: pytest.MonkeyPatch, kind: str, **given: str) -> list[Made]:
-    """The actions of a kind in a launch file that gets these arguments."""
+    """Return the actions of a kind in a launch file that gets these arguments."""
     stand_ins(monkeypatch)
     description = runpy.run_path(str(LAUNCH / file))["generate_launch_description"]()
     assert description.kind == "LaunchDescription"
@@ -90,12 +90,12 @@ def made(file: str, monkeypatch: pytest.MonkeyPatch, kind: str, **given: str) ->
 
 
 def entry_points() -> dict[str, str]:
-    """Console scripts of setup.py: name -> "module:function"."""
+    """Return the console scripts of setup.py: name -> "module:function"."""
     return dict(re.findall(r'"(\w+) = ([\w.]+:\w+)"', (ROOT / "setup.py").read_text()))
 
 
 def arguments(file: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Launch arguments and their defaults."""
+    """Return launch arguments and their defaults."""
     return {
         one.parts[0]: one.named["default_value"]
         for one in made(file, monkeypatch, "DeclareLaunchArgument")
@@ -129,7 +129,7 @@ def test_nodes_exist_and_know_their_parameters(
     module, function = entry_points()[executable].split(":")
     assert importlib.util.find_spec(module) is not None
     assert f"def {function}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
-    assert node.named["on_exit"].kind == "Shutdown"  # nothing stays when it dies
+    assert node.named["on_exit"].kind == "Shutdown"  # the launch ends with the node
     overrides = node.named["parameters"][-1]
     assert (
         set(overrides) > {"seed"}
@@ -221,8 +221,8 @@ def test_the_parameter_file_fits_the_declarations() -> None:
 
 @pytest.mark.slow
 def test_the_node_runs_as_launch_runs_it(graph: Any, tmp_path: Path) -> None:
-    """An installed executable, a namespace, a parameter file, launch's own parameter file, and a
-    remap.
+    """It has an installed executable, a namespace, a parameter file, launch's own parameter file
+    and a remapping.
     """
     module, function = entry_points()["policy_node"].split(":")
     executable = tmp_path / "lib" / "ceed_vla" / "policy_node"

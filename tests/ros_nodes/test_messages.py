@@ -1,4 +1,4 @@
-"""Messages to arrays and back; malformed ones are refused with what is wrong."""
+"""Conversion of messages to arrays and back; malformed messages are refused with the reason."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_malformed_joint_states_are_refused(message: JointState, error: str) -> 
 def test_latched_values_reach_late_subscribers_and_images_never_queue() -> None:
     assert messages.LATCHED.durability.name == "TRANSIENT_LOCAL"
     assert messages.SENSOR.depth == 1
-    assert messages.JOINT_STATES.depth == 10  # an arm's and a gripper's may come at once
+    assert messages.JOINT_STATES.depth == 10  # those of arm and gripper may arrive together
     assert messages.JOINT_STATES.reliability.name == "BEST_EFFORT"
     assert messages.SENSOR.reliability.name == "BEST_EFFORT"
     assert messages.COMMAND.reliability.name == "RELIABLE"

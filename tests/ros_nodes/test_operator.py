@@ -1,6 +1,4 @@
-"""What an operator sees and asks for, between real processes: a dry run, every answer true, stuck
-sensors, loading.
-"""
+"""The operator's view between real processes: a dry run, true answers, stuck sensors, loading."""
 
 from __future__ import annotations
 
@@ -35,8 +33,8 @@ ON, OFF = SetBool.Request(data=True), SetBool.Request(data=False)
 
 
 class Cell:
-    """A robot whose arm and gripper publish messages of their own, a policy node, and what both
-    say.
+    """A robot whose arm and gripper publish separate messages, a policy node, and the messages of
+    both.
     """
 
     def __init__(self, graph: Graph, **parameters: Any) -> None:
@@ -51,8 +49,8 @@ class Cell:
         return self.ask("/policy/enable", SetBool, request)
 
     def ask(self, service: str, kind: Any, request: Any = None) -> Any:
-        """Call a service, again where this process, which is the robot, was too slow to be
-        believed.
+        """Call a service; call it again if this process, which is the robot, was too slow to be
+        trusted.
         """
         for _ in range(20):
             answer = self.graph.call(service, kind, request)
@@ -73,7 +71,7 @@ class Cell:
 
 
 def workers(graph: Graph) -> list[int]:
-    """Process ids of the policy node's inference, which load the checkpoint and run it."""
+    """Return the process ids of the policy node's inference."""
     tasks = Path(f"/proc/{graph.processes['policy_node'].pid}/task").iterdir()
     children = {pid for task in tasks for pid in (task / "children").read_text().split()}
     return [
@@ -91,7 +89,7 @@ def shared_cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
         graph = Graph(tmp_path_factory.mktemp("cell"))
         try:
             made = Cell(graph, frozen_image_timeout=0.5)
-            made.status.state("moving")  # though no joint state has all joints
+            made.status.state("moving")  # although no joint state has all joints
             yield made
         finally:
             graph.close()
@@ -99,9 +97,7 @@ def shared_cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
 
 @pytest.fixture
 def cell(shared_cell: Cell) -> Cell:
-    """One session of processes for several tests: in each the robot is well and moves, whatever was
-    before.
-    """
+    """One session of processes for several tests; each test starts with the robot in motion."""
     robot = shared_cell.robot
     robot.images = robot.alive = robot.powered = True
     robot.blank = False
@@ -113,7 +109,7 @@ def cell(shared_cell: Cell) -> Cell:
 
 def test_a_reset_says_what_is_true(cell: Cell) -> None:
     answer = cell.graph.call("/policy/reset", Trigger)
-    assert answer.message == "moving"  # there was no stop, and the arm goes on
+    assert answer.message == "moving"  # no stop was latched, and the arm continues
     before = len(cell.commands)
     cell.graph.wait(lambda: len(cell.commands) > before + 20, "commands")
     assert cell.graph.call("/policy/estop", Trigger).message.startswith("stopped: estop")
@@ -161,14 +157,14 @@ def test_joint_states_that_do_not_follow_hold(cell: Cell) -> None:
     cell.robot.powered = False
     cell.status.state("holding", "frozen_joint_states", "the same for")
     cell.robot.powered = True
-    cell.graph.spin(0.5)  # this arm jumps to the command; who enables looks first
+    cell.graph.spin(0.5)  # this arm jumps to the command, as an operator would see before enabling
     assert cell.enable().success
     cell.status.state("moving")
 
 
 def test_home_is_reached_slowly_and_ends_in_rest(cell: Cell) -> None:
     home = load_robot_config().arm.home
-    cell.robot.images = False  # it needs none
+    cell.robot.images = False  # this state needs no images
     assert cell.ask("/policy/go_home", Trigger).success
     cell.status.state("disabled")
     reached = [cell.robot.state[name] for name in ARM]
@@ -215,7 +211,7 @@ def test_a_dry_run_commands_nothing_and_shows_everything(graph: Graph) -> None:
     assert cell.robot.state == before
     assert planned[0].joint_names == [*ARM, "gripper"]
     path = np.array([point.positions for point in planned[0].points])
-    assert path.shape[0] in (7, 8)  # what is left when it takes over
+    assert path.shape[0] in (7, 8)  # the steps that remain when it takes over
     assert path.shape[1] == 8
     assert np.isfinite(path).all()
     assert np.ptp(path[:, :7], axis=0).max() > 1e-3
@@ -237,21 +233,21 @@ def test_while_a_checkpoint_loads_services_answer_and_what_does_not_fit_is_said_
     (tmp_path / "robot.yaml").write_text(yaml.safe_dump(values))
     cell = Cell(graph, autostart=False, robot_config=str(tmp_path / "robot.yaml"))
     assert not change_state(graph, Transition.TRANSITION_CONFIGURE)
-    cell.said("unconfigured: configure failed: The policy wants 'observation.images.wrist'")
-    assert not workers(graph)  # nothing began to load for that
+    cell.said("unconfigured: configure failed: The policy needs 'observation.images.wrist'")
+    assert not workers(graph)  # so no process began to load
     assert "being loaded" not in " ".join(state.data for state in cell.states)
-    cell.status.state("unconfigured", "The policy wants")
+    cell.status.state("unconfigured", "The policy needs")
     assert graph.set_parameters("/policy", robot_config="")[0].successful
     assert change_state(graph, Transition.TRANSITION_CONFIGURE)
     cell.said("inactive: the policy is being loaded")
     assert workers(graph)
-    cell.status.state("inactive", "being loaded")  # diagnostics come meanwhile
+    cell.status.state("inactive", "being loaded")  # diagnostics are published meanwhile
     assert change_state(graph, Transition.TRANSITION_ACTIVATE)
     cell.said("waiting: for the policy, which is being loaded")
     cell.status.state("waiting", "being loaded")
     assert graph.call("/policy/estop", Trigger).message.startswith("stopped")
     assert graph.call("/policy/reset", Trigger).message.startswith("disabled")
-    assert "chunks of" not in graph.output("policy_node")  # all of that while it was loading
+    assert "chunks of" not in graph.output("policy_node")  # the policy was still being loaded
     assert cell.enable().message.startswith("waiting")
     cell.status.state("moving")
     assert graph.stop("policy_node") == 0
@@ -264,8 +260,8 @@ NO_TORCH = (
 
 
 def drives_from(python: Path | str, graph: Graph, first: str = "") -> None:
-    """A node of this `python`, which runs `first`, drives the robot with the policy in an
-    environment of its own.
+    """Run the node with `python`, after the statement `first`, and drive the robot with a policy in
+    another environment.
     """
     cell = Cell.__new__(Cell)
     cell.graph, cell.robot, cell.status = graph, tabletop(graph), Status(graph)
@@ -300,10 +296,10 @@ def test_the_node_needs_no_torch_where_another_python_has_it(graph: Graph) -> No
     drives_from(sys.executable, graph, NO_TORCH)
 
 
-@pytest.mark.external  # an index of packages
+@pytest.mark.external  # needs a package index
 def test_the_node_runs_on_the_numpy_of_apt(graph: Graph, tmp_path: Path) -> None:
-    """An environment of rclpy, numpy 1.26 (what Jazzy's packages are built against), PyYAML and
-    mujoco alone.
+    """The environment has only rclpy, numpy 1.26 (for which Jazzy's packages are built), PyYAML and
+    mujoco.
     """
     python, uv = tmp_path / "bin" / "python", Path(sys.executable).with_name("uv")
     wheels = [

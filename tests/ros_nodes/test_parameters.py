@@ -36,9 +36,9 @@ BAD = [
     ("replan_steps", -1, r"a whole number in \[0, 64\]"),
     ("replan_steps", 2.5, "a whole number"),
     ("action_interface", "wheels", "one of forward_position, joint_trajectory, servo_twist"),
-    ("decoding", 3, "a text"),
+    ("decoding", 3, "a string"),
     ("start_enabled", "yes", "true or false"),
-    ("instruction", 5, "a text"),
+    ("instruction", 5, "a string"),
 ]
 
 

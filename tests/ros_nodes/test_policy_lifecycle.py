@@ -1,6 +1,4 @@
-"""The policy node as a process: how it starts and ends, its lifecycle, and what it refuses at the
-start.
-"""
+"""The policy node as a process: start and end, lifecycle, and refusals at the start."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from tests.ros_nodes.test_policy_node import COMMANDS, ROBOT, change_state, star
 
 
 def state_of(graph: Any) -> int:
-    """The lifecycle state of the policy node."""
+    """Return the lifecycle state of the policy node."""
     return int(graph.call("/policy/get_state", GetState).current_state.id)
 
 

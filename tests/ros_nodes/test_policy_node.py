@@ -33,18 +33,18 @@ COMMANDS = "/forward_position_controller/commands"
 
 
 class Robot:
-    """Publishes a robot's inputs from the test's node, and is where the commands say.
+    """Publishes a robot's inputs from the test's node, and follows the commands exactly.
 
     Attributes:
-        images: Whether cameras run.
-        encoding: Of the images.
+        images: Whether cameras publish.
+        encoding: Encoding of the images.
         state: Joint -> position [rad] or [m].
-        wrong: Joint -> what the joint states say instead.
+        wrong: Joint -> value in the joint states instead.
         states: Whether joint states are published.
         powered: Whether commands move the arm.
         alive: Whether images change.
         blank: Whether images have one colour.
-        split: Whether arm and gripper publish messages of their own.
+        split: Whether arm and gripper publish separate messages.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Robot:
         if not self.states:
             return
         state = self.state | self.wrong
-        names = list(reversed(self.state))  # an order of its own: joints are matched by name
+        names = list(reversed(self.state))  # another order, because joints are matched by name
         fingers = [name for name in names if "finger" in name]
         parts = (
             (fingers, [name for name in names if name not in fingers]) if self.split else (names,)
@@ -138,7 +138,7 @@ def test_streams_holds_and_recovers(graph: Any) -> None:
     start(graph)
     status.state("moving")
     first = np.array(commands[0].data)
-    np.testing.assert_allclose(first, HOME, atol=1e-6)  # begins where the arm is
+    np.testing.assert_allclose(first, HOME, atol=1e-6)  # begins at the arm's pose
     graph.spin(2.0)
     path = np.array([message.data for message in commands])
     assert len(path) > 100
@@ -179,7 +179,7 @@ def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
     start(graph, start_enabled=False, instruction="")
     status.state("disabled")
     graph.spin(0.5)
-    assert not commands  # a dry run: nothing is sent
+    assert not commands  # a dry run sends no commands
     assert graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
     status.state("holding", "no_instruction")
     instruction = graph.node.create_publisher(String, "/policy/instruction", LATCHED)
@@ -191,19 +191,19 @@ def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
     graph.spin(0.3)
     stopped = len(commands)
     graph.spin(0.5)
-    assert len(commands) == stopped  # a stopped arm is left alone
+    assert len(commands) == stopped  # a stopped arm gets no commands
     refused = graph.call("/policy/enable", SetBool, SetBool.Request(data=True))
     assert not refused.success
     assert "latched" in refused.message
     assert graph.call("/policy/reset", Trigger).success
     status.state("disabled")
-    moved = robot.state["joint1"] + 0.2  # somebody moves the arm by hand
+    moved = robot.state["joint1"] + 0.2  # the arm is moved by hand
     robot.state["joint1"] = moved
     graph.spin(0.6)
     before = len(commands)
     assert graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
     graph.wait(lambda: len(commands) > before, "commands after enable")
-    # it goes on from where the arm is
+    # motion continues from the arm's pose
     assert commands[before].data[0] == pytest.approx(moved, abs=1e-6)
     status.state("moving")
 
@@ -223,7 +223,7 @@ def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
 
 
 def enable(graph: Any, *, on: bool) -> Any:
-    """The answer of the policy node that is asked to allow motion, or to end it."""
+    """Call ~/enable and return the answer."""
     return graph.call("/policy/enable", SetBool, SetBool.Request(data=on))
 
 
@@ -237,7 +237,7 @@ def check_start_without_joint_states(
     assert "ROS domain" in graph.output("policy_node")
     assert "discovery range LOCALHOST" in graph.output("policy_node")
     robot.states = True
-    status.state("moving")  # it was to be enabled at the start
+    status.state("moving")  # motion is enabled at the start
 
 
 def check_moved_unseen_while_disabled(
@@ -247,7 +247,7 @@ def check_moved_unseen_while_disabled(
     graph.spin(0.3)
     robot.states = False
     graph.spin(0.5)
-    robot.state["joint1"] = 0.4  # by hand, and nobody saw it
+    robot.state["joint1"] = 0.4  # moved by hand, without joint states
     before = len(commands)
     refused = enable(graph, on=True)
     assert not refused.success
@@ -257,7 +257,7 @@ def check_moved_unseen_while_disabled(
     assert len(commands) == before
     robot.states = True
     graph.spin(0.6)
-    assert len(commands) == before  # a refused wish is forgotten
+    assert len(commands) == before  # a refused request is not remembered
     refused = enable(graph, on=True)
     assert refused.message.startswith(
         "moved_pose: joint1 is at 0.4 rad, the last trusted pose has it at"
@@ -281,7 +281,7 @@ def check_moved_unseen_in_motion(
     robot.states = True
     status.state("disabled", "moved_pose: joint1 is at -0.4 rad")
     later = [message.data[0] for message in commands[before:]]
-    np.testing.assert_allclose(later, held, atol=1e-6)  # until they came; then nothing
+    np.testing.assert_allclose(later, held, atol=1e-6)  # until they arrived; then no commands
     assert graph.call("/policy/reset", Trigger).success
     robot.powered = True
     before = len(commands)
@@ -303,8 +303,8 @@ def test_no_command_follows_from_a_pose_of_before(graph: Any) -> None:
 
 
 def act_robot(folder: Path) -> Path:
-    """A robot of two joints, without a gripper, in degrees, with one compressed camera that is too
-    large.
+    """A robot of two joints, without a gripper, in degrees, with one compressed camera whose images
+    are too large.
     """
     values = {
         "images": {

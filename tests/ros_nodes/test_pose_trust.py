@@ -1,4 +1,4 @@
-"""Which joint states are trusted as the arm's pose, and what follows from those that are not."""
+"""Which joint states are trusted as the arm's pose, and what happens after untrusted ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_motion_is_not_enabled_from_a_pose_of_another_time(age: float | None, de
         assert detail in refused.detail
     assert not safety.enabled
     late = {"joint_states": age, "front": 0.0}
-    assert safety.command(np.zeros(2), dt=DT, ages=late).positions is None  # not even held
+    assert safety.command(np.zeros(2), dt=DT, ages=late).positions is None  # not even a hold
     assert safety.enable(0.2) is None
 
 
@@ -42,7 +42,7 @@ def test_a_pose_that_ages_between_enable_and_the_first_command_is_not_taken_late
 
 
 def watching(velocity: float = 1.0, step: float = 0.2) -> SafetyFilter:
-    """An enabled filter that has seen the arm at 0 up to 10 s."""
+    """An enabled filter that measured the arm at 0 up to 10 s."""
     velocities = [velocity, velocity]
     safety = SafetyFilter(limits(physical_velocity=velocities, max_step=[step, step]))
     assert settle(safety, (0.0, 0.0)) is None
@@ -58,8 +58,8 @@ def watching(velocity: float = 1.0, step: float = 0.2) -> SafetyFilter:
             10.01,
             "shoulder went from 0 to 0.08 rad in 0.010 s; it moves at most 1 rad/s",
         ),
-        ((0.06, 0.0), 10.0, "in 0.000 s"),  # two states of one moment
-        ((0.06, 0.0), 9.999, "shoulder went"),  # a late one
+        ((0.06, 0.0), 10.0, "in 0.000 s"),  # two states with one stamp
+        ((0.06, 0.0), 9.999, "shoulder went"),  # a late state
         ((0.0, -1.0), 10.2, "elbow went from 0 to -1 rad"),
         ((1.11, 0.0), 99.0, "shoulder is at 1.11 rad, 0.11 outside its limits [-1, 1]"),
         ((0.0, 1e308), 10.01, "elbow is at 1e+308 rad"),
@@ -73,12 +73,12 @@ def test_joint_states_that_cannot_be_true_hold_until_enable(
     fault = safety.measure(NAMES, at, stamp)
     assert fault.code == "implausible_joint_states"
     assert detail in fault.detail
-    assert settle(safety, (0.02, 0.0), stamp + 1.0) == fault  # good ones do not help, ...
+    assert settle(safety, (0.02, 0.0), stamp + 1.0) == fault  # good states do not clear it, ...
     decision = safety.command(np.array([0.5, 0.0]), dt=DT, ages=FRESH)
     assert decision.hold == fault
     assert decision.positions == pytest.approx([0.01, 0.0])
-    assert safety.restart(0.0) == fault  # ... nor does what is no operator
-    assert safety.enable(0.5) is not None  # and a refused `enable` does not either
+    assert safety.restart(0.0) == fault  # ... nor does a restart without an operator
+    assert safety.enable(0.5) is not None  # nor does a refused `enable`
     assert safety.restart(0.0) == fault
     assert safety.enable(0.0) is None
     sent = safety.command(np.array([0.025, 0.0]), dt=DT, ages=FRESH).positions
@@ -137,7 +137,7 @@ def test_another_pose_than_before_is_accepted_by_reset_and_enable_alone() -> Non
     assert safety.enable(0.0) is None
     sent = safety.command(np.array([0.9, 0.0]), dt=DT, ages=FRESH).positions
     assert sent == pytest.approx([0.9, 0.0])
-    assert settle(safety, (0.0, 0.0), 30.0).code == "moved_pose"  # `reset` counts once
+    assert settle(safety, (0.0, 0.0), 30.0).code == "moved_pose"  # `reset` accepts one pose only
 
 
 def test_a_pose_that_was_wrong_at_reset_is_not_accepted_later() -> None:
@@ -169,7 +169,7 @@ def test_two_that_publish_poses_near_each_other_start_nothing_far_from_either() 
 def test_while_disabled_jumps_are_not_latched_but_not_trusted_either() -> None:
     safety = watching()
     safety.disable()
-    fault = safety.measure(NAMES, (0.9, 0.9), 10.01)  # a simulation is reset
+    fault = safety.measure(NAMES, (0.9, 0.9), 10.01)  # a simulation was reset
     assert fault.code == "unsettled_pose"
     fault = safety.measure(NAMES, (0.9, 50.0), 10.02)
     assert fault is not None
@@ -180,7 +180,7 @@ def test_while_disabled_jumps_are_not_latched_but_not_trusted_either() -> None:
     assert safety.enable(0.0) is None
     safety.estop("operator")
     assert safety.measure(NAMES, (0.9, 0.9), 10.51).code == "unsettled_pose"
-    safety.reset()  # before the pose has settled: the one in which it settles counts
+    safety.reset()  # before the pose has settled: it accepts the pose that settles next
     assert safety.enable(0.0).code == "unsettled_pose"
     assert settle(safety, (0.9, 0.9), 10.9) is None
     assert safety.enable(0.0) is None

@@ -1,6 +1,4 @@
-"""Reaction times in simulated time: two runs that differ by an event alone; and images that come
-late.
-"""
+"""Reaction times in simulated time, from two runs that differ only by an event; and late images."""
 
 from __future__ import annotations
 
@@ -32,16 +30,16 @@ from ceed_vla.ros_nodes.robot.predictor import Request, Response, declared_spec
 from ceed_vla.ros_nodes.simulated.robot import SimRobot
 
 SEED = 40000
-PERIOD = 0.3  # between chunks: the last but one of the steps that are executed [s]
+PERIOD = 0.3  # time between chunks: one step less than the executed steps [s]
 
 
 class Eyes:
-    """Stands for a predictor: what it does depends on every pixel of the front camera, and on
-    nothing else.
+    """Replaces a predictor: its actions depend on every pixel of the front camera, and on nothing
+    else.
     """
 
     def __init__(self, streams: bool) -> None:
-        self.streams = streams  # first steps before the rest
+        self.streams = streams  # whether first steps arrive before the rest
         self.spec = replace(declared_spec("student"), warmup_s=0.01)
 
     def predict(self, request: Request, early: Callable[[Response], None]) -> Response:
@@ -68,7 +66,7 @@ def run(
     streams: bool = False,
     **flags: Any,
 ) -> SimulatedLoop:
-    """An episode from time 0 on, of 1.5 s without an event."""
+    """Run an episode from time 0 on, for 1.5 s if there is no event."""
     robot.time = 0.0
     eyes: Any = Eyes(streams)
     return _run(RosDemoConfig(max_episode_steps=15, **flags), robot, eyes, latency, SEED, event)[0]
@@ -82,14 +80,14 @@ def test_the_first_command_that_an_event_changes_comes_after_the_chunk_that_saw_
         calm, event = run(robot, latency), draw_event(SEED)
         stirred = run(robot, latency, event)
         taken = first_change(calm.sent, stirred.sent) - stirred.stirred
-        # An image of after the event, its transport, the chunk; at most a camera's and a chunk's
-        # period later.
+        # An image after the event, its transport and the chunk; at most one period of the camera
+        # and of chunks more.
         assert TRANSPORT + latency <= taken <= PERIOD + latency + 1 / 30 + 0.1
         same = sum(when < stirred.stirred + taken for when, *_ in stirred.sent)
         assert calm.sent[:same] == stirred.sent[:same]
         assert same > 30
         took[latency] = taken
-        # no chunk from an image of before
+        # no chunk from an earlier image
         assert latency < calm.moving - calm.enabled < latency + 0.1
     assert took[0.02] < took[0.25]
 
@@ -134,7 +132,7 @@ def test_camera_jitter_makes_images_late(robot: SimRobot) -> None:
 def test_the_first_step_moves_the_arm_before_its_chunk_is_there(
     robot: SimRobot, latency: float, starved: int
 ) -> None:
-    """It takes the prefill, 2 of 8 forwards; behind it the arm holds until the rest is there."""
+    """It takes the prefill, 2 of 8 forwards; the arm then holds until the rest arrives."""
     whole, early = run(robot, latency), run(robot, latency, streams=True)
     assert whole.moving - early.moving == pytest.approx(0.75 * latency, abs=0.011)  # a tick
     assert early.setup.controller.stream.counters.starved == pytest.approx(starved, abs=1)
@@ -142,7 +140,7 @@ def test_the_first_step_moves_the_arm_before_its_chunk_is_there(
     assert first < 0.25 * latency + 0.03 < whole.setup.controller.statistics.to_command[0]
 
 
-@pytest.mark.parametrize("latency", [0.033, 0.083])  # no whole ticks: ties are decided by rounding
+@pytest.mark.parametrize("latency", [0.033, 0.083])  # not whole ticks: rounding decides ties
 def test_chunks_behind_an_early_first_step_come_in_time_with_the_images(
     robot: SimRobot, latency: float
 ) -> None:

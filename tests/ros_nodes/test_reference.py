@@ -1,5 +1,5 @@
-"""docs/robots.md says what the code does. (`test_faults` compares the topics with those of running
-nodes.)
+"""The reference pages of the ROS nodes agree with the code. (`test_faults` compares the topics with
+those of running nodes.)
 """
 
 from __future__ import annotations
@@ -17,12 +17,22 @@ from ceed_vla.ros_nodes.robot.diagnostics import HARMLESS
 from ceed_vla.ros_nodes.robot.safety import CLAMPS, DISPLACED, MOVED, UNSETTLED
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = robots_page.PAGE.read_text(encoding="utf-8")
+HOLDS = robots_page.HOLDS_PAGE.read_text(encoding="utf-8")
 
 
-def test_tables_are_those_of_the_code() -> None:
-    assert robots_page.filled(TEXT) == TEXT, "run python tests/helpers/robots_page.py"
-    assert set(re.findall(r"<!-- (.*?) -->", TEXT)) == {*robots_page.tables(), "end"}
+@pytest.mark.parametrize("page", robots_page.PAGES, ids=lambda page: page.stem)
+def test_tables_are_those_of_the_code(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert robots_page.filled(text) == text, "run python tests/helpers/robots_page.py"
+    assert re.findall(r"<!-- (.*?) -->", text) == [
+        marker for table in robots_page.PAGES[page] for marker in (table, "end")
+    ]
+
+
+def test_every_table_has_a_page() -> None:
+    assert {table for tables in robots_page.PAGES.values() for table in tables} == {
+        *robots_page.tables()
+    }
 
 
 def test_every_hold_is_explained() -> None:
@@ -34,12 +44,16 @@ def test_every_hold_is_explained() -> None:
     )
     raised |= {DISPLACED, MOVED, UNSETTLED}
     assert {"estop", "stale", "implausible_joint_states", "frozen_joint_states"} <= raised
-    explained = set(re.findall(r"`(\w+)`", TEXT.split("## 3.")[1].split("## 4.")[0]))
-    assert raised <= explained
-    assert "Clamps are counted by kind" in TEXT
-    assert CLAMPS
+    codes = HOLDS.split("## Hold codes")[1].split("\n## ")[0]
+    assert raised <= set(re.findall(r"`(\w+)`", codes))
 
 
-def test_files_that_the_page_names_exist() -> None:
-    for name in re.findall(r"`((?:launch|docs)/[\w./]+)`", TEXT):
-        assert (ROOT / name).exists(), name
+def test_every_kind_of_clamp_is_explained() -> None:
+    clamps = HOLDS.split("## Clamps")[1].split("\n## ")[0]
+    assert set(CLAMPS) <= set(re.findall(r"`(\w+)`", clamps))
+
+
+def test_files_that_the_pages_name_exist() -> None:
+    for page in (ROOT / "docs").rglob("*.md"):
+        for name in re.findall(r"`((?:launch|docs)/[\w./-]+)`", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{page}: {name}"

@@ -1,4 +1,4 @@
-"""What the review of a robot's file finds, and where the ranges of the data come from."""
+"""Findings of the review of a robot's file, and the source of the data's ranges."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def data_of(name: str) -> dict[str, Range | str]:
 
 
 def found(robot: RobotConfig, ranges: dict[str, Range | str]) -> list[tuple[str, str, str]]:
-    """Key, rule's name and severity of every finding."""
+    """Return key, rule's name and severity of every finding."""
     model = arm_model(robot)
     findings = review(robot, model, physical_velocity(robot, model), ranges)
     assert all(len(str(finding)) < 480 for finding in findings)
@@ -66,7 +66,7 @@ def test_nothing_is_found_without_statistics() -> None:
 
 
 def test_states_outside_the_limits_are_refused_and_targets_a_little_outside_are_not() -> None:
-    """The arm holds where its states are; a target outside is clamped."""
+    """The arm holds if its states are outside; a target outside is clamped."""
     robot, ranges = named(PANDA), data_of(PANDA)
     low, high = (np.array(ends) for ends in DATA[PANDA])
     wide = high + np.eye(8)[1] * (1.9 - high[1])  # joint 2, of 1.7628
@@ -74,7 +74,7 @@ def test_states_outside_the_limits_are_refused_and_targets_a_little_outside_are_
     warned = [("limits.position", "statistics", WARNING)]
     assert found(robot, ranges | {STATE: range_of(low, wide)}) == refused
     assert found(robot, ranges | {ACTION: range_of(low, wide)}) == warned
-    # By more than half of the way, as no other sign or order explains it.
+    # By more than half of the range, because no other sign or order explains it.
     far = wide + np.eye(8)[1] * 3.0
     assert found(robot, ranges | {ACTION: range_of(low, far)}) == refused
     near = high + np.eye(8)[1] * (1.8 - high[1])
@@ -209,7 +209,7 @@ def test_a_home_outside_the_limits_is_refused_whatever_is_allowed() -> None:
     assert found(robot, {}) == [("arm.home", "", PROBLEM)]
 
 
-# ---- the text -----------------------------------------------------------------------------------
+# ---- texts --------------------------------------------------------------------------------------
 
 
 def test_the_text_is_bounded_and_begins_with_the_first_problem() -> None:
@@ -260,7 +260,7 @@ def test_the_best_statistics_count(
 
 
 def rewritten(folder: Path, checkpoint: Path, name: str, change: Any) -> str:
-    """A copy of a checkpoint whose JSON file `name` was changed."""
+    """Return a copy of a checkpoint whose JSON file `name` was changed."""
     shutil.copytree(checkpoint, folder / "copy")
     values = json.loads((folder / "copy" / name).read_text())
     change(values)

@@ -1,6 +1,4 @@
-"""A robot's file: what it says, what is refused and how, and that the packaged model is the
-simulation's.
-"""
+"""A robot's file: its values, its refusals, and that the packaged model is the simulation's."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from tests.helpers.robot_yaml import CONFIG, write
 
 
 def packaged() -> dict[str, Any]:
-    """The packaged robot's file, with a model path that holds anywhere."""
+    """Return the packaged robot's file, with an absolute path of the model."""
     values = yaml.safe_load(packaged_config().read_text())
     values["arm"]["model"] = str(packaged_config().parent / values["arm"]["model"])
     return values
@@ -80,7 +78,7 @@ def test_example_of_a_real_arm_loads() -> None:
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    """The packaged file with another value at "a/b"; None removes it."""
+    """Return the packaged file with another value at "a/b"; None removes it."""
     values = packaged()
     *parents, key = path.split("/")
     at = values
@@ -114,9 +112,13 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("action/workspace", {"low": [0, 0, 0], "high": [1, 1, 0]}, "action.workspace is empty"),
         ("action/max_tilt", 2.0, r"it must lie in \[0, 1.5\]"),
         ("arm/joints", [], "arm.joints is empty"),
-        ("arm/joints", ["a", "a"], "a value is there twice"),
-        ("arm/joints", "joint1", "give a list of texts"),
-        ("arm/model", "nowhere.xml", "nowhere.xml', no file; paths start at this file's folder"),
+        ("arm/joints", ["a", "a"], "it has a duplicate value"),
+        ("arm/joints", "joint1", "give a list of strings"),
+        (
+            "arm/model",
+            "nowhere.xml",
+            "nowhere.xml', not a file; paths are relative to this file's folder",
+        ),
         ("arm/home", [0.0], "arm.home is .* give a list of 7 numbers"),
         ("arm/unit", "turns", "choose one of rad, deg"),
         ("limits/velocity", [1.0] * 6, "limits.velocity is .* give a list of 7 numbers"),
@@ -144,7 +146,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         pytest.param("action/dt", 10**390, "action.dt has 10+...0+; it must lie in", id="no float"),
         ("action/dt", True, "action.dt has True; give a finite number"),
         ("gripper/open", 1e300, "it must lie in"),
-        ("gripper/topic", {"a": [[["x"] * 1000]]}, "gripper.topic is .* give a text"),
+        ("gripper/topic", {"a": [[["x"] * 1000]]}, "gripper.topic is .* give a string"),
         pytest.param("arm/" + "x" * 5000, 1, "arm.x+... is unknown", id="long key"),
         (
             "limits/position",
@@ -155,10 +157,10 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         (
             "images/front",
             {"topic": "a"},
-            "images.front is no feature; it must start with 'observation.'",
+            "images.front is not a feature; it must start with 'observation.'",
         ),
         ("images/observation.images.front", {"topic": "a", "transport": "udp"}, "raw, compressed"),
-        ("images/observation.images.front", {"topic": ""}, "topic is ''; give a text"),
+        ("images/observation.images.front", {"topic": ""}, "topic is ''; give a string"),
         ("images/observation.images.front", {"topic": "a", "resize": 1}, "give true or false"),
         ("images/observation.front", {"topic": "a"}, "need different last parts"),
         ("gripper/open", -1.0, r"gripper.open is -1.0; it must be more than closed \(0.0\)"),
@@ -171,8 +173,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
             {"topic": "a"},
             "interfaces.wheels is unknown; the interfaces are forward_position",
         ),
-        ("allow", "velocity", "allow is 'velocity'; give a list of texts"),
-        ("allow", ["step", "step"], "a value is there twice"),
+        ("allow", "velocity", "allow is 'velocity'; give a list of strings"),
+        ("allow", ["step", "step"], "it has a duplicate value"),
         ("joint_states/topik", "x", "joint_states.topik is unknown; the keys here are topic"),
         ("joint_states", "joint_states", "joint_states is 'joint_states'; give keys with values"),
     ],
@@ -209,7 +211,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     file.write_text(
         text.replace("  step: [", "  velocity: [9.0, 9.0, 9.0, 9.0, 9.0, 9.0]\n  step: [")
     )
-    with pytest.raises(ConfigError, match="'velocity' stands there twice"):
+    with pytest.raises(ConfigError, match="duplicate key 'velocity'"):
         load_robot_config(file)
 
 

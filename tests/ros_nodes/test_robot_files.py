@@ -1,4 +1,4 @@
-"""The robots' files of launch/config, against the models that other packages publish."""
+"""The robots' files of launch/config with the arm models that other packages publish."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_conf
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Robot -> a checkpoint whose data are plausible for it."""
+    """Map each robot to a checkpoint whose data are plausible for it."""
     made = {}
     for robot, ends in DATA.items():
         values = statistics(*ends)
@@ -30,7 +30,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def modelled(folder: Path, name: str) -> Path:
-    """A robot's file that names the published model of its arm."""
+    """Return a robot's file that names the published model of its arm."""
     file = packaged_config().parent / f"{name}.yaml"
     values: dict[str, Any] = yaml.safe_load(file.read_text())
     values["arm"] |= {"model": str(MODELS[name].written(folder)), "tcp": MODELS[name].tcp}
@@ -66,7 +66,7 @@ def test_limits_are_the_published_models(
 def test_the_published_arm_follows_within_its_limits(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, interface: str
 ) -> None:
-    """A few seconds in MuJoCo: units, order, signs and the gripper's mapping there and back."""
+    """A few seconds in MuJoCo: units, order, signs and the gripper's mapping in both directions."""
     driven = DrivenArm(name, modelled(tmp_path, name), checkpoints[name], interface)
     driven.run(6.0)
     robot = driven.setup.robot
@@ -80,14 +80,14 @@ def test_the_published_arm_follows_within_its_limits(
     assert (np.abs(commands - measured) <= np.array(robot.limits.step) + 1e-9).all()
     steps = np.abs(np.diff(commands, axis=0)) / driven.setup.arm.period
     assert (steps <= np.array(robot.limits.velocity) + 1e-6).all()
-    # The arm goes the way that the policy wants, joint by joint, a little later.
+    # The arm follows the policy, joint by joint, with a delay.
     late = round(0.25 / driven.setup.arm.period)
     wanted = robot.arm.units.ours(np.array([tick.wanted[:-1] for tick in moving]))
     error = np.abs(measured[late:] - wanted[:-late])[100:]
     reach = np.ptp(wanted, axis=0)
     assert (error.max(axis=0) < 0.35 * reach).all()
     assert (np.ptp(measured, axis=0) > 0.8 * reach).all()
-    # What the policy was shown comes back through the file in the data's units.
+    # The policy's observations are mapped back to the data's units by the file.
     shown = np.array([state for _, state in driven.worker.seen])
     low, high = (np.array(ends) for ends in DATA[name])
     slack = 0.05 * (high - low)

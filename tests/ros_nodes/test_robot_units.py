@@ -1,6 +1,6 @@
 """A robot's file in other units than radians and metres.
 
-Joints, grippers, velocities and efforts go to the policy's units and back.
+Joints, grippers, velocities and efforts are mapped to the policy's units and back.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.helpers.robot_yaml import CONFIG, write
 
 
 def example(**changes: Any) -> dict[str, Any]:
-    """The example of a real arm; `changes` are merged into its parts."""
+    """Return the example of a real arm; `changes` are merged into its parts."""
     values = yaml.safe_load((CONFIG / "real_arm_example.yaml").read_text())
     for part, change in changes.items():
         values[part] |= change
@@ -57,7 +57,7 @@ def test_an_offset_far_beyond_the_limits_is_refused(tmp_path: Path) -> None:
     values = example(
         arm={"offset": [100.0] * 6}, limits={"position": {"low": [0.0] * 6, "high": [1e-6] * 6}}
     )
-    with pytest.raises(ConfigError, match=r"arm.offset is too large beside scale"):
+    with pytest.raises(ConfigError, match=r"arm.offset is too large for scale"):
         load_robot_config(write(tmp_path, values))
 
 
@@ -82,7 +82,7 @@ def test_so_101_joints_of_minus_100_to_100(tmp_path: Path) -> None:
 
 
 def test_a_gripper_that_counts_the_other_way(tmp_path: Path) -> None:
-    """Robotiq: the joint is 0 when it is open; the policy says 0 to 100."""
+    """Robotiq: the joint is 0 when it is open; the policy's range is 0 to 100."""
     change = {"opening_scale": -0.10625, "opening_offset": 0.085, "command": "joint"}
     values = example(gripper=change | {"action_scale": 0.00085, "action_offset": 0.0})
     robot = load_robot_config(write(tmp_path, values))
@@ -137,8 +137,8 @@ def test_velocities_and_efforts_are_parts_of_states_and_crops_of_images(tmp_path
 def test_an_inverted_joint_has_the_opposite_effort_in_newton_metres(
     tmp_path: Path, unit: dict[str, Any]
 ) -> None:
-    """The policy's effort x velocity keeps the sign of the power, and a unit of angle is none of
-    torque.
+    """Effort x velocity has the same sign in the policy's units, and a unit of angle does not scale
+    torques.
     """
     sign = [1, -1, -1, 1, 1, -1]
     values = example(state={"observation.state": ["joint_velocities", "joint_efforts"]})
@@ -171,9 +171,7 @@ def test_an_inverted_joint_has_the_opposite_effort_in_newton_metres(
 def test_what_loads_comes_back_there_and_here(
     tmp_path: Path, scale: float, offset: float, unit: float, zero: float, part: float
 ) -> None:
-    """Whatever a file says: it is refused, or arm and gripper are the same after there and back, to
-    1e-9.
-    """
+    """Any file is either refused, or its mappings of arm and gripper are invertible to 1e-9."""
     gripper = {
         "opening_scale": scale,
         "opening_offset": offset,
@@ -185,8 +183,8 @@ def test_what_loads_comes_back_there_and_here(
     try:
         robot = load_robot_config(write(tmp_path, values))
     except ConfigError as error:
-        assert "_offset is too large beside scale" in str(error)  # noqa: PT017
-        assert abs(offset) > 1e-4  # nobody is refused for a scale alone
+        assert "_offset is too large for scale" in str(error)  # noqa: PT017
+        assert abs(offset) > 1e-4  # a scale alone is never refused
         return
     assert robot.gripper is not None
     low, high = np.array(robot.limits.low), np.array(robot.limits.high)
@@ -211,7 +209,7 @@ def test_what_loads_comes_back_there_and_here(
 
 def test_a_frame_rate_may_be_said_as_it_is(tmp_path: Path) -> None:
     values = example(action={"dt": 0.1})
-    with pytest.raises(ConfigError, match=r"action.dt and fps say the same"):
+    with pytest.raises(ConfigError, match=r"action.dt and fps exclude each other"):
         load_robot_config(write(tmp_path, values))
     del values["action"]["dt"]
     values["action"]["fps"] = 30
@@ -229,7 +227,7 @@ def test_a_frame_rate_may_be_said_as_it_is(tmp_path: Path) -> None:
         (
             "gripper",
             {"opening_offset": 1e6, "opening_scale": 0.3, "open": 0.01},
-            "gripper.opening_offset is too large beside scale",
+            "gripper.opening_offset is too large for scale",
         ),
         (
             "gripper",
@@ -253,6 +251,6 @@ def test_increments_are_no_positions() -> None:
     positions = replace(robot, action=replace(robot.action, kind="joint_position"))
     spec = PolicySpec("theirs", "ceed_vla", {}, {}, positions.action_dim, 8, 4, 0.0)
     check_fit(positions, spec)
-    check_fit(positions, replace(spec, delta_dims=(positions.action_dim - 1,)))  # the gripper alone
+    check_fit(positions, replace(spec, delta_dims=(positions.action_dim - 1,)))  # gripper only
     with pytest.raises(ConfigError, match=r"theirs gives increments \(delta_dims \[0, 2\]\)"):
         check_fit(positions, replace(spec, delta_dims=(0, 2)))

@@ -33,10 +33,10 @@ def test_a_gap_of_more_than_one_and_a_half_periods_is_a_missed_tick() -> None:
     assert more["longest_gap_ms"] == 16.0
 
 
-def test_pauses_between_windows_do_not_count() -> None:
+def test_pauses_between_spans_do_not_count() -> None:
     times = [*range(0, 100, 10), *range(5000, 5100, 10)]
-    windows = [(0, 100 * MS), (5000 * MS, 5100 * MS)]
-    timing, more = command_timing([time * MS for time in times], windows)
+    spans = [(0, 100 * MS), (5000 * MS, 5100 * MS)]
+    timing, more = command_timing([time * MS for time in times], spans)
     assert more["commands"] == 20
     assert timing["missed_ticks_fraction"] == 0.0
     assert timing["command_rate_hz"] == 100.0
@@ -47,14 +47,14 @@ def test_the_order_of_arrival_does_not_matter(gaps: list[int], random: object) -
     times = (np.cumsum(gaps) * MS).tolist()
     shuffled = list(times)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    window = [(0, int(times[-1]))]
-    assert command_timing(times, window) == command_timing(shuffled, window)
+    span = [(0, int(times[-1]))]
+    assert command_timing(times, span) == command_timing(shuffled, span)
 
 
-@pytest.mark.parametrize(("times", "windows"), [([], [(0, 10)]), ([1, 2], []), ([1, 2], [(5, 9)])])
-def test_nothing_to_measure_is_an_error(times: list[int], windows: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(("times", "spans"), [([], [(0, 10)]), ([1, 2], []), ([1, 2], [(5, 9)])])
+def test_nothing_to_measure_is_an_error(times: list[int], spans: list[tuple[int, int]]) -> None:
     with pytest.raises(ConfigError, match="no interval"):
-        command_timing(times, windows)
+        command_timing(times, spans)
 
 
 def test_the_status_that_has_a_key_is_found_and_read() -> None:

@@ -1,6 +1,4 @@
-"""Nothing unsafe leaves the filter, whatever comes in; and every intervention has a name and a
-count.
-"""
+"""No unsafe command leaves the filter for any input; every intervention has a name and a count."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ def limits(**changes: Any) -> SafetyLimits:
 
 
 def settle(safety: SafetyFilter, at: Any, end: float = 10.0) -> Hold | None:
-    """Joint states of the 0.25 s before `end` that agree; returns what is wrong with the pose
-    then.
-    """
+    """Take agreeing joint states of the 0.25 s before `end`; return the fault of the pose then."""
     fault = None
     for step in range(-25, 1):
         fault = safety.measure(NAMES, at, end + 0.01 * step)
@@ -43,14 +39,14 @@ def settle(safety: SafetyFilter, at: Any, end: float = 10.0) -> Hold | None:
 
 
 def moving(at: tuple[float, float] = (0.0, 0.0), **changes: Any) -> SafetyFilter:
-    """An enabled filter with the arm at a position; its last joint state is of 10 s."""
+    """An enabled filter with the arm at a position, whose last joint state is of 10 s."""
     safety = SafetyFilter(limits(**changes))
     assert settle(safety, at) is None
     assert safety.enable(0.0) is None
     return safety
 
 
-# ---- the property that matters -------------------------------------------------------------------
+# ---- the safety property -------------------------------------------------------------------------
 
 anything = st.floats(allow_nan=True, allow_infinity=True)
 number = st.floats(-3, 3)
@@ -66,7 +62,7 @@ EVENTS = st.one_of(
 
 
 class CheckedFilter:
-    """A filter that lives through events; every command that leaves it is checked."""
+    """A filter that takes events; every command that leaves it is checked."""
 
     def __init__(self) -> None:
         self.safety = SafetyFilter(limits())
@@ -76,7 +72,7 @@ class CheckedFilter:
         self._gripper_set = False
 
     def live_through(self, kind: str, *values: Any) -> None:
-        """One event of `EVENTS`."""
+        """Take one event of `EVENTS`."""
         self._now += 0.01
         if kind == "measure":
             names = NAMES[: len(values[0])] + ("other",) * (len(values[0]) - 2)
@@ -131,7 +127,7 @@ def test_no_command_is_ever_unsafe(events: list[tuple[Any, ...]]) -> None:
     assert sum(checked.safety.holds.values()) <= checked.commands
 
 
-# ---- one rule each -------------------------------------------------------------------------------
+# ---- single rules --------------------------------------------------------------------------------
 
 
 def test_a_good_command_passes_unchanged() -> None:
@@ -181,7 +177,7 @@ def test_an_arm_that_was_pushed_away_is_not_pulled_back() -> None:
 
 
 def test_an_arm_that_stays_behind_is_not_left() -> None:
-    """With an acceleration too, which would let the command run on."""
+    """Also with an acceleration limit, which would let the command run on."""
     safety = moving(max_acceleration=np.full(2, 1.0))
     for step in range(1, 100):
         safety.measure(NAMES, [0.0, 0.0], 10.0 + 1e-4 * step)
@@ -298,7 +294,7 @@ def test_nothing_is_sent_before_the_pose_is_trusted() -> None:
         assert refused.code == ("unsettled_pose" if step else "no_joint_states")
         safety.measure(NAMES, [0.3, 0.4], 10.0 + 0.01 * step)
     assert "the joint states agree for 0.19 s (20 states)" in refused.detail
-    decision = safety.command(np.zeros(2), dt=DT, ages=FRESH)  # disabled: holds where it is
+    decision = safety.command(np.zeros(2), dt=DT, ages=FRESH)  # disabled: holds the pose
     assert decision.positions == pytest.approx([0.3, 0.4])
     assert decision.hold.code == "disabled"
     assert safety.enable(0.0) is None

@@ -1,4 +1,4 @@
-"""The simulated robot as a process: topics, the three interfaces, episodes, and rest when the
+"""The simulated robot as a process: topics, the three interfaces, episodes, and rest after its
 commander is killed.
 """
 
@@ -33,7 +33,7 @@ from ceed_vla.sim.tabletop.env import TabletopEnv
 ARM = [f"joint{index}" for index in range(1, 8)]
 AT_REST = 0.05  # [rad/s]
 
-# A commander in a process of its own: moves the arm at 100 Hz until it is killed.
+# A commander in a separate process: moves the arm at 100 Hz until it is killed.
 COMMANDER = """
 import time, rclpy
 from std_msgs.msg import Float64MultiArray
@@ -49,17 +49,17 @@ while True:
 
 
 def positions(states: list[JointState]) -> np.ndarray:
-    """Arm joints (7,) of the newest state [rad]."""
+    """Return the arm joints (7,) of the newest state [rad]."""
     return by_name(states[-1].name, states[-1].position, ARM, "positions")
 
 
 def speed(state: JointState) -> float:
-    """Largest arm joint speed [rad/s]."""
+    """Return the largest arm joint speed [rad/s]."""
     return float(np.abs(by_name(state.name, state.velocity, ARM, "velocities")).max())
 
 
 def ready(graph: Any, *arguments: str) -> list[JointState]:
-    """Start the simulated robot; the growing list of its joint states."""
+    """Start the simulated robot; return the growing list of its joint states."""
     states = graph.listen("/joint_states", JointState)
     graph.start("sim_node", *arguments)
     graph.wait(lambda: states, "joint states")
@@ -201,7 +201,7 @@ def test_obeys_trajectories_and_twists(graph: Any) -> None:
 
 
 def test_killing_the_commander_in_mid_motion_leaves_the_arm_at_rest(graph: Any) -> None:
-    """How soon is measured by ``ceed-vla ros-demo --kill true``; here it must not go far."""
+    """``ceed-vla ros-demo --kill true`` measures the time; here the arm must not go far."""
     states = ready(graph, "-p", "seed:=1")
     program = COMMANDER.format(start=positions(states).tolist())
     environment = os.environ | {"ROS_DOMAIN_ID": str(graph.domain)}

@@ -1,6 +1,4 @@
-"""The simulated robot without ROS: interfaces, what they refuse, and that the arm rests when
-commands stop.
-"""
+"""The simulated robot without ROS: interfaces, refusals, and rest after commands stop."""
 
 from __future__ import annotations
 
@@ -31,12 +29,12 @@ def robot(shared: SimRobot) -> SimRobot:
 
 
 def speed(robot: SimRobot) -> float:
-    """Largest arm joint speed [rad/s]."""
+    """Return the largest arm joint speed [rad/s]."""
     return float(np.abs(robot.velocities[:7]).max())
 
 
 def move(robot: SimRobot, steps: int = 30, rate: float = 1.0) -> np.ndarray:
-    """Drive all joints a little at 100 Hz; returns the last command (7,)."""
+    """Drive all joints slightly at 100 Hz; return the last command (7,)."""
     wanted = robot.positions[:7]
     for _ in range(steps):
         wanted = wanted + rate * PERIOD * np.array([1.0, 0.3, 0.2, 0.0, 0.2, 0.5, 1.0])
@@ -134,7 +132,7 @@ def test_trajectory_reaches_its_last_point_on_time_and_rests(robot: SimRobot) ->
     zero = np.zeros((2, 7))
     robot.command_trajectory(names, [0.2, 0.4], [(start + 0.05)[::-1], goal[::-1]], zero)
     robot.advance(0.2)
-    assert speed(robot) < 0.3  # the middle point asks for rest
+    assert speed(robot) < 0.3  # the middle point requests rest
     robot.advance(0.4)
     np.testing.assert_allclose(robot.positions[:7], goal, atol=2e-3)
     assert speed(robot) < AT_REST
@@ -200,7 +198,7 @@ def test_twist_moves_the_tool_straight_and_stops_with_the_commands(robot: SimRob
         robot.advance(PERIOD)
     robot.advance(0.3)
     end, turned = forward_kinematics(robot.positions[:7])
-    # less the way it lagged when it was stopped
+    # minus its lag when it was stopped
     assert end - start == pytest.approx([0.0, 0.0, 0.05], abs=0.012)
     yaw = matrix_rpy(turned)[2] - matrix_rpy(rotation)[2]
     assert yaw == pytest.approx(0.2, abs=0.05)

@@ -1,4 +1,4 @@
-"""How a node's process is scheduled and keeps its memory."""
+"""Scheduling and retained memory of a node's process."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_one_thread_comes_right_behind_the_others() -> None:
 
 
 def test_memory_of_messages_is_not_faulted_in_anew() -> None:
-    """Thirty blocks of 1,465 pages each are taken and freed."""
+    """Thirty blocks of 1,465 pages each are allocated and freed."""
     kept = int(told(MEMORY, "keep")[0])
     returned = int(told(MEMORY, "return")[0])
     assert kept < 1000

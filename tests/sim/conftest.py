@@ -1,4 +1,4 @@
-"""Short recordings: their options, frames that look like theirs, and a writer for these."""
+"""Fixtures for short recordings: options, frames, and a writer."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def new_writer() -> Callable[[Path], Any]:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy with random weights; nothing may write into it."""
+    """A checkpoint with random weights, which tests must not change."""
     import torch
 
     from ceed_vla.checkpoints import save

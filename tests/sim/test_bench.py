@@ -1,4 +1,4 @@
-"""`ceed-vla bench`: the numbers of a report over its floor, and the run from options to files."""
+"""`ceed-vla bench`: ratios of a report to its floor, and a run from options to files."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ceed_vla.folders import CONTEXT, EXITS
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.sim.bench import (
     BENCH,
+    MOST_LINES,
     PARETO,
     ROWS,
     TABLE,
@@ -37,6 +38,7 @@ from ceed_vla.sim.bench import (
 )
 from ceed_vla.sim.decoders import Row, parse_decoders
 from ceed_vla.sim.evaluate import EvalConfig, evaluate
+from ceed_vla.sim.plots import GREY, INK
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 from ceed_vla.sim.timing import engines_of, in_engine
@@ -99,19 +101,31 @@ def test_rows_are_compared_with_the_floor_of_the_faster_engine() -> None:
         2.5,
     )
     assert rows["cap1"]["total_ms"] == ms(12)
-    assert rows["cap1"]["tokens_per_forward"] == 14  # of the 28 that are executed
+    assert rows["cap1"]["tokens_per_forward"] == 14  # for the 28 executed tokens
     assert rows["ar"]["engine"] == "eager"
 
 
 def test_the_figure_greys_what_another_row_beats() -> None:
     result = {"decoders": rows_of(REPORT), "floor_ms": 10.0}
-    axes = pareto(result).axes[0]
-    names = [text.get_text() for text in axes.texts]
-    dots = [line for line in axes.lines if line.get_marker() == "o"]
-    grey = {name for name, dot in zip(names, dots, strict=True) if dot.get_color() == "#B9BEC6"}
-    assert sorted(names) == sorted(result["decoders"])
-    assert grey == {"ar", "cap3"}
-    assert all(dot.get_ydata()[0] > 0 for dot in dots)  # none that failed is half an episode
+    times, failures = pareto(result).axes
+    labels = times.get_yticklabels()
+    assert [label.get_text() for label in labels] == ["cap1", "cap3", "ar_h", "ar"]  # by latency
+    assert {label.get_text() for label in labels if label.get_color() == GREY} == {"ar", "cap3"}
+    for axes in (times, failures):
+        dots = [line for line in axes.lines if line.get_marker() == "o"]
+        assert len(dots) == 4
+        assert {dot.get_markerfacecolor() for dot in dots} == {INK, "white"}
+        assert all(dot.get_xdata()[0] > 0 for dot in dots)  # none that failed is half an episode
+
+
+def test_the_figure_leaves_out_those_that_fail_most() -> None:
+    many = {f"cap{i}": entry(100 - i, 9 if i % 2 else 1) for i in range(1, 62)}
+    figure = pareto({"decoders": many, "floor_ms": 10.0})
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(names) == MOST_LINES
+    assert names[0] == "cap61"
+    assert all(int(name.removeprefix("cap")) % 2 for name in names)
+    assert "31 that fail more are left out" in figure.get_suptitle()
 
 
 @pytest.mark.parametrize("name", f"{ROWS},{TEACHER_ROWS}".split(","))
@@ -119,7 +133,7 @@ def test_the_usual_rows_are_known(name: str) -> None:
     parse_decoders(name, has_teacher=True)
 
 
-ROWS_OF_AXES: dict[str, dict[str, list[str]]] = {  # by kind of exits, behind layers 2, 4 and 5
+ROWS_OF_AXES: dict[str, dict[str, list[str]]] = {  # by kind of exits, after layers 2, 4 and 5
     "depth": {
         "": [],
         "layer": ["depth2_cap2_fresh", "depth4_cap2_fresh", "depth5_cap2_fresh"],
@@ -134,7 +148,7 @@ ROWS_OF_AXES: dict[str, dict[str, list[str]]] = {  # by kind of exits, behind la
     },
     "drafts": {
         "": ["ngram8_h"],
-        "coarse": ["ngram8_h"],  # those of layers read behind committed tokens
+        "coarse": ["ngram8_h"],  # exits at layers are read after committed tokens
         "linear": ["ngram8_h", "spec2x4", "spec2x4r2", "del"],
     },
     "programs": {"": ["program0-1-3_cap2"]},
@@ -252,7 +266,7 @@ def test_the_usual_rows_are_those_that_a_policy_can() -> None:
     cameras = {camera: torch.rand(1, 3, 96, 96) for camera in policy.config.cameras}
     batch = pre({**cameras, "observation.state": torch.rand(1, 14), "task": "push the red cube"})
     for name in ["ar", "ar_h", *usual_rows(policy.config)]:
-        # of random weights; what must not come is a ConfigError
+        # the weights are random; it only must not raise a ConfigError
         with suppress(MalformedChunkError):
             assert policy.decode(batch, name).tokens.shape == (1, policy.config.block_length)
     with pytest.raises(ConfigError):

@@ -1,4 +1,4 @@
-"""`ceed-vla calibrate`: what is off, what is proven, and the names that a checkpoint gets."""
+"""`ceed-vla calibrate`: off chunks, the test of a risk, and the names in a checkpoint."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_p_value_is_valid_and_falls_with_the_risk() -> None:
     wrong = np.mean(
         [p_value((rng.random(60) < epsilon).astype(float), epsilon) <= alpha for _ in range(2000)]
     )
-    # a policy whose risk is epsilon is believed to be below no more often than that
+    # a policy with the risk epsilon passes no more often than that
     assert wrong <= alpha
     values = [p_value(np.r_[np.ones(k), np.zeros(200 - k)], epsilon) for k in range(30)]
     assert values == sorted(values)
@@ -64,7 +64,7 @@ def test_the_p_value_is_valid_and_falls_with_the_risk() -> None:
     assert 0 < p_value(np.r_[np.ones(250), np.zeros(2750)], 0.1) < 0.01
 
 
-def test_the_upper_bound_is_the_p_value_turned_round() -> None:
+def test_the_upper_bound_is_the_inverse_of_the_p_value() -> None:
     nothing, some = np.zeros(200), np.r_[np.ones(10), np.zeros(190)]
     assert upper_bound(nothing) == pytest.approx(1 - 0.05 ** (1 / 200), rel=1e-3)
     assert p_value(some, upper_bound(some)) == pytest.approx(0.05, rel=1e-3)
@@ -78,10 +78,8 @@ def test_the_upper_bound_is_the_p_value_turned_round() -> None:
 
 
 def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first that fails ends its signal, though a looser one would pass; the fewest layers
-    win.
-    """
-    # p is 0.064 for conf0.55 and 0.1: below alpha, not below the half of it that each of two
+    """The first failure ends a signal, even if a looser threshold would pass; fewest layers win."""
+    # p is 0.064 for conf0.55 at 0.1: below alpha, but not below the half of it that each of two
     # signals has.
     risks = {
         "conf0.9": 0.0,
@@ -167,11 +165,11 @@ def test_from_the_shipped_student_to_a_checkpoint_with_names(tmp_path: Path) -> 
         CalibrateConfig(policy=CheckpointPath("student"), output_dir=str(folder), **options)
     )
     assert report == json.loads((folder / "calibration.json").read_text())
-    assert report["decoders"]["agree0"]["risk"] == 0  # nothing moved: the fixed point
+    assert report["decoders"]["agree0"]["risk"] == 0  # no token changed: the fixed point
     assert report["chosen"]["risk0.02"] == "jacobi_h"  # three episodes prove nothing
     policy, _, _ = load(folder / "checkpoint")
     assert policy.config.decodings == report["chosen"]
-    assert policy.config.n_action_steps == report["executed_steps"] == 2  # for which it was proven
+    assert policy.config.n_action_steps == report["executed_steps"] == 2  # as tested
     assert policy.decoding_config("risk0.02") == policy.decoding_config("jacobi_h")
     with pytest.raises(ConfigError, match=r"has no decoding 'risk0\.5'"):
         policy.decoding_config("risk0.5")

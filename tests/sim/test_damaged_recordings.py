@@ -1,6 +1,4 @@
-"""Recordings that are damaged, or hold what `record` did not write: refused before anything is
-changed.
-"""
+"""Recordings that are damaged, or contain other files, are refused before anything is changed."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from ceed_vla.sim.record import record
 
 @pytest.fixture
 def stored(tmp_path: Path, fake_frames: Any, new_writer: Any) -> Path:
-    """A recording of two commits, as `record` writes its progress."""
+    """A recording of two commits, with its progress as `record` writes it."""
     root = tmp_path / "set"
     writer = new_writer(root)
     for episode in range(2):
@@ -48,16 +46,16 @@ FIRST_FILE = "data/chunk-000/file-000.parquet"
 DAMAGES: dict[str, tuple[Any, str]] = {
     "unknown file": (
         lambda r: (r / "data/chunk-000/mine.parquet").write_bytes(b"x"),
-        "know: data/chunk-000/mine",
+        "list: data/chunk-000/mine",
     ),
-    "unknown note": (lambda r: (r / "data/notes.txt").write_bytes(b"x"), r"know: data/notes\.txt"),
+    "unknown note": (lambda r: (r / "data/notes.txt").write_bytes(b"x"), r"list: data/notes\.txt"),
     "unknown episodes": (
         lambda r: (r / "meta/episodes/chunk-000/file-009.parquet").write_bytes(b"x"),
-        "does not know",
+        "does not list",
     ),
     "next file": (
         lambda r: (r / "data/chunk-000/file-002.parquet").write_bytes(b"x"),
-        "does not know",
+        "does not list",
     ),
     "missing file": (lambda r: (r / FIRST_FILE).unlink(), f"lacks {FIRST_FILE}"),
     "truncated file": (
@@ -76,12 +74,12 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     ),
     "progress pipe": (
         lambda r: [(r / "recording.json").rename(r / "x"), os.mkfifo(r / "recording.json")],
-        "no record",
+        "is not a recording",
     ),
     "progress": (lambda r: (r / "recording.json").write_text("{"), "not JSON"),
     "progress list": (lambda r: (r / "recording.json").write_text("[]"), "instead of settings"),
     "files": (damaged("recording.json", files=5), "damaged"),
-    "no files": (damaged("recording.json", files=[]), "does not know"),
+    "no files": (damaged("recording.json", files=[]), "does not list"),
     "file outside": (damaged("recording.json", files=["../x.parquet"]), "damaged"),
     "absolute file": (damaged("recording.json", files=["/tmp/x.parquet"]), "damaged"),
     "file numbers": (damaged("recording.json", files=[1]), "damaged"),
@@ -185,7 +183,7 @@ def test_a_backup_of_another_commit_replaces_nothing(stored: Path, new_writer: A
 def test_undoing_a_commit_may_be_interrupted_too(stored: Path, new_writer: Any, back: int) -> None:
     backup, names = stored / ".recording" / "backup", ["info.json", "stats.json", "tasks.parquet"]
     before = contents(stored)
-    for place, name in enumerate(names):  # the first ones were put back
+    for place, name in enumerate(names):  # the first ones are restored already
         (backup / name).write_bytes((stored / "meta" / name).read_bytes())
         if place < back:
             (backup / name).unlink()

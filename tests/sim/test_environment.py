@@ -1,6 +1,4 @@
-"""Environments that offer nothing beside LeRobot's: driven through gymnasium, and what they lack is
-said.
-"""
+"""Environments with LeRobot's interface only; errors name the members that are missing."""
 
 from __future__ import annotations
 
@@ -102,7 +100,7 @@ class PlainConfig(EnvConfig):
 
 
 class Adder:
-    """A policy whose chunk adds 0.5 in each of four steps; remembers its batches."""
+    """A policy whose chunk adds 0.5 in each of four steps; it stores its batches."""
 
     def __init__(self, camera: str = "observation.image") -> None:
         inputs = {
@@ -200,7 +198,7 @@ def test_the_tasks_of_a_suite_take_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [(r.task, r.steps) for r in results] == [("suite/0", 5), ("suite/1", 5), ("suite/0", 5)]
 
 
-def test_what_is_missing_is_said() -> None:
+def test_missing_members_are_named() -> None:
     with pytest.raises(
         ConfigError,
         match=r"sim_tests_plain has no expert, which record needs.*PlainConfig lacks act",
@@ -211,7 +209,7 @@ def test_what_is_missing_is_said() -> None:
         match=r"reads or writes observation\.image\.top \(3, 8, 8\), --env.type=sim_tests",
     ):
         joined((Adder("observation.image.top"), None, None), PlainConfig())
-    with pytest.raises(SimulationError, match=r"does not say in info\['is_success'\]"):
+    with pytest.raises(SimulationError, match=r"returns no info\['is_success'\]"):
         run_seeds(Adder(), [1], PlainConfig(silent=True))
     with pytest.raises(
         SimulationError, match=r"lacks privileged_state\(\) and scatter\(\), which grounding needs"
@@ -220,7 +218,7 @@ def test_what_is_missing_is_said() -> None:
     with pytest.raises(
         SimulationError,
         match=(
-            r"--env.type=sim_tests_plain cannot be made .ModuleNotFoundError: No module named "
+            r"--env.type=sim_tests_plain cannot be created .ModuleNotFoundError: No module named "
             r"'sim_tests'"
         ),
     ):
@@ -228,7 +226,7 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_a_plain_environment_holds_still_and_is_disturbed_within_its_actions() -> None:
-    # whatever it says itself
+    # overrides its own
     assert EnvPool(1, PlainConfig(), "reach it").env(0).instruction == "reach it"
     env = Environment(PlainConfig())
     assert env.max_episode_steps == 8
@@ -257,7 +255,7 @@ def test_installed_packages_register_their_environments(
 
 
 def test_an_environment_whose_package_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SimulationError, match=r"--env.type=libero cannot be made \("):
+    with pytest.raises(SimulationError, match=r"--env.type=libero cannot be created \("):
         Environment(LiberoEnv())
 
 
@@ -274,7 +272,7 @@ def test_the_task_is_what_was_asked_for_where_the_environment_says_none(
     assert env.task == "blue"
 
 
-def test_actions_of_no_bounds_need_a_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unbounded_actions_need_a_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
     env = Environment(PlainConfig())
     env._env.unwrapped.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
     monkeypatch.setattr(
@@ -282,7 +280,7 @@ def test_actions_of_no_bounds_need_a_disturbance(monkeypatch: pytest.MonkeyPatch
     )
     with pytest.raises(
         SimulationError,
-        match=r"lacks disturbance\(\), which mode perturb with actions of no bounds",
+        match=r"lacks disturbance\(\), which mode perturb with unbounded actions",
     ):
         env.disturbance(np.random.default_rng(0))
 
@@ -292,11 +290,11 @@ def test_one_family_is_the_environments_own() -> None:
     assert CeedTabletopEnv(task="all").gym_kwargs["task"] == "mixed"
 
 
-# ---- what an environment says, and how it fails --------------------------------------------------
+# ---- what an environment returns, and how it fails -----------------------------------------------
 
 
 class Odd(Plain):
-    """Says `solved`, or fails in `failing`."""
+    """Returns `solved` as the success flag, or fails in `failing`."""
 
     solved: Any = True
     failing = ""
@@ -327,7 +325,7 @@ class Quick(Odd):
 
 @pytest.fixture
 def odd(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Environment]:
-    """An environment of a class, whose attributes are set."""
+    """Makes an environment of a class, with attributes set."""
 
     def make(kind: type[Odd] = Odd, **values: Any) -> Environment:
         def create_envs(self: EnvConfig, n_envs: int, use_async_envs: bool = False) -> Any:
@@ -412,12 +410,12 @@ def test_a_package_without_environments_is_named(
 @pytest.mark.parametrize("made", [None, [], {"suite": None}, {"suite": {0: None}}])
 def test_what_a_package_makes_wrongly_is_named(monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
     monkeypatch.setattr(PlainConfig, "create_envs", lambda *_, **__: made)
-    with pytest.raises(SimulationError, match=r"--env\.type=sim_tests_plain cannot be made"):
+    with pytest.raises(SimulationError, match=r"--env\.type=sim_tests_plain cannot be created"):
         Environment(PlainConfig())
 
 
 def test_lerobots_own_environments_say_booleans() -> None:
-    """Those that are installed; docs/extending.md says what is taken."""
+    """Those that are installed; docs/how-to/add-an-environment.md says what is taken."""
     env = Environment(EnvConfig.get_choice_class("pusht")())
     env.reset(0)
     assert env.advance(np.asarray(env._env.action_space.sample(), np.float32)) is False

@@ -1,6 +1,4 @@
-"""Finished episodes on disk: what was changed there is noticed, and what versions before wrote goes
-on.
-"""
+"""The episode file: changes are detected, and files of earlier versions can be resumed."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ def lines_of(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An evaluation."""
+    """The folder of a complete evaluation."""
     folder = tmp_path_factory.mktemp("finished")
     evaluate(short_evaluation(tiny_checkpoint, folder), quiet())
     return folder
@@ -39,33 +37,36 @@ def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda lines: [lines[0], lines[1][:-5], lines[2]], "line 2, or one before it, is not as"),
+        (lambda lines: [lines[0], lines[1][:-5], lines[2]], "line 2, or a line before it, was"),
         (
             lambda lines: [lines[0], lines[1][: len(lines[1]) // 2], lines[2]],
-            "line 2 is no episode",
+            "line 2 is not an episode",
         ),
         (
             lambda lines: [lines[0], lines[1].replace("false", "true", 1), lines[2]],
-            "line 2, or one",
+            "line 2, or a line",
         ),
         (
             lambda lines: [lines[0], lines[1].replace('"steps": 8', '"steps": 7'), lines[2]],
             "line 2, or",
         ),
-        (lambda lines: [lines[0], lines[2]], "line 2, or one before it, is not as it was written"),
-        (lambda lines: [lines[0], lines[2], lines[1]], "line 2, or one before it"),
+        (lambda lines: [lines[0], lines[2]], "line 2, or a line before it, was changed"),
+        (lambda lines: [lines[0], lines[2], lines[1]], "line 2, or a line before it"),
         (
             lambda lines: [lines[0], re.sub(r', "check.*"', "", lines[1])],
-            "line 2, or one before it",
+            "line 2, or a line before it",
         ),
-        (lambda lines: [lines[0].replace("ceed-vla ", "ceed-vla 9"), *lines[1:]], "line 2, or one"),
+        (
+            lambda lines: [lines[0].replace("ceed-vla ", "ceed-vla 9"), *lines[1:]],
+            "line 2, or a line",
+        ),
         (
             lambda lines: [lines[0].replace('"chained": true, ', ""), *lines[1:]],
-            "line 2 is no episode",
+            "line 2 is not an episode",
         ),
         (
             lambda lines: [lines[0], lines[1], lines[1]],
-            "line 3 is no episode of this evaluation, or a second one",
+            "line 3 is not an episode of this evaluation, or is a duplicate",
         ),
         (
             lambda lines: [lines[0], lines[1].replace('"success": false', '"success": "yes"')],
@@ -84,7 +85,7 @@ def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
         (lambda lines: [lines[0], "5", lines[2]], "line 2"),
         (lambda lines: [lines[0], "[" * 10_000, lines[2]], "line 2"),
         (lambda lines: lines[1:], "'episodes.jsonl' that ceed-vla did not make"),
-        (lambda lines: ["made by ceed-vla 1", *lines[1:]], "does not say what it is of"),
+        (lambda lines: ["made by ceed-vla 1", *lines[1:]], "does not identify its evaluation"),
         (
             lambda lines: [lines[0].replace('"seed": 50000', '"seed": 50001'), *lines[1:]],
             "its seed is 50001, here",
@@ -95,7 +96,7 @@ def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ),
     ],
 )
-def test_damaged_episodes_are_not_believed(
+def test_damaged_episodes_are_refused(
     tiny_checkpoint: Path,
     finished: Path,
     tmp_path: Path,
@@ -112,7 +113,7 @@ def test_damaged_episodes_are_not_believed(
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
 
 
-def test_episodes_without_checksums_go_on(
+def test_episodes_without_checksums_are_resumed(
     tiny_checkpoint: Path, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(finished, tmp_path / "run")
@@ -122,8 +123,8 @@ def test_episodes_without_checksums_go_on(
     config = short_evaluation(tiny_checkpoint, folder, resume=True)
     report = evaluate(config, quiet())
     assert report["decoders"] == json.loads((finished / "report.json").read_text())["decoders"]
-    assert "is of an earlier version: its lines have no checksums" in caplog.text
-    assert lines_of(folder) == lines_of(finished)  # from now on they have
+    assert "was written by an earlier version: its lines have no checksums" in caplog.text
+    assert lines_of(folder) == lines_of(finished)  # with checksums from now on
     assert before == episodes_of(folder)[:-1]
     caplog.clear()
     evaluate(config, quiet())

@@ -60,10 +60,13 @@ def test_options_are_parsed_from_the_command_line() -> None:
         ({"batch": 10**6}, "--batch is 1000000"),
         ({"timing_chunks": -1}, "--timing_chunks is -1"),
         ({"executed_steps": 99}, "a chunk of"),
-        ({"delay_ms": [0.0, 350.0]}, "@350ms is 4 control steps late; a chunk has 4: leave it out"),
+        (
+            {"delay_ms": [0.0, 350.0]},
+            "@350ms is 4 control steps late; a delay must be below a chunk's 4. Leave it out",
+        ),
         ({"delay_ms": [-1.0]}, "--delay_ms"),
         ({"delay": "measured", "timing_chunks": 0}, "--timing_chunks"),
-        ({"delay": "measured", "delay_ms": [100.0]}, "--delay_ms 0"),
+        ({"delay": "measured", "delay_ms": [100.0]}, "include 0 in --delay_ms"),
         ({"decoders": "gap5_cap2"}, "Unknown decoder"),
         ({"workers": 0}, "--workers is 0"),
         ({"device": "cuda:77"}, "The device is 'cuda:77'; this machine has cpu"),
@@ -173,7 +176,7 @@ def test_rows_that_a_teacher_adds_are_announced_and_can_be_left_out(
     meaning = "what the teacher reaches in 4 forwards without distillation"
     assert (
         first
-        == f"Added: teacher_cap4 ({meaning}); only= before the names of --decoders leaves it out."
+        == f"Added: teacher_cap4 ({meaning}). To omit it, put only= before the names of --decoders."
     )
     rows, first = told["only=ceed,teacher_ar"]
     assert rows == ["ceed", "teacher_ar"]
@@ -214,7 +217,7 @@ def test_show_draws_a_picture(checkpoint: Path, tmp_path: Path) -> None:
         executed_steps=2,
     )
     assert show(config).read_bytes().startswith(b"\x89PNG")
-    assert show(config) == Path(config.output)  # our own picture is replaced
+    assert show(config) == Path(config.output)  # an earlier picture of this command is replaced
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["show.png"]
 
 
@@ -224,8 +227,8 @@ def test_show_draws_a_picture(checkpoint: Path, tmp_path: Path) -> None:
         ({"chunk": -1}, "--chunk is -1"),
         ({"output": ""}, "--output is empty"),
         ({"output": "."}, "is a folder; name a file in it"),
-        ({"output": "picture"}, "a file with the ending .png is written"),
-        ({"output": "picture.jpg"}, "a file with the ending .png is written"),
+        ({"output": "picture"}, "the name of the file must end in .png"),
+        ({"output": "picture.jpg"}, "the name of the file must end in .png"),
         ({"output": "theirs.png"}, "a file that ceed-vla did not make"),
         ({"output": "nowhere.png"}, "a file that ceed-vla did not make"),
         ({"output": "/dev/null/x.png"}, "/dev/null is a file"),

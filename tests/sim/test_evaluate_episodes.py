@@ -1,4 +1,4 @@
-"""Episodes of an evaluation: interrupted and resumed, late chunks, and those of earlier reports."""
+"""Episodes of an evaluation: interruption and resuming, delays, reuse of earlier reports."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_resume_gives_the_report_of_a_run_in_one_go(
     def interrupted(log: EpisodeLog, name: str, episode: EpisodeResult) -> None:
         append(log, name, episode)
         started.append((name, episode.seed))
-        if len(started) == 5:  # the first of the second group
+        if len(started) == 5:  # the first episode of the second shard
             raise KeyboardInterrupt
 
     monkeypatch.setattr(EpisodeLog, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(options(checkpoint, folder, **changes), quiet())
     assert len(lines_of(folder)) == 6
-    if killed:  # no last report, and the last line is not whole
+    if killed:  # no final report, and the last line is incomplete
         (folder / "report.json").unlink()
         (folder / EPISODES).write_text((folder / EPISODES).read_text()[:-20])
     with pytest.raises(ConfigError, match=r"interrupted evaluation .* --resume=true"):
@@ -79,7 +79,7 @@ def test_resume_gives_the_report_of_a_run_in_one_go(
 
     assert again == whole
     assert episodes_of(folder) == episodes_of(tmp_path / "whole")
-    assert started.count(("ceed", 50_000)) == 1  # finished episodes are kept
+    assert started.count(("ceed", 50_000)) == 1  # finished episodes are reused
     assert started.count(("jacobi_random", 50_002)) == (
         2 if started[4][0] == "jacobi_random" else 1
     )
@@ -160,7 +160,9 @@ def test_the_teachers_rows_are_taken_from_an_earlier_report(
         for line in lines_of(tmp_path / "again")[1:]
     }
     assert steps == {"teacher_ar": 7, "teacher_cap4": 7, "ceed": 7, "cap1": 8}
-    with pytest.raises(ConfigError, match=r"first, an evaluation with other seed; nothing fits"):
+    with pytest.raises(
+        ConfigError, match=r"first, an evaluation with other seed: its episodes cannot be reused"
+    ):
         evaluate(options(checkpoint, tmp_path / "other", **changes, seed=50_010), quiet())
     with pytest.raises(ConfigError, match=r"--reuse is .* which has no episodes"):
         evaluate(
@@ -197,7 +199,7 @@ def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_episodes_of_another_checkpoint_are_not_believed(
+def test_episodes_of_another_checkpoint_are_refused(
     checkpoint: Path, finished: Path, tmp_path: Path
 ) -> None:
     other = unsealed(shutil.copytree(checkpoint, tmp_path / "other"))

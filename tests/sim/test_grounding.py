@@ -1,4 +1,4 @@
-"""`ceed-vla grounding`: errors by distance, and what it refuses."""
+"""`ceed-vla grounding`: errors by distance, and refused options."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_policy_is_told_the_words_that_are_given() -> None:
         ({"device": "tpu"}, "The device is 'tpu'"),
         ({"output": " "}, "--output is empty"),
         ({"output": "."}, "which is a folder"),
-        ({"output": "x.txt"}, r"the ending \.json"),
+        ({"output": "x.txt"}, r"must end in \.json"),
         ({"output": "theirs.json"}, "a file that ceed-vla did not make"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What training asks of the simulator: takeover rounds stay within their seeds and never meet."""
+"""The simulator's part of training: takeover rounds stay within their seeds and never overlap."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_rounds_use_every_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     env = CeedTabletopEnv(task="push_cube", cameras=["front"], split="heldout")
     recorder = TakeoverRecorder(env, 5, seed=31_440, rounds=2, instruction="push it")
     roots = [recorder(tmp_path / "policy", index, tmp_path / "takeover") for index in range(2)]
-    # where all are solved there is nothing to learn
+    # if all are solved there is nothing to learn
     assert roots == [
         [tmp_path / "takeover" / "round_0"],
         [],
@@ -66,7 +66,7 @@ def test_a_validation_is_shared_and_says_why_it_fails(
         ClosedLoopValidation(env, 2)(tmp_path)
 
 
-def test_the_gate_asks_for_every_object_in_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gate_checks_every_object_in_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[GroundingConfig] = []
 
     def grounding(config: GroundingConfig) -> dict[str, Any]:

@@ -1,6 +1,4 @@
-"""Meta-World behind our harness: LeRobot's simulation to the last bit, its observations, experts
-and recordings.
-"""
+"""Meta-World, bit-equal to LeRobot's simulation: observations, experts and recordings."""
 
 from __future__ import annotations
 
@@ -31,7 +29,9 @@ from ceed_vla.sim.recording.config import RecordConfig
 from ceed_vla.sim.render import render, tune
 from tests.helpers.episodes import run_seeds
 
-pytestmark = pytest.mark.filterwarnings("ignore:Constant")  # Meta-World's experts ask for too much
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Constant"
+)  # Meta-World's experts exceed the action range
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_the_first_image_shows_the_goal_of_its_own_episode() -> None:
     fresh.close()
 
 
-def test_pixels_are_means_and_meshes_lose_the_faces_that_nobody_sees() -> None:
+def test_pixels_are_means_and_meshes_lose_invisible_faces() -> None:
     env = MetaworldTasks(["reach-v3"])
     seen = env.reset(seed=1)[0]["pixels"]
     world = env._world
@@ -217,13 +217,14 @@ def test_without_meta_world_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
         CeedMetaworldEnv()
 
 
+@pytest.mark.slow
 def test_the_type_is_known_without_importing_meta_world() -> None:
     code = "import ceed_vla.sim.environment, sys; assert 'metaworld' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     for first in (
         "ceed_vla.sim.metaworld.tasks",
         "ceed_vla.sim.metaworld.lerobot_env",
-    ):  # whichever is imported first
+    ):  # in either order of imports
         subprocess.run([sys.executable, "-c", f"import {first}"], check=True)
     code = "import gymnasium, ceed_vla.sim.metaworld; gymnasium.make('ceed_vla/Metaworld-v3')"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,4 @@
-"""An environment with expert in one file outside the package: recorded, trained on, evaluated and
-looked into.
-"""
+"""An environment with an expert in one file outside the package: record, train, evaluate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recording: what is stored per mode, and what interrupts and full disks leave behind."""
+"""Recording: what each mode stores, and what remains after interrupts and full disks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read(root: Path, **options: Any) -> LeRobotDataset:
 
 
 def rows(root: Path) -> list[dict[str, Any]]:
-    """All rows as stored (images as PNG bytes), whatever the files they lie in."""
+    """All stored rows (images as PNG bytes), from any number of files."""
     return [
         row
         for path in sorted(root.glob("data/*/*.parquet"))
@@ -69,7 +69,7 @@ def test_clean_episodes_read_back_as_action_chunks(tmp_path: Path, config: Any) 
 def test_other_words_for_the_task(tmp_path: Path, config: Any) -> None:
     record(config(tmp_path / "told", episodes=1, instruction="do it"))
     assert read(tmp_path / "told")[0]["task"] == "do it"
-    # a recording of before is resumed
+    # a recording of an earlier version is resumed
     assert "instruction" not in config(tmp_path / "as-before").identity()
 
 

@@ -1,4 +1,4 @@
-"""Options of a recording that are refused, and its command line."""
+"""Invalid options of a recording, and its command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from ceed_vla.sim.record import record
         ({"excursion_fraction": float("nan")}, "excursion_fraction is nan"),
         ({"executed_steps": -1}, "executed_steps is -1"),
         ({"decoding": "fast"}, "Unknown decoder 'fast'"),
-        ({"decoding": "deadline8", "mode": "takeover", "seed": 30_000}, "a deadline means nothing"),
+        (
+            {"decoding": "deadline8", "mode": "takeover", "seed": 30_000},
+            "a deadline applies to a chunk alone",
+        ),
         ({"decoding": "ar,ceed"}, "Unknown decoder 'ar,ceed'"),
         ({"decoding": "teacher_ar"}, "Unknown decoder 'teacher_ar'"),
     ],

@@ -1,6 +1,4 @@
-"""Paired statistics against published values; the report's table, figures and pictures from
-synthetic results.
-"""
+"""Paired statistics against published values; table and figures of a synthetic report."""
 
 from __future__ import annotations
 
@@ -77,7 +75,7 @@ def test_wilson_interval_against_published_values() -> None:
 
 
 def test_paired_interval_against_published_values() -> None:
-    # Airway hyper-responsiveness (Bentur 2009), method 10 as given by Fagerland et al. 2014: -0.286
+    # Airway hyper-responsiveness (Bentur 2009), method 10, from Fagerland et al. 2014: -0.286
     # (-0.507, -0.026).
     assert paired_interval(1, 1, 7, 12) == pytest.approx((-0.286, -0.507, -0.026), abs=5e-4)
 

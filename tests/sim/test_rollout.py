@@ -1,6 +1,4 @@
-"""Lock-step rollouts with scripted policies behind the policy interface, and takeover recordings of
-them.
-"""
+"""Lock-step rollouts and takeover recordings, with scripted policies."""
 
 from __future__ import annotations
 
@@ -40,11 +38,11 @@ COMMAND = slice(-6, None)  # of the state: commanded position, yaw and gripper
 
 
 class FakePolicy:
-    """Answers like `CeedVLAPolicy.decode`; remembers what it was asked.
+    """A policy with the interface of `CeedVLAPolicy.decode`; it stores its calls.
 
     Args:
         act: From state (14,) to action (7,), repeated over the chunk; None = zero actions.
-        malformed: Calls, from 1 on, whose tokens stand for no chunk.
+        malformed: Calls, from 1 on, whose tokens do not decode to a chunk.
     """
 
     def __init__(
@@ -103,9 +101,7 @@ def mixed(length: int) -> CeedTabletopEnv:
 
 
 def reach(state: np.ndarray) -> np.ndarray:
-    """A moving policy: up and to the left, by the measured position, so that it differs between
-    scenes.
-    """
+    """A policy that moves up and left by the measured position, so that it differs by scene."""
     return np.array([0, 0.5 * np.sign(0.2 - state[1]), 0.3, 0, 0, 0, 1], dtype=np.float32)
 
 
@@ -207,7 +203,7 @@ def test_a_policy_of_other_features_is_refused() -> None:
 
 
 class Noted:
-    """An environment that only notes its actions; holding is None."""
+    """An environment that only stores its actions; None is holding."""
 
     def __init__(self) -> None:
         self.config, self.success, self.finished = SimpleNamespace(fps=10), False, False
@@ -225,7 +221,7 @@ class Noted:
 
 
 class Counting(FakePolicy):
-    """Its chunk c has the actions, and the tokens, 10 c, 10 c + 1, ..."""
+    """A policy whose chunk c has the actions and tokens 10 c, 10 c + 1, ..."""
 
     def __init__(self, size: int | None = 1) -> None:
         super().__init__()

@@ -180,7 +180,7 @@ def test_splits_are_disjoint_and_cover_everything():
             "color",
             "other",
             "phrase",
-        ):  # the parts are all seen in training, only not together
+        ):  # all parts occur in training, but not together
             assert {getattr(c, name) for c in train} == {getattr(c, name) for c in every}
 
 

@@ -1,6 +1,4 @@
-"""The scripted experts: they solve every family, from any state, without hidden memory and without
-stalling.
-"""
+"""The scripted expert solves every family from any state, without hidden memory or stalling."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ def make(task: str) -> TabletopEnv:
 
 
 def finish(env: TabletopEnv, sigma: float = 0.0, seed: int = 0) -> tuple[bool, int, int]:
-    """Let the expert drive; whether it succeeded, the steps, the longest run of nearly zero
-    motion.
-    """
+    """Run the expert; return success, steps, and the longest run of nearly zero motion."""
     rng = np.random.default_rng(seed)
     still = longest = 0
     for step in range(MAX_STEPS):

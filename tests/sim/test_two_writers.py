@@ -1,5 +1,6 @@
-"""Two processes of one output folder: the second is refused, the first ends intact; a killed one is
-followed.
+"""Two processes with one output folder: the second is refused, and the first finishes intact.
+
+After a killed process, the next one may use the folder.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def quiet() -> Console:
 
 
 def refused(first: Any, function: Callable[..., Any], *arguments: Any) -> None:
-    """`function` is refused for the process `first`, with its name."""
+    """Assert that `function` is refused because of the process `first`, which is named."""
     message = rf"another process is writing there: process {first.pid} on .* since .*\. Wait until"
     with pytest.raises(ConfigError, match=message):
         function(*arguments)
@@ -146,7 +147,7 @@ def test_a_calibration_replaces_its_own_checkpoint_and_no_other(
     assert "checkpoint/model.safetensors" in report["written"]
     calibrate(options)
     earlier = {name: value for name, value in report.items() if name != "written"}
-    # of a version before, or a killed run
+    # of an earlier version, or of a killed run
     (folder / "calibration.json").write_text(json.dumps(earlier))
     calibrate(options)
     load(folder / "checkpoint")
@@ -186,10 +187,10 @@ def test_takeovers_are_of_one_policy(
         record(replace(options, episodes=3))
     assert progress.read_bytes() == before
     stored = json.loads(before)
-    del stored["progress"]["config"]["policy"]  # as versions before wrote it
+    del stored["progress"]["config"]["policy"]  # as earlier versions wrote it
     progress.write_text(json.dumps(stored))
     assert record(replace(options, episodes=3)).attempts == 3
-    assert "does not name the weights of" in caplog.text
+    assert "does not record the policy weights of its first run" in caplog.text
 
 
 def test_a_round_of_other_weights_is_recorded_anew(

@@ -1,6 +1,4 @@
-"""A tiny synthetic data set, a teacher trained on it and its trajectories, made once for all tests
-of training.
-"""
+"""Shared by the tests of training: a tiny synthetic dataset, a teacher, and its trajectories."""
 
 from __future__ import annotations
 
@@ -32,8 +30,9 @@ def write_dataset(
     image_size: int = 96,
     seed: int = 0,
 ) -> Path:
-    """Write a LeRobotDataset v3 whose actions depend on state and instruction; ``action_dim`` 0
-    leaves them out.
+    """Write a LeRobotDataset v3 whose actions depend on state and instruction.
+
+    With ``action_dim`` 0 it has no actions.
     """
     from lerobot.datasets import LeRobotDataset
 
@@ -113,7 +112,7 @@ def read_log(folder: Path, key: str = "loss") -> dict[int, float]:
 
 @dataclass
 class Studio:
-    """What the tests of training share: data sets, a teacher trained on them, its trajectories."""
+    """Datasets, a teacher trained on them, and its trajectories, shared by these tests."""
 
     demo: Path
     other: Path
@@ -182,7 +181,7 @@ class Studio:
 
 @pytest.fixture(scope="session")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    """Data sets, teacher and trajectories; nothing may write into them."""
+    """Datasets, teacher and trajectories; tests must not write into them."""
     from ceed_vla.training.teacher import train
     from ceed_vla.training.trajectories import collect
 
@@ -202,7 +201,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
 
 @pytest.fixture
 def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make training runs stop as by Ctrl-C before they take the given step; -1 lets them go on."""
+    """Interrupt training runs, as by Ctrl-C, before the given step; -1 disables that."""
     from ceed_vla.training.run import Run
 
     original = Run.optimize
@@ -238,7 +237,7 @@ def _read_log() -> Callable[..., dict[int, float]]:
 
 @pytest.fixture(scope="session")
 def store(studio: Studio) -> Any:
-    """The demonstrations, read."""
+    """The demonstrations as a store."""
     from ceed_vla.data.frames import open_dataset
 
     return open_dataset(studio.demo)

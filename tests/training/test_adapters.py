@@ -1,6 +1,4 @@
-"""LoRA: what learns, one copy of the base for teacher and student, checkpoints that stand for the
-trained policy.
-"""
+"""LoRA: trained weights, one base for teacher and student, checkpoints of the trained policy."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter_teacher(studio: Any, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher whose checkpoint holds adapters, and refers to its base."""
+    """A teacher whose checkpoint has adapters, and its base by reference."""
     folder = tmp_path_factory.mktemp("teacher")
     policy = studio.vlm_policy(base, weights="reference", proprio="projected")
     config = studio.train_config(folder, policy=policy, steps=8, lora=LoRAConfig(rank=4), **PLAIN)
@@ -242,7 +240,7 @@ def test_online_trajectories_are_the_teachers(studio: Any, tmp_path: Path, state
     config = studio.distill_config(tmp_path, trajectories=ONLINE, states=states, loss="paper")
     data = DistillRun(config, None).data
     teacher, _, _ = ceed_vla.load(studio.teacher)
-    rows = np.array([0, 3, 14, 17, 51])  # the first frames of their episodes have no chunk before
+    rows = np.array([0, 3, 14, 17, 51])  # the first frames of their episodes have no previous chunk
     batch = data.batch(rows)
     assert torch.equal(batch["fixed_point"], teacher.decode(batch, "ar").tokens)
     assert (batch["previous"] < 0).all(1).tolist() == [True, False, True, False, True]
@@ -282,7 +280,7 @@ def test_recomputed_activations_train_the_same(
 
 @pytest.fixture
 def start_anew() -> Iterator[Callable[[], None]]:
-    """Lets accelerate forget the precision it began with, as a new process would."""
+    """Reset accelerate's precision, as in a new process."""
     from accelerate.state import AcceleratorState
 
     yield lambda: AcceleratorState._reset_state(True)
@@ -352,7 +350,7 @@ def test_a_part_that_no_weight_has_is_refused(studio: Any, base: Path, tmp_path:
         tmp_path / "out", policy=policy, lora=LoRAConfig(rank=4, train="embed_token"), **PLAIN
     )
     with pytest.raises(
-        ConfigError, match=r"--lora.train has 'embed_token', which no weight has in its name"
+        ConfigError, match=r"--lora.train has 'embed_token', which is not in the name of any weight"
     ):
         TeacherRun(config, None, None)
 

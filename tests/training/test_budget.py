@@ -1,4 +1,4 @@
-"""A budget of minutes: how it is divided, said, kept and resumed."""
+"""A budget of minutes: its division, messages, enforcement and resumption."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ceed_vla.training.budget import BATCH, FEWEST, SMALL_BATCH, Speeds, divide
 from ceed_vla.training.estimate import estimate
 from ceed_vla.training.teacher import TeacherRun, train
 
-SECONDS = 0.6  # of every step
+SECONDS = 0.6  # in every step
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Time that goes on by `SECONDS` with every step, whatever its batch."""
+    """Time that advances by `SECONDS` in every step, for any batch."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     optimize = run_module.Run.optimize
@@ -36,18 +36,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     return now
 
 
-def plan(minutes: float, **changes: Any) -> Any:
+def schedule(minutes: float, **changes: Any) -> Any:
     settings: dict[str, Any] = {"grounded": True, "frames": 6400, "episodes": 200}
     return divide(minutes, Speeds(1.0, 0.5), **{**settings, **changes})
 
 
 def test_a_fifth_goes_to_grounding_and_a_tenth_to_each_round() -> None:
-    found = plan(20)
+    found = schedule(20)
     assert (found.grounding_steps, found.steps, found.batch_size) == (240, (1200 - 240) * 2, BATCH)
-    assert plan(20, grounded=False).steps == 2400
-    assert plan(20, rounds=1).steps == (1200 - 240 - 120) * 2
-    assert plan(20, grounding_steps=60).steps == (1200 - 60) * 2
-    assert plan(20, steps=100).steps == 100
+    assert schedule(20, grounded=False).steps == 2400
+    assert schedule(20, rounds=1).steps == (1200 - 240 - 120) * 2
+    assert schedule(20, grounding_steps=60).steps == (1200 - 60) * 2
+    assert schedule(20, steps=100).steps == 100
     assert "20 minutes" in str(found)
     assert "1,920 steps of 32 frames" in str(found)
     assert "seen about 9.6 times" in str(found)
@@ -57,26 +57,27 @@ def test_a_fifth_goes_to_grounding_and_a_tenth_to_each_round() -> None:
 
 
 def test_few_steps_are_taken_with_half_the_batch() -> None:
-    found = plan(5, grounded=False)
+    found = schedule(5, grounded=False)
     assert found.batch_size == BATCH
     assert found.steps == FEWEST
-    found = plan(4, grounded=False)
+    found = schedule(4, grounded=False)
     assert (found.batch_size, found.steps) == (SMALL_BATCH, 960)
     assert not found.enough
     assert "about 8 minutes" in found.advice
     assert "rarely been enough" in found.expectation
-    assert plan(4, grounded=False, batch_size=BATCH).steps == 480
-    found = plan(4)  # a grounding step of half the frames takes half the time
+    assert schedule(4, grounded=False, batch_size=BATCH).steps == 480
+    found = schedule(4)  # a grounding step of half the frames takes half the time
     assert (found.batch_size, found.grounding_steps, found.steps) == (SMALL_BATCH, 96, 768)
-    assert "more --steps" in plan(60, steps=100).advice
-    assert "record 100 episodes" in plan(60, episodes=20).advice
+    assert "more --steps" in schedule(60, steps=100).advice
+    assert "record 100 episodes" in schedule(60, episodes=20).advice
 
 
 def test_a_run_ends_with_its_minutes_and_lowers_its_rate(
     studio: Any, tmp_path: Path, read_log: Any, clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """0.4 minutes are 40 steps: 8 on grounding frames, 32 on actions. Stopped at step 12, a resumed
-    run has as long for what was left.
+    """0.4 minutes are 40 steps: 8 on grounding frames, 32 on actions.
+
+    Stopped at step 12, a resumed run has the same budget for the remaining steps.
     """
     rates: list[float] = []
     step = run_module.Run.optimize
@@ -115,9 +116,7 @@ def test_a_run_ends_with_its_minutes_and_lowers_its_rate(
 def test_a_resumed_run_with_steps_given_goes_on_to_its_end(
     studio: Any, tmp_path: Path, clock: Any
 ) -> None:
-    """Stopped among the steps on actions, behind the number of --steps: those on grounding frames
-    count too.
-    """
+    """Stopped at a step beyond --steps, which does not limit the steps on grounding frames."""
     settings: dict[str, Any] = {
         "steps": 20,
         "grounding_steps": None,

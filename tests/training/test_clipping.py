@@ -1,5 +1,6 @@
-"""Actions that a vocabulary loses: reported, refused beyond a share, and never where quantiles clip
-by construction.
+"""Actions that a vocabulary clips: reported, and refused beyond a share.
+
+Clipping by quantiles, by construction, is never refused.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Data sets that are damaged, or say what is not so: one clear error, and nothing outside the
-folder is touched.
-"""
+"""Damaged or inconsistent datasets: one clear error, and no change outside the folder."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ def data_file(root: Path) -> Path:
     return next((root / "data").rglob("*.parquet"))
 
 
-# ---- broken data sets ----------------------------------------------------------------------------
+# ---- broken datasets ----------------------------------------------------------------------------
 
 
 def edit_info(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -75,7 +73,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no tasks file": (lambda r: (r / "meta" / "tasks.parquet").unlink(), "instruction"),
     "empty task": (lambda r: rewrite_tasks(r, ["a", " ", "b"]), "without an instruction"),
-    "task index": (lambda r: rewrite_tasks(r, ["a"]), "out of order"),
+    "task index": (lambda r: rewrite_tasks(r, ["a"]), "task_index of a frame is outside"),
     "episode order": (lambda r: edit_column(r, "episode_index", lambda v: v[::-1]), "out of order"),
     "NaN action": (
         lambda r: edit_column(r, "action", lambda v: [*v[:5], [np.nan] * 7, *v[6:]]),
@@ -106,7 +104,7 @@ def test_a_full_disk_is_an_error_before_it_is_a_crash(
         open_dataset(copy)
 
 
-# ---- files that somebody else made ---------------------------------------------------------------
+# ---- foreign files -------------------------------------------------------------------------------
 
 
 def info_with(**changes: Any) -> Callable[[Path], Any]:
@@ -227,8 +225,8 @@ ROWS: dict[str, tuple[Any, str]] = {
     "episode text": (retyped("episode_index", pa.string(), str), "must be numbers"),
     "episode 0.5": (retyped("episode_index", pa.float64(), lambda v: v + 0.0), "whole numbers"),
     "null task": (column_with("task_index", None), "nulls"),
-    "negative task": (column_with("task_index", -1), "out of order"),
-    "huge task": (column_with("task_index", 2**40), "out of order"),
+    "negative task": (column_with("task_index", -1), "task_index of a frame is outside"),
+    "huge task": (column_with("task_index", 2**40), "task_index of a frame is outside"),
     "index": (column_with("index", 7), "out of order"),
     "no index": (lambda r: drop_column(r, "index"), "index"),
     "no action": (lambda r: drop_column(r, "action"), "action"),
@@ -366,7 +364,7 @@ def test_videos_never_ask_a_hub(video: Path, monkeypatch: pytest.MonkeyPatch, mi
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("asked for a name"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     shutil.rmtree(video / missing)
-    with pytest.raises(DatasetError, match=r"copy (it|them) too"):
+    with pytest.raises(DatasetError, match="copy it, too"):
         open_dataset(video)
 
 
@@ -379,5 +377,5 @@ def test_videos_elsewhere(video: Path, column: str, value: Any) -> None:
     name = f"videos/{FRONT}/{column}"
     table = table.set_column(table.column_names.index(name), name, pa.array([value] * len(table)))
     pq.write_table(table, file)
-    with pytest.raises(DatasetError, match=r"no place|no video|cannot be decoded"):
+    with pytest.raises(DatasetError, match=r"has the place|no video|cannot be decoded"):
         open_dataset(video)

@@ -1,6 +1,4 @@
-"""Reading data sets and drawing batches, compared with LeRobot's own reader; then everything that
-can be wrong.
-"""
+"""Reading datasets and drawing batches, compared with LeRobot's own reader; then all faults."""
 
 from __future__ import annotations
 
@@ -77,7 +75,7 @@ def test_processes_that_start_together_decode_once(
         decode(*arguments)
 
     monkeypatch.setattr(frame_cache, "_decode_images", slow)
-    with ThreadPoolExecutor(3) as pool:  # each opens the folder for itself, as a process does
+    with ThreadPoolExecutor(3) as pool:  # each opens the folder itself, as a process does
         stores = list(pool.map(open_dataset, [copy] * 3))
     assert len(calls) == 1
     assert len({store.images[FRONT][3].tobytes() for store in stores}) == 1
@@ -87,7 +85,7 @@ def test_processes_that_start_together_decode_once(
     (cache / ".others").mkdir(parents=True)
     (cache / "complete.json").touch()
     assert open_dataset(copy).images[FRONT][3].tobytes() == stores[0].images[FRONT][3].tobytes()
-    assert (cache / ".others").is_dir()  # nobody knows whether it is being written
+    assert (cache / ".others").is_dir()  # another process may still be writing it
 
 
 def test_images_are_decoded_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +110,7 @@ def test_images_are_decoded_again_when_the_data_changed(studio: Any, copy: Path)
 
 
 def changed_in_place(file: Path, place: int) -> None:
-    """Change a byte of a file, and give it the times that it had."""
+    """Change a byte of a file, and restore its times."""
     before = file.stat()
     content = bytearray(file.read_bytes())
     content[place] ^= 1
@@ -146,7 +144,7 @@ def test_a_copied_data_set_is_hashed_once_and_not_decoded(
 ) -> None:
     first = open_dataset(copy).images[FRONT][:]
     monkeypatch.setattr(frame_cache, "_decode_images", lambda *_: pytest.fail("decoded again"))
-    monkeypatch.setattr(frame_cache, "_UNSETTLED_NS", 0)  # nothing changes any more
+    monkeypatch.setattr(frame_cache, "_UNSETTLED_NS", 0)  # no further change
     again = shutil.copytree(copy, tmp_path / "again")
     np.testing.assert_array_equal(open_dataset(again).images[FRONT], first)
     monkeypatch.setattr(frame_cache, "_described", lambda *_: pytest.fail("hashed again"))
@@ -164,7 +162,7 @@ def test_video_features_are_read(video: Path) -> None:
         np.testing.assert_array_equal(images[frame], expected)
 
 
-# ---- data sets that do not go together -----------------------------------------------------------
+# ---- datasets that do not go together -----------------------------------------------------------
 
 
 def changed(store: FrameStore, **fields: Any) -> FrameStore:
@@ -218,7 +216,7 @@ def test_data_that_the_policy_cannot_read_are_refused(
             pre,
         )
     config.input_features["observation.images.empty_camera_0"] = config.input_features[FRONT]
-    check_fits(store, config, pre)  # LeRobot's pi0-FAST adds it; nobody records it
+    check_fits(store, config, pre)  # LeRobot's pi0-FAST adds this camera; datasets lack it
     with pytest.raises(DatasetError, match="does not fit the policy"):
         check_fits(OTHERS[kind][0](store), config, pre)
 

@@ -1,5 +1,6 @@
-"""What a new policy takes from its data, and that nothing is regressed with another environment's
-scales.
+"""Settings that a new policy derives from its data.
+
+The scales of another environment are never used for regression.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def test_the_environments_target_needs_the_environments_names(store: FrameStore)
         unknown = policy(**settings)
         take_from_data(unknown, stores, grounding, PRIVILEGED)
         assert unknown.auxiliary_scale == []
-    # as when training goes on from a checkpoint
+    # as when training continues from a checkpoint
     check_target(config, [store, other], [], PRIVILEGED)
     assert store.environment_state is not None
     assert other.environment_state is None

@@ -1,6 +1,4 @@
-"""Distillation: fewer iterations on a small set, resumable, the frozen parts untouched; the data
-that feed it.
-"""
+"""Distillation: fewer iterations on a small set, resumable, frozen parts unchanged; its data."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ def data(studio: Any, teacher: tuple[Any, Any, Any]) -> StoredData:
     )
 
 
-# ---- what distillation is for --------------------------------------------------------------------
+# ---- the purpose of distillation ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["trust_region", "paper"])
@@ -72,7 +70,7 @@ def test_iterations_fall(
         warmup=5,
     )
     run = DistillRun(config, None)
-    # over-fit: measure what it trains on
+    # over-fit: measured on the training frames
     run.data.rows = np.concatenate([run.data.rows, run.data.held_out])
     before = run._measure()
     run.run()
@@ -277,8 +275,9 @@ def test_online_states_are_jacobi_updates_of_a_guess(
 
 
 class Counting:
-    """A student whose every update puts the next wrong token right, and with it all behind 4 right
-    ones.
+    """A student whose every update corrects the next wrong token.
+
+    After 4 correct tokens, it corrects all others, too.
     """
 
     config = SimpleNamespace(n_action_steps=1)
@@ -314,9 +313,9 @@ def test_the_curriculum_draws_where_an_update_changes_most() -> None:
             (value + FLOOR) / total, abs=0.03
         )
     mid = (states == 2).any(1)[wrong > 0].float().mean().item()
-    assert mid == pytest.approx(0.2, abs=0.03)  # guesses keep their shares
+    assert mid == pytest.approx(0.2, abs=0.03)  # shares of guesses stay the same
     half = informative_states(Counting(), None, previous[::2], fixed[::2], draw[::2], 4, SHARES)
-    assert torch.equal(half, states[::2])  # however the batch is split
+    assert torch.equal(half, states[::2])  # independent of the split of the batch
 
 
 def test_a_run_with_the_curriculum(
@@ -367,16 +366,16 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
         ({"roots": "DEMO"}, DatasetError, "same order"),
         ({"trajectories": "MISSING"}, DatasetError, "No trajectories"),
         ({"teacher_path": "MISSING"}, CheckpointError, "No checkpoint"),
-        ({"eval_frames": 63}, DatasetError, "--eval_frames 63 of them"),
+        ({"eval_frames": 63}, DatasetError, "--eval_frames is 63, but there are only 63"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
         ({"trajectories": ""}, ConfigError, "No trajectories"),
         (
             {"lora": LoRAConfig(rank=2, targets="all")},
             ConfigError,
-            "what makes the prefix stays frozen",
+            "adapters of the language model only",
         ),
         ({"output_dir": " "}, ConfigError, "output_dir"),
-        ({"resume": True}, CheckpointError, "nothing to resume"),
+        ({"resume": True}, CheckpointError, "no run to resume"),
     ],
 )
 def test_settings_that_cannot_work(

@@ -1,5 +1,6 @@
-"""FAST action tokens from data to checkpoint: fitted, trained, collected, distilled, decoded with
-the compact model.
+"""FAST action tokens from data to checkpoint, with the compact model.
+
+They are fitted, trained, collected, distilled and decoded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ceed_vla.training.trajectories import collect, read_trajectories
 def teacher(
     studio: Any, tiny_policy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A teacher with FAST tokens, trained long enough to write different chunks."""
+    """A teacher with FAST tokens, trained until its chunks differ."""
     tokens = FastTokensConfig(most_ids=128, scale=8.0)
     policy = tiny_policy(action_tokens=tokens)
     output = tmp_path_factory.mktemp("fast") / "teacher"
@@ -69,7 +70,7 @@ def test_a_teachers_malformed_chunks_are_counted_and_replaced_by_demonstrations(
     from ceed_vla.training import collector
 
     policy, pre, _ = load(teacher)
-    # nothing makes its chunks whole any more
+    # chunks are no longer completed
     monkeypatch.setattr(policy.tokenizer, "grammar", None)
     torch.nn.init.normal_(policy.backbone.head.weight)
     batch = pre(open_dataset(studio.demo).batch(np.arange(4), 4))

@@ -1,6 +1,4 @@
-"""Episodes that training leaves out: which they are, that no step sees them, and what is measured
-on them.
-"""
+"""Held-out episodes: which they are, that no step reads them, and measurements on them."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ LENGTHS = (5, 4, 6, 5, 5, 4, 6, 5, 5, 4, 6, 5)
 
 @pytest.fixture(scope="module")
 def dozen(write_dataset: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of twelve episodes, of which one is held out."""
+    """A dataset of twelve episodes, one of them held out."""
     path: Path = write_dataset(tmp_path_factory.mktemp("dozen") / "demos", LENGTHS, seed=3)
     return path
 
@@ -46,7 +44,7 @@ def test_so_many_whole_episodes_are_held_out(episodes: int, share: float, count:
     store: Any = SimpleNamespace(episode=episode)
     held = held_out_frames(store, share)
     assert held.sum() == 3 * count
-    assert np.isin(episode, episode[held]).sum() == held.sum()  # whole ones
+    assert np.isin(episode, episode[held]).sum() == held.sum()  # whole episodes
     assert (held == held_out_frames(store, share)).all()
 
 

@@ -1,4 +1,4 @@
-"""`ceed-vla inspect`: what it says of data, against data made for it."""
+"""`ceed-vla inspect`: its report about data made for the test."""
 
 from __future__ import annotations
 

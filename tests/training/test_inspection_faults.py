@@ -1,6 +1,4 @@
-"""`ceed-vla inspect` on data with many faults at once: all are reported, and the printed command
-removes them.
-"""
+"""`ceed-vla inspect` on data with many faults: all are reported, and the command removes them."""
 
 from __future__ import annotations
 
@@ -70,8 +68,9 @@ def write(root: Path, features: dict[str, Any] = FEATURES) -> Path:
 
 
 def _stats_in_shape(*arguments: Any) -> Any:
-    """LeRobot's statistics; those of a 2-D feature have another shape for one frame, and it fails
-    on them.
+    """LeRobot's statistics without 2-D features.
+
+    For one frame these have another shape, on which LeRobot fails.
     """
     stats = compute_episode_stats(*arguments)
     found = stats.get("observation.depth", {})
@@ -103,7 +102,7 @@ def spoil(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `write` makes; nothing may write into it."""
+    """The result of `write`; tests must not write into it."""
     return write(tmp_path_factory.mktemp("data") / "set")
 
 
@@ -113,9 +112,7 @@ def faulty(sound: Path, tmp_path: Path) -> Path:
 
 
 def edit(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run commands of LeRobot's tool, joined by ``&&``, in this process: its imports take most of
-    its time.
-    """
+    """Run commands of LeRobot's tool, joined by ``&&``, in this process, as imports are slow."""
     monkeypatch.setattr(lerobot_edit_dataset, "init_logging", lambda: None)
     for part in command.split(" && "):
         monkeypatch.setattr(sys, "argv", shlex.split(part))
@@ -256,12 +253,12 @@ def test_which_dimensions_hardly_change() -> None:
 
 def test_verdicts_and_their_grammar() -> None:
     assert verdict([], []) == ["Verdict: ready for training."]
-    assert verdict([], ["a"])[0] == "Verdict: ready, 1 thing to look at"
+    assert verdict([], ["a"])[0] == "Verdict: ready, with 1 warning"
     assert verdict(["a", "b"], ["c"]) == [
         "Verdict: cannot be trained on: 2 faults",
         "  1. a",
         "  2. b",
-        "Also 1 thing to look at:",
+        "Also 1 warning:",
         "  - c",
     ]
     assert (counted(1, "episode"), counted(1200, "frame")) == ("1 episode", "1,200 frames")

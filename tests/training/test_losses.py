@@ -1,6 +1,4 @@
-"""Both distillation losses against slow loops over probabilities in float64, and what they must not
-look at.
-"""
+"""Both distillation losses, compared with slow loops in float64; and inputs they must not use."""
 
 from __future__ import annotations
 
@@ -47,9 +45,7 @@ def reference_kl(target: NDArray[np.float64], model: NDArray[np.float64]) -> flo
 def reference_consistency(
     target: NDArray[np.float64], model: NDArray[np.float64], states: Tensor, fixed: Tensor
 ) -> float:
-    """Mean KL over the entries behind the first wrong token of every row; entry i predicts token
-    i.
-    """
+    """Mean KL over the entries after the first wrong token of a row; entry i predicts token i."""
     terms = []
     for b in range(len(states)):
         first = next((i for i in range(N) if states[b, i] != fixed[b, i]), N)
@@ -70,7 +66,7 @@ def case() -> dict[str, Tensor]:
     fixed = torch.randint(V, (B, N), generator=generator)
     states = fixed.clone()
     states[0, 2:5] = (states[0, 2:5] + 1) % V  # heals after slot 4, which counts all the same
-    states[1, N - 1] = (states[1, N - 1] + 1) % V  # only the last token: nothing left to learn
+    states[1, N - 1] = (states[1, N - 1] + 1) % V  # only the last token: no entry left to learn
     states[2] = (states[2] + torch.arange(1, N + 1)) % V  # wrong from slot 0 on; slot 8 wraps round
     states[3, 6] = (states[3, 6] + 3) % V
     logits = {
@@ -270,7 +266,7 @@ def test_no_gradient_into_the_targets(case: dict[str, Tensor]) -> None:
         sigma=0.0,
     )
     paper.total.backward()
-    assert fixed.grad is None  # the paper's target is the student itself, behind a stop-gradient
+    assert fixed.grad is None  # the paper's target is the student itself, with a stop-gradient
     assert states.grad is not None
     assert leaves["label_logits"].grad is not None
     assert not leaves["label_logits"].grad[4, 3:].any()  # past the end of the demonstration

@@ -1,4 +1,4 @@
-"""`ceed-vla open-loop`: what it counts, against the same worked out frame by frame."""
+"""`ceed-vla open-loop`: its counts, compared with a computation frame by frame."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_strict_rows_are_greedy_and_a_cap_is_not(report: Any) -> None:
     assert rows["ar"]["block_layers_mean"] == pytest.approx(
         per_forward * rows["ar"]["forwards_mean"]
     )
-    assert rows["ar"]["error"] < rows["mean action"]["error"]  # it has learnt these frames
+    assert rows["ar"]["error"] < rows["mean action"]["error"]  # the policy has learnt these frames
     assert all(
         row["total_ms"]["p95"] >= row["total_ms"]["p50"] > 0
         for name, row in rows.items()
@@ -95,7 +95,7 @@ def test_strict_rows_are_greedy_and_a_cap_is_not(report: Any) -> None:
 def test_the_mean_action_is_the_data_s_own(studio: Any, report: Any) -> None:
     actions = np.concatenate([open_dataset(root).action for root in (studio.demo, studio.other)])
     distance = np.abs(actions - actions.mean(0)) / np.ptp(actions, axis=0)
-    # Every frame belongs to one chunk of two steps; the last of an odd episode is alone in its
+    # Every frame belongs to one chunk of two steps; the last one of an odd episode is alone in its
     # chunk and counts double.
     assert report["rows"]["mean action"]["error"] == pytest.approx(distance.mean(), rel=0.1)
 
@@ -163,7 +163,7 @@ def test_the_picture_shows_the_first_data_set_alone(
 
 
 def test_tokens_of_variable_length(studio: Any, tmp_path: Path, tiny_policy: Any) -> None:
-    """FAST: a block ends somewhere, and equal rests behind two stops are no agreement."""
+    """FAST: blocks differ in length, and equal slots after the end of both are no agreement."""
     from ceed_vla.tokens.fast import FastTokensConfig
     from ceed_vla.training.open_loop import _entry, _Row
     from ceed_vla.training.teacher import train

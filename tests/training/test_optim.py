@@ -1,4 +1,4 @@
-"""Optimisers: what Muon computes, and in which type."""
+"""Optimisers: Muon's computation, and its type."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_orthogonalised_matrix_keeps_its_singular_vectors(shape: tuple[int, int]
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    # Newton-Schulz acts on every singular value alone: the same iteration on numbers.
+    # Newton-Schulz acts on each singular value separately: the same iteration on numbers.
     values = s / s.norm()
     a, b, c = optim.NEWTON_SCHULZ
     for _ in range(5):

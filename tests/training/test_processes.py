@@ -1,5 +1,6 @@
-"""Two processes (gloo, `accelerate launch` with the recipes' settings) give what one gives, and go
-on after a kill.
+"""Two processes (gloo, `accelerate launch` with the recipes' settings) equal one.
+
+They resume after a kill.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
 
 @pytest.fixture
 def together(tmp_path: Path) -> Callable[..., int]:
-    """Run ("train" | "collect" | "distill", settings) in two processes; the second is killed before
-    a step.
+    """Run ("train" | "collect" | "distill", settings) in two processes.
+
+    With `kill_at`, the second process is killed before that step.
     """
 
     def launch(*jobs: tuple[str, Any], recipe: str = "ddp", kill_at: int = -1) -> int:
@@ -194,9 +196,9 @@ def test_a_killed_process_and_a_run_that_goes_on(
     config = studio.train_config(tmp_path / "run", **settings)
     assert together(("train", config), kill_at=6) != 0
     config.resume = True
-    # goes on from step 4, and from step 8 the next time
+    # continues from step 4, and later from step 8
     assert together(("train", config), kill_at=9) != 0
-    train(config)  # one process may go on where two began
+    train(config)  # one process may resume a run of two
     assert_equal_losses(tmp_path / "whole", tmp_path / "run", 10)
 
 

@@ -1,6 +1,4 @@
-"""The folder of a run: damaged states, links and foreign files are refused, and nothing of others
-is lost.
-"""
+"""The folder of a run: damaged states, links and foreign files are refused, and never lost."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from ceed_vla.training.teacher import TeacherRun, train
 
 
 class Payload:
-    """Unpickling it writes a file."""
+    """Unpickling this object writes a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -33,7 +31,7 @@ class Payload:
 
 @pytest.fixture
 def stopped(studio: Any, tmp_path: Path) -> Any:
-    """A short finished run: its settings to go on with, its progress.json and its last state."""
+    """A short finished run: its settings to resume with, its progress.json and its last state."""
     train(studio.train_config(tmp_path / "run", steps=1, grounding_steps=0))
     progress = tmp_path / "run" / "progress.json"
     state = tmp_path / "run" / json.loads(progress.read_text())["state"]
@@ -203,12 +201,12 @@ def test_files_of_somebody_else_are_left_alone(studio: Any, tmp_path: Path, name
 @pytest.mark.parametrize(
     ("number", "started", "message"),
     [
-        (errno.ENOSPC, True, "disk full.*Make room there; the last complete"),
+        (errno.ENOSPC, True, "disk full.*Make room there; continue from the last complete"),
         (errno.EDQUOT, False, "disk full.*Make room there; no state is complete"),
         (
             errno.EACCES,
             True,
-            r"\(\[Errno 13\] Permission denied: 'log'\)\. Make it writable; the last complete",
+            r"\(\[Errno 13\] Permission denied: 'log'\)\. Make it writable; continue from the last",
         ),
     ],
 )

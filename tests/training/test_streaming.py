@@ -1,5 +1,6 @@
-"""A streamed data set gives the batches of the decoded one; what is drawn follows from the step;
-memory is bounded.
+"""A streamed dataset has the batches of the decoded one; the step determines the draws.
+
+Memory is limited.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.training.distill import distill
 from ceed_vla.training.distill_data import TrajectoriesConfig
 from ceed_vla.training.mixture import Mixture
+from ceed_vla.training.spans import SlidingSpans
 from ceed_vla.training.teacher import train
 from ceed_vla.training.trajectories import collect, read_trajectories
-from ceed_vla.training.windows import SlidingWindows
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 CHUNK = 4
-LENGTHS = (70, 33, 5)  # windows of 32, 32, 6; 32, 1; 5 frames
-# of the four that the demonstrations have
-TWO_WINDOWS = StreamingConfig(above_gb=0, memory_gb=0.0075)
-ALL = StreamingConfig(above_gb=0)  # all windows of the small sets fit
+LENGTHS = (70, 33, 5)  # spans of 32, 32, 6; 32, 1; 5 frames
+# of the four spans of the demonstrations
+TWO_SPANS = StreamingConfig(above_gb=0, memory_gb=0.0075)
+ALL = StreamingConfig(above_gb=0)  # all spans of the small sets fit
 
 
 @pytest.fixture(scope="module")
@@ -94,27 +95,25 @@ def test_batches_are_those_of_the_decoded_set(mixed: Path, memory_gb: float) -> 
     assert_same_batches(decoded, streamed)
 
 
-def test_windows_lie_across_row_groups_and_files(copy: Path, store: FrameStore) -> None:
+def test_spans_lie_across_row_groups_and_files(copy: Path, store: FrameStore) -> None:
     table, file = pq.read_table(data_file(copy)), data_file(copy)
     pq.write_table(table[:20], file, row_group_size=6)
     pq.write_table(table[20:], file.with_stem("file-001"), row_group_size=7)
-    assert_same_batches(store, open_dataset(copy, streaming=TWO_WINDOWS))
+    assert_same_batches(store, open_dataset(copy, streaming=TWO_SPANS))
     assert_same_batches(store, open_dataset(copy))
 
 
 def test_memory_is_bounded(studio: Any) -> None:
-    stores = [open_dataset(root, streaming=TWO_WINDOWS) for root in (studio.demo, studio.other)]
+    stores = [open_dataset(root, streaming=TWO_SPANS) for root in (studio.demo, studio.other)]
     for store in stores:
         store.batch(np.arange(len(store)), CHUNK)
-    assert (
-        sum(window.nbytes for window in frame_stream._held.values()) <= TWO_WINDOWS.memory_gb * 1e9
-    )
+    assert sum(span.nbytes for span in frame_stream._held.values()) <= TWO_SPANS.memory_gb * 1e9
 
 
-def test_a_window_is_decoded_once_while_it_is_open(
+def test_a_span_is_decoded_once_while_it_is_open(
     studio: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixture = Mixture([open_dataset(studio.demo, streaming=TWO_WINDOWS)], None, 0, CHUNK)
+    mixture = Mixture([open_dataset(studio.demo, streaming=TWO_SPANS)], None, 0, CHUNK)
     decoded = []
     read = frame_stream.ImageReader.read
     monkeypatch.setattr(
@@ -124,10 +123,10 @@ def test_a_window_is_decoded_once_while_it_is_open(
     )
     for step in range(25):  # four passes of 50 frames
         mixture.draw(8, step)
-    assert len(decoded) <= 2 * (4 * 4 + 2)  # cameras, passes and windows
+    assert len(decoded) <= 2 * (4 * 4 + 2)  # cameras, passes and spans
 
 
-# ---- which sets are streamed ---------------------------------------------------------------------
+# ---- which datasets are streamed ----------------------------------------------------------------
 
 
 def test_the_size_decides(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -160,31 +159,31 @@ def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
 EDGES = np.array([0, 32, 64, 70, 102, 103, 108, 140, 150])
 
 
-def order(seed: int = 0, most: int = 3) -> SlidingWindows:
-    return SlidingWindows(EDGES, most, seed)
+def order(seed: int = 0, most: int = 3) -> SlidingSpans:
+    return SlidingSpans(EDGES, most, seed)
 
 
-def test_every_window_takes_its_turn_once_a_pass() -> None:
+def test_every_span_takes_its_turn_once_a_pass() -> None:
     opened = [order().open(step * 150 / 8).tolist() for step in range(24)]
-    turns = [windows[0] for windows in opened]
-    assert all(one[1:] == other[:-1] for one, other in pairwise(opened))  # they slide
+    turns = [spans[0] for spans in opened]
+    assert all(one[1:] == other[:-1] for one, other in pairwise(opened))  # the open spans slide
     passes = [turns[start : start + 8] for start in (0, 8, 16)]
-    assert all(sorted(windows) == list(range(8)) for windows in passes)
+    assert all(sorted(spans) == list(range(8)) for spans in passes)
     assert passes[0] != passes[1] != passes[2]
     assert turns != [order(seed=1).open(step * 150 / 8)[0] for step in range(24)]
 
 
 def test_draws_follow_from_the_step() -> None:
-    def draw(windows: SlidingWindows, step: int) -> list[int]:
-        return windows.draw(np.random.default_rng([0, step]), 16, step * 16).tolist()
+    def draw(spans: SlidingSpans, step: int) -> list[int]:
+        return spans.draw(np.random.default_rng([0, step]), 16, step * 16).tolist()
 
     whole = order()
     drawn = [draw(whole, step) for step in range(200)]
-    # as a resumed run would
+    # as in a resumed run
     assert all(draw(order(), step) == drawn[step] for step in (0, 7, 150, 199))
     for step in (0, 7, 150):
-        windows = np.searchsorted(EDGES, drawn[step], side="right") - 1
-        assert set(windows.tolist()) <= set(whole.open(step * 16).tolist())
+        spans = np.searchsorted(EDGES, drawn[step], side="right") - 1
+        assert set(spans.tolist()) <= set(whole.open(step * 16).tolist())
     counts = np.bincount(np.concatenate(drawn), minlength=150)
     assert counts.min() > 0
     assert (
@@ -194,9 +193,9 @@ def test_draws_follow_from_the_step() -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_a_draw(studio: Any, world: int) -> None:
-    stores = [open_dataset(root, streaming=TWO_WINDOWS) for root in (studio.demo, studio.other)]
+    stores = [open_dataset(root, streaming=TWO_SPANS) for root in (studio.demo, studio.other)]
     mixture = Mixture(stores, [1, 5], 0, CHUNK)
-    assert mixture.windows[0] is not None
+    assert mixture.spans[0] is not None
     whole = mixture.draw(12, 5)["observation.state"]
     parts = torch.cat(
         [mixture.draw(12, 5, rank, world)["observation.state"] for rank in range(world)]
@@ -209,9 +208,7 @@ def test_processes_share_a_draw(studio: Any, world: int) -> None:
 
 @pytest.fixture
 def from_maps(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Let streamed images be read from the decoded set: the same frames are drawn, and nothing is
-    streamed.
-    """
+    """Read streamed images from the decoded set: the same frames are drawn, without streaming."""
 
     def read(images: StreamedImages, frames: np.ndarray) -> np.ndarray:
         return open_dataset(images.reader.info.root).images[images.camera][frames]
@@ -234,7 +231,7 @@ def test_losses_are_those_of_the_decoded_set(
         roots = {"roots": str(folders[0]), "grounding_roots": str(folders[1])}
         train(
             studio.train_config(
-                tmp_path / name, **{**roots, "streaming": TWO_WINDOWS, "steps": 6, **changes}
+                tmp_path / name, **{**roots, "streaming": TWO_SPANS, "steps": 6, **changes}
             )
         )
         return read_log(tmp_path / name)
@@ -259,7 +256,7 @@ def test_trajectories_and_students_are_those_of_the_decoded_set(
     from_maps: Callable[[], None],
 ) -> None:
     collected = read_trajectories(
-        collect(studio.collect_config(tmp_path / "collected", streaming=TWO_WINDOWS))
+        collect(studio.collect_config(tmp_path / "collected", streaming=TWO_SPANS))
     )
     expected = read_trajectories(studio.trajectories)
     for name in ("root", "frame", "fixed_point", "guess", "previous"):
@@ -268,7 +265,7 @@ def test_trajectories_and_students_are_those_of_the_decoded_set(
     def losses(name: str, **changes: Any) -> dict[int, float]:
         distill(
             studio.distill_config(
-                tmp_path / name, **{"streaming": TWO_WINDOWS, "steps": 4, **changes}
+                tmp_path / name, **{"streaming": TWO_SPANS, "steps": 4, **changes}
             )
         )
         return read_log(tmp_path / name)
@@ -309,13 +306,13 @@ def test_a_bad_image_is_named_when_it_is_drawn(copy: Path) -> None:
     store = open_dataset(copy, streaming=ALL)
     store.batch(np.arange(38), CHUNK)
     with pytest.raises(DatasetError, match="front of frame 40 has no bytes"):
-        store.batch(np.array([39]), CHUNK)  # in the same window
+        store.batch(np.array([39]), CHUNK)  # in the same span
     with pytest.raises(DatasetError, match=r"frames 0\.\.49"):
         store.batch(np.array([50]), CHUNK)
 
 
-def test_memory_that_holds_no_window(copy: Path) -> None:
+def test_memory_that_holds_no_span(copy: Path) -> None:
     with pytest.raises(
-        DatasetError, match=r"32 of its frames take 0\.00177 GB decoded, .* raise it"
+        DatasetError, match=r"a span of 32 frames takes 0\.00177 GB decoded, .* Raise it"
     ):
         open_dataset(copy, streaming=StreamingConfig(above_gb=0, memory_gb=0.003))

@@ -1,5 +1,6 @@
-"""The teacher's training: it learns, resumes to the same losses, takes in takeover rounds, and
-refuses bad settings.
+"""The teacher's training: it learns, resumes to the same losses, and uses takeover rounds.
+
+Bad settings are refused.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def test_a_policy_that_does_not_see_learns_no_actions(
     output, settings = tmp_path / "run", {"grounding_gate": 0.02, "steps": 2}
     with pytest.raises(
         ConfigError,
-        match=r"After 3 grounding steps target in b is off by 3\.0 cm \(median\); 1 of 2",
+        match=r"After 3 grounding steps the median error of target in b is 3\.0 cm; 1 of 2",
     ):
         train(studio.train_config(output, grounding_steps=3, **settings), localisation=localisation)
     assert read_log(output, "ar_loss") == {}
@@ -122,7 +123,7 @@ def test_actions_are_learnt_beside_the_named_terms_alone(
 
     monkeypatch.setattr(supervision, "auxiliary_loss", note)
     train(studio.train_config(tmp_path / "run", steps=1, grounding_steps=2, named_terms=5))
-    assert terms == [None, None, 5, 5]  # the step with actions has grounding frames beside
+    assert terms == [None, None, 5, 5]  # the step with actions also has grounding frames
     with pytest.raises(ConfigError, match="named_terms is -1"):
         studio.train_config(tmp_path / "run", named_terms=-1)
 
@@ -145,7 +146,7 @@ def test_training_continues_from_a_checkpoint(
     settings["decoding"] |= {"watch": "executed", "max_iterations": 2, "confidence": 0.2}
     (student / "config.json").write_text(json.dumps(settings))
     more = replace(config, policy_path=str(student), output_dir=str(tmp_path / "strict"), steps=1)
-    # a student's exit is not its own
+    # the exit of a student is discarded
     assert ceed_vla.load(train(more))[0].config.decoding == DecodingConfig()
 
 
@@ -194,7 +195,7 @@ def test_an_interrupt_inside_a_save_leaves_the_state_before(
         if Path(folder).name != "state_a" or not (tmp_path / "run" / "state_b").exists():
             return original(self, folder)
         if moment == "after":
-            original(self, folder)  # everything is written but for the line that names it
+            original(self, folder)  # all files are written except the line that names the state
         else:
             (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -254,7 +255,7 @@ def test_a_full_disk_is_one_error_and_the_last_state_is_kept(
 
 
 class Recorder:
-    """Records small data sets; raises in the middle of the given call."""
+    """Records small datasets; raises in the middle of the given call."""
 
     def __init__(self, write_dataset: Callable[..., Path], fail_at: int = -1) -> None:
         self.write_dataset, self.fail_at, self.calls = write_dataset, fail_at, 0
@@ -329,7 +330,7 @@ def test_an_output_folder_in_use_is_refused(studio: Any) -> None:
 
 
 def test_nothing_to_resume(studio: Any, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nothing to resume"):
+    with pytest.raises(CheckpointError, match="no run to resume"):
         train(studio.train_config(tmp_path, resume=True))
 
 
@@ -428,7 +429,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_bf16(studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]) -> None:
     from accelerate.state import AcceleratorState
 
-    # one precision a process, says accelerate
+    # accelerate allows one precision per process
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         train(studio.train_config(tmp_path / "run", mixed_precision="bf16", steps=2))

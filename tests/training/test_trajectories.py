@@ -1,5 +1,6 @@
-"""Collected Jacobi trajectories: what they hold, against the policy's own decoding; interrupted
-collections.
+"""Collected Jacobi trajectories, compared with the policy's own decoding.
+
+Collections may be interrupted.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def test_states_end_in_the_autoregressive_block(
         np.testing.assert_array_equal(states[-1], collected.fixed_point[row])
         assert len(states) >= 2
         if len(states) > 2:
-            assert (states[1:] != states[:-1]).any(axis=1).all()  # no state twice in a row
+            assert (states[1:] != states[:-1]).any(axis=1).all()  # no state is repeated
 
 
 def test_every_state_is_one_jacobi_update_of_the_one_before(
@@ -134,7 +135,7 @@ def test_fixed_points_without_states(studio: Any, collected: Trajectories, tmp_p
 def test_thinned_collections(studio: Any, tmp_path: Path) -> None:
     collect(studio.collect_config(tmp_path / "thin", frame_stride=2, max_frames=1, states=False))
     found = read_trajectories(tmp_path / "thin")
-    assert 0 < len(found.frame) < 20  # one episode of each data set is the least
+    assert 0 < len(found.frame) < 20  # the minimum is one episode of each dataset
     assert set(found.root) == {0, 1}
     start = open_dataset(studio.demo).episode.searchsorted(open_dataset(studio.demo).episode)
     demo = found.frame[found.root == 0]
@@ -171,7 +172,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def whole(studio: Any, small_shards: None, tmp_path: Path) -> dict[str, Any]:
-    """Shards of an uninterrupted collection, one an episode."""
+    """Shards of an uninterrupted collection, one per episode."""
     return table_of(collect(studio.collect_config(tmp_path / "whole")))
 
 

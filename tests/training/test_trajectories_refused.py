@@ -1,4 +1,4 @@
-"""Settings and data that `ceed-vla collect` refuses, and trajectories that somebody else wrote."""
+"""Settings and data that `ceed-vla collect` refuses, and foreign trajectories."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_another_teacher_is_refused(studio: Any, tmp_path: Path) -> None:
     [
         ({"output_dir": ""}, "output_dir"),
         ({"roots": ""}, "--roots"),
-        ({"frame_stride": 4}, "does not divide n_action_steps = 2"),
+        ({"frame_stride": 4}, "must divide n_action_steps = 2"),
         ({"frame_stride": 0}, r"frame_stride is 0.*\[1, 1e9\]"),
         ({"max_frames": -5}, "max_frames is -5"),
         ({"batch_size": 0}, "batch_size is 0"),
@@ -84,7 +84,7 @@ def test_nothing_collected(tmp_path: Path) -> None:
         read_trajectories(tmp_path)
 
 
-# ---- files that somebody else wrote --------------------------------------------------------------
+# ---- foreign files ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -216,10 +216,10 @@ def test_shards_that_are_none(studio: Any, copy: Path) -> None:
     with pytest.raises(DatasetError, match="more than one"):
         read_trajectories(copy)
     (copy / "data0-00001.parquet").rename(copy / "data1-00000.parquet")
-    with pytest.raises(DatasetError, match="50 rows of 13"):
+    with pytest.raises(DatasetError, match="50 rows for 13"):
         read_trajectories(copy)
     (copy / "data1-00000.parquet").rename(copy / "notes.parquet")
-    with pytest.raises(DatasetError, match=r"notes\.parquet is no shard"):
+    with pytest.raises(DatasetError, match=r"notes\.parquet is not a shard"):
         read_trajectories(copy)
     (copy / "notes.parquet").unlink()
     shard.write_bytes(shard.read_bytes()[:-300])
@@ -233,7 +233,7 @@ def test_shards_that_are_none(studio: Any, copy: Path) -> None:
 def test_a_shard_of_other_frames_is_not_taken_for_done(studio: Any, copy: Path) -> None:
     file = copy / "data0-00000.parquet"
     pq.write_table(pq.read_table(file).slice(0, 20), file)
-    read_trajectories(copy)  # whoever reads does not know which frames were meant
+    read_trajectories(copy)  # a reader does not have the list of expected frames
     with pytest.raises(DatasetError, match="20 other frames"):
         collect(studio.collect_config(copy, resume=True))
 

@@ -67,6 +67,7 @@ def test_every_command_of_training_is_refused(
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_processes_collect_their_own_shards_side_by_side(studio: Any, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     options = [studio.collect_config(folder, num_shards=2, shard_index=index) for index in range(2)]

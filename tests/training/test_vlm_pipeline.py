@@ -1,6 +1,4 @@
-"""The pipeline on an image-text-to-text model: train, collect, distil, through the command line's
-own entry points.
-"""
+"""The pipeline on an image-text-to-text model: train, collect, distil, by the commands."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ def run(command: str, **flags: Any) -> None:
 def train(
     write_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
-    """Fine-tune a tiny base of a family on a tiny data set; the folder of the run's checkpoint."""
+    """Fine-tune a tiny base of a family on a tiny dataset; return the folder of the checkpoint."""
     from ceed_vla.cli import entry as cli
 
     commands = {

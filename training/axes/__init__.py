@@ -1,3 +1,1 @@
-"""What trains the modules of axes of early exit; one file an axis, named like its folder in
-`ceed_vla.axes`.
-"""
+"""Training of the modules of axes; one file per axis, named like its folder in `ceed_vla.axes`."""

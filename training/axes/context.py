@@ -1,8 +1,7 @@
-"""``ceed-vla context``: learn what a frozen policy needs of its prefix, into a file beside a copy
-of its checkpoint.
+"""``ceed-vla context``: train a scorer of the prefix tokens of a frozen policy.
 
-The scores of dropped tokens learn to add up to how far the policy's own scores at the fixed point
-move without them.
+It is stored in a copy of the policy's checkpoint. The scores of dropped tokens learn to add up to
+the divergence that dropping them causes in the policy's predictions at the fixed point.
 """
 
 from __future__ import annotations
@@ -30,10 +29,9 @@ from ceed_vla.training.optim import cosine_factor
 from ceed_vla.training.settings import RATES, BesideConfig
 
 REPORT = "context.json"
-# of a batch; divergence as good as none; learning rate of places over others
-SUBSETS = 4
-LEAST = 1e-4
-PLACES = 10.0
+SUBSETS = 4  # subsets of dropped tokens per batch
+LEAST = 1e-4  # smallest divergence that is distinguished
+PLACES = 10.0  # learning rate of places over that of other parameters
 
 
 @dataclass
@@ -41,8 +39,7 @@ class ContextConfig(BesideConfig):
     """Settings of `ceed-vla context`.
 
     Attributes:
-        dropped: Most tokens that are dropped together, in random subsets; 1 leaves one out at a
-            time.
+        dropped: Most tokens that are dropped together, in random subsets; 1 drops one at a time.
     """
 
     dropped: int = ranged(1, "[1, 99999]")
@@ -51,8 +48,9 @@ class ContextConfig(BesideConfig):
 
 
 class Scored:
-    """Prefixes of B frames with the policy's fixed points (B, n), and its log-probabilities (B, n,
-    V) there.
+    """Prefixes of B frames, with the policy's fixed points (B, n) and their log-probabilities.
+
+    The log-probabilities are (B, n, V).
     """
 
     def __init__(self, data: DistillData, rows: Any) -> None:
@@ -65,8 +63,10 @@ class Scored:
         self.full = self._behind(self.embeddings)
 
     def without(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Mean KL (B,), and which tokens (B, n) stay, behind the `count` tokens of the highest
-        `scores` (B, N).
+        """Effect of keeping only the `count` prefix tokens of the highest `scores` (B, N).
+
+        Returns:
+            Mean KL (B,), and which tokens (B, n) of the fixed point stay the same.
         """
         own = self._behind(keep_scored(self.backbone, self.embeddings, scores, count))
         apart = F.kl_div(own, self.full, reduction="none", log_target=True).sum(-1).mean(-1)
@@ -77,15 +77,16 @@ class Scored:
 
 
 def context(config: ContextConfig) -> Path:
-    """Train, write a checkpoint with a scorer and what it is worth, and return its folder; raises
-    as `exits` does.
+    """Train a scorer, write a checkpoint with it and a report, and return the checkpoint's folder.
+
+    The errors are those of `exits`.
     """
     with claimed_folder("output_dir", config.output_dir, (), ()) as output:
         return _context(config, output)
 
 
 def _context(config: ContextConfig, output: Path) -> Path:
-    """As `context`, into a folder of its own."""
+    """As `context`, into the claimed folder `output`."""
     torch.manual_seed(config.seed)
     policy, pre, post = load(config.policy_path)
     policy.requires_grad_(False)
@@ -110,7 +111,7 @@ def _context(config: ContextConfig, output: Path) -> Path:
 
 
 def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> None:
-    """Train a scorer on what random subsets of the tokens cost."""
+    """Train a scorer on the divergences that random subsets of dropped tokens cause."""
     rate = {id(scorer.place): PLACES * config.lr}
     groups = [{"params": [p], "lr": rate.get(id(p), config.lr)} for p in scorer.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
@@ -142,8 +143,11 @@ def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> No
 
 
 def held_out(scorer: ContextScorer, frames: Scored, seed: int) -> dict[int, Any]:
-    """Tokens kept -> what ways to choose them cost: mean KL, and the share of tokens that stay,
-    behind right ones.
+    """Compare ways to choose the kept tokens on held-out frames.
+
+    Returns:
+        Number of kept tokens -> way to choose them -> mean KL, and the share of action tokens that
+        stay the same after correct ones.
     """
     (x, may_go, _), scores = frames.tokens, scorer(*frames.tokens)  # (B, N)
     ways = {

@@ -1,10 +1,9 @@
-"""``ceed-vla exits``: train exits of a frozen policy by self-distillation, into a file beside a
-copy of its checkpoint.
+"""``ceed-vla exits``: train early-exit layers of a frozen policy by self-distillation.
 
-An exit learns the policy's own full-depth scores (Balcony) at the fixed point, which it sees from
-there and from the states that inference meets: guesses, and what Jacobi updates make of them. One
-that drafts only ever reads proven tokens, and is better without the states. The policy's weights
-stay bit for bit.
+They are stored in a copy of the policy's checkpoint; its weights stay bit-exact. An exit learns the
+policy's full-depth predictions (Balcony) at the fixed point. Its input is the fixed point, and the
+states that occur in inference: guesses, and guesses after Jacobi updates. An exit for drafts reads
+verified tokens only, and is better without the states.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from ceed_vla.training.settings import BesideConfig
 
 REPORT = "exits.json"
 READS = ("states", "fixed_points")
-FIRST = 0.5  # share of the states that are guesses, which is where an exit is used
+FIRST = 0.5  # share of the states that are guesses, on which exits are used most
 
 
 @dataclass
@@ -48,13 +47,13 @@ class ExitsConfig(BesideConfig):
     """Settings of `ceed-vla exits`.
 
     Attributes:
-        layers: Depths that get an exit, in [1, layers - 1].
-        kind: "linear" (a norm and a residual linear layer), "layer" (a layer of its own and a
-            norm), or "coarse" (as linear, and a branch that reads a token a control step).
-        reads: What the exits learn from: "states" and fixed points, or "fixed_points" alone, for
-            drafts.
+        layers: Depths that get an exit, in [1, number of layers - 1].
+        kind: "linear" (a norm and a residual linear layer), "layer" (a transformer layer and a
+            norm), or "coarse" (as linear, and a branch with one token per control step).
+        reads: Inputs that the exits learn from: "states" and fixed points, or "fixed_points" alone,
+            for drafts.
         guesses: Shares of previous, mid and random guesses.
-        device: Where to train.
+        device: Device to train on.
     """
 
     layers: list[int] = ranged([], "[1, 4096]")
@@ -71,19 +70,20 @@ class ExitsConfig(BesideConfig):
 
 
 def exits(config: ExitsConfig) -> Path:
-    """Train, write a checkpoint with exits and what they are worth, and return its folder.
+    """Train exits, write a checkpoint with them and a report, and return the checkpoint's folder.
 
     Raises:
-        ConfigError: Bad settings, a folder that is not empty, or a model that can have no exits.
-        DatasetError: Data sets that do not fit.
-        CheckpointError: A checkpoint that cannot be loaded or written.
+        ConfigError: The settings are invalid, the folder is not empty, or the model cannot have
+            exits.
+        DatasetError: The datasets do not match the policy.
+        CheckpointError: A checkpoint cannot be loaded or written.
     """
     with claimed_folder("output_dir", config.output_dir, (), ()) as output:
         return _exits(config, output)
 
 
 def _exits(config: ExitsConfig, output: Path) -> Path:
-    """As `exits`, into a folder of its own."""
+    """As `exits`, into the claimed folder `output`."""
     check_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -96,7 +96,8 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
     policy.backbone.exits = made = make_exits(policy.backbone, config.layers, config.kind)
     if any(p.dtype != torch.float32 for own in made.values() for p in own.parameters()):
         raise ConfigError(
-            "--kind layer would learn in half precision, which rounds it away; train linear ones."
+            "--kind layer would learn in half precision, which rounds updates away; use --kind "
+            "linear."
         )
     sizes = {"eval_frames": config.eval_frames, "streaming": config.streaming, "seed": config.seed}
     data = OnlineData(
@@ -139,18 +140,25 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
     for depth, found in worth.items():
         print(
             f"{depth} layers: {found['same']:.1%} of the fixed point from a guess, "
-            f"{found['near']:.1%} within 2 bins, {found['drafts']:.1%} behind right tokens"
+            f"{found['near']:.1%} within 2 bins, {found['drafts']:.1%} after correct tokens"
         )
     print(f"Written: {output / EXITS}")
     return output
 
 
 def divergences(backbone: Any, embeddings: Any, blocks: list[Tensor]) -> dict[int, Tensor]:
-    """Depth -> mean KL of an exit's scores on the `blocks`, each (B, n), from the full depth's on
-    the first of them.
+    """Mean KL between the predictions of exits and those of the full depth.
 
-    That is the fixed point; so from a state it learns where that leads, not what one more iteration
-    makes of it.
+    The target is the full-depth prediction on the first block, the fixed point. So an exit learns
+    to predict the fixed point from a state, not the result of one more iteration.
+
+    Args:
+        backbone: The model, with exits.
+        embeddings: Prefix embeddings.
+        blocks: The fixed point and states, each (B, n).
+
+    Returns:
+        Depth -> mean KL over all blocks.
     """
     with torch.no_grad():
         full = (
@@ -171,10 +179,11 @@ def divergences(backbone: Any, embeddings: Any, blocks: list[Tensor]) -> dict[in
 
 @torch.no_grad()
 def held_out(policy: Any, data: OnlineData, shares: Any, seed: int) -> dict[int, dict[str, float]]:
-    """Depth -> shares of the fixed points' tokens that it finds, on held-out frames; all layers,
-    too.
+    """Share of the fixed points' tokens that each depth predicts on held-out frames.
 
-    From a guess: the "same", and those "near" (2 bins); behind the right ones: "drafts".
+    Returns:
+        Depth (exits and all layers) -> shares: from a guess, the "same" tokens and those "near"
+        (within 2 bins); after correct tokens, "drafts".
     """
     draw: StateDraw = draw_states(
         policy, len(data.held_out), shares, 0, np.random.default_rng(seed)

@@ -1,13 +1,15 @@
-"""``ceed-vla reinforce``: learn when to exit from what becomes of episodes (S-GRPO, arXiv
+"""``ceed-vla reinforce``: learn when to exit from the outcomes of episodes (S-GRPO, arXiv
 2505.07686).
 
-A decode path is a serial group: one state a forward, each driven to the end of the episode from the
-same state of the simulator. A state's reward is success times ``decay ** forwards``; its advantage
-is that over the group's mean. What leaving and staying are worth in every state is then known, and
-a head learns to choose. The policy's weights stay.
+The states of one decode path, one per forward, form a serial group. From each state, the episode is
+rolled out to its end, from the same state of the simulator. The reward of a state is success times
+``decay ** forwards``; its advantage is the difference to the group's mean. These give the values of
+leaving and of staying in every state, from which a head learns to choose. The policy's weights do
+not change.
 
-Most groups end alike. So half of them are of seeds where one forward and many do not fare alike,
-weighted back to their share, which keeps the expectation and cuts its noise.
+In most groups all states have the same outcome. Therefore half of the groups are drawn from seeds
+where the outcomes of one forward and of many differ. Weights correct for this share, so that the
+expectation stays the same and its variance is smaller.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ from ceed_vla.outputs import claimed_folder
 REPORT = "reinforce.json"
 GROUPS = "groups.jsonl"
 LEARNED = "learned"
-# conf0.2: the least certain slot's log-odds above those of 0.2
+# conf0.2: leave if the log-odds of the least certain slot exceed those of 0.2
 START = np.array([1.0, 0.0, 0.0, 0.0, 1.386])
-SWEEPS = 4  # what staying is worth depends on the head
-LARGEST = 99.0  # weight that a name holds
+SWEEPS = 4  # fits, because the value of staying depends on the head
+LARGEST = 99.0  # largest weight in the name of a decoder
 DIFFER, ALIKE = "differ", "alike"
 MOST_GROUPS = 2**26  # [bytes] of a file of groups
-MOST_STATES = 64  # of a group; the largest --cap
+MOST_STATES = 64  # in a group; the largest --cap
 Rollouts = Any  # ceed_vla.sim.axes.learned.SerialGroups: training never imports the simulation
 
 
@@ -50,21 +52,21 @@ class ReinforceConfig(Checked):
     """Settings of `ceed-vla reinforce`.
 
     Attributes:
-        policy_path: The policy, whose weights stay.
-        output_dir: A new folder for a copy of it that knows the decoding "learned", and
+        policy_path: Checkpoint of the policy, whose weights do not change.
+        output_dir: New folder for a copy of the checkpoint with the decoder "learned", and
             reinforce.json.
-        cap: Most forwards; states of a group.
-        decay: Of the reward with every forward. A chunk that goes wrong costs an episode rarely:
-            0.99 is worth one episode in a hundred for every chunk that leaves one forward earlier.
-        rounds: Groups are driven by the head that the round before learnt; all of them teach.
-        groups: Groups a round.
-        scouts: Episodes that show where outcomes differ.
-        groups_from: Folder of another run, whose groups teach; nothing is rolled out. To try other
-            settings below.
-        leash: Weight of straying (cross-entropy of each choice) from the head that a run starts
-            with, `conf0.2`.
+        cap: Most forwards of a chunk, and states of a group.
+        decay: Factor of the reward for each forward. With 0.99, leaving one forward earlier in
+            every chunk is worth one episode in a hundred.
+        rounds: Rounds of rollouts with the head of the round before; each fit uses all groups.
+        groups: Groups per round.
+        scouts: Episodes that are run to find the seeds where outcomes differ.
+        groups_from: Folder of another run, whose groups are used instead of new rollouts, to try
+            other settings below.
+        leash: Weight of the deviation (cross-entropy of each choice) from the head at the start,
+            `conf0.2`.
         seed: First seed; those of takeovers, 30000 to 39999, are for training.
-        steps: Most steps of each fit.
+        steps: Most optimiser steps of each fit.
     """
 
     policy_path: str = ""
@@ -82,9 +84,9 @@ class ReinforceConfig(Checked):
 
 @dataclass
 class Strata:
-    """Seeds by whether outcomes differ there."""
+    """Seeds by whether the outcomes of one forward and of many differ."""
 
-    # Of every stratum (seed, task, chunks).
+    # (seed, task, chunks) of the episodes in every stratum
     episodes: dict[str, list[tuple[int, str, int]]] = field(
         default_factory=lambda: {DIFFER: [], ALIKE: []}
     )
@@ -93,8 +95,9 @@ class Strata:
     solved: dict[str, float] = field(default_factory=dict)
 
     def weight(self, stratum: str, drawn: int, total: int) -> float:
-        """Of each of `drawn` groups among `total`: its stratum's share of chunks over its share of
-        the groups.
+        """Weight of a group: its stratum's share of the chunks over its share of the groups.
+
+        `drawn` of `total` groups are of this stratum.
         """
         chunks = {
             name: sum(count for _, _, count in episodes) for name, episodes in self.episodes.items()
@@ -103,28 +106,29 @@ class Strata:
 
 
 def reinforce(config: ReinforceConfig, rollouts: Rollouts) -> Path:
-    """Learn a head, write a copy of the policy that knows it, and return its folder.
+    """Learn a head, write a copy of the policy with it, and return the folder.
 
     Raises:
-        ConfigError: Bad settings, or a folder that is not empty.
-        CheckpointError: A checkpoint that cannot be loaded.
-        DatasetError: No groups in `groups_from`.
-        SimulationError: An environment that cannot go on from a state it was in.
+        ConfigError: The settings are invalid, or the folder is not empty.
+        CheckpointError: The checkpoint cannot be loaded.
+        DatasetError: There are no groups in `groups_from`.
+        SimulationError: The environment cannot restore an earlier state.
     """
     with claimed_folder("output_dir", config.output_dir, (), ()) as output:
         return _reinforce(config, rollouts, output)
 
 
 def _reinforce(config: ReinforceConfig, rollouts: Rollouts, output: Path) -> Path:
-    """As `reinforce`, into a folder of its own."""
+    """As `reinforce`, into the claimed folder `output`."""
     old = config.groups_from
-    # what is wrong with them is said at once
+    # read before the policy, so that errors come at once
     found = read_groups(Path(old) / GROUPS) if old else None
     policy, pre, post = load(config.policy_path)
-    policy.requires_grad_(False)  # nor is any weight saved as trained
+    policy.requires_grad_(False)  # so that no weight is saved as trained
     if policy.tokenizer.tokens_per_step is None:
         raise ConfigError(
-            "Tokens of variable length belong to no step: no exit is learnt for them."
+            "The policy's tokens have variable length and belong to no step; an exit is learnt for "
+            "fixed-length blocks only."
         )
 
     def named(head: NDArray[np.float64]) -> str:
@@ -154,7 +158,7 @@ def _reinforce(config: ReinforceConfig, rollouts: Rollouts, output: Path) -> Pat
                 bar.update()
         if not groups:
             raise ConfigError(
-                f"--groups is {config.groups}, and none reached its decision; give more of them."
+                f"--groups is {config.groups}, but no group reached its decision; increase it."
             )
         table = tabulated(config, groups, strata)
         head = learn(config, table)
@@ -180,12 +184,14 @@ def line_of(item: Any) -> str:
 
 
 def read_groups(file: Path) -> tuple[Strata, list[Group]]:
-    """The groups of another run, also of one that was killed in mid-line; `DatasetError` for a file
-    that has none.
+    """Read the groups of another run, also of one that was killed while it wrote a line.
+
+    Raises:
+        DatasetError: The file is missing or damaged, or has no groups.
     """
     if not file.exists():
         raise DatasetError(
-            f"There is no {file}: --groups_from is the folder of another run of `ceed-vla "
+            f"There is no {file}; --groups_from must be the folder of another run of `ceed-vla "
             "reinforce`."
         )
     lines = read_text(file, DatasetError, most=MOST_GROUPS).splitlines(keepends=True)
@@ -203,7 +209,7 @@ def read_groups(file: Path) -> tuple[Strata, list[Group]]:
 
 
 def _strata_of(values: Any) -> Strata:
-    """The first line of a file of groups; `ValueError`, or what a value of another kind raises."""
+    """Parse the first line of a file of groups; wrong types raise `ValueError` or other errors."""
     of = {int(seed): name for seed, name in values["of"].items()}
     episodes = {name: list(map(tuple, found)) for name, found in values["episodes"].items()}
     strata = Strata(episodes, of, values["solved"])
@@ -218,12 +224,12 @@ def _strata_of(values: Any) -> Strata:
         == {(seed, name) for name, found in episodes.items() for seed, _, _ in found}
     )
     if not fits:
-        raise ValueError("its first line does not say which episodes differ")
+        raise ValueError("its first line must list which episodes differ")
     return strata
 
 
 def _group_of(values: Any, strata: Strata) -> Group:
-    """A line of a file of groups; `ValueError`, or what a value of another kind raises."""
+    """Parse a line of a file of groups; wrong types raise `ValueError` or other errors."""
     group = Group(values["seed"], np.array(values["features"], dtype=float), values["solved"])
     fits = (
         type(group.seed) is int
@@ -235,12 +241,15 @@ def _group_of(values: Any, strata: Strata) -> Group:
         and bool(np.isfinite(group.features).all())
     )
     if not fits:
-        raise ValueError("a line is no group of its episodes")
+        raise ValueError("a line is not a group of its episodes")
     return group
 
 
 def scout(config: ReinforceConfig, rollouts: Rollouts) -> Strata:
-    """Where one forward and many fare differently, or both fail."""
+    """Run episodes to find the seeds where the outcomes of one forward and of many differ.
+
+    Seeds where both fail count as different, too.
+    """
     one = "cap1"
     many = f"cap{config.cap}"
     seeds = range(config.seed, config.seed + config.scouts)
@@ -266,8 +275,10 @@ def scout(config: ReinforceConfig, rollouts: Rollouts) -> Strata:
 def drawn(
     config: ReinforceConfig, strata: Strata, random: np.random.Generator
 ) -> list[tuple[int, str, int]]:
-    """Decisions (seed, task, chunks before): half of each stratum that there is, episodes by their
-    chunks.
+    """Draw decisions (seed, task, chunks before), half of them from each stratum.
+
+    Episodes are drawn in proportion to their chunks. If a stratum is empty, all decisions are from
+    the other.
     """
     there = [episodes for episodes in strata.episodes.values() if episodes]
     found = []
@@ -283,7 +294,7 @@ def drawn(
 
 @dataclass
 class Table:
-    """All groups side by side, filled up to the longest: G groups of K states."""
+    """All groups as tensors, padded to the longest: G groups of K states."""
 
     seen: Tensor  # features and a one for the bias, (G, K, F + 1)
     advantage: Tensor  # (G, K)
@@ -291,14 +302,14 @@ class Table:
     weight: Tensor  # (G,) of the groups
 
     def chances(self, head: Tensor) -> Tensor:
-        """Chances (G, K) that a head (F + 1,) leaves in each state; in the last one it must."""
+        """Probabilities (G, K) that a head (F + 1,) leaves in each state; it must in the last."""
         leave = torch.sigmoid(self.seen @ head)
         leave = torch.where(torch.arange(leave.shape[1]) >= self.last[:, None], 1.0, leave)
         stay = torch.cat([torch.ones_like(leave[:, :1]), (1 - leave[:, :-1]).cumprod(1)], dim=1)
         return leave * stay
 
     def staying(self, head: Tensor) -> Tensor:
-        """What staying in each state is worth (G, K): the advantage where `head` then leaves."""
+        """Value of staying in each state (G, K): the expected advantage if `head` then decides."""
         leave = torch.sigmoid(self.seen @ head)
         worth = self.advantage[:, -1]
         found = [torch.zeros_like(self.advantage[:, -1])]
@@ -309,13 +320,15 @@ class Table:
         return torch.stack(found, dim=1)
 
     def expected(self, chances: Tensor, values: Tensor) -> Tensor:
-        """The weighted mean of what `values` (G, K), or (K,), are where each group is left."""
+        """Weighted mean of `values` (G, K) or (K,) in the states where the groups are left."""
         return (self.weight * (chances * values).sum(1)).mean()
 
 
 def tabulated(config: ReinforceConfig, groups: Sequence[Group], strata: Strata) -> Table:
-    """Features and advantages; groups whose states do the same are taken to be solved as often as
-    their stratum.
+    """Tabulate features and advantages.
+
+    Groups whose states all act alike are not rolled out; their reward is the success rate of their
+    stratum.
     """
     count = len(groups)
     longest = max(len(g.solved) for g in groups)
@@ -339,17 +352,17 @@ def tabulated(config: ReinforceConfig, groups: Sequence[Group], strata: Strata) 
 
 
 def learn(config: ReinforceConfig, table: Table) -> NDArray[np.float64]:
-    """The head (F + 1,) that leaves where leaving is worth more than staying, on its leash.
+    """Fit a head (F + 1,) that leaves if leaving is worth more than staying, regularised.
 
-    Chances saturate, and their gradient with them: a head that never leaves would stay one. So each
-    sweep solves the classification that the present head poses: in each state to leave or to stay,
-    weighted by what is at stake. The logistic loss is convex and has the same best head where the
-    features suffice.
+    Direct gradient ascent fails, because probabilities saturate, and the gradient vanishes for a
+    head that never leaves. Therefore each sweep solves a classification for the present head: to
+    leave or to stay in each state, weighted by the difference in value. The logistic loss is
+    convex, and has the same optimum if the features suffice.
     """
     start = torch.from_numpy(START)
     head = start.clone()
     usual = torch.sigmoid(table.seen @ start)
-    # in the last state nothing is chosen
+    # in the last state there is no choice
     inner = torch.arange(usual.shape[1]) < table.last[:, None]
     for _ in range(SWEEPS):
         stake = table.weight[:, None] * (table.advantage - table.staying(head)) * inner  # (G, K)
@@ -367,14 +380,12 @@ def learn(config: ReinforceConfig, table: Table) -> NDArray[np.float64]:
 
         optimizer.step(loss)  # type: ignore[no-untyped-call]
         head = head.detach()
-    head *= min(1.0, LARGEST / float(head.abs().max()))  # a rule asks for the sign alone
+    head *= min(1.0, LARGEST / float(head.abs().max()))  # the rule uses only the sign
     return head.numpy().round(2)
 
 
 def described(groups: Sequence[Group], table: Table, head: NDArray[np.float64]) -> dict[str, Any]:
-    """For the report: the groups, and what the heads of the start and of the end are expected to
-    do.
-    """
+    """Entry of the report: the groups, and expectations of the heads at start and end."""
     ran = [group for group in groups if group.solved[0] is not None]
     forwards = torch.arange(1.0, table.seen.shape[1] + 1, dtype=torch.float64)
     heads = [table.chances(torch.from_numpy(weights)) for weights in (START, head)]

@@ -1,4 +1,4 @@
-"""The axis of context."""
+"""Registration of the context axis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ceed_vla.axes.context.scorer import CONTEXT, load_context, save_context
 
 
 def bench_rows(config: Any, folder: Path) -> list[str]:
-    """A row for a policy with a scorer of prefix tokens."""
+    """One row for a policy with a scorer of prefix tokens."""
     return ["keep24_conf0.2_cap2"] if (folder / CONTEXT).is_file() else []
 
 

@@ -1,6 +1,4 @@
-"""Context: Jacobi decoding behind the tokens that matter most of the prefix:
-``keep24_conf0.2_cap2``.
-"""
+"""Context: Jacobi decoding behind the prefix tokens that score best: ``keep24_conf0.2_cap2``."""
 
 from __future__ import annotations
 
@@ -22,16 +20,16 @@ from ceed_vla.errors import ConfigError
 
 @dataclass(frozen=True)
 class KeepOptions(Options):
-    """Prefix tokens that run, of those that may go."""
+    """Number of prefix tokens that are kept, of those that can be dropped."""
 
     kept: int
 
 
 def prefill_kept(backbone: Any, batch: dict[str, Tensor], options: KeepOptions) -> Prefix:
-    """Run the prefix tokens that score best, if more may go.
+    """Run the prefix tokens that score best, if there are more than are to be kept.
 
     Raises:
-        ConfigError: The policy has no scorer of so many tokens.
+        ConfigError: The policy has no scorer for this number of tokens.
     """
     embeddings = backbone.embed_prefix(batch)
     x, may_go, stays = backbone.prefix_tokens(embeddings)
@@ -39,7 +37,7 @@ def prefill_kept(backbone: Any, batch: dict[str, Tensor], options: KeepOptions) 
     if dropped and [len(scorer.place) for scorer in backbone.context] != [options.kept + dropped]:
         raise ConfigError(
             f"Keeping {options.kept} of {options.kept + dropped} prefix tokens needs a checkpoint "
-            f"whose {CONTEXT} scores so many: ceed-vla context."
+            f"whose {CONTEXT} scores {options.kept + dropped}; train one with ceed-vla context."
         )
     if dropped:
         scores = backbone.context[0](x, may_go, stays)  # (B, N)
@@ -52,7 +50,7 @@ def prefill_kept(backbone: Any, batch: dict[str, Tensor], options: KeepOptions) 
 @register_decoder(
     r"keep(?P<kept>[1-9]\d{0,4})",
     "keep<K>",
-    "K best prefix tokens",
+    "runs only the K best prefix tokens",
     ("keep32", "keep24", "keep16"),
     options=KeepOptions,
     relaxes=True,
@@ -61,8 +59,8 @@ def prefill_kept(backbone: Any, batch: dict[str, Tensor], options: KeepOptions) 
 )
 @torch.no_grad()
 def decode_kept(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """`decode_jacobi`; where tokens were left out, nothing is proven about the whole prefix (arXiv
-    2412.12559).
+    """Run `decode_jacobi`; with dropped prefix tokens, the result proves nothing about the whole
+    prefix (arXiv 2412.12559).
     """
     result = decode_jacobi(backbone, prefix, request)
     if prefix.dropped:

@@ -1,4 +1,4 @@
-"""Context: which tokens of a prefix run, by a module of its own beside frozen weights."""
+"""Context: a module that scores prefix tokens; the policy's weights stay frozen."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ceed_vla.weights import copy_weights, opened
 
 
 class ContextScorer(nn.Module):
-    """How far the policy's scores would move without a prefix token, judged in its context (EXIT,
-    arXiv 2412.12559).
+    """Predicts how far the policy's logits move without a prefix token, from the token and its
+    context (EXIT, arXiv 2412.12559).
     """
 
     def __init__(self, width: int, tokens: int) -> None:
@@ -28,17 +28,24 @@ class ContextScorer(nn.Module):
         self.own = nn.Linear(width, 64)
         self.context = nn.Linear(2 * width, 64, bias=False)
         self.out = nn.Linear(64, 1, bias=False)
-        # (N,) what a token's place says alone
+        # (N,) the part of the score that depends on the token's place alone
         self.place = nn.Parameter(torch.full((tokens,), 1 / tokens).log())
         nn.init.normal_(self.out.weight, std=1e-3)
 
     def forward(self, x: Tensor, may_go: Tensor, stays: Tensor) -> Tensor:
-        """Scores (B, N) of the tokens of x (B, P, d) that `may_go` (B, P); others stay, or are
-        padding.
+        """Score the prefix tokens that can be dropped.
+
+        Args:
+            x: (B, P, d) the prefix tokens.
+            may_go: (B, P) bool, the N tokens of each row that can be dropped.
+            stays: (B, P) bool, tokens that always run; all others are padding.
+
+        Returns:
+            Scores (B, N).
         """
         x = self.norm(x.to(self.place.dtype))
         marks = torch.stack([may_go | stays, stays], dim=1).to(x.dtype)  # (B, 2, P)
-        # (B, 2 d), of all and of what stays
+        # (B, 2 d), the means of all tokens and of those that stay
         seen = (marks @ x / marks.sum(-1, keepdim=True).clamp(min=1)).flatten(1)
         own = self.own(x[may_go].view(len(x), len(self.place), -1)) + self.context(seen).unsqueeze(
             1
@@ -47,8 +54,8 @@ class ContextScorer(nn.Module):
 
 
 def keep_scored(backbone: Any, embeddings: Any, scores: Tensor, count: int) -> Any:
-    """`embeddings` with the `count` tokens of the highest `scores` (B, N), and all that may not go,
-    in order.
+    """Reduce `embeddings` to the `count` tokens with the highest `scores` (B, N) and all tokens
+    that always run, in order.
     """
     may_go = backbone.prefix_tokens(embeddings)[1]
     ranked = torch.full(may_go.shape, torch.inf, device=scores.device)  # (B, P)
@@ -58,15 +65,17 @@ def keep_scored(backbone: Any, embeddings: Any, scores: Tensor, count: int) -> A
 
 
 def save_context(backbone: Any, folder: Path) -> None:
-    """Write the scorer of a backbone; without one, remove that of another policy."""
+    """Write the scorer of a backbone into a folder; without one, remove an earlier policy's."""
     (folder / CONTEXT).unlink(missing_ok=True)
     for scorer in backbone.context:
         save_file(scorer.state_dict(), folder / CONTEXT)
 
 
 def load_context(backbone: Any, folder: Path) -> None:
-    """Attach the scorer of a checkpoint's folder, if there is one; `CheckpointError` for another
-    model's, or damage.
+    """Attach the scorer of a checkpoint folder to a backbone, if there is one.
+
+    Raises:
+        CheckpointError: The file is damaged, or belongs to another model.
     """
     file = folder / CONTEXT
     if not file.exists(follow_symlinks=False):
@@ -76,8 +85,8 @@ def load_context(backbone: Any, folder: Path) -> None:
         places = tensors.get_slice("place").get_shape() if "place" in names else []
     if len(places) != 1 or places[0] < 1:
         raise CheckpointError(
-            f"{file} scores places of shape {tuple(places)}; a scorer has one number for every "
-            "token that may go. Copy the checkpoint again."
+            f"{file} scores places of shape {tuple(places)}; it must have one number per prefix "
+            "token that can be dropped. Copy the checkpoint again."
         )
     with raised_as(
         CheckpointError, f"{file} does not belong to this model", "copy it again.", passing=()

@@ -1,3 +1,5 @@
-"""Depth: forwards of the first layers alone, read by exits (ASE, Balcony, DSSD, DeeR-VLA)."""
+"""Depth: forwards through the first layers, which early-exit layers read (ASE, Balcony, DSSD,
+DeeR-VLA).
+"""
 
 REQUIRES: tuple[str, ...] = ()

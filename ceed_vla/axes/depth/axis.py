@@ -1,4 +1,4 @@
-"""The axis of depth."""
+"""Registration of the depth axis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ceed_vla.axes.exit_file import described_exits
 
 
 def bench_rows(config: Any, folder: Path) -> list[str]:
-    """What a policy with exits can: the rows of Balcony and ASE, DSSD and DeeR-VLA."""
+    """Rows for a policy with early-exit layers: Balcony and ASE, DSSD, DeeR-VLA."""
     kind, depths = described_exits(folder)
     rows = [f"depth{depth}_cap2_fresh" for depth in depths]
     if kind == "linear":

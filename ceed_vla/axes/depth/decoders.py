@@ -1,14 +1,14 @@
-"""Decoders whose first forwards run a few layers: Jacobi decoding starts from their tokens, or they
-are enough.
+"""Decoders whose first forwards run a few layers; Jacobi decoding continues from their tokens, if
+those do not suffice.
 
     depth2_cap2             2 layers, then a full forward from their tokens (as in ASE)
     depth1-2_cap3           1 layer, then 2, then a full forward
-    deer3t0.7_conf0.2_cap2  rows whose exits behind 2 and 3 layers agree are done (DeeR-VLA); others
-                            run the other layers too, and go on
-    sure3p0.3_conf0.2_cap2  the same for rows whose exit behind 3 layers is confident (DSSD)
+    deer3t0.7_conf0.2_cap2  rows end where the exits behind 2 and 3 layers agree (DeeR-VLA); other
+                            rows run the remaining layers and continue
+    sure3p0.3_conf0.2_cap2  rows end where the exit behind 3 layers is confident (DSSD)
 
-A shallow forward proves nothing and commits nothing: the next one writes all again. So `depth`
-without an exit is exact.
+A shallow forward proves and commits nothing: the next forward overwrites its keys and values. So
+`depth` without an exit rule is exact.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ceed_vla.errors import ConfigError
 
 @dataclass(frozen=True)
 class DepthOptions(Options):
-    """Layers of the first forwards, one number each."""
+    """Numbers of layers, one per shallow forward."""
 
     depths: Numbers
 
@@ -50,18 +50,19 @@ class DepthOptions(Options):
 @register_decoder(
     r"depth(?P<depths>\d+(-\d+)*)",
     "depth<K>",
-    "K layers, then Jacobi; K-L: K, L",
+    "first forward through K layers; K-L: K, then L",
     ("depth{exit}",),
     options=DepthOptions,
     needs=(ReadsDepths,),
 )
 @torch.no_grad()
 def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """Jacobi decoding whose first forwards run ``K``, ... layers and their exits; a cap counts
-    them.
+    """Jacobi decoding whose first forwards run only the first ``K``, ... layers and their exits.
+
+    A cap counts these forwards.
 
     Raises:
-        ConfigError: A backbone of fewer layers, or a cap that leaves no full forward; and as
+        ConfigError: The backbone has fewer layers, or the cap leaves no full forward; and as
             `decode_jacobi`.
     """
     reader = require(backbone, ReadsDepths, request.config.method)
@@ -73,7 +74,9 @@ def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
 
 
 def cut_prefill(backbone: Any, batch: dict[str, Tensor], options: Any) -> Prefix:
-    """Run the prefix as far as the first forward goes, where the model can."""
+    """Run the prefix through the layers of the shallow forward; through all layers if the model
+    cannot cut a prefix.
+    """
     if not offers(backbone, CutsPrefix):
         return backbone.prefill(batch)  # type: ignore[no-any-return]
     return backbone.prefill_to(batch, options.depth)  # type: ignore[no-any-return]
@@ -81,7 +84,7 @@ def cut_prefill(backbone: Any, batch: dict[str, Tensor], options: Any) -> Prefix
 
 @dataclass(frozen=True)
 class DeerOptions(Options):
-    """The deeper of the two exits that must agree, and the mean distance that is agreement."""
+    """The deeper of the two exits, and the mean distance [bins] up to which they agree."""
 
     depth: int
     bins: float
@@ -90,7 +93,7 @@ class DeerOptions(Options):
 @register_decoder(
     r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)",
     "deer<K>t<D>",
-    "or two exits agree",
+    "ends when two early exits agree within D bins",
     ("deer{exit}t0.5", "deer{exit}t1", "deer{exit}t2", "deer{exit}t3"),
     options=DeerOptions,
     relaxes=True,
@@ -100,19 +103,20 @@ class DeerOptions(Options):
 )
 @torch.no_grad()
 def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """One forward of ``K`` layers; where two exits agree on the watched slots, that is all (arXiv
+    """Run one forward of ``K`` layers; rows whose two exits agree on the watched slots end (arXiv
     2411.02359).
 
-    The prefix has only run that far too, and rows that go on continue prefix and forward, where the
-    backbone can; elsewhere the prefix is whole, and their forward begins again.
+    If the backbone can cut a prefix, the prefix runs ``K`` layers too, and the other rows continue
+    prefix and forward from there. Otherwise the prefix runs all layers, and the forward of the
+    other rows starts over.
 
     Raises:
-        ConfigError: A backbone of fewer layers; and as `decode_jacobi`.
+        ConfigError: The backbone has fewer layers; and as `decode_jacobi`.
     """
     options: DeerOptions = request.options
 
-    def agree(tokens: Tensor, scores: Sequence[Tensor], given: int, watched: int) -> Tensor:
-        lower, upper = (next_state(tokens, logits, given)[:, given:watched] for logits in scores)
+    def agree(tokens: Tensor, scores: Sequence[Tensor], frozen: int, watched: int) -> Tensor:
+        lower, upper = (next_state(tokens, logits, frozen)[:, frozen:watched] for logits in scores)
         return (lower - upper).abs().double().mean(1) <= options.bins
 
     depths = (options.depth - 1, options.depth)
@@ -121,7 +125,7 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
 
 @dataclass(frozen=True)
 class SureOptions(Options):
-    """The exit that decides, and the confidence that it needs."""
+    """Depth of the exit that decides, and the confidence that it needs."""
 
     depth: int
     confidence: float
@@ -130,7 +134,7 @@ class SureOptions(Options):
 @register_decoder(
     r"sure(?P<depth>\d+)p(?P<confidence>0?\.\d+|0|1(?:\.0*)?)",
     "sure<K>p<P>",
-    "or an exit is sure",
+    "ends when an early exit is confident",
     tuple(f"sure{{exit}}p{confidence}" for confidence in (0.7, 0.5, 0.4, 0.3, 0.2, 0.1)),
     options=SureOptions,
     relaxes=True,
@@ -140,16 +144,17 @@ class SureOptions(Options):
 )
 @torch.no_grad()
 def decode_sure(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """As `decode_deer`, for rows whose exit behind ``K`` layers is as confident as ``conf<P>``
-    requires of all layers.
+    """As `decode_deer`, but rows end if the exit behind ``K`` layers is confident.
+
+    Confidence is that of ``conf<P>``.
     """
     options: SureOptions = request.options
 
-    def sure(tokens: Tensor, scores: Sequence[Tensor], given: int, watched: int) -> Tensor:
-        first = max(given, 1)
-        logits = scores[0][:, first - 1 : watched - 1]
-        mass = mass_near(logits, logits.argmax(-1))  # (B, watched - first)
-        if not given:
+    def sure(tokens: Tensor, scores: Sequence[Tensor], frozen: int, watched: int) -> Tensor:
+        start = max(frozen, 1)
+        logits = scores[0][:, start - 1 : watched - 1]
+        mass = mass_near(logits, logits.argmax(-1))  # (B, watched - start)
+        if not frozen:
             mass = torch.cat([mass_near(prefix.logits[:, None], tokens[:, :1]), mass], dim=1)
         if not mass.shape[1]:
             return torch.ones_like(tokens[:, 0], dtype=torch.bool)
@@ -158,7 +163,8 @@ def decode_sure(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     return _first_or_more(backbone, prefix, request, (options.depth,), sure, "depth_sure")
 
 
-# State (B, n), scores (B, n - 1, V) at every depth, frozen slots, watched slots -> rows (B,) done.
+# State (B, n), logits (B, n - 1, V) at every depth, number of frozen slots, end of the watched
+# slots -> rows (B,) that end.
 Ends = Callable[[Tensor, Sequence[Tensor], int, int], Tensor]
 
 
@@ -170,36 +176,38 @@ def _first_or_more(
     ends: Ends,
     reason: str,
 ) -> DecodeResult:
-    """A forward of the deepest of `depths`, then Jacobi decoding for rows that it does not end."""
+    """A forward of the deepest of `depths`, then Jacobi decoding for the rows that did not end."""
     request = request.begun()
     depth = depths[-1]
     _check_layers(backbone, request, depths[0], depth)
     if request.tokens_per_step is None or not request.ordered or request.record_states:
         raise ConfigError(
-            "deer and sure keep no states, and need tokens that are bins, a fixed number; use "
-            "jacobi."
+            "deer and sure need a fixed number of tokens, neighbouring tokens that stand for "
+            "neighbouring actions, and record_states=False; use jacobi."
         )
-    tokens, given, watched = request.begin(backbone, prefix)  # (B, n)
+    tokens, frozen, watched = request.begin(backbone, prefix)  # (B, n)
     reader = require(backbone, ComparesDepths, request.config.method)
     scores, hidden = reader.depth_logits(prefix, tokens[:, :-1], depths)
     largest = [prefix.logits.amax(-1, keepdim=True), *(found.amax(-1) for found in scores)]
     check_rows(row_sums(torch.cat(largest, dim=1)).cpu().numpy())
-    done = ends(tokens, scores, given, watched).cpu()  # (B,)
+    done = ends(tokens, scores, frozen, watched).cpu()  # (B,)
     cut = isinstance(prefix, CutPrefix)
-    first = _shallow_result(next_state(tokens, scores[-1], given), depth, reason)
-    first.exact_tokens.fill_(given if cut else max(given, 1))
-    first.prefix_layers = torch.full_like(first.iterations, depth if cut else backbone.num_layers)
+    shallow = _shallow_result(next_state(tokens, scores[-1], frozen), depth, reason)
+    shallow.exact_tokens.fill_(frozen if cut else max(frozen, 1))
+    shallow.prefix_layers = torch.full_like(
+        shallow.iterations, depth if cut else backbone.num_layers
+    )
     if done.all():
-        return first
+        return shallow
     whole = backbone.extend(prefix) if cut else prefix  # type: ignore[attr-defined]
     going = _Continued(backbone, tokens[:, :-1], hidden, depth, cut)
-    more = decode_jacobi(going, whole, request)
-    more.layer_forwards = more.iterations * backbone.num_layers + depth * going.again
-    return _joined(first, more, done, backbone.num_layers)
+    full = decode_jacobi(going, whole, request)
+    full.layer_forwards = full.iterations * backbone.num_layers + depth * going.again
+    return _joined(shallow, full, done, backbone.num_layers)
 
 
 def _shallow_result(state: Tensor, depth: int, reason: str) -> DecodeResult:
-    """The result of rows (B, n) for which one forward of `depth` layers is enough."""
+    """The result of rows (B, n) that end after one forward of `depth` layers."""
     ones = torch.ones(len(state), dtype=torch.int64)
     return DecodeResult(
         tokens=state,
@@ -212,25 +220,28 @@ def _shallow_result(state: Tensor, depth: int, reason: str) -> DecodeResult:
     )
 
 
-def _joined(first: DecodeResult, more: DecodeResult, done: Tensor, num_layers: int) -> DecodeResult:
-    """Rows that are `done` (B,) of the first result, the others of the second."""
-    first.forwards = more.forwards
-    first.tokens = torch.where(done.to(first.tokens.device).unsqueeze(1), first.tokens, more.tokens)
+def _joined(
+    shallow: DecodeResult, full: DecodeResult, done: Tensor, num_layers: int
+) -> DecodeResult:
+    """The rows that are `done` (B,) from the shallow result, all others from the full one."""
+    mask = done.to(shallow.tokens.device).unsqueeze(1)  # (B, 1)
+    shallow.forwards = full.forwards
+    shallow.tokens = torch.where(mask, shallow.tokens, full.tokens)
     for row in (~done).nonzero().flatten().tolist():
-        first.exit_reason[row] = more.exit_reason[row]
+        shallow.exit_reason[row] = full.exit_reason[row]
     for name in ("iterations", "exact_tokens", "exact", "layer_forwards"):
-        setattr(first, name, torch.where(done, getattr(first, name), getattr(more, name)))
-    assert first.prefix_layers is not None
-    first.prefix_layers = torch.where(done, first.prefix_layers, num_layers)
-    return first
+        setattr(shallow, name, torch.where(done, getattr(shallow, name), getattr(full, name)))
+    assert shallow.prefix_layers is not None
+    shallow.prefix_layers = torch.where(done, shallow.prefix_layers, num_layers)
+    return shallow
 
 
 class _Continued:
-    """A backbone whose next forward of the same tokens goes on where a shallow one ended.
+    """A backbone whose first forward, if it has the same tokens, continues a shallow one.
 
     Attributes:
-        again: (B,) 1 for rows whose forward begins again: the exit's first token was not the
-            prefix's.
+        again: (B,) 1 for rows whose forward starts over: their first token from the cut prefix
+            differs from that of the whole prefix.
     """
 
     def __init__(
@@ -266,6 +277,6 @@ def _check_layers(backbone: Backbone, request: BlockRequest, lowest: int, deepes
     layers = backbone.num_layers
     if not 1 <= lowest <= deepest < layers:
         raise ConfigError(
-            f"{request.config.method} reads layers {lowest} to {deepest}; allowed are [1, "
+            f"{request.config.method} reads layers {lowest} to {deepest}; they must be in [1, "
             f"{layers - 1}]."
         )

@@ -1,9 +1,9 @@
-"""Exits: modules that read the hidden vectors behind the first layers, so that a forward may end
-there (Balcony, LayerSkip).
+"""Early-exit layers: modules that read the hidden vectors behind the first layers, so that a
+forward can end there (Balcony, LayerSkip).
 
-The head is shared, and the weights of the base stay as they are: exits are saved in a file of their
-own beside the checkpoint. `ceed-vla exits` trains them. A depth without one is read by the last
-norm, as it is.
+All depths share the model's head. `ceed-vla exits` trains these modules on a frozen model and saves
+them in a file of their own in the checkpoint. At a depth without one, the model's last norm reads
+the hidden vectors.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ceed_vla.weights import copy_weights
 
 
 class DepthExit(nn.Module):
-    """Reads hidden vectors (B, t, d) of some depth as the head wants them, by a norm.
+    """Maps hidden vectors (B, t, d) of one depth to the input of the head, with a norm.
 
     Args:
-        norm: The model's last norm, which is copied; in float32, as half precision would round
-            most of what an exit learns away.
+        norm: The model's last norm. It is copied in float32, because half precision would round
+            away most of what an exit learns.
 
     Attributes:
-        layer: A layer of its own, which runs before the norm; None in most kinds.
+        layer: The exit's own layer, which runs before the norm; None in most kinds.
     """
 
     kind = ""
@@ -44,7 +44,7 @@ class DepthExit(nn.Module):
         self.layer = None
 
     def check(self, committed: int) -> None:
-        """Raise `ConfigError` for committed tokens, where the exit would have had to see them."""
+        """Raise `ConfigError` if tokens are committed that the exit had to read."""
         if committed:
             raise ConfigError(
                 f"An exit of kind {self.kind} has not seen the committed tokens; drafts need kind "
@@ -52,26 +52,30 @@ class DepthExit(nn.Module):
             )
 
     def see_prefix(self, x: Tensor, cache: Any) -> None:
-        """Called with the hidden vectors (B, P, d) of the prefix at this depth."""
+        """Read the hidden vectors (B, P, d) of the prefix at this depth."""
 
     def read(self, x: Tensor, cache: Any, mask: Tensor | None, blocks: Sequence[Tensor]) -> Tensor:
-        """Hidden vectors (B, t, d) of the compact model as its head reads them.
+        """Map hidden vectors (B, t, d) of the compact model to the input of its head.
 
         Args:
-            x: Behind the layers of this depth.
-            cache: Where keys and values are, or None where the prefix is in `x`.
-            mask: Which positions may be attended to; None for all.
-            blocks: Embedded tokens (B, k, d), which belong to the last vectors of `x`.
+            x: (B, t, d) hidden vectors behind the layers of this depth.
+            cache: Keys and values; None if `x` includes the prefix.
+            mask: True where attention is allowed; None allows all positions.
+            blocks: Embedded tokens (B, k, d) of the blocks, which the last vectors of `x` belong
+                to.
+
+        Returns:
+            (B, t, d).
         """
         found: Tensor = self(x)
         return found
 
     def adjust(self, own: Tensor) -> Tensor:
-        """What becomes of normalised vectors (B, t, d)."""
+        """Change the normalised vectors (B, t, d)."""
         return own
 
     def forward(self, x: Tensor, *more: Any) -> Any:
-        """As the norm in whose place it stands; some norms take and return more."""
+        """Replace the norm; the norms of some models take and return further values."""
         found = self.norm(x.to(next(self.parameters()).dtype), *more)
         own, *rest = found if isinstance(found, tuple) else (found,)
         own = self.adjust(own).to(x.dtype)
@@ -79,7 +83,7 @@ class DepthExit(nn.Module):
 
 
 class LinearExit(DepthExit):
-    """A norm and a residual linear layer, at first zero."""
+    """A norm and a residual linear layer, which is initialised with zeros."""
 
     kind = "linear"
 
@@ -90,19 +94,19 @@ class LinearExit(DepthExit):
         self.linear.to(next(norm.parameters()).device)
 
     def check(self, committed: int) -> None:
-        """It reads each token alone."""
+        """Accept committed tokens: a linear exit reads each token alone."""
 
     def adjust(self, own: Tensor) -> Tensor:
         return own + self.linear(own)
 
 
 class LayerExit(DepthExit):
-    """A layer of its own and a norm.
+    """A layer and a norm.
 
     Args:
         norm: The model's last norm.
-        layer: The layer that follows this depth, which is copied.
-        slot: Where its keys and values are, behind those of the base's layers.
+        layer: The model's layer that follows this depth; it is copied.
+        slot: Index of its keys and values in the cache, behind those of the model's layers.
     """
 
     kind = "layer"
@@ -112,7 +116,7 @@ class LayerExit(DepthExit):
         self.layer = deepcopy(layer)
         self.slot = slot
         attention = getattr(self.layer, "self_attn", None)
-        if attention is not None:  # of transformers: its place in the cache
+        if attention is not None:  # a layer of transformers: its index in the cache
             attention.layer_idx = slot
 
     def see_prefix(self, x: Tensor, cache: Any) -> None:
@@ -130,7 +134,7 @@ class LayerExit(DepthExit):
         return found
 
 
-# Kind -> makes one, of a backbone, its layers, its last norm, its width, a depth and a free slot.
+# Kind -> constructor: backbone, its layers, its last norm, width, depth, free slot of the cache.
 MakeExit = Callable[[Any, Sequence[nn.Module], nn.Module, int, int, int], DepthExit]
 KINDS: dict[str, MakeExit] = {
     "linear": lambda backbone, layers, norm, width, depth, slot: LinearExit(norm, width),
@@ -141,25 +145,26 @@ KINDS: dict[str, MakeExit] = {
 
 
 def make_exits(backbone: Any, depths: Sequence[int], kind: str) -> dict[int, DepthExit]:
-    """New exits of a model, which start from its last norm and the layer that follows each depth.
+    """Make new exits for a model from its last norm and the layer that follows each depth.
 
     Raises:
-        ConfigError: The model has no exits, or none of this kind or at these depths.
+        ConfigError: The model supports no exits, or none of this kind or at these depths.
     """
     layers, norm, width = require(backbone, HasExits, "An exit").exit_parts()
     chosen = sorted(set(depths))
     if kind not in KINDS or not chosen or not 1 <= chosen[0] <= chosen[-1] < len(layers):
         raise ConfigError(
-            f"Exits of kind {short(kind)} behind layers {short(list(depths))}: the kinds are "
-            f"{', '.join(KINDS)}, the layers of this model in [1, {len(layers) - 1}]."
+            f"The exits are of kind {short(kind)} behind layers {short(list(depths))}; the kind "
+            f"must be one of {', '.join(KINDS)}, and the layers of this model in [1, "
+            f"{len(layers) - 1}]."
         )
     attention = [
         {getattr(layer, "attention_type", None) for layer in layers[d - 1 : d + 1]} for d in chosen
     ]
     if kind == "layer" and any(len(found) > 1 for found in attention):
         raise ConfigError(
-            "Here layers attend in several ways; an exit's own would not see the prefix. Use "
-            "linear."
+            "The kind is layer, but this model's layers have several attention types, so the "
+            "exit's own layer could not read the prefix. Use kind linear."
         )
     return {
         depth: KINDS[kind](backbone, layers, norm, width, depth, slot).requires_grad_(True)
@@ -168,7 +173,7 @@ def make_exits(backbone: Any, depths: Sequence[int], kind: str) -> dict[int, Dep
 
 
 def save_exits(backbone: Any, folder: Path) -> None:
-    """Write the exits of a backbone; without any, remove those of another policy."""
+    """Write the exits of a backbone into a folder; without any, remove an earlier policy's."""
     exits: Mapping[int, DepthExit] = getattr(backbone, "exits", {})
     if not exits:
         (folder / EXITS).unlink(missing_ok=True)
@@ -179,10 +184,10 @@ def save_exits(backbone: Any, folder: Path) -> None:
 
 
 def load_exits(backbone: Any, folder: Path) -> None:
-    """Attach the exits of a checkpoint's folder, if there are any.
+    """Attach the exits of a checkpoint folder to a backbone, if there are any.
 
     Raises:
-        CheckpointError: They are another model's, or damaged.
+        CheckpointError: The file is damaged, or belongs to another model.
     """
     file = folder / EXITS
     kind, depths = described_exits(folder)

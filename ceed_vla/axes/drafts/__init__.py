@@ -1,4 +1,4 @@
-"""Drafts: the next tokens are guessed cheaply and verified by all layers (LayerSkip, Spec-VLA, DEL,
+"""Drafts: cheap guesses of the next tokens, verified by all layers (LayerSkip, Spec-VLA, DEL,
 prompt lookup).
 """
 

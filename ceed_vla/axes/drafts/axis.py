@@ -1,4 +1,4 @@
-"""The axis of drafts."""
+"""Registration of the drafts axis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ceed_vla.axes.exit_file import described_exits
 
 
 def bench_rows(config: Any, folder: Path) -> list[str]:
-    """Prompt lookup, where tokens are bins; drafts by exits of a policy that has linear ones."""
+    """Prompt lookup for ordered tokens; self-speculation for a policy with linear exits."""
     rows = ["ngram8_h"] if config.action_tokens.ordered else []
     kind, depths = described_exits(folder)
     if kind == "linear":

@@ -1,10 +1,9 @@
-"""Drafts without a model: what followed the last two tokens before is tried again, and verified in
-one forward.
+"""Drafts without a model: the tokens that followed an earlier occurrence of the last two tokens.
 
-Prompt lookup (an n-gram draft, as in lookahead decoding, arXiv 2402.02057) for action blocks: the
-text that is searched is the newest state of the block, which begins as the shifted chunk before,
-and the tokens that are proven. Tokens only follow one another where the same dimension of an action
-follows. The result is exact: every token is the greedy one.
+Prompt lookup (an n-gram draft, as in lookahead decoding, arXiv 2402.02057) for action blocks. It
+searches the proven tokens and the newest state of the block, which is initially the shifted
+previous chunk. An occurrence counts only at the same action dimension. One forward verifies a
+draft. The result is exact: every token is the greedy one.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ceed_vla.errors import ConfigError
 
 @dataclass(frozen=True)
 class NgramOptions(Options):
-    """Tokens of a draft."""
+    """Length of a draft [tokens]."""
 
     length: int = 8
 
@@ -34,23 +33,24 @@ class NgramOptions(Options):
 @register_decoder(
     r"ngram(?P<length>\d*)",
     "ngram<L>",
-    "drafts of L, verified",
+    "drafts of L tokens from the previous chunk",
     ("ngram4", "ngram8"),
     options=NgramOptions,
 )
 def decode_ngram(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """Decode a block by drafting up to ``L`` tokens behind the proven ones and verifying them in
-    one forward.
+    """Decode a block with drafts of up to ``L`` tokens, each verified in one forward.
 
     As in Jacobi decoding, the first forward computes the whole block, so that its tail is a warm
     start.
 
     Raises:
-        ConfigError: Drafts of no tokens; and as `decode_drafts`.
+        ConfigError: The draft length is 0; and as `decode_drafts`.
     """
     length = request.options.length
     if length < 1:
-        raise ConfigError(f"ngram drafts {length} tokens; it must be at least one.")
+        raise ConfigError(
+            f"The draft length of ngram is {length}; it must be at least 1, as in ngram8."
+        )
     return decode_drafts(backbone, prefix, request, _Lookup(length, request.tokens_per_step or 1))
 
 
@@ -58,8 +58,9 @@ class _Lookup(Drafter):
     whole_first = True
 
     def __init__(self, length: int, period: int) -> None:
-        self.length, self.period = length, period
-        self.read: np.ndarray | None = None  # (B, n), what the last forward was given
+        self.length = length
+        self.period = period
+        self.read: np.ndarray | None = None  # (B, n), the input of the last forward
 
     def draft(
         self, backbone: Backbone, prefix: Prefix, tokens: Tensor, rows: Rows, exact: int, end: int
@@ -76,11 +77,19 @@ class _Lookup(Drafter):
 
 
 def draft(guess: np.ndarray, proven: np.ndarray, count: int, period: int) -> np.ndarray:
-    """The next `count` tokens behind the `proven` ones (k,), from where their last two stood
-    before.
+    """Draft the tokens that follow an earlier occurrence of the last two proven tokens.
 
-    The `guess` (n,) as it stands comes first if it agrees, then the newest place in the proven
-    tokens, then in it.
+    The guess at the current slot has precedence, then the newest occurrence in the proven tokens,
+    then the last occurrence in the guess.
+
+    Args:
+        guess: (n,) the newest state of the block.
+        proven: (k,) its proven tokens.
+        count: Tokens to draft.
+        period: Tokens per control step; occurrences are compared at multiples of it.
+
+    Returns:
+        (count,) the draft.
     """
     k = len(proven)
     n = len(guess)

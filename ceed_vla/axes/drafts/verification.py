@@ -1,5 +1,6 @@
-"""Drafts: the next tokens are guessed cheaply, and all layers verify them in one forward. The
-result is exact.
+"""Draft and verify: cheap guesses of the next tokens, which all layers verify in one forward.
+
+The result is exact.
 """
 
 from __future__ import annotations
@@ -22,42 +23,51 @@ from ceed_vla.errors import ConfigError
 
 
 class Drafter:
-    """Guesses the next tokens."""
+    """Drafts the next tokens."""
 
     # Whether the first forward computes the whole block, so that its tail is a warm start.
     whole_first: ClassVar[bool] = False
-    length: int  # of a draft
-    # Exits whose tokens `saw` wants, in the place of those that a forward verifies.
+    length: int  # of a draft [tokens]
+    # Depths of the exits whose predictions `update` compares with the verified tokens.
     depths: Sequence[int] = ()
 
     def draft(
         self, backbone: Backbone, prefix: Prefix, tokens: Tensor, rows: Rows, exact: int, end: int
     ) -> int:
-        """Write into `tokens` (B, n) what may follow the proven ones of every running row, up to
-        slot ``end - 1``.
+        """Write a draft into `tokens`, behind the proven tokens of every running row.
 
-        `exact` are the leading tokens that are proven in all of them. Returns layers that ran.
+        Args:
+            backbone: The model.
+            prefix: The prefix, which the block follows.
+            tokens: (B, n) the state, changed in place up to slot ``end - 1``.
+            rows: Progress of the rows.
+            exact: Leading tokens that are proven in all running rows.
+            end: End of the drafted slots.
+
+        Returns:
+            Layers that ran.
         """
         raise NotImplementedError
 
-    def saw(self, depth: int, right: int, total: int) -> None:
-        """Of `total` tokens that an exit would have drafted, so many were `right`."""
+    def update(self, depth: int, right: int, total: int) -> None:
+        """Record that `right` of `total` tokens that the exit at `depth` predicts were right."""
 
 
 @torch.no_grad()
 def decode_drafts(
     backbone: Backbone, prefix: Prefix, request: BlockRequest, drafter: Drafter, near: int = 0
 ) -> DecodeResult:
-    """Greedy tokens: drafts, each verified by one forward, which is right up to the first wrong
-    token and one behind.
+    """Decode greedy tokens with drafts, each verified by one forward.
 
-    Within `near` bins a drafted token stays (arXiv 2507.22424); such rows end as "near", exact up
-    to the first of them.
+    A forward accepts the draft up to its first wrong token, and corrects that one. A drafted token
+    within `near` bins of the right one is accepted too (arXiv 2507.22424); its row ends as "near",
+    and is exact up to the first of these tokens.
 
     Raises:
-        TokenError: No guess where one is needed, or a guess or frozen tokens that do not fit.
-        ConfigError: Tokens of variable length, or settings that only Jacobi decoding has.
-        NotFiniteError: Scores of a running row are NaN or infinite.
+        TokenError: A needed guess is missing, or the guess or the frozen tokens do not fit.
+        ConfigError: Tokens have variable length, or settings are set that only Jacobi decoding
+            supports.
+        NotFiniteError: The logits of a running row are NaN or infinite.
     """
     check_drafts(request, near)
     block = DraftedBlock(backbone, prefix, request, drafter)
@@ -68,8 +78,8 @@ def decode_drafts(
     while rows.running.any():
         span = block.next_span(prefix)
         drafted = drafter.draft(backbone, prefix, block.tokens, rows, rows.proven, span.end)
-        calls += rows.running * (drafted + backbone.num_layers)
-        before = block.tokens[:, span.first : span.end].clone()  # (B, k)
+        calls += rows.running * (drafted + backbone.num_layers + block.shadow_layers)
+        before = block.tokens[:, span.start : span.end].clone()  # (B, k)
         shallow = block.exit_tokens(backbone, prefix, span)
         _, best, new = jacobi_iteration(backbone, prefix, block.tokens, span, rows.running)
         old, fresh, sums, *others = to_host(before, new, row_sums(best), *shallow)
@@ -77,12 +87,12 @@ def decode_drafts(
         block.forwards += 1
         known = rows.exact.copy()
         close = near_tokens.close(old, fresh, span, rows)  # (B, k)
-        rows.accept(old, np.where(close, old, fresh), span.first)
+        rows.accept(old, np.where(close, old, fresh), span.start)
         if close.any():
             mask = torch.from_numpy(close).to(new.device)
-            block.tokens[:, span.first : span.end] = torch.where(mask, before, new)
-            near_tokens.keep(close, span, rows)
-        block.tell(drafter, fresh, others, known, span)
+            block.tokens[:, span.start : span.end] = torch.where(mask, before, new)
+            near_tokens.record(close, span, rows)
+        block.report(drafter, fresh, others, known, span)
         rows.end_proven(block.watched, block.forwards)
         for observe in observers:
             observe(block.tokens, np.minimum(rows.exact, near_tokens.exact), block.forwards)
@@ -96,13 +106,16 @@ def decode_drafts(
 
 
 def check_drafts(request: BlockRequest, near: int = 0) -> None:
-    """Raise `ConfigError` for a request that drafts cannot serve."""
+    """Raise `ConfigError` for a request that drafts do not support."""
     if request.stop is not None or request.tokens_per_step is None:
         raise ConfigError(
-            "Drafts (ngram, spec, del) are of blocks of fixed length; variable lengths need jacobi."
+            "Drafts (ngram, spec, del) need blocks of fixed length; use jacobi for variable ones."
         )
     if near and not request.ordered:
-        raise ConfigError("Drafts that are only near (spec<K>x<L>r<R>) need tokens that are bins.")
+        raise ConfigError(
+            f"The decoder accepts drafted tokens within {near} bins, but neighbouring tokens of "
+            "this vocabulary do not stand for neighbouring actions; use spec<K>x<L> without r<R>."
+        )
     request.refuse_jacobi_settings()
 
 
@@ -114,37 +127,42 @@ class DraftedBlock:
     ) -> None:
         self.drafter = drafter
         self.length = backbone.block_length
-        self.tokens, self.given, self.watched = request.begin(
+        self.tokens, self.frozen, self.watched = request.begin(
             backbone, prefix, guessed=drafter.whole_first
         )
         check_rows(row_sums(prefix.logits.amax(-1, keepdim=True)).cpu().numpy())
-        self.rows = Rows(len(self.tokens), self.length, max(self.given, 1))
+        self.rows = Rows(len(self.tokens), self.length, max(self.frozen, 1))
         self.forwards = 0
         reason = "stable" if self.watched < self.length else "converged"
         self.rows.end(self.rows.exact >= self.watched, reason, 0)
 
     def next_span(self, prefix: Prefix) -> Span:
-        """The slots that the next forward verifies; behind right drafts one more is known."""
-        first = max(prefix.cache.committed + 1, self.given)
+        """The slots that the next forward verifies: the draft, and one more behind it."""
+        start = max(prefix.cache.committed + 1, self.frozen)
         if self.drafter.whole_first and not self.forwards:
-            return Span(first, self.length)
-        return Span(first, min(self.watched, self.rows.proven + self.drafter.length + 1))
+            return Span(start, self.length)
+        return Span(start, min(self.watched, self.rows.proven + self.drafter.length + 1))
+
+    @property
+    def shadow_layers(self) -> int:
+        """Layers that `exit_tokens` runs in addition to each verifying forward."""
+        return max(self.drafter.depths, default=0)
 
     def exit_tokens(self, backbone: Backbone, prefix: Prefix, span: Span) -> list[Tensor]:
-        """What every exit would have drafted (B, k).
+        """The tokens (B, k) that every exit of the drafter predicts for the slots of `span`.
 
-        No layer call is counted: these are the verifying forward's first layers again.
+        This runs the first layers of the verifying forward once more (`shadow_layers`).
         """
         if not self.drafter.depths:
             return []
-        start = prefix.cache.committed
+        committed = prefix.cache.committed
         reader = require(backbone, ComparesDepths, "A draft that compares exits")
         logits, _ = reader.depth_logits(
-            prefix, self.tokens[:, start : span.end - 1], self.drafter.depths
+            prefix, self.tokens[:, committed : span.end - 1], self.drafter.depths
         )
-        return [scores[:, span.first - start - 1 :].argmax(-1) for scores in logits]
+        return [scores[:, span.start - committed - 1 :].argmax(-1) for scores in logits]
 
-    def tell(
+    def report(
         self,
         drafter: Drafter,
         fresh: np.ndarray,
@@ -152,31 +170,31 @@ class DraftedBlock:
         known: np.ndarray,
         span: Span,
     ) -> None:
-        """Tell the drafter how many tokens of every exit were right.
+        """Report to the drafter how many predictions of every exit were right.
 
         Args:
-            drafter: Who asked.
-            fresh: (B, k) what the forward found.
-            others: (B, k) of every exit.
-            known: (B,) tokens that were proven before.
-            span: Where these slots are.
+            drafter: The drafter.
+            fresh: (B, k) the tokens that the verifying forward computed.
+            others: Per exit (B, k), the tokens that it predicts.
+            known: (B,) leading tokens that were proven before this forward.
+            span: The slots.
         """
-        slots = np.arange(span.first, span.end)
-        # (B, k): what was read before these was right.
+        slots = np.arange(span.start, span.end)
+        # (B, k): predictions count only where all tokens in front of them were right.
         fair = self.rows.running[:, None] & (slots >= known[:, None])
         fair &= slots < self.rows.exact[:, None]
         for depth, tried in zip(drafter.depths, others, strict=True):
-            drafter.saw(depth, int(((tried == fresh) & fair).sum()), int(fair.sum()))
+            drafter.update(depth, int(((tried == fresh) & fair).sum()), int(fair.sum()))
 
 
 class NearTokens:
-    """Drafted tokens that stay although they are only near the right ones.
+    """Drafted tokens that are accepted although they are only near the right ones.
 
     Args:
-        request: It says which dimensions stay exact.
-        near: Bins.
-        batch: Rows.
-        block_length: Slots.
+        request: The block request; its `exact_dims` must stay exact.
+        near: Greatest distance of an accepted token [bins].
+        batch: Rows ``B``.
+        block_length: Tokens ``n``.
     """
 
     def __init__(self, request: BlockRequest, near: int, batch: int, block_length: int) -> None:
@@ -184,24 +202,24 @@ class NearTokens:
         self.loose = np.isin(dims, request.exact_dims, invert=True)  # (n,)
         self.near = near
         self.block_length = block_length
-        self.exact = np.full(batch, block_length)  # tokens in front of the first that is only near
+        self.exact = np.full(batch, block_length)  # (B,) tokens in front of the first near one
 
     def close(self, old: np.ndarray, fresh: np.ndarray, span: Span, rows: Rows) -> np.ndarray:
-        """Which drafted tokens `old` (B, k) stay where a forward found `fresh` (B, k)."""
+        """Which drafts `old` (B, k) are accepted where the forward computed `fresh` (B, k)."""
         apart = np.abs(fresh - old)
-        close = (apart > 0) & (apart <= self.near) & self.loose[span.first : span.end]
+        close = (apart > 0) & (apart <= self.near) & self.loose[span.start : span.end]
         close &= rows.running[:, None]
         close[:, -1] &= rows.exact > span.end - 1  # the last slot holds no draft
         return close
 
-    def keep(self, close: np.ndarray, span: Span, rows: Rows) -> None:
-        """Remember where rows stopped being exact."""
-        slots = np.arange(span.first, span.end)
+    def record(self, close: np.ndarray, span: Span, rows: Rows) -> None:
+        """Record the first near token of every row."""
+        slots = np.arange(span.start, span.end)
         accepted = np.where(close & (slots < rows.exact[:, None]), slots, self.block_length)
         self.exact = np.minimum(self.exact, accepted.min(1))
 
     def mark(self, result: DecodeResult) -> None:
-        """Say in the result which rows are only near."""
+        """Mark the rows with near tokens in the result."""
         exact = torch.from_numpy(self.exact)
         result.exact_tokens = torch.minimum(result.exact_tokens, exact)
         result.exact &= exact >= self.block_length

@@ -1,3 +1,3 @@
-"""Launch ahead: forwards that are launched one behind the other, with one wait at the end."""
+"""Launch ahead: forwards that are launched back to back, with one synchronization at the end."""
 
 REQUIRES: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The axis of forwards that are launched ahead."""
+"""Registration of the launch-ahead axis."""
 
 from __future__ import annotations
 

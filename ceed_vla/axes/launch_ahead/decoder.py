@@ -1,9 +1,8 @@
-"""Exactly K forwards with no host synchronisation in between: ``loop2``, ``loop2_h``; nothing ends
-early.
+"""Exactly K forwards with no host synchronization in between: ``loop2``, ``loop2_h``.
 
-Jacobi decoding waits for each forward, to see what it proved. On a GPU that wait costs as much as a
-small forward; here all of them are launched one behind the other, as replayed graphs of a compiled
-block can be, and the host waits once.
+Jacobi decoding synchronizes after every forward to test for convergence. On a GPU, this costs as
+much as a small forward. Here the host launches all forwards back to back, for example as replayed
+graphs of a compiled block, and synchronizes once. There is no early exit.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ceed_vla.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoopOptions(Options):
-    """Forwards."""
+    """Number of forwards."""
 
     count: int
 
@@ -30,41 +29,43 @@ class LoopOptions(Options):
 @register_decoder(
     r"loop(?P<count>[1-9]\d{0,2})",
     "loop<K>",
-    "K, one wait",
+    "exactly K forwards, one synchronization",
     ("loop4", "loop3", "loop2", "loop1"),
     options=LoopOptions,
     relaxes=True,
 )
 @torch.no_grad()
 def decode_loop(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """The tokens of ``cap<K>``, from K forwards whatever they prove; the first computes the whole
-    block.
+    """Decode the tokens of ``cap<K>`` with K forwards and no convergence test.
+
+    The first forward computes the whole block, later ones the watched slots.
 
     Raises:
-        ConfigError: Exit rules, states, or tokens with a stop; and as `decode_jacobi`.
+        ConfigError: The request has exit rules, recorded states or a stop token; and as
+            `decode_jacobi`.
     """
     n = backbone.block_length
     request.refuse_jacobi_settings()
     if request.stop is not None or request.record_states:
-        raise ConfigError("loop<K> has no stop token and keeps no states; use jacobi.")
-    tokens, given, watched = request.begin(backbone, prefix, guessed=True)  # (B, n)
-    first = max(given, 1)
+        raise ConfigError("loop<K> supports neither a stop token nor recorded states; use jacobi.")
+    tokens, frozen, watched = request.begin(backbone, prefix, guessed=True)  # (B, n)
+    start = max(frozen, 1)
     end = n
     taken = 0
     sums = row_sums(prefix.logits.amax(-1, keepdim=True))
     # (B, 1) leading tokens that are proven
-    exact = torch.full((len(tokens), 1), first, device=tokens.device)
-    while taken < request.options.count and end > first:
-        logits = backbone.block_logits(prefix, tokens[:, : end - 1])[:, first - 1 :]  # (B, k, V)
+    exact = torch.full((len(tokens), 1), start, device=tokens.device)
+    while taken < request.options.count and end > start:
+        logits = backbone.block_logits(prefix, tokens[:, : end - 1])[:, start - 1 :]  # (B, k, V)
         best, new = logits.max(-1)  # (B, k)
-        # Behind the tokens that stay as they were, the next one is right too.
-        same = (new == tokens[:, first:end]).long().cumprod(1).sum(1, keepdim=True)
-        exact = torch.maximum(exact, (first + same + 1).clamp(max=end))
-        tokens[:, first:end] = new
+        # The token behind the unchanged ones is right too.
+        same = (new == tokens[:, start:end]).long().cumprod(1).sum(1, keepdim=True)
+        exact = torch.maximum(exact, (start + same + 1).clamp(max=end))
+        tokens[:, start:end] = new
         sums = sums + row_sums(best)
         end = watched
         taken += 1
-    right, found = to_host(exact, sums)  # the one wait
+    right, found = to_host(exact, sums)  # the one synchronization
     check_rows(found)
     reasons = [
         "converged" if k >= n else "stable" if k >= watched else "max_iterations"

@@ -1,3 +1,3 @@
-"""The learned exit: a rule that is learnt from how episodes end (S-GRPO, arXiv 2505.07686)."""
+"""The learned exit: an exit rule trained on the outcomes of episodes (S-GRPO, arXiv 2505.07686)."""
 
 REQUIRES: tuple[str, ...] = ()

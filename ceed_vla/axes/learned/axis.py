@@ -1,4 +1,4 @@
-"""The axis of the learned exit."""
+"""Registration of the learned-exit axis."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""An exit rule that was learnt from what became of episodes (`ceed-vla reinforce`, after S-GRPO,
+"""An exit rule that is trained on the outcomes of episodes (`ceed-vla reinforce`, after S-GRPO,
 arXiv 2505.07686).
 
-    head2.5x1x0x0.3x-1_cap3    the weights of its features, and the bias, are its name
+    head2.5x1x0x0.3x-1_cap3    the name contains the weights of its features, and the bias
 
-So it needs no file of its own: a checkpoint that has one calls it ``learned``.
+So it needs no file of its own. In a checkpoint that has one, its name is ``learned``.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _NUMBER = r"-?\d{1,3}(?:\.\d{1,3})?"
 
 @dataclass
 class Group:
-    """The states of one decode path, and what became of the episode from each."""
+    """The states of one decode path, and the outcome of the episode from each."""
 
     seed: int  # the episode's
-    features: NDArray[np.float64]  # what a head sees after each of K forwards: (K, F)
-    # (K,) whether the episode was solved from that state; None throughout where all execute the
-    # same.
+    features: NDArray[np.float64]  # (K, F) features after each of K forwards
+    # (K,) whether the episode was solved from that state; all None if all states execute the same
+    # actions.
     solved: list[bool | None]
 
 
 def features(seen: Seen, mass: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What the rule sees of every row: (B, F).
+    """The features (B, F) of every row.
 
-    Log-odds of the `mass` (B, M) near the tokens, in the least certain watched slot and in the mean
-    one; the share of watched tokens that the last iteration moved; and whether it was the first
-    iteration.
+    They are the log-odds of the `mass` (B, M) near the tokens, in the least certain watched slot
+    and averaged over the slots; the share of watched tokens that the last iteration moved; and
+    whether it was the first iteration.
     """
     odds = np.log(np.clip(mass, 1e-3, 1 - 1e-3)) - np.log1p(-np.clip(mass, 1e-3, 1 - 1e-3))
     moved = seen.moved[:, -mass.shape[1] :] > 0  # not the frozen slots
@@ -45,9 +45,9 @@ def features(seen: Seen, mass: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([odds.min(1), odds.mean(1), moved.mean(1), first], axis=1)
 
 
-@register_exit(rf"head(?P<weights>{_NUMBER}(?:x{_NUMBER})*)", "head<W>", "or as a learnt head says")
+@register_exit(rf"head(?P<weights>{_NUMBER}(?:x{_NUMBER})*)", "head<W>", "ends by a learned rule")
 class Learned(Confidence):
-    """A weighted sum of `features` and a bias is positive."""
+    """The weighted sum of the `features`, plus the bias, is positive."""
 
     reason = "learned"
     field = ""
@@ -57,8 +57,8 @@ class Learned(Confidence):
         *self.weights, self.bias = (float(number) for number in weights.split("x"))
         if len(self.weights) != len(FEATURES):
             raise ConfigError(
-                f"head{weights} has {len(self.weights)} weights and a bias; {FEATURES} need one "
-                "each."
+                f"head{weights} has {len(self.weights)} weights and a bias; it must have one "
+                f"weight for each of {FEATURES}, and a bias."
             )
 
     def ends(self, seen: Seen, measured: np.ndarray | None) -> NDArray[np.bool_]:

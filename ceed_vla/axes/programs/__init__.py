@@ -1,3 +1,3 @@
-"""Programs: layers that a first forward leaves out or repeats (CoLa, arXiv 2507.07996)."""
+"""Programs: the first forward skips or repeats layers (CoLa, arXiv 2507.07996)."""
 
 REQUIRES: tuple[str, ...] = ()

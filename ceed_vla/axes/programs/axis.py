@@ -1,4 +1,4 @@
-"""The axis of programs."""
+"""Registration of the programs axis."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from ceed_vla.axes.base import Axis
 from ceed_vla.axes.programs import decoder as decoder  # registers it
 
-MOST_LAYERS = 16  # more make no name
+MOST_LAYERS = 16  # a program of more layers makes too long a name
 
 
 def bench_rows(config: Any, folder: Path) -> list[str]:
-    """A first forward without the last layer but one, for backbones that run programs."""
+    """One row that skips the last layer but one, for backbones that run programs."""
     layers = config.backbone.layers if config.backbone.type == "compact" else 0
     if not 2 < layers <= MOST_LAYERS:
         return []

@@ -1,4 +1,4 @@
-"""A first forward that skips or repeats layers, whose tokens Jacobi decoding starts from.
+"""A first forward that skips or repeats layers; Jacobi decoding continues from its tokens.
 
 program0-1-3_cap2   without layer 2, then a full forward; see `benchmarks.programs`
 program0-1-1-2-3    layer 1 twice, then forwards to the fixed point: exact
@@ -24,7 +24,7 @@ from ceed_vla.fields import short
 
 @dataclass(frozen=True)
 class ProgramOptions(Options):
-    """Layers of the first forward, counted from 0, in their order."""
+    """Layers of the first forward, counted from 0, in the order in which they run."""
 
     program: Numbers
 
@@ -32,16 +32,16 @@ class ProgramOptions(Options):
 @register_decoder(
     r"program(?P<program>\d+(-\d+)*)",
     "program<I-J-..>",
-    "these layers, then Jacobi",
+    "first forward through these layers",
     options=ProgramOptions,
     needs=(RunsPrograms,),
 )
 @torch.no_grad()
 def decode_program(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """Jacobi decoding whose first forward runs a program of layers; a cap counts it.
+    """Jacobi decoding whose first forward runs a program of layers; a cap counts this forward.
 
     Raises:
-        ConfigError: A program that cannot run, or a cap below 2; and as `decode_jacobi`.
+        ConfigError: The program cannot run, or the cap is below 2; and as `decode_jacobi`.
     """
     program = check_program(request.options.program, backbone.num_layers)
     runner = require(backbone, RunsPrograms, request.config.method)
@@ -53,7 +53,11 @@ def decode_program(backbone: Backbone, prefix: Prefix, request: BlockRequest) ->
 
 
 def check_program(program: Sequence[int], layers: int) -> Sequence[int]:
-    """`program`; `ConfigError` unless it lists 1 to twice the `layers`, each in [0, layers - 1]."""
+    """Validate and return `program`.
+
+    Raises:
+        ConfigError: It does not list 1 to 2 * `layers` layers, each in [0, layers - 1].
+    """
     if not 1 <= len(program) <= 2 * layers or not all(0 <= i < layers for i in program):
         allowed = f"1 to {2 * layers} layers, of 0 to {layers - 1}"
         raise ConfigError(f"The program is {short(list(program))}; it must list {allowed}.")

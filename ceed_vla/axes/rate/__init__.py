@@ -1,5 +1,5 @@
-"""Rate: a coarse branch of one token a control step beside the first layers (Splitformer, arXiv
-2506.18035).
+"""Rate: a coarse branch with one token per control step, parallel to the first layers (Splitformer,
+arXiv 2506.18035).
 """
 
-REQUIRES = ("depth",)  # its branch is a kind of exit
+REQUIRES = ("depth",)  # the branch belongs to a kind of exit

@@ -1,4 +1,4 @@
-"""The axis of rate: exits of kind "coarse"."""
+"""Registration of the rate axis: exits of kind "coarse"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ceed_vla.errors import ConfigError
 
 
 class CoarseExit(LinearExit):
-    """A linear exit whose input a branch of one token a control step adds to."""
+    """A linear exit; a branch with one token per control step adds to its input."""
 
     kind = "coarse"
 
@@ -42,17 +42,17 @@ class CoarseExit(LinearExit):
 def make_coarse(
     backbone: Any, layers: Sequence[nn.Module], norm: nn.Module, width: int, depth: int, slot: int
 ) -> CoarseExit:
-    """An exit with a branch of half the width, so that it costs a chunk about as much as the linear
-    layer of an exit.
+    """Make an exit whose branch has half the width, so that the branch costs about as much per
+    chunk as the exit's linear layer.
 
     Raises:
-        ConfigError: The model makes no layers, or its tokens belong to no step.
+        ConfigError: The model makes no layers, or its tokens do not belong to steps.
     """
     maker = require(backbone, MakesLayers, "An exit of kind coarse")
     if maker.tokens_per_step is None:
         raise ConfigError(
-            "Exits of kind coarse pool the tokens of a step, and these belong to none; train "
-            "linear."
+            "Exits of kind coarse pool the tokens of a step, but tokens of variable length do not "
+            "belong to steps; train kind linear."
         )
     inner = max(width // 2, 1)
     step = maker.tokens_per_step

@@ -1,5 +1,5 @@
-r"""A coarse branch beside the first layers, for early exits: a token a step (Splitformer, arXiv
-2506.18035).
+r"""A coarse branch parallel to the first layers, for early exits: one token per control step
+(Splitformer, arXiv 2506.18035).
 
     tokens of step 0   1   2        (A each; embeddings, as the first layer reads them)
                    |   |   |
@@ -8,7 +8,7 @@ r"""A coarse branch beside the first layers, for early exits: a token a step (Sp
                      \   \
     tokens of step 0   1   2        a prediction in step u gets h of step u - 1, in step 0 nothing
 
-It reads whole steps only, so no score depends on a token that comes later.
+The branch reads whole steps only, so no logit depends on a later token.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 
 class CoarseBranch(nn.Module):
-    """What a coarse view of a block adds to the hidden vectors of some depth; nothing before it is
-    trained.
+    """A coarse view of a block, which is added to the hidden vectors at one depth; initially zero.
 
-    Multiply-adds a step, with ``w`` the width of the `layer`: A * d * w to pool, w * d to spread,
-    and the layer's own. It is called as ``layer(x (B, T, w), mask (T, T))``, True where attention
-    is allowed. `inner` is ``w``, `width` is ``d`` of the backbone, and `step` the tokens ``A`` of a
-    control step.
+    Multiply-adds per step: A * d * w to pool, w * d to spread, and those of the layer.
+
+    Args:
+        layer: Called as ``layer(x (B, T, w), mask (T, T))``, True where attention is allowed.
+        inner: Width ``w`` of the layer.
+        width: Width ``d`` of the backbone.
+        step: Tokens ``A`` of a control step.
     """
 
     def __init__(self, layer: nn.Module, inner: int, width: int, step: int) -> None:
@@ -38,7 +40,7 @@ class CoarseBranch(nn.Module):
         nn.init.zeros_(self.spread.weight)
 
     def forward(self, block: Tensor) -> Tensor:
-        """What to add (B, k, d), of a block's first k tokens, embedded (B, k, d)."""
+        """The summand (B, k, d) for the first k tokens of a block, embedded (B, k, d)."""
         batch, k, width = block.shape
         steps = k // self.step
         if not steps:

@@ -1,6 +1,4 @@
-"""What the compact backbone offers beside prefill and block forward; see
-`ceed_vla.backbones.capabilities`.
-"""
+"""The optional capabilities of the compact backbone; see `ceed_vla.backbones.capabilities`."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CompactCapabilities:
-    """Mix-in of `CompactBackbone`: it reads depths, cuts prefixes, and runs programs."""
+    """Mix-in of `CompactBackbone`: reads depths, cuts prefixes, and runs programs."""
 
     exits: dict[int, Any]
     num_layers: int
@@ -91,8 +89,8 @@ class CompactCapabilities:
         mask: Tensor | None,
         blocks: Sequence[Tensor],
     ) -> Tensor:
-        """Hidden vectors (B, t, d) behind `depth` layers as the head reads them; the last are of
-        embedded `blocks`.
+        """Map hidden vectors (B, t, d) behind `depth` layers to the input of the head; the last
+        ones belong to the embedded `blocks`.
         """
         own = self.exits.get(depth)
         if own is None or depth == self.num_layers:

@@ -18,27 +18,29 @@ from ceed_vla.fields import check_fields, ranged
 @BackboneConfig.register_subclass("compact")
 @dataclass
 class CompactConfig(BackboneConfig):
-    """A small model that is trained from scratch (`ceed_vla.backbones.compact.model`).
+    """Settings of a small model that is trained from scratch (`ceed_vla.backbones.compact.model`).
 
     Attributes:
-        image_size: Side of the square images that the stems see [px]; other sizes are resized.
-        image_grid: A camera gives ``image_grid ** 2`` prefix tokens.
-        keypoints: Places that the stem of a camera finds (spatial softmax), as one more prefix
-            token; 0 for none.
+        image_size: Side of the square images that the camera stems read [px]; other sizes are
+            resized.
+        image_grid: Side of the grid of patches of a camera, which makes ``image_grid ** 2`` prefix
+            tokens.
+        keypoints: Keypoints of a camera stem (spatial softmax), which make one more prefix token; 0
+            for none.
         stem_channels: Channels of the four convolutions of a camera stem.
-        max_instruction_words: Longest instruction [words].
-        words: Rows of the word embedding (padding and unknown included).
-        known_words: Words of the instructions that were trained on; written with the vocabulary, 0
-            where it is unknown.
+        max_instruction_words: Maximum length of an instruction [words].
+        words: Rows of the word embedding, including padding and the unknown word.
+        known_words: Number of words in the training instructions; set with the vocabulary, 0 if
+            unknown.
         width: Model width ``d``.
         layers: Decoder layers.
         heads: Attention heads.
         mlp_width: Hidden width of the gated MLP.
-        kept_tokens: Prefix tokens that run beside the state, in order, as `ceed-vla distill --kept`
-            chooses them; none for all: first the words, then each camera's patches and its
-            keypoints.
-        early_readout: Numbers of a prefix token that training regresses the grounding target from
-            too; 0 for none.
+        kept_tokens: Ascending indices of the prefix tokens that run in addition to the state, as
+            `ceed-vla distill --kept` sets them; empty for all. The order is words, then each
+            camera's patches and keypoints.
+        early_readout: Width to which training reduces each prefix token for an additional
+            grounding regression from the prefix; 0 for none.
     """
 
     steps: ClassVar[tuple[str, ...]] = ("ceed_vla_instruction_words",)
@@ -63,8 +65,8 @@ class CompactConfig(BackboneConfig):
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}.")
         if len(self.stem_channels) != 4 or any(channels % 4 for channels in self.stem_channels):
             raise ConfigError(
-                f"stem_channels is {self.stem_channels}; a stem has exactly 4 convolutions, of "
-                "multiples of 4."
+                f"stem_channels is {self.stem_channels}; it must be exactly 4 numbers, each a "
+                "multiple of 4."
             )
         if self.image_size % (8 * self.image_grid):
             raise ConfigError(
@@ -101,5 +103,5 @@ class CompactConfig(BackboneConfig):
     def validate_features(self, shape: PolicyShape) -> None:
         if not shape.state_dim:
             raise ConfigError(
-                "The data have no observation.state; the compact backbone reads one state vector."
+                "The data have no observation.state; the compact backbone needs a state vector."
             )

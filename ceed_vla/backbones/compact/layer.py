@@ -20,7 +20,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(mlp_width, width, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The layer without a cache."""
+        """Run the layer without a cache."""
         q, k, v = self.project(x)
         return self.finish(x, q, k, v, mask)
 
@@ -34,7 +34,7 @@ class Layer(nn.Module):
         return q, k, v
 
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend, then the MLP; mask (t, T) is True where attention is allowed, None allows all."""
+        """Attention and MLP; mask (t, T) is True where attention is allowed, None allows all."""
         batch, length, width = x.shape
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, t, d / H)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))

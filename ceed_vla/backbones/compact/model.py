@@ -1,4 +1,4 @@
-r"""The embedded default: a small vision-language-action transformer, trained from scratch.
+r"""The default backbone: a small vision-language-action transformer, trained from scratch.
 
     cameras --stem--> 16 tokens each \
     words   --embed--> L tokens        }--> prefix (bidirectional) --> [state token]: action token 0
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 LANGUAGE_KEY = "observation.language.tokens"
 STATE_KEY = "observation.state"
-WORD_CODE = 16  # numbers a word that the camera stems see
-# Parts that learn in distillation; the others make the prefix embeddings, which student and teacher
-# share.
+WORD_CODE = 16  # width of the word embedding that modulates the camera stems
+# Parts that distillation trains; the others compute the prefix embeddings, which student and
+# teacher share.
 DISTILLED = ("action_tokens", "slots", "layers", "final_norm", "head")
 
 
 class CompactBackbone(CompactCapabilities, TrainableBackbone):
-    """Small VLA trunk behind the `Backbone` protocol; `CompactConfig` says what its sizes are.
+    """A small VLA model with the `Backbone` protocol; `CompactConfig` has its sizes.
 
-    What it offers beside that is in `CompactCapabilities`.
+    `CompactCapabilities` adds the optional capabilities.
     """
 
     compilable = ("prefill", "block")
@@ -88,9 +88,9 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
             self.auxiliary = nn.Sequential(
                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs)
             )
-            if kept := config.early_readout:
+            if reduced := config.early_readout:
                 self.early_auxiliary = EarlyReadout(
-                    len(self.kept) or self.prefix_length, width, kept, width, outputs
+                    len(self.kept) or self.prefix_length, width, reduced, width, outputs
                 )
         self._initialise()
 
@@ -117,8 +117,8 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
         nn.init.zeros_(self.head.bias)
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Rows of a batch with cameras (B, 3, any, any) in [0, 1], a finite state (B, D) and words
-        (B, L).
+        """Validate a batch with cameras (B, 3, any, any) in [0, 1], a finite state (B, D) and words
+        (B, L); return its rows.
         """
         wanted: dict[str, tuple[int | None, ...]] = {
             **dict.fromkeys(self.cameras, (3, None, None)),
@@ -144,9 +144,7 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
         return [name for name, _ in self.named_parameters() if name.partition(".")[0] in DISTILLED]
 
     def keep(self, tokens: Sequence[int]) -> None:
-        """Run these prefix tokens alone, beside the state, which is the last; all for none of
-        them.
-        """
+        """Keep only these prefix tokens, and the state, which is the last; with none, keep all."""
         last = self.prefix_length - 1
         if any(token >= last for token in tokens) or sorted(set(tokens)) != list(tokens):
             raise ConfigError(
@@ -155,9 +153,7 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
         self.kept = [*tokens, last] if tokens else []
 
     def embed_prefix(self, observation: dict[str, Tensor]) -> Tensor:
-        """Embeddings (B, P, d) of words, cameras and state (the state token comes last), or of
-        those that are kept.
-        """
+        """Embeddings (B, P, d) of the kept tokens of words, cameras and state, the state last."""
         words = observation[LANGUAGE_KEY]  # (B, L)
         instruction = self.word_codes(words).flatten(1)  # (B, L * c)
         tokens = [self.words(words)]  # (B, L, d)
@@ -200,9 +196,9 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
         depth: int | None = None,
         done: int = 0,
     ) -> Tensor:
-        """Run x (B, t, d) through the first `depth` layers without those that are `done`.
+        """Run x (B, t, d) through the first `depth` layers, without the first `done` ones.
 
-        Keys and values go behind what is in the cache.
+        Keys and values are written behind those in the cache.
         """
         # A slice of the module list would be a new module.
         for index, layer in enumerate(islice(self.trunk, done, depth), done):
@@ -214,7 +210,7 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
         return x
 
     def _scores(self, x: Tensor) -> Tensor:
-        """Scores (..., V) of hidden vectors (..., d) behind the last layer."""
+        """Logits (..., V) of hidden vectors (..., d) behind the last layer."""
         return cast("Tensor", self.head(self.final_norm(x)))
 
     def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
@@ -225,11 +221,10 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
     def packed_logits(
         self, embeddings: Tensor, blocks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Teacher-forced logits of several blocks behind one prefix, in one forward; see
-        `TrainableBackbone`.
+        """See `TrainableBackbone`.
 
-        The blocks do not see each other and share their slots, so each sees exactly what
-        `block_logits` shows it.
+        The blocks do not attend to each other and have the same positions, so each has the same
+        logits as in `block_logits`.
         """
         x, _ = self._packed(embeddings, blocks, self.num_layers)
         return self._unpacked(self.final_norm(x), embeddings.shape[1])
@@ -251,8 +246,8 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
         return x, inputs
 
     def _unpacked(self, x: Tensor, prefix: int) -> tuple[Tensor, list[Tensor]]:
-        """The hidden vector (B, d) that predicts slot 0, and the logits (B, n, V) of every block,
-        of what the head reads (B, T, d) behind `prefix` positions.
+        """Split head inputs x (B, T, d), with `prefix` positions in front, into the hidden vector
+        (B, d) that predicts slot 0 and the logits (B, n, V) of every block.
         """
         state = x[:, prefix - 1]  # (B, d)
         parts = x[:, prefix:].split(self.block_length - 1, dim=1)
@@ -260,8 +255,9 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
 
     @staticmethod
     def _packed_mask(prefix: int, block: int, count: int, device: torch.device) -> Tensor:
-        """(T, T) boolean: prefix bidirectional and blind to blocks; blocks causal and blind to each
-        other.
+        """Attention mask (T, T), True where allowed.
+
+        The prefix attends to all of itself. A block attends to the prefix and, causally, to itself.
         """
         own = torch.ones(block, block, dtype=torch.bool, device=device).tril()
         mask = torch.block_diag(

@@ -1,4 +1,4 @@
-"""What the compact backbone sees: an image as tokens, of patches and of the places of things."""
+"""Camera stem of the compact backbone: an image becomes tokens of patches and of keypoints."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 
 class Keypoints(nn.Module):
-    """Where things are: each of ``count`` heat maps gives the mean place of its softmax; all places
-    make one token.
+    """Positions of objects: the mean position of the softmax of each of ``count`` heat maps, all in
+    one token.
 
-    Heat sums fine features, which see a small thing's colour undiluted, and coarse ones, which see
-    more around it. Source: the spatial softmax of Levine et al. 2016 (arXiv 1504.00702).
+    A heat map is the sum of fine features, which resolve the colour of a small object, and coarse
+    features, which cover more of its surroundings. Source: the spatial softmax of Levine et al.
+    2016 (arXiv 1504.00702).
     """
 
     def __init__(self, fine: int, coarse: int, count: int, width: int) -> None:
@@ -27,7 +28,7 @@ class Keypoints(nn.Module):
             nn.init.normal_(heat.weight, std=0.2 * channels**-0.5)
 
     def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
-        """Features (B, f, S, S) and (B, c, S / k, S / k) to a token (B, 1, d)."""
+        """Map features (B, f, S, S) and (B, c, S / k, S / k) to a token (B, 1, d)."""
         side = fine.shape[-1]
         heat = self.fine(fine) + F.interpolate(
             self.coarse(coarse), size=(side, side), mode="bilinear"
@@ -40,34 +41,32 @@ class Keypoints(nn.Module):
 
 
 class EarlyReadout(nn.Module):
-    """The auxiliary regression from the prefix embeddings, before the trunk: deep supervision of
-    the camera stems.
+    """Auxiliary regression from the prefix embeddings, before the trunk: deep supervision of the
+    camera stems.
 
-    Through the trunk alone, the stems get next to no gradient until it carries what they see, and
-    it carries nothing until they see something: hundreds of steps on a plateau. Only training uses
-    this head.
+    Through the trunk alone, the stems have almost no gradient until the trunk uses their features,
+    and the trunk has no use for untrained features: the loss stays on a plateau for hundreds of
+    steps. Only training uses this head.
     """
 
-    def __init__(self, tokens: int, width: int, kept: int, hidden: int, outputs: int) -> None:
+    def __init__(self, tokens: int, width: int, reduced: int, hidden: int, outputs: int) -> None:
         super().__init__()
-        self.narrow = nn.Linear(width, kept)
+        self.narrow = nn.Linear(width, reduced)
         self.regress = nn.Sequential(
-            nn.Linear(tokens * kept, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
+            nn.Linear(tokens * reduced, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
         )
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Prefix embeddings (B, P, d) to the regressed terms (B, E)."""
+        """Map prefix embeddings (B, P, d) to the regressed terms (B, E)."""
         return self.regress(self.narrow(embeddings).flatten(1))
 
 
 class CameraStem(nn.Module):
-    """Four convolutions that turn an image into tokens: ``grid ** 2`` patches, and the places of
-    ``keypoints``.
+    """Four convolutions that turn an image into tokens: ``grid ** 2`` patches, and ``keypoints``.
 
-    The instruction modulates the middle (FiLM), so what the words name can be looked for.
-
-    The modulation sees every word at its place: a mean over words cannot tell "red on blue" from
-    "blue on red", and a policy that got one never learnt to find the named cube.
+    The instruction modulates the middle layers (FiLM), so that they can search for the named
+    object. The modulation reads every word at its position: a mean over words cannot distinguish
+    "red on blue" from "blue on red", and a policy with one never learned to find the named cube.
     """
 
     def __init__(
@@ -97,10 +96,10 @@ class CameraStem(nn.Module):
         self.keypoints = Keypoints(c2, c4, keypoints, width) if keypoints else None
 
     def train(self, mode: bool = True) -> CameraStem:
-        """Lay the weights out for inference (channels last is faster on a CPU) or for training.
+        """Set the memory layout of the weights for training or inference.
 
-        Optimisers copy the layout into their state, and LeRobot's checkpoints take contiguous
-        tensors only.
+        Inference uses channels-last, which is faster on a CPU. Training uses contiguous tensors, as
+        optimisers copy the layout into their state and LeRobot's checkpoints need contiguous ones.
         """
         layout = torch.contiguous_format if mode else torch.channels_last
         for convolution in (*self.convolutions, self.cells):
@@ -109,8 +108,8 @@ class CameraStem(nn.Module):
         return super().train(mode)
 
     def forward(self, image: Tensor, instruction: Tensor) -> Tensor:
-        """Image (B, 3, S, S) in [-1, 1] and word codes (B, L * c) to tokens (B, grid ** 2 [+ 1],
-        d).
+        """Map an image (B, 3, S, S) in [-1, 1] and word codes (B, L * c) to tokens (B, grid ** 2 [+
+        1], d).
         """
         films = self.film(instruction).split(self.film_sizes, dim=-1)
         x = fine = image

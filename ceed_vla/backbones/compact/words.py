@@ -1,4 +1,4 @@
-"""Instruction words to ids, as a LeRobot step that carries the vocabulary."""
+"""Instruction words to ids, as a LeRobot processor step with the vocabulary."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 PAD_ID = 0
 UNKNOWN_ID = 1
 FIRST_WORD_ID = 2
-MOST_WARNINGS = 100  # about words that a policy has never seen
+MOST_WARNINGS = 100  # about unknown words
 
 
 def split_words(instruction: str) -> list[str]:
-    """Lower-case words of an instruction; punctuation separates."""
+    """Lower-case words of an instruction, separated by spaces and punctuation."""
     return re.findall(r"[^\W_]+", instruction.lower())
 
 
@@ -39,10 +39,10 @@ def build_vocabulary(instructions: Iterable[str]) -> list[str]:
 @ProcessorStepRegistry.register(name="ceed_vla_instruction_words")
 @dataclass
 class InstructionWordsStep(InputsStep):
-    """Turn ``task`` strings into ``observation.language.tokens`` (B, L) int64, padded with 0;
-    unknown words are 1.
+    """Turn ``task`` strings into ``observation.language.tokens`` (B, L) int64.
 
-    The whole vocabulary is saved with the pipeline, so that a checkpoint loads without a network.
+    Padding is 0, an unknown word is 1. The pipeline stores the whole vocabulary, so that a
+    checkpoint loads without a network.
     """
 
     vocabulary: list[str] = field(default_factory=list)
@@ -54,31 +54,35 @@ class InstructionWordsStep(InputsStep):
         if wrong or sorted(set(self.vocabulary)) != self.vocabulary:
             shown = f"has {wrong[0][:50]!r}" if wrong else "repeats a word, or is not in order"
             raise ConfigError(
-                f"vocabulary {shown}; it must hold different lower-case words, sorted."
+                f"vocabulary {shown}; it must list distinct lower-case words, sorted."
             )
         self._ids = {word: FIRST_WORD_ID + i for i, word in enumerate(self.vocabulary)}
         self._warned: set[str] = set()
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
-        """Raise `ConfigError` unless these are the settings that the backbone's configuration
-        has.
-        """
+        """Raise `ConfigError` unless the settings match the backbone's configuration."""
         words = len(self.vocabulary)
         if not words:
-            raise ConfigError("vocabulary is empty; every word would be an unknown one.")
+            raise ConfigError("vocabulary is empty; it must have at least one word.")
         most = getattr(backbone, "max_instruction_words", self.max_words)
         room = getattr(backbone, "words", words + FIRST_WORD_ID) - FIRST_WORD_ID
         if self.max_words != most or words > room:
             raise ConfigError(
-                f"max_words {self.max_words} and {words} words; the backbone has {most} and {room}."
+                f"max_words is {self.max_words} with {words} words; the backbone's configuration "
+                f"has {most} and room for {room}. Copy the checkpoint again."
             )
         known = getattr(backbone, "known_words", 0)
         if known not in (0, words):
-            raise ConfigError(f"vocabulary has {words} words, {known} were trained. Copy it again.")
+            raise ConfigError(
+                f"vocabulary has {words} words; the model was trained with {known}. Copy the "
+                "checkpoint again."
+            )
 
     def encode(self, instruction: str) -> list[int]:
-        """Ids of one instruction, padded to `max_words`; `ObservationError` if it is empty or
-        longer.
+        """Ids of one instruction, padded to `max_words`.
+
+        Raises:
+            ObservationError: The instruction is empty or longer, or has no known word.
         """
         words = split_words(instruction)
         shown = repr(instruction[:200])
@@ -93,7 +97,7 @@ class InstructionWordsStep(InputsStep):
         if self._ids and not any(word in self._ids for word in words):
             known = ", ".join(self.vocabulary)[:300]
             raise ObservationError(
-                f"The policy knows no word of the instruction {shown}; it knows {known}."
+                f"The instruction {shown} has no word of the policy's vocabulary: {known}."
             )
         for word in words:
             if (
@@ -103,7 +107,8 @@ class InstructionWordsStep(InputsStep):
             ):
                 self._warned.add(word)
                 logger.warning(
-                    "The policy has never seen the word %r; it is read as unknown.", word[:50]
+                    "The word %r is not in the policy's vocabulary; it is read as unknown.",
+                    word[:50],
                 )
         ids = [self._ids.get(word, UNKNOWN_ID) for word in words]
         return ids + [PAD_ID] * (self.max_words - len(ids))
@@ -120,8 +125,15 @@ class InstructionWordsStep(InputsStep):
 def make_instruction_step(
     instructions: Iterable[str], max_words: int, rows: int
 ) -> InstructionWordsStep:
-    """The step for a data set's instructions, of `max_words` at most and words for an embedding of
-    so many `rows`.
+    """Make the step for the instructions of a dataset.
+
+    Args:
+        instructions: The instructions.
+        max_words: Maximum length of an instruction [words].
+        rows: Rows of the word embedding.
+
+    Raises:
+        ConfigError: There are no instructions, or they do not fit `max_words` or `rows`.
     """
     instructions = list(instructions)
     vocabulary = build_vocabulary(instructions)
@@ -135,7 +147,8 @@ def make_instruction_step(
     longest, text = max((len(split_words(text)), text) for text in instructions)
     if longest > max_words:
         raise ConfigError(
-            f"max_instruction_words is {max_words}, an instruction has {longest} words: {text!r}."
+            f"max_instruction_words is {max_words}, but an instruction has {longest} words: "
+            f"{text!r}. Raise it."
         )
     words = len(vocabulary)
     room = rows - FIRST_WORD_ID

@@ -27,15 +27,15 @@ from ceed_vla.instructions import check_template
 @dataclass
 class OpenVLAConfig(TransformersConfig):
     """An OpenVLA model: one or two vision towers, a projector and a Llama that writes one of 256
-    ids a number.
+    ids per action dimension.
 
     Attributes:
-        dtype: Type of the weights; "auto" takes the folder's.
-        quantization: "8bit" or "4bit" language model through bitsandbytes, on a GPU; needs weights
-            by reference.
-        camera: Feature of the camera it looks through; not needed where the policy has one camera.
-        prompt: Text around ``{instruction}``, which is lower-cased; the one of the model's language
-            model if empty.
+        dtype: Data type of the weights; "auto" is the folder's.
+        quantization: Quantisation of the language model with bitsandbytes, "8bit" or "4bit", on a
+            GPU; needs weights by reference.
+        camera: Feature of the camera that the model reads; may be empty if the policy has only one.
+        prompt: Text around ``{instruction}``, which is lower-cased; empty for the prompt of the
+            model's training.
     """
 
     steps: ClassVar[tuple[str, ...]] = ("ceed_vla_openvla_inputs",)
@@ -51,7 +51,7 @@ class OpenVLAConfig(TransformersConfig):
             check_template(self.prompt, "backbone.prompt")
         if self.quantization != "none" and self.weights != "reference":
             raise ConfigError(
-                f"backbone.quantization is {self.quantization!r}: quantised weights cannot be "
+                f"backbone.quantization is {self.quantization!r}, but quantised weights cannot be "
                 'copied; set backbone.weights to "reference".'
             )
 
@@ -65,8 +65,8 @@ class OpenVLAConfig(TransformersConfig):
         bins = architecture["n_action_bins"]
         if shape.vocabulary_size != bins:
             raise ConfigError(
-                f"The action tokens have {shape.vocabulary_size} values, the model {bins} action "
-                f"ids; set --policy.action_tokens.type=openvla with n_action_bins={bins}."
+                f"The action tokens have {shape.vocabulary_size} values, but the model has {bins} "
+                f"action ids; set --policy.action_tokens.type=openvla with n_action_bins={bins}."
             )
         if new:
             self.check_size(shape)
@@ -93,8 +93,9 @@ class OpenVLAConfig(TransformersConfig):
     def validate_features(self, shape: PolicyShape) -> None:
         known = ", ".join(shape.cameras)
         if self.camera and self.camera not in shape.cameras:
-            raise ConfigError(f"backbone.camera is {self.camera!r}; the policy has {known}.")
+            raise ConfigError(f"backbone.camera is {self.camera!r}; choose one of {known}.")
         if not self.camera and len(shape.cameras) > 1:
             raise ConfigError(
-                f"OpenVLA looks through one camera; set backbone.camera to one of {known}."
+                f"OpenVLA reads one camera, the policy has {len(shape.cameras)}; set "
+                f"backbone.camera to one of {known}."
             )

@@ -1,6 +1,4 @@
-"""OpenVLA folders as they are published: configuration and statistics. Nothing in them is
-executed.
-"""
+"""Published OpenVLA folders: configuration and statistics. Code in a folder never runs."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ from ceed_vla.backbones.transformers.config import (
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json
 
-STATISTICS = "dataset_statistics.json"  # of a fine-tune; wins over norm_stats in config.json
-# What of config.json describes the model; norm_stats belong to the action tokens.
+# Of a fine-tuned model; has precedence over norm_stats in config.json.
+STATISTICS = "dataset_statistics.json"
+# Keys of config.json that describe the model; norm_stats belong to the action tokens.
 _MODEL = (
     "arch_specifier",
     "llm_backbone_id",
@@ -30,7 +29,7 @@ _MODEL = (
     "text_config",
     "torch_dtype",
 )
-# an entry a tower
+# Lists with one entry per vision tower.
 _LISTS = (
     "timm_model_ids",
     "image_sizes",
@@ -39,7 +38,7 @@ _LISTS = (
 )
 DESCRIBING = (*_MODEL, *_LISTS, "use_fused_vision_backbone")
 LANGUAGE_MODELS = ("llama", "mistral")
-# timm reads files and hubs by some names and settings, so only these are passed on: towers of
+# Some names and settings make timm read files or hubs, so only these are allowed: the towers of
 # Prismatic VLMs.
 TOWERS = re.compile(
     r"vit_(tiny|small|base|large|so400m)_patch(8|14|16)"
@@ -55,11 +54,11 @@ _SWITCHES = (
     "pre_norm",
 )
 TOWER_SETTINGS = (*_SIZES, *_SWITCHES)
-TOWER_VALUES = (None, "learn", "none", "", "avg", "token", "map")  # beside numbers
+TOWER_VALUES = (None, "learn", "none", "", "avg", "token", "map")  # in addition to numbers
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swish")
 LARGEST_SIDE = 4096  # of an image [px]
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
-# OpenVLA v0.1, the models on Vicuna
+# Prompt of OpenVLA v0.1, whose language model is Vicuna.
 VICUNA_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions. USER: What action should the "
@@ -68,21 +67,23 @@ VICUNA_PROMPT = (
 
 
 def usual_prompt(config: dict[str, Any]) -> str:
-    """Text around ``{instruction}`` that a model was trained with."""
+    """The prompt that a model was trained with, with ``{instruction}`` in it."""
     return VICUNA_PROMPT if str(config.get("llm_backbone_id")).startswith("vicuna") else PROMPT
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of an OpenVLA folder; `CheckpointError` for another kind of model, or
-    contradictory entries.
+    """Read config.json of an OpenVLA folder.
+
+    Raises:
+        CheckpointError: The model is of another kind, or entries contradict each other.
     """
     file = published_folder(folder, "The path of the model") / "config.json"
     config = read_json(file)
     if config.get("model_type") != "openvla":
         raise CheckpointError(
-            f"{file}: model_type is {config.get('model_type')!r}; this reader takes 'openvla'"
+            f"{file}: model_type is {config.get('model_type')!r}; it must be 'openvla'"
             + (
-                ", and this is a checkpoint of ceed-vla already."
+                ", but this is already a checkpoint of ceed-vla."
                 if config.get("type") == "ceed_vla"
                 else "."
             )
@@ -91,12 +92,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` as found in `file`, with the defaults of the format; `CheckpointError` for what
-    cannot be built.
+    """Validate a configuration and add the defaults of the format.
+
+    Args:
+        file: The file of the configuration, for error messages.
+        config: Its values.
+
+    Raises:
+        CheckpointError: The model cannot be built.
     """
-    with raised_as(
-        CheckpointError, f"{file} holds a value of another kind than OpenVLA's", "copy it again."
-    ):
+    with raised_as(CheckpointError, f"{file} has a value of the wrong type", "copy it again."):
         config = {
             "n_action_bins": 256,
             "pad_to_multiple_of": 64,
@@ -108,7 +113,8 @@ def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
         ]
         if missing:
             raise CheckpointError(
-                f"{file} lacks {', '.join(missing)}; it is no complete OpenVLA configuration."
+                f"{file} lacks {', '.join(missing)}; it is not a complete OpenVLA configuration. "
+                "Copy it again."
             )
         towers = config["timm_model_ids"]
         text = dict(config["text_config"])
@@ -120,8 +126,8 @@ def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
         for key in _LISTS:
             if config.get(key) is not None and len(config[key]) != expected:
                 raise CheckpointError(
-                    f"{file}: {key} has {len(config[key])} entries, use_fused_vision_backbone says "
-                    f"{expected}."
+                    f"{file}: {key} has {len(config[key])} entries; use_fused_vision_backbone "
+                    f"requires {expected}. Copy it again."
                 )
         _check_towers(file, config)
         text.setdefault("model_type", str(config.get("llm_backbone_id", "llama")).partition("-")[0])
@@ -130,8 +136,7 @@ def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
         if text["model_type"] not in LANGUAGE_MODELS:
             raise CheckpointError(
                 f"{file}: the language model (text_config.model_type) is {text['model_type']!r}; "
-                "those that can be read, with a cache of keys and values, are "
-                f"{', '.join(LANGUAGE_MODELS)}."
+                f"it must be one of {', '.join(LANGUAGE_MODELS)}."
             )
         types = [part.get(name) for part in (config, text) for name in ("torch_dtype", "dtype")]
         config["torch_dtype"] = str(next(filter(None, types), "float32")).removeprefix("torch.")
@@ -156,17 +161,16 @@ def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_towers(file: Path | str, config: dict[str, Any]) -> None:
-    """Check what timm is asked to build."""
+    """Raise `CheckpointError` for vision towers that timm must not build."""
     for name in config["timm_model_ids"]:
         if not isinstance(name, str) or not TOWERS.fullmatch(name):
             raise CheckpointError(
-                f"{file}: timm cannot build the vision tower {str(name)[:200]!r}; towers are "
-                "timm's vision transformers with DINOv2, SigLIP or CLIP weights, by their plain "
-                "names."
+                f"{file}: timm cannot build the vision tower {str(name)[:200]!r}; it must be the "
+                "plain name of a vision transformer of timm with DINOv2, SigLIP or CLIP weights."
             )
     for settings in config.get("timm_model_kwargs") or ():
         for name, value in settings.items():
-            # True and False too
+            # `int` includes True and False.
             number = isinstance(value, int | float) and abs(value) <= LARGEST_SIDE
             if name not in TOWER_SETTINGS or not (number or value in TOWER_VALUES):
                 raise CheckpointError(
@@ -184,7 +188,8 @@ def _check_towers(file: Path | str, config: dict[str, Any]) -> None:
         fits = all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
         if not fits or not 1 <= len(sides) <= 3:
             raise CheckpointError(
-                f"{file}: image_sizes has {size!r}; sides are whole numbers in [1, {LARGEST_SIDE}]."
+                f"{file}: image_sizes has {size!r}; sides must be whole numbers in [1, "
+                f"{LARGEST_SIDE}]."
             )
 
 
@@ -195,13 +200,21 @@ def describe_model(folder: str | Path) -> dict[str, Any]:
 
 
 def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, dict[str, Any]]:
-    """The data set by whose statistics actions are un-normalised, and its ``q01``, ``q99`` and
-    ``mask``, each (A,).
+    """Read the statistics that convert normalised actions.
 
-    They lie in ``norm_stats`` of config.json; a fine-tuned model may have its own in
-    dataset_statistics.json, which then count first. Where there are several, `unnorm_key` names the
-    data set: `ConfigError` lists them if it is missing or unknown. `CheckpointError` for statistics
-    that are missing or incomplete.
+    They are in ``norm_stats`` of config.json. A fine-tuned model may have others in
+    dataset_statistics.json, which have precedence.
+
+    Args:
+        folder: The folder.
+        unnorm_key: Name of the dataset; needed if there are several.
+
+    Returns:
+        The name of the dataset, and its ``q01``, ``q99`` and ``mask``, each (A,).
+
+    Raises:
+        ConfigError: `unnorm_key` is missing or unknown; the message lists the datasets.
+        CheckpointError: The statistics are missing or incomplete.
     """
     folder = Path(folder)
     sources = {folder / "config.json": read_config(folder).get("norm_stats") or {}}
@@ -210,7 +223,8 @@ def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, di
     for source, stats in sources.items():
         if not isinstance(stats, dict):
             raise CheckpointError(
-                f"{source}: the statistics are a {type(stats).__name__}; copy it again."
+                f"{source}: the statistics are a {type(stats).__name__}; they must be a JSON "
+                "object. Copy it again."
             )
     first = next(iter(sources))
     known = ", ".join(sorted({key for stats in sources.values() for key in stats}))
@@ -220,7 +234,7 @@ def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, di
         )
     if not unnorm_key and len(sources[first]) != 1:
         raise ConfigError(
-            f"{first} has statistics of {len(sources[first])} data sets; choose an unnorm_key: "
+            f"{first} has statistics of {len(sources[first])} datasets; choose an unnorm_key: "
             f"{known}."
         )
     key = unnorm_key or next(iter(sources[first]))
@@ -236,18 +250,19 @@ def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, di
 
 
 def _quantiles(stats: Any, what: str) -> dict[str, Any]:
-    """``q01``, ``q99`` and ``mask`` of one data set; `what` is what messages call it."""
+    """``q01``, ``q99`` and ``mask`` of one dataset; `what` is its name in messages."""
     with raised_as(
-        CheckpointError, f"{what} need q01 and q99, one number a dimension", "copy them again."
+        CheckpointError, f"{what} need q01 and q99, one number per dimension", "copy them again."
     ):
         action = stats["action"]
         low = [float(v) for v in action["q01"]]
         high = [float(v) for v in action["q99"]]
         mask = [bool(v) for v in action.get("mask") or [True] * len(low)]
     if not all(math.isfinite(v) for v in (*low, *high)):
-        raise CheckpointError(f"{what} hold NaN or infinity in q01 or q99; copy them again.")
+        raise CheckpointError(f"{what} have NaN or infinity in q01 or q99; copy them again.")
     if not 0 < len(low) == len(high) == len(mask):
         raise CheckpointError(
-            f"{what} have {len(low)} values in q01, {len(high)} in q99 and {len(mask)} in mask."
+            f"{what} have {len(low)} values in q01, {len(high)} in q99 and {len(mask)} in mask; "
+            "the numbers must be equal. Copy them again."
         )
     return {"q01": low, "q99": high, "mask": mask}

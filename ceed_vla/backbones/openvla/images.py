@@ -1,4 +1,4 @@
-"""OpenVLA's image transform: one resized, cropped and normalised copy of the image for every vision
+"""OpenVLA's image transform: one resized, cropped and normalised copy of the image per vision
 tower.
 """
 
@@ -18,7 +18,7 @@ from ceed_vla.errors import CheckpointError, raised_as
 from ceed_vla.fields import short
 
 STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
-# in the order of Pillow's numbers
+# Index = number in Pillow.
 MODES = (
     "nearest",
     "lanczos",
@@ -30,7 +30,7 @@ MODES = (
 
 
 class _Transform:
-    """The transform of one tower; `resize` of one number is the shorter side."""
+    """The transform of one tower; a `resize` of one number sets the shorter side [px]."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         size = values["size"]
@@ -46,7 +46,7 @@ class _Transform:
             or len(self.resize) > 2
         ):
             raise ValueError(f"the sizes {self.resize} and {self.crop}")
-        # Of pixels in [0, 1]; no NaN.
+        # For pixels in [0, 1]; also excludes NaN.
         plausible = all(abs(v) <= 100 for v in self.mean) and all(
             1e-3 <= v <= 100 for v in self.std
         )
@@ -55,7 +55,7 @@ class _Transform:
         self.interpolation = InterpolationMode(MODES[mode] if isinstance(mode, int) else mode)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Pixels (3, S, S) float32."""
+        """Transform an image to pixels (3, S, S) float32."""
         resized = transforms.resize(image, self.resize, self.interpolation, antialias=True)
         pixels = transforms.to_tensor(transforms.center_crop(resized, self.crop))
         return transforms.normalize(pixels, self.mean, self.std)
@@ -64,21 +64,31 @@ class _Transform:
 class OpenVLAImages:
     """The image processor of an OpenVLA folder, from its preprocessor_config.json.
 
-    Published files hold a short form (``input_sizes``, ``interpolations``, ``means``, ``stds``, a
-    strategy) and what it was expanded to (``tvf_...``). The expanded form counts where both are
-    there, as in the reference. `sizes` has ``[S, S]`` of every tower's pixels. `CheckpointError`
-    for settings missing, unknown, or of other towers.
+    Published files have a short form (``input_sizes``, ``interpolations``, ``means``, ``stds``, a
+    strategy) and its expansion (``tvf_...``). As in the reference implementation, the expansion has
+    precedence.
+
+    Attributes:
+        sizes: ``[S, S]`` of every tower's pixels.
+
+    Args:
+        settings: Contents of the file.
+        file: The file, for error messages.
+
+    Raises:
+        CheckpointError: Settings are missing, unknown, or of other towers.
     """
 
     def __init__(self, settings: dict[str, Any], file: Path | str) -> None:
         strategy = settings.get("image_resize_strategy", "letterbox")
         if strategy not in STRATEGIES:
             raise CheckpointError(
-                f"{file}: image_resize_strategy is {strategy!r}; it may be {', '.join(STRATEGIES)}."
+                f"{file}: image_resize_strategy is {strategy!r}; it must be one of "
+                f"{', '.join(STRATEGIES)}."
             )
         needed = (
-            f"input_sizes, interpolations ({', '.join(MODES)}), means and stds, one entry a vision "
-            "tower"
+            f"input_sizes, interpolations ({', '.join(MODES)}), means and stds, one entry per "
+            "vision tower"
         )
         with raised_as(CheckpointError, f"{file} needs {needed}", "copy it again."):
             sizes = [[int(v) for v in size[-2:]] for size in settings["input_sizes"]]
@@ -90,7 +100,7 @@ class OpenVLAImages:
         self.sizes = [part.crop for part in self._transforms]
         if len(set(map(tuple, self.sizes))) != 1:
             raise CheckpointError(
-                f"{file}: the vision towers see {self.sizes} pixels; they must all be equal."
+                f"{file}: the vision towers read {self.sizes} pixels; all must be equal."
             )
         boxed = settings.get("tvf_do_letterbox")
         self._fill = settings.get("tvf_letterbox_fill") or fill
@@ -104,14 +114,14 @@ class OpenVLAImages:
             type(value) is int and 0 <= value <= 255 for value in listed
         ):
             raise CheckpointError(
-                f"{file}: the letterbox is filled with {self._fill}; give three numbers in [0, "
-                "255]."
+                f"{file}: the letterbox is filled with {self._fill}; it must be three whole "
+                "numbers in [0, 255]."
             )
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Pixels (3 * towers, S, S) float32 of one picture of any size."""
+        """Transform an image of any size to pixels (3 * towers, S, S) float32."""
         image = image.convert("RGB")
-        if self._letterbox:  # in the middle of a square
+        if self._letterbox:  # centre the image in a square
             across, down = ((max(image.size) - side) // 2 for side in image.size)
             image = transforms.pad(image, [across, down, across, down], fill=self._fill)
         return torch.vstack([transform(image) for transform in self._transforms])
@@ -120,9 +130,7 @@ class OpenVLAImages:
 def _expanded(
     settings: dict[str, Any], strategy: str, tower: int, size: list[int]
 ) -> dict[str, Any]:
-    """Resize, crop and normalisation of a tower: those in the file, or what the short form
-    means.
-    """
+    """Resize, crop and normalisation of a tower, from the expansion or else the short form."""
     usual: dict[str, dict[str, Any]] = {
         # "resize-naive" ignores the aspect ratio, the others scale the shorter side.
         "tvf_resize_params": {

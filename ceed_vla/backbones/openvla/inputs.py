@@ -1,5 +1,5 @@
-"""Image and instruction to OpenVLA's inputs, as a LeRobot step that carries the folder's tokenizer
-and settings.
+"""Image and instruction to OpenVLA's inputs, as a LeRobot processor step with the folder's
+tokenizer and settings.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ceed_vla.instructions import PLACE, batch_instructions, check_template
 IDS_KEY, MASK_KEY = "observation.openvla.input_ids", "observation.openvla.attention_mask"
 PIXELS_KEY = "observation.openvla.pixel_values"
 IMAGES_FILE = "preprocessor_config.json"
-# "▁": training put it in front of the action ids, tokenizers leave it out at the end of a text
+# "▁": in training it precedes the action ids, but tokenizers omit it at the end of a text.
 EMPTY_TOKEN = 29871
 
 
@@ -49,12 +49,12 @@ class OpenVLAInputsStep(FilesStep, InputsStep):
         wanted = backbone.prompt or self.prompt
         if self.camera not in shape.cameras or self.prompt != wanted:
             raise ConfigError(
-                f"camera {self.camera!r} and prompt {self.prompt!r}; the policy has "
-                f"{', '.join(shape.cameras)} and {wanted!r}."
+                f"camera is {self.camera!r} and prompt {self.prompt!r}; the policy has the cameras "
+                f"{', '.join(shape.cameras)} and the prompt {wanted!r}. Copy the checkpoint again."
             )
 
     def read_folder(self, path: str) -> Self:
-        """Take tokenizer and image settings from an OpenVLA folder; returns self."""
+        """Read tokenizer and image settings from an OpenVLA folder; returns self."""
         config = read_config(path)
         self.use(read_files(Path(path), (IMAGES_FILE, *TOKENIZER_FILES)), path)
         words = int(config["text_config"]["vocab_size"])
@@ -62,8 +62,8 @@ class OpenVLAInputsStep(FilesStep, InputsStep):
         if max(largest, EMPTY_TOKEN) >= words:
             raise CheckpointError(
                 f"{path}: the tokenizer has ids up to {max(largest, EMPTY_TOKEN)} (empty token "
-                f"{EMPTY_TOKEN}), text_config.vocab_size in config.json is {words}; they belong to "
-                "different models."
+                f"{EMPTY_TOKEN}), but text_config.vocab_size in config.json is {words}; they "
+                "belong to different models. Copy the folder again."
             )
         seen = [
             [size] * 2 if isinstance(size, int) else list(size[-2:])
@@ -71,8 +71,9 @@ class OpenVLAInputsStep(FilesStep, InputsStep):
         ]
         if self._images.sizes != seen:
             raise CheckpointError(
-                f"{Path(path) / IMAGES_FILE} prepares images of {self._images.sizes} pixels, the "
-                f"vision towers in config.json see {seen}; they belong to different models."
+                f"{Path(path) / IMAGES_FILE} makes images of {self._images.sizes} pixels, but the "
+                f"vision towers in config.json read {seen}; they belong to different models. Copy "
+                "the folder again."
             )
         return self
 

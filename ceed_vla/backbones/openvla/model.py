@@ -1,4 +1,4 @@
-r"""OpenVLA: vision towers, a projector and a Llama, behind the `Backbone` protocol, with published
+r"""OpenVLA: vision towers, a projector and a Llama, with the `Backbone` protocol and published
 weights.
 
     <s>   --embed-------------------> \
@@ -6,8 +6,8 @@ weights.
     words, empty token 29871 --embed> /                            |
                               action ids 31999 - bin --embed-------+----> action tokens 1..n-1
 
-Only the action ids have scores: the last ``V`` before the padding of the vocabulary, counted
-downwards.
+Only the action ids have logits: the last ``V`` ids before the padding of the vocabulary, in
+descending order.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 
 
 class VisionTowers(nn.Module):
-    """One timm tower, or two whose patch features are concatenated; their names are those of
-    published weights.
+    """One timm tower, or two whose patch features are concatenated.
+
+    The attributes have the names of the published weights.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
@@ -43,8 +44,8 @@ class VisionTowers(nn.Module):
         return [tower for tower in (self.featurizer, self.fused_featurizer) if tower is not None]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3 * towers, S, S) to patch features (B, patches, width) of the second-to-last
-        layers.
+        """Map pixels (B, 3 * towers, S, S) to patch features (B, patches, width), the output of
+        each tower's second-to-last layer.
         """
         pairs = zip(self._towers(), pixels.split(3, dim=1), strict=True)
         features = [
@@ -66,7 +67,7 @@ def _tower(values: dict[str, Any], index: int) -> nn.Module:
     settings = {
         "img_size": sizes[index],
         "act_layer": activations[index] if activations else None,
-        # both lists were checked (`check_config`)
+        # `check_config` has validated both lists.
         **(values.get("timm_model_kwargs") or [{}, {}])[index],
     }
     with raised_as(
@@ -74,12 +75,14 @@ def _tower(values: dict[str, Any], index: int) -> nn.Module:
     ):
         tower: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **settings)
     if len(getattr(tower, "blocks", ())) < 2:
-        raise CheckpointError(f"The vision tower {name!r} is no transformer of at least 2 blocks.")
+        raise CheckpointError(
+            f"The vision tower {name!r} must be a transformer of at least 2 blocks."
+        )
     return tower
 
 
 class Projector(nn.Module):
-    """Patch features to embeddings (B, patches, d); two layers for one tower, three for two."""
+    """Maps patch features to embeddings (B, patches, d): 2 layers for one tower, 3 for two."""
 
     def __init__(self, vision_width: int, width: int, fused: bool) -> None:
         super().__init__()
@@ -95,15 +98,19 @@ class Projector(nn.Module):
 
 
 class OpenVLABackbone(TransformersBackbone):
-    """An OpenVLA model of a `check_config` with random weights of the type `dtype`.
+    """An OpenVLA model, with random weights until `fill`.
 
-    A block has `block_length` tokens of `bins` values; published models write one action,
-    fine-tuned ones several.
+    Args:
+        values: The configuration, from `check_config`.
+        block_length: Tokens ``n`` of a block; one action in published models, several in
+            fine-tuned ones.
+        bins: Values ``V`` of a token.
+        dtype: Data type of the weights.
     """
 
     def __init__(self, values: dict[str, Any], block_length: int, bins: int, dtype: str) -> None:
         settings = dict(values["text_config"])
-        # before it was padded
+        # Ids before the padding of the vocabulary.
         words = int(settings["vocab_size"]) - int(values["pad_to_multiple_of"])
         super().__init__(block_length, bins, torch.arange(words - 1, words - 1 - bins, -1))
         self.words = words
@@ -124,14 +131,14 @@ class OpenVLABackbone(TransformersBackbone):
             )
 
     def own_name(self, published: str) -> str:
-        if published.endswith("rotary_emb.inv_freq"):  # older transformers saved what is computed
+        if published.endswith("rotary_emb.inv_freq"):  # saved by older transformers; now computed
             return ""
-        # the publisher renames timm's LayerScale
+        # Published weights rename timm's LayerScale.
         return published.replace(".scale_factor", ".gamma")
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Rows ``B`` of a batch with ids (B, L), their mask with padding on the left, and pixels
-        (B, C, S, S).
+        """Validate a batch with ids (B, L), their mask with padding on the left, and pixels (B, C,
+        S, S); return its rows ``B``.
         """
         channels = 3 if self.vision_backbone.fused_featurizer is None else 6
         shapes: dict[str, tuple[int | None, ...]] = {
@@ -145,7 +152,7 @@ class OpenVLABackbone(TransformersBackbone):
         return rows
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
-        """Word embeddings with the image patches behind the first word of every row."""
+        """Embed the words, and insert the image patches behind the first word of every row."""
         ids = batch[IDS_KEY]
         real = batch[MASK_KEY].bool()
         # (B, p, d)
@@ -157,7 +164,7 @@ class OpenVLABackbone(TransformersBackbone):
             torch.cat([w[: i + 1], p, w[i + 1 :]])
             for w, p, i in zip(words, patches, first, strict=True)
         ]
-        real = F.pad(real, (0, patches.shape[1]), value=True)  # its padding is on the left
+        real = F.pad(real, (0, patches.shape[1]), value=True)  # padding is on the left
         embeddings = PrefixEmbeddings.in_order(torch.stack(rows), real)
         # (B, P)
         place = torch.arange(real.shape[1], device=real.device) - real.long().argmax(
@@ -168,21 +175,28 @@ class OpenVLABackbone(TransformersBackbone):
 
 
 def quantize(module: nn.Module, kind: str, device: str) -> None:
-    """Replace the linear layers inside `module`, for `device`, by "8bit" (LLM.int8) or "4bit" (NF4)
-    ones.
+    """Replace the linear layers inside a module by quantised ones, in place.
 
     bitsandbytes quantises the weights when the module moves to a GPU.
+
+    Args:
+        module: The module.
+        kind: "8bit" (LLM.int8) or "4bit" (NF4).
+        device: Device that the module will run on.
+
+    Raises:
+        ConfigError: The device is not a GPU, or bitsandbytes is not installed.
     """
     if not str(device).startswith("cuda"):
         raise ConfigError(
-            f"backbone.quantization is {kind!r} and the device {device!r}; it needs a GPU "
-            "(device=cuda)."
+            f"backbone.quantization is {kind!r}, but the device is {device!r}; quantisation needs "
+            "a GPU (device=cuda)."
         )
     try:
         import bitsandbytes
     except ImportError as error:
         raise ConfigError(
-            f"backbone.quantization {kind!r} needs bitsandbytes; install it, or set none."
+            f'backbone.quantization {kind!r} needs bitsandbytes; install it, or set "none".'
         ) from error
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

@@ -1,5 +1,5 @@
-"""Tokenizers of OpenVLA folders, read from the files themselves: later transformers rebuild Llama's
-by other rules.
+"""Tokenizers of OpenVLA folders, read from the files directly, because later versions of
+transformers rebuild Llama's by other rules.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def read_tokenizer(folder: Path) -> _Fast | _SentencePiece:
-    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model.
+    """Read the tokenizer of a folder: tokenizer.json, or the older tokenizer.model.
 
-    Called with a text it gives ids below its `size`, with the marks of the text's beginning and
-    end.
+    It maps a text to ids below its `size`, including the tokens that mark begin and end of a text.
     """
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.is_file() else {}
@@ -32,7 +31,7 @@ def read_tokenizer(folder: Path) -> _Fast | _SentencePiece:
 
 
 class _Fast:
-    """tokenizer.json."""
+    """The tokenizer in tokenizer.json."""
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         from tokenizers import Tokenizer
@@ -43,14 +42,14 @@ class _Fast:
         self._tokenizer.no_padding()
         self.size = max(self._tokenizer.get_vocab().values()) + 1
         if settings.get("tokenizer_class") not in LLAMA:
-            return  # the file's own template counts
+            return  # the template in the file applies
         first, last = _marks(settings)
         special = [(token, self._tokenizer.token_to_id(token)) for token in (first, last) if token]
         missing = [token for token, number in special if number is None]
         if missing:
             raise CheckpointError(
-                f"{file.name} lacks {missing[0]!r}, which tokenizer_config.json puts around every "
-                "text; do the two belong together?"
+                f"{file.name} lacks {missing[0]!r}, which tokenizer_config.json adds to every "
+                "text; take both from the same model."
             )
         self._tokenizer.post_processor = TemplateProcessing(
             single=f"{first} $A {last}".strip(), special_tokens=special
@@ -64,7 +63,7 @@ class _Fast:
 
 
 class _SentencePiece:
-    """tokenizer.model."""
+    """The tokenizer in tokenizer.model."""
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         try:
@@ -82,7 +81,7 @@ class _SentencePiece:
 
 
 def _marks(settings: dict[str, Any]) -> tuple[str, str]:
-    """Tokens before and behind every text, empty for none."""
+    """Tokens in front of and behind every text; empty for none."""
     first = _token(settings.get("bos_token"), "<s>") if settings.get("add_bos_token", True) else ""
     last = _token(settings.get("eos_token"), "</s>") if settings.get("add_eos_token", False) else ""
     return first, last

@@ -20,26 +20,26 @@ from ceed_vla.tokens.base import ActionTokensConfig
 @ActionTokensConfig.register_subclass("pi0_fast")
 @dataclass
 class Pi0FastTokensConfig(ActionTokensConfig):
-    """The text that pi0-FAST writes; actions are in normalised units, which the post-processor
-    undoes.
+    """The text that pi0-FAST writes. Actions have normalised units; the postprocessor converts
+    them.
 
-    Everything but `max_tokens` and `check_marker` is filled by `ceed-vla convert --from pi0_fast`.
+    `ceed-vla convert --from pi0_fast` sets every field except `max_tokens` and `check_marker`.
 
     Attributes:
         max_tokens: Slots ``n`` of a block; LeRobot's ``max_decoding_steps``.
-        check_marker: Refuse chunks that do not begin with "Action:"; LeRobot's
+        check_marker: Whether chunks that do not begin with "Action:" are an error; LeRobot's
             ``validate_action_token_prefix``.
-        skip_tokens: Text ids behind the FAST ids; LeRobot's ``fast_skip_tokens``.
-        scored: Text ids that the model scores, all of which a token may be; 0 restricts tokens to
-            actions.
-        num_tokens: Values of a token.
+        skip_tokens: Number of text ids behind the FAST ids; LeRobot's ``fast_skip_tokens``.
+        scored: Number of text ids that have logits, if a token can be any of them; 0 restricts
+            tokens to actions.
+        num_tokens: Number of values of a token.
         bpe: The FAST tokenizer's BPE (JSON).
-        scale: Its quantisation.
-        least: Its smallest coefficient.
-        words: Ids of the text tokenizer.
-        bos: Id that ends the prompt.
-        stop: Id of "|".
-        marker: Ids of "Action: ".
+        scale: Quantisation scale of the FAST tokenizer.
+        least: Smallest coefficient of the FAST tokenizer.
+        words: Number of ids of the text tokenizer.
+        bos: Text id that ends the prompt.
+        stop: Text id of "|".
+        marker: Text ids of "Action: ".
     """
 
     ordered = False
@@ -68,9 +68,9 @@ class Pi0FastTokensConfig(ActionTokensConfig):
     def build(self, chunk_steps: int, action_dim: int) -> Pi0FastTokenizer:
         if not self.bpe:
             raise ConfigError(
-                "action_tokens.type is pi0_fast without its tokenizers; make the policy with "
-                "`ceed-vla convert --from pi0_fast`. For FAST tokens of own data set "
-                "action_tokens.type=fast."
+                "action_tokens.type is pi0_fast, but its tokenizers are missing; make the policy "
+                "with `ceed-vla convert --from pi0_fast`. For FAST tokens that are fitted to your "
+                "data, set action_tokens.type=fast."
             )
         return Pi0FastTokenizer(self, chunk_steps, action_dim)
 
@@ -78,8 +78,8 @@ class Pi0FastTokensConfig(ActionTokensConfig):
 @BackboneConfig.register_subclass("pi0_fast")
 @dataclass
 class Pi0FastConfig(TransformersConfig):
-    """LeRobot's pi0-FAST with the weights of one of its checkpoints; made by `ceed-vla convert
-    --from pi0_fast`.
+    """LeRobot's pi0-FAST with the weights of a checkpoint; `ceed-vla convert --from pi0_fast` makes
+    it.
     """
 
     steps: ClassVar[tuple[str, ...]] = (
@@ -99,21 +99,21 @@ class Pi0FastConfig(TransformersConfig):
         tokens = shape.action_tokens
         if not isinstance(tokens, Pi0FastTokensConfig):
             raise ConfigError(
-                f"The backbone pi0_fast writes action tokens of type pi0_fast, not {tokens.type!r}"
-                "; make the policy with `ceed-vla convert --from pi0_fast`."
+                f"The action tokens are of type {tokens.type!r}; the backbone pi0_fast needs "
+                "pi0_fast. Make the policy with `ceed-vla convert --from pi0_fast`."
             )
         new = not self.architecture
         if new:
             self.architecture = describe_model(self.path)
             self.check_size(shape)
-        # without a tokenizer, whose ids are known
+        # LeRobot's model needs no tokenizer here, as the ids are known.
         model = PI0FastPytorch(decode_architecture(self.architecture))
         backbone = Pi0FastBackbone(model, tokens.build(shape.chunk_size, shape.action_dim))
         backbone.fill(Path(self.path), new=new, reference=self.weights == "reference")
         return backbone
 
     def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
-        # names of sizes stand for fixed ones there
+        # LeRobot maps the names of variants to fixed sizes.
         from lerobot.policies.pi0_fast import modeling_pi0_fast
 
         variant = read_architecture(self.architecture).get("paligemma_variant", "gemma_2b")
@@ -123,6 +123,7 @@ class Pi0FastConfig(TransformersConfig):
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
         raise ConfigError(
-            "A pi0-FAST policy brings the processors of its LeRobot checkpoint. Fine-tune it with "
-            "lerobot-train --policy.type=pi0_fast, then `ceed-vla convert --from pi0_fast`."
+            "The backbone pi0_fast cannot make processors for new data; a pi0-FAST policy has "
+            "those of its LeRobot checkpoint. Fine-tune it with lerobot-train "
+            "--policy.type=pi0_fast, then run `ceed-vla convert --from pi0_fast`."
         )

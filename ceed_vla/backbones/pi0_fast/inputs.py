@@ -1,5 +1,5 @@
-"""pi0-FAST's prompt as text ids: LeRobot's step, but with the tokenizer in the checkpoint instead
-of on a hub.
+"""pi0-FAST's prompt as text ids: LeRobot's processor step, with the tokenizer in the checkpoint
+instead of on a hub.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ LONGEST_PROMPT = 65_536
 @ProcessorStepRegistry.register(name="ceed_vla_pi0_fast_prompt")
 @dataclass
 class PromptTokensStep(FilesStep, TokenizerProcessorStep):
-    """`TokenizerProcessorStep` whose tokenizer files are its state."""
+    """A `TokenizerProcessorStep` whose state is the files of its tokenizer."""
 
     def __post_init__(self) -> None:
-        """The tokenizer comes with `read_folder` or with the state."""
+        """Validate the settings; `read_folder` or the state sets the tokenizer."""
         longest, sides = self.max_length, ("left", "right")
         if (
             not isinstance(longest, int)
@@ -38,14 +38,15 @@ class PromptTokensStep(FilesStep, TokenizerProcessorStep):
             )
         if self.tokenizer_name is not None or self.tokenizer is not None:
             raise ConfigError(
-                f"tokenizer_name is {self.tokenizer_name!r}; the tokenizer is the step's state."
+                f"tokenizer_name is {self.tokenizer_name!r}; leave it out, as the checkpoint has "
+                "the tokenizer."
             )
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
-        """Nothing here repeats the policy's configuration."""
+        """Check nothing: no setting repeats one of the policy's configuration."""
 
     def read_folder(self, path: str | Path) -> PromptTokensStep:
-        """Take the tokenizer of a local folder; returns self."""
+        """Read the tokenizer of a local folder; returns self."""
         self.use(read_files(Path(path)), str(path))
         return self
 
@@ -58,11 +59,11 @@ class PromptTokensStep(FilesStep, TokenizerProcessorStep):
 
 
 def load_text_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer in a local folder, as LeRobot reads a prompt with it."""
+    """Load the tokenizer in a local folder, as LeRobot does for prompts."""
     from transformers import AutoTokenizer
 
     check_tokenizers(Path(folder))
-    what = f"{folder} holds no text tokenizer that loads"
+    what = f"{folder} has no text tokenizer that loads"
     advice = "give the folder of PaliGemma's tokenizer."
     with raised_as(CheckpointError, what, advice):
         return AutoTokenizer.from_pretrained(str(folder), **LOCAL)

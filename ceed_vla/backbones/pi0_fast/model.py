@@ -1,14 +1,14 @@
-"""LeRobot's pi0-FAST (PaliGemma that writes FAST tokens) behind the `Backbone` protocol, with its
-weights unchanged.
+"""LeRobot's pi0-FAST (PaliGemma that writes FAST tokens) with the `Backbone` protocol and unchanged
+weights.
 
     [cameras | prompt, right-padded | BOS]  bidirectional        --> slot 0
     "Action: " <FAST ids> "|"               causal, variable length
 
-With the full vocabulary a token is any id of the text vocabulary, as LeRobot's own decoder chooses
-among all of them: greedy and strict Jacobi decoding give its tokens for any weights, while guesses,
-and whatever a Jacobi iteration writes behind a token that is not proven yet, are restricted to the
-ids that an action can hold. Restricted to actions, nothing else has a score at all. That reads 1 %
-of the head, as distillation must; no action of LeRobot's differs.
+With the full vocabulary, a token can be any id of the text vocabulary, as in LeRobot's own decoder:
+greedy and strict Jacobi decoding return its tokens for any weights. Guesses, and tokens that a
+Jacobi iteration writes behind an unproven token, are restricted to the ids of actions. With tokens
+restricted to actions, only these ids have logits. That reads 1 % of the head, as distillation
+requires; no action differs from LeRobot's.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_to
 
 
 class Pi0FastBackbone(TransformersBackbone):
-    """LeRobot's pi0-FAST, whose own tokenizer is not used, as a causal model over one block of text
-    tokens.
+    """LeRobot's pi0-FAST as a causal model over one block of text tokens.
+
+    `Pi0FastTokenizer` replaces LeRobot's own tokenizer.
     """
 
     forbidden: Tensor | None
-    # published checkpoints hold the matrix that both share once
+    # Head and embedding share one matrix, which published checkpoints store once.
     copies: Mapping[str, str] = {EMBEDDING: HEAD}
 
     def __init__(self, model: PI0FastPytorch, tokenizer: Pi0FastTokenizer) -> None:
@@ -70,9 +71,10 @@ class Pi0FastBackbone(TransformersBackbone):
             or int(ids.max()) >= words
         ):
             raise ConfigError(
-                f"Blocks of {tokenizer.block_length} tokens, {tokenizer.scored or 'some'} of them "
-                f"scored and with text ids up to {int(ids.max())}, do not fit a model of {words} "
-                "text ids; do tokenizer and weights belong together?"
+                f"The action tokens have blocks of {tokenizer.block_length} tokens, "
+                f"scored={tokenizer.scored} and text ids up to {int(ids.max())}; a block must have "
+                f"at least 2 tokens, and the model has {words} text ids. Take tokenizer and "
+                "weights from the same checkpoint."
             )
         full = bool(tokenizer.scored)
         ids = ids.to(head.weight.device)
@@ -101,8 +103,8 @@ class Pi0FastBackbone(TransformersBackbone):
         return published if published.startswith("model.") else f"model.{published}"
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Rows of a batch with cameras (B, 3, H, W) in [0, 1] and LeRobot's prompt tokens and mask
-        (B, L).
+        """Validate a batch with cameras (B, 3, H, W) in [0, 1] and LeRobot's prompt tokens and mask
+        (B, L); return its rows.
         """
         wanted: dict[str, tuple[int | None, ...]] = dict.fromkeys(
             self.augmented_images, (3, None, None)
@@ -115,10 +117,8 @@ class Pi0FastBackbone(TransformersBackbone):
         return rows
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
-        """Cameras, prompt and BOS as LeRobot's decoder embeds them; they see each other in both
-        directions.
-        """
-        # LeRobot's own method; it reads the configuration and the device only.
+        """Embed cameras, prompt and BOS as LeRobot's decoder does, with bidirectional attention."""
+        # LeRobot's own method reads only the configuration and the device.
         images, image_masks = PI0FastPolicy._preprocess_images(cast("Any", self), batch)
         tokens = batch[OBS_LANGUAGE_TOKENS]
         mask = batch[OBS_LANGUAGE_ATTENTION_MASK].bool()
@@ -140,19 +140,17 @@ class Pi0FastBackbone(TransformersBackbone):
         return super().embed_tokens(tokens).to(self._dtype)
 
     def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
-        if isinstance(cache, StaticCache):  # LeRobot's model would count on the host
+        if isinstance(cache, StaticCache):  # otherwise LeRobot's model counts on the host
             inputs = {**inputs, "cache_position": cache.positions(embeds.shape[1])}
         return super()._run(embeds, cache, inputs)
 
     def distillation_parameters(self) -> list[str]:
-        """The language model's layers. The head equals the embeddings, which make the prefix; a
-        checkpoint has one.
-        """
+        """The language model's layers, without the head, which equals the embeddings."""
         return [name for name in super().distillation_parameters() if ".lm_head." not in name]
 
     @property
     def _dtype(self) -> torch.dtype:
-        """What LeRobot runs the language model in."""
+        """The dtype in which LeRobot runs the language model."""
         layer: Any = cast("nn.ModuleList", self.decoder.layers)[0]
         return layer.self_attn.q_proj.weight.dtype  # type: ignore[no-any-return]
 
@@ -164,10 +162,10 @@ class Pi0FastBackbone(TransformersBackbone):
         return self._speculative(super().shallow_logits(prefix, tokens, depth), tokens)
 
     def _speculative(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """`logits` (B, k, V) behind `tokens` (B, k), of which some may be guesses.
+        """Restrict the `logits` (B, k, V) behind guessed `tokens` (B, k) to the ids of actions.
 
-        With the full vocabulary, ids that no action holds score -inf behind a token that is not the
-        greedy one, as that is speculation. Behind greedy tokens every id keeps its score, so a
+        With the full vocabulary, all other ids get -inf behind a token that is not the greedy one,
+        because the output there is speculative. Behind greedy tokens the logits are unchanged, so a
         fixed point is greedy.
         """
         if self.forbidden is not None and tokens.shape[1] > 1:
@@ -178,14 +176,14 @@ class Pi0FastBackbone(TransformersBackbone):
 
 
 def describe_model(folder: str | Path) -> str:
-    """LeRobot's configuration (JSON) in a checkpoint folder, for the CPU and without
+    """Read LeRobot's configuration (JSON) from a checkpoint folder, set to the CPU and without
     compilation.
     """
     values = read_json(Path(folder) / "config.json")
     kind = values.get("type")
     if kind != "pi0_fast":
         raise CheckpointError(
-            f"{folder} holds a policy of type {kind!r}; this reads LeRobot's 'pi0_fast'."
+            f"{folder} has a policy of type {kind!r}; it must be LeRobot's 'pi0_fast'."
         )
     return json.dumps(
         {**values, "device": "cpu", "compile_model": False, "gradient_checkpointing": False}
@@ -193,8 +191,10 @@ def describe_model(folder: str | Path) -> str:
 
 
 def decode_architecture(architecture: str) -> PI0FastConfig:
-    """LeRobot's configuration from its JSON; `CheckpointError` for values that LeRobot refuses, or
-    without features.
+    """Parse LeRobot's configuration from its JSON.
+
+    Raises:
+        CheckpointError: LeRobot rejects a value, or features are missing.
     """
     values = read_architecture(architecture)
     values.pop("type", None)
@@ -207,5 +207,5 @@ def decode_architecture(architecture: str) -> PI0FastConfig:
                 low <= value <= high
                 for value in (found if isinstance(found, tuple | list) else [found])
             ):
-                raise ValueError(f"{name} is {found}; it must lie in [{low}, {high}]")
+                raise ValueError(f"{name} is {found}; it must be in [{low}, {high}]")
     return config

@@ -17,14 +17,16 @@ MARKER, STOP = "Action: ", "|"
 
 
 def text_ids(tokenizer: Any) -> dict[str, Any]:
-    """What `Pi0FastTokensConfig` holds of a transformers tokenizer; `ConfigError` if it has no "|"
-    or no BOS token.
+    """Settings of `Pi0FastTokensConfig` from a transformers tokenizer.
+
+    Raises:
+        ConfigError: The tokenizer has no "|" or no BOS token.
     """
     stop = tokenizer.convert_tokens_to_ids(STOP)
     bos = tokenizer.bos_token_id
     marker = tokenizer.encode(MARKER, add_special_tokens=False)
     if stop is None or stop == tokenizer.unk_token_id or bos is None or not marker:
-        raise ConfigError(f"The text tokenizer has no {STOP!r} or no BOS token; is it PaliGemma's?")
+        raise ConfigError(f"The text tokenizer has no {STOP!r} or no BOS token; use PaliGemma's.")
     return {
         "words": int(tokenizer.vocab_size),
         "bos": int(bos),
@@ -34,11 +36,16 @@ def text_ids(tokenizer: Any) -> dict[str, Any]:
 
 
 class Pi0FastTokenizer(VariableLengthTokens):
-    """Chunks of normalised actions as pi0-FAST writes them; `settings` are a `Pi0FastTokensConfig`.
+    """Chunks of normalised actions in the format of pi0-FAST.
 
-    Unlike LeRobot's detokeniser it neither fills up nor cuts off a chunk of another length, and a
-    malformed one is an error instead of zeros. A token is any of the `scored` ids, else an index
-    into `action_ids` (N,).
+    Unlike LeRobot's detokenizer, it does not pad or cut a chunk of another length, and a malformed
+    chunk is an error instead of zeros. A token is any of the `scored` ids, or else an index into
+    `action_ids` (N,).
+
+    Args:
+        settings: A `Pi0FastTokensConfig`.
+        chunk_steps: Steps ``m`` of a chunk.
+        action_dim: Action dimensions ``A``.
     """
 
     normalised = True
@@ -52,14 +59,14 @@ class Pi0FastTokenizer(VariableLengthTokens):
         self.chunk_steps = chunk_steps
         self.action_dim = action_dim
         self.block_length = settings.max_tokens
-        # text id of FAST id 0; the others descend from it
+        # Text id of FAST id 0; those of the other FAST ids descend from it.
         self._last = settings.words - 1 - settings.skip_tokens
         first = self._last - codec.vocabulary_size + 1
         if first < 0:
             raise ConfigError(
-                f"The text tokenizer has {settings.words} ids, too few for {codec.vocabulary_size} "
-                f"FAST ids before the last {settings.skip_tokens}; do the two tokenizers belong "
-                "together?"
+                f"The text tokenizer has {settings.words} ids; it must have "
+                f"{codec.vocabulary_size} for FAST and {settings.skip_tokens} behind them. Take "
+                "both tokenizers from the same checkpoint."
             )
         ids = sorted({*range(first, self._last + 1), *settings.marker, settings.stop})
         self.action_ids = torch.tensor(ids)  # (N,)
@@ -67,13 +74,13 @@ class Pi0FastTokenizer(VariableLengthTokens):
         self._token = {i: token for token, i in enumerate(self._text_id)}  # text id -> token
         if ids[-1] not in self._token:
             raise ConfigError(
-                f"The actions take text ids up to {ids[-1]}, the model scores {scored}; do "
-                "tokenizer and weights belong together?"
+                f"The actions have text ids up to {ids[-1]}, but only {scored} ids have logits; "
+                "take tokenizer and weights from the same checkpoint."
             )
         self.vocabulary_size = len(self._text_id)
         self.stop = self._token[settings.stop]
         self.speculative = torch.tensor([self._token[i] for i in ids])
-        # normalised, about
+        # Approximate limits of normalised actions.
         self.low = -torch.ones(action_dim).double()
         self.high = torch.ones(action_dim).double()
         self.zero = self.encode(torch.zeros(1, chunk_steps, action_dim))[0]
@@ -87,18 +94,16 @@ class Pi0FastTokenizer(VariableLengthTokens):
 
     def _read(self, tokens: list[int]) -> Tensor:
         if not all(0 <= token < self.vocabulary_size for token in tokens):
-            raise MalformedChunkError(
-                f"its tokens do not all lie in [0, {self.vocabulary_size - 1}]."
-            )
+            raise MalformedChunkError(f"its tokens must be in [0, {self.vocabulary_size - 1}].")
         ids = [self._text_id[token] for token in tokens]
         marker = list(self.settings.marker)
         at = 0
-        # LeRobot looks at two tokens, whatever the marker takes.
+        # LeRobot compares the first two tokens for a marker of any length.
         if self.settings.check_marker and ids[:2] != marker[:2]:
             raise MalformedChunkError(
                 f"it begins with the text ids {ids[:3]}, not with {MARKER!r}."
             )
-        while at <= len(ids) - len(marker):  # LeRobot drops the marker wherever it is
+        while at <= len(ids) - len(marker):  # LeRobot removes the marker anywhere
             if ids[at : at + len(marker)] == marker:
                 del ids[at : at + len(marker)]
             else:

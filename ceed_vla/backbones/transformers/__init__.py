@@ -1,3 +1,3 @@
-"""What models of transformers share: a language model behind a prefix of embeddings, published
-weights and files.
+"""Shared parts of the models of transformers: a language model behind a prefix of embeddings,
+published weights and files.
 """

@@ -1,11 +1,11 @@
-r"""What the models of transformers share: a language model that continues a prefix of embeddings on
+r"""Base of the models of transformers: a language model that continues a prefix of embeddings with
 a cache.
 
     PrefixEmbeddings (B, P, d) --decoder--> cache, hidden (B, d) --score--> action token 0
                                                 |
     tokens (B, k) --embed_tokens--> (B, k, d) --+--decoder--> (B, k, d) --score--> (B, k, V)
 
-A family says how an observation becomes `PrefixEmbeddings`, and where decoder and head are.
+A family defines how an observation becomes `PrefixEmbeddings`, and where decoder and head are.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from ceed_vla.weights import copy_weights, weight_files
 
 
 class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
-    """A language model of transformers behind the `Backbone` protocol.
+    """A language model of transformers with the `Backbone` protocol.
 
-    `action_ids` (V,) are the vocabulary ids of the tokens; None where a token is any id.
+    Attributes:
+        action_ids: (V,) vocabulary ids of the action tokens; None if a token can be any id.
+        copies: Weights that a published folder may lack -> the weights that they then equal.
     """
 
     compilable = ("block",)
     action_ids: Tensor | None
-    # weights that a published folder may lack, with those that they then equal
     copies: Mapping[str, str] = {}
 
     def __init__(self, block_length: int, vocabulary_size: int, action_ids: Tensor | None) -> None:
@@ -60,7 +61,7 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
 
     @abc.abstractmethod
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
-        """What the language model reads before the block."""
+        """Embed everything that the language model reads before the block."""
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Embeddings (B, k, d) of action tokens (B, k)."""
@@ -68,7 +69,7 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         return cast("Tensor", cast("PreTrainedModel", self.decoder).get_input_embeddings()(ids))
 
     def score(self, hidden: Tensor) -> Tensor:
-        """Scores (..., V) of the action tokens behind hidden vectors (..., d)."""
+        """Logits (..., V) of the action tokens from hidden vectors (..., d)."""
         head = cast("nn.Linear", self.pretrained.get_output_embeddings())
         if self.action_ids is None:
             return head(hidden)  # type: ignore[no-any-return]
@@ -80,24 +81,24 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         return self.prefill_embeddings(self.embed_prefix(observation))
 
     def prefill_embeddings(self, embeddings: PrefixEmbeddings) -> TransformersPrefix:
-        """`prefill` from what `embed_prefix` made."""
+        """`prefill` from the result of `embed_prefix`."""
         cache = TransformersCache()
         real = embeddings.real
-        # some rotary embeddings depend on how many positions there are
+        # Some rotary embeddings depend on the number of positions.
         config: Any = self.decoder.config
         rope = getattr(config, "rope_parameters", None) or {}
         kind = rope.get("rope_type")
         length = real.shape[1]
         most = config.max_position_embeddings
-        # which only changes once, where there is more than it was trained on first
+        # "longrope" changes once, behind the length of the original training.
         if kind == "longrope":
             most = rope.get("original_max_position_embeddings") or most
         changes = kind == "dynamic" or (kind == "longrope" and length <= most)
         if changes and length + self.block_length > most:
             raise ConfigError(
                 f"The prompt has {length} positions and the block {self.block_length}; behind "
-                f"{most} this model's rope_scaling ({kind}) changes all positions, so keys and "
-                "values cannot be kept. Use another model."
+                f"{most} this model's rope_scaling ({kind}) changes all positions, so a cache is "
+                "invalid. Use another model."
             )
         with self.exits_see_prefix():
             x = self._run(embeddings.embeds, cache.begin(real.shape[1]), embeddings.inputs)
@@ -117,23 +118,25 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         return self._run(embeds, prefix.cache.begin(tokens.shape[1]), inputs)
 
     def _own(self, prefix: Prefix) -> TransformersPrefix:
-        """The prefix, which `TokenError` refuses if it is another model's."""
+        """Return the prefix; `TokenError` if it belongs to another model."""
         if not isinstance(prefix, TransformersPrefix):
             raise TokenError(
-                f"The prefix is a {type(prefix).__name__}; {type(self).__name__} continues its own "
-                "only."
+                f"The prefix is a {type(prefix).__name__}; it must come from the prefill of this "
+                f"{type(self).__name__}."
             )
         return prefix
 
     def _block_inputs(
         self, prefix: TransformersPrefix, tokens: Tensor
     ) -> tuple[Tensor, dict[str, Any]]:
-        """What the language model is called with for the next `tokens` (B, k) of a block:
-        embeddings (B, k, d), and the other arguments.
+        """Arguments of the language model for the next `tokens` (B, k) of a block.
+
+        Returns:
+            Embeddings (B, k, d), and the other arguments.
         """
         cache = prefix.cache
         k = tokens.shape[1]
-        # The number of committed tokens would be a constant of a compiled forward.
+        # Compiled code would treat the number of committed tokens as a constant.
         if isinstance(cache, TransformersCache) and cache.committed + k > self.block_length:
             raise TokenError(
                 f"{k} tokens after {cache.committed} committed exceed the block of "
@@ -146,8 +149,15 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         return self.embed_tokens(tokens), inputs
 
     def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
-        """Hidden vectors (B, t, d) of embeddings (B, t, d), whose keys and values are appended to
-        the cache.
+        """Run the language model; keys and values are appended to the cache.
+
+        Args:
+            embeds: (B, t, d).
+            cache: A cache of transformers, or None.
+            inputs: The other arguments.
+
+        Returns:
+            Hidden vectors (B, t, d).
         """
         with runs(self.pretrained):
             output = self.decoder(
@@ -171,8 +181,10 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         block: Tensor,
         forward: Callable[[TransformersPrefix, Tensor], Tensor],
     ) -> Tensor:
-        """Logits (B, n, V) of a `block` (B, n): slot 0 by the prefix, the others by the hidden
-        vectors that `forward` makes of tokens.
+        """Logits (B, n, V) of a `block` (B, n).
+
+        The prefix predicts slot 0; the hidden vectors that `forward` computes from the tokens
+        predict the other slots.
         """
         prefix.cache.roll_back()
         hidden = [prefix.hidden.unsqueeze(1)]
@@ -183,7 +195,7 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
     def _packed_without_cache(
         self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The same where layers run again in the backward pass, which would fill a cache twice."""
+        """As `packed_logits`, without a cache: gradient checkpointing would fill it twice."""
         length = embeddings.embeds.shape[1]
         logits = []
         for block in blocks or [embeddings.real.new_empty(len(embeddings), 1, dtype=torch.int64)]:
@@ -201,22 +213,27 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         )
 
     def distillation_parameters(self) -> list[str]:
-        """The language model's layers and an untied head. Embeddings make the prefix, and stay."""
+        """The language model's layers and an untied head, without the embeddings of the prefix."""
         frozen = {id(p) for p in self.pretrained.get_input_embeddings().parameters()}
         learns = {id(p) for p in self.decoder.parameters()}
         learns |= {id(p) for p in self.pretrained.get_output_embeddings().parameters()}
         return [name for name, p in self.named_parameters() if id(p) in learns - frozen]
 
     def own_name(self, published: str) -> str:
-        """The name here of a published weight; empty for one that is not read."""
+        """The name of a published weight in this module; empty if it is not read."""
         return published
 
     @torch.no_grad()
     def fill(self, folder: Path, *, new: bool, reference: bool) -> None:
-        """Read all weights of a published folder, of a `new` model or by `reference`: these stay
-        there.
+        """Read all weights from a published folder.
 
-        `CheckpointError` for weights that are missing or unknown; see `copy_weights`.
+        Args:
+            folder: The folder.
+            new: Whether the model is new, so that it has no weights yet.
+            reference: Whether checkpoints refer to the weights instead of storing them.
+
+        Raises:
+            CheckpointError: Weights are missing or unknown; see `copy_weights`.
         """
         if not (new or reference):
             return
@@ -232,15 +249,15 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         for problem, names in (("lacks", missing), ("has", unknown)):
             if names:
                 raise CheckpointError(
-                    f"{folder} {problem} {len(names)} weights (the first is {names[0]}), by what "
-                    "config.json describes; a shard is missing, or configuration and weights "
-                    "belong to different models."
+                    f"{folder} {problem} {len(names)} weights (the first is {names[0]}) compared "
+                    "with config.json; a shard is missing, or configuration and weights belong to "
+                    "different models. Copy the folder again."
                 )
         if reference:
             self.refer()
 
     def refer(self) -> None:
-        """Freeze the weights: checkpoints leave them in the folder they were read from."""
+        """Freeze the weights; checkpoints refer to the folder that they were read from."""
         self.requires_grad_(False)
         self.referenced = list(self.state_dict())
 
@@ -251,5 +268,5 @@ def check_left_padding(batch: Mapping[str, Any], ids: str, mask: str) -> None:
     if marks.shape != batch[ids].shape or not bool(marks[:, -1].all()):
         raise ObservationError(
             f"{mask} {tuple(marks.shape)} does not mark left padding of {tuple(batch[ids].shape)} "
-            "ids: every prompt must end in the last column."
+            "ids; every prompt must end in the last column. Use the checkpoint's preprocessor."
         )

@@ -1,6 +1,4 @@
-"""What language models of transformers offer beside prefill and block forward; see
-`ceed_vla.backbones.capabilities`.
-"""
+"""Optional capabilities of the models of transformers; see `ceed_vla.backbones.capabilities`."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from ceed_vla.errors import ConfigError
 
 
 class TransformersCapabilities:
-    """Mix-in of `TransformersBackbone`: it reads depths, has exits, and chooses prefix tokens."""
+    """Mix-in of `TransformersBackbone`: reads depths, has exits, and chooses prefix tokens."""
 
     decoder: Any
     exits: dict[int, Any]
@@ -61,12 +59,12 @@ class TransformersCapabilities:
         self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
     ) -> tuple[list[Tensor], Tensor]:
         check_linear(self.exits, depths)
-        kept: list[Tensor] = []
-        with _behind(self.decoder, [(depth, lambda x, **_: kept.append(x)) for depth in depths]):
+        found: list[Tensor] = []
+        with _behind(self.decoder, [(depth, lambda x, **_: found.append(x)) for depth in depths]):
             self._shallow_hidden(self._own(prefix), tokens, depth=depths[-1])
         norms = (self.exits.get(depth, self.decoder.norm) for depth in depths)
-        read = [norm(x) for norm, x in zip(norms, kept, strict=True)]
-        return [self.score(x[0] if isinstance(x, tuple) else x) for x in read], kept[-1]
+        read = [norm(x) for norm, x in zip(norms, found, strict=True)]
+        return [self.score(x[0] if isinstance(x, tuple) else x) for x in read], found[-1]
 
     def packed_depth_logits(
         self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor], depth: int
@@ -81,8 +79,8 @@ class TransformersCapabilities:
         return list(self.decoder.layers), self.decoder.norm, int(self.decoder.config.hidden_size)
 
     def exits_see_prefix(self) -> AbstractContextManager[None]:
-        """While a prefix runs: the exits' own layers see it too, with what the layer before is
-        called with.
+        """A context in which the exits' own layers run on the prefix too, with the arguments of the
+        layer before them.
         """
         own = [(depth, e.layer) for depth, e in self.exits.items() if e.layer is not None]
         return _behind(self.decoder, own)
@@ -92,12 +90,12 @@ class TransformersCapabilities:
     def prefix_tokens(self, embeddings: PrefixEmbeddings) -> tuple[Tensor, Tensor, Tensor]:
         if embeddings.patches is None:
             raise ConfigError(
-                f"{type(self).__name__} marks no image patches, so all run; leave out keep<K>."
+                f"{type(self).__name__} has no image patches to drop; leave out keep<K>."
             )
         return embeddings.embeds, embeddings.patches, embeddings.real & ~embeddings.patches
 
     def keep_tokens(self, embeddings: PrefixEmbeddings, kept: Tensor) -> PrefixEmbeddings:
-        # those of `in_order`
+        # All inputs have one entry per token (`PrefixEmbeddings.in_order`).
         inputs = {name: value.gather(1, kept) for name, value in embeddings.inputs.items()}
         rows = torch.arange(len(embeddings), device=kept.device).unsqueeze(1)
         real = embeddings.real.gather(1, kept)
@@ -108,8 +106,8 @@ class TransformersCapabilities:
 
 @contextmanager
 def _first_layers(decoder: Any, depth: int, own: Any) -> Iterator[None]:
-    """Leave out the layers behind the first `depth`; the exit of that depth follows these, or else
-    the final norm.
+    """Skip the layers behind the first `depth`; the exit of that depth follows, or else the final
+    norm.
     """
     layers = cast("nn.ModuleList", decoder.layers)
     norm = decoder.norm
@@ -126,8 +124,12 @@ def _first_layers(decoder: Any, depth: int, own: Any) -> Iterator[None]:
 
 @contextmanager
 def _behind(decoder: Any, found: Sequence[tuple[int, Callable[..., Any]]]) -> Iterator[None]:
-    """Call each function with the hidden vectors (B, t, d) behind so many layers, and the options
-    of the last one.
+    """Call functions with intermediate hidden vectors of every forward.
+
+    Args:
+        decoder: The language model.
+        found: Pairs of a depth and a function, which is called with the hidden vectors (B, t, d)
+            behind that many layers, and the keyword arguments of the last of these layers.
     """
 
     def run(

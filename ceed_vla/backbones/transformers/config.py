@@ -1,6 +1,4 @@
-"""Settings that the families of published models share, and the architecture that describes such a
-model as JSON.
-"""
+"""Settings that all families of published models share, and their architecture as JSON."""
 
 from __future__ import annotations
 
@@ -16,12 +14,12 @@ from ceed_vla.fields import Checked, chosen
 from ceed_vla.weights import check_sizes, weight_files
 
 DTYPES = ("float32", "bfloat16", "float16")
-# into checkpoints, or by reference to the folder they were read from
+# Copied into checkpoints, or referenced in the folder that they were read from.
 WEIGHTS = (
     "copied",
     "reference",
 )
-# Names in the configurations of transformers; a model has one of each row.
+# Names in the configurations of transformers; a model has one of `_LAYERS` and one of `_WIDTH`.
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "depth")
 _WIDTH = ("hidden_size", "n_embd", "d_model", "embed_dim")
 _OTHERS = (
@@ -37,14 +35,14 @@ _PARTS = ("text_config", "vision_config")
 
 @dataclass
 class TransformersConfig(BackboneConfig, Checked, prefix="backbone."):
-    """Base of families whose weights somebody else published.
+    """Base of the settings of published models.
 
     Attributes:
-        path: Local folder of the model as it was published (config.json, *.safetensors, tokenizer,
-            image processor).
-        weights: "copied" into checkpoints, which then need nothing else, or by "reference":
-            checkpoints hold only what was trained, and read the rest from `path`.
-        architecture: The folder's configuration (JSON); filled when a policy is new.
+        path: Local folder of the published model (config.json, *.safetensors, tokenizer, image
+            processor).
+        weights: "copied" (checkpoints contain all weights) or "reference" (checkpoints contain only
+            trained weights, and read the others from `path`).
+        architecture: The folder's configuration (JSON); set when a policy is created.
     """
 
     path: str = ""
@@ -55,27 +53,36 @@ class TransformersConfig(BackboneConfig, Checked, prefix="backbone."):
         return weight_files(Path(self.path)) if self.weights == "reference" else []
 
     def check_size(self, shape: PolicyShape) -> None:
-        """Refuse an `architecture` that describes more than the folder's weights, before a model is
-        built of it.
+        """Raise `CheckpointError` if `architecture` is larger than the folder's weights.
+
+        This runs before the model is built, so that wrong settings cannot exhaust the memory.
         """
         check_sizes(weight_files(Path(self.path)), *self.least_sizes(shape))
 
 
 def published_folder(path: str | Path, what: str) -> Path:
-    """The folder of a model as it was published; `CheckpointError`, which calls the `path` so, if
-    there is none.
+    """Validate the folder of a published model.
+
+    Args:
+        path: The folder.
+        what: Name of `path` in the error message.
+
+    Raises:
+        CheckpointError: There is no such folder.
     """
     if not str(path) or not Path(path).is_dir():
         raise CheckpointError(
-            f"{what} is {str(path)!r}, which is no folder; give the local folder of a model, with "
-            "config.json and *.safetensors. A model of a hub must be downloaded first."
+            f"{what} is {str(path)!r}; it must be the local folder of a model, with config.json "
+            "and *.safetensors. Download a model of a hub first."
         )
     return Path(path)
 
 
 def read_architecture(text: str) -> dict[str, Any]:
-    """The mapping in ``backbone.architecture``; `CheckpointError` if it names code of its own
-    (auto_map) anywhere.
+    """Parse ``backbone.architecture``.
+
+    Raises:
+        CheckpointError: It is not a JSON object, or refers to its own code (auto_map).
     """
     with raised_as(
         CheckpointError,
@@ -88,14 +95,18 @@ def read_architecture(text: str) -> dict[str, Any]:
         remote = _names_code(values)
     if remote:
         raise CheckpointError(
-            "backbone.architecture names code of its own (auto_map), which is never run."
+            "backbone.architecture refers to its own code (auto_map), which is never run. Use a "
+            "model that needs none."
         )
     return values
 
 
 def least_sizes(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Layers of a transformer's configuration, and the fewest numbers that its weights have; of all
-    its parts.
+    """Layers of a model of transformers, and a lower bound on its number of weights, over all
+    parts.
+
+    Raises:
+        CheckpointError: A size is not a positive whole number.
     """
     parts = [part for part in map(values.get, _PARTS) if isinstance(part, dict)]
     if parts:

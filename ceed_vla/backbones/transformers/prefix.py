@@ -1,4 +1,4 @@
-"""What a language model of transformers is called with for a prefix, and what is left of it."""
+"""Inputs of a language model of transformers for a prefix, and the prefilled prefix."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ from ceed_vla.errors import ConfigError
 
 @dataclass
 class PrefixEmbeddings:
-    """What the language model is called with for a prefix."""
+    """Arguments of the language model for a prefix."""
 
     embeds: Tensor  # (B, P, d)
-    real: Tensor  # (B, P) bool, False on the padding
+    real: Tensor  # (B, P) bool, False for padding
     next_position: Tensor  # (B,) position of the first block token
-    # The other arguments, as the family makes them: ``position_ids``, and ``attention_mask`` where
-    # needed
+    # Other arguments of the model family: ``position_ids``, and ``attention_mask`` if needed.
     inputs: dict[str, Any] = field(default_factory=dict)
-    # (B, P) bool, image patches that may go, equally many a row; None where none may; needs
-    # `in_order`
+    # (B, P) bool, image patches that can be dropped, equally many per row; None if none can.
+    # Requires `in_order`.
     patches: Tensor | None = None
 
     @classmethod
     def in_order(cls, embeds: Tensor, real: Tensor) -> PrefixEmbeddings:
-        """Positions count from 0 in every row, and padding is not seen."""
+        """Embeddings with positions that count from 0 in every row, and masked padding."""
         inputs = {"position_ids": (real.cumsum(1) - 1).clamp(min=0)}
         if not bool(real.all()):
             inputs["attention_mask"] = real.long()
@@ -41,8 +40,10 @@ class PrefixEmbeddings:
         return len(self.embeds)
 
     def __getitem__(self, rows: Any) -> PrefixEmbeddings:
-        """The given rows; `ConfigError` where the language model reads something that is not
-        arranged by rows.
+        """Select rows.
+
+        Raises:
+            ConfigError: An argument of the language model is not arranged by rows.
         """
         inputs = {name: self._rows(name, value, rows) for name, value in self.inputs.items()}
         patches = None if self.patches is None else self.patches[rows]
@@ -68,13 +69,13 @@ class PrefixEmbeddings:
         if isinstance(value, Tensor) and value.shape[0] == 1:  # one for all rows
             return value
         raise ConfigError(
-            f"Rows cannot be taken of {name!r}, which the language model reads; use "
+            f"Rows cannot be selected from {name!r}, an argument of the language model; use "
             "--states=stored."
         )
 
     def joined(self, block: Tensor) -> dict[str, Any]:
-        """What the language model is called with for prefix and `block` (B, k, d) in one sequence,
-        without cache.
+        """Arguments of the language model for prefix and `block` (B, k, d) in one sequence, without
+        a cache.
         """
         known = self.inputs["position_ids"]
         length = self.embeds.shape[1]
@@ -84,9 +85,10 @@ class PrefixEmbeddings:
         mask = self.inputs.get("attention_mask")
         if isinstance(mask, dict):
             raise ConfigError(
-                f"Layers with several masks ({', '.join(mask)}) allow no gradient checkpointing."
+                f"The model has several attention masks ({', '.join(mask)}), which gradient "
+                "checkpointing does not support; leave out --gradient_checkpointing."
             )
-        marks = {  # of image tokens, such as Qwen3-VL's (B, P): none on the block
+        marks = {  # masks of image tokens, for example Qwen3-VL's (B, P): False on the block
             name: F.pad(value, (0, k)) if getattr(value, "shape", ())[1:] == (length,) else value
             for name, value in self.inputs.items()
         }
@@ -120,14 +122,14 @@ def _causal_behind(mask: Tensor, real: Tensor, k: int) -> Tensor:
 
 @dataclass
 class TransformersPrefix(Prefix[TransformersCache]):
-    """A prefix in the cache."""
+    """A prefilled prefix."""
 
     hidden: Tensor  # (B, d), the last hidden vector, which predicts slot 0
-    real: Tensor | None  # (B, P) bool, False on the padding; None without any
+    real: Tensor | None  # (B, P) bool, False for padding; None without padding
     next_position: Tensor  # (B,) position of the first block token
 
     def moved(self, cache: StaticCache) -> TransformersPrefix:
-        """The same in another cache; compiled code always gets a mask, and the one shape of it."""
+        """The same prefix in another cache, with a mask of constant shape for compiled code."""
         real = (
             self.logits.new_ones(len(self.logits), cache.length) if self.real is None else self.real
         )

@@ -1,4 +1,4 @@
-"""LeRobot steps that carry files of a published model, such as its tokenizer's, as their state."""
+"""LeRobot processor steps whose state is files of a published model, for example its tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ceed_vla.errors import CheckpointError
 from ceed_vla.files import plain_name, read_bytes
 from ceed_vla.limited.tokenizers import MOST_BYTES
 
-# Nothing is fetched, and a file that names classes of its own (auto_map) does not get to run them.
+# Read local files only, and never run code from them (auto_map).
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
 
 
 def read_files(folder: Path, names: Iterable[str] = TOKENIZER_FILES) -> dict[str, Tensor]:
-    """The given files of `folder` that exist: name -> uint8 (bytes,)."""
+    """Read the files `names` of `folder` that exist: name -> uint8 (bytes,)."""
     files = {name: folder / name for name in names if (folder / name).exists()}
     found = {
         name: read_bytes(file, CheckpointError, most=MOST_BYTES) for name, file in files.items()
@@ -39,26 +39,32 @@ def read_files(folder: Path, names: Iterable[str] = TOKENIZER_FILES) -> dict[str
 
 
 class FilesStep(abc.ABC):
-    """Beside a step's class as a base: its files lie in the checkpoint, which then needs no folder
-    and no hub.
+    """Mix-in of processor steps that store files in the checkpoint, so that it needs no other
+    folder and no hub.
     """
 
     _files: Mapping[str, Tensor] = {}
 
     @abc.abstractmethod
     def _open(self, folder: Path) -> None:
-        """Read what the step uses of the files in `folder`."""
+        """Load the files in `folder`."""
 
     def use(self, files: Mapping[str, Tensor], source: str) -> None:
-        """Take files as bytes: name -> uint8 (bytes,); messages call them `source`.
+        """Use files.
 
-        `CheckpointError` for a name that is no plain one, or no file's bytes.
+        Args:
+            files: Name -> contents, uint8 (bytes,).
+            source: Where the files come from, for error messages.
+
+        Raises:
+            CheckpointError: A name is not a plain file name, a value is not bytes, or a file cannot
+                be read.
         """
         with tempfile.TemporaryDirectory() as folder:
             for name, data in files.items():
                 if data.dtype != torch.uint8 or data.ndim != 1:
                     raise CheckpointError(
-                        f"The file {name!r} is {data.dtype}; it must be bytes. Copy it again."
+                        f"The file {name!r} is {data.dtype}; it must be uint8 bytes. Copy it again."
                     )
                 Path(folder, plain_name(name, "A file in the checkpoint")).write_bytes(
                     data.cpu().numpy().tobytes()
@@ -73,11 +79,11 @@ class FilesStep(abc.ABC):
         """Raise `CheckpointError` if there are none."""
         if not self._files:
             raise CheckpointError(
-                "The pre-processor came without its files; copy the checkpoint again."
+                "The preprocessor came without its files; copy the checkpoint again."
             )
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self._files)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.use(state, "The checkpoint's pre-processor")
+        self.use(state, "The checkpoint's preprocessor")

@@ -30,16 +30,17 @@ class VLMConfig(TransformersConfig):
     PaliGemma and relatives.
 
     Attributes:
-        prompt: Text around ``{instruction}``, put into the model's chat format where it has one.
-        cameras: "separate" images, or all cameras "stacked" from top to bottom into one (fewer
-            tokens).
-        proprio: The state as "text" (action tokens behind the prompt, LLaVA-VLA), one "projected"
-            token, or "none".
-        action_ids: Bins are the "last" ordinary ids of the tokenizer, the same downwards
-            ("last_reversed", as OpenVLA and LLaVA-VLA), or "added" behind the tokenizer's.
-        dtype: Type of the weights.
+        prompt: Text around ``{instruction}``; it is put into the model's chat format, if any.
+        cameras: One image per camera ("separate"), or one image with all cameras from top to
+            bottom, which takes fewer tokens ("stacked").
+        proprio: Input of the state: "text" (action tokens behind the prompt, as LLaVA-VLA), one
+            "projected" token, or "none".
+        action_ids: Vocabulary ids of the bins: the "last" ordinary ids of the tokenizer, the same
+            in descending order ("last_reversed", as OpenVLA and LLaVA-VLA), or new ids behind the
+            tokenizer's ("added").
+        dtype: Data type of the weights.
         attention: Implementation of attention in transformers.
-        action_token_ids: Vocabulary id of every bin; filled when a policy is new.
+        action_token_ids: Vocabulary id of every bin; set when a policy is created.
     """
 
     steps: ClassVar[tuple[str, ...]] = ("ceed_vla_vlm_inputs",)
@@ -66,7 +67,7 @@ class VLMConfig(TransformersConfig):
         if new or self.weights == "reference":
             if not self.path:
                 raise ConfigError(
-                    "backbone.path is empty; give the local folder of an image-text-to-text model."
+                    "backbone.path is empty; set the local folder of an image-text-to-text model."
                 )
             model = loading.load_model(self.path, dtype, self.attention)
             processor = load_processor(self.path)
@@ -76,8 +77,8 @@ class VLMConfig(TransformersConfig):
             model = loading.build_model(self.architecture, dtype, self.attention)
         if len(self.action_token_ids) != bins:
             raise ConfigError(
-                f"backbone.action_token_ids has {len(self.action_token_ids)} ids for {bins} bins; "
-                "the configuration was edited by hand."
+                f"backbone.action_token_ids has {len(self.action_token_ids)} ids; it must have one "
+                f"for each of the {bins} bins. Copy the configuration again."
             )
         backbone = VLMBackbone(
             model,
@@ -120,5 +121,6 @@ class VLMConfig(TransformersConfig):
             )
         if self.cameras == "stacked" and len({size[2] for size in shape.cameras.values()}) > 1:
             raise ConfigError(
-                f"Cameras of different widths cannot be stacked: {dict(shape.cameras)}."
+                f"backbone.cameras is 'stacked', but the cameras differ in width: "
+                f"{dict(shape.cameras)}. Set --policy.backbone.cameras=separate."
             )

@@ -1,5 +1,5 @@
-"""Images and instruction to the inputs of an image-text-to-text model, as a LeRobot step that
-carries its processor.
+"""Images and instruction to the inputs of an image-text-to-text model, as a LeRobot processor step
+with the model's own processor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from ceed_vla.images import camera_pixels
 from ceed_vla.instructions import PLACE, batch_instructions, check_template
 
 CAMERAS = ("separate", "stacked")
-# One row an observation, or several (images, patches) that the model wants in one long list.
+# Tensors with one row per observation, and tensors with several (images, patches), which the model
+# reads as one list.
 ROW_KEY, FLAT_KEY = "observation.vlm.", "observation.vlm_flat."
 IDS, MASK = "input_ids", "attention_mask"
 LONGEST_PROMPT = 65_536  # [tokens]
@@ -35,19 +36,20 @@ LONGEST_PROMPT = 65_536  # [tokens]
 @ProcessorStepRegistry.register(name="ceed_vla_vlm_inputs")
 @dataclass
 class VLMInputsStep(FilesStep, InputsStep):
-    """Make ``observation.vlm.input_ids``, ``...attention_mask``, ``...pixel_values`` and what else
-    the model reads.
+    """Make ``observation.vlm.input_ids``, ``...attention_mask``, ``...pixel_values`` and the other
+    inputs of the model.
 
-    Every tensor has the rows of the batch first. Where the model wants all images or patches in one
-    list, the key is ``observation.vlm_flat.*`` and the tensor (B, images or patches, ...).
+    The rows of the batch are the first dimension of every tensor. If the model reads all images or
+    patches as one list, the key is ``observation.vlm_flat.*`` and the tensor (B, images or patches,
+    ...).
     """
 
     # Camera feature -> [height, width] of its images [px], in the order of the prompt
     sizes: dict[str, list[int]] = field(default_factory=dict)
-    # "separate" images, or all cameras "stacked" from top to bottom into one
+    # "separate" images, or one image with all cameras "stacked" from top to bottom
     layout: str = chosen("separate", CAMERAS)
     prompt: str = "{instruction}"  # text with ``{instruction}`` in it
-    # Tokens at the end of the prefix that the backbone fills with the state
+    # Tokens at the end of the prefix that the backbone replaces by the state
     state_places: int = ranged(0, "[0, 16384]")
 
     def __post_init__(self) -> None:
@@ -60,7 +62,8 @@ class VLMInputsStep(FilesStep, InputsStep):
         wanted = backbone.input_settings(shape)
         if wrong := [name for name, value in wanted.items() if getattr(self, name) != value]:
             raise ConfigError(
-                f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}."
+                f"{wrong[0]} is {getattr(self, wrong[0])!r}; it must be the policy's "
+                f"{wanted[wrong[0]]!r}. Copy the checkpoint again."
             )
 
     def set_processor(self, processor: Any) -> VLMInputsStep:
@@ -84,11 +87,11 @@ class VLMInputsStep(FilesStep, InputsStep):
             self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(images)
         )
         texts = [self._text(task, len(row)) for task, row in zip(tasks, images, strict=True)]
-        bos = self._processor.tokenizer.bos_token  # some chat templates write it
+        bos = self._processor.tokenizer.bos_token  # some chat templates contain it
         once = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
-        given = f"images of {self.sizes} with the prompt {texts[0]!r}"
+        shown = f"images of {self.sizes} with the prompt {texts[0]!r}"
         with raised_as(
-            ObservationError, f"{name} cannot read {given}", "use the checkpoint's own settings."
+            ObservationError, f"{name} cannot read {shown}", "use the checkpoint's own settings."
         ):
             inputs = dict(
                 self._processor(
@@ -99,13 +102,13 @@ class VLMInputsStep(FilesStep, InputsStep):
         if IDS not in inputs or inputs[IDS].shape[-1] > LONGEST_PROMPT:
             made = tuple(inputs[IDS].shape) if IDS in inputs else "no"
             raise ObservationError(
-                f"{name} made {made} ids of the prompt; at most {LONGEST_PROMPT} are read."
+                f"{name} made {made} ids from the prompt; it must make 1 to {LONGEST_PROMPT}."
             )
         self._add_state_places(inputs)
         return {**observation, **keyed(inputs, len(images))}
 
     def _images(self, observation: RobotObservation) -> list[list[Image.Image]]:
-        """For every row its images, in the order of the prompt."""
+        """The images of every row, in the order of the prompt."""
         cameras = [camera_pixels(observation, camera, size) for camera, size in self.sizes.items()]
         rows = len(cameras[0])
         if any(len(pixels) != rows for pixels in cameras):
@@ -118,7 +121,7 @@ class VLMInputsStep(FilesStep, InputsStep):
         return [[Image.fromarray(pixels[row]) for pixels in cameras] for row in range(rows)]
 
     def _text(self, task: str, images: int) -> str:
-        """The prompt, in the model's chat format where it has one."""
+        """The prompt, in the model's chat format if it has one."""
         processor = self._processor
         template = getattr(processor, "chat_template", None)
         if isinstance(template, str) and not template.strip():
@@ -139,10 +142,10 @@ class VLMInputsStep(FilesStep, InputsStep):
         if not self.state_places:
             return
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        # An id that no model reads as an image or as padding; its embedding is replaced anyway.
+        # An id that models do not read as an image or as padding; its embedding is replaced.
         ordinary = next(i for i in range(len(tokenizer)) if i not in special)
         for name, value in inputs.items():
-            if value.shape == ids.shape:  # one entry a token
+            if value.shape == ids.shape:  # one entry per token
                 added = value.new_full(
                     (len(ids), self.state_places), {IDS: ordinary, MASK: 1}.get(name, 0)
                 )
@@ -150,7 +153,7 @@ class VLMInputsStep(FilesStep, InputsStep):
 
 
 def keyed(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Name the processor's tensors, with `rows` rows first in each."""
+    """Give the processor's tensors their keys; the first dimension of each becomes `rows`."""
     named: dict[str, Tensor] = {}
     for name, value in inputs.items():
         if len(value) == rows:
@@ -159,6 +162,7 @@ def keyed(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
             named[FLAT_KEY + name] = value.unflatten(0, (rows, -1))
         else:
             raise ObservationError(
-                f"The processor made {len(value)} {name} of {rows} rows; each needs equally many."
+                f"The processor made {len(value)} {name} from {rows} rows; it must make equally "
+                "many per row."
             )
     return named

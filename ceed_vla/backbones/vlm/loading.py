@@ -1,4 +1,4 @@
-"""Image-text-to-text models from local folders: checked first, and never with code from there."""
+"""Image-text-to-text models from local folders: they are validated, and their code never runs."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from ceed_vla.weights import check_floating, check_sizes, check_weights, weight_
 def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """Read an image-text-to-text model with all its weights.
 
-    `CheckpointError` for another model, one that needs code of its own, and weights damaged,
-    lacking or of other sizes.
+    Raises:
+        CheckpointError: The model is of another kind or needs its own code, or weights are damaged,
+            missing or of other sizes.
     """
     folder = published_folder(folder, "backbone.path")
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         reason = (
-            "needs code of its own (auto_map), which is never run"
+            "needs its own code (auto_map), which is never run"
             if "auto_map" in config
-            else "is none"
+            else "is not supported"
         )
         raise CheckpointError(
-            f"{folder / 'config.json'}: model_type {kind!r} {reason}; the image-text-to-text "
-            "models that can be read are "
+            f"{folder / 'config.json'}: model_type {kind!r} {reason}; it must be one of the "
+            "image-text-to-text models "
             f"{', '.join(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))}."
         )
     sizes = least_sizes(
@@ -61,21 +62,20 @@ def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTra
         if names := sorted(str(name) for name in report.get(problem, ())):
             raise CheckpointError(
                 f"{folder}: {len(names)} weights are {problem.removesuffix('_keys')} (the first is "
-                f"{names[0]}); the weights belong to another configuration, or a file was lost."
+                f"{names[0]}); the weights belong to another configuration, or a file is missing. "
+                "Copy the folder again."
             )
     check_weights(model, folder)
     return cast("PreTrainedModel", model)
 
 
 def architecture(model: PreTrainedModel) -> str:
-    """The model's configuration as one line of JSON, from which `build_model` makes it without its
-    folder.
-    """
+    """The model's configuration as one line of JSON, from which `build_model` builds the model."""
     return json.dumps(model.config.to_diff_dict(), sort_keys=True)
 
 
 def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model of `architecture`'s text, with weights still to be read."""
+    """Build the model that a text from `architecture` describes; its weights must still be read."""
     values = read_architecture(text)
     with raised_as(
         CheckpointError,
@@ -90,19 +90,25 @@ def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedMode
 
 
 def choose_action_ids(model: PreTrainedModel, processor: Any, kind: str, count: int) -> list[int]:
-    """Vocabulary ids of `count` action bins, by the `kind` that `VLMConfig.action_ids` explains.
+    """Choose the vocabulary ids of the action bins.
 
-    "Added" ids may need more rows in the model's embedding, which it then gets. `ConfigError` where
-    tokenizer and model disagree, or the vocabulary is too small.
+    Args:
+        model: The model; its embedding is extended if "added" ids need more rows.
+        processor: The model's processor.
+        kind: See `VLMConfig.action_ids`.
+        count: Number of bins.
+
+    Raises:
+        ConfigError: Tokenizer and model disagree, or the vocabulary is too small.
     """
     tokenizer = processor.tokenizer
     rows = cast("Any", model.get_input_embeddings()).num_embeddings
     words = 1 + max(tokenizer.get_vocab().values())
     if words > rows:
         raise ConfigError(
-            f"{model.name_or_path}: the tokenizer has ids up to {words - 1}, the model's embedding "
-            f"only {rows} rows; they belong to different models, or tokens were added to one of "
-            "them only."
+            f"{model.name_or_path}: the tokenizer has ids up to {words - 1}, but the model's "
+            f"embedding has {rows} rows; they belong to different models, or tokens were added to "
+            "only one of them. Take both from the same model."
         )
     image = getattr(model.config, "image_token_id", None)
     if image is not None and getattr(processor, "image_token_id", image) != image:
@@ -112,28 +118,31 @@ def choose_action_ids(model: PreTrainedModel, processor: Any, kind: str, count: 
         )
     if kind == "added":
         if words + count > rows:
-            # Mean-resizing needs the whole embedding's covariance; the new rows are learnt anyway.
+            # Mean resizing needs the whole embedding's covariance, and the new rows are trained.
             model.resize_token_embeddings(words + count, mean_resizing=False)
         return list(range(words, words + count))
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) | {image}
     ordinary = [i for i in range(words) if i not in special][-count:]
     if len(ordinary) < count:
         raise ConfigError(
-            f"{model.name_or_path}: the vocabulary has {len(ordinary)} ordinary ids, {count} "
-            "action bins need more; lower num_bins or set --policy.backbone.action_ids=added."
+            f"{model.name_or_path}: the vocabulary has {len(ordinary)} ordinary ids; it must have "
+            f"one for each of the {count} action bins. Lower num_bins or set "
+            "--policy.backbone.action_ids=added."
         )
     return ordinary[::-1] if kind == "last_reversed" else ordinary
 
 
 @torch.no_grad()
 def check_decoding(backbone: VLMBackbone) -> None:
-    """Try on a few tokens what decoding relies on: a cache that can be cut, and a head that is one
-    matrix.
+    """Test on a few tokens that the cache can be cut, and that the head is one matrix.
+
+    Raises:
+        ConfigError: One of them does not hold, so that decoding would be wrong.
     """
     model = cast("Any", backbone.model)
     ids = backbone.action_ids[None, :4]
     accepted = inspect.signature(model.forward).parameters
-    # PaliGemma warns
+    # PaliGemma warns without these.
     extra = {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in accepted else {}
     needed = "Jacobi decoding needs a causal language model with attention in every layer."
     with raised_as(
@@ -149,19 +158,19 @@ def check_decoding(backbone: VLMBackbone) -> None:
         scores = model.get_output_embeddings()(hidden)
     if not _close(afresh, continued):
         raise ConfigError(
-            f"{type(model).__name__} gives other values from a key/value cache than without. "
+            f"{type(model).__name__} returns other values with a key/value cache than without. "
             f"{needed}"
         )
     if not _close(logits, scores):
         raise ConfigError(
-            f"{type(model).__name__} does more behind its last layer than one matrix (a soft cap "
-            "or a scale); the scores of the action ids alone would be wrong."
+            f"The head of {type(model).__name__} is more than one matrix (a soft cap or a scale), "
+            "so the logits of the action ids alone would be wrong. Use another model."
         )
 
 
 def _with_and_without_cache(decoder: Any, embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Last hidden vectors of embeddings (1, t, d), computed at once, and behind a first token in
-    the cache.
+    """Last hidden vectors of embeddings (1, t, d), computed without a cache, and with the first
+    token in a cache.
     """
     positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
     afresh = decoder(
@@ -178,7 +187,7 @@ def _with_and_without_cache(decoder: Any, embeds: Tensor) -> tuple[Tensor, Tenso
 
     run(embeds[:, :1], positions[:, :1])
     cache.seal_prefix(1)
-    run(embeds[:, 1:].flip(1), positions[:, 1:])  # cut off again
+    run(embeds[:, 1:].flip(1), positions[:, 1:])  # overwritten by the next call
     return afresh[:, 1:], run(embeds[:, 1:], positions[:, 1:])
 
 

@@ -6,10 +6,10 @@ SmolVLM, PaliGemma.
     state  --as text, or projected----> /                  |
     action ids, one row of the embedding each -------------+----------> action tokens 1..n-1
 
-The family's own code runs up to its language model, and what it would hand over (embeddings,
-positions, masks) is kept: positions of Qwen's rotary axes and PaliGemma's bidirectional prefix come
-out as that family means them. The block then continues behind the prefix as `generate()` would, on
-a cache that can be cut.
+The model's own code runs up to its language model, whose arguments (embeddings, positions, masks)
+are recorded. So positions of Qwen's rotary axes and PaliGemma's bidirectional prefix are those of
+the original model. The block continues behind the prefix as in `generate()`, with a cache that can
+be cut.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from ceed_vla.errors import ConfigError, ObservationError, raised_as
 from ceed_vla.fields import short
 
 STATE_KEY = "observation.state"
-STATE_RANGE = 3.0  # the bins of a state span so many standard deviations to both sides
-_NOT_KEPT = ("input_ids", "past_key_values", "use_cache", "cache_position")
+STATE_RANGE = 3.0  # the bins of a state span +- this many standard deviations
+_DROPPED = ("input_ids", "past_key_values", "use_cache", "cache_position")
 IDS_KEY = ROW_KEY + IDS
 MASK_KEY = ROW_KEY + MASK
 PIXELS = "pixel_values"
 
 
 class VLMBackbone(TransformersBackbone):
-    """A transformers image-text-to-text model (``AutoModelForImageTextToText``) behind the
-    `Backbone` protocol.
+    """A transformers image-text-to-text model (``AutoModelForImageTextToText``) with the `Backbone`
+    protocol.
 
     Args:
         model: The model.
         action_ids: (V,) vocabulary ids of the action bins 0..V-1.
         block_length: Tokens ``n`` of a block.
-        state_dim: Length of the normalised ``observation.state`` that takes the last places of the
-            prefix; 0 for none.
-        project_state: The state is projected to one token instead of written as `state_dim` action
-            tokens.
+        state_dim: Length of the normalised ``observation.state`` at the end of the prefix; 0 for
+            none.
+        project_state: Whether the state is projected to one token instead of written as `state_dim`
+            action tokens.
         auxiliary_dim: Outputs of the auxiliary regression; 0 for none.
     """
 
@@ -74,9 +74,9 @@ class VLMBackbone(TransformersBackbone):
             or max(action_ids) >= rows
         ):
             raise ConfigError(
-                f"block_length is {block_length}, the action ids are {short(list(action_ids))}; a "
-                f"block needs a token, and the ids must be different ones in [0, {rows - 1}], the "
-                "rows of the model's embedding."
+                f"block_length is {block_length} and the action ids are {short(list(action_ids))}; "
+                "a block needs at least one token, and the ids must be distinct and in "
+                f"[0, {rows - 1}], the rows of the model's embedding."
             )
         super().__init__(
             block_length, len(action_ids), torch.tensor(list(action_ids), device=model.device)
@@ -84,7 +84,8 @@ class VLMBackbone(TransformersBackbone):
         _make_causal(model)
         self.model = model
         width, device = embedding.embedding_dim, model.device
-        self.state_dim = state_dim  # both learn, so they are float32 whatever the model is
+        self.state_dim = state_dim
+        # Both modules are trained, so they are float32 with any dtype of the model.
         self.state = nn.Linear(state_dim, width, device=device) if project_state else None
         if auxiliary_dim:
             layers = (nn.Linear(width, width), nn.SiLU(), nn.Linear(width, auxiliary_dim))
@@ -105,8 +106,8 @@ class VLMBackbone(TransformersBackbone):
         return language_model(self.model)
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Rows ``B`` of a batch with the processor's tensors, padded on the left, and the state
-        where it is read.
+        """Validate a batch with the processor's tensors, padded on the left, and the state if the
+        model reads it; return its rows ``B``.
         """
         found = batch.items() if isinstance(batch, Mapping) else ()
         inputs = {
@@ -124,38 +125,39 @@ class VLMBackbone(TransformersBackbone):
         rows = check_features(batch, wanted, finite, {IDS_KEY: words})
         if not any(key.endswith(PIXELS) for key in inputs):
             raise ObservationError(
-                f"The observation lacks {ROW_KEY}{PIXELS}; use the checkpoint's pre-processor."
+                f"The observation lacks {ROW_KEY}{PIXELS}; use the checkpoint's preprocessor."
             )
         check_left_padding(batch, IDS_KEY, MASK_KEY)
         return rows
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
-        """Run everything in front of the language model, on the tensors of `VLMInputsStep` and the
+        """Run the model up to its language model, on the tensors of `VLMInputsStep` and the
         normalised state.
         """
         arguments = self._model_inputs(batch)
         real = arguments["attention_mask"].bool()
         advice = (
-            "its processor and its configuration disagree, or another pre-processor made the "
+            "its processor and its configuration disagree, or another preprocessor made the "
             "observation."
         )
         with raised_as(
             ObservationError, f"{type(self.model).__name__} cannot read the observation", advice
         ):
-            given = language_model_arguments(self.trunk, self.decoder, arguments)
-        embeds = given.pop("inputs_embeds")  # (B, P, d)
-        positions = given.get("position_ids")  # (B, P) or (axes, B, P)
+            inputs = language_model_arguments(self.trunk, self.decoder, arguments)
+        embeds = inputs.pop("inputs_embeds")  # (B, P, d)
+        positions = inputs.get("position_ids")  # (B, P) or (axes, B, P)
         if positions is None:
             raise ObservationError(
-                f"The observation lacks what {type(self.model).__name__} computes positions from, "
-                f"such as {ROW_KEY}mm_token_type_ids; it has {', '.join(sorted(arguments))}."
+                f"The observation has only {', '.join(sorted(arguments))}; "
+                f"{type(self.model).__name__} computes positions from further tensors, for example "
+                f"{ROW_KEY}mm_token_type_ids. Use the checkpoint's preprocessor."
             )
         if self.state is not None:
             # (B, d)
             token = self.state(batch[STATE_KEY].to(self.state.weight.dtype)).to(embeds.dtype)
             embeds = torch.cat([embeds[:, :-1], token.unsqueeze(1)], dim=1)
         last = positions.amax(dim=(0, 2)) if positions.ndim == 3 else positions.amax(dim=1)
-        return PrefixEmbeddings(embeds, real, (last + 1).expand(len(embeds)), given)
+        return PrefixEmbeddings(embeds, real, (last + 1).expand(len(embeds)), inputs)
 
     def _model_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Arguments of the model's forward pass, with the positions of padded rows."""
@@ -172,24 +174,26 @@ class VLMBackbone(TransformersBackbone):
             arguments["input_ids"] = torch.cat(
                 [ids[:, : -self.state_dim], self.state_ids(batch[STATE_KEY])], dim=1
             )
-        # those with several rotary axes make their own
+        # Models with several rotary axes compute their own positions.
         if not hasattr(self.trunk, "get_rope_index"):
-            # PaliGemma counts from 1, and does so by itself only where it is given no positions.
+            # PaliGemma counts from 1, but only if it computes the positions itself.
             first = 1 if self.model.config.model_type == "paligemma" else 0
             mask = arguments["attention_mask"].long()
             arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + first
         return arguments
 
     def state_ids(self, state: Tensor) -> Tensor:
-        """The normalised state (B, D) as ids (B, D) of action bins; values beyond `STATE_RANGE` are
-        clipped.
+        """Map the normalised state (B, D) to ids (B, D) of action bins, clipped to +-
+        `STATE_RANGE`.
         """
         share = (state.float().clamp(-STATE_RANGE, STATE_RANGE) + STATE_RANGE) / (2 * STATE_RANGE)
         return self.action_ids[(share * (self.vocabulary_size - 1)).round().long()]
 
     def refer(self, new_rows: bool = True) -> None:
-        """Leave the model's weights where they are, trainable, but for embeddings that may have got
-        new rows.
+        """Make checkpoints refer to the model's weights, which stay trainable.
+
+        Args:
+            new_rows: Whether checkpoints store the embeddings, because they may have new rows.
         """
         vocabulary = (
             (self.model.get_input_embeddings(), self.model.get_output_embeddings())
@@ -204,45 +208,45 @@ class VLMBackbone(TransformersBackbone):
 
 
 def _make_causal(model: PreTrainedModel) -> None:
-    """Let tokens that come without a mask see earlier ones only.
+    """Make attention without a mask causal.
 
-    Gemma inside PaliGemma attends in both directions where it gets no mask. Its prefix, which is
-    meant to, comes with one; `generate()` gives it one token a time after that, a block has many.
+    Without a mask, the Gemma in PaliGemma attends in both directions. Its bidirectional prefix has
+    a mask, and `generate()` then passes one token at a time; a block has many tokens.
     """
     for module in language_model(model).modules():
         if getattr(module, "is_causal", True) is False:
             if model.config._attn_implementation == "flash_attention_2":
                 raise ConfigError(
-                    f"{type(model).__name__} has a bidirectional prefix, which flash_attention_2 "
-                    "cannot follow with a causal block; set --policy.backbone.attention=sdpa."
+                    f"backbone.attention is flash_attention_2, which does not support a causal "
+                    f"block behind the bidirectional prefix of {type(model).__name__}; set "
+                    "--policy.backbone.attention=sdpa."
                 )
             cast("Any", module).is_causal = True
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
-    """The language model inside `model`, without its head; `ConfigError` if it is built
-    otherwise.
-    """
+    """The language model inside `model`, without its head; `ConfigError` if there is none."""
     trunk = getattr(model, "model", None)
     decoder = trunk.get_decoder() if isinstance(trunk, PreTrainedModel) else None
     if decoder is None or decoder is trunk or model.get_output_embeddings() is None:
         raise ConfigError(
-            f"{type(model).__name__} has no causal language model behind its vision tower that can "
-            "be run alone; use a model such as LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM or "
-            "PaliGemma."
+            f"{type(model).__name__} has no causal language model that can run without its vision "
+            "tower; use LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM, PaliGemma or a similar model."
         )
     return cast("nn.Module", decoder)
 
 
-class _Arrived(Exception):  # noqa: N818  (a message, not a mistake)
+class _Arrived(Exception):  # noqa: N818  (a signal, not an error)
     """The forward pass has reached the language model."""
 
 
 def language_model_arguments(
     trunk: nn.Module, decoder: nn.Module, inputs: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Run `trunk` on `inputs` up to its language model `decoder`; what that would be called with,
-    but for the cache.
+    """Run `trunk` on `inputs` up to its language model `decoder`.
+
+    Returns:
+        The arguments of the language model, without the cache.
     """
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
@@ -252,9 +256,10 @@ def language_model_arguments(
     try:
         trunk(**inputs, use_cache=False)
     except _Arrived as arrived:
-        return {k: v for k, v in arrived.args[0].items() if v is not None and k not in _NOT_KEPT}
+        return {k: v for k, v in arrived.args[0].items() if v is not None and k not in _DROPPED}
     finally:
         handle.remove()
     raise ConfigError(
-        f"{type(trunk).__name__} did not call its language model {type(decoder).__name__}."
+        f"{type(trunk).__name__} did not call its language model {type(decoder).__name__}; use "
+        "another model."
     )

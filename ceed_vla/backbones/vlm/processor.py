@@ -1,5 +1,5 @@
-"""Processors (tokenizer and image processor) of image-text-to-text models: never with code from a
-folder.
+"""Processors (tokenizer and image processor) of image-text-to-text models; code in a folder never
+runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ceed_vla.limited.tokenizers import check_tokenizers
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 LARGEST_SIDE = 8192
 MOST_PIXELS = 2**25
-# Settings of image processors that decide how many numbers they make.
+# Settings of image processors that determine the size of their output.
 _SIDES = (
     "height",
     "width",
@@ -32,8 +32,14 @@ SIZES = (*_SIDES, *_PATCHES, *_TOKENS)
 
 
 def load_processor(folder: str | Path, prompt: str = "") -> Any:
-    """The processor (tokenizer and image processor) of a folder, padding on the left; it will read
-    `prompt`.
+    """Load the processor (tokenizer and image processor) of a folder, with padding on the left.
+
+    Args:
+        folder: The folder.
+        prompt: The prompt that it will read; tokenizers are tested on it.
+
+    Raises:
+        CheckpointError: There is no processor, or its settings are not safe.
     """
     from transformers import AutoProcessor
 
@@ -47,7 +53,7 @@ def load_processor(folder: str | Path, prompt: str = "") -> Any:
         "Code from a checkpoint is never run."
     )
     with raised_as(
-        CheckpointError, f"{folder} holds no processor that can be read", needed, passing=()
+        CheckpointError, f"{folder} has no processor that can be read", needed, passing=()
     ):
         processor = AutoProcessor.from_pretrained(str(folder), **LOCAL)
     if (
@@ -55,8 +61,8 @@ def load_processor(folder: str | Path, prompt: str = "") -> Any:
         or getattr(processor, "image_processor", None) is None
     ):
         raise CheckpointError(
-            f"{folder}: {type(processor).__name__} is no processor of images and text; "
-            "copy tokenizer and image processor into the folder."
+            f"{folder}: {type(processor).__name__} does not process images and text; copy "
+            "tokenizer and image processor into the folder."
         )
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
@@ -70,9 +76,9 @@ def load_processor(folder: str | Path, prompt: str = "") -> Any:
 
 
 def _check_image_settings(what: str, values: dict[str, Any], area: bool = False) -> None:
-    """Refuse sizes that no camera has, with which a processor would fill the memory."""
+    """Raise `CheckpointError` for sizes that would exhaust the memory."""
     kinds = [str(value) for name, value in values.items() if name.endswith("_processor_type")]
-    # these count pixels where others give sides
+    # Qwen's sizes are areas [px], those of other processors are sides.
     area = area or any("Qwen" in kind for kind in kinds)
     for name, value in values.items():
         if isinstance(value, dict):
@@ -85,9 +91,8 @@ def _check_image_settings(what: str, values: dict[str, Any], area: bool = False)
                 isinstance(v, int | float) and least <= v <= 100 for v in numbers
             ):
                 raise CheckpointError(
-                    f"{what}: {name} is {str(value)[:100]}; numbers in [{least:g}, 100] are "
-                    "allowed."
+                    f"{what}: {name} is {str(value)[:100]}; it must be numbers in [{least:g}, 100]."
                 )
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and name in SIZES and not 0 <= value <= most:
-            raise CheckpointError(f"{what}: {name} is {value}; it must lie in [0, {most}].")
+            raise CheckpointError(f"{what}: {name} is {value}; it must be in [0, {most}].")

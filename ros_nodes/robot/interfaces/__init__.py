@@ -1,5 +1,6 @@
-"""How commands reach an arm, one file an interface; `base` has the table. Importing this fills it
-with ours.
+"""Action interfaces, one file each; `base` has the registry.
+
+Importing this package registers the interfaces that it contains.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What an action interface is, and the table of them."""
+"""The base class of action interfaces, and their registry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INTERFACES: dict[str, type[ActionInterface]] = {}
 
 @dataclass(frozen=True)
 class CommandedArm:
-    """What an interface may want to know of the arm."""
+    """Properties of the arm that an interface may need."""
 
     joints: tuple[str, ...]  # J names, in the order of every array
     period: float  # between commands [s]
@@ -40,15 +40,15 @@ class Command:
 
 
 class ActionInterface(ABC):
-    """How commands reach the arm: settings, message and topic of one kind of controller.
+    """Sends commands to the arm: settings, message and topic of one kind of controller.
 
-    `settings` are what the robot's file has below ``interfaces.<name>``; a key that nobody takes is
-    refused.
+    `settings` are the entries below ``interfaces.<name>`` in the robot's file; a key that no
+    interface reads is refused.
     """
 
     message_type: ClassVar[Any]
-    needs_model: ClassVar[bool] = False  # it cannot do without `CommandedArm.model`
-    # False if only the TCP is commanded: the arm's posture may be another
+    needs_model: ClassVar[bool] = False  # whether it requires `CommandedArm.model`
+    # False if only the TCP is commanded: the arm's posture may then differ
     commands_joints: ClassVar[bool] = True
 
     def __init__(self, settings: Fields) -> None:
@@ -56,21 +56,19 @@ class ActionInterface(ABC):
 
     @abstractmethod
     def message(self, command: Command, arm: CommandedArm) -> Any:
-        """The message that says `command`."""
+        """Return the message for `command`."""
 
 
 def register_interface(name: str) -> Callable[[type[ActionInterface]], type[ActionInterface]]:
-    """Class decorator: robots' files and the parameter ``action_interface`` know the class by
-    `name`.
+    """Class decorator that registers a class under `name`, for robots' files and the parameter
+    ``action_interface``.
 
-    `ConfigError`: Another class has the name.
+    `ConfigError`: The name is taken.
     """
 
     def register(kind: type[ActionInterface]) -> type[ActionInterface]:
         if name in INTERFACES:
-            raise ConfigError(
-                f"There is an action interface {name!r} already; choose another name."
-            )
+            raise ConfigError(f"The action interface {name!r} exists already; choose another name.")
         INTERFACES[name] = kind
         return kind
 

@@ -14,7 +14,7 @@ from ceed_vla.ros_nodes.robot.interfaces.base import (
 
 @register_interface("forward_position")
 class ForwardPosition(ActionInterface):
-    """The positions, in the controller's fixed order of joints."""
+    """Sends the positions, in the controller's fixed order of joints."""
 
     message_type = Float64MultiArray
 

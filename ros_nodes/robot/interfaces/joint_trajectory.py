@@ -18,10 +18,10 @@ from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 
 @register_interface("joint_trajectory")
 class JointTrajectories(ActionInterface):
-    """The next command and, in case no other follows, a stop within ``stop_time``.
+    """Sends the next command followed by a stop within ``stop_time``, in case no command follows.
 
-    The stop lies inside the position limits and, as the command, within `limits.step` of the
-    measured position. Stamp 0 starts a trajectory when it arrives; each replaces the one before.
+    The stop lies inside the position limits and, like the command, within `limits.step` of the
+    measured position. Stamp 0 starts a trajectory on arrival; each replaces the previous one.
     """
 
     message_type = JointTrajectory
@@ -35,7 +35,7 @@ class JointTrajectories(ActionInterface):
         time = self._stop_time
         low = np.minimum(np.maximum(arm.low, command.measured - arm.step), at)
         high = np.maximum(np.minimum(arm.high, command.measured + arm.step), at)
-        # Faster, a cubic to a stop would overshoot the limits.
+        # With a higher speed, a cubic to a stop would overshoot the limits.
         speeds = np.clip(command.velocities, 3.0 * (low - at) / time, 3.0 * (high - at) / time)
         stop = np.clip(at + 0.5 * time * speeds, low, high)
         points = [

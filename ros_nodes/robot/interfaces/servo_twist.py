@@ -17,9 +17,9 @@ from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 
 @register_interface("servo_twist")
 class ServoTwists(ActionInterface):
-    """The velocity of the commanded TCP, in the base frame; a hold is a zero twist.
+    """Sends the velocity of the commanded TCP, in the base frame; a hold is a zero twist.
 
-    Twists alone would drift from the commanded pose, so the measured distance times ``gain`` is
+    Velocities alone would drift from the commanded pose, so the measured distance times ``gain`` is
     added.
     """
 

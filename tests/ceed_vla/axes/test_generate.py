@@ -1,5 +1,5 @@
-"""Drafts and shallow forwards are exact: they give what transformers' own `generate()` does,
-whatever the exits say.
+"""Drafts and shallow forwards are exact for any exits: they return the tokens of transformers' own
+`generate()`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXACT = {
 }
 NAMES = [name for axis, names in EXACT.items() if axis in AXES for name in names]
 if "drafts" in AXES and "depth" in AXES:
-    NAMES.append("del")  # it chooses among exits
+    NAMES.append("del")  # del chooses among exits
 
 
 def decoded(backbone: Any, prefix: Any, name: str, guess: Tensor, period: int) -> Any:

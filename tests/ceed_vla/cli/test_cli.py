@@ -1,4 +1,4 @@
-"""The command-line entry: exit codes, messages and help. `test_cli_flags` has the flags."""
+"""The command-line entry: exit codes, messages and help; `test_cli_flags` tests the flags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.toy_config import ToyConfig
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A module behind the command `toy`; a test sets its function `run`."""
+    """A module for the command `toy`; a test sets its function `run`."""
     module = types.ModuleType("toy_command")
     module.ToyConfig = ToyConfig  # type: ignore[attr-defined]
     module.run = lambda config: f"ran {config.root} {config.steps}"  # type: ignore[attr-defined]
@@ -118,7 +118,7 @@ def test_report_is_not_printed(toy: Any, capsys: pytest.CaptureFixture[str]) -> 
         (["--root", "x", "--steps=null"], "--steps is None; it must be a whole number"),
         (["--root", "x", "--rate=nan"], "--rate is 'nan'; it must be a finite number"),
         (["--root", "x", "--rate=1e999"], "--rate is inf; it must be a finite number"),
-        (["--root", "x", "--steps=1", "--steps=2"], "--steps is given twice"),
+        (["--root", "x", "--steps=1", "--steps=2"], "--steps is set twice"),
         (["--root", "x", "--resume=maybe"], "--resume is 'maybe'; it must be true or false"),
         (
             ["--root=x", "--inner.sizes=[1, many]"],
@@ -131,7 +131,7 @@ def test_report_is_not_printed(toy: Any, capsys: pytest.CaptureFixture[str]) -> 
         (["--root=x", "="], "unknown flag '='"),
         (["--root=x", "--=1"], "unknown flag '--=1'"),
         (["--root=x", "--" + "q" * 100_000], "unknown flag '--qqq"),
-        (["--root=x", "--inner=5", "--inner.path=6"], "--inner.path is given twice"),
+        (["--root=x", "--inner=5", "--inner.path=6"], "--inner.path is set twice"),
         (["--root"], "--root needs a value"),
         (["--root", "--steps=1"], "--root needs a value"),
         (["x"], "unknown flag 'x'"),
@@ -163,7 +163,7 @@ def test_refused_value_is_an_error_of_the_configuration(
 
 
 class SafetensorError(Exception):
-    """As that of safetensors is called."""
+    """An exception with the name of safetensors' error."""
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ class SafetensorError(Exception):
         (PermissionError(13, "denied", "x"), "x: denied"),
         (
             OSError(errno.ENOSPC, "No space left on device", "a.png"),
-            "a.png: No space left on device; make room",
+            "a.png: No space left on device; free space",
         ),
         (OSError("no network"), "no network"),
         (

@@ -37,23 +37,23 @@ def test_text_stays_text(value: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[1, 2]", "no mapping"),
-        ("", "no mapping"),
+        ("[1, 2]", "must hold a mapping"),
+        ("", "must hold a mapping"),
         ("a: [", "cannot be read"),
         ("\xff", "cannot be read"),
         ("\0", "cannot be read"),
         ("- " * 5000 + "a", "nested too deep"),
         ("{" * 3000, "nested too deep"),
         ("inner: &a {path: p}\nroot: *a", "alias"),
-        ("steps: 1\nsteps: 2", "'steps' stands there twice"),
-        ("1: 2", "a name in it is no text"),
-        ("? [1]\n: 2", "a name in it is no text"),
+        ("steps: 1\nsteps: 2", "duplicate key 'steps'"),
+        ("1: 2", "keys must be strings"),
+        ("? [1]\n: 2", "keys must be strings"),
         ("root: !!python/object/apply:os.getcwd []", "cannot be read"),
         ("stesp: 2", "unknown flag '--stesp'; did you mean --steps?"),
         ("inner: {widht: 2}", "unknown flag '--inner.widht'; did you mean --inner.width?"),
         ("inner: 5", "--inner is 5; it must be"),
         ("inner: {width: {a: 1}}", "--inner.width is {'a': 1}; it must be a whole number"),
-        ("mode: [good]", "--mode is ['good']; it must be a text"),
+        ("mode: [good]", "--mode is ['good']; it must be a string"),
         ("root:", "--root is None; it must be a path"),
         ("rate: .inf", "--rate is '.inf'; it must be a finite number"),
         ("mode: " + "x" * 2**20, "more than 1048 kB"),
@@ -73,7 +73,7 @@ def test_unusable_file(tmp_path: Path, text: str, words: str) -> None:
 
 def test_a_folder_and_a_device_are_no_files_of_flags(tmp_path: Path) -> None:
     for path in (tmp_path, "/dev/zero"):
-        with pytest.raises(UsageError, match="is no file"):
+        with pytest.raises(UsageError, match="is not a file"):
             parse_flags(ToyConfig, ["--root=x", f"--config_path={path}"])
 
 

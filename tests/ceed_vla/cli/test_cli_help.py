@@ -1,4 +1,4 @@
-"""`--help` from stored pages: what they hold, when they are used, and that they are up to date."""
+"""`--help` from stored pages: their content, their use, and that they are up to date."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ToyConfig:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A module behind the command `toy`."""
+    """A module for the command `toy`."""
     module = types.ModuleType("toy_of_test_cli_help")
     module.ToyConfig = ToyConfig  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -40,7 +40,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """It would take seconds; how long it takes is not asserted, as machines differ."""
+    """An import would take seconds; the time is not asserted, because machines differ."""
     script = (
         "import sys; from ceed_vla.cli import entry as cli\nfor name in cli.COMMANDS: assert "
         "cli.main([name, '--help']) == cli.main([name, '--help=all']) == 0\nheavy = ('torch', "
@@ -55,10 +55,9 @@ def test_help_imports_nothing_heavy() -> None:
     assert run.stdout.endswith("HEAVY []\n")
 
 
+@pytest.mark.slow  # it imports every command's module
 def test_help_is_up_to_date() -> None:
-    """The stored pages are those of the configurations; the output names the command that writes
-    them anew.
-    """
+    """The stored pages match the configurations; the output names the command that writes them."""
     root = Path(cli.__file__).parents[2]
     command = [sys.executable, "-m", "ceed_vla.cli.stored_help", "--check"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=280)
@@ -95,7 +94,7 @@ def test_pages_are_written_and_compared(
     assert stored_help.main([]) == 0
     assert [file.name for file in (tmp_path / "help").iterdir()] == ["toy.json"]
     capsys.readouterr()
-    monkeypatch.delattr(toy, "ToyConfig")  # not needed
+    monkeypatch.delattr(toy, "ToyConfig")  # keys that are not needed
     assert cli.main(["toy", "--help=all"]) == 0
     assert capsys.readouterr().out == live
 

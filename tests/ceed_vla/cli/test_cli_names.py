@@ -1,4 +1,4 @@
-"""Spellings of flags: one of each is shown, the older ones work."""
+"""Spellings of flags: one of each is shown, and the older ones work."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class PathsConfig:
 
 @dataclass
 class WrittenConfig:
-    """A data set that is written."""
+    """A command that writes a dataset."""
 
     root: str
 
 
 @dataclass
 class GroupConfig:
-    """A policy that is a group, as of `ceed-vla eval`."""
+    """A command whose policy is a group, as in `ceed-vla eval`."""
 
     policy: Inner
     teacher: Inner = field(default_factory=Inner)
@@ -111,12 +111,12 @@ def test_spellings_in_a_file(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [PathsConfig, GroupConfig])
 def test_two_spellings_are_one_flag(kind: type[Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--policy\.path is given twice"):
+    with pytest.raises(UsageError, match=r"--policy\.path is set twice"):
         parse_flags(kind, ["--policy.path=a", "--policy_path=b"])
     file = tmp_path / "run.yaml"
     file.write_text("policy_path: a\npolicy: {path: b}")
     with pytest.raises(
-        UsageError, match=r"--policy\.path is given twice: policy_path is its older spelling"
+        UsageError, match=r"--policy\.path is set twice: policy_path is its older spelling"
     ):
         parse_flags(kind, [f"--config_path={file}"])
     file.write_text("policy_path: a\npolicy: 5")
@@ -132,7 +132,7 @@ def test_a_data_set_that_is_written_is_no_alias() -> None:
 def test_messages_have_the_new_spelling() -> None:
     @dataclass
     class Needs:
-        """Needs a policy."""
+        """A command that needs a policy."""
 
         policy_path: str
 
@@ -144,7 +144,7 @@ def test_messages_have_the_new_spelling() -> None:
 
 
 def test_a_local_path_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A `Path` makes "student" of "./student", and the shipped checkpoint of that."""
+    """`Path` turns "./student" into "student", which would be the shipped checkpoint."""
     monkeypatch.chdir(tmp_path)
     for given, path in (
         ("./student", tmp_path / "student"),

@@ -1,4 +1,4 @@
-"""Tiny OpenVLA folders as they are published, with random weights, and their outputs by an
+"""Tiny OpenVLA folders in the published format, with random weights, and their outputs by an
 independent route.
 """
 
@@ -93,7 +93,7 @@ def images(towers: list[str], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """tokenizer.json of whole words, with a template of its own."""
+    """tokenizer.json of whole words, with its own template."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -150,7 +150,7 @@ def write_folder(
         scale = 1.0 if parameter.ndim < 2 or "embed" in name else 1.5 / parameter[0].numel() ** 0.5
         values = scale * random.standard_normal(tuple(parameter.shape), dtype=np.float32)
         if name.endswith(head):
-            values[WORDS - bins : WORDS] *= 8  # so that the best of all ids is one of an action
+            values[WORDS - bins : WORDS] *= 8  # so that the best id is an action
         weights[name.replace(".gamma", ".scale_factor")] = torch.from_numpy(values).to(
             parameter.dtype
         )
@@ -177,7 +177,7 @@ KINDS: dict[str, tuple[list[str], int]] = {
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Kind of towers ("fused", "siglip", "clip") -> a folder; nothing may write into it."""
+    """Kind of towers ("fused", "siglip", "clip") -> a folder, which tests must not change."""
     root, made = tmp_path_factory.mktemp("openvla"), {}
 
     def get(kind: str) -> Path:
@@ -196,7 +196,7 @@ def _write_folder() -> Callable[..., Path]:
 
 @pytest.fixture
 def copied(published: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """(kind, **changes of config.json) -> a copy that a test may damage."""
+    """(kind, **changes of config.json) -> a copy, which tests may change."""
 
     def get(kind: str = "siglip", **changes: Any) -> Path:
         folder = shutil.copytree(published(kind), tmp_path / "published")
@@ -219,7 +219,7 @@ def _edit() -> Callable[..., None]:
 
 
 def reference_pixels(picture: np.ndarray, folder: Path) -> Tensor:
-    """Pixels (C, S, S) of an RGB picture of any size, by Pillow and numpy."""
+    """Pixels (C, S, S) of an RGB image of any size, by Pillow and numpy."""
     config = json.loads((folder / "preprocessor_config.json").read_text())
     image, parts = Image.fromarray(picture), []
     strategy, size = config["image_resize_strategy"], SIZE
@@ -247,7 +247,7 @@ def reference_pixels(picture: np.ndarray, folder: Path) -> Tensor:
 
 
 class OnlyActions(LogitsProcessor):
-    """Lets `generate()` choose action ids only."""
+    """Restricts `generate()` to action ids."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         kept = torch.full_like(scores, -torch.inf)
@@ -259,7 +259,7 @@ class OnlyActions(LogitsProcessor):
 def reference_tokens(
     backbone: OpenVLABackbone, ids: list[int], pixels: Tensor, count: int
 ) -> list[int]:
-    """Vocabulary ids of one row by timm's blocks one by one, and transformers' `generate()`."""
+    """Vocabulary ids of one row, from timm's blocks one by one and transformers' `generate()`."""
     vision, features, start = backbone.vision_backbone, [], 0
     for tower in (vision.featurizer, vision.fused_featurizer):
         if tower is None:

@@ -1,5 +1,5 @@
-"""`ceed-vla convert` and `ceed-vla verify`: checkpoints that act as the published model, and
-differences found.
+"""`ceed-vla convert` and `ceed-vla verify`: checkpoints that act like the published model, and
+detected differences.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ TASKS = ["put the red cube on the plate", "open the drawer"]
 
 @pytest.fixture
 def cases(copied: Any, pictures: np.ndarray, reference_pixels: Any, reference_tokens: Any) -> Path:
-    """A folder with images.npz and expected.json, as the reference (other code, same weights) gives
-    them.
-    """
+    """A folder with images.npz and expected.json from the reference (other code, same weights)."""
     folder = copied("siglip")
     policy, pre, _ = published_policy(ConvertConfig(str(folder), unnorm_key="garage", chunk_size=2))
     np.savez(folder / "images.npz", images=pictures[:2])
@@ -134,7 +132,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: np.savez(f / "images.npz", images=np.zeros((1, 8, 8, 3), np.uint8)),
         r"expected (2, H, W, 3) uint8",
     ),
-    "unknown data set": (
+    "unknown dataset": (
         lambda f: write(f, {**expected_of(f), "unnorm_key": "attic"}),
         "garage, kitchen",
     ),
@@ -168,14 +166,14 @@ def test_a_converted_checkpoint_acts_as_the_model(
     policy, _, _ = load(checkpoint)
     assert policy.config.n_action_steps == 1
     assert policy.config.action_tokens.unnorm_key == "garage"
-    assert policy.config.decoding.strict  # no early exit before it is distilled
+    assert policy.config.decoding.strict  # no early exit before distillation
     if weights == "reference":
         assert not any(parameter.requires_grad for parameter in policy.parameters())
     shutil.rmtree(cases)
-    if weights == "copied":  # it needs nothing else
+    if weights == "copied":  # the checkpoint needs no other files
         load(checkpoint)
     else:
-        with pytest.raises(CheckpointError, match=f"lie in '{cases}', which is no folder"):
+        with pytest.raises(CheckpointError, match=f"are in '{cases}', but there is no such folder"):
             load(checkpoint)
 
 
@@ -199,7 +197,7 @@ def test_a_referring_checkpoint_keeps_what_was_trained(
     again, pre, _ = load(tmp_path / "student")
     batch = pre({FRONT: torch.from_numpy(pictures).permute(0, 3, 1, 2), "task": TASKS[0]})
     assert torch.equal(again.decode(batch, "ar").tokens, policy.decode(batch, "ar").tokens)
-    save(tmp_path / "copy", again, pre, post)  # loaded and saved again, nothing is lost
+    save(tmp_path / "copy", again, pre, post)  # loaded and saved again without loss
     assert weights_hash(tmp_path / "copy") == weights_hash(tmp_path / "student")
     assert weights_hash(tmp_path / "base") != weights_hash(tmp_path / "student")
 
@@ -236,7 +234,7 @@ def test_where_a_checkpoint_goes(published: Any, tmp_path: Path) -> None:
         convert(ConvertConfig(**source))
     with pytest.raises(ConfigError, match="name a new or empty folder"):
         convert(ConvertConfig(**source, output_dir=source["path"]))
-    with pytest.raises(ConfigError, match="n_action_steps is 3, more than chunk_size = 2"):
+    with pytest.raises(ConfigError, match="n_action_steps is 3; it must not exceed chunk_size = 2"):
         convert(
             ConvertConfig(**source, output_dir=str(tmp_path / "x"), chunk_size=2, n_action_steps=3)
         )

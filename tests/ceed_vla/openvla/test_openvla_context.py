@@ -1,6 +1,4 @@
-"""OpenVLA with some of its image patches: as the whole prompt whose other patches nothing attends
-to.
-"""
+"""OpenVLA with some of its image patches equals the whole prompt with the other patches masked."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from ceed_vla.decoding import prefill
 
 FRONT = "observation.images.front"
 TASKS = ["Put the red cube on the plate", "open the drawer", "open"]
-PATCHES = 4  # 28 pixels, 14 a patch
+PATCHES = 4  # 28 pixels, 14 per patch
 
 
 @pytest.fixture
@@ -65,10 +63,10 @@ def test_it_is_the_whole_prompt_under_a_mask(model: tuple[Any, Any], kept: int) 
     tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(kept))
     found, wanted = (backbone.block_logits(prefix, tokens) for prefix in (pruned, expected))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    # What it costs: prefix tokens x layers.
+    # Cost: prefix tokens x layers.
     assert (expected.cache.prefix_length - pruned.cache.prefix_length) == PATCHES - kept
     assert pruned.dropped == PATCHES - kept
-    # Rows alone, without padding, choose and score the same.
+    # Single rows, without padding, choose the same patches and have the same logits.
     alone = {name: value[2:] for name, value in batch.items() if torch.is_tensor(value)}
     own = prefill(backbone, alone, policy.decoding_config(f"keep{kept}"))
     torch.testing.assert_close(own.logits, pruned.logits[2:], rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Weights and inputs on a GPU: nothing is made on the CPU by mistake."""
+"""Weights and inputs on a GPU: no tensor is created on the CPU."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Converted OpenVLA models through collection and distillation: copied and by reference, whole and
-with adapters.
+"""Converted OpenVLA models through collection and distillation: copied and by reference, with all
+weights or adapters.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_a_converted_model_is_distilled(
         "steps": 3,
         "batch_size": 4,
         "eval_every": 0,
-        # the vocabulary is of other data
+        # the vocabulary belongs to other data
         "eval_frames": 8,
         "mixed_precision": "no",
         "max_clipped": 1.0,
@@ -101,7 +101,7 @@ def test_a_converted_model_is_distilled(
     assert torch.equal(greedy.tokens, after.decode(batch, "jacobi").tokens)
     assert post(after.predict_action_chunk(batch)).shape == (4, 3, 7)
     old, new = before.backbone.prefill(batch).logits, after.backbone.prefill(batch).logits
-    assert not torch.equal(old, new)  # it has learnt,
-    assert torch.equal(  # but for what makes the prefix
+    assert not torch.equal(old, new)  # trained weights changed,
+    assert torch.equal(  # except those of the prefix
         before.backbone.embed_prefix(batch).embeds, after.backbone.embed_prefix(batch).embeds
     )

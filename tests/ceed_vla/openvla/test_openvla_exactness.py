@@ -1,4 +1,4 @@
-"""OpenVLA models decode what their reference does: the project's fixtures, and random folders
+"""OpenVLA models decode the tokens of their reference: the project's fixtures, and random folders
 through other code.
 """
 

@@ -1,4 +1,4 @@
-"""OpenVLA folders that cannot be used are one clear error; nothing in a folder runs."""
+"""Unusable OpenVLA folders raise one clear error, and code in a folder never runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "a checkpoint of ours": (
         "siglip",
         lambda f, e: e(f / CONFIG, model_type=None, type="ceed_vla"),
-        "a checkpoint of ceed-vla already",
+        "already a checkpoint of ceed-vla",
     ),
     "incomplete config": (
         "siglip",
@@ -71,7 +71,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "one tower of two": (
         "fused",
         lambda f, e: e(f / CONFIG, timm_model_ids=["vit_base_patch16_siglip_224"]),
-        "timm_model_ids has 1 entries, use_fused_vision_backbone says 2",
+        "timm_model_ids has 1 entries; use_fused_vision_backbone requires 2",
     ),
     "unknown tower": (
         "siglip",
@@ -86,7 +86,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "language model without a usable cache": (
         "siglip",
         lambda f, e: e(f / CONFIG, text_config={"model_type": "mamba"}),
-        r"'mamba'; those that can be read, with a cache of keys and values, are llama, mistral",
+        "'mamba'; it must be one of llama, mistral",
     ),
     "vocabulary too small": (
         "siglip",
@@ -126,7 +126,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "shard that the index forgets": (
         "fused",
         lambda f, e: e(f / INDEX, weight_map={"a": shard(f).name}),
-        r"lacks \d+ weights .*by what config\.json describes",
+        r"lacks \d+ weights .*compared with config\.json",
     ),
     "missing weight": (
         "siglip",
@@ -136,7 +136,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "weights of another vocabulary": (
         "siglip",
         lambda f, _: shrink_weight(f, HEAD),
-        r"lm_head\.weight has shape \(32063, 16\), config\.json describes \(32064, 16\)",
+        r"lm_head\.weight has shape \(32063, 16\), but config\.json describes \(32064, 16\)",
     ),
     "no tokenizer": (
         "siglip",
@@ -167,13 +167,13 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
             stds=[[0.5] * 3] * 2,
             interpolations=["bicubic"] * 2,
         ),
-        r"prepares images of \[\[28, 28\], \[28, 28\]\] pixels, "
-        r"the vision towers in config\.json see \[\[28, 28\]\]",
+        r"makes images of \[\[28, 28\], \[28, 28\]\] pixels, "
+        r"but the vision towers in config\.json read \[\[28, 28\]\]",
     ),
     "unknown strategy": (
         "siglip",
         lambda f, e: e(f / "preprocessor_config.json", image_resize_strategy="stretch"),
-        "'stretch'; it may be resize-naive, letterbox, resize-crop",
+        "'stretch'; it must be one of resize-naive, letterbox, resize-crop",
     ),
     "masks of another action": (
         "siglip",
@@ -191,7 +191,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "values of another kind": (
         "siglip",
         lambda f, e: e(f / CONFIG, image_sizes=224),
-        r"config\.json holds a value of another kind than OpenVLA's",
+        r"config\.json has a value of the wrong type",
     ),
     "unknown type of weights": (
         "siglip",
@@ -206,23 +206,24 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "no mean for a tower": (
         "fused",
         lambda f, e: e(f / "preprocessor_config.json", means=[[0.5] * 3]),
-        "needs input_sizes, .* one entry a vision tower",
+        "needs input_sizes, .* one entry per vision tower",
     ),
     "images of another size than the towers see": (
         "siglip",
         lambda f, e: e(f / "preprocessor_config.json", input_sizes=[[3, 56, 56]]),
-        r"prepares images of \[\[56, 56\]\] pixels, "
-        r"the vision towers in config\.json see \[\[28, 28\]\]",
+        r"makes images of \[\[56, 56\]\] pixels, "
+        r"but the vision towers in config\.json read \[\[28, 28\]\]",
     ),
     "towers of two sizes": (
         "fused",
         lambda f, e: e(f / "preprocessor_config.json", input_sizes=[[3, 28, 28], [3, 42, 42]]),
-        r"the vision towers see \[\[28, 28\], \[42, 42\]\] pixels; they must all be equal",
+        r"the vision towers read \[\[28, 28\], \[42, 42\]\] pixels; all must be equal",
     ),
     "statistics without quantiles": (
         "siglip",
         lambda f, e: e(f / CONFIG, norm_stats={"kitchen": {"action": {"q01": [0.0]}}}),
-        r"config\.json: the action statistics of kitchen need q01 and q99, one number a dimension",
+        r"config\.json: the action statistics of kitchen need q01 and q99, one number per "
+        "dimension",
     ),
 }
 
@@ -248,7 +249,7 @@ def test_a_folder_that_cannot_be_used_is_one_clear_error(
 
 @pytest.mark.parametrize("path", ["", "nowhere", "openvla/openvla-7b"])
 def test_a_wrong_folder(path: str) -> None:
-    with pytest.raises(CheckpointError, match="is no folder; give the local folder"):
+    with pytest.raises(CheckpointError, match="it must be the local folder of a model"):
         build(Path(path) if path else Path("x" * 3))
 
 
@@ -256,7 +257,7 @@ def test_a_wrong_folder(path: str) -> None:
     ("key", "message"),
     [
         ("attic", r"unnorm_key is 'attic'; choose one of garage, kitchen \(.*config\.json\)"),
-        ("", "statistics of 2 data sets; choose an unnorm_key: garage, kitchen"),
+        ("", "statistics of 2 datasets; choose an unnorm_key: garage, kitchen"),
     ],
 )
 def test_statistics_are_chosen_by_name(key: str, message: str, published: Any) -> None:
@@ -277,7 +278,7 @@ def test_statistics_of_a_fine_tune_count_first(copied: Any) -> None:
     own = {"kitchen": {"action": {"q01": [-7], "q99": [7]}}}
     (folder / "dataset_statistics.json").write_text(json.dumps(own))
     assert action_statistics(folder) == ("kitchen", {"q01": [-7.0], "q99": [7.0], "mask": [True]})
-    # of the base, still there
+    # of the base, which still exists
     assert action_statistics(folder, "garage")[1]["q01"] == [
         -100.0,
         0.2,
@@ -302,7 +303,7 @@ def test_positions_that_depend_on_the_length_are_refused(
     if not refused:
         assert torch.equal(policy.decode(batch, "ar").tokens, policy.decode(batch, "jacobi").tokens)
         return
-    with pytest.raises(ConfigError, match=r"behind 20 .*\(dynamic\) .* cannot be kept"):
+    with pytest.raises(ConfigError, match=r"behind 20 .*\(dynamic\) .* a cache is invalid"):
         policy.decode(batch, "jacobi")
 
 
@@ -325,7 +326,9 @@ def test_positions_that_change_once_are_refused_where_they_do(copied: Any, edit:
         policy, pre, _ = build(folder)
         batch = pre({"observation.images.front": torch.zeros(1, 3, 8, 8), "task": "open"})
         if refused:
-            with pytest.raises(ConfigError, match=r"behind 20 .*\(longrope\) .* cannot be kept"):
+            with pytest.raises(
+                ConfigError, match=r"behind 20 .*\(longrope\) .* a cache is invalid"
+            ):
                 policy.decode(batch, "jacobi")
         else:
             assert torch.equal(
@@ -393,10 +396,10 @@ def test_nothing_in_a_folder_runs(copied: Any, tmp_path: Path) -> None:
         ({"quantization": "4bit"}, "quantised weights cannot be copied"),
         ({"quantization": "4bit", "weights": "reference"}, "needs a GPU"),
         ({"from_": "gpt"}, "from is 'gpt'; it must be one of openvla"),
-        ({"vocabulary": "actions"}, "--vocabulary means nothing with --from openvla"),
-        ({"from_": "pi0_fast", "dtype": "float16"}, "--dtype.* means nothing with --from pi0_fast"),
-        ({"camera_size": "480,640"}, "camera_size is '480,640'; give HEIGHTxWIDTH"),
-        ({"prompt": "Do it!"}, r"must hold \{instruction\}"),
+        ({"vocabulary": "actions"}, "--vocabulary has no effect with --from openvla"),
+        ({"from_": "pi0_fast", "dtype": "float16"}, "--dtype.* has no effect with --from pi0_fast"),
+        ({"camera_size": "480,640"}, "camera_size is '480,640'; it must be HEIGHTxWIDTH"),
+        ({"prompt": "Do it!"}, r"must contain \{instruction\}"),
     ],
 )
 def test_settings_that_cannot_work(changes: dict[str, Any], message: str, published: Any) -> None:

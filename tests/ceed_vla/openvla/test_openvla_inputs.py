@@ -1,6 +1,4 @@
-"""Images, prompts and tokenizers become what OpenVLA was trained on; observations that cannot are
-refused.
-"""
+"""Images, prompts and tokenizers become OpenVLA's inputs; other observations are refused."""
 
 from __future__ import annotations
 
@@ -100,12 +98,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "with alpha": (torch.zeros(1, 4, 8, 8), "expected RGB images"),
     "channels last": (torch.zeros(1, 8, 8, 3), "expected RGB images"),
     "empty": (torch.zeros(1, 3, 0, 8), "expected RGB images"),
-    "0 to 255": (torch.full((1, 3, 8, 8), 255.0), "from 255 to 255; images lie in"),
-    "normalised": (torch.full((1, 3, 8, 8), -0.5), "images lie in"),
-    "NaN": (torch.full((1, 3, 8, 8), float("nan")), "images lie in"),
+    "0 to 255": (torch.full((1, 3, 8, 8), 255.0), "from 255 to 255; images must be in"),
+    "normalised": (torch.full((1, 3, 8, 8), -0.5), "images must be in"),
+    "NaN": (torch.full((1, 3, 8, 8), float("nan")), "images must be in"),
     "int64": (
         torch.zeros(1, 3, 8, 8, dtype=torch.int64),
-        r"int64; images are floats in \[0, 1\] or uint8",
+        r"int64; images must be floats in \[0, 1\] or uint8",
     ),
 }
 

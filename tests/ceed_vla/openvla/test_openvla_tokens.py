@@ -1,4 +1,4 @@
-"""OpenVLA's action tokens against numpy, as the reference computes them."""
+"""OpenVLA's action tokens against numpy, as in the reference implementation."""
 
 from __future__ import annotations
 

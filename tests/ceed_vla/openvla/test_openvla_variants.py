@@ -1,8 +1,8 @@
-"""What published folders differ in, against the libraries that OpenVLA was published with.
+"""Variants of published folders, against the libraries that OpenVLA was published with.
 
-`golden.json` holds what transformers 4.40.1 and timm 0.9.10 give for the folders that `VARIANTS`
-describes, whose weights numpy draws. They were run once, in float32, as OpenVLA's processor and
-greedy decoding use them; all ids of the vocabulary were candidates.
+`golden.json` contains the results of transformers 4.40.1 and timm 0.9.10 for the folders that
+`VARIANTS` describes, with weights from numpy. They ran once, in float32, with OpenVLA's processor
+and greedy decoding over all ids of the vocabulary.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def action(**more: Any) -> dict[str, Any]:
 
 
 ONE = {"norm_stats": {"kitchen": action(mask=[True, True, False])}}
-EXPANDED = {  # contradicts the short form, and wins
+EXPANDED = {  # contradicts the short form, and has precedence
     "tvf_resize_params": [{"antialias": True, "interpolation": 2, "max_size": None, "size": 30}],
     "tvf_crop_params": [{"output_size": [28, 28]}],
     "tvf_normalize_params": [{"inplace": False, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}],
@@ -101,7 +101,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def write_variant(folder: Path, name: str, write_folder: Callable[..., Path]) -> tuple[int, str]:
-    """Write a variant's folder with its images; returns the actions of a chunk and the data set."""
+    """Write a variant's folder with its images; returns the actions of a chunk and the name of the
+    dataset.
+    """
     settings = {
         "towers": [SIGLIP],
         "chunk": 3,
@@ -130,7 +132,7 @@ def write_variant(folder: Path, name: str, write_folder: Callable[..., Path]) ->
 
 
 def write_llama_tokenizer(folder: Path, kind: str) -> None:
-    """A byte-pair tokenizer as Llama's, as tokenizer.json or as tokenizer.model."""
+    """A byte-pair tokenizer like Llama's, as tokenizer.json or as tokenizer.model."""
     letters = [chr(c) for c in range(97, 123)] + list("▁WOI?.,:")
     merges = [
         ("t", "h"),
@@ -180,7 +182,7 @@ def write_llama_tokenizer(folder: Path, kind: str) -> None:
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     values = json.loads(tokenizer.to_str())
-    values["model"]["merges"] = [" ".join(pair) for pair in merges]  # as older files spell them
+    values["model"]["merges"] = [" ".join(pair) for pair in merges]  # spelling of older files
     (folder / "tokenizer.json").write_text(json.dumps(values))
 
 

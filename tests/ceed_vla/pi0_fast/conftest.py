@@ -1,5 +1,5 @@
-"""LeRobot's pi0-FAST, tiny and random, over tokenizer folders made on the spot; and its own decoder
-as the oracle.
+"""LeRobot's pi0-FAST, tiny and random, with generated tokenizer folders; its own decoder is the
+oracle.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ Build = Callable[..., lerobot_pi0.PI0FastPolicy]
 
 @pytest.fixture
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
-    """Builds LeRobot's policy, tiny and random, over tokenizer folders made on the spot."""
+    """Builds LeRobot's policy, tiny and random, with generated tokenizer folders."""
     chunks = 0.4 * torch.randn(300, STEPS, DIM, generator=torch.Generator().manual_seed(0)).cumsum(
         1
     )
     write_fast_tokenizer(tmp_path / "fast", chunks)
 
-    # what LeRobot uses of the processor that is remote code
+    # the parts of the remote-code processor that LeRobot uses
     def load_fast(path: str, **_: Any) -> SimpleNamespace:
         numbers = json.loads((Path(path) / "processor_config.json").read_text())
         bpe = PreTrainedTokenizerFast(tokenizer_file=str(Path(path) / "tokenizer.json"))
@@ -69,9 +69,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
 
 
 def observe(batch: int, seed: int = 0) -> dict[str, Tensor]:
-    """Cameras of another size, and prompts of different lengths, padded on the right as LeRobot
-    pads them.
-    """
+    """Cameras of another size, and prompts of different lengths, right-padded as in LeRobot."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, PROMPT + 1, (batch, 1), generator=generator)
     mask = torch.arange(PROMPT) < lengths
@@ -81,7 +79,7 @@ def observe(batch: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def wrap(policy: Any, vocabulary: str = "full") -> tuple[Pi0FastBackbone, Pi0FastTokenizer]:
-    """Our backbone and tokenizer over LeRobot's policy."""
+    """Our backbone and tokenizer around LeRobot's policy."""
     config = policy.config
     codec = FastCodec.from_folder(config.action_tokenizer_name)
     settings = Pi0FastTokensConfig(
@@ -100,9 +98,7 @@ def wrap(policy: Any, vocabulary: str = "full") -> tuple[Pi0FastBackbone, Pi0Fas
 def lerobot_tokens(
     policy: Any, batch: dict[str, Tensor], stop: int, *, cached: bool = True
 ) -> Tensor:
-    """Tokens of LeRobot's own decoder; what it writes behind a row's stop token, which it never
-    reads, is cut.
-    """
+    """Tokens of LeRobot's own decoder, cut behind a row's stop token, where it reads none."""
     images, masks = policy._preprocess_images(batch)
     decode = (
         policy.model.sample_actions_fast_kv_cache if cached else policy.model.sample_actions_fast

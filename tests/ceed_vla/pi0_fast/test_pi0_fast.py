@@ -52,7 +52,7 @@ def test_tokens_of_random_models_are_lerobots(lab: Any, rows: int, seed: int) ->
 def test_rows_end_at_their_stop_token(lab: Any, config: DecodingConfig) -> None:
     batch = lab.observe(3)
     free = lab.lerobot_tokens(lab.build(), batch, lab.STOP)
-    stop = int(free[0, 6])  # make an id that the model writes the stop token
+    stop = int(free[0, 6])  # use an id that the model writes as the stop token
     policy = lab.build(stop_id=stop)
     backbone, tokenizer = lab.wrap(policy)
     result = lab.decode(backbone, tokenizer, batch, config)
@@ -93,7 +93,7 @@ def test_states_hold_only_action_ids_where_greedy_has_not_confirmed_others(lab: 
     assert result.states is not None
     assert len(result.states) > 3
     for state in result.states:
-        # the proven part may hold any id, as LeRobot's
+        # the proven part may have any id, as LeRobot's
         greedy = (state == result.tokens).long().cumprod(1).bool()
         assert bool((greedy | torch.isin(state, tokenizer.action_ids)).all())
 
@@ -121,8 +121,8 @@ def test_detokenising_agrees_with_lerobot(lab: Any) -> None:
     tokens = tokenizer.encode(chunks)
     actions = tokenizer.decode(tokens)
     assert torch.equal(actions, policy.detokenize_actions(tokens, lab.STEPS, lab.DIM))
-    assert (actions - chunks).abs().max() < 0.2  # the rounding of FAST
-    twice = torch.cat([tokens[:, :2], tokens[:, :-2]], dim=1)  # a second marker, which both drop
+    assert (actions - chunks).abs().max() < 0.2  # FAST rounds
+    twice = torch.cat([tokens[:, :2], tokens[:, :-2]], dim=1)  # a second marker, which both remove
     assert torch.equal(tokenizer.decode(twice), actions)
 
 
@@ -132,7 +132,7 @@ def test_malformed_chunks_are_counted_errors_not_zeros(lab: Any) -> None:
     good = tokenizer.encode(0.3 * torch.randn(3, lab.STEPS, lab.DIM))
     short = good.clone()
     short[1, 3:] = tokenizer.stop
-    # LeRobot fills it up
+    # LeRobot pads it
     assert policy.detokenize_actions(short, lab.STEPS, lab.DIM).shape == (
         3,
         lab.STEPS,
@@ -148,7 +148,7 @@ def test_malformed_chunks_are_counted_errors_not_zeros(lab: Any) -> None:
         tokenizer.decode(unmarked)
     foreign = good.clone()
     foreign[0, 2] = lab.WORDS - 1
-    with pytest.raises(MalformedChunkError, match="is no FAST id"):
+    with pytest.raises(MalformedChunkError, match="is not a FAST id"):
         tokenizer.decode(foreign)
     assert tokenizer.malformed == 1 + 3 + 1
     with pytest.raises(TokenError, match=r"expected \(B, 20\) integers"):
@@ -161,12 +161,12 @@ def test_a_cap_or_deadline_ends_where_there_is_a_chunk(lab: Any) -> None:
     goes_on = lab.decode(
         backbone, tokenizer, batch, DecodingConfig(guess="random", max_iterations=2)
     )
-    # two iterations gave no chunk
+    # two iterations did not give a chunk
     assert torch.equal(goes_on.tokens, lab.lerobot_tokens(policy, batch, lab.STOP))
     ticks = iter(float(t) for t in range(100))
     late = DecodingConfig(guess="random", deadline_s=1.5)
     cut = lab.decode(backbone, tokenizer, batch, late, clock=lambda: next(ticks))
-    # a robot that got half a chunk would have to hold
+    # a robot with half a chunk would have to hold
     assert torch.equal(cut.tokens, goes_on.tokens)
 
 
@@ -190,11 +190,11 @@ def test_bad_input(lab: Any) -> None:
     with pytest.raises(ObservationError, match=r"lacks 'observation\.images\.wrist'"):
         backbone.check_observation(batch)
     tokenizer.action_ids = tokenizer.action_ids + lab.WORDS
-    with pytest.raises(ConfigError, match="do tokenizer and weights belong together"):
+    with pytest.raises(ConfigError, match="Take tokenizer and weights from the same checkpoint"):
         Pi0FastBackbone(policy.model, tokenizer)
-    with pytest.raises(ConfigError, match="the model scores 600"):
+    with pytest.raises(ConfigError, match="only 600 ids have logits"):
         replace(tokenizer.settings, scored=600).build(lab.STEPS, lab.DIM)
-    with pytest.raises(ConfigError, match="too few for"):
+    with pytest.raises(ConfigError, match=r"it must have \d+ for FAST"):
         replace(tokenizer.settings, words=200, stop=5, marker=[6, 7], scored=0).build(
             lab.STEPS, lab.DIM
         )
@@ -203,7 +203,7 @@ def test_bad_input(lab: Any) -> None:
     )
     with pytest.raises(ConfigError, match="no BOS token"):
         text_ids(plain)
-    with pytest.raises(ConfigError, match="are no bins"):
+    with pytest.raises(ConfigError, match="do not stand for neighbouring actions"):
         lab.decode(backbone, tokenizer, lab.observe(1), DecodingConfig(confidence=0.5))
     with pytest.raises(CheckpointError, match=r"processor_config\.json cannot be read"):
         FastCodec.from_folder(lab.folder / "nowhere")

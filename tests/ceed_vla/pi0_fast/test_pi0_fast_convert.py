@@ -1,5 +1,5 @@
-"""From a LeRobot checkpoint to one of ours: the same tokens and actions, offline and without code
-of a checkpoint.
+"""Conversion of a LeRobot checkpoint: the same tokens and actions, offline, and without running the
+checkpoint's code.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ IDS = "observation.language.tokens"
 
 @pytest.fixture
 def published(lab: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A LeRobot checkpoint folder that has learnt two chunks, its policy and processors, and raw
-    observations.
+    """A LeRobot checkpoint folder that was trained on two chunks, its policy and processors, and
+    raw observations.
     """
     random = torch.Generator().manual_seed(7)
     policy = lab.build(5)
@@ -85,9 +85,9 @@ def test_a_converted_checkpoint_acts_as_lerobots(lab: Any, published: Any, weigh
     names = load_file(output / "model.safetensors")
     assert bool(names) == (weights == "copied")
     for name in ("text", "fast", *(() if weights == "reference" else ("lerobot",))):
-        shutil.rmtree(lab.folder / name)  # the checkpoint needs nothing else
+        shutil.rmtree(lab.folder / name)  # the checkpoint needs no other files
     bundle = load(output)
-    # no mark of LeRobot's action tokenizer
+    # without the marker of LeRobot's action tokenizer
     assert torch.equal(bundle[1](published.raw)[IDS], published.ids)
     for decoding in ("ar", "jacobi", "ceed"):
         tokens, actions = act(bundle, published.raw, decoding)
@@ -204,7 +204,7 @@ def test_bad_folders(lab: Any, published: Any) -> None:
 
     config = json.loads((folder / "config.json").read_text())
     output = lab.folder / "ours"
-    with pytest.raises(CheckpointError, match="holds a policy of type 'act'"):
+    with pytest.raises(CheckpointError, match="has a policy of type 'act'"):
         convert_pi0_fast(change("config.json", json.dumps({**config, "type": "act"})), output)
     with pytest.raises(CheckpointError, match="is not JSON"):
         convert_pi0_fast(change("config.json", "{"), output)
@@ -217,7 +217,7 @@ def test_bad_folders(lab: Any, published: Any) -> None:
         convert_pi0_fast(change("model.safetensors", "x"), output)
     with pytest.raises(CheckpointError, match=r"lacks policy_preprocessor\.json"):
         convert_pi0_fast(change("policy_preprocessor.json", None), lab.folder / "half")
-    with pytest.raises(CheckpointError, match=r"fast_tokenizer 'some/where' is no folder"):
+    with pytest.raises(CheckpointError, match=r"fast_tokenizer 'some/where' is neither a folder"):
         convert_pi0_fast(folder, output, fast_tokenizer="some/where")
     with pytest.raises(CheckpointError, match="no text tokenizer that loads"):
         convert_pi0_fast(folder, output, text_tokenizer=str(lab.folder / "fast" / ".."))

@@ -1,5 +1,5 @@
-"""A converted pi0-FAST through distillation on recorded data: its layers learn, and decoding stays
-exact.
+"""A converted pi0-FAST through distillation on recorded data: its layers are trained, and decoding
+is exact.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def test_a_converted_model_is_distilled(recompute: bool, tmp_path: Path) -> None
         )
         before, after = load(teacher)[0], load(student)
     policy, pre, _ = after
-    learnt = set(load_file(student / "model.safetensors"))  # the rest stays where it was
+    learnt = set(load_file(student / "model.safetensors"))  # the other weights did not change
     assert learnt == {f"backbone.{name}" for name in policy.backbone.distillation_parameters()}
     batch = pre(store.batch(np.arange(4), 4))
     assert not torch.equal(
         before.backbone.prefill(batch).logits, policy.backbone.prefill(batch).logits
     )
-    # Three steps from random weights write no whole chunks yet; tokens are compared without reading
-    # them.
+    # After three steps from random weights, tokens are not whole chunks; they are compared
+    # undecoded.
     greedy = policy.decode(batch, "ar", read=False)
     assert torch.equal(greedy.tokens, policy.decode(batch, "jacobi", read=False).tokens)

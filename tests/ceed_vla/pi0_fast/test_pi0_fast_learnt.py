@@ -1,5 +1,5 @@
-"""A tiny pi0-FAST that LeRobot's own loss taught one movement: its tokens by every decoder, in
-fewer forwards.
+"""A tiny pi0-FAST that was trained on one movement with LeRobot's own loss: its tokens from every
+decoder, in fewer forwards.
 """
 
 from __future__ import annotations
@@ -39,15 +39,13 @@ def movement() -> tuple[list[dict[str, Any]], Tensor]:
 
 
 def inputs(backbone: Any, batch: dict[str, Any]) -> tuple[Any, ...]:
-    """Images, masks and prompt as LeRobot's model takes them."""
+    """Images, masks and prompt in the format of LeRobot's model."""
     prompt = (batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK])
     return (*PI0FastPolicy._preprocess_images(backbone, batch), *prompt)
 
 
 def teach(folder: Path, checkpoint: Path, frames: list[dict[str, Any]], chunks: Tensor) -> None:
-    """Train the folder's weights with LeRobot's loss, through the inputs that our conversion
-    makes.
-    """
+    """Train the folder's weights with LeRobot's loss, on the inputs of our conversion."""
     convert(ConvertConfig(str(checkpoint), str(folder / "untrained"), from_="pi0_fast"))
     policy, pre, _ = load(folder / "untrained")
     model = policy.backbone.model.train()
@@ -80,7 +78,7 @@ def test_every_decoder_writes_lerobots_tokens_in_fewer_forwards(tmp_path: Path) 
         convert(ConvertConfig(str(checkpoint), str(tmp_path / "ours"), from_="pi0_fast"))
         policy, pre, _ = load(tmp_path / "ours")
     backbone, tokenizer = policy.backbone, policy.tokenizer
-    # LeRobot's decoder asks it for BOS
+    # LeRobot's decoder reads BOS from it
     backbone.model._paligemma_tokenizer = load_text_tokenizer(tmp_path / "text")
     forwards, previous = torch.zeros(3), None
     names = ("ar", "mid", "previous")
@@ -89,7 +87,7 @@ def test_every_decoder_writes_lerobots_tokens_in_fewer_forwards(tmp_path: Path) 
         written = backbone.model.sample_actions_fast_kv_cache(
             *inputs(backbone, batch), max_decoding_steps=tokenizer.block_length
         )
-        stop = tokenizer.settings.stop  # LeRobot never reads what is behind it
+        stop = tokenizer.settings.stop  # LeRobot never reads tokens behind it
         expected = torch.where((written == stop).cumsum(1) > 0, stop, written)
         for row, name in enumerate(names):
             config = (

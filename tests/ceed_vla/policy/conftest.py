@@ -36,7 +36,7 @@ def tiny_config(**changes: Any) -> CeedVLAConfig:
 def make_policy(**changes: Any) -> CeedVLAPolicy:
     torch.manual_seed(0)
     policy = CeedVLAPolicy(tiny_config(**changes))
-    with torch.no_grad():  # let every token matter, as in a trained policy
+    with torch.no_grad():  # make every token matter, as in a trained policy
         policy.backbone.action_tokens.weight.mul_(50)
         policy.backbone.head.weight.mul_(20)
     return policy.eval()
@@ -77,9 +77,7 @@ def checkpoint(
 
 @pytest.fixture
 def folder(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint without a manifest: its files may be changed, to see what reads them
-    say of it.
-    """
+    """A copy of the checkpoint without a manifest, whose files tests change."""
     return unsealed(shutil.copytree(checkpoint, tmp_path / "policy"))
 
 
@@ -95,7 +93,7 @@ def training_batch(batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Helpers, as fixtures: with import-mode importlib a test file cannot import this one.
+# Helpers are fixtures, because with import-mode importlib a test file cannot import this one.
 
 
 @pytest.fixture(scope="session", name="tiny_config")

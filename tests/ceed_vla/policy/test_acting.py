@@ -1,4 +1,4 @@
-"""Decoding, chunks and single actions; observations that cannot be served."""
+"""Decoding, chunks and single actions; unsupported observations."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_ceed_is_the_early_exit_of_the_checkpoint(batch: dict[str, Any], make_po
 
 def test_a_warm_start_needs_fewer_forwards(policy: CeedVLAPolicy, batch: dict[str, Any]) -> None:
     tokens = policy.decode(batch, "jacobi").tokens
-    # A previous chunk whose shift by the two executed steps is the answer.
+    # A previous chunk that, shifted by the two executed steps, is the answer.
     previous = torch.cat([tokens[:, :14], tokens[:, :14]], dim=1)
     warm = policy.decode(batch, "jacobi", previous=previous, record_states=True)
     assert warm.states is not None
@@ -66,7 +66,7 @@ def test_predicting_chunks_keeps_the_warm_start(
         policy.decode(batch, "ceed", previous=cold.tokens).actions,
     )
     one = {key: value[:1] for key, value in batch.items() if isinstance(value, Tensor)}
-    # another number of rows: a new start
+    # another number of rows discards the previous chunk
     assert policy.predict_action_chunk(one).shape == (
         1,
         4,
@@ -103,7 +103,7 @@ def test_images_of_another_size_are_resized(
     policy: CeedVLAPolicy, processors: tuple[Any, Any], raw_observation: Any
 ) -> None:
     small, large = raw_observation(size=96), {}
-    for key in (FRONT, WRIST):  # smooth, as noise of single pixels would not survive any resizing
+    for key in (FRONT, WRIST):  # smooth, because resizing would remove noise of single pixels
         coarse = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(len(key)))
         for size, images in ((96, small), (192, large)):
             images[key] = F.interpolate(coarse, size=(size, size), mode="bilinear")
@@ -117,7 +117,7 @@ def test_images_of_another_size_are_resized(
 BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing camera": (lambda b: b.pop(WRIST), "lacks 'observation.images.wrist'"),
     "missing state": (lambda b: b.pop(STATE), "lacks 'observation.state'"),
-    "not pre-processed": (lambda b: b.pop(TOKENS), "pre-processor"),
+    "not pre-processed": (lambda b: b.pop(TOKENS), "preprocessor"),
     "state size": (lambda b: b.update({STATE: b[STATE][:, :6]}), r"\(2, 6\), expected \(B, 14\)"),
     "channels last": (
         lambda b: b.update({FRONT: b[FRONT].permute(0, 2, 3, 1)}),
@@ -126,7 +126,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unbatched image": (lambda b: b.update({FRONT: b[FRONT][0]}), r"\(3, 96, 96\)"),
     "byte image": (
         lambda b: b.update({FRONT: (b[FRONT] * 255).byte()}),
-        r"uint8; images are floats in \[0, 1\]",
+        r"uint8; images must be floats in \[0, 1\]",
     ),
     "fewer rows": (lambda b: b.update({STATE: b[STATE][:1]}), "rows B"),
     "NaN state": (lambda b: b[STATE].fill_(float("nan")), "not finite"),

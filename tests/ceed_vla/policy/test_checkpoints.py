@@ -1,4 +1,4 @@
-"""Checkpoints: saved and loaded policies act the same, broken ones are one clear error."""
+"""Checkpoints: a loaded policy acts like the saved one; damage raises one clear error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_saved_policy_acts_the_same(
         torch.testing.assert_close(again[STATE], (raw_observation()[STATE] - 0.5) / 2)
         assert torch.equal(again[TOKENS], batch[TOKENS])
         actions = torch.rand(2, 7)
-        assert torch.equal(post(actions), actions)  # actions are in the environment's units already
+        assert torch.equal(post(actions), actions)  # actions are already in the environment's units
     elif how == "from_pretrained":
         loaded = CeedVLAPolicy.from_pretrained(checkpoint)
     else:
@@ -187,7 +187,7 @@ def test_a_state_that_never_moves_loads_again(mode: str, tmp_path: Path) -> None
         **config.normalization_mapping,
         "STATE": NormalizationMode(mode),
     }
-    # LeRobot's tools give these to the normaliser of a checkpoint, too
+    # LeRobot's tools pass these to the normaliser of a checkpoint, too
     policy = CeedVLAPolicy(config, stats)
     assert stats[STATE]["std"][1] > 0
     assert stats[STATE]["max"][1] > 5
@@ -208,6 +208,6 @@ def test_actions_that_a_step_normalises_need_tokens_that_know() -> None:
         "ACTION": NormalizationMode.MEAN_STD,
     }
     with pytest.raises(
-        ConfigError, match="ACTION MEAN_STD, but uniform tokens write what a data set has"
+        ConfigError, match="ACTION MEAN_STD; it must be IDENTITY, because uniform tokens"
     ):
         CeedVLAPolicy(config)

@@ -1,4 +1,4 @@
-"""Settings and features that a policy cannot serve; action ranges from the data."""
+"""Unsupported settings and features; action ranges from the data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_action_ranges_come_from_the_data(tiny_config: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_action_steps": 5}, "more than chunk_size = 4"),
+        ({"n_action_steps": 5}, "must not exceed chunk_size = 4"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"decode_with": "fast"}, "Unknown decoder 'fast'"),
         ({"num_bins": 1}, "num_bins"),
@@ -94,7 +94,7 @@ def test_names_whose_measurement_is_stale_are_forgotten(tiny_config: Any) -> Non
         "plan12",
     )
     config.forget("plan", new={"plan": "cap1"})
-    # not what is gone
+    # without removed settings
     assert (config.decodings, config.decode_with) == (
         {"risk0.2": "cap3", "plan": "cap1"},
         "ceed",

@@ -1,4 +1,4 @@
-"""Decoding of the policy behind steps that the robot will have executed by then."""
+"""Decoding of the policy behind frozen steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_frozen_steps_stay_and_every_decoder_continues_them(
 
 def test_the_former_argument_names_its_successor(policy: CeedVLAPolicy, batch: Any) -> None:
     tokens = torch.zeros(2, A, dtype=torch.int64)
-    with pytest.raises(ConfigError, match="steps that stay as frozen_steps"):
+    with pytest.raises(ConfigError, match="number of frozen steps as frozen_steps"):
         policy.decode(batch, "ar", frozen=tokens)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Instructions as word ids, and those that cannot be read."""
+"""Instructions as word ids, and unreadable instructions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_words_become_ids(words: InstructionWordsStep, caplog: pytest.LogCapture
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING):
         assert words.encode("put the mug in the mug")[:6] == [7, 9, 1, 5, 9, 1]
-    assert caplog.text.count("'mug'") == 1  # said once
+    assert caplog.text.count("'mug'") == 1  # logged once
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_lerobots_factory_builds_a_policy_from_an_environment(checkpoint: Path) 
     config.pretrained_path = checkpoint
     policy = lerobot_make_policy(config, env_cfg=environment)
     assert isinstance(policy, CeedVLAPolicy)
-    assert policy.config.cameras == (FRONT, WRIST)  # the checkpoint's own features stay
+    assert policy.config.cameras == (FRONT, WRIST)  # the checkpoint's own features do not change
 
 
 def test_the_vocabulary_comes_from_the_data_set_that_lerobot_train_opens(tiny_config: Any) -> None:
@@ -75,7 +75,7 @@ def test_the_vocabulary_comes_from_the_data_set_that_lerobot_train_opens(tiny_co
 def test_optimisers_keep_contiguous_states(
     make_policy: Any, training_batch: dict[str, Any]
 ) -> None:
-    policy = make_policy()  # in evaluation mode the camera stems lie channels-last
+    policy = make_policy()  # in evaluation mode the camera stems are channels-last
     weight = policy.backbone.stems[0].convolutions[1].weight
     assert not weight.is_contiguous()
     expected = policy(training_batch)[0]
@@ -84,7 +84,7 @@ def test_optimisers_keep_contiguous_states(
     policy.train()(training_batch)[0].backward()
     optimizer.step()
     tensors = [t for state in optimizer.state_dict()["state"].values() for t in state.values()]
-    assert all(t.is_contiguous() for t in tensors)  # LeRobot's checkpoints take no others
+    assert all(t.is_contiguous() for t in tensors)  # LeRobot's checkpoints need contiguous tensors
 
 
 def test_the_package_names_its_parts() -> None:

@@ -1,4 +1,4 @@
-"""Sealed checkpoints: no file is lost, exchanged, added or half written; and how to seal others."""
+"""Sealed checkpoints: lost, exchanged, added and half-written files are errors; sealing others."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-# ---- what a manifest refuses --------------------------------------------------------------------
+# ---- refused by a manifest ----------------------------------------------------------------------
 
 
 def test_a_manifest_lists_all_that_is_read(sealed: Path) -> None:
@@ -138,7 +138,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest without hashes": (_edited(MANIFEST, lambda v: v["files"].update({PRE: 3})), PRE),
     "manifest of itself": (
         _edited(MANIFEST, lambda v: v["files"].update({MANIFEST: v["files"][PRE]})),
-        "name itself",
+        "lists itself",
     ),
 }
 
@@ -162,7 +162,7 @@ def test_files_of_two_checkpoints_do_not_mix(
     with_exits: Path,
     tmp_path: Path,
 ) -> None:
-    """Also those that fit each other by their shapes, which nothing else could tell."""
+    """Files of equal shapes are detected, too; only the manifest can tell them apart."""
     for name in own_files(checkpoint):
         if (with_exits / name).read_bytes() == (checkpoint / name).read_bytes():
             continue
@@ -210,7 +210,7 @@ def test_exits_that_a_decoding_needs_are_not_lost(with_exits: Path, tmp_path: Pa
             loader(folder)
         assert "its decoding 'plan20' (deer1t2)" in str(error.value)
     edit(folder / CONFIG, lambda values: values.update(decodings={}))
-    assert load(folder)[0].backbone.exits == {}  # a model without exits is read by its last norm
+    assert load(folder)[0].backbone.exits == {}  # without exits, the last norm is read
 
 
 @pytest.mark.parametrize("name", [EXITS, CONTEXT])
@@ -259,9 +259,9 @@ def test_an_unsealed_checkpoint_says_so_once(
 def test_what_lerobot_writes_is_unsealed_until_it_is_sealed(
     sealed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The processors come after the policy, so the policy cannot say what they will be."""
+    """The processors are saved after the policy, so the policy cannot write their hashes."""
     policy, pre, post = load(sealed)
-    policy.save_pretrained(sealed)  # into a sealed folder, whose manifest does not hold any more
+    policy.save_pretrained(sealed)  # into a sealed folder, whose manifest is no longer valid
     assert not (sealed / MANIFEST).exists()
     assert json.loads((sealed / CONFIG).read_text())[SEALED] is False
     load(sealed)
@@ -272,7 +272,7 @@ def test_what_lerobot_writes_is_unsealed_until_it_is_sealed(
     before = fingerprint(str(folder)), weights_hash(folder)
     assert main(["seal", str(folder)]) == 0
     assert "sealed" in capsys.readouterr().out
-    # An evaluation of it can be resumed.
+    # an evaluation of the checkpoint can be resumed
     assert (fingerprint(str(folder)), weights_hash(folder)) == before
     listed = json.loads((folder / MANIFEST).read_text())["files"]
     assert set(listed) == own_files(folder) - {MANIFEST}
@@ -316,7 +316,7 @@ def test_only_what_loads_is_sealed(
         assert main(["seal", str(folder)]) == 1
         told = capsys.readouterr().err
         assert message in told
-        assert ".new" not in told  # the folder that the user named, not the one beside it
+        assert ".new" not in told  # the folder that the user named, not the temporary one
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == changed
         (folder / file).write_bytes(before[file])
     assert main(["seal", str(tmp_path / "none")]) == 1
@@ -325,7 +325,7 @@ def test_only_what_loads_is_sealed(
 
 
 def test_links_into_a_cache_become_files(folder: Path, tmp_path: Path) -> None:
-    """As the hub's client stores what it downloads: a folder of links."""
+    """A folder of links, as the hub's client stores downloads."""
     blobs = tmp_path / "blobs"
     blobs.mkdir()
     for index, file in enumerate(sorted(folder.iterdir())):
@@ -334,7 +334,7 @@ def test_links_into_a_cache_become_files(folder: Path, tmp_path: Path) -> None:
     seal(folder)
     load(folder)
     assert not (folder / WEIGHTS).is_symlink()
-    assert SEALED not in json.loads((blobs / "0").read_text())  # the cache is as it was
+    assert SEALED not in json.loads((blobs / "0").read_text())  # the cache is unchanged
 
 
 def test_the_shipped_checkpoints_are_sealed() -> None:
@@ -345,7 +345,7 @@ def test_the_shipped_checkpoints_are_sealed() -> None:
 
 
 def test_reading_needs_no_torch() -> None:
-    """A robot's node asks what a checkpoint declares; its policy may run in another Python."""
+    """A robot node reads what a checkpoint declares; its policy may run in another Python."""
     code = (
         "import sys; from ceed_vla.ros_nodes.robot.predictor import declared_spec; "
         "print(declared_spec('student').chunk_steps, 'torch' in sys.modules)"

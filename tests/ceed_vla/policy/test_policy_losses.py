@@ -1,4 +1,4 @@
-"""The training losses of the policy against loops and numpy, its packed forward against the cached
+"""The policy's training losses against loops and numpy, and its packed forward against the cached
 one.
 """
 
@@ -154,7 +154,7 @@ def test_random_shift_moves_whole_images() -> None:
 def test_gradients_reach_every_parameter(training_batch: dict[str, Any], make_policy: Any) -> None:
     policy = make_policy().train()
     policy(training_batch)[0].backward()
-    # GroupNorm shifts before FiLM and the like may be small, but nothing may be cut off.
+    # Some gradients may be small, such as those of GroupNorm shifts before FiLM, but none may be 0.
     missing = [name for name, p in policy.named_parameters() if p.grad is None]
     assert missing == []
     assert len(policy.get_optim_params()) == len(list(policy.parameters()))

@@ -1,4 +1,4 @@
-"""Real-time chunking as LeRobot asks for it: what is left of the running chunk begins the next
+"""LeRobot's real-time chunking: the remainder of the running chunk becomes the start of the next
 one.
 """
 
@@ -20,7 +20,7 @@ A, M = 7, 4  # of the tiny policy
 
 @pytest.fixture
 def chunk(policy: CeedVLAPolicy, batch: Any) -> torch.Tensor:
-    """Actions (2, 4, 7) that the policy does not choose by itself."""
+    """Actions (2, 4, 7) that the policy does not choose itself."""
     tokens = policy.decode(batch, "ar").tokens
     return policy.tokenizer.decode((tokens + 5) % policy.tokenizer.vocabulary_size)
 
@@ -58,13 +58,13 @@ def test_the_left_over_is_the_warm_start(policy: CeedVLAPolicy, chunk: torch.Ten
 
 
 def test_lerobots_filling_is_no_action(policy: CeedVLAPolicy, chunk: torch.Tensor) -> None:
-    filled = torch.cat([chunk[:, 2:], torch.zeros(2, 8, A)], dim=1)  # to its execution horizon
+    filled = torch.cat([chunk[:, 2:], torch.zeros(2, 8, A)], dim=1)  # up to its execution horizon
     previous, frozen = continuation(policy.tokenizer, filled, 3, 2)
     again, same = continuation(policy.tokenizer, chunk[:, 2:], 3, 2)
     assert previous is not None
     assert again is not None
     assert torch.equal(previous, again)
-    assert frozen == same == 2  # two steps are left, whatever the delay
+    assert frozen == same == 2  # two steps are left for any delay
     assert continuation(policy.tokenizer, torch.zeros(10, A), 3, 2) == (None, 0)
     assert continuation(policy.tokenizer, torch.zeros(0, A), 3, 2) == (None, 0)
 
@@ -82,7 +82,7 @@ def test_increments_are_made_up_behind_frozen_steps(
     assert torch.equal(
         actions[:, :2], tokens.decode(tokens.encode(torch.cat([left, left], dim=1)))[:, :2]
     )
-    assert torch.equal(actions[:, 2:, 1], free[:, 2:, 1])  # no increment
+    assert torch.equal(actions[:, 2:, 1], free[:, 2:, 1])  # not an increment
     high = policy.config.action_tokens.action_high[0]
     reach = (free[:, :, 0].sum(1)).minimum(left[:, :, 0].sum(1) + 2 * high)
     assert torch.allclose(actions[:, :, 0].sum(1), reach, atol=0.02)

@@ -1,4 +1,6 @@
-"""Saving over a checkpoint: old or new, one of both is there whole, and the user's files stay."""
+"""Saving over a checkpoint: either the old or the new one is complete, and the user's files do not
+change.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def give_exits(policy: CeedVLAPolicy, depths: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def other(make_policy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
-    """Another policy, which has exits, and its processors."""
+    """Another policy with exits, and its processors."""
     policy = make_policy(layers=3)
     give_exits(policy, [1, 2])
     stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
@@ -61,7 +63,9 @@ def run_killed(old: Path, new: Path, place: Path, *more: str) -> list[dict[str, 
 def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(
     folder: list[str], checkpoint: Path, other: tuple[Any, Any, Any], tmp_path: Path
 ) -> None:
-    """By an exchange of folders, and inside of a folder that must stay: it holds the user's."""
+    """By exchanging folders, and file by file in a folder that must stay because it has the user's
+    files.
+    """
     old = save(tmp_path / "old", *other)
     (tmp_path / "place").mkdir()
     *killed, full, last = run_killed(old, checkpoint, tmp_path / "place", *folder)
@@ -87,7 +91,7 @@ def test_nothing_of_the_old_checkpoint_is_left(
     (folder / "link").symlink_to("README.md")
     assert (folder / EXITS).is_file()
     save(folder, policy, *processors)
-    assert folder.stat().st_ino != inode  # the whole folder is a new one
+    assert folder.stat().st_ino != inode  # the whole folder is new
     assert not (folder / EXITS).exists()
     assert {name: (folder / name).read_text() for name in kept} == kept
     assert os.readlink(folder / "link") == "README.md"
@@ -124,7 +128,7 @@ def test_a_folder_that_must_stay_gets_new_files(
 def test_a_save_that_was_decided_is_finished_by_who_reads(
     checkpoint: Path, other: tuple[Any, Any, Any], tmp_path: Path
 ) -> None:
-    """As a kill leaves it when some files have moved up, and the manifest has not."""
+    """Like after a kill when some files have been moved and the manifest has not."""
     folder = save(tmp_path / "policy", *other)
     shutil.copytree(checkpoint, folder / PENDING)
     (folder / PENDING / WEIGHTS).replace(folder / WEIGHTS)
@@ -209,7 +213,7 @@ def test_what_a_killed_save_left_is_removed_and_what_another_writes_is_not(
     (left / WEIGHTS).write_text("half")
     (tmp_path / ".policy.mine.new").mkdir()
     folder = tmp_path / "policy"
-    with replacing_folder(folder, own_files) as stage:  # another save, which is at work
+    with replacing_folder(folder, own_files) as stage:  # another save that is in progress
         save(folder, policy, *processors)
         assert stage.is_dir()
         assert not left.exists()

@@ -1,5 +1,5 @@
-"""What a checkpoint says is neither executed nor believed: steps, paths, sizes, statistics,
-weights, scores.
+"""Checkpoints are untrusted: their code never runs, and steps, paths, sizes, statistics, weights
+and logits are validated.
 """
 
 from __future__ import annotations
@@ -192,13 +192,13 @@ def _settings(**changes: Any) -> Callable[[Path], None]:
             "divides dimension 3",
         ),
         (_statistics(mean=torch.full((14,), torch.nan)), "not finite"),
-        (_statistics(mean=torch.full((14,), 1e30)), "beyond 1e"),
+        (_statistics(mean=torch.full((14,), 1e30)), "exceeds 1e"),
         (_statistics(std=torch.ones(14, dtype=torch.int64)), "torch.int64"),
         (_statistics(std=torch.ones(2, 7)), r"it has \(2, 7\)"),
         (_statistics(std=torch.ones(7)), r"it has \(7,\)"),
         (_settings(norm_map={"STATE": "IDENTITY"}), "config.json has"),
         (_settings(features={}), "other features"),
-        (_settings(normalize_observation_keys=[]), "some keys only"),
+        (_settings(normalize_observation_keys=[]), "only some keys"),
         (_settings(eps=1e6), "eps is"),
     ],
 )
@@ -232,13 +232,13 @@ def test_a_state_that_never_moves_gets_a_width(
     [
         (
             lambda w: w.index_fill(0, torch.tensor(0), torch.nan),
-            "head.weight holds NaN or infinity",
+            "head.weight has NaN or infinity",
         ),
         (
             lambda w: w.index_fill(0, torch.tensor(0), torch.inf),
-            "head.weight holds NaN or infinity",
+            "head.weight has NaN or infinity",
         ),
-        (torch.zeros_like, "head.weight holds nothing but zeros"),
+        (torch.zeros_like, "head.weight is all zeros"),
         (lambda w: w.long(), "head.weight is of type I64"),
         (lambda w: w.bool(), "head.weight is of type BOOL"),
         (lambda w: w[:5].clone(), r"head.weight has shape \(5, 32\)"),

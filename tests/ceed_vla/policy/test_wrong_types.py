@@ -1,6 +1,4 @@
-"""What callers pass that is of another kind ends in an error of ours, also inside LeRobot's
-tools.
-"""
+"""Values of wrong types raise this package's errors, also inside LeRobot's tools."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ Loader = Callable[[Path], Any]
 
 
 def call(policy: CeedVLAPolicy, name: str) -> Callable[[Any], Any]:
-    """A method of the policy, or what training does with it."""
+    """A method of the policy, or a function of training that uses it."""
     return partial(augment, policy) if name == "augment" else getattr(policy, name)
 
 
@@ -66,7 +64,7 @@ def test_observations_of_another_kind(
     ["decode", "predict_action_chunk", "select_action", "forward", "augment", "check_observation"],
 )
 def test_what_is_no_batch(policy: CeedVLAPolicy, batch: Any, method: str) -> None:
-    with pytest.raises(ObservationError, match="pre-processor"):
+    with pytest.raises(ObservationError, match="preprocessor"):
         call(policy, method)(batch)
 
 
@@ -131,7 +129,7 @@ def test_instructions_of_another_kind(processors: Any, raw_observation: Any, tas
         (
             "config.json",
             lambda v: v["decoding"].update(exits=["cap1"]),
-            "whose place is max_iterations",
+            "which has a field of its own; set max_iterations",
         ),
         (
             PRE,
@@ -151,7 +149,7 @@ def test_instructions_of_another_kind(processors: Any, raw_observation: Any, tas
         (
             PRE,
             lambda v: step(v, "ceed_vla_instruction_words")["config"]["vocabulary"].pop(),
-            "were trained",
+            "the model was trained with",
         ),
         (
             POST,
@@ -242,7 +240,9 @@ def test_what_cannot_be_saved(policy: CeedVLAPolicy, tmp_path: Path) -> None:
 
 
 def test_lerobots_own_route_is_covered(folder: Path) -> None:
-    """LeRobot's tools make the policy first; what it refuses never reaches their processors."""
+    """LeRobot's tools build the policy first, so a refused checkpoint never reaches their
+    processors.
+    """
     mark = folder.parent / "ran"
     bad = {"class": "subprocess.Popen", "config": {"args": ["touch", str(mark)]}}
     edit(folder / POST, lambda values: values["steps"].append(bad))

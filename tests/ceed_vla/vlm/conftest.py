@@ -1,4 +1,4 @@
-"""Tiny random bases of every family, made once, and what a policy needs around them."""
+"""Tiny random bases of every family, created once, and the parts of a policy around them."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a family's tiny random model. Large weights: every token depends on all before
-    it.
+    """Folder of a family's tiny random model, with weights so large that every token depends on all
+    earlier ones.
     """
     folders: dict[str, Path] = {}
 
@@ -78,9 +78,7 @@ def backbone(base: Callable[[str], Path]) -> Callable[..., tuple[VLMBackbone, VL
 
 @pytest.fixture(scope="session")
 def observe() -> Callable[..., dict[str, Tensor]]:
-    """Inputs of random images and states for the given number of rows, each with its own
-    instruction.
-    """
+    """Inputs of random images and states for a number of rows, each with its own instruction."""
 
     def make(
         step: VLMInputsStep, rows: int, seed: int = 0, state_dim: int = 5
@@ -101,9 +99,7 @@ def observe() -> Callable[..., dict[str, Tensor]]:
 
 @pytest.fixture(scope="session")
 def generate() -> Callable[..., Tensor]:
-    """The block (B, n) as transformers' own `generate()` writes it, restricted to the action
-    ids.
-    """
+    """The block (B, n) from transformers' own `generate()`, restricted to the action ids."""
 
     def run(backbone: VLMBackbone, observation: dict[str, Tensor], **settings: Any) -> Tensor:
         inputs = {

@@ -1,4 +1,4 @@
-"""Weights and inputs on a GPU: nothing is made on the CPU by mistake."""
+"""Weights and inputs on a GPU: no tensor is created on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from fake_cuda import stays_on_its_device
 from tiny_vlms import FAMILIES
 
-# Its language model adds image features behind some layers, in places that it looks for.
+# Its language model adds image features behind some layers, at positions that it searches for.
 READS_WHILE_IT_RUNS = ("qwen3_vl",)
 
 

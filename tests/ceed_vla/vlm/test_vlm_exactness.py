@@ -1,5 +1,5 @@
-"""Every family: Jacobi == AR == transformers' own `generate()`, and training sees what decoding
-sees.
+"""Every family: Jacobi equals AR and transformers' own `generate()`, and training has the logits of
+decoding.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def test_jacobi_is_ar_is_generate(
         strict = jacobi(model, prefix, guess, tokens_per_step=7)
         assert torch.equal(strict.tokens, ar)
         assert strict.forwards < model.block_length
-    assert len(ar.unique()) > 5 * rows  # an answer that depends on what was read
+    assert len(ar.unique()) > 5 * rows  # the answer depends on the input
 
 
 def without_cache(model: VLMBackbone, observation: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The greedy block (B, n), every token from a forward over all before it."""
+    """The greedy block (B, n); every token comes from a forward over all earlier ones."""
     embeddings = model.embed_prefix(observation)
     tokens = torch.zeros(len(embeddings), 0, dtype=torch.long)
     for _ in range(model.block_length):

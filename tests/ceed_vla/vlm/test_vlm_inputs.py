@@ -1,4 +1,4 @@
-"""The step that makes a model's inputs: layouts, state, and observations that it must refuse."""
+"""The step that makes a model's inputs: layouts, state, and refused observations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_tensor_has_the_rows_first(family: str, steps: Any) -> None:
     assert {IDS_KEY, MASK_KEY} < made.keys()
     assert all(len(value) == 2 for value in made.values())
     assert batch[MASK_KEY][:, -1].all()
-    assert torch.equal(batch[FRONT], raw()[FRONT])  # the cameras stay
+    assert torch.equal(batch[FRONT], raw()[FRONT])  # the cameras do not change
 
 
 def test_one_instruction_serves_all_rows(steps: Any) -> None:
@@ -127,7 +127,7 @@ def test_a_missing_camera_is_named(steps: Any) -> None:
 
 
 def test_rows_with_different_numbers_of_images() -> None:
-    with pytest.raises(ObservationError, match="3 pixel_values of 2 rows"):
+    with pytest.raises(ObservationError, match="3 pixel_values from 2 rows"):
         keyed({"pixel_values": torch.zeros(3, 3, 8, 8)}, 2)
 
 

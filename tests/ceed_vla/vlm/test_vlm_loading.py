@@ -1,4 +1,4 @@
-"""Folders: what is refused and how it is said; nothing in a folder is executed."""
+"""Model folders: refused folders and their messages; code in a folder never runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def change_json(file: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def copy(base: Any, tmp_path: Path) -> Path:
-    """A copy of a model's folder, to break."""
+    """A copy of a model's folder, which tests change."""
     return shutil.copytree(base("smolvlm"), tmp_path / "copy")
 
 
@@ -71,7 +71,8 @@ def test_sharded_weights_are_read(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("nowhere", "no folder"), (".", r"config\.json cannot be read")]
+    ("path", "message"),
+    [("nowhere", "must be the local folder"), (".", r"config\.json cannot be read")],
 )
 def test_folders_that_hold_no_model(path: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
@@ -93,9 +94,9 @@ def test_code_in_a_folder_is_never_run(copy: Path, tmp_path: Path) -> None:
         (copy / f"{name}.py").write_text(f"open({str(proof)!r}, 'w').close()\n")
     own = {"AutoConfig": "configuration_own.C", "AutoModelForImageTextToText": "modeling_own.M"}
     change_json(copy / "config.json", auto_map=own)
-    load(copy)  # a known type: the library's class
+    load(copy)  # a known type uses the library's class
     change_json(copy / "config.json", model_type="own")
-    with pytest.raises(CheckpointError, match=r"code of its own .auto_map., which is never run"):
+    with pytest.raises(CheckpointError, match=r"its own code .auto_map., which is never run"):
         load(copy)
     for file in ("processor_config.json", "tokenizer_config.json", "preprocessor_config.json"):
         if (copy / file).is_file():
@@ -159,7 +160,7 @@ def test_tokenizer_and_model_that_disagree(copy: Path) -> None:
     processor.tokenizer.add_tokens([f"<new{i}>" for i in range(20)])
     with pytest.raises(
         ConfigError,
-        match=r"copy: the tokenizer has ids up to \d+, the model's embedding only \d+ rows",
+        match=r"copy: the tokenizer has ids up to \d+, but the model's embedding has \d+ rows",
     ):
         choose_action_ids(model, processor, "last", 255)
     processor = load_processor(copy)
@@ -170,7 +171,7 @@ def test_tokenizer_and_model_that_disagree(copy: Path) -> None:
 
 def test_a_vocabulary_that_is_too_small(copy: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"lower num_bins or set --policy.backbone.action_ids=added"
+        ConfigError, match=r"Lower num_bins or set --policy.backbone.action_ids=added"
     ):
         choose_action_ids(load(copy), load_processor(copy), "last", 2000)
 
@@ -181,7 +182,7 @@ def test_action_ids_outside_the_vocabulary(ids: list[int], copy: Path) -> None:
         VLMBackbone(load(copy), ids, 14)
 
 
-# ---- models that cannot serve --------------------------------------------------------------------
+# ---- unsupported models --------------------------------------------------------------------------
 
 
 TINY = {
@@ -234,7 +235,7 @@ def test_a_model_of_another_build() -> None:
     text = {**TINY, "model_type": "opt", "ffn_dim": 16, "vocab_size": 300}
     config = transformers.Blip2Config(vision_config=TINY, qformer_config=TINY, text_config=text)
     model = transformers.AutoModelForImageTextToText.from_config(config)
-    with pytest.raises(ConfigError, match="use a model such as LLaVA"):
+    with pytest.raises(ConfigError, match="use LLaVA"):
         VLMBackbone(model, range(100), 14)
 
 
@@ -248,7 +249,7 @@ def test_a_model_of_another_build() -> None:
         ({"proprio": "tokens"}, "text, projected, none"),
         ({"action_ids": "first"}, "last, last_reversed, added"),
         ({"dtype": "int8"}, "float32, bfloat16, float16"),
-        ({"prompt": "do it"}, "must hold {instruction}"),
+        ({"prompt": "do it"}, "must contain {instruction}"),
         ({"prompt": "{instruction} {state}"}, "no other field"),
     ],
 )

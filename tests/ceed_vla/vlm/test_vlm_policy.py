@@ -1,5 +1,5 @@
-"""Policies around an image-text-to-text model: their checkpoints stand alone, or leave the base
-where it is.
+"""Policies with an image-text-to-text model: checkpoints that need no other folder, or refer to the
+base.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def test_a_checkpoint_may_leave_the_weights_where_they_are(base: Any, tmp_path: 
     assert torch.equal(loaded.decode(batch, "ar").tokens, policy.decode(batch, "ar").tokens)
     assert weights_hash(tmp_path / "policy") == weights_hash(tmp_path / "policy")
     shutil.rmtree(folder)
-    with pytest.raises(CheckpointError, match=r"lie in .*base.*no folder"):
+    with pytest.raises(CheckpointError, match=r"are in .*base.*no such folder"):
         ceed_vla.load(tmp_path / "policy")
 
 
@@ -97,7 +97,7 @@ def test_tied_embeddings_by_reference_are_written_once(
     policy, pre, post = new_policy(base("paligemma"), weights="reference", action_ids=action_ids)
     model = policy.backbone.model
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    save(tmp_path / "policy", policy, pre, post)  # all learn
+    save(tmp_path / "policy", policy, pre, post)  # all are trained
     loaded, _, _ = ceed_vla.load(tmp_path / "policy")
     batch = pre(observation())
     assert torch.equal(loaded.decode(batch, "ar").tokens, policy.decode(batch, "ar").tokens)
@@ -116,7 +116,7 @@ def test_a_configuration_that_was_edited(base: Any, tmp_path: Path) -> None:
     config = json.loads(file.read_text())
     for changes, message in (
         ({"architecture": "{"}, "does not describe a model"),
-        ({"action_token_ids": [1, 2, 3]}, "3 ids for 255 bins"),
+        ({"action_token_ids": [1, 2, 3]}, "3 ids; it must have one for each of the 255 bins"),
     ):
         file.write_text(json.dumps({**config, "backbone": {**config["backbone"], **changes}}))
         with pytest.raises((CheckpointError, ConfigError), match=message):
@@ -131,5 +131,5 @@ def test_features_that_cannot_be_served(base: Any) -> None:
     config.backbone = VLMConfig(path=str(base("smolvlm")), proprio="none", cameras="stacked")
     CeedVLAPolicy(config)
     config.input_features["observation.images.wrist"].shape = (3, 96, 48)
-    with pytest.raises(ConfigError, match="different widths cannot be stacked"):
+    with pytest.raises(ConfigError, match="the cameras differ in width"):
         CeedVLAPolicy(config)

@@ -1,5 +1,6 @@
-"""`ceed-vla context`: a scorer finds what costs nothing to leave out, the policy stays as it is,
-wrong settings not.
+"""`ceed-vla context`: the scorer finds tokens without effect, the policy does not change.
+
+Wrong settings are refused.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def test_it_learns_what_one_token_costs(studio: Any, tmp_path: Path) -> None:
     )
     student, _, _ = ceed_vla.load(distill(config))
     assert student.backbone.context == ()
-    # But one that runs a part of the prefix knows which: the best by the scorer, on average.
+    # A student with a part of the prefix stores which tokens: the best of the scorer, on average.
     config = studio.distill_config(
         tmp_path / "kept", teacher_path=str(folder), kept=5, steps=3, save_every=1, eval_every=1
     )
@@ -76,7 +77,7 @@ def test_it_learns_what_one_token_costs(studio: Any, tmp_path: Path) -> None:
     for teacher in (
         str(studio.teacher),
         str(tmp_path / "kept" / "checkpoints" / "final"),
-    ):  # no scorer; a part of the prefix already
+    ):  # without a scorer; with a part of the prefix
         settings = {
             "teacher_path": teacher,
             "trajectories": TrajectoriesConfig(online=True),

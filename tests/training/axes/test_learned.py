@@ -1,6 +1,4 @@
-"""Learning when to exit: the closed form, a planted optimum, strata that weigh back, and a run in
-the simulator.
-"""
+"""Learning when to exit: the closed form, a planted optimum, weights of strata, a simulated run."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ from ceed_vla.training.axes.learned import (
 
 
 def planted(count: int) -> list[Group]:
-    """States that are wrong where many tokens moved, whatever the confidence; the second is always
-    right.
-    """
+    """States that are wrong if many tokens moved, at any confidence; the second is always right."""
     random = np.random.default_rng(0)
     groups = []
     for seed in range(count):
@@ -85,7 +81,7 @@ def test_a_head_learns_what_goes_wrong_and_what_it_is_worth(decay: float) -> Non
 
 
 class Script:
-    """Rollouts by rule: one forward fails on every fifth seed."""
+    """Rollouts by a rule: one forward fails on every fifth seed."""
 
     def outcomes(
         self, policy: str, decoders: Sequence[str], seeds: range
@@ -127,7 +123,7 @@ def test_bad_settings(tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
             ReinforceConfig(**change)  # type: ignore[arg-type]
     for seeds in (range(39_999, 40_001), range(50_000, 50_001)):
-        with pytest.raises(ConfigError, match="those for training are 30000 to 39999"):
+        with pytest.raises(ConfigError, match="training seeds are 30000 to 39999"):
             next(SerialGroups(CeedTabletopEnv()).outcomes("student", ["cap1"], seeds))
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="output_dir"):
@@ -144,7 +140,7 @@ def test_groups_of_a_killed_run_are_kept_and_none_is_an_error(tmp_path: Path) ->
     ]
     script = Script()
     script.groups = lambda *_: iter(())  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match="--groups is 1, and none reached"):
+    with pytest.raises(ConfigError, match="--groups is 1, but no group reached"):
         reinforce(ReinforceConfig("student", str(tmp_path / "out"), groups=1, scouts=5), script)
 
 
@@ -181,7 +177,7 @@ def test_from_the_shipped_student_to_a_head(
     again = ReinforceConfig(
         "student", str(tmp_path / "again"), cap=2, steps=20, groups_from=str(tmp_path / "out")
     )
-    reinforce(again, Script())  # which is not asked
+    reinforce(again, Script())  # a rule that is not used
     assert json.loads((tmp_path / "again" / "reinforce.json").read_text()) == report
     lines = (tmp_path / "out" / "groups.jsonl").read_text().splitlines()
     for damage in (
@@ -218,7 +214,7 @@ GROUPS_LINES = {
 def test_other_files_are_no_groups(tmp_path: Path, content: str) -> None:
     (tmp_path / "groups.jsonl").write_text(content)
     config = ReinforceConfig("nowhere", str(tmp_path / "out"), groups_from=str(tmp_path))
-    with pytest.raises(DatasetError, match="groups"):  # before the policy is looked for
+    with pytest.raises(DatasetError, match="groups"):  # raised before the policy is loaded
         reinforce(config, Script())
 
 

@@ -1,5 +1,5 @@
-"""Context: a scorer beside bit-equal weights chooses prefix tokens; all of them are as none, some
-as a mask says.
+"""Context: a scorer with bit-equal weights of the policy; keeping all tokens changes nothing,
+keeping some equals a mask.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROWS, TOKENS = 3, 46
 
 
 def random_scorer(width: int, tokens: int, seed: int = 0) -> ContextScorer:
-    """One that ranks tokens by what they hold."""
+    """A scorer that ranks tokens by their values."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         scorer = ContextScorer(width, tokens)
@@ -46,7 +46,7 @@ def test_keeping_all_is_as_without(
     kept: int, rest: str, student: Any, batch: dict[str, Any]
 ) -> None:
     policy, _, _ = student
-    policy.backbone.context = ()  # none is needed
+    policy.backbone.context = ()  # no scorer is needed
     usual, all_kept = (
         policy.decode(batch, f"jacobi{rest}"),
         policy.decode(batch, f"keep{kept}{rest}"),
@@ -83,7 +83,7 @@ def test_the_prefix_is_that_of_the_best_tokens(
         own = backbone.prefill_embeddings(embeddings[row : row + 1, [*best, TOKENS]])
         torch.testing.assert_close(prefix.logits[row : row + 1], own.logits, rtol=1e-4, atol=1e-4)
     chosen = {tuple(row.topk(kept).indices.sort().values.tolist()) for row in scores}
-    assert len(chosen) > 1 or kept == 1  # rows choose for themselves
+    assert len(chosen) > 1 or kept == 1  # rows choose independently
 
 
 def test_behind_the_pruned_prefix_it_is_jacobi_and_proves_nothing(
@@ -212,12 +212,12 @@ def test_other_decoders_do_not_see_it_and_compiled_code_keeps_the_same(
     for name, expected in zip(names, eager, strict=True):
         before = len(graphs)
         assert torch.equal(policy.decode(batch, name).tokens, expected), name
-    assert len(graphs) == before  # the second time nothing is compiled
+    assert len(graphs) == before  # the second call compiles nothing
     policy.backbone, plain.context = plain, ()
     assert torch.equal(policy.decode(batch, "jacobi").tokens, eager[0])
 
 
 def test_a_family_without_marked_patches_says_so(llama: Any) -> None:
     backbone, observation = llama(0, 2, 6, 20)
-    with pytest.raises(ConfigError, match=r"marks no image patches.*leave out keep"):
+    with pytest.raises(ConfigError, match=r"has no image patches to drop.*leave out keep"):
         prefill(backbone, observation, replace(DecodingConfig(), method="keep2"))

@@ -1,4 +1,4 @@
-"""Drafts from n-grams: exact whatever is drafted, and what is drafted."""
+"""N-gram drafts: exact for any draft, and the drafted tokens."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_right_guess_takes_one_forward(toy) -> None:
     result = decode_ngram(
         backbone, prefix, request(greedy(backbone, prefix).tokens, 5, tokens_per_step=3)
     )
-    # the first computes the whole block
+    # the first forward computes the whole block
     assert (result.forwards, result.exit_reason) == (
         1,
         ["converged"],
@@ -85,14 +85,14 @@ def test_drafts_follow_the_last_two_tokens_at_the_same_dimension() -> None:
     guess, empty = np.arange(100, 112), 0
     proven = np.array([1, 2, 3, 4, 9, 9, 9, 9, 1, 2])  # 1, 2 stood at slot 0: 3, 4 followed
     assert draft(guess, proven, 2, 4).tolist() == [3, 4]
-    # another dimension: the guess as it stands
+    # another dimension: the guess at this slot
     assert draft(guess, proven, 2, 3).tolist() == [
         110,
         111,
     ]
     guess[4:8] = (1, 2, 7, 8)
     assert draft(guess, np.array([5, 5, 5, 5, 5, 5, 5, 5, 1, 2]), 2, 4).tolist() == [7, 8]
-    guess[8:] = (1, 2, 6, 6)  # it agrees where it stands
+    guess[8:] = (1, 2, 6, 6)  # the guess agrees at this slot
     assert draft(guess, proven, 2, 4).tolist() == [6, 6]
     assert draft(guess, np.array([5]), 3, 4).tolist() == guess[1:4].tolist()
     assert len(draft(guess, proven, empty, 4)) == 0
@@ -104,13 +104,13 @@ def test_a_guess_that_the_proven_tokens_contradict_is_not_the_draft() -> None:
     block[0, :4] = torch.tensor([1, 2, 3, 4])
     rows.exact[:] = 4
     lookup.draft(None, None, block, rows, 4, 6)  # type: ignore[arg-type]
-    block[0, 4:6] = torch.tensor([1, 2])  # the forward says otherwise than what it was given
+    block[0, 4:6] = torch.tensor([1, 2])  # the forward disagrees with its input
     rows.exact[:] = 6
     lookup.draft(None, None, block, rows, 6, 8)  # type: ignore[arg-type]
-    assert block[0, 6:8].tolist() == [3, 4]  # what followed 1, 2 before
+    assert block[0, 6:8].tolist() == [3, 4]  # the tokens that followed 1, 2 earlier
     rows.exact[:] = 8
     lookup.draft(None, None, block, rows, 8, 10)  # type: ignore[arg-type]
-    assert block[0, 8:10].tolist() == [108, 109]  # both drafts were right: the newest state goes on
+    assert block[0, 8:10].tolist() == [108, 109]  # both drafts were right: the newest state follows
 
 
 def test_what_it_cannot_decode(toy) -> None:

@@ -1,4 +1,6 @@
-"""Forwards without a look in between: the tokens of the cap, what they prove, and one wait."""
+"""Forwards without host synchronization in between: the tokens of the cap, proven tokens, one
+synchronization.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The learned exit: its name is its weights, it sees what it says, and it is conf<P> where only the
-least counts.
+"""The learned exit: its weights are its name, its features, and equality with conf<P> if only the
+least certain slot has weight.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Programs of layers: what they run, that they prove and commit nothing, and what is refused."""
+"""Programs: the layers that run, no proofs and no commits, and wrong programs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def made(seed: int, rows: int = 2) -> tuple[CompactTrunk, Prefix, Tensor]:
 
 
 def by_hand(backbone: CompactTrunk, embeds: Tensor, tokens: Tensor, program: list[int]) -> Tensor:
-    """The same without a cache: every layer sees what the ordinary model's prefix is there."""
+    """The program without a cache; every layer reads the ordinary model's prefix at its depth."""
     x, mine, seen = embeds, backbone.action_tokens(tokens) + backbone.slots[: tokens.shape[1]], []
     for layer in backbone.trunk:
         seen.append(layer.project(x)[1:])
@@ -97,7 +97,7 @@ def test_the_full_program_is_a_forward_bit_for_bit(seed: int, committed: int) ->
 def test_nothing_that_it_writes_is_committed(program: list[int]) -> None:
     backbone, prefix, tokens = made(0)
     expected = backbone.block_logits(prefix, tokens)
-    prefix.cache.commit(4)  # by all layers
+    prefix.cache.commit(4)  # from all layers
     behind = backbone.block_logits(prefix, tokens[:, 4:])
     assert backbone.program_logits(prefix, tokens[:, 4:], program).isfinite().all()
     with pytest.raises(TokenError, match="Cannot commit 1"):
@@ -161,7 +161,7 @@ def test_what_cannot_run_is_refused() -> None:
     for name, message in {
         "program0-3": "of 0 to 2",
         "program0-0-0-0-0-0-0": "must list 1 to 6 layers",
-        "program0-2_cap1": "use cap2",
+        "program0-2_cap1": "Use cap2",
     }.items():
         with pytest.raises(ConfigError, match=message):
             decode_block(backbone, prefix, TOKENS, name)

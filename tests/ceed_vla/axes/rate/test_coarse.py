@@ -1,5 +1,5 @@
-"""Coarse exits: causal to the token, nothing at first, the same in training and decoding, refused
-where none can be.
+"""Coarse exits: causal per token, initially zero, equal in training and decoding, unsupported
+cases.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def test_no_score_reads_a_later_token(
             for block in (tokens, other)
         ]
         assert torch.equal(packed[0][1][:, : first + 1], packed[1][1][:, : first + 1])
-        assert torch.equal(packed[0][0], packed[1][0])  # blocks do not see each other
-        few = backbone.shallow_logits(prefix, tokens[:, :first], depth)  # the first tokens alone
+        assert torch.equal(packed[0][0], packed[1][0])  # blocks do not attend to each other
+        few = backbone.shallow_logits(prefix, tokens[:, :first], depth)  # only the first tokens
         torch.testing.assert_close(few, seen[0][:, :first], rtol=1e-4, atol=1e-4)
 
 
@@ -126,9 +126,7 @@ def test_untrained_they_are_the_linear_ones() -> None:
 
 @pytest.mark.parametrize("frozen", [0, 2])
 def test_two_exits_decide_as_they_score(frozen: int) -> None:
-    """DeeR-VLA's decoding: done with the upper exit's tokens, or on with what it takes without
-    exits.
-    """
+    """DeeR-VLA: rows end with the upper exit's tokens, or continue as without exits."""
     backbone, observation = model(2, 3, 4)
     guess = torch.randint(BINS, (ROWS, 12))
     run = {"tokens_per_step": 3, "frozen_steps": frozen, "guess": guess}
@@ -188,7 +186,7 @@ def test_tokens_of_no_step_have_none() -> None:
     config = CompactConfig(
         image_size=32, stem_channels=[8] * 4, width=32, layers=LAYERS, heads=2, mlp_width=48
     )
-    with pytest.raises(ConfigError, match="belong to none; train linear"):
+    with pytest.raises(ConfigError, match="do not belong to steps; train kind linear"):
         make_exits(CompactBackbone(shape, config), [1], "coarse")
 
 
@@ -196,7 +194,7 @@ def test_tokens_of_no_step_have_none() -> None:
 def test_compiled_code_reads_them_the_same() -> None:
     backbone, observation = model(5, 3, 4)
     tokens, engine = torch.randint(BINS, (ROWS, 12)), compiled(backbone, "eager")
-    for k in (5, 11):  # filled up to 6 or 11 tokens
+    for k in (5, 11):  # padded to 6 or 11 tokens
         eager = backbone.shallow_logits(backbone.prefill(observation), tokens[:, :k], 2)
         found = engine.shallow_logits(engine.prefill(observation), tokens[:, :k], 2)
         torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-4)

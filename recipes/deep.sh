@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A pair of 12 layers from the shipped one of 4, to measure early exits in depth: grow, train, distil, exits, evaluate (about
-# two hours on two slow cores). It uses the datasets of `tabletop.sh`, and continues after an interrupt.
+# Grows the shipped teacher of 4 layers to 12 and distils a student, to measure early exits in depth: grow, train, distil,
+# train exits, evaluate. Takes about two hours on two slow cores. Needs the datasets of `tabletop.sh`. After an interrupt
+# run the script again: it resumes.
 #
-#   bash recipes/deep.sh [OUTPUT_FOLDER]    # the folder of tabletop.sh
+#   bash recipes/deep.sh [OUTPUT_FOLDER]    # OUTPUT_FOLDER of tabletop.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/tabletop}
@@ -12,21 +13,21 @@ finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors"
 data="$out/data" teacher="$out/deep_teacher/checkpoints/final" student="$out/deep_student/checkpoints/final"
 roots="$data/clean,$data/perturb0,$data/perturb1,$data/takeover0,$data/takeover1"
 
-# 1. After every layer two layers that initially add nothing; then the teacher's second run again, shorter. (At a rate of 1e-3
-#    its loss rises.)
+# 1. Insert two layers after every layer that initially add nothing. Then repeat the teacher's second run, shorter and with a
+#    lower learning rate: at 1e-3 the loss rises.
 [ -e "$out/grown/config.json" ] || python recipes/grow.py teacher "$out/grown" 3
 finished deep_teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$out/deep_teacher" \
   --policy.path "$out/grown" --roots "$roots" --root_weights 0.08,0.3,0.37,0.125,0.125 \
   --grounding_roots "$data/ground0,$data/ground1" --grounding_batch 8 --grounding_steps 0 --steps 1100 --rounds 0 \
   --lr 4e-4 --muon_lr 4e-4 --save_every 100 --threads 1 --resume "$(started deep_teacher)"
 
-# 2. Its student, on online trajectories.
+# 2. Distil the student on online trajectories.
 finished deep_student || torchrun --nproc_per_node 2 -m ceed_vla.cli distill --teacher.path "$teacher" \
   --trajectories.online true --roots "$roots" --output_dir "$out/deep_student" --steps 650 --lr 6e-4 --muon_lr 6e-4 \
   --max_updates 1 --max_iterations 2 --confidence 0.2 --save_every 100 --eval_every 0 --threads 1 \
   --resume "$(started deep_student)"
 
-# 3. Its exits, the choice of thresholds on validation seeds, and the table on evaluation seeds.
+# 3. Train exits, choose thresholds on validation seeds, and evaluate on evaluation seeds.
 [ -e "$out/deep_exits/config.json" ] || ceed-vla exits --policy.path "$student" --output_dir "$out/deep_exits" \
   --roots "$data/perturb1,$data/takeover0,$data/takeover1" --layers "[3,4,5,6,7,8]" --steps 240 --threads 1
 evaluate() { # name seed episodes decoders [other flags]

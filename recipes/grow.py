@@ -1,8 +1,8 @@
-"""Make a deeper trunk from a trained one: `python recipes/grow.py POLICY OUTPUT_FOLDER FACTOR`.
+"""Make a trained policy deeper: `python recipes/grow.py POLICY OUTPUT_FOLDER FACTOR`.
 
-After every layer of a compact policy, copies of it are inserted that initially add nothing (their
-output projections are zero, as in LLaMA Pro, arXiv 2401.02415). So the new policy decodes the same
-tokens, and `ceed-vla train --policy.path` continues its training.
+After every layer of a compact policy, the script inserts copies of that layer. Their output
+projections are zero (as in LLaMA Pro, arXiv 2401.02415), so at first they add nothing and the new
+policy decodes the same tokens. `ceed-vla train --policy.path` continues its training.
 """
 
 from __future__ import annotations

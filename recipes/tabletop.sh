@@ -1,35 +1,36 @@
 #!/usr/bin/env bash
-# The shipped tabletop teacher and students from scratch: record, train, collect, distil, evaluate (times: README.md).
-# Every step continues after an interrupt: run the script again.
+# Trains the shipped tabletop teacher and students from scratch: record, train, collect, distil, evaluate (times: README.md).
+# After an interrupt run the script again: every step resumes.
 #
 #   bash recipes/tabletop.sh [OUTPUT_FOLDER]                    # everything
-#   TEACHER=teacher bash recipes/tabletop.sh [OUTPUT_FOLDER]    # students of the shipped teacher, or of any checkpoint
+#   TEACHER=teacher bash recipes/tabletop.sh [OUTPUT_FOLDER]    # only students, of the shipped teacher or of any checkpoint
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/tabletop}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 
-set -m # every job is a process group
-trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT # after an interrupt or a failure, end all jobs
+set -m # every job gets its own process group
+trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT # end all jobs after an interrupt or a failure
 
 record() { # name mode episodes seed
   ceed-vla record --resume true --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
 }
 started() { [ -e "$out/$1/progress.json" ] && echo true || echo false; }
-wait_all() { # fails if a job failed, unlike a plain wait
+wait_all() { # unlike a plain wait, fails if a job failed
   local job
   for job in $(jobs -p); do wait "$job"; done
 }
 finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
 
-# 1. Demonstrations: two processes in parallel, one thread each.
+# 1. Record demonstrations with two processes in parallel, one thread each.
 (record perturb0 perturb 1000 1000; record clean clean 300 0) &
 record perturb1 perturb 1200 3000 &
 wait_all
 demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
 
-# 2. The teacher, in two runs of two processes each: grounding scenes without actions, then all data with three takeover
-#    (DAgger) rounds; the second run continues at half the learning rate, with takeovers of the first run and two more rounds.
+# 2. Train the teacher in two runs of two processes each. Run `first` trains on grounding scenes without actions, then on
+#    all data with three takeover (DAgger) rounds. Run `teacher` continues at half the learning rate, with takeovers from
+#    run `first` and two more rounds.
 teacher=${TEACHER:-$out/teacher/checkpoints/final}
 takeovers() { # name policy seed seed [attempts decoding]
   record "${1}0" takeover "${5:-480}" "$3" --policy.path "$2" --decoding "${6:-ar}" &
@@ -54,7 +55,7 @@ if [ -z "${TEACHER:-}" ]; then
     --lr 1e-3 --muon_lr 1e-3
 fi
 
-# 3. Takeovers from the teacher, and its Jacobi trajectories on these and the demonstrations.
+# 3. Record takeovers from the teacher. Collect its Jacobi trajectories on these and on the demonstrations.
 takeovers takeover "$teacher" 35000 36000
 roots="$demos,$out/data/takeover0,$out/data/takeover1"
 collect() { # name roots [other flags]
@@ -62,7 +63,7 @@ collect() { # name roots [other flags]
 }
 collect trajectories "$roots" --max_frames 20000
 
-# 4. A first student, and the states that it reaches with one forward per chunk.
+# 4. Distil a first student, and record the states that it reaches with one forward per chunk.
 distill() { # name trajectories roots [other flags]
   finished "$1" || ceed-vla distill --teacher.path "$teacher" --trajectories.path "$out/$2" --roots "$3" \
     --output_dir "$out/$1" --resume "$(started "$1")" --max_iterations 2 --confidence 0.2 --threads 1 "${@:4}"
@@ -73,7 +74,7 @@ first_student() { # loss seed [other flags]
 first_student trust_region 0
 takeovers drift "$out/first_student_trust_region_0/checkpoints/final" 37000 38000 960 cap1
 
-# 5. The students, three seeds, on all frames, including the first student's. The validation below chose their exit.
+# 5. Distil the students with three seeds on all frames, including the first student's. The exit set here was chosen by step 6.
 wide="$roots,$out/data/drift0,$out/data/drift1"
 collect trajectories_wide "$wide" --states false --max_frames 0
 student() { # seed
@@ -82,7 +83,7 @@ student() { # seed
 for seed in 0 1 2; do student $seed & done
 wait_all
 
-# 6. The exit rule, on validation seeds; then all students against the teacher on the same 400 evaluation seeds.
+# 6. Compare exit rules on validation seeds. Then evaluate all students and the teacher on the same 400 evaluation seeds.
 evaluate() { # name decoders
   ceed-vla eval --policy.path "$out/$1/checkpoints/final" --teacher.path "$teacher" --decoders "$2" \
     --episodes 400 --seed 50000 --timing_chunks 0 --output_dir "$out/evaluate_$1" --resume true
@@ -94,7 +95,7 @@ for seed in 0 1 2; do
 done
 for seed in 0 1 2; do evaluate "student_$seed" jacobi,ceed,cap1,cap2,cap3,conf0.2_cap3; done
 
-# 7. The model card's comparison of the losses: three seeds each, equal data and steps.
+# 7. Compare the losses for the model card: three seeds each, equal data and steps.
 for seed in 1 2; do first_student trust_region $seed & done
 wait_all
 for seed in 0 1 2; do first_student paper $seed --states stored --omega 1 & done

@@ -39,6 +39,8 @@ CAMERAS = ("front", "wrist")
 COMMANDS = "/forward_position_controller/commands"
 COMMAND_RATE = 100.0  # of the policy node [Hz]
 PROFILE = "fastdds_large_images.xml"  # in the folder of the packaged robot's file
+# of Fast DDS 2 (ROS 2 Jazzy) and of Fast DDS 3
+PROFILE_VARIABLES = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")
 _IMAGES = 8  # number of different images that are replayed
 _JPEG_QUALITY = 85
 _QUEUED = 1000  # commands that this process may lag behind
@@ -320,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["ROS_DOMAIN_ID"] = str(domain)
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     profile = packaged_config().with_name(PROFILE)
-    os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(profile))
+    for name in PROFILE_VARIABLES:
+        os.environ.setdefault(name, str(profile))
     load = Load(options.width, options.height, options.rate, options.transport)
     try:
         for _ in range(options.repeat):

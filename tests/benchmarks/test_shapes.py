@@ -46,6 +46,7 @@ GEMMA = {
     ],
 )
 @torch.inference_mode()
+@pytest.mark.slow
 def test_engines_decode_the_same_and_caps_take_their_forwards(make: Any) -> None:
     backbone = make()
     observation = {

@@ -122,6 +122,7 @@ def test_spoilt_inputs_stop_the_arm_and_it_goes_on_after_them(
         pytest.param(with_positions(np.degrees), id="in degrees", marks=slow),
     ],
 )
+@pytest.mark.slow
 def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it(
     bench: Bench, spoil: Any
 ) -> None:
@@ -148,6 +149,7 @@ def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it
         pytest.param("move\x1b[2J the red cube", "control characters", marks=slow),
     ],
 )
+@pytest.mark.slow
 def test_an_instruction_that_is_refused_stops_the_arm_and_fills_no_log(
     bench: Bench, text: str, told: str
 ) -> None:
@@ -221,6 +223,7 @@ def test_topics_services_and_diagnostics_are_the_documented_ones(bench: Bench) -
 
 
 @slow
+@pytest.mark.slow
 def test_a_new_instruction_in_mid_chunk_moves_on_and_an_empty_one_holds(bench: Bench) -> None:
     bench.begin(seed=3)
     since = len(bench.commands)
@@ -237,6 +240,7 @@ def test_a_new_instruction_in_mid_chunk_moves_on_and_an_empty_one_holds(bench: B
 
 
 @slow
+@pytest.mark.slow
 def test_two_policy_nodes_both_hold_until_one_is_gone(bench: Bench) -> None:
     bench.begin(seed=4)
     other = ("-r", "__node:=second", "-p", "autostart:=true", "-p", "instruction:=stack the cubes")
@@ -253,6 +257,7 @@ def test_two_policy_nodes_both_hold_until_one_is_gone(bench: Bench) -> None:
 
 
 @pytest.mark.realtime
+@pytest.mark.slow
 def test_a_second_publisher_of_the_same_joints_is_a_conflict_and_one_of_others_is_none(
     bench: Bench,
 ) -> None:
@@ -298,6 +303,7 @@ def test_a_second_publisher_of_the_same_joints_is_a_conflict_and_one_of_others_i
 
 
 @pytest.mark.realtime
+@pytest.mark.slow
 def test_a_driver_that_restarts_with_zeros_moves_nothing(bench: Bench) -> None:
     """Joint states pause, and the first states afterwards contain zeros."""
     bench.begin(seed=1)

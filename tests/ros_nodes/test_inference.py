@@ -93,7 +93,12 @@ def test_one_request_at_a_time(worker: InferenceWorker) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "decoding", "parts"),
-    [("thread", "ar", 7), ("thread", "jacobi", 1), ("thread", "cap1", 0), ("process", "ar", 7)],
+    [
+        ("thread", "ar", 7),
+        ("thread", "jacobi", 1),
+        ("thread", "cap1", 0),
+        pytest.param("process", "ar", 7, marks=pytest.mark.slow),
+    ],
 )
 def test_steps_that_are_certain_come_before_the_chunk(mode: str, decoding: str, parts: int) -> None:
     with running("student", mode=mode, decoding=decoding) as worker:

@@ -116,6 +116,7 @@ def test_only_this_machine_finds_it_unless_the_environment_says_otherwise(
     assert str(sim_node.main()) == used
 
 
+@pytest.mark.slow
 def test_reset_starts_the_episode_that_the_parameters_name(graph: Any) -> None:
     instruction = graph.listen("/policy/instruction", String, LATCHED)
     states = ready(graph, "-p", "seed:=1")
@@ -174,6 +175,7 @@ def test_obeys_positions_gripper_and_refuses_nonsense(graph: Any) -> None:
     np.testing.assert_allclose(positions(states), goal, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_obeys_trajectories_and_twists(graph: Any) -> None:
     states = ready(graph, "-p", "seed:=1")
     follow = graph.node.create_publisher(
@@ -200,6 +202,7 @@ def test_obeys_trajectories_and_twists(graph: Any) -> None:
     assert speed(states[-1]) < AT_REST
 
 
+@pytest.mark.slow
 def test_killing_the_commander_in_mid_motion_leaves_the_arm_at_rest(graph: Any) -> None:
     """``ceed-vla ros-demo --kill true`` measures the time; here the arm must not go far."""
     states = ready(graph, "-p", "seed:=1")

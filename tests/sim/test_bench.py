@@ -194,6 +194,7 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
 
 
 @needs_depth
+@pytest.mark.slow
 def test_a_row_that_runs_eagerly_only_is_timed_beside_compiled_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

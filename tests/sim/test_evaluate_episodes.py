@@ -51,7 +51,7 @@ def lines_of(folder: Path) -> list[str]:
     return (folder / EPISODES).read_text().splitlines()
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_resume_gives_the_report_of_a_run_in_one_go(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:

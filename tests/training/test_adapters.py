@@ -107,6 +107,7 @@ def test_a_student_starts_as_its_teacher_and_learns_its_adapter_alone(
 
 
 @pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.slow
 def test_copies_of_the_base_in_memory(
     studio: Any, base: Path, adapter_teacher: Path, tmp_path: Path, rank: int
 ) -> None:
@@ -195,6 +196,7 @@ def test_a_student_of_adapters(
     assert torch.equal(*embeddings)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_resumes_to_the_same_losses(
     studio: Any,
     adapter_teacher: Path,

@@ -72,6 +72,7 @@ def test_few_steps_are_taken_with_half_the_batch() -> None:
     assert "record 100 episodes" in schedule(60, episodes=20).advice
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_minutes_and_lowers_its_rate(
     studio: Any, tmp_path: Path, read_log: Any, clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_shorter_budget_goes_on_after_a_takeover_round(
     assert len(run.takeovers) == 1
 
 
+@pytest.mark.slow
 def test_a_takeover_round_is_told_its_minutes(
     studio: Any, tmp_path: Path, clock: Any, write_dataset: Any
 ) -> None:

@@ -55,7 +55,7 @@ def data(studio: Any, teacher: tuple[Any, Any, Any]) -> StoredData:
 # ---- the purpose of distillation ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["trust_region", "paper"])
+@pytest.mark.parametrize("loss", ["trust_region", pytest.param("paper", marks=pytest.mark.slow)])
 def test_iterations_fall(
     studio: Any, tmp_path: Path, loss: str, read_log: Callable[..., dict[int, float]]
 ) -> None:

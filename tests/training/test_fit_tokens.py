@@ -39,6 +39,7 @@ def teacher(
     )
 
 
+@pytest.mark.slow
 def test_training_fits_the_tokens_and_the_checkpoint_keeps_them(studio: Any, teacher: Path) -> None:
     policy, pre, post = load(teacher)
     tokens = policy.config.action_tokens

@@ -37,6 +37,7 @@ def model(published: Callable[[str], Path], pictures: np.ndarray) -> tuple[Any, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kept", [1, 2, 3])
+@pytest.mark.slow
 def test_it_is_the_whole_prompt_under_a_mask(model: tuple[Any, Any], kept: int) -> None:
     policy, batch = model
     backbone = policy.backbone

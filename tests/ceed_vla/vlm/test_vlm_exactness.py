@@ -122,6 +122,7 @@ def test_training_and_depth(
         ),
     ],
 )
+@pytest.mark.slow
 def test_compiled_tokens_are_the_eager_ones(
     family: str, rows: int, backbone: Any, observe: Any
 ) -> None:

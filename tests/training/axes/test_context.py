@@ -22,6 +22,7 @@ from ceed_vla.training.distill import distill
 from ceed_vla.training.distill_data import DistillData, TrajectoriesConfig
 
 
+@pytest.mark.slow
 def test_it_learns_what_one_token_costs(studio: Any, tmp_path: Path) -> None:
     sizes = {"steps": 40, "eval_frames": 16, "batch_size": 8, "lr": 0.02}
     folder = context(

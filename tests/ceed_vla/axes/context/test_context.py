@@ -118,6 +118,7 @@ def test_kept_tokens_are_ascending_and_the_state_stays(student: Any) -> None:
         assert ((scores > least.unsqueeze(1)).sum(1) == count - 1).all()
 
 
+@pytest.mark.slow
 def test_a_backbone_may_run_a_part_of_its_prefix(batch: dict[str, Any], tmp_path: Path) -> None:
     policy, pre, post = load("student")
     whole = policy.backbone.embed_prefix(batch)

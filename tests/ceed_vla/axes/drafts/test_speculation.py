@@ -82,6 +82,7 @@ def test_relaxed_drafts_are_near_what_follows_them(
     assert torch.equal(behind.tokens[:, 2::2], again[:, 1::2])
 
 
+@pytest.mark.slow
 def test_compiled_code_drafts_the_same(
     student: tuple[Any, Any, Any], batch: dict[str, Any]
 ) -> None:

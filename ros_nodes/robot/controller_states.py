@@ -156,7 +156,7 @@ TRANSITIONS: tuple[Transition, ...] = (
         _MOVING + _HOMING + _HOLDING,
         Event.ENABLE,
         ControllerState.WAITING,
-        "drop all chunks; blend in from the measured pose",
+        "drop all chunks; blend in from the last command if the arm moves, else the measured pose",
     ),
     *_rows(COMMANDING, Event.ELSEWHERE, ControllerState.SILENT, "drop all chunks and send nothing"),
     *_rows(_WAITING + _HOLDING, Event.BLIND, ControllerState.SILENT, _LAST_ONCE_MORE),

@@ -154,8 +154,12 @@ def decoded(policy: Any, recorded: Recorded, name: str, index: int) -> Any:
 
 @pytest.mark.parametrize(
     "indices",
-    [range(0, 200, 25), pytest.param(range(200), marks=pytest.mark.slow)],
-    ids=["eight", "all"],
+    [
+        range(0, 200, 25),
+        pytest.param(range(0, 200, 5), marks=pytest.mark.slow),
+        pytest.param(range(200), marks=pytest.mark.external),  # five minutes
+    ],
+    ids=["eight", "forty", "all"],
 )
 def test_every_decoding_gives_what_it_gave(
     recorded: Recorded, student: Any, indices: range

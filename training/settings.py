@@ -29,7 +29,11 @@ class BesideConfig(Checked):
         policy_path: Checkpoint of the policy, whose weights do not change.
         roots: Comma-separated datasets to train on.
         output_dir: New folder for a copy of the checkpoint with the trained module.
+        steps: Optimizer steps.
+        batch_size: Frames per step.
+        lr: Peak learning rate.
         eval_frames: Held-out frames for the report.
+        seed: Random seed of the weights and of the order of the frames.
     """
 
     policy_path: str = ""

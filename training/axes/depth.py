@@ -54,6 +54,7 @@ class ExitsConfig(BesideConfig):
             for drafts.
         guesses: Shares of previous, mid and random guesses.
         device: Device to train on.
+        threads: CPU threads of torch; 0: torch's default.
     """
 
     layers: list[int] = ranged([], "[1, 4096]")

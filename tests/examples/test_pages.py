@@ -44,14 +44,13 @@ REDUCED = "seed=0 attempts=30 scenes=40 teacher_minutes=0.6 student_minutes=0.3 
 
 
 @pytest.mark.slow
-@pytest.mark.realtime  # training has a time limit instead of a number of steps
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_the_commands_of_the_first_policy(tmp_path: Path) -> None:
     """gymnasium-robotics' FetchPickAndPlace in tiny sizes.
 
     It shows that every command runs, not that the task is learnt.
     """
-    output = run_page(FIRST_POLICY, tmp_path, sizes=REDUCED)
+    output = run_page(FIRST_POLICY, tmp_path, sizes=REDUCED, timeout=1100)
     assert "two-valued dimensions [3]; increments [0, 1, 2]" in output
     assert "Verdict: ready" in output  # inspect
     assert "0.6 minutes on this machine:" in output

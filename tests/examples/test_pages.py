@@ -12,10 +12,11 @@ import pytest
 from pages import (
     FIRST_POLICY,
     FIRST_ROBOT,
+    IN_CI,
     LEROBOT,
+    OUTSIDE_CI,
     PIPELINE,
     REPOSITORY,
-    SMALL,
     run_page,
     sizes_in,
 )
@@ -87,14 +88,19 @@ def test_the_first_policy_solves_its_task(tmp_path: Path, seed: int) -> None:
     assert rows["ceed"]["success"] >= rows["teacher_ar"]["success"] - 3
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", SMALL)
+@pytest.mark.parametrize(
+    "page",
+    [
+        *(pytest.param(page, marks=pytest.mark.slow) for page in IN_CI),
+        *(pytest.param(page, marks=pytest.mark.external) for page in OUTSIDE_CI),
+    ],
+)
 def test_the_commands_of_a_how_to(page: str, tmp_path: Path) -> None:
     run_page(page, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.external  # minutes, most of them imports of its commands
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_pipeline(tmp_path: Path) -> None:
     run_page(

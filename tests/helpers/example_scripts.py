@@ -17,7 +17,7 @@ def run_script(name: str, folder: Path, *, small: bool = False, seed: int = 0) -
     script = script.replace('"$(dirname "${BASH_SOURCE[0]}")/.."', f'"{ROOT}"')
     if small:
         script = re.sub(r"--steps \d+", "--steps 6", script)
-        script = re.sub(r"--episodes \d+", "--episodes 3", script)
+        script = re.sub(r"--episodes \d+", "--episodes 5", script)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

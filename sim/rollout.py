@@ -317,7 +317,8 @@ def execute(
     result.seconds.append(chunk.seconds)
     # The arm holds if a chunk is malformed, or ends before the next one is ready.
     fresh: Any = [None] * runner.executed_steps if chunk.actions is None else chunk.actions
-    before: list[Any] = [*episode.rest, *[None] * runner.delay][: runner.delay]
+    before: list[Any] = [*episode.rest[: runner.delay]]
+    before += [None] * (runner.delay - len(before))  # the chunk before has ended: the robot holds
     begin = min(runner.delay, len(episode.rest))
     end = begin + max(runner.executed_steps - runner.delay, 0)
     episode.rest = fresh[end:]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import subprocess
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from pages import RUN
+from script_modules import load_script
 
 from ceed_vla.cli.commands import COMMANDS
 from ceed_vla.cli.help import COMMON, Page
@@ -137,18 +136,7 @@ def test_every_flag_in_a_command_exists(name: str) -> None:
                 assert free or flag.replace("-", "_") in known, f"{name}: {words[0]} --{flag}"
 
 
-def reference_pages() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "reference_pages", ROOT / "scripts" / "reference_pages.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_generated_reference_is_that_of_the_code() -> None:
-    for path, text in reference_pages().pages().items():
+    for path, text in load_script("reference_pages").pages().items():
         written = path.read_text("utf-8")
         assert written == text, f"run python scripts/reference_pages.py: {path.name}"

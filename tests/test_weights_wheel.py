@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from script_modules import load_script
 
 import ceed_vla
 from ceed_vla.checkpoints import resolve_checkpoint
@@ -19,15 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "weights_wheel", ROOT / "scripts" / "weights_wheel.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("weights_wheel")
 
 
 # setuptools removes the class of an error, so another process cannot unpickle it

@@ -33,11 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Tests run beside each other (`-n 2`), but those with a robot's processes, or in real time,
-    have both cores.
+    have both cores, unless they are marked `realtime(alone=False)`.
     """
     if not (run := os.environ.get("PYTEST_XDIST_TESTRUNUID")):
         return (yield)
-    alone = item.get_closest_marker("realtime") or "graph" in getattr(item, "fixturenames", ())
+    marker = item.get_closest_marker("realtime")
+    alone = (
+        marker.kwargs.get("alone", True) if marker else "graph" in getattr(item, "fixturenames", ())
+    )
     files = (Path(tempfile.gettempdir(), f"pytest-{run}.{name}") for name in ("turn", "tests"))
     with next(files).open("w") as turn, next(files).open("w") as tests:
         fcntl.flock(turn, fcntl.LOCK_EX)  # who waits to be alone is not overtaken

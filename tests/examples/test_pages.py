@@ -23,7 +23,7 @@ from pages import (
 
 
 @pytest.mark.slow
-@pytest.mark.realtime
+@pytest.mark.realtime(alone=False)  # ten steps a second leave a core to others
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_lerobot_page(tmp_path: Path) -> None:
     output = run_page(LEROBOT, tmp_path)

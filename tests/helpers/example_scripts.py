@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+import warm_commands
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +21,7 @@ def run_script(name: str, folder: Path, *, small: bool = False, seed: int = 0) -
         script = re.sub(r"--episodes \d+", "--episodes 5", script)
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": warm_commands.path(),
         "OMP_NUM_THREADS": "1",
         "TQDM_DISABLE": "1",
         "SEED": str(seed),

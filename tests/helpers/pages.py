@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+import warm_commands
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIRST_POLICY = "tutorials/first-policy.md"
@@ -60,7 +61,7 @@ def run_page(
         cwd=REPOSITORY,
         env={
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": warm_commands.path(),
             "OMP_NUM_THREADS": str(threads),
             "TQDM_DISABLE": "1",
         },

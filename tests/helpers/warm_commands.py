@@ -25,6 +25,7 @@ import tempfile
 from pathlib import Path
 
 SCRIPTS = ("ceed-vla", "lerobot-train", "lerobot-eval")
+_servers: list[subprocess.Popen[str]] = []  # ends when its standard input is closed
 # Stands under the name of every script: it sends what a process is made of, and waits for the end.
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
@@ -62,6 +63,7 @@ def _folder() -> Path:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # a process with threads should not fork
     )
+    _servers.append(server)
     assert server.stdout is not None
     assert server.stdout.readline() == "ready\n"
     return made

@@ -27,7 +27,7 @@ from ceed_vla.ros_nodes.robot.messages import SENSOR, array_to_image
 from tests.helpers.fault_bench import COMMANDS, RELAYED, Bench, lost
 from tests.ros_nodes.conftest import Graph
 
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow  # minutes in real time, with both cores
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +86,14 @@ def from_the_future(message: JointState) -> JointState:
             ("bad_joint_states", "joint5", "not finite"),
             id="NaN in state",
         ),
-        pytest.param(
-            "image", other_size, ("bad_image", "80 x 64", "96 x 96"), id="size", marks=slow
-        ),
+        pytest.param("image", other_size, ("bad_image", "80 x 64", "96 x 96"), id="size"),
         pytest.param(
             "joints",
             with_names(lambda names: [f"ur_{name}" for name in names]),
             ("bad_joint_states", "lacks", "joint1", "ur_joint1"),
             id="wrong joint names",
-            marks=slow,
         ),
-        pytest.param("joints", from_the_future, ("clock", "in the future"), id="clock", marks=slow),
+        pytest.param("joints", from_the_future, ("clock", "in the future"), id="clock"),
     ],
 )
 def test_spoilt_inputs_stop_the_arm_and_it_goes_on_after_them(
@@ -116,13 +113,10 @@ def test_spoilt_inputs_stop_the_arm_and_it_goes_on_after_them(
     "spoil",
     [
         pytest.param(with_positions(lambda q: q + (np.arange(9) == 0)), id="jumped"),
-        pytest.param(
-            with_positions(lambda q: q[[0, 3, 2, 1, *range(4, 9)]]), id="swapped", marks=slow
-        ),
-        pytest.param(with_positions(np.degrees), id="in degrees", marks=slow),
+        pytest.param(with_positions(lambda q: q[[0, 3, 2, 1, *range(4, 9)]]), id="swapped"),
+        pytest.param(with_positions(np.degrees), id="in degrees"),
     ],
 )
-@pytest.mark.slow
 def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it(
     bench: Bench, spoil: Any
 ) -> None:
@@ -144,12 +138,11 @@ def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it
     ("text", "told"),
     [
         ("red " * 100, "the instruction"),  # more words than the policy accepts
-        pytest.param("x" * 10_000, "10000 characters; at most 500", marks=slow),
-        pytest.param("xyzzy plugh", "0 of the 2 words", marks=slow),
-        pytest.param("move\x1b[2J the red cube", "control characters", marks=slow),
+        pytest.param("x" * 10_000, "10000 characters; at most 500"),
+        pytest.param("xyzzy plugh", "0 of the 2 words"),
+        pytest.param("move\x1b[2J the red cube", "control characters"),
     ],
 )
-@pytest.mark.slow
 def test_an_instruction_that_is_refused_stops_the_arm_and_fills_no_log(
     bench: Bench, text: str, told: str
 ) -> None:
@@ -222,8 +215,6 @@ def test_topics_services_and_diagnostics_are_the_documented_ones(bench: Bench) -
         assert f"`{stem}" in page, key
 
 
-@slow
-@pytest.mark.slow
 def test_a_new_instruction_in_mid_chunk_moves_on_and_an_empty_one_holds(bench: Bench) -> None:
     bench.begin(seed=3)
     since = len(bench.commands)
@@ -239,8 +230,6 @@ def test_a_new_instruction_in_mid_chunk_moves_on_and_an_empty_one_holds(bench: B
     bench.check_goes_on(since)
 
 
-@slow
-@pytest.mark.slow
 def test_two_policy_nodes_both_hold_until_one_is_gone(bench: Bench) -> None:
     bench.begin(seed=4)
     other = ("-r", "__node:=second", "-p", "autostart:=true", "-p", "instruction:=stack the cubes")
@@ -257,7 +246,6 @@ def test_two_policy_nodes_both_hold_until_one_is_gone(bench: Bench) -> None:
 
 
 @pytest.mark.realtime
-@pytest.mark.slow
 def test_a_second_publisher_of_the_same_joints_is_a_conflict_and_one_of_others_is_none(
     bench: Bench,
 ) -> None:
@@ -303,7 +291,6 @@ def test_a_second_publisher_of_the_same_joints_is_a_conflict_and_one_of_others_i
 
 
 @pytest.mark.realtime
-@pytest.mark.slow
 def test_a_driver_that_restarts_with_zeros_moves_nothing(bench: Bench) -> None:
     """Joint states pause, and the first states afterwards contain zeros."""
     bench.begin(seed=1)

@@ -127,15 +127,16 @@ def test_short_holds_are_told_and_logged(cell: Cell) -> None:
     since = len(cell.states)
     logged = cell.graph.listen("/rosout", Log)
     cell.robot.images = False
-    cell.said("holding: stale: front is 0.5", since)
+    told = "holding: stale: front is 0."  # and its age when the node saw it [s]
+    cell.said(told, since)
     cell.robot.images = True
     cell.graph.wait(lambda: cell.states[-1].data == "moving", "motion")
     assert len(cell.states) - since < 12  # changes, not ticks
     cell.graph.wait(lambda: any(line.msg == "State: moving" for line in logged), "the log")
-    holds = [line for line in logged if line.msg.startswith("State: holding: stale: front is 0.5")]
+    holds = [line for line in logged if line.msg.startswith(f"State: {told}")]
     assert len(holds) == 1
     assert holds[0].level == 30  # WARN
-    assert "State: holding: stale: front is 0.5" in cell.graph.output("policy_node")
+    assert f"State: {told}" in cell.graph.output("policy_node")
 
 
 def test_a_camera_that_repeats_itself_holds_and_a_blank_one_is_warned_of(cell: Cell) -> None:

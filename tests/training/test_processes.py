@@ -202,8 +202,13 @@ def test_a_killed_process_and_a_run_that_goes_on(
     assert_equal_losses(tmp_path / "whole", tmp_path / "run", 10)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        pytest.param(False, marks=pytest.mark.external),  # three quarters of a minute each
+        pytest.param(True, marks=pytest.mark.slow),
+    ],
+)
 def test_sharded_weights(
     studio: Any,
     tmp_path: Path,

@@ -37,7 +37,8 @@ from transformers import (
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.check import check_untrained
-from ceed_vla.backbones.compact.words import PAD_ID, make_instruction_step
+from ceed_vla.backbones.compact.words import make_instruction_step
+from ceed_vla.word_ids import PAD_ID
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.backbones.features import check_features
 from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep

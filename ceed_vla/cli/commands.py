@@ -185,6 +185,11 @@ COMMANDS = {
         ),
         positional="path",
     ),
+    "export": Command(
+        "write a checkpoint as graphs that run without torch, for CPUs",
+        "ceed_vla.export.export ExportConfig export",
+        must="policy.path output_dir",
+    ),
     "seal": Command(
         "write a checkpoint's manifest: a lost, exchanged or damaged file is an error from then on",
         "ceed_vla.checkpoints.sealing SealConfig seal_folder",

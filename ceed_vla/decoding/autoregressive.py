@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.decoding.host import check_rows, row_sums
-from ceed_vla.decoding.registry import register_decoder
+from ceed_vla.decoding.finite import check_rows
+from ceed_vla.decoding.host import row_sums
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError
 
 
-@register_decoder("ar", "ar", "token by token")
 @torch.no_grad()
 def decode_autoregressive(
     backbone: Backbone, prefix: Prefix, request: BlockRequest

@@ -9,7 +9,7 @@ from typing import Any
 from ceed_vla.decoding.registry import Decoder, find_decoder, find_exit
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
-from ceed_vla.tokens.base import GUESSES
+from ceed_vla.tokens.guesses import GUESSES
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
-"""Applies exit rules to a block: measures its slots after every iteration, and ends rows."""
+"""Applies exit rules to a block after every iteration, and ends rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
-from torch import Tensor
 
 from ceed_vla.decoding.exits import Cap, Deadline, ExitRule, Seen, exit_rules
-from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.rows import Rows
 from ceed_vla.errors import ConfigError, raised_as
+
+if TYPE_CHECKING:
+    from ceed_vla.decoding.request import BlockRequest
 
 
 class ExitTracker:
@@ -16,64 +20,52 @@ class ExitTracker:
 
     Args:
         request: The block to decode.
-        logits: (B, V) of slot 0, from the prefix.
-        tokens: (B, n) the state, which changes in place.
         rows: Progress of the rows.
         watched: End ``M`` of the watched slots.
         frozen: Frozen tokens at the start, which are not measured.
+        readable: Returns the rows (B,) bool whose tokens decode to a chunk.
+
+    Attributes:
+        rules: The rules, in order: the first that ends a row sets its exit reason.
 
     Raises:
-        ConfigError: A rule does not fit the tokens, or fails.
+        ConfigError: A rule does not fit the tokens.
     """
 
     def __init__(
         self,
         request: BlockRequest,
-        logits: Tensor,
-        tokens: Tensor,
         rows: Rows,
-        *,
         watched: int,
         frozen: int,
+        readable: Callable[[], np.ndarray],
     ) -> None:
-        self.request = request
-        self.tokens = tokens
         self.rows = rows
         self.watched = watched
         self.frozen = frozen
         self.rules = _rules_of(request)
-        self.last = request.clock()  # when the iteration before ended [s]
-        self.started = self.last if request.started is None else request.started
+        self._readable = readable
+        self._clock = request.clock
+        self._last = request.clock()  # when the iteration before ended [s]
+        self._started = self._last if request.started is None else request.started
         # Per rule (B, M - frozen), of the watched slots that are not frozen; None if it measures
         # nothing.
-        self.measured = [self._slot_0(rule, logits, tokens[:, :1]) for rule in self.rules]
+        self._measured: list[np.ndarray | None] = []
 
-    def _slot_0(self, rule: ExitRule, logits: Tensor, tokens: Tensor) -> np.ndarray | None:
-        slot = measure(rule, logits[:, None], tokens)  # (B, 1)
-        if slot is None:
-            return None
-        values = np.zeros((len(logits), self.watched - self.frozen))
-        if not self.frozen:
-            values[:, :1] = slot.float().cpu().numpy()
-        return values
-
-    def measure(self, logits: Tensor, new: Tensor, start: int) -> list[Tensor]:
-        """Measure the watched slots from `start` on; rules that measure nothing are left out.
-
-        Args:
-            logits: (B, k, V) of the slots from `start` on.
-            new: (B, k) their tokens.
-            start: The slot that they begin with.
-
-        Returns:
-            (B, w) for every other rule, of the ``w`` watched slots among them.
+    def begin(self, slot_0: Sequence[np.ndarray | None]) -> None:
+        """Take the measurement (B, 1) of slot 0 by every rule, None of a rule that measures
+        nothing.
         """
-        width = max(self.watched - start, 0)
-        found = (measure(rule, logits[:, :width], new[:, :width]) for rule in self.rules)
-        return [values for values in found if values is not None]
+        for values in slot_0:
+            stored = None
+            if values is not None:
+                stored = np.zeros((len(values), self.watched - self.frozen))
+                if not self.frozen:
+                    stored[:, :1] = values
+            self._measured.append(stored)
 
     def end_rows(
-        self, iteration: int, start: int, moved: np.ndarray, measured: list[np.ndarray]
+        self, iteration: int, start: int, moved: np.ndarray, measured: Sequence[np.ndarray]
     ) -> None:
         """Apply every rule after an iteration.
 
@@ -81,27 +73,23 @@ class ExitTracker:
             iteration: Iterations done, from 1.
             start: The first slot that the last iteration computed.
             moved: (B, M) bins by which it moved the watched tokens.
-            measured: The values that `measure` returned, on the host.
+            measured: Per rule that measures, (B, w) of the ``w`` watched slots from `start` on.
         """
         if not self.rules:
             return
         values = iter(measured)
-        for stored in self.measured:
+        for stored in self._measured:
             if stored is not None:
                 stored[:, start - self.frozen :] = next(values)
-        now = self.request.clock()
-        elapsed = now - self.started
-        last = now - self.last
-        self.last = now
-
-        def readable() -> np.ndarray:
-            return self.request.rows_readable(self.tokens)
-
-        seen = Seen(iteration, self.rows.exact, self.watched, moved, elapsed, last, readable)
-        for rule, stored in zip(self.rules, self.measured, strict=True):
+        now = self._clock()
+        elapsed = now - self._started
+        last = now - self._last
+        self._last = now
+        seen = Seen(iteration, self.rows.exact, self.watched, moved, elapsed, last, self._readable)
+        for rule, stored in zip(self.rules, self._measured, strict=True):
             ends = ended(rule, seen, stored)
             # Rows whose tokens do not decode to a chunk continue.
-            self.rows.end(ends & readable() if np.any(ends) else ends, rule.reason, iteration)
+            self.rows.end(ends & self._readable() if np.any(ends) else ends, rule.reason, iteration)
 
 
 def _rules_of(request: BlockRequest) -> tuple[ExitRule, ...]:
@@ -112,31 +100,6 @@ def _rules_of(request: BlockRequest) -> tuple[ExitRule, ...]:
     if request.deadline_s is not None:
         rules = (*rules, Deadline(request.deadline_s))
     return rules
-
-
-def measure(rule: ExitRule, logits: Tensor, tokens: Tensor) -> Tensor | None:
-    """Call ``rule.measure``.
-
-    Args:
-        rule: The rule.
-        logits: (B, k, V) of k slots.
-        tokens: (B, k) their tokens.
-
-    Returns:
-        The values (B, k), or None.
-
-    Raises:
-        ConfigError: The rule fails, or returns anything else.
-    """
-    with raised_as(
-        ConfigError, f"The exit rule {type(rule).__name__} does not work: measure", "correct it."
-    ):
-        measured = rule.measure(logits, tokens)
-        if measured is not None and getattr(measured, "shape", None) != tokens.shape:
-            raise TypeError(
-                f"it returned {type(measured).__name__}, not a tensor {tuple(tokens.shape)}"
-            )
-    return measured
 
 
 def ended(rule: ExitRule, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:

@@ -1,7 +1,8 @@
 """Exit rules, which end a row of a Jacobi block before its fixed point.
 
-Each rule is a small class, found by its name. `ceed_vla.decoding.jacobi` itself ends rows that are
-at the fixed point.
+Each rule is a small class, found by its name. `ceed_vla.decoding.loop` itself ends rows that are at
+the fixed point. This file imports torch where a rule measures only, as rules also serve exported
+graphs (`ceed_vla.edge`), which measure inside.
 """
 
 from __future__ import annotations
@@ -13,17 +14,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ceed_vla.decoding.registry import find_exit, register_exit
 from ceed_vla.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ceed_vla.decoding.config import DecodingConfig
+    from torch import Tensor
 
-NEAR = 2  # bins on each side of the argmax that count as the same decision
+    from ceed_vla.decoding.config import DecodingConfig
 
 
 @dataclass
@@ -86,7 +84,7 @@ class ExitRule(abc.ABC):
     ["conf0.9", "conf0.7", "conf0.55", "conf0.4", "conf0.3", "conf0.2", "conf0.1"],
 )
 class Confidence(ExitRule):
-    """The least certain watched slot has more than this mass within `NEAR` bins of its argmax."""
+    """The least certain watched slot has more than this mass within 2 bins of its argmax."""
 
     reason = "confidence"
     field = "confidence"
@@ -96,6 +94,8 @@ class Confidence(ExitRule):
         self.least = float(confidence)
 
     def measure(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        from ceed_vla.decoding.measures import mass_near
+
         return mass_near(logits, tokens)
 
     def ends(self, seen: Seen, measured: np.ndarray | None) -> np.ndarray:
@@ -119,9 +119,9 @@ class Gap(Confidence):
     ordered = False
 
     def measure(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        best, second = logits.float().topk(2, dim=-1).values.unbind(-1)  # (B, k)
-        total = logits.float().logsumexp(-1)
-        return (best - total).exp() - (second - total).exp()
+        from ceed_vla.decoding.measures import lead
+
+        return lead(logits)
 
 
 @register_exit(
@@ -235,12 +235,3 @@ def _rules(config: DecodingConfig) -> tuple[ExitRule, ...]:
     if config.deadline_s is not None:
         rules.append(Deadline(config.deadline_s))
     return tuple(rules)
-
-
-def mass_near(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Probability mass (B, k) within `NEAR` bins of `tokens` (B, k), under `logits` (B, k, V)."""
-    # (B, k, V + 4): no mass past the ends
-    padded = F.pad(logits.float(), (NEAR, NEAR), value=-torch.inf)
-    near = tokens.unsqueeze(-1) + torch.arange(2 * NEAR + 1, device=tokens.device)  # (B, k, 5)
-    mass = (padded.gather(-1, near) - padded.logsumexp(-1, keepdim=True)).exp().sum(-1)  # (B, k)
-    return mass.clamp(max=1)  # rounding

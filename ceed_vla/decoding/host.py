@@ -1,8 +1,5 @@
-"""Results of a forward on the host: tokens, measurements of exit rules, and a check for finite
-logits, in one transfer.
-
-The argmax of non-finite logits would be bin 0, a full action in every dimension. They make the sum
-of a row's largest logits non-finite, and that sum goes to the host with the tokens.
+"""Between device and host: tokens, measurements of exit rules, and sums of logits in one transfer;
+and the result of a block.
 """
 
 from __future__ import annotations
@@ -11,30 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ceed_vla.errors import NotFiniteError
+from ceed_vla.decoding.result import DecodeResult
+from ceed_vla.decoding.rows import Rows
 
 
 def row_sums(best: Tensor) -> Tensor:
-    """Sums (B, 1) float32 of the largest logits `best` (B, k), finite if all of a row are."""
-    return best.float().sum(1, keepdim=True)
-
-
-def check_rows(sums: np.ndarray, running: np.ndarray | None = None) -> None:
-    """Check the `row_sums` (B, 1) of the rows that are `running` (B,), or of all rows.
-
-    Raises:
-        NotFiniteError: The logits of a row are NaN or infinite.
+    """Sums (B, 1) float32 of the largest logits `best` (B, k), finite if all of a row are; see
+    `ceed_vla.decoding.finite`.
     """
-    finite = np.isfinite(sums)
-    if finite.all():
-        return
-    wrong = ~finite[:, 0] if running is None else ~finite[:, 0] & running
-    if wrong.any():
-        raise NotFiniteError(
-            f"The scores are NaN or infinite in row {int(wrong.argmax())} ({int(wrong.sum())} of "
-            f"{len(wrong)}); the model's weights or activations are damaged, or its dtype is too "
-            "small. Hold the robot; load the model in float32."
-        )
+    return best.float().sum(1, keepdim=True)
 
 
 def to_host(tokens: Tensor, *more: Tensor) -> list[np.ndarray]:
@@ -50,3 +32,18 @@ def to_host(tokens: Tensor, *more: Tensor) -> list[np.ndarray]:
     together = torch.cat([tokens.float(), *parts], dim=1).cpu().numpy()
     ids, *rest = np.split(together, widths[:-1], axis=1)
     return [ids.astype(np.int64), *rest]
+
+
+def result_of(
+    rows: Rows, tokens: Tensor, forwards: int, states: list[Tensor] | None
+) -> DecodeResult:
+    """The result of decoding `tokens` (B, n), whose rows have all ended."""
+    return DecodeResult(
+        tokens=tokens,
+        forwards=forwards,
+        iterations=torch.from_numpy(rows.iterations),
+        exit_reason=rows.exit_reasons,
+        exact_tokens=torch.from_numpy(rows.exact),
+        exact=torch.from_numpy(rows.exact >= rows.block_length),
+        states=states,
+    )

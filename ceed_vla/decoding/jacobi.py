@@ -1,16 +1,11 @@
-"""Parallel decoding of one block as a fixed point (Jacobi iteration), with exit rules.
+"""Jacobi decoding with torch: the decoder ``jacobi``, and the forwards of its block.
 
-    y_0 = argmax p(. | x),    y_i(j + 1) = argmax p(. | y_<i(j), x)    for all i > 0 at once
-
-In a causal model the first slot that an iteration changes is itself right afterwards: everything
-before it was a fixed point already. So every iteration proves at least one more token, the proven
-ones are committed to the cache and never computed again, and the fixed point, in fewer than ``n``
-iterations, is AR's greedy block.
+`ceed_vla.decoding.loop` has the iteration itself, which runs on the host.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,23 +13,20 @@ from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.exit_tracker import ExitTracker
-from ceed_vla.decoding.host import check_rows, row_sums, to_host
-from ceed_vla.decoding.registry import register_decoder
+from ceed_vla.decoding.exits import ExitRule
+from ceed_vla.decoding.finite import check_rows
+from ceed_vla.decoding.host import result_of, row_sums, to_host
+from ceed_vla.decoding.loop import Computed, JacobiBlock, Span, iterate
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
-from ceed_vla.decoding.rows import Rows
+from ceed_vla.errors import ConfigError, raised_as
 
 
-@register_decoder("jacobi", "jacobi", "Jacobi decoding to the fixed point")
 @torch.no_grad()
 def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode a block from its guess until every row is at its fixed point or meets an exit rule.
 
-    The first iteration computes the whole block, so that its tail is a useful warm start; later
-    iterations stop at the end of the watched slots, unless the tail is "fresh". The tokens of a
-    row that ended do not change while other rows continue. Frozen tokens cost no forward of their
-    own: the first iteration reads them together with the guess behind them, leaves them unchanged,
-    and proves the first free token. Several blocks can be decoded behind one prefix, which is
+    See `ceed_vla.decoding.loop.iterate`. Several blocks can be decoded behind one prefix, which is
     rolled back at the start.
 
     Raises:
@@ -44,35 +36,81 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         NotFiniteError: The logits of a running row are NaN or infinite.
     """
     request = request.begun()
-    block = JacobiBlock(backbone, prefix, request)  # y(0), the guess
-    rows = block.rows
-    exits = ExitTracker(
-        request, prefix.logits, block.tokens, rows, watched=block.watched, frozen=block.frozen
+    tokens, frozen, watched = request.begin(backbone, prefix)  # (B, n) y(0), the guess
+    block = JacobiBlock(
+        tokens.cpu().numpy().copy(),
+        request.config,
+        frozen=frozen,
+        watched=watched,
+        stop=request.stop,
     )
-    observers, recorder = request.observers(block.tokens)
-    while (span := block.next_span(prefix)) is not None:
-        # Forward: every slot of the span at once, from the state before.
-        logits, best, new = jacobi_iteration(backbone, prefix, block.tokens, span, rows.running)
-        values = exits.measure(logits, new, span.start)
-        # The one transfer to the host.
-        fresh, sums, *measured = to_host(new, block.unchecked + row_sums(best), *values)
-        block.check(sums)
-        # Compare with the state before, and accept up to the first slot that changed.
-        moved = block.accept(fresh, span)
-        # Exit: rows that are proven, then rows that are good enough.
-        rows.end_proven(block.watched, block.forwards)
-        exits.end_rows(block.forwards, span.start, moved, measured)
-        for observe in observers:
-            observe(block.tokens, rows.exact, block.forwards)
-        block.commit(prefix)
-    return block.result(recorder.states if recorder else None)
+    exits = ExitTracker(
+        request, block.rows, watched, frozen, readable=lambda: request.rows_readable(tokens)
+    )
+    forwards = TorchForwards(backbone, prefix, tokens, exits.rules, watched)
+    exits.begin(forwards.measure_slot_0())
+    observers, recorder = request.observers(tokens)
+    iterate(block, forwards, exits, observers)
+    if not block.forwards:
+        check_rows(forwards.prefix_sums().cpu().numpy())
+    tokens, states = request.finished(tokens, recorder.states if recorder else None)
+    return result_of(block.rows, tokens, block.forwards, states)
 
 
-class Span(NamedTuple):
-    """Slots ``start .. end - 1``, which one iteration computes."""
+class TorchForwards:
+    """The `Forwards` of a block on a torch backbone.
 
-    start: int
-    end: int
+    Args:
+        backbone: The model.
+        prefix: The prefix; its cache holds the committed tokens, which are not read again.
+        tokens: (B, n) int64 on the prefix's device, the state, changed in place.
+        rules: Exit rules, which measure the watched slots.
+        watched: End ``M`` of the watched slots.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prefix: Prefix,
+        tokens: Tensor,
+        rules: Sequence[ExitRule],
+        watched: int,
+    ) -> None:
+        self.backbone = backbone
+        self.prefix = prefix
+        self.tokens = tokens
+        self.rules = rules
+        self.watched = watched
+        # Of logits that are not checked yet: initially the prefix's.
+        self._unchecked: Tensor | int = self.prefix_sums()
+
+    def prefix_sums(self) -> Tensor:
+        """The `row_sums` (B, 1) of the prefix's logits."""
+        return row_sums(self.prefix.logits.amax(-1, keepdim=True))
+
+    @property
+    def committed(self) -> int:
+        return self.prefix.cache.committed
+
+    def commit(self, count: int) -> None:
+        self.prefix.cache.commit(count)
+
+    def iterate(self, span: Span, running: np.ndarray) -> Computed:
+        logits, best, new = jacobi_iteration(self.backbone, self.prefix, self.tokens, span, running)
+        width = max(self.watched - span.start, 0)
+        found = (measure(rule, logits[:, :width], new[:, :width]) for rule in self.rules)
+        values = [value for value in found if value is not None]  # (B, w) each
+        fresh, sums, *measured = to_host(new, self._unchecked + row_sums(best), *values)
+        self._unchecked = 0
+        return Computed(fresh, sums, measured)
+
+    def measure_slot_0(self) -> list[np.ndarray | None]:
+        """Per rule the measurement (B, 1) of slot 0, from the prefix; None if it measures
+        nothing.
+        """
+        logits = self.prefix.logits[:, None]
+        found = (measure(rule, logits, self.tokens[:, :1]) for rule in self.rules)
+        return [None if slot is None else slot.float().cpu().numpy() for slot in found]
 
 
 def jacobi_iteration(
@@ -101,79 +139,26 @@ def jacobi_iteration(
     return logits, best, new
 
 
-class JacobiBlock:
-    """The state of a block between iterations.
+def measure(rule: ExitRule, logits: Tensor, tokens: Tensor) -> Tensor | None:
+    """Call ``rule.measure``.
 
-    Attributes:
-        tokens: (B, n) int64 on the prefix's device, the newest state.
-        frozen: Frozen tokens at its start.
-        watched: End ``M`` of the slots that must be right.
-        rows: Progress of every row.
-        forwards: Iterations done.
-        unchecked: (B, 1) `row_sums` of logits that are not checked yet: initially the prefix's.
+    Args:
+        rule: The rule.
+        logits: (B, k, V) of k slots.
+        tokens: (B, k) their tokens.
+
+    Returns:
+        The values (B, k), or None.
+
+    Raises:
+        ConfigError: The rule fails, or returns anything else.
     """
-
-    def __init__(self, backbone: Backbone, prefix: Prefix, request: BlockRequest) -> None:
-        self.request = request
-        self.length = backbone.block_length
-        self.tokens, self.frozen, self.watched = request.begin(backbone, prefix)
-        self.host = self.tokens.cpu().numpy().copy()  # (B, n), the state to compare with
-        # The prefix gives token 0; behind frozen tokens, the first free token takes a forward.
-        self.rows = Rows(len(self.tokens), self.length, max(self.frozen, 1))
-        self.forwards = 0
-        self.unchecked: Tensor | int = row_sums(prefix.logits.amax(-1, keepdim=True))
-        self._last = self.length if request.config.tail == "fresh" else self.watched
-        if request.stop is not None:
-            self.rows.end(self.host[:, 0] == request.stop, "stop", 0)
-
-    def next_span(self, prefix: Prefix) -> Span | None:
-        """The slots of the next iteration; None when every row has ended."""
-        if not self.rows.running.any():
-            return None
-        window = self.request.config.window or self.length
-        if self.forwards:
-            end = min(self._last, prefix.cache.committed + 1 + window)
-        else:
-            end = min(self.length, max(self.frozen, 1) + window)
-        start = max(prefix.cache.committed + 1, self.frozen)
-        return Span(start, end) if end > max(self.frozen, 1) else None
-
-    def check(self, sums: np.ndarray) -> None:
-        """Check the `row_sums` (B, 1) of an iteration; raises `NotFiniteError`."""
-        check_rows(sums, self.rows.running if self.forwards else None)
-        self.unchecked = 0
-        self.forwards += 1
-
-    def accept(self, fresh: np.ndarray, span: Span) -> np.ndarray:
-        """Compare the new tokens (B, k) of `span` with the old ones, accept them up to the first
-        that changed, and store all of them.
-
-        Returns:
-            Bins (B, M) by which each watched token moved.
-        """
-        old = self.host[:, span.start : span.end]
-        self.rows.accept(old, fresh, span.start)
-        moved = np.zeros((len(fresh), self.watched), dtype=np.int64)
-        watched = max(self.watched - span.start, 0)
-        moved[:, span.start : span.end] = np.abs(fresh - old)[:, :watched]
-        self.host[:, span.start : span.end] = fresh
-        if self.request.stop is not None:
-            proven = np.arange(span.start, span.end) < self.rows.exact[:, None]  # (B, k)
-            stopped = (fresh == self.request.stop) & proven
-            self.rows.end(stopped.any(1), "stop", self.forwards)
-        return moved
-
-    def commit(self, prefix: Prefix) -> None:
-        """Commit the tokens that are proven in all running rows, except the last one.
-
-        The last proven token is an input of the next iteration; everything before it is final.
-        """
-        if self.rows.running.any():
-            prefix.cache.commit(self.rows.proven - 1 - prefix.cache.committed)
-
-    def result(self, states: list[Tensor] | None) -> DecodeResult:
-        """The result, when all rows have ended."""
-        if isinstance(self.unchecked, Tensor):  # there was no forward
-            check_rows(self.unchecked.cpu().numpy())
-        tokens, states = self.request.finished(self.tokens, states)
-        return self.rows.result(tokens, self.forwards, states)
+    with raised_as(
+        ConfigError, f"The exit rule {type(rule).__name__} does not work: measure", "correct it."
+    ):
+        measured = rule.measure(logits, tokens)
+        if measured is not None and getattr(measured, "shape", None) != tokens.shape:
+            raise TypeError(
+                f"it returned {type(measured).__name__}, not a tensor {tuple(tokens.shape)}"
+            )
+    return measured

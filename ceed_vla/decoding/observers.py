@@ -7,11 +7,14 @@ proven in each row (B,), and the forwards so far. It changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-Observer = Callable[[Tensor, np.ndarray, int], None]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Observer = Callable[[Any, np.ndarray, int], None]
 
 
 class StateRecorder:

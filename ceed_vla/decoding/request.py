@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.observers import Observer, ProvenStream, StateRecorder
 from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.fields import short
-from ceed_vla.tensors import check_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ceed_vla.backbones.base import Backbone, Prefix
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,10 @@ class BlockRequest:
             TokenError: A needed guess is missing, or its tokens do not fit.
             ConfigError: The executed or frozen steps do not fit the block.
         """
+        import torch
+
+        from ceed_vla.tensors import check_tokens
+
         rows = len(prefix.logits)
         device = prefix.logits.device
         n = backbone.block_length

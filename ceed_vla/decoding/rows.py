@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from ceed_vla.decoding.result import DecodeResult
 
 
 class Rows:
@@ -63,14 +59,7 @@ class Rows:
             self.end(self.exact >= self.block_length, "converged", iteration)
             self.end(stable, "stable", iteration)
 
-    def result(self, tokens: Tensor, forwards: int, states: list[Tensor] | None) -> DecodeResult:
-        """The result of decoding `tokens` (B, n)."""
-        return DecodeResult(
-            tokens=tokens,
-            forwards=forwards,
-            iterations=torch.from_numpy(self.iterations),
-            exit_reason=[reason or "converged" for reason in self.reasons],
-            exact_tokens=torch.from_numpy(self.exact),
-            exact=torch.from_numpy(self.exact >= self.block_length),
-            states=states,
-        )
+    @property
+    def exit_reasons(self) -> list[str]:
+        """Exit reason of every row, when all have ended."""
+        return [reason or "converged" for reason in self.reasons]

@@ -17,12 +17,12 @@ from ceed_vla.choices import Choice
 from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.fields import Checked, ranged, short
 from ceed_vla.tensors import check_tokens
+from ceed_vla.tokens.guesses import GUESSES
 
 if TYPE_CHECKING:
     from ceed_vla.tokens.grammar import Grammar
 
 ACTIONS = "[-1e9, 1e9]"  # allowed actions in any unit: metres, degrees or ticks of an encoder
-GUESSES = ("previous", "mid", "random")
 
 
 def check_ends(low: Sequence[float], high: Sequence[float]) -> None:

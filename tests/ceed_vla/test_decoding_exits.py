@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ceed_vla.decoding import DecodingConfig, named_config
-from ceed_vla.decoding.exits import Gap, mass_near
+from ceed_vla.decoding.exits import Gap
+from ceed_vla.decoding.measures import mass_near
 
 A = 7
 

@@ -31,9 +31,10 @@ from ceed_vla.backbones.capabilities import (
     offers,
     require,
 )
-from ceed_vla.decoding.exits import mass_near
-from ceed_vla.decoding.host import check_rows, row_sums
+from ceed_vla.decoding.finite import check_rows
+from ceed_vla.decoding.host import row_sums
 from ceed_vla.decoding.jacobi import decode_jacobi
+from ceed_vla.decoding.measures import mass_near
 from ceed_vla.decoding.registry import Numbers, Options, register_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult

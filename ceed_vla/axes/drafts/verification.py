@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.backbones.capabilities import ComparesDepths, require
-from ceed_vla.decoding.host import check_rows, row_sums, to_host
-from ceed_vla.decoding.jacobi import Span, jacobi_iteration
+from ceed_vla.decoding.finite import check_rows
+from ceed_vla.decoding.host import result_of, row_sums, to_host
+from ceed_vla.decoding.jacobi import jacobi_iteration
+from ceed_vla.decoding.loop import Span
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.decoding.rows import Rows
@@ -99,7 +101,7 @@ def decode_drafts(
         if rows.running.any():
             prefix.cache.commit(rows.proven - 1 - prefix.cache.committed)
     states = recorder.states if recorder else None
-    result = rows.result(block.tokens, block.forwards, states)
+    result = result_of(rows, block.tokens, block.forwards, states)
     result.layer_forwards = torch.from_numpy(calls)
     near_tokens.mark(result)
     return result

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.decoding.host import check_rows, row_sums, to_host
+from ceed_vla.decoding.finite import check_rows
+from ceed_vla.decoding.host import row_sums, to_host
 from ceed_vla.decoding.registry import Options, register_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult

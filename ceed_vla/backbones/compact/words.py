@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,21 +12,12 @@ from lerobot.processor import ProcessorStepRegistry
 from lerobot.utils.constants import OBS_LANGUAGE_TOKENS, OBS_STATE
 
 from ceed_vla.backbones.config import InputsStep, PolicyShape
-from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, ranged
 from ceed_vla.instructions import batch_instructions
-
-logger = logging.getLogger(__name__)
-
-PAD_ID = 0
-UNKNOWN_ID = 1
-FIRST_WORD_ID = 2
-MOST_WARNINGS = 100  # about unknown words
-
-
-def split_words(instruction: str) -> list[str]:
-    """Lower-case words of an instruction, separated by spaces and punctuation."""
-    return re.findall(r"[^\W_]+", instruction.lower())
+from ceed_vla.word_ids import FIRST_WORD_ID, WordIds
+from ceed_vla.word_ids import PAD_ID as PAD_ID
+from ceed_vla.word_ids import split_words as split_words
 
 
 def build_vocabulary(instructions: Iterable[str]) -> list[str]:
@@ -50,14 +39,7 @@ class InstructionWordsStep(InputsStep):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        wrong = [word for word in self.vocabulary if split_words(word) != [word]]
-        if wrong or sorted(set(self.vocabulary)) != self.vocabulary:
-            shown = f"has {wrong[0][:50]!r}" if wrong else "repeats a word, or is not in order"
-            raise ConfigError(
-                f"vocabulary {shown}; it must list distinct lower-case words, sorted."
-            )
-        self._ids = {word: FIRST_WORD_ID + i for i, word in enumerate(self.vocabulary)}
-        self._warned: set[str] = set()
+        self._ids = WordIds(self.vocabulary, self.max_words)
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
         """Raise `ConfigError` unless the settings match the backbone's configuration."""
@@ -79,39 +61,8 @@ class InstructionWordsStep(InputsStep):
             )
 
     def encode(self, instruction: str) -> list[int]:
-        """Ids of one instruction, padded to `max_words`.
-
-        Raises:
-            ObservationError: The instruction is empty or longer, or has no known word.
-        """
-        words = split_words(instruction)
-        shown = repr(instruction[:200])
-        if not words:
-            raise ObservationError(
-                f"The instruction {shown} has no word; say what to do: 'put the cube in the bin'."
-            )
-        if len(words) > self.max_words:
-            raise ObservationError(
-                f"The instruction has {len(words)} words, more than {self.max_words}: {shown}."
-            )
-        if self._ids and not any(word in self._ids for word in words):
-            known = ", ".join(self.vocabulary)[:300]
-            raise ObservationError(
-                f"The instruction {shown} has no word of the policy's vocabulary: {known}."
-            )
-        for word in words:
-            if (
-                word not in self._ids
-                and word not in self._warned
-                and len(self._warned) < MOST_WARNINGS
-            ):
-                self._warned.add(word)
-                logger.warning(
-                    "The word %r is not in the policy's vocabulary; it is read as unknown.",
-                    word[:50],
-                )
-        ids = [self._ids.get(word, UNKNOWN_ID) for word in words]
-        return ids + [PAD_ID] * (self.max_words - len(ids))
+        """See `WordIds.encode`."""
+        return self._ids.encode(instruction)
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
         tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA))

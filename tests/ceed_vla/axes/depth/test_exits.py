@@ -16,7 +16,7 @@ from ceed_vla.axes.depth.exits import EXITS, KINDS, make_exits
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.compiled.engine import compiled
 from ceed_vla.decoding import prefill
-from ceed_vla.decoding.exits import mass_near
+from ceed_vla.decoding.measures import mass_near
 from ceed_vla.errors import CheckpointError, ConfigError, NotFiniteError
 from tests.helpers.edits import unsealed
 

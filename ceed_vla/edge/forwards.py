@@ -1,0 +1,150 @@
+"""The forwards of a block on exported graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ceed_vla.decoding.exits import Confidence, ExitRule, Gap
+from ceed_vla.decoding.loop import Computed, Span
+from ceed_vla.edge.sessions import run
+from ceed_vla.edge.settings import CacheSettings
+from ceed_vla.errors import ConfigError
+
+# What a graph measures of its slots, by the method of the rules that need it.
+_MEASURES: dict[Any, str | None] = {
+    ExitRule.measure: None,
+    Confidence.measure: "mass",
+    Gap.measure: "lead",
+}
+
+
+class Slots:
+    """What a graph returned for k slots.
+
+    Attributes:
+        tokens: (1, k) int64.
+        best: (1, k) the largest logit.
+        mass: (1, k) see `ceed_vla.decoding.measures.mass_near`.
+        lead: (1, k) see `ceed_vla.decoding.measures.lead`.
+        keys: (layers, heads, positions, width) of the tokens that were read.
+        values: As `keys`.
+    """
+
+    def __init__(self, outputs: Sequence[np.ndarray]) -> None:
+        self.tokens, self.best, self.mass, self.lead, self.keys, self.values = outputs
+
+    def measured(self, rules: Sequence[ExitRule]) -> list[np.ndarray | None]:
+        """Per rule its measurement (1, k), None of a rule that measures nothing."""
+        names = [_MEASURES[type(rule).measure] for rule in rules]
+        return [None if name is None else getattr(self, name) for name in names]
+
+
+def check_rules(rules: Sequence[ExitRule]) -> None:
+    """Raise `ConfigError` for an exit rule whose measurement the graphs do not have."""
+    for rule in rules:
+        if type(rule).measure not in _MEASURES:
+            raise ConfigError(
+                f"The exit rule {type(rule).__name__} measures what an export does not contain; "
+                "use conf<P>, gap<P>, agree<D>, changed<K>, cap<K> or deadline<MS>."
+            )
+
+
+class Cache:
+    """Keys and values of a prefix and its block, of constant capacity.
+
+    Attributes:
+        keys: (layers, heads, capacity, width) float32.
+        values: As `keys`.
+        used: Positions that are final.
+        prefix: Positions of the prefix.
+    """
+
+    def __init__(self, settings: CacheSettings, block_length: int) -> None:
+        shape = (settings.layers, settings.heads, settings.prefix + block_length, settings.width)
+        self.keys = np.zeros(shape, dtype=np.float32)
+        self.values = np.zeros(shape, dtype=np.float32)
+        self.prefix = self.used = 0
+
+    def begin(self, prefix: Slots) -> None:
+        """Replace the prefix."""
+        self.used = 0
+        self.append(prefix, prefix.keys.shape[2])
+        self.prefix = self.used
+
+    def append(self, slots: Slots, count: int) -> None:
+        """Make the first `count` positions that a graph read final."""
+        place = slice(self.used, self.used + count)
+        self.keys[:, :, place] = slots.keys[:, :, :count]
+        self.values[:, :, place] = slots.values[:, :, :count]
+        self.used += count
+
+    @property
+    def committed(self) -> int:
+        """Block tokens among the positions."""
+        return self.used - self.prefix
+
+
+class GraphForwards:
+    """The `ceed_vla.decoding.loop.Forwards` of a block on exported graphs.
+
+    Args:
+        session: The block's session.
+        cache: Keys and values of the prefix; of another block they are discarded.
+        prefix: What the trunk returned for slot 0.
+        tokens: (1, n) int64 the state, changed in place.
+        rules: Exit rules.
+        watched: End ``M`` of the watched slots.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        cache: Cache,
+        prefix: Slots,
+        tokens: np.ndarray,
+        rules: Sequence[ExitRule],
+        watched: int,
+    ) -> None:
+        cache.used = cache.prefix
+        self.tokens = tokens
+        self._session = session
+        self._cache = cache
+        self._rules = rules
+        self._watched = watched
+        self._unchecked = prefix.best  # (1, k) logits that are not checked yet
+        self._slots: Slots | None = None
+
+    @property
+    def committed(self) -> int:
+        return self._cache.committed
+
+    def commit(self, count: int) -> None:
+        assert self._slots is not None
+        self._cache.append(self._slots, count)
+
+    def iterate(self, span: Span, running: np.ndarray) -> Computed:
+        slots = self.read(self.tokens[:, self.committed : span.end - 1])
+        skipped = span.start - self.committed - 1
+        new = slots.tokens[:, skipped:]  # (1, k)
+        self.tokens[:, span.start : span.end] = new
+        width = max(self._watched - span.start, 0)
+        values = (m for m in slots.measured(self._rules) if m is not None)
+        sums = slots.best[:, skipped:].sum(1, keepdims=True) + self._unchecked.sum()
+        self._unchecked = np.zeros(0, np.float32)
+        return Computed(new, sums, [m[:, skipped : skipped + width] for m in values])
+
+    def read(self, tokens: np.ndarray) -> Slots:
+        """Run the block's graph on `tokens` (1, k) behind the committed ones."""
+        cache = self._cache
+        inputs = {
+            "keys": cache.keys,
+            "values": cache.values,
+            "used": np.array([cache.used]),
+            "committed": np.array([cache.committed]),
+            "read": np.ascontiguousarray(tokens),
+        }
+        self._slots = Slots(run(self._session, inputs))
+        return self._slots

@@ -1,0 +1,117 @@
+"""Observations as the graphs of an export read them, with numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ceed_vla.edge.settings import ExportSettings
+from ceed_vla.errors import ObservationError
+from ceed_vla.fields import short
+from ceed_vla.word_ids import WordIds
+
+
+class ObservationReader:
+    """Validates and converts observations of one robot.
+
+    Args:
+        settings: Settings of the export.
+
+    Raises:
+        ConfigError: The vocabulary is not a list of distinct words.
+    """
+
+    def __init__(self, settings: ExportSettings) -> None:
+        self.settings = settings
+        self._words = WordIds(settings.vocabulary, settings.max_words)
+        state = settings.state
+        # As LeRobot's normalizer, in float32.
+        self._mean = np.float32(state.mean or np.zeros(state.size))
+        self._scale = np.float32(state.std or np.ones(state.size)) + (
+            np.float32(state.eps) if state.std else np.float32(0)
+        )
+
+    def words(self, instruction: str) -> np.ndarray:
+        """Ids (1, L) int64 of an instruction."""
+        return np.array([self._words.encode(instruction)], dtype=np.int64)
+
+    def state(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The normalized state (1, D) float32.
+
+        Raises:
+            ObservationError: It is missing, has another size, or is not finite.
+        """
+        settings = self.settings.state
+        value = np.asarray(_feature(observation, settings.name))
+        if value.size != settings.size or value.dtype.kind not in "fiu":
+            raise ObservationError(
+                f"{settings.name} is {value.shape} {value.dtype}; expected {settings.size} numbers."
+            )
+        state = value.reshape(1, settings.size).astype(np.float32)
+        if not np.isfinite(state).all():
+            raise ObservationError(f"{settings.name} has NaN or infinite values: {short(state)}.")
+        normal: np.ndarray = (state - self._mean) / self._scale
+        return normal
+
+    def image(self, observation: Mapping[str, np.ndarray], camera: str) -> np.ndarray:
+        """The image (1, 3, S, S) float32 in [0, 1] of a camera.
+
+        Args:
+            observation: Its images are (H, W, 3) uint8, or float in [0, 1].
+            camera: Name of the feature.
+
+        Raises:
+            ObservationError: The image is missing, or is not such an image.
+        """
+        image = np.asarray(_feature(observation, camera))
+        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ObservationError(
+                f"{camera} is {image.shape} {image.dtype}; expected (height, width, 3)."
+            )
+        if image.dtype == np.uint8:
+            pixels = image.astype(np.float32) / np.float32(255)
+        elif image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 1:
+            pixels = image.astype(np.float32)
+        else:
+            raise ObservationError(
+                f"{camera} is {image.dtype}; images must be uint8, or floats in [0, 1]."
+            )
+        side = self.settings.image_size
+        pixels = resized(pixels.transpose(2, 0, 1), side)
+        return np.ascontiguousarray(pixels[None])
+
+
+def _feature(observation: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in observation:
+        known = ", ".join(sorted(map(str, observation))) or "nothing"
+        raise ObservationError(f"The observation lacks {name!r}; it has {known}.")
+    return observation[name]
+
+
+def resized(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize an image (3, H, W) to (3, `side`, `side`), bilinear with antialiasing, as
+    ``torch.nn.functional.interpolate(antialias=True)`` does.
+    """
+    _, height, width = image.shape
+    if height != side:
+        image = np.einsum("yh,chw->cyw", _weights(height, side), image)
+    if width != side:
+        image = np.einsum("xw,chw->chx", _weights(width, side), image)
+    return image
+
+
+def _weights(size: int, side: int) -> np.ndarray:
+    """Weights (`side`, `size`) float32 of the input pixels for every output pixel."""
+    # In float32, with the same roundings as torch.
+    scale = np.float32(size / side)
+    support = max(scale, np.float32(1))
+    half = np.float32(0.5)
+    centre = scale * (np.arange(side, dtype=np.float32)[:, None] + half)  # (side, 1)
+    first = np.maximum((centre - support + half).astype(np.int64), 0)
+    end = np.minimum((centre + support + half).astype(np.int64), size)
+    pixel = np.arange(size)  # (size,)
+    away = ((pixel - first).astype(np.float32) + first - centre + half) / support
+    weight = np.maximum(1 - np.abs(away), 0)
+    weight = np.where((pixel >= first) & (pixel < end), weight, 0).astype(np.float32)
+    return weight / weight.sum(1, keepdims=True)

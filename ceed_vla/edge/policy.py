@@ -1,0 +1,180 @@
+"""A policy that runs an export, with numpy and onnxruntime."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ceed_vla.decoding import BlockRequest, DecodeResult, DecodingConfig, named_config
+from ceed_vla.decoding.exit_tracker import ExitTracker
+from ceed_vla.decoding.finite import check_rows
+from ceed_vla.decoding.loop import JacobiBlock, iterate
+from ceed_vla.edge.autoregressive import decode_autoregressive
+from ceed_vla.edge.forwards import Cache, GraphForwards, Slots, check_rules
+from ceed_vla.edge.observation import ObservationReader
+from ceed_vla.edge.sessions import open_sessions, run
+from ceed_vla.edge.settings import read_settings
+from ceed_vla.edge.vocabulary import Vocabulary
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import short
+
+EXPORTED = ("ar", "jacobi")  # decoders that run on an export
+
+
+class EdgePolicy:
+    """An exported policy for one robot. It is not safe to use from several threads.
+
+    Args:
+        folder: The export, from ``ceed-vla export``.
+        threads: Threads of the forwards; 0 for one per core.
+
+    Attributes:
+        settings: What the export holds beside its graphs.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or of another export.
+    """
+
+    def __init__(self, folder: str | Path, threads: int = 0) -> None:
+        folder = Path(folder)
+        self.settings = read_settings(folder)
+        self.reader = ObservationReader(self.settings)
+        self.vocabulary = Vocabulary(self.settings.tokens)
+        self._sessions = open_sessions(folder, self.settings, threads)
+        self._cache = Cache(self.settings.cache, self.vocabulary.length)
+
+    def decoding_config(self, decoding: str | DecodingConfig) -> DecodingConfig:
+        """The decoding that a name specifies for this export.
+
+        Raises:
+            ConfigError: The name is unknown, or the decoding does not run on an export.
+        """
+        config = named_config(decoding, self.settings.decoding, self.settings.decodings or {})
+        if config.method not in EXPORTED:
+            raise ConfigError(
+                f"The decoder {config.method!r} does not run on an export; use ar, jacobi or exit "
+                "rules, or run the checkpoint with torch."
+            )
+        return config
+
+    def prefill(self, observation: Mapping[str, np.ndarray], instruction: str) -> Slots:
+        """Run the prefix and store its keys and values; returns what it predicts for slot 0.
+
+        Args:
+            observation: Cameras (H, W, 3) uint8, and the state (D,), by their features.
+            instruction: What to do.
+
+        Raises:
+            ObservationError: A feature is missing or wrong.
+        """
+        words = self.reader.words(instruction)
+        inputs = {"words": words, "state": self.reader.state(observation)}
+        for index, camera in enumerate(self.settings.cameras):
+            image = self.reader.image(observation, camera)
+            stem = self._sessions[f"stem_{index}"]
+            inputs[f"camera_{index}"] = run(stem, {"image": image, "words": words})[0]
+        prefix = Slots(run(self._sessions["trunk"], inputs))
+        self._cache.begin(prefix)
+        return prefix
+
+    def decode(
+        self,
+        observation: Mapping[str, np.ndarray],
+        instruction: str,
+        decoding: str | DecodingConfig = "ceed",
+        previous: np.ndarray | None = None,
+        shift_steps: int | None = None,
+        executed_steps: int | None = None,
+        frozen_steps: int = 0,
+        on_proven: Callable[[Any, int, int], None] | None = None,
+        deadline_s: float | None = None,
+    ) -> DecodeResult:
+        """Decode one action chunk; the arguments are those of ``CeedVLAPolicy.decode``.
+
+        Args:
+            observation: See `prefill`.
+            instruction: See `prefill`.
+            decoding: A decoder name, or its configuration.
+            previous: Tokens (1, n) of the previous chunk, for the warm start; None without one.
+            shift_steps: Steps of `previous` that were executed; ``n_action_steps`` if None.
+            executed_steps: Steps of this chunk that are executed; ``n_action_steps`` if None.
+            frozen_steps: Steps at the start of this chunk, copied from `previous`.
+            on_proven: See `BlockRequest`.
+            deadline_s: Time limit for the block after the prefill [s].
+
+        Returns:
+            The result of one row; its arrays are numpy's.
+
+        Raises:
+            ConfigError: The decoding is unknown or does not run on an export, or an argument does
+                not fit it.
+            ObservationError: A feature is missing or wrong.
+            TokenError: The previous chunk does not fit, or lacks the frozen steps.
+            NotFiniteError: The model's logits are NaN or infinite.
+        """
+        config = self.decoding_config(decoding)
+        usual = self.settings.n_action_steps
+        steps = self.vocabulary.steps
+        executed = usual if executed_steps is None else executed_steps
+        if type(executed) is not int or not 1 <= executed <= steps:
+            raise ConfigError(f"executed_steps is {short(executed)}; it must be in [1, {steps}].")
+        if deadline_s is not None and (not deadline_s > 0 or config.method == "ar"):
+            raise ConfigError(
+                f"deadline_s is {deadline_s}; it must be positive, and is for Jacobi decoding only."
+            )
+        shift = usual if shift_steps is None else shift_steps
+        request = BlockRequest(
+            config=config,
+            guess=self.vocabulary.guess(config.guess, previous, shift, frozen_steps),  # type: ignore[arg-type]
+            tokens_per_step=self.vocabulary.width,
+            ordered=self.settings.tokens.ordered,
+            executed_steps=executed,
+            frozen_steps=frozen_steps,
+            on_proven=on_proven,
+            deadline_s=deadline_s,
+        )
+        started = time.perf_counter()
+        prefix = self.prefill(observation, instruction)
+        prefilled = time.perf_counter()
+        result = self._decode_block(prefix, request)
+        result.layer_forwards = result.iterations * self.settings.cache.layers
+        result.actions = self.vocabulary.decode(result.tokens)  # type: ignore[arg-type,assignment]
+        decoded = time.perf_counter()
+        result.seconds = {"prefill": prefilled - started, "decode": decoded - prefilled}
+        return result
+
+    def _decode_block(self, prefix: Slots, request: BlockRequest) -> DecodeResult:
+        n = self.vocabulary.length
+        frozen = request.frozen_tokens(n)
+        watched = request.watched_tokens(n, frozen)
+        tokens: Any = request.guess
+        if not frozen:
+            tokens[:, 0] = prefix.tokens[:, 0]
+        session = self._sessions["block"]
+        if request.config.method == "ar":
+            forwards = GraphForwards(session, self._cache, prefix, tokens, (), watched)
+            return decode_autoregressive(forwards, prefix, request, frozen, watched)
+        request = request.begun()
+        block = JacobiBlock(
+            tokens.copy(), request.config, frozen=frozen, watched=watched, stop=None
+        )
+        rows = block.rows
+        exits = ExitTracker(request, rows, watched, frozen, lambda: np.ones(1, dtype=bool))
+        check_rules(exits.rules)
+        forwards = GraphForwards(session, self._cache, prefix, tokens, exits.rules, watched)
+        exits.begin(prefix.measured(exits.rules))
+        iterate(block, forwards, exits, request.observers(tokens)[0])
+        if not block.forwards:
+            check_rows(prefix.best)
+        return DecodeResult(
+            tokens=tokens,
+            forwards=block.forwards,
+            iterations=rows.iterations,  # type: ignore[arg-type]
+            exit_reason=rows.exit_reasons,
+            exact_tokens=rows.exact,  # type: ignore[arg-type]
+            exact=rows.exact >= n,  # type: ignore[arg-type]
+        )

@@ -1,0 +1,83 @@
+"""Sessions of onnxruntime for the graphs of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from ceed_vla.edge.settings import ExportSettings, graph_names, read_graph
+from ceed_vla.errors import CheckpointError, raised_as
+
+
+def open_sessions(folder: Path, settings: ExportSettings, threads: int) -> dict[str, Any]:
+    """Open a session for every graph of an export.
+
+    Args:
+        folder: The export.
+        settings: Its settings.
+        threads: Threads of a session; 0 for one per core. Idle threads do not spin, so that they
+            leave their cores to a control loop.
+
+    Raises:
+        CheckpointError: A graph is damaged, has operators that onnxruntime does not have, refers to
+            other files, or has other inputs and outputs.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # errors are raised as well
+    sessions = {}
+    for name in graph_names(len(settings.cameras)):
+        content = read_graph(folder, name, settings.files[name])
+        with raised_as(
+            CheckpointError,
+            f"{folder / name} cannot be loaded by onnxruntime {onnxruntime.__version__}",
+            "export the checkpoint again.",
+        ):
+            session = onnxruntime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"]
+            )
+        sessions[name.removesuffix(".onnx")] = session
+    _check_shapes(folder, settings, sessions)
+    return sessions
+
+
+def run(session: Any, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Run a session; errors of onnxruntime become `CheckpointError`."""
+    with raised_as(CheckpointError, "The exported graph does not run", "export again."):
+        outputs: list[np.ndarray] = session.run(None, inputs)
+    return outputs
+
+
+def _check_shapes(folder: Path, settings: ExportSettings, sessions: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` unless the graphs have the inputs and outputs that the settings
+    imply.
+    """
+    cache = settings.cache
+    tokens = settings.tokens
+    capacity = cache.prefix + tokens.chunk_steps * len(tokens.low)
+    held = [cache.layers, cache.heads, capacity, cache.width]
+    side = settings.image_size
+    words = [1, settings.max_words]
+    wanted = {
+        "block": {"keys": held, "values": held, "used": [1], "committed": [1]},
+        "trunk": {"words": words, "state": [1, settings.state.size]},
+        **{
+            f"stem_{index}": {"image": [1, 3, side, side], "words": words}
+            for index in range(len(settings.cameras))
+        },
+    }
+    outputs = {"block": 6, "trunk": 6}
+    for name, shapes in wanted.items():
+        session = sessions[name]
+        found = {item.name: list(item.shape) for item in session.get_inputs()}
+        wrong = {key: found.get(key) for key, shape in shapes.items() if found.get(key) != shape}
+        if wrong or len(session.get_outputs()) != outputs.get(name, 1):
+            raise CheckpointError(
+                f"{folder / name}.onnx has other inputs or outputs than the settings describe "
+                f"({wrong or 'outputs'}); copy the whole folder again."
+            )

@@ -1,0 +1,221 @@
+"""``ceed-vla export``: write a checkpoint as graphs that run without torch (`ceed_vla.edge`)."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ceed_vla import __version__
+from ceed_vla.backbones.compact.words import InstructionWordsStep
+from ceed_vla.checkpoints import load
+from ceed_vla.edge.settings import (
+    CacheSettings,
+    ExportSettings,
+    StateSettings,
+    TokenSettings,
+    graph_names,
+)
+from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, raised_as
+from ceed_vla.export.graphs import CACHE, SLOT, CompactBlock, CompactStem, CompactTrunk
+from ceed_vla.fields import Checked
+from ceed_vla.tokens.uniform import ActionTokenizer
+
+OPSET = 20
+CHECKED = 3  # observations on which torch and the export are compared
+
+
+@dataclass
+class ExportConfig(Checked):
+    """Settings of ``ceed-vla export``.
+
+    Attributes:
+        policy_path: Checkpoint folder, or "student" or "teacher".
+        output_dir: Folder of the export; it must be new or empty.
+    """
+
+    policy_path: str
+    output_dir: str
+
+
+def export(config: ExportConfig) -> str:
+    """Export a checkpoint, and compare its tokens with torch's; returns a summary.
+
+    Raises:
+        ConfigError: The checkpoint cannot be exported, or the folder is not empty.
+        VerificationError: The export gives other tokens than torch.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"output_dir {folder} is not empty; name a new folder.")
+    policy, preprocess, _ = load(config.policy_path)
+    model = policy.backbone
+    if policy.config.backbone.type != "compact" or not isinstance(
+        policy.tokenizer, ActionTokenizer
+    ):
+        raise ConfigError(
+            f"{config.policy_path} has the backbone {policy.config.backbone.type} with "
+            f"{policy.config.action_tokens.type} tokens; exports support compact with uniform. Run "
+            "it with torch."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = _write_graphs(folder, model, policy.tokenizer.ordered)
+    files = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in graph_names(len(model.cameras))
+    }
+    settings = _settings(policy, preprocess, sizes, files)
+    settings.write(folder)
+    _verify(folder, policy, preprocess)
+    total = sum((folder / name).stat().st_size for name in files)
+    return (
+        f"Exported {config.policy_path} to {folder}: {len(files)} graphs, {total / 1e6:.1f} MB; "
+        f"tokens equal to torch's on {CHECKED} random observations (ar, jacobi, ceed)."
+    )
+
+
+@torch.no_grad()
+def _write_graphs(folder: Path, model: Any, ordered: bool) -> CacheSettings:
+    """Export the graphs of a compact backbone; returns the sizes of their cache."""
+    side = model.image_size
+    image = torch.rand(1, 3, side, side)
+    words = torch.ones(1, model.max_words, dtype=torch.int64)
+    state = torch.zeros(1, model.state_dim)
+    cameras = []
+    for index in range(len(model.cameras)):
+        stem = CompactStem(model, index)
+        cameras.append(stem(image, words))
+        _write(folder / f"stem_{index}.onnx", stem, (image, words), ("image", "words"), ("out",))
+    trunk = CompactTrunk(model, ordered)
+    inputs = ("words", "state", *(f"camera_{index}" for index in range(len(cameras))))
+    *_, keys, _ = trunk(words, state, *cameras)  # (layers, heads, P, width)
+    outputs = (*SLOT, *CACHE)
+    _write(folder / "trunk.onnx", trunk, (words, state, *cameras), inputs, outputs)
+    layers, heads, length, width = keys.shape
+    cache = torch.zeros(layers, heads, length + model.block_length, width)
+    used = torch.tensor([length])
+    tokens = torch.zeros(1, model.block_length - 1, dtype=torch.int64)
+    names = ("keys", "values", "used", "committed", "read")
+    _write(
+        folder / "block.onnx",
+        CompactBlock(model, ordered),
+        (cache, cache.clone(), used, torch.tensor([0]), tokens),
+        names,
+        (*SLOT, "new_keys", "new_values"),
+        {4: {1: torch.export.Dim("k", min=1, max=model.block_length)}},
+    )
+    return CacheSettings(layers, heads, width, length)
+
+
+def _write(
+    file: Path,
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    names: Sequence[str],
+    outputs: Sequence[str],
+    dynamic: dict[int, dict[int, Any]] | None = None,
+) -> None:
+    """Export one module; the inputs at the positions in `dynamic` have dynamic axes."""
+    shapes = None if dynamic is None else tuple(dynamic.get(i) for i in range(len(inputs)))
+    with (
+        raised_as(CheckpointError, f"{file.name} cannot be exported", "report the checkpoint."),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(),
+            inputs,
+            input_names=list(names),
+            output_names=list(outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            external_data=False,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(file))
+
+
+def _settings(
+    policy: Any, preprocess: Any, cache: CacheSettings, files: dict[str, str]
+) -> ExportSettings:
+    """What the graphs do not hold."""
+    config = policy.config
+    words = next(step for step in preprocess.steps if isinstance(step, InstructionWordsStep))
+    (name,) = (key for key, f in config.input_features.items() if f.type.value == "STATE")
+    mode = config.normalization_mapping.get("STATE")
+    statistics = next((s for s in preprocess.steps if hasattr(s, "_tensor_stats")), None)
+    state = StateSettings(name, config.shape.state_dim)
+    if getattr(mode, "value", mode) == "MEAN_STD" and statistics is not None:
+        values = statistics._tensor_stats[name]
+        state = StateSettings(
+            name,
+            config.shape.state_dim,
+            values["mean"].tolist(),
+            values["std"].tolist(),
+            float(statistics.eps),
+        )
+    elif getattr(mode, "value", mode) != "IDENTITY":
+        raise ConfigError(
+            f"The state's normalization is {mode}; exports support MEAN_STD and IDENTITY."
+        )
+    tokens = policy.tokenizer
+    return ExportSettings(
+        version=__version__,
+        cameras=list(policy.backbone.cameras),
+        state=state,
+        vocabulary=list(words.vocabulary),
+        tokens=TokenSettings(
+            tokens.low.tolist(),
+            tokens.high.tolist(),
+            tokens.chunk_steps,
+            tokens.vocabulary_size,
+            list(tokens.gripper_dims),
+            tokens.ordered,
+        ),
+        cache=cache,
+        decoding=config.decoding,
+        files=files,
+        image_size=policy.backbone.image_size,
+        max_words=words.max_words,
+        n_action_steps=config.n_action_steps,
+        decodings=dict(config.decodings),
+    )
+
+
+def _verify(folder: Path, policy: Any, preprocess: Any) -> None:
+    """Compare the export with torch on random observations; raise `VerificationError`."""
+    from ceed_vla.edge.policy import EdgePolicy
+
+    edge = EdgePolicy(folder, threads=1)
+    random = np.random.default_rng(0)
+    side = edge.settings.image_size
+    instruction = " ".join(edge.settings.vocabulary[: edge.settings.max_words])
+    for _ in range(CHECKED):
+        images = {
+            name: random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            for name in edge.settings.cameras
+        }
+        state = random.normal(size=edge.settings.state.size).astype(np.float32)
+        batch = {
+            name: torch.from_numpy(i).permute(2, 0, 1)[None] / 255 for name, i in images.items()
+        }
+        batch[edge.settings.state.name] = torch.from_numpy(state)[None]
+        batch = preprocess({**batch, "task": [instruction]})
+        for name in ("ar", "jacobi", "ceed"):
+            wanted = policy.decode(batch, name).tokens.numpy()
+            observation = {**images, edge.settings.state.name: state}
+            found = edge.decode(observation, instruction, name)
+            if not np.array_equal(found.tokens, wanted):
+                raise VerificationError(
+                    f"The export in {folder} gives other tokens than torch with {name}; do not use "
+                    "it. Report the checkpoint."
+                )

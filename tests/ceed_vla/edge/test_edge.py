@@ -1,0 +1,377 @@
+"""An export decodes torch's tokens without torch, and refuses files that are not its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnxscript", reason="exports need the extra export")
+
+import onnx
+from onnx import TensorProto, helper
+
+import ceed_vla
+import ceed_vla.sim.tabletop  # registers ceed_vla/Tabletop-v0
+from ceed_vla.edge import EdgePolicy
+from ceed_vla.errors import (
+    CheckpointError,
+    ConfigError,
+    NotFiniteError,
+    ObservationError,
+    TokenError,
+)
+from ceed_vla.export.export import ExportConfig, export
+from ceed_vla.sim.environment import observation_batch
+
+STATE = "observation.state"
+INSTRUCTION = "put the red cube in the bin"
+DECODERS = ("ar", "jacobi", "jacobi_h", "ceed", "cap1", "gap0.2", "agree4_cap6", "conf0.9_fresh")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped student's export, which must not be changed."""
+    folder = tmp_path_factory.mktemp("export") / "student"
+    assert "tokens equal to torch's" in export(ExportConfig("student", str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def edge(exported: Path) -> EdgePolicy:
+    return EdgePolicy(exported, threads=1)
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Path:
+    """A copy of the export, for damage."""
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def observations(edge: EdgePolicy) -> list[tuple[dict[str, np.ndarray], str, np.ndarray | None]]:
+    """Two episodes under the student's control: observation, instruction, last tokens."""
+    found = []
+    for seed, task in ((40000, "cube_in_bin"), (40001, "push_cube")):
+        env = gymnasium.make("ceed_vla/Tabletop-v0", task=task)
+        observation, info = env.reset(seed=seed)
+        previous = None
+        for _ in range(3):
+            raw = as_arrays(observation_batch([observation], [info["instruction"]]))
+            found.append((raw, info["instruction"], previous))
+            result = edge.decode(raw, info["instruction"], previous=previous)
+            previous = np.asarray(result.tokens)
+            for action in np.asarray(result.actions)[0][:4]:
+                observation, *_ = env.step(action)
+        env.close()
+    return found
+
+
+def as_arrays(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Images (H, W, 3) uint8 and the state (D,) of a batch of one row."""
+    images = {
+        name: (value[0] * 255).round().byte().permute(1, 2, 0).numpy()
+        for name, value in batch.items()
+        if name.startswith("observation.images.")
+    }
+    return {**images, STATE: batch[STATE][0].numpy()}
+
+
+def as_batch(raw: dict[str, np.ndarray], instruction: str) -> dict[str, Any]:
+    images = {
+        name: (torch.from_numpy(value).permute(2, 0, 1)[None].float() / 255).contiguous(
+            memory_format=torch.channels_last
+        )
+        for name, value in raw.items()
+        if value.ndim == 3
+    }
+    return {**images, STATE: torch.from_numpy(raw[STATE])[None], "task": [instruction]}
+
+
+def note(seen: list[tuple[int, int]], tokens: Any, proven: int, forwards: int) -> None:
+    seen.append((proven, forwards))
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("decoding", DECODERS)
+def test_tokens_are_torchs(
+    edge: EdgePolicy, observations: list[Any], decoding: str, frozen: int
+) -> None:
+    policy, preprocess, _ = ceed_vla.load("student")
+    for raw, instruction, previous in observations:
+        if frozen and previous is None:
+            continue
+        last = None if previous is None else torch.from_numpy(previous)
+        seen: dict[str, list[tuple[int, int]]] = {"torch": [], "edge": []}
+        wanted = policy.decode(
+            preprocess(as_batch(raw, instruction)),
+            decoding,
+            previous=last,
+            frozen_steps=frozen,
+            on_proven=partial(note, seen["torch"]),
+        )
+        found = edge.decode(
+            raw,
+            instruction,
+            decoding,
+            previous=previous,
+            frozen_steps=frozen,
+            on_proven=partial(note, seen["edge"]),
+        )
+        np.testing.assert_array_equal(found.tokens, wanted.tokens)
+        np.testing.assert_array_equal(found.actions, wanted.actions)
+        for name in ("iterations", "exact_tokens", "exact", "layer_forwards"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), name)
+        assert (found.forwards, found.exit_reason) == (wanted.forwards, wanted.exit_reason)
+        assert seen["edge"] == seen["torch"]
+        assert set(found.seconds) == {"prefill", "decode"}
+
+
+def test_a_deadline_ends_a_block(edge: EdgePolicy, observations: list[Any]) -> None:
+    raw, instruction, _ = observations[0]
+    result = edge.decode(raw, instruction, "jacobi", deadline_s=1e-6)
+    assert (result.forwards, result.exit_reason) == (1, ["deadline"])
+    with pytest.raises(ConfigError, match="for Jacobi decoding only"):
+        edge.decode(raw, instruction, "ar", deadline_s=1.0)
+
+
+def test_it_runs_without_torch(exported: Path) -> None:
+    script = f"""
+import sys
+import numpy as np
+from ceed_vla.edge import EdgePolicy
+policy = EdgePolicy({str(exported)!r})
+images = dict.fromkeys(policy.settings.cameras, np.zeros((96, 96, 3), np.uint8))
+result = policy.decode({{**images, {STATE!r}: np.zeros(14)}}, {INSTRUCTION!r})
+assert result.actions.shape == (1, 8, 7), result.actions.shape
+print([name for name in ("torch", "lerobot", "transformers") if name in sys.modules])
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("size", [(96, 96), (128, 160), (240, 100), (48, 60)])
+def test_images_are_resized_as_by_torch(edge: EdgePolicy, size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    wanted = torch.nn.functional.interpolate(
+        torch.from_numpy(image).permute(2, 0, 1)[None] / 255,
+        size=(96, 96),
+        mode="bilinear",
+        antialias=True,
+    )
+    found = edge.reader.image({"camera": image}, "camera")
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)
+
+
+def test_wrong_observations(edge: EdgePolicy, observations: list[Any]) -> None:
+    raw, instruction, _ = observations[0]
+    camera = edge.settings.cameras[0]
+    wrong: list[tuple[dict[str, Any], str, str]] = [
+        ({k: v for k, v in raw.items() if k != STATE}, instruction, "lacks 'observation.state'"),
+        ({**raw, STATE: np.zeros(3)}, instruction, "expected 14 numbers"),
+        ({**raw, STATE: np.full(14, np.nan)}, instruction, "NaN or infinite"),
+        ({**raw, camera: raw[camera][0]}, instruction, "expected .height, width, 3."),
+        ({**raw, camera: raw[camera].astype(np.int64)}, instruction, "must be uint8"),
+        ({**raw, camera: raw[camera] / 2.0}, instruction, "must be uint8"),
+        (raw, "?", "has no word"),
+        (raw, "sing loudly", "no word of the policy's vocabulary"),
+    ]
+    for observation, text, message in wrong:
+        with pytest.raises(ObservationError, match=message):
+            edge.decode(observation, text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"decoding": "beam"}, ConfigError, "Unknown decoder 'beam'"),
+        ({"decoding": "jacobi_random"}, ConfigError, "takes torch's random numbers"),
+        ({"executed_steps": 9}, ConfigError, r"executed_steps is 9; it must be in \[1, 8\]"),
+        ({"frozen_steps": 2}, TokenError, "there is no previous chunk"),
+        ({"previous": np.zeros((1, 55), np.int64)}, TokenError, "expected an array"),
+        ({"previous": np.full((1, 56), 255)}, TokenError, "tokens from 255 to 255"),
+        (
+            {"previous": np.zeros((1, 56), np.int64), "frozen_steps": 8},
+            TokenError,
+            r"frozen_steps is 8; it must be in \[0, 4\]",
+        ),
+        (
+            {"previous": np.zeros((1, 56), np.int64), "shift_steps": 9},
+            TokenError,
+            "shift_steps is 9",
+        ),
+    ],
+)
+def test_wrong_arguments(
+    edge: EdgePolicy,
+    observations: list[Any],
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    raw, instruction, _ = observations[0]
+    with pytest.raises(error, match=message):
+        edge.decode(raw, instruction, **arguments)
+
+
+def test_decoders_of_axes_are_refused(edge: EdgePolicy) -> None:
+    with pytest.raises(ConfigError, match="'ngram3' does not run on an export; use ar, jacobi"):
+        edge.decoding_config("ngram3")
+
+
+def test_logits_that_are_not_finite_are_an_error(
+    edge: EdgePolicy, observations: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, instruction, _ = observations[0]
+    monkeypatch.setattr(edge.reader, "state", lambda _: np.full((1, 14), np.nan, np.float32))
+    for decoding in ("ar", "jacobi"):
+        with pytest.raises(NotFiniteError):
+            edge.decode(raw, instruction, decoding)
+
+
+def other_graph(folder: Path, graph: onnx.GraphProto, **options: Any) -> None:
+    """Replace the trunk, with its hash, as somebody would who means to deceive."""
+    model = helper.make_model(graph, **options)
+    content = model.SerializeToString()
+    (folder / "trunk.onnx").write_bytes(content)
+    with_settings(
+        folder,
+        lambda s: s["files"].update({"trunk.onnx": hashlib.sha256(content).hexdigest()}),
+    )
+
+
+def with_settings(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    settings = json.loads((folder / "export.json").read_text())
+    change(settings)
+    (folder / "export.json").write_text(json.dumps(settings))
+
+
+def small_graph(operator: str, domain: str = "") -> onnx.GraphProto:
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("a", "b")]
+    node = helper.make_node(operator, ["a"], ["b"], domain=domain)
+    return helper.make_graph([node], "graph", ports[:1], ports[1:])
+
+
+def outside_graph(target: str) -> onnx.GraphProto:
+    """A graph with a weight in another file."""
+    graph = small_graph("Identity")
+    weight = TensorProto(
+        name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL
+    )
+    weight.external_data.add(key="location", value=target)
+    graph.initializer.append(weight)
+    graph.node.append(helper.make_node("Add", ["b", "w"], ["c"]))
+    return graph
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no settings": (lambda f: (f / "export.json").unlink(), "is not an export"),
+    "no json": (lambda f: (f / "export.json").write_text("{"), "is not JSON"),
+    "a graph is missing": (lambda f: (f / "block.onnx").unlink(), "block.onnx is missing"),
+    "truncated": (
+        lambda f: (f / "block.onnx").write_bytes((f / "block.onnx").read_bytes()[:1000]),
+        "differs from the hash",
+    ),
+    "other format": (lambda f: with_settings(f, lambda s: s.update(format=7)), "has the format 7"),
+    "unknown entry": (
+        lambda f: with_settings(f, lambda s: s.update(run="x")),
+        "the unknown entry 'run'",
+    ),
+    "missing entry": (lambda f: with_settings(f, lambda s: s.pop("cameras")), "entry is missing"),
+    "part is no object": (
+        lambda f: with_settings(f, lambda s: s.update(cache=[])),
+        "cache is .*; it must be an object",
+    ),
+    "wrong type": (
+        lambda f: with_settings(f, lambda s: s["cache"].update(layers="4")),
+        "cache.layers is '4'",
+    ),
+    "ranges": (
+        lambda f: with_settings(f, lambda s: s["tokens"].update(low=[1.0] * 7)),
+        "low below high",
+    ),
+    "statistics": (
+        lambda f: with_settings(f, lambda s: s["state"].update(std=[1.0])),
+        "state.std 1; it must be none or 14",
+    ),
+    "steps": (
+        lambda f: with_settings(f, lambda s: s.update(n_action_steps=9)),
+        r"n_action_steps is 9; it must be in \[1, 8\]",
+    ),
+    "files": (
+        lambda f: with_settings(f, lambda s: s["files"].update({"../x": "0"})),
+        "it must have stem_0.onnx",
+    ),
+    "decoding": (
+        lambda f: with_settings(f, lambda s: s["decoding"].update(method="beam")),
+        "decoding.method is 'beam'",
+    ),
+    "words": (
+        lambda f: with_settings(f, lambda s: s["vocabulary"].reverse()),
+        "it must list distinct lower-case words, sorted",
+    ),
+    "other sizes": (
+        lambda f: with_settings(f, lambda s: s["cache"].update(layers=3)),
+        "other inputs or outputs",
+    ),
+    "other graph": (lambda f: other_graph(f, small_graph("Identity")), "other inputs or outputs"),
+    "no graph": (
+        lambda f: (
+            (f / "trunk.onnx").write_bytes(b"x"),
+            with_settings(
+                f,
+                lambda s: s["files"].update({"trunk.onnx": hashlib.sha256(b"x").hexdigest()}),
+            ),
+        ),
+        "cannot be loaded",
+    ),
+    "custom operator": (
+        lambda f: other_graph(
+            f,
+            small_graph("Run", "somebody"),
+            opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("somebody", 1)],
+        ),
+        "cannot be loaded",
+    ),
+    "later opset": (
+        lambda f: other_graph(
+            f, small_graph("Identity"), opset_imports=[helper.make_opsetid("", 999)]
+        ),
+        "cannot be loaded",
+    ),
+    "weights of another file": (
+        lambda f: other_graph(f, outside_graph(str(Path(__file__)))),
+        "cannot be loaded",
+    ),
+    "weights outside the folder": (
+        lambda f: other_graph(f, outside_graph("../secret")),
+        "cannot be loaded",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_exports(copy: Path, damage: str) -> None:
+    spoil, message = DAMAGES[damage]
+    spoil(copy)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        EdgePolicy(copy)
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty; name a new folder"):
+        export(ExportConfig("student", str(tmp_path)))
+    assert (tmp_path / "file").read_text() == "mine"

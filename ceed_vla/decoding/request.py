@@ -61,7 +61,7 @@ class BlockRequest:
     stop: int | None = None
     readable: Callable[[Tensor], Tensor] | None = None
     record_states: bool = False
-    on_proven: Callable[[Tensor, int, int], None] | None = None
+    on_proven: Callable[[Any, int, int], None] | None = None
     deadline_s: float | None = None
     forwards_before: int = 0
     clock: Callable[[], float] = time.perf_counter

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ceed_vla.decoding.finite import check_rows
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.edge.forwards import GraphForwards, Slots
+from ceed_vla.edge.result import row_result
 
 
 def decode_autoregressive(
@@ -26,7 +29,7 @@ def decode_autoregressive(
     Raises:
         NotFiniteError: The logits are NaN or infinite.
     """
-    tokens = forwards.tokens
+    tokens: Any = forwards.tokens
     n = tokens.shape[1]
     free = max(frozen, 1)  # the first slot that takes a forward
     slots = prefix
@@ -47,15 +50,7 @@ def decode_autoregressive(
             _check(unchecked)
             request.on_proven(tokens, slot, slot - free)
     _check(unchecked)
-    taken = np.array([slot - free])
-    return DecodeResult(
-        tokens=tokens,  # type: ignore[arg-type]  # arrays of numpy in this package
-        forwards=slot - free,
-        iterations=taken,  # type: ignore[arg-type]
-        exit_reason=["complete"],
-        exact_tokens=np.array([end]),  # type: ignore[arg-type]
-        exact=np.array([end == n]),  # type: ignore[arg-type]
-    )
+    return row_result(tokens, slot - free, "complete", slot - free, end)
 
 
 def _check(best: list[np.ndarray]) -> None:

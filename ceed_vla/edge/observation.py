@@ -27,10 +27,10 @@ class ObservationReader:
         self._words = WordIds(settings.vocabulary, settings.max_words)
         state = settings.state
         # As LeRobot's normalizer, in float32.
-        self._mean = np.float32(state.mean or np.zeros(state.size))
-        self._scale = np.float32(state.std or np.ones(state.size)) + (
-            np.float32(state.eps) if state.std else np.float32(0)
-        )
+        self._mean = np.array(state.mean or [0] * state.size, dtype=np.float32)
+        self._scale = np.array(state.std or [1] * state.size, dtype=np.float32)
+        if state.std:
+            self._scale += np.float32(state.eps)
 
     def words(self, instruction: str) -> np.ndarray:
         """Ids (1, L) int64 of an instruction."""

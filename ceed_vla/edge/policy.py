@@ -16,6 +16,7 @@ from ceed_vla.decoding.loop import JacobiBlock, iterate
 from ceed_vla.edge.autoregressive import decode_autoregressive
 from ceed_vla.edge.forwards import Cache, GraphForwards, Slots, check_rules
 from ceed_vla.edge.observation import ObservationReader
+from ceed_vla.edge.result import row_result
 from ceed_vla.edge.sessions import open_sessions, run
 from ceed_vla.edge.settings import read_settings
 from ceed_vla.edge.vocabulary import Vocabulary
@@ -127,9 +128,10 @@ class EdgePolicy:
                 f"deadline_s is {deadline_s}; it must be positive, and is for Jacobi decoding only."
             )
         shift = usual if shift_steps is None else shift_steps
+        guess: Any = self.vocabulary.guess(config.guess, previous, shift, frozen_steps)
         request = BlockRequest(
             config=config,
-            guess=self.vocabulary.guess(config.guess, previous, shift, frozen_steps),  # type: ignore[arg-type]
+            guess=guess,
             tokens_per_step=self.vocabulary.width,
             ordered=self.settings.tokens.ordered,
             executed_steps=executed,
@@ -142,7 +144,8 @@ class EdgePolicy:
         prefilled = time.perf_counter()
         result = self._decode_block(prefix, request)
         result.layer_forwards = result.iterations * self.settings.cache.layers
-        result.actions = self.vocabulary.decode(result.tokens)  # type: ignore[arg-type,assignment]
+        actions: Any = self.vocabulary.decode(guess)  # its tokens are decoded in place
+        result.actions = actions
         decoded = time.perf_counter()
         result.seconds = {"prefill": prefilled - started, "decode": decoded - prefilled}
         return result
@@ -170,11 +173,7 @@ class EdgePolicy:
         iterate(block, forwards, exits, request.observers(tokens)[0])
         if not block.forwards:
             check_rows(prefix.best)
-        return DecodeResult(
-            tokens=tokens,
-            forwards=block.forwards,
-            iterations=rows.iterations,  # type: ignore[arg-type]
-            exit_reason=rows.exit_reasons,
-            exact_tokens=rows.exact,  # type: ignore[arg-type]
-            exact=rows.exact >= n,  # type: ignore[arg-type]
+        reason = rows.exit_reasons[0]
+        return row_result(
+            tokens, block.forwards, reason, int(rows.iterations[0]), int(rows.exact[0])
         )

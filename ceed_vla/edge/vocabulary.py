@@ -23,7 +23,8 @@ class Vocabulary:
         self.width = len(settings.low)
         self.size = settings.num_bins
         self.length = self.steps * self.width
-        low, high = np.float64(settings.low), np.float64(settings.high)  # (A,)
+        low = np.array(settings.low, dtype=np.float64)  # (A,)
+        high = np.array(settings.high, dtype=np.float64)  # (A,)
         top = self.size - 1
         value = np.arange(self.size, dtype=np.float64)[:, None]  # (V, 1)
         # As weighted means of the ends, v and top - v of a symmetric range are exactly opposite.
@@ -33,11 +34,12 @@ class Vocabulary:
 
     def check(self, tokens: object, what: str) -> np.ndarray:
         """`tokens` as (1, n) int64; `TokenError` if they do not fit."""
-        fits = isinstance(tokens, np.ndarray) and tokens.shape in (
-            (self.length,),
-            (1, self.length),
-        )
-        if not fits or not np.issubdtype(tokens.dtype, np.integer):  # type: ignore[union-attr]
+        shapes = ((self.length,), (1, self.length))
+        if (
+            not isinstance(tokens, np.ndarray)
+            or tokens.shape not in shapes
+            or not np.issubdtype(tokens.dtype, np.integer)
+        ):
             raise TokenError(
                 f"{what}: {getattr(tokens, 'shape', type(tokens).__name__)}, expected an array "
                 f"(1, {self.length}) of integers."

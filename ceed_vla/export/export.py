@@ -69,7 +69,7 @@ def export(config: ExportConfig) -> str:
     sizes = _write_graphs(folder, model, policy.tokenizer.ordered)
     files = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in graph_names(len(model.cameras))
+        for name in graph_names(len(policy.config.cameras))
     }
     settings = _settings(policy, preprocess, sizes, files)
     settings.write(folder)
@@ -212,7 +212,7 @@ def _verify(folder: Path, policy: Any, preprocess: Any) -> None:
         batch = preprocess({**batch, "task": [instruction]})
         for name in ("ar", "jacobi", "ceed"):
             wanted = policy.decode(batch, name).tokens.numpy()
-            observation = {**images, edge.settings.state.name: state}
+            observation: dict[str, Any] = {**images, edge.settings.state.name: state}
             found = edge.decode(observation, instruction, name)
             if not np.array_equal(found.tokens, wanted):
                 raise VerificationError(

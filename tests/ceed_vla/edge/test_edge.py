@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,13 @@ def test_tokens_are_torchs(
         assert (found.forwards, found.exit_reason) == (wanted.forwards, wanted.exit_reason)
         assert seen["edge"] == seen["torch"]
         assert set(found.seconds) == {"prefill", "decode"}
+
+
+def test_the_example_of_the_page(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[3] / "docs" / "how-to" / "export.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(example.replace("outputs/export", str(exported)), {})
+    assert capsys.readouterr().out.startswith("(1, 8, 7) ")
 
 
 def test_a_deadline_ends_a_block(edge: EdgePolicy, observations: list[Any]) -> None:

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise ImportError(
+        "ceed_vla.edge needs onnxruntime; install it: pip install onnxruntime"
+    ) from error
 
 from ceed_vla.edge.settings import ExportSettings, graph_names, read_graph
 from ceed_vla.errors import CheckpointError, raised_as

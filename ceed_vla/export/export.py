@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def export(config: ExportConfig) -> str:
         ConfigError: The checkpoint cannot be exported, or the folder is not empty.
         VerificationError: The export gives other tokens than torch.
     """
+    missing = [name for name in ("onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{missing[0]} is not installed, which exports need; run `scripts/setup.sh export`, or "
+            "install the extra export."
+        )
     folder = Path(config.output_dir)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"output_dir {folder} is not empty; name a new folder.")

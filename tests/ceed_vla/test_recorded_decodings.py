@@ -157,7 +157,7 @@ def decoded(policy: Any, recorded: Recorded, name: str, index: int) -> Any:
     [
         range(0, 200, 25),
         pytest.param(range(0, 200, 5), marks=pytest.mark.slow),
-        pytest.param(range(200), marks=pytest.mark.external),  # five minutes
+        pytest.param(range(200), marks=[pytest.mark.external, pytest.mark.timeout(1200)]),
     ],
     ids=["eight", "forty", "all"],
 )

@@ -378,8 +378,11 @@ def test_damaged_exports(copy: Path, damage: str) -> None:
         EdgePolicy(copy)
 
 
-def test_what_cannot_be_exported(tmp_path: Path) -> None:
+def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty; name a new folder"):
         export(ExportConfig("student", str(tmp_path)))
     assert (tmp_path / "file").read_text() == "mine"
+    monkeypatch.setattr("ceed_vla.export.export.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"onnxscript is not installed.*setup\.sh export"):
+        export(ExportConfig("student", str(tmp_path / "new")))

@@ -157,7 +157,9 @@ def measure(rule: ExitRule, logits: Tensor, tokens: Tensor) -> Tensor | None:
         ConfigError, f"The exit rule {type(rule).__name__} does not work: measure", "correct it."
     ):
         measured = rule.measure(logits, tokens)
-        if measured is not None and getattr(measured, "shape", None) != tokens.shape:
+        if measured is None:
+            return None
+        if not isinstance(measured, Tensor) or measured.shape != tokens.shape:
             raise TypeError(
                 f"it returned {type(measured).__name__}, not a tensor {tuple(tokens.shape)}"
             )

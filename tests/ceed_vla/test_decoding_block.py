@@ -190,3 +190,11 @@ def test_tokens_that_are_proven_on_the_way_are_those_of_the_end(
     )
     if decode is greedy:
         assert [exact // A for _, exact, _ in told] == list(range(frozen + 1, 5))
+
+
+def test_token_by_token_has_no_deadline(toy) -> None:
+    backbone, observation = toy(9, 1, 28, 5)
+    prefix = backbone.prefill(observation)
+    tokens = ActionTokenizer([-1.0] * A, [1.0] * A, 4, 5)
+    with pytest.raises(ConfigError, match=r"deadline_s is 0\.1, but token-by-token"):
+        decode_block(backbone, prefix, tokens, "ar", deadline_s=0.1)

@@ -10,7 +10,9 @@ from multiprocessing.reduction import ForkingPickler
 import draccus
 import pytest
 
-from ceed_vla.decoding import DecodingConfig, named_config
+import ceed_vla.decoding
+from ceed_vla.decoding import DecodingConfig, find_decoder, named_config
+from ceed_vla.decoding.registry import find_exit
 from ceed_vla.errors import CeedVLAError, ConfigError
 
 
@@ -139,3 +141,20 @@ def test_a_decoding_goes_to_another_process() -> None:
     assert again == config
     assert "decoder" not in vars(again)
     assert again.decoder is config.decoder
+
+
+def test_long_names_are_unknown() -> None:
+    """A checkpoint's own name may stand for any text, and a name may be arbitrarily long."""
+    with pytest.raises(ConfigError, match="Unknown decoder 'cap2_cap2"):
+        named_config("risk0.05", own={"risk0.05": "cap2_" * 40})
+    with pytest.raises(ConfigError, match="Unknown decoder 'previous'"):
+        named_config("previous")
+    with pytest.raises(ConfigError, match=r"decoding\.method is 'j+'; known"):
+        find_decoder("j" * 99)
+
+
+def test_names_that_the_package_lacks() -> None:
+    with pytest.raises(AttributeError, match=r"'ceed_vla\.decoding' has no attribute 'speculate'"):
+        _ = ceed_vla.decoding.speculate
+    assert find_decoder("jacobi").home == "ceed_vla.decoding.decoders"
+    assert find_exit("cap2").home == "ceed_vla.decoding.exits"

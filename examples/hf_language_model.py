@@ -38,7 +38,6 @@ from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.check import check_untrained
 from ceed_vla.backbones.compact.words import make_instruction_step
-from ceed_vla.word_ids import PAD_ID
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.backbones.features import check_features
 from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep
@@ -49,6 +48,7 @@ from ceed_vla.backbones.transformers.step_files import LOCAL
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.fields import Checked, ranged
+from ceed_vla.word_ids import PAD_ID
 
 # ---- the backbone --------------------------------------------------------------------------------
 

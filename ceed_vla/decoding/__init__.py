@@ -71,5 +71,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the parts that need torch when they are first used."""
     if name not in _WITH_TORCH:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}"
+        )
     return getattr(importlib.import_module(_WITH_TORCH[name]), name)
+
+
+def __dir__() -> list[str]:
+    """All names, also of parts that are not imported yet, so that shells can complete them."""
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,8 @@
 """Exit rules, which end a row of a Jacobi block before its fixed point.
 
 Each rule is a small class, found by its name. `ceed_vla.decoding.loop` itself ends rows that are at
-the fixed point. This file imports torch where a rule measures only, as rules also serve exported
-graphs (`ceed_vla.edge`), which measure inside.
+the fixed point. Only `measure` imports torch, because the rules also run on exported graphs
+(`ceed_vla.edge`), which contain the measurements.
 """
 
 from __future__ import annotations
@@ -235,3 +235,12 @@ def _rules(config: DecodingConfig) -> tuple[ExitRule, ...]:
     if config.deadline_s is not None:
         rules.append(Deadline(config.deadline_s))
     return tuple(rules)
+
+
+def __getattr__(name: str) -> Any:
+    """`mass_near` and `NEAR`, which were defined here before."""
+    if name not in ("mass_near", "NEAR"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ceed_vla.decoding import measures
+
+    return getattr(measures, name)

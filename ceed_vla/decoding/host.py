@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ceed_vla.decoding.finite import check_rows as check_rows
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.decoding.rows import Rows
 

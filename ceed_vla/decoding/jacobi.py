@@ -48,7 +48,7 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         request, block.rows, watched, frozen, readable=lambda: request.rows_readable(tokens)
     )
     forwards = TorchForwards(backbone, prefix, tokens, exits.rules, watched)
-    exits.begin(forwards.measure_slot_0())
+    exits.begin(forwards.measure_slot_0(frozen=bool(frozen)))
     observers, recorder = request.observers(tokens)
     iterate(block, forwards, exits, observers)
     if not block.forwards:
@@ -104,12 +104,14 @@ class TorchForwards:
         self._unchecked = 0
         return Computed(fresh, sums, measured)
 
-    def measure_slot_0(self) -> list[np.ndarray | None]:
-        """Per rule the measurement (B, 1) of slot 0, from the prefix; None if it measures
-        nothing.
+    def measure_slot_0(self, frozen: bool) -> list[np.ndarray | None]:
+        """Per rule the measurement (B, 1) of slot 0, from the prefix; None if it measures nothing,
+        and 0 without a transfer if the slot is `frozen`.
         """
         logits = self.prefix.logits[:, None]
-        found = (measure(rule, logits, self.tokens[:, :1]) for rule in self.rules)
+        found = [measure(rule, logits, self.tokens[:, :1]) for rule in self.rules]
+        if frozen:
+            return [None if slot is None else np.zeros(slot.shape) for slot in found]
         return [None if slot is None else slot.float().cpu().numpy() for slot in found]
 
 

@@ -35,7 +35,8 @@ class Computed(NamedTuple):
     """What one iteration computed, on the host."""
 
     tokens: np.ndarray  # (B, k) int64 of the slots of the span; unchanged in rows that ended
-    sums: np.ndarray  # (B, 1) float32, finite if all logits of a row are; see `finite`
+    # (B, 1) float32, not finite if a logit of the row is NaN or +inf; see `finite`
+    sums: np.ndarray
     # Per exit rule that measures, (B, w) of the ``w`` watched slots of the span.
     measured: Sequence[np.ndarray]
 
@@ -103,7 +104,7 @@ class JacobiBlock:
 
     def next_span(self, committed: int) -> Span | None:
         """The slots of the next iteration behind the `committed` ones; None when every row has
-        ended.
+        ended, or the block has no slot behind the first.
         """
         if not self.rows.running.any():
             return None
@@ -115,7 +116,7 @@ class JacobiBlock:
         return Span(start, end) if end > max(self.frozen, 1) else None
 
     def check(self, sums: np.ndarray) -> None:
-        """Check the `Computed.sums` of an iteration; raises `NotFiniteError`."""
+        """Count an iteration and check its `Computed.sums`; raises `NotFiniteError`."""
         check_rows(sums, self.rows.running if self.forwards else None)
         self.forwards += 1
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DecodeResult:
-    """A decoded block, and how decoding went.
+    """A decoded block, and how decoding went; results of `ceed_vla.edge` hold arrays of numpy.
 
     Attributes:
         tokens: (B, n) int64.

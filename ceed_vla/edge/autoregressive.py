@@ -33,17 +33,17 @@ def decode_autoregressive(
     n = tokens.shape[1]
     free = max(frozen, 1)  # the first slot that takes a forward
     slots = prefix
-    unchecked = [slots.best]
+    unchecked = [slots.total]
     if frozen:
         slots = forwards.read(tokens[:, :frozen])
         forwards.commit(frozen)
-        unchecked.append(slots.best)
+        unchecked.append(slots.total)
     tokens[:, frozen] = slots.tokens[:, -1]
     slot = frozen + 1
     while slot < end:
         slots = forwards.read(tokens[:, slot - 1 : slot])
         forwards.commit(1)
-        unchecked.append(slots.best)
+        unchecked.append(slots.total)
         tokens[:, slot] = slots.tokens[:, -1]
         slot += 1
         if request.on_proven is not None and slot % (request.tokens_per_step or n) == 0:
@@ -53,5 +53,5 @@ def decode_autoregressive(
     return row_result(tokens, slot - free, "complete", slot - free, end)
 
 
-def _check(best: list[np.ndarray]) -> None:
-    check_rows(np.concatenate(best, axis=1).sum(1, keepdims=True))
+def _check(totals: list[np.ndarray]) -> None:
+    check_rows(np.concatenate(totals, axis=1).sum(1, keepdims=True))

@@ -26,7 +26,7 @@ class Slots:
 
     Attributes:
         tokens: (1, k) int64.
-        best: (1, k) the largest logit.
+        total: (1, k) log-sum of the logits, not finite if one of them is NaN or +inf.
         mass: (1, k) see `ceed_vla.decoding.measures.mass_near`.
         lead: (1, k) see `ceed_vla.decoding.measures.lead`.
         keys: (layers, heads, positions, width) of the tokens that were read.
@@ -34,7 +34,7 @@ class Slots:
     """
 
     def __init__(self, outputs: Sequence[np.ndarray]) -> None:
-        self.tokens, self.best, self.mass, self.lead, self.keys, self.values = outputs
+        self.tokens, self.total, self.mass, self.lead, self.keys, self.values = outputs
 
     def measured(self, rules: Sequence[ExitRule]) -> list[np.ndarray | None]:
         """Per rule its measurement (1, k), None of a rule that measures nothing."""
@@ -42,12 +42,17 @@ class Slots:
         return [None if name is None else getattr(self, name) for name in names]
 
 
+def runs_anywhere(rule: type[ExitRule]) -> bool:
+    """Whether an exit rule is one of `ceed_vla.decoding`, which every process knows."""
+    return rule.__module__.startswith("ceed_vla.decoding.")
+
+
 def check_rules(rules: Sequence[ExitRule]) -> None:
     """Raise `ConfigError` for an exit rule whose measurement the graphs do not have."""
     for rule in rules:
-        if type(rule).measure not in _MEASURES:
+        if type(rule).measure not in _MEASURES or not runs_anywhere(type(rule)):
             raise ConfigError(
-                f"The exit rule {type(rule).__name__} measures what an export does not contain; "
+                f"The exit rule {type(rule).__name__} does not run on an export; "
                 "use conf<P>, gap<P>, agree<D>, changed<K>, cap<K> or deadline<MS>."
             )
 
@@ -92,7 +97,7 @@ class GraphForwards:
 
     Args:
         session: The block's session.
-        cache: Keys and values of the prefix; of another block they are discarded.
+        cache: Keys and values of the prefix; those of an earlier block are discarded.
         prefix: What the trunk returned for slot 0.
         tokens: (1, n) int64 the state, changed in place.
         rules: Exit rules.
@@ -114,7 +119,7 @@ class GraphForwards:
         self._cache = cache
         self._rules = rules
         self._watched = watched
-        self._unchecked = prefix.best  # (1, k) logits that are not checked yet
+        self._unchecked = prefix.total  # (1, k) of logits that are not checked yet
         self._slots: Slots | None = None
 
     @property
@@ -132,7 +137,7 @@ class GraphForwards:
         self.tokens[:, span.start : span.end] = new
         width = max(self._watched - span.start, 0)
         values = (m for m in slots.measured(self._rules) if m is not None)
-        sums = slots.best[:, skipped:].sum(1, keepdims=True) + self._unchecked.sum()
+        sums = slots.total[:, skipped:].sum(1, keepdims=True) + self._unchecked.sum()
         self._unchecked = np.zeros(0, np.float32)
         return Computed(new, sums, [m[:, skipped : skipped + width] for m in values])
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ceed_vla.edge.settings import ExportSettings
-from ceed_vla.errors import ObservationError
+from ceed_vla.errors import ObservationError, raised_as
 from ceed_vla.fields import short
 from ceed_vla.word_ids import WordIds
 
@@ -33,7 +33,9 @@ class ObservationReader:
             self._scale += np.float32(state.eps)
 
     def words(self, instruction: str) -> np.ndarray:
-        """Ids (1, L) int64 of an instruction."""
+        """Ids (1, L) int64 of an instruction; raises `ObservationError`."""
+        if not isinstance(instruction, str):
+            raise ObservationError(f"The instruction is {short(instruction)}; it must be one text.")
         return np.array([self._words.encode(instruction)], dtype=np.int64)
 
     def state(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -43,10 +45,12 @@ class ObservationReader:
             ObservationError: It is missing, has another size, or is not finite.
         """
         settings = self.settings.state
-        value = np.asarray(_feature(observation, settings.name))
-        if value.size != settings.size or value.dtype.kind not in "fiu":
+        value = _feature(observation, settings.name)
+        shapes = ((settings.size,), (1, settings.size))
+        if value.shape not in shapes or value.dtype.kind not in "fiu":
             raise ObservationError(
-                f"{settings.name} is {value.shape} {value.dtype}; expected {settings.size} numbers."
+                f"{settings.name} is {value.shape} {value.dtype}; expected numbers of the shape "
+                f"({settings.size},)."
             )
         state = value.reshape(1, settings.size).astype(np.float32)
         if not np.isfinite(state).all():
@@ -64,15 +68,20 @@ class ObservationReader:
         Raises:
             ObservationError: The image is missing, or is not such an image.
         """
-        image = np.asarray(_feature(observation, camera))
+        image = _feature(observation, camera)
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ObservationError(
                 f"{camera} is {image.shape} {image.dtype}; expected (height, width, 3)."
             )
         if image.dtype == np.uint8:
             pixels = image.astype(np.float32) / np.float32(255)
-        elif image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 1:
+        elif image.dtype.kind == "f":
             pixels = image.astype(np.float32)
+            if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN is neither
+                raise ObservationError(
+                    f"{camera} has values from {pixels.min():g} to {pixels.max():g}; images must "
+                    "be in [0, 1], or uint8."
+                )
         else:
             raise ObservationError(
                 f"{camera} is {image.dtype}; images must be uint8, or floats in [0, 1]."
@@ -83,10 +92,15 @@ class ObservationReader:
 
 
 def _feature(observation: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    if name not in observation:
-        known = ", ".join(sorted(map(str, observation))) or "nothing"
+    if not isinstance(observation, Mapping) or name not in observation:
+        known = (
+            ", ".join(sorted(map(str, observation))) or "nothing"
+            if isinstance(observation, Mapping)
+            else f"no features ({type(observation).__name__})"
+        )
         raise ObservationError(f"The observation lacks {name!r}; it has {known}.")
-    return observation[name]
+    with raised_as(ObservationError, f"{name} is no array", "pass an array of numpy."):
+        return np.asarray(observation[name])
 
 
 def resized(image: np.ndarray, side: int) -> np.ndarray:

@@ -66,7 +66,8 @@ class EdgePolicy:
         """Run the prefix and store its keys and values; returns what it predicts for slot 0.
 
         Args:
-            observation: Cameras (H, W, 3) uint8, and the state (D,), by their features.
+            observation: Cameras (H, W, 3) uint8, or float in [0, 1], and the state (D,), by their
+                features.
             instruction: What to do.
 
         Raises:
@@ -94,7 +95,7 @@ class EdgePolicy:
         on_proven: Callable[[Any, int, int], None] | None = None,
         deadline_s: float | None = None,
     ) -> DecodeResult:
-        """Decode one action chunk; the arguments are those of ``CeedVLAPolicy.decode``.
+        """Decode one action chunk, as ``CeedVLAPolicy.decode`` does.
 
         Args:
             observation: See `prefill`.
@@ -123,9 +124,12 @@ class EdgePolicy:
         executed = usual if executed_steps is None else executed_steps
         if type(executed) is not int or not 1 <= executed <= steps:
             raise ConfigError(f"executed_steps is {short(executed)}; it must be in [1, {steps}].")
-        if deadline_s is not None and (not deadline_s > 0 or config.method == "ar"):
+        if deadline_s is not None and not deadline_s > 0:
+            raise ConfigError(f"deadline_s is {short(deadline_s)}; it must be positive.")
+        if deadline_s is not None and config.method == "ar":
             raise ConfigError(
-                f"deadline_s is {deadline_s}; it must be positive, and is for Jacobi decoding only."
+                f"deadline_s is {deadline_s}, but token-by-token decoding has no early exit; leave "
+                "it out, or use jacobi."
             )
         shift = usual if shift_steps is None else shift_steps
         guess: Any = self.vocabulary.guess(config.guess, previous, shift, frozen_steps)
@@ -143,7 +147,9 @@ class EdgePolicy:
         prefix = self.prefill(observation, instruction)
         prefilled = time.perf_counter()
         result = self._decode_block(prefix, request)
-        result.layer_forwards = result.iterations * self.settings.cache.layers
+        layers = self.settings.cache.layers
+        result.layer_forwards = result.iterations * layers
+        result.prefix_layers = result.iterations * 0 + layers
         actions: Any = self.vocabulary.decode(guess)  # its tokens are decoded in place
         result.actions = actions
         decoded = time.perf_counter()
@@ -172,7 +178,7 @@ class EdgePolicy:
         exits.begin(prefix.measured(exits.rules))
         iterate(block, forwards, exits, request.observers(tokens)[0])
         if not block.forwards:
-            check_rows(prefix.best)
+            check_rows(prefix.total)
         reason = rows.exit_reasons[0]
         return row_result(
             tokens, block.forwards, reason, int(rows.iterations[0]), int(rows.exact[0])

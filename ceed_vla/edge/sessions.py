@@ -16,7 +16,8 @@ except ImportError as error:
     ) from error
 
 from ceed_vla.edge.settings import ExportSettings, graph_names, read_graph
-from ceed_vla.errors import CheckpointError, raised_as
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
+from ceed_vla.fields import THREADS, Interval, fits, short
 
 
 def open_sessions(folder: Path, settings: ExportSettings, threads: int) -> dict[str, Any]:
@@ -32,6 +33,8 @@ def open_sessions(folder: Path, settings: ExportSettings, threads: int) -> dict[
         CheckpointError: A graph is damaged, has operators that onnxruntime does not have, refers to
             other files, or has other inputs and outputs.
     """
+    if not fits(threads, int, Interval(THREADS)):
+        raise ConfigError(f"threads is {short(threads)}; it must be in {THREADS}.")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -69,9 +72,10 @@ def _check_shapes(folder: Path, settings: ExportSettings, sessions: Mapping[str,
     held = [cache.layers, cache.heads, capacity, cache.width]
     side = settings.image_size
     words = [1, settings.max_words]
-    wanted = {
-        "block": {"keys": held, "values": held, "used": [1], "committed": [1]},
-        "trunk": {"words": words, "state": [1, settings.state.size]},
+    cameras = {f"camera_{index}": None for index in range(len(settings.cameras))}
+    wanted: dict[str, dict[str, list[int] | None]] = {
+        "block": {"keys": held, "values": held, "used": [1], "committed": [1], "read": None},
+        "trunk": {"words": words, "state": [1, settings.state.size], **cameras},
         **{
             f"stem_{index}": {"image": [1, 3, side, side], "words": words}
             for index in range(len(settings.cameras))
@@ -81,9 +85,20 @@ def _check_shapes(folder: Path, settings: ExportSettings, sessions: Mapping[str,
     for name, shapes in wanted.items():
         session = sessions[name]
         found = {item.name: list(item.shape) for item in session.get_inputs()}
-        wrong = {key: found.get(key) for key, shape in shapes.items() if found.get(key) != shape}
-        if wrong or len(session.get_outputs()) != outputs.get(name, 1):
+        wrong = {
+            key: found.get(key)
+            for key, shape in shapes.items()
+            if key not in found or shape not in (None, found[key])
+        }
+        more = found.keys() - shapes
+        if wrong or more or len(session.get_outputs()) != outputs.get(name, 1):
             raise CheckpointError(
                 f"{folder / name}.onnx has other inputs or outputs than the settings describe "
-                f"({wrong or 'outputs'}); copy the whole folder again."
+                f"({wrong or sorted(more) or 'outputs'}); copy the whole folder again."
             )
+    before = [cache.layers, cache.heads, cache.prefix, cache.width]
+    if list(sessions["trunk"].get_outputs()[4].shape) != before:
+        raise CheckpointError(
+            f"{folder / 'trunk'}.onnx returns keys of another shape than {before}, which the "
+            "settings describe; copy the whole folder again."
+        )

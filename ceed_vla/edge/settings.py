@@ -13,15 +13,20 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import Checked, chosen, ranged, short
-from ceed_vla.files import read_json
+from ceed_vla.files import read_bytes, read_json
+from ceed_vla.word_ids import WordIds
 
 SETTINGS = "export.json"
 FORMAT = 1
 FAMILIES = ("compact",)
 MOST_GRAPH = 2_000_000_000  # [bytes]
+MOST_TOKENS = 65_536  # of a block
+MOST_VALUES = 2**30  # of keys, and of the table of actions
 
 
 @dataclass
@@ -48,6 +53,11 @@ class StateSettings(Checked, prefix="state."):
                 f"state.mean has {len(self.mean)} values and state.std {len(self.std)}; it must be "
                 f"none or {self.size} each."
             )
+        if any(np.float32(std) + np.float32(self.eps) == 0 for std in self.std):
+            raise ConfigError(
+                f"state.std has 0 and state.eps is {self.eps}; their sum divides the state, so it "
+                "must be positive."
+            )
 
 
 @dataclass
@@ -66,6 +76,10 @@ class CacheSettings(Checked, prefix="cache."):
     width: int = ranged(1, "[1, 65536]")
     prefix: int = ranged(1, "[1, 65536]")
 
+    def size(self, block_length: int) -> int:
+        """Values of the keys, for a block of `block_length`."""
+        return self.layers * self.heads * self.width * (self.prefix + block_length)
+
 
 @dataclass
 class TokenSettings(Checked, prefix="tokens."):
@@ -76,7 +90,6 @@ class TokenSettings(Checked, prefix="tokens."):
         high: Largest action of every dimension [action units].
         chunk_steps: Steps of a chunk.
         num_bins: Values of one token.
-        gripper_dims: Two-valued dimensions.
         ordered: Whether neighbouring tokens stand for neighbouring actions.
     """
 
@@ -84,7 +97,6 @@ class TokenSettings(Checked, prefix="tokens."):
     high: list[float] = ranged([], "[-1e9, 1e9]")
     chunk_steps: int = ranged(1, "[1, 4096]")
     num_bins: int = ranged(255, "[2, 65536]")
-    gripper_dims: list[int] = ranged([], "[0, 4096]")
     ordered: bool = True
 
     def __post_init__(self) -> None:
@@ -111,7 +123,7 @@ class ExportSettings(Checked):
         max_words: Longest instruction [words].
         tokens: Action tokens.
         cache: Sizes of the cache.
-        n_action_steps: Steps that are executed of a chunk, unless the caller states another number.
+        n_action_steps: Steps of a chunk that are executed by default.
         decoding: The checkpoint's own decoding.
         decodings: Its own names for decoders.
         files: Graph file -> SHA-256.
@@ -137,6 +149,14 @@ class ExportSettings(Checked):
             raise ConfigError(
                 f"n_action_steps is {self.n_action_steps}; it must be in [1, "
                 f"{self.tokens.chunk_steps}], as a chunk has {self.tokens.chunk_steps} steps."
+            )
+        WordIds(self.vocabulary, self.max_words)
+        length = self.tokens.chunk_steps * len(self.tokens.low)
+        values = self.cache.size(length) + len(self.tokens.low) * self.tokens.num_bins
+        if length > MOST_TOKENS or values > MOST_VALUES:
+            raise ConfigError(
+                f"A block of {length} tokens with a cache of {values} values is too large; at most "
+                f"{MOST_TOKENS} and {MOST_VALUES} are supported."
             )
         wanted = graph_names(len(self.cameras))
         if set(self.files) != set(wanted):
@@ -212,11 +232,7 @@ def read_graph(folder: Path, name: str, digest: str) -> bytes:
         CheckpointError: The file is missing, too large, or differs from its hash.
     """
     file = folder / name
-    if not file.is_file() or file.stat().st_size > MOST_GRAPH:
-        raise CheckpointError(
-            f"{file} is missing, or larger than {MOST_GRAPH / 1e9:g} GB. Export again."
-        )
-    content = file.read_bytes()
+    content = read_bytes(file, CheckpointError, most=MOST_GRAPH)
     found = hashlib.sha256(content).hexdigest()
     if found != digest:
         raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ceed_vla.edge.settings import TokenSettings
-from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.errors import CheckpointError, ConfigError, TokenError
 from ceed_vla.fields import short
 
 
@@ -95,6 +95,15 @@ class Vocabulary:
         return guess
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Actions (1, m, A) float32 of `tokens` (1, n) [action units]."""
+        """Actions (1, m, A) float32 of decoded `tokens` (1, n) [action units].
+
+        Raises:
+            CheckpointError: The graphs return tokens that the settings do not have.
+        """
+        if tokens.max() >= self.size:
+            raise CheckpointError(
+                f"The exported graph returned token {tokens.max()}, but the settings have "
+                f"{self.size} bins; copy the whole folder again."
+            )
         steps = tokens.reshape(1, self.steps, self.width)
         return np.take_along_axis(self._centres[None], steps, axis=1)

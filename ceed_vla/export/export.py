@@ -6,17 +6,21 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from lerobot.processor import NormalizerProcessorStep
 from torch import Tensor, nn
 
 from ceed_vla import __version__
 from ceed_vla.backbones.compact.words import InstructionWordsStep
 from ceed_vla.checkpoints import load
+from ceed_vla.decoding.registry import find_exit
 from ceed_vla.edge.settings import (
     CacheSettings,
     ExportSettings,
@@ -49,8 +53,12 @@ class ExportConfig(Checked):
 def export(config: ExportConfig) -> str:
     """Export a checkpoint, and compare its tokens with torch's; returns a summary.
 
+    The folder appears when everything is written and compared.
+
     Raises:
-        ConfigError: The checkpoint cannot be exported, or the folder is not empty.
+        ConfigError: The checkpoint or its decoding cannot be exported, a package is missing, or the
+            folder is not empty.
+        CheckpointError: The checkpoint is damaged, or torch cannot export its graphs.
         VerificationError: The export gives other tokens than torch.
     """
     missing = [name for name in ("onnxscript", "onnxruntime") if find_spec(name) is None]
@@ -60,32 +68,55 @@ def export(config: ExportConfig) -> str:
             "install the extra export."
         )
     folder = Path(config.output_dir)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"output_dir {folder} is not empty; name a new folder.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"output_dir {folder} is not an empty folder; name a new one.")
     policy, preprocess, _ = load(config.policy_path)
-    model = policy.backbone
-    if policy.config.backbone.type != "compact" or not isinstance(
-        policy.tokenizer, ActionTokenizer
-    ):
-        raise ConfigError(
-            f"{config.policy_path} has the backbone {policy.config.backbone.type} with "
-            f"{policy.config.action_tokens.type} tokens; exports support compact with uniform. Run "
-            "it with torch."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes = _write_graphs(folder, model, policy.tokenizer.ordered)
-    files = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in graph_names(len(policy.config.cameras))
-    }
-    settings = _settings(policy, preprocess, sizes, files)
-    settings.write(folder)
-    _verify(folder, policy, preprocess)
-    total = sum((folder / name).stat().st_size for name in files)
+    _check(config.policy_path, policy)
+    settings = partial(_settings, policy, preprocess, _state(policy, preprocess))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        written = Path(temporary) / folder.name
+        written.mkdir()
+        cache = _write_graphs(written, policy.backbone, policy.tokenizer.ordered)
+        names = graph_names(len(policy.config.cameras))
+        files = {n: hashlib.sha256((written / n).read_bytes()).hexdigest() for n in names}
+        settings(cache, files).write(written)
+        _verify(written, policy, preprocess)
+        total = sum((written / name).stat().st_size for name in names)
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        written.rename(folder)
     return (
         f"Exported {config.policy_path} to {folder}: {len(files)} graphs, {total / 1e6:.1f} MB; "
         f"tokens equal to torch's on {CHECKED} random observations (ar, jacobi, ceed)."
     )
+
+
+def _check(name: str, policy: Any) -> None:
+    """Raise `ConfigError` for a policy that cannot be exported."""
+    config = policy.config
+    if config.backbone.type != "compact" or not isinstance(policy.tokenizer, ActionTokenizer):
+        raise ConfigError(
+            f"{name} has the backbone {config.backbone.type} with {config.action_tokens.type} "
+            "tokens; exports support compact with uniform. Run it with torch."
+        )
+    if policy.tokenizer.block_length < 3:
+        raise ConfigError(
+            f"{name} has blocks of {policy.tokenizer.block_length} tokens; exports need at least 3."
+        )
+    decoding = config.decoding
+    homes = {find_exit(rule).home for rule in decoding.exits}
+    if (
+        decoding.method not in ("ar", "jacobi")
+        or decoding.guess == "random"
+        or not all(home.startswith("ceed_vla.decoding.") for home in homes)
+    ):
+        raise ConfigError(
+            f"{name} decodes with method {decoding.method!r}, guess {decoding.guess!r} and exits "
+            f"{list(decoding.exits)}; exports support ar and jacobi with the exit rules of "
+            "ceed_vla.decoding. Change policy.decoding in a copy of the checkpoint, or run it with "
+            "torch."
+        )
 
 
 @torch.no_grad()
@@ -151,29 +182,40 @@ def _write(
         program.save(str(file))
 
 
+def _state(policy: Any, preprocess: Any) -> StateSettings:
+    """The state and its normalization.
+
+    Raises:
+        ConfigError: The mode of the normalization is not supported.
+    """
+    config = policy.config
+    (name,) = (key for key, f in config.input_features.items() if f.type.value == "STATE")
+    size = config.shape.state_dim
+    mode = config.normalization_mapping.get("STATE", "IDENTITY")
+    mode = getattr(mode, "value", mode)
+    if mode not in ("MEAN_STD", "IDENTITY"):
+        raise ConfigError(
+            f"The state's normalization is {mode}; exports support MEAN_STD and IDENTITY. Run the "
+            "policy with torch."
+        )
+    normalizer = next((s for s in preprocess.steps if isinstance(s, NormalizerProcessorStep)), None)
+    values = {} if normalizer is None else normalizer._tensor_stats.get(name, {})
+    if mode == "IDENTITY" or normalizer is None or not values:
+        return StateSettings(name, size)
+    mean, std = values["mean"].tolist(), values["std"].tolist()
+    return StateSettings(name, size, mean, std, float(normalizer.eps))
+
+
 def _settings(
-    policy: Any, preprocess: Any, cache: CacheSettings, files: dict[str, str]
+    policy: Any,
+    preprocess: Any,
+    state: StateSettings,
+    cache: CacheSettings,
+    files: dict[str, str],
 ) -> ExportSettings:
     """What the graphs do not hold."""
     config = policy.config
     words = next(step for step in preprocess.steps if isinstance(step, InstructionWordsStep))
-    (name,) = (key for key, f in config.input_features.items() if f.type.value == "STATE")
-    mode = config.normalization_mapping.get("STATE")
-    statistics = next((s for s in preprocess.steps if hasattr(s, "_tensor_stats")), None)
-    state = StateSettings(name, config.shape.state_dim)
-    if getattr(mode, "value", mode) == "MEAN_STD" and statistics is not None:
-        values = statistics._tensor_stats[name]
-        state = StateSettings(
-            name,
-            config.shape.state_dim,
-            values["mean"].tolist(),
-            values["std"].tolist(),
-            float(statistics.eps),
-        )
-    elif getattr(mode, "value", mode) != "IDENTITY":
-        raise ConfigError(
-            f"The state's normalization is {mode}; exports support MEAN_STD and IDENTITY."
-        )
     tokens = policy.tokenizer
     return ExportSettings(
         version=__version__,
@@ -185,7 +227,6 @@ def _settings(
             tokens.high.tolist(),
             tokens.chunk_steps,
             tokens.vocabulary_size,
-            list(tokens.gripper_dims),
             tokens.ordered,
         ),
         cache=cache,
@@ -200,7 +241,7 @@ def _settings(
 
 def _verify(folder: Path, policy: Any, preprocess: Any) -> None:
     """Compare the export with torch on random observations; raise `VerificationError`."""
-    from ceed_vla.edge.policy import EdgePolicy
+    from ceed_vla.edge import EdgePolicy
 
     edge = EdgePolicy(folder, threads=1)
     random = np.random.default_rng(0)

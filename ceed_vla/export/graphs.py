@@ -5,7 +5,8 @@ export.
     trunk     words (1, L), state (1, D), tokens of every camera   -> slot 0; keys and values
     block     keys, values, positions in use, tokens (1, k)        -> k slots; their keys and values
 
-A graph returns little: for every slot its token, the largest logit, and what exit rules measure.
+A graph returns little: for every slot its token, the log-sum of its logits, and what exit rules
+measure. onnxruntime's maximum may skip NaN; the log-sum is finite only if no logit is NaN or +inf.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ceed_vla.decoding.measures import lead, mass_near
 
-SLOT = ("tokens", "best", "mass", "lead")  # outputs (1, k) for k slots
+SLOT = ("tokens", "total", "mass", "lead")  # outputs (1, k) for k slots
 CACHE = ("keys", "values")  # (layers, heads, positions, width)
 
 
@@ -26,9 +27,10 @@ def read_slots(logits: Tensor, ordered: bool) -> tuple[Tensor, Tensor, Tensor, T
 
     The mass near the token has a meaning only in `ordered` vocabularies; in others it is 0.
     """
-    best, tokens = logits.max(-1)
-    mass = mass_near(logits, tokens) if ordered else torch.zeros_like(best)
-    return tokens, best, mass, lead(logits)
+    tokens = logits.argmax(-1)
+    total = logits.logsumexp(-1)
+    mass = mass_near(logits, tokens) if ordered else torch.zeros_like(total)
+    return tokens, total, mass, lead(logits)
 
 
 class CompactStem(nn.Module):

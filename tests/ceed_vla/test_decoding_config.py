@@ -12,6 +12,7 @@ import pytest
 
 import ceed_vla.decoding
 from ceed_vla.decoding import DecodingConfig, find_decoder, named_config
+from ceed_vla.decoding.measures import mass_near
 from ceed_vla.decoding.registry import find_exit
 from ceed_vla.errors import CeedVLAError, ConfigError
 
@@ -156,5 +157,9 @@ def test_long_names_are_unknown() -> None:
 def test_names_that_the_package_lacks() -> None:
     with pytest.raises(AttributeError, match=r"'ceed_vla\.decoding' has no attribute 'speculate'"):
         _ = ceed_vla.decoding.speculate
+    assert "decode_block" in dir(ceed_vla.decoding)
+    assert ceed_vla.decoding.exits.mass_near is mass_near  # its former place
+    with pytest.raises(AttributeError, match="no attribute 'mass_far'"):
+        _ = ceed_vla.decoding.exits.mass_far
     assert find_decoder("jacobi").home == "ceed_vla.decoding.decoders"
     assert find_exit("cap2").home == "ceed_vla.decoding.exits"

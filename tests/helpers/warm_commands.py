@@ -22,11 +22,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 SCRIPTS = ("ceed-vla", "lerobot-train", "lerobot-eval")
-_servers: list[subprocess.Popen[str]] = []  # ends when its standard input is closed
-# Stands under the name of every script: it sends what a process is made of, and waits for the end.
+_servers: list[subprocess.Popen[str]] = []  # each ends when its standard input closes
+# Installed under the name of every script: it sends arguments, directory, environment and streams
+# to the server, and returns the exit code.
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -131,6 +133,9 @@ def _run(connection: socket.socket, entries: dict[str, importlib.metadata.EntryP
         code = entries[name].load()()
     except SystemExit as ended:
         code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     if isinstance(code, str):
         print(code, file=sys.stderr)
     # Freeing what was imported before the fork takes two seconds, and libraries crash at it.

@@ -17,6 +17,7 @@ from ceed_vla.fields import check_fields, ranged
 from ceed_vla.instructions import batch_instructions
 from ceed_vla.word_ids import FIRST_WORD_ID, WordIds
 from ceed_vla.word_ids import PAD_ID as PAD_ID
+from ceed_vla.word_ids import UNKNOWN_ID as UNKNOWN_ID
 from ceed_vla.word_ids import split_words as split_words
 
 

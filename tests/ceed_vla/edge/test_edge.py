@@ -21,7 +21,7 @@ import torch
 pytest.importorskip("onnxscript", reason="exports need the extra export")
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import ceed_vla
 import ceed_vla.sim.tabletop  # registers ceed_vla/Tabletop-v0
@@ -132,7 +132,7 @@ def test_tokens_are_torchs(
         )
         np.testing.assert_array_equal(found.tokens, wanted.tokens)
         np.testing.assert_array_equal(found.actions, wanted.actions)
-        for name in ("iterations", "exact_tokens", "exact", "layer_forwards"):
+        for name in ("iterations", "exact_tokens", "exact", "layer_forwards", "prefix_layers"):
             np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), name)
         assert (found.forwards, found.exit_reason) == (wanted.forwards, wanted.exit_reason)
         assert seen["edge"] == seen["torch"]
@@ -150,7 +150,7 @@ def test_a_deadline_ends_a_block(edge: EdgePolicy, observations: list[Any]) -> N
     raw, instruction, _ = observations[0]
     result = edge.decode(raw, instruction, "jacobi", deadline_s=1e-6)
     assert (result.forwards, result.exit_reason) == (1, ["deadline"])
-    with pytest.raises(ConfigError, match="for Jacobi decoding only"):
+    with pytest.raises(ConfigError, match="token-by-token decoding has no early exit"):
         edge.decode(raw, instruction, "ar", deadline_s=1.0)
 
 
@@ -188,11 +188,16 @@ def test_wrong_observations(edge: EdgePolicy, observations: list[Any]) -> None:
     camera = edge.settings.cameras[0]
     wrong: list[tuple[dict[str, Any], str, str]] = [
         ({k: v for k, v in raw.items() if k != STATE}, instruction, "lacks 'observation.state'"),
-        ({**raw, STATE: np.zeros(3)}, instruction, "expected 14 numbers"),
+        ({**raw, STATE: np.zeros(3)}, instruction, "expected numbers of the shape .14"),
         ({**raw, STATE: np.full(14, np.nan)}, instruction, "NaN or infinite"),
         ({**raw, camera: raw[camera][0]}, instruction, "expected .height, width, 3."),
         ({**raw, camera: raw[camera].astype(np.int64)}, instruction, "must be uint8"),
-        ({**raw, camera: raw[camera] / 2.0}, instruction, "must be uint8"),
+        ({**raw, camera: raw[camera] / 2.0}, instruction, "has values from .* must be in .0, 1"),
+        ({**raw, camera: raw[camera] * np.nan}, instruction, "has values from nan"),
+        ({**raw, STATE: raw[STATE].reshape(2, 7)}, instruction, r"is \(2, 7\) float32"),
+        ({**raw, STATE: [[1, 2], [3]]}, instruction, "is no array"),
+        (None, instruction, "has no features .NoneType"),
+        (raw, None, "it must be one text"),
         (raw, "?", "has no word"),
         (raw, "sing loudly", "no word of the policy's vocabulary"),
     ]
@@ -249,8 +254,30 @@ def test_logits_that_are_not_finite_are_an_error(
             edge.decode(raw, instruction, decoding)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_logit_that_is_not_finite_is_an_error(
+    copy: Path, observations: list[Any], value: float
+) -> None:
+    """Of one token only, in all slots; the other logits are larger or smaller."""
+    model = onnx.load(copy / "block.onnx")
+    weights = {item.name: item for item in model.graph.initializer}
+    (name,) = (name for name in weights if name.endswith("head.bias"))
+    bias = numpy_helper.to_array(weights[name]).copy()
+    bias[100] = value
+    weights[name].CopyFrom(numpy_helper.from_array(bias, name))
+    content = model.SerializeToString()
+    (copy / "block.onnx").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    with_settings(copy, lambda s: s["files"].update({"block.onnx": digest}))
+    edge = EdgePolicy(copy, threads=1)
+    raw, instruction, _ = observations[0]
+    for decoding in ("ar", "jacobi", "ceed"):
+        with pytest.raises(NotFiniteError):
+            edge.decode(raw, instruction, decoding)
+
+
 def other_graph(folder: Path, graph: onnx.GraphProto, **options: Any) -> None:
-    """Replace the trunk, with its hash, as somebody would who means to deceive."""
+    """Replace the trunk and its hash, as an attacker would."""
     model = helper.make_model(graph, **options)
     content = model.SerializeToString()
     (folder / "trunk.onnx").write_bytes(content)
@@ -287,7 +314,7 @@ def outside_graph(target: str) -> onnx.GraphProto:
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no settings": (lambda f: (f / "export.json").unlink(), "is not an export"),
     "no json": (lambda f: (f / "export.json").write_text("{"), "is not JSON"),
-    "a graph is missing": (lambda f: (f / "block.onnx").unlink(), "block.onnx is missing"),
+    "a graph is missing": (lambda f: (f / "block.onnx").unlink(), "block.onnx"),
     "truncated": (
         lambda f: (f / "block.onnx").write_bytes((f / "block.onnx").read_bytes()[:1000]),
         "differs from the hash",
@@ -313,6 +340,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "statistics": (
         lambda f: with_settings(f, lambda s: s["state"].update(std=[1.0])),
         "state.std 1; it must be none or 14",
+    ),
+    "a state that is divided by 0": (
+        lambda f: with_settings(f, lambda s: s["state"].update(std=[0.0] * 14, eps=0.0)),
+        "their sum divides the state",
+    ),
+    "too large": (
+        lambda f: with_settings(
+            f, lambda s: s["tokens"].update(low=[-1.0] * 9999, high=[1.0] * 9999)
+        ),
+        "is too large",
     ),
     "steps": (
         lambda f: with_settings(f, lambda s: s.update(n_action_steps=9)),
@@ -378,9 +415,22 @@ def test_damaged_exports(copy: Path, damage: str) -> None:
         EdgePolicy(copy)
 
 
+def test_fewer_bins_than_the_graphs_have(copy: Path, observations: list[Any]) -> None:
+    with_settings(copy, lambda s: s["tokens"].update(num_bins=20))
+    raw, instruction, _ = observations[0]
+    with pytest.raises(CheckpointError, match=r"returned token .* but the settings have 20 bins"):
+        EdgePolicy(copy).decode(raw, instruction, "ar")
+
+
+@pytest.mark.parametrize("threads", ["2", -1, 1.5])
+def test_wrong_threads(exported: Path, threads: Any) -> None:
+    with pytest.raises(ConfigError, match=r"threads is .*; it must be in"):
+        EdgePolicy(exported, threads=threads)
+
+
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="is not empty; name a new folder"):
+    with pytest.raises(ConfigError, match="is not an empty folder; name a new one"):
         export(ExportConfig("student", str(tmp_path)))
     assert (tmp_path / "file").read_text() == "mine"
     monkeypatch.setattr("ceed_vla.export.export.find_spec", lambda _: None)

@@ -61,6 +61,7 @@ def test_training_fits_the_tokens_and_the_checkpoint_keeps_them(studio: Any, tea
     assert parts["token_accuracy"] > 0.3, parts
 
 
+@pytest.mark.slow
 def test_a_teachers_malformed_chunks_are_counted_and_replaced_by_demonstrations(
     studio: Any,
     teacher: Path,

@@ -31,6 +31,7 @@ def decoded(backbone: Any, prefix: Any, name: str, guess: Tensor, period: int) -
     return config.decoder.decode(backbone, prefix, request)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
 @settings(
     max_examples=12,

@@ -68,7 +68,7 @@ def observations(edge: EdgePolicy) -> list[tuple[dict[str, np.ndarray], str, np.
         env = gymnasium.make("ceed_vla/Tabletop-v0", task=task)
         observation, info = env.reset(seed=seed)
         previous = None
-        for _ in range(3):
+        for _ in range(2):
             raw = as_arrays(observation_batch([observation], [info["instruction"]]))
             found.append((raw, info["instruction"], previous))
             result = edge.decode(raw, info["instruction"], previous=previous)

@@ -73,6 +73,7 @@ def test_it_is_the_whole_prompt_under_a_mask(model: tuple[Any, Any], kept: int) 
     torch.testing.assert_close(own.logits, pruned.logits[2:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_patches_are_as_ever_and_none_trains_otherwise(model: tuple[Any, Any]) -> None:
     policy, batch = model
     usual, whole = policy.decode(batch, "jacobi"), policy.decode(batch, f"keep{PATCHES}")

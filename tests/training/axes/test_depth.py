@@ -27,13 +27,14 @@ def deep(studio: Any, tiny_policy: Any, tmp_path_factory: pytest.TempPathFactory
     return train(studio.train_config(folder, policy=tiny_policy(layers=3), steps=40))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reads"),
     [
         ("linear", "states"),
-        pytest.param("layer", "states", marks=pytest.mark.slow),
-        pytest.param("coarse", "states", marks=pytest.mark.slow),
-        pytest.param("linear", "fixed_points", marks=pytest.mark.slow),
+        ("layer", "states"),
+        ("coarse", "states"),
+        ("linear", "fixed_points"),
     ],
 )
 def test_exits_learn_and_the_base_does_not(

@@ -62,7 +62,7 @@ EXTRAS = {
         "sentencepiece>=0.2",
         "timm>=1,<2",
     ],
-    # Run an export (`ceed_vla.edge`). It needs neither torch nor LeRobot: docs/how-to/export.md.
+    # Run an export (`ceed_vla.edge`). An installation without torch: docs/how-to/export.md.
     "edge": ["onnxruntime>=1.22,<2"],
     # Make an export: `ceed-vla export`.
     "export": ["onnx>=1.18,<2", "onnxruntime>=1.22,<2", "onnxscript>=0.5,<1"],

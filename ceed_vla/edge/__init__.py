@@ -1,7 +1,9 @@
 """Exported policies, which run with numpy and onnxruntime, without torch.
 
-policy = EdgePolicy("outputs/student-export")
-result = policy.decode({"observation.images.front": image, ...}, "put the cube in the bin")
+    policy = EdgePolicy("outputs/student-export")
+    result = policy.decode({"observation.images.front": image, ...}, "put the cube in the bin")
+
+onnxruntime is imported when the class is first used.
 """
 
 from __future__ import annotations

@@ -27,10 +27,11 @@ class ObservationReader:
         self._words = WordIds(settings.vocabulary, settings.max_words)
         state = settings.state
         # As LeRobot's normalizer, in float32.
-        self._mean = np.array(state.mean or [0] * state.size, dtype=np.float32)
-        self._scale = np.array(state.std or [1] * state.size, dtype=np.float32)
+        self._mean: np.ndarray = np.zeros(state.size, dtype=np.float32)
+        self._scale: np.ndarray = np.ones(state.size, dtype=np.float32)
         if state.std:
-            self._scale += np.float32(state.eps)
+            self._mean = np.array(state.mean, dtype=np.float32)
+            self._scale = np.array(state.std, dtype=np.float32) + np.float32(state.eps)
 
     def words(self, instruction: str) -> np.ndarray:
         """Ids (1, L) int64 of an instruction; raises `ObservationError`."""

@@ -18,12 +18,10 @@ from ceed_vla.edge.forwards import Cache, GraphForwards, Slots, check_rules
 from ceed_vla.edge.observation import ObservationReader
 from ceed_vla.edge.result import row_result
 from ceed_vla.edge.sessions import open_sessions, run
-from ceed_vla.edge.settings import read_settings
+from ceed_vla.edge.settings import EXPORTED, read_settings
 from ceed_vla.edge.vocabulary import Vocabulary
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import short
-
-EXPORTED = ("ar", "jacobi")  # decoders that run on an export
 
 
 class EdgePolicy:

@@ -24,6 +24,7 @@ from ceed_vla.word_ids import WordIds
 SETTINGS = "export.json"
 FORMAT = 1
 FAMILIES = ("compact",)
+EXPORTED = ("ar", "jacobi")  # decoders that run on an export
 MOST_GRAPH = 2_000_000_000  # [bytes]
 MOST_TOKENS = 65_536  # of a block
 MOST_VALUES = 2**30  # of keys, and of the table of actions

@@ -6,7 +6,7 @@ import numpy as np
 
 from ceed_vla.edge.settings import TokenSettings
 from ceed_vla.errors import CheckpointError, ConfigError, TokenError
-from ceed_vla.fields import short
+from ceed_vla.tokens.guesses import check_frozen, check_shift
 
 
 class Vocabulary:
@@ -66,18 +66,8 @@ class Vocabulary:
                 "The guess is 'random', which takes torch's random numbers; exports support "
                 "'previous' and 'mid'."
             )
-        if type(shift_steps) is not int or not 0 <= shift_steps <= self.steps:
-            raise TokenError(
-                f"shift_steps is {short(shift_steps)}; it must be a whole number in [0, "
-                f"{self.steps}]."
-            )
-        most = min(self.steps - shift_steps, self.steps - 1)
-        if type(frozen_steps) is not int or not 0 <= frozen_steps <= most:
-            raise TokenError(
-                f"frozen_steps is {short(frozen_steps)}; it must be in [0, {most}]: at most the "
-                f"steps of the previous chunk behind the {shift_steps} executed ones, and less "
-                "than a chunk."
-            )
+        check_shift(shift_steps, self.steps)
+        check_frozen(frozen_steps, shift_steps, self.steps)
         if previous is None:
             if frozen_steps:
                 raise TokenError(

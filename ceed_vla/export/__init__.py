@@ -1,0 +1,1 @@
+"""Exports of checkpoints as ONNX graphs, which `ceed_vla.edge` runs."""

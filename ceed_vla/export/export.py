@@ -6,7 +6,6 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from ceed_vla.backbones.compact.words import InstructionWordsStep
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding.registry import find_exit
 from ceed_vla.edge.settings import (
+    EXPORTED,
     CacheSettings,
     ExportSettings,
     StateSettings,
@@ -72,7 +72,7 @@ def export(config: ExportConfig) -> str:
         raise ConfigError(f"output_dir {folder} is not an empty folder; name a new one.")
     policy, preprocess, _ = load(config.policy_path)
     _check(config.policy_path, policy)
-    settings = partial(_settings, policy, preprocess, _state(policy, preprocess))
+    state = _state(policy, preprocess)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         written = Path(temporary) / folder.name
@@ -80,7 +80,7 @@ def export(config: ExportConfig) -> str:
         cache = _write_graphs(written, policy.backbone, policy.tokenizer.ordered)
         names = graph_names(len(policy.config.cameras))
         files = {n: hashlib.sha256((written / n).read_bytes()).hexdigest() for n in names}
-        settings(cache, files).write(written)
+        _settings(policy, preprocess, state, cache, files).write(written)
         _verify(written, policy, preprocess)
         total = sum((written / name).stat().st_size for name in names)
         if folder.exists():
@@ -107,7 +107,7 @@ def _check(name: str, policy: Any) -> None:
     decoding = config.decoding
     homes = {find_exit(rule).home for rule in decoding.exits}
     if (
-        decoding.method not in ("ar", "jacobi")
+        decoding.method not in EXPORTED
         or decoding.guess == "random"
         or not all(home.startswith("ceed_vla.decoding.") for home in homes)
     ):

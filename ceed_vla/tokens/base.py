@@ -17,7 +17,7 @@ from ceed_vla.choices import Choice
 from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.fields import Checked, ranged, short
 from ceed_vla.tensors import check_tokens
-from ceed_vla.tokens.guesses import GUESSES
+from ceed_vla.tokens.guesses import GUESSES, check_frozen, check_shift
 
 if TYPE_CHECKING:
     from ceed_vla.tokens.grammar import Grammar
@@ -137,11 +137,7 @@ class ActionTokens(abc.ABC):
         if previous is not None:
             shape = (rows, self.block_length)
             check_tokens(previous, "The previous chunk", shape, self.vocabulary_size, none=True)
-        if type(shift_steps) is not int or not 0 <= shift_steps <= self.chunk_steps:
-            raise TokenError(
-                f"shift_steps is {short(shift_steps)}; it must be a whole number in [0, "
-                f"{self.chunk_steps}]."
-            )
+        check_shift(shift_steps, self.chunk_steps)
         if kind == "random":
             return self.random_block(rows, generator)
         mid = self.zero.repeat(rows, 1)  # (B, n)
@@ -177,13 +173,7 @@ class ActionTokens(abc.ABC):
                 f"frozen_steps is {short(frozen_steps)}; it must be 0, as tokens of variable "
                 "length do not belong to steps. Leave it at 0."
             )
-        most = min(self.chunk_steps - shift_steps, self.chunk_steps - 1)
-        if type(frozen_steps) is not int or not 0 <= frozen_steps <= most:
-            raise TokenError(
-                f"frozen_steps is {short(frozen_steps)}; it must be in [0, {most}]: at most the "
-                f"steps of the previous chunk behind the {shift_steps} executed ones, and less "
-                "than a chunk."
-            )
+        check_frozen(frozen_steps, shift_steps, self.chunk_steps)
         if previous is None or bool((previous[:, 0] < 0).any()):
             raise TokenError(
                 f"frozen_steps is {frozen_steps}, but a row has no previous chunk to copy steps "

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,12 @@ import torch
 pytest.importorskip("onnxscript", reason="exports need the extra export")
 
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from damaged_exports import DAMAGES, with_settings
+from onnx import numpy_helper
 
 import ceed_vla
 import ceed_vla.sim.tabletop  # registers ceed_vla/Tabletop-v0
+from ceed_vla.checkpoints.sealing import SealConfig, seal_folder
 from ceed_vla.edge import EdgePolicy
 from ceed_vla.errors import (
     CheckpointError,
@@ -276,137 +277,6 @@ def test_one_logit_that_is_not_finite_is_an_error(
             edge.decode(raw, instruction, decoding)
 
 
-def other_graph(folder: Path, graph: onnx.GraphProto, **options: Any) -> None:
-    """Replace the trunk and its hash, as an attacker would."""
-    model = helper.make_model(graph, **options)
-    content = model.SerializeToString()
-    (folder / "trunk.onnx").write_bytes(content)
-    with_settings(
-        folder,
-        lambda s: s["files"].update({"trunk.onnx": hashlib.sha256(content).hexdigest()}),
-    )
-
-
-def with_settings(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    settings = json.loads((folder / "export.json").read_text())
-    change(settings)
-    (folder / "export.json").write_text(json.dumps(settings))
-
-
-def small_graph(operator: str, domain: str = "") -> onnx.GraphProto:
-    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("a", "b")]
-    node = helper.make_node(operator, ["a"], ["b"], domain=domain)
-    return helper.make_graph([node], "graph", ports[:1], ports[1:])
-
-
-def outside_graph(target: str) -> onnx.GraphProto:
-    """A graph with a weight in another file."""
-    graph = small_graph("Identity")
-    weight = TensorProto(
-        name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL
-    )
-    weight.external_data.add(key="location", value=target)
-    graph.initializer.append(weight)
-    graph.node.append(helper.make_node("Add", ["b", "w"], ["c"]))
-    return graph
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no settings": (lambda f: (f / "export.json").unlink(), "is not an export"),
-    "no json": (lambda f: (f / "export.json").write_text("{"), "is not JSON"),
-    "a graph is missing": (lambda f: (f / "block.onnx").unlink(), "block.onnx"),
-    "truncated": (
-        lambda f: (f / "block.onnx").write_bytes((f / "block.onnx").read_bytes()[:1000]),
-        "differs from the hash",
-    ),
-    "other format": (lambda f: with_settings(f, lambda s: s.update(format=7)), "has the format 7"),
-    "unknown entry": (
-        lambda f: with_settings(f, lambda s: s.update(run="x")),
-        "the unknown entry 'run'",
-    ),
-    "missing entry": (lambda f: with_settings(f, lambda s: s.pop("cameras")), "entry is missing"),
-    "part is no object": (
-        lambda f: with_settings(f, lambda s: s.update(cache=[])),
-        "cache is .*; it must be an object",
-    ),
-    "wrong type": (
-        lambda f: with_settings(f, lambda s: s["cache"].update(layers="4")),
-        "cache.layers is '4'",
-    ),
-    "ranges": (
-        lambda f: with_settings(f, lambda s: s["tokens"].update(low=[1.0] * 7)),
-        "low below high",
-    ),
-    "statistics": (
-        lambda f: with_settings(f, lambda s: s["state"].update(std=[1.0])),
-        "state.std 1; it must be none or 14",
-    ),
-    "a state that is divided by 0": (
-        lambda f: with_settings(f, lambda s: s["state"].update(std=[0.0] * 14, eps=0.0)),
-        "their sum divides the state",
-    ),
-    "too large": (
-        lambda f: with_settings(
-            f, lambda s: s["tokens"].update(low=[-1.0] * 9999, high=[1.0] * 9999)
-        ),
-        "is too large",
-    ),
-    "steps": (
-        lambda f: with_settings(f, lambda s: s.update(n_action_steps=9)),
-        r"n_action_steps is 9; it must be in \[1, 8\]",
-    ),
-    "files": (
-        lambda f: with_settings(f, lambda s: s["files"].update({"../x": "0"})),
-        "it must have stem_0.onnx",
-    ),
-    "decoding": (
-        lambda f: with_settings(f, lambda s: s["decoding"].update(method="beam")),
-        "decoding.method is 'beam'",
-    ),
-    "words": (
-        lambda f: with_settings(f, lambda s: s["vocabulary"].reverse()),
-        "it must list distinct lower-case words, sorted",
-    ),
-    "other sizes": (
-        lambda f: with_settings(f, lambda s: s["cache"].update(layers=3)),
-        "other inputs or outputs",
-    ),
-    "other graph": (lambda f: other_graph(f, small_graph("Identity")), "other inputs or outputs"),
-    "no graph": (
-        lambda f: (
-            (f / "trunk.onnx").write_bytes(b"x"),
-            with_settings(
-                f,
-                lambda s: s["files"].update({"trunk.onnx": hashlib.sha256(b"x").hexdigest()}),
-            ),
-        ),
-        "cannot be loaded",
-    ),
-    "custom operator": (
-        lambda f: other_graph(
-            f,
-            small_graph("Run", "somebody"),
-            opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("somebody", 1)],
-        ),
-        "cannot be loaded",
-    ),
-    "later opset": (
-        lambda f: other_graph(
-            f, small_graph("Identity"), opset_imports=[helper.make_opsetid("", 999)]
-        ),
-        "cannot be loaded",
-    ),
-    "weights of another file": (
-        lambda f: other_graph(f, outside_graph(str(Path(__file__)))),
-        "cannot be loaded",
-    ),
-    "weights outside the folder": (
-        lambda f: other_graph(f, outside_graph("../secret")),
-        "cannot be loaded",
-    ),
-}
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_exports(copy: Path, damage: str) -> None:
     spoil, message = DAMAGES[damage]
@@ -426,6 +296,19 @@ def test_fewer_bins_than_the_graphs_have(copy: Path, observations: list[Any]) ->
 def test_wrong_threads(exported: Path, threads: Any) -> None:
     with pytest.raises(ConfigError, match=r"threads is .*; it must be in"):
         EdgePolicy(exported, threads=threads)
+
+
+@pytest.mark.slow
+def test_a_student_with_fewer_prefix_tokens(tmp_path: Path) -> None:
+    """The command compares its tokens with torch's."""
+    folder = tmp_path / "reduced"
+    shutil.copytree(ceed_vla.pretrained_path("student"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone"]["kept_tokens"] = [0, 1, 2, 20, 21, 30, 40]
+    (folder / "config.json").write_text(json.dumps(config))
+    seal_folder(SealConfig(str(folder)))
+    assert "tokens equal" in export(ExportConfig(str(folder), str(tmp_path / "export")))
+    assert EdgePolicy(tmp_path / "export").settings.cache.prefix == 8  # and the state
 
 
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

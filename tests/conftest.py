@@ -20,26 +20,31 @@ if importlib.util.find_spec("torch") is not None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a busy machine real time may fail a test that is right: CI runs such a one once more, and
+    """Mark the tests whose processes keep time, before ``-m`` chooses.
+
+    On a busy machine real time may fail a test that is right: CI runs such a one once more, and
     reports that.
     """
-    if os.environ.get("CI"):
-        for item in items:
-            if item.get_closest_marker("realtime"):
-                item.add_marker(pytest.mark.flaky(reruns=1))
+    for item in items:
+        realtime = item.get_closest_marker("realtime")
+        if realtime or "graph" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timed)
+        if realtime and os.environ.get("CI"):
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Tests run beside each other (`-n 2`), but those with a robot's processes, or in real time,
-    have both cores, unless they are marked `realtime(alone=False)`.
+    """Tests run beside each other (`-n 2`), but those that keep time have both cores, unless they
+    are marked `realtime(alone=False)`.
     """
     if not (run := os.environ.get("PYTEST_XDIST_TESTRUNUID")):
         return (yield)
     marker = item.get_closest_marker("realtime")
-    alone = (
-        marker.kwargs.get("alone", True) if marker else "graph" in getattr(item, "fixturenames", ())
+    alone = item.get_closest_marker("timed") and (
+        marker is None or marker.kwargs.get("alone", True)
     )
     files = (Path(tempfile.gettempdir(), f"pytest-{run}.{name}") for name in ("turn", "tests"))
     with next(files).open("w") as turn, next(files).open("w") as tests:

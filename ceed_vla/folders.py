@@ -20,6 +20,7 @@ _logger = logging.getLogger(__name__)
 PRETRAINED = ("teacher", "student")
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+EXPORT = "export.json"  # of an export, see `ceed_vla.edge`
 MANIFEST = "manifest.json"  # see `ceed_vla.checkpoints.manifest`
 EXITS = "exits.safetensors"
 CONTEXT = "context.safetensors"
@@ -103,6 +104,14 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
             f"The checkpoint {path} lacks {', '.join(missing)}; it is incomplete."
         )
     return folder
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether `path` is the folder of an export, not that of a checkpoint."""
+    try:
+        return (Path(path) / EXPORT).is_file()
+    except (OSError, TypeError, ValueError):
+        return False
 
 
 def unambiguous(text: str) -> str:

@@ -15,7 +15,6 @@ motion.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +25,8 @@ from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
 from ceed_vla.tokens.base import ActionTokens
+from ceed_vla.tokens.increments import check_dims, put_behind
+from ceed_vla.tokens.increments import made_up as made_up
 
 
 def continuation(
@@ -101,56 +102,12 @@ def decode_behind(
         return policy.decode(
             batch, frozen_steps=frozen_steps, executed_steps=executed_steps, **arguments
         )
-    if not isinstance(dims, list) or not all(
-        type(dim) is int and 0 <= dim < tokens.action_dim for dim in dims
-    ):
-        raise ConfigError(
-            f"delta_dims is {short(dims)}; it must be dimensions in [0, {tokens.action_dim - 1}]."
-        )
+    check_dims(dims, tokens.action_dim)
     n_action_steps = policy.config.n_action_steps
     behind = n_action_steps if executed_steps is None else executed_steps
     executed_steps = min(frozen_steps + behind, tokens.chunk_steps)
     result = policy.decode(batch, executed_steps=executed_steps, **arguments)
     shift_steps = arguments.get("shift_steps")
-    running = tokens.with_frozen(
-        result.tokens,
-        arguments.get("previous"),
-        n_action_steps if shift_steps is None else shift_steps,
-        frozen_steps,
-    )
-    frozen = running[:, : frozen_steps * tokens.tokens_per_step]
-    result.tokens = made_up(tokens, result.tokens, frozen, dims)
-    result.actions = tokens.decode(result.tokens)
-    result.states = None
-    result.exact_tokens = torch.full_like(result.exact_tokens, frozen.shape[1])
-    result.exact = torch.zeros_like(result.exact)
+    shift_steps = n_action_steps if shift_steps is None else shift_steps
+    put_behind(tokens, result, arguments.get("previous"), shift_steps, frozen_steps, dims)
     return result
-
-
-def made_up(tokens: ActionTokens, chunk: Tensor, frozen: Tensor, dims: Sequence[int]) -> Tensor:
-    """Replace the first steps of a chunk by frozen ones, and compensate for the difference.
-
-    In the dimensions `dims`, the frozen steps move by another distance than the chunk's own first
-    steps. The steps behind them add this difference, as fast as the ranges of actions allow.
-
-    Args:
-        tokens: The action vocabulary.
-        chunk: (B, n) the decoded chunk.
-        frozen: (B, f) tokens of k frozen steps.
-        dims: Action dimensions that are increments.
-
-    Returns:
-        (B, n), the frozen tokens first.
-    """
-    decoded = tokens.decode(chunk)
-    k = frozen.shape[1] * tokens.chunk_steps // tokens.block_length
-    chunk = torch.cat([frozen, chunk[:, frozen.shape[1] :]], dim=1)
-    actions = tokens.decode(chunk)
-    dims = list(dims)
-    missing = (decoded - actions)[:, :k, dims].sum(1)
-    for step in range(k, tokens.chunk_steps):
-        target = decoded[:, step, dims] + missing
-        actions[:, step, dims] = target
-        actions = tokens.decode(tokens.encode(actions))  # within the ranges
-        missing = target - actions[:, step, dims]
-    return torch.cat([frozen, tokens.encode(actions)[:, frozen.shape[1] :]], dim=1)

@@ -1,17 +1,40 @@
 #!/usr/bin/env bash
-# Trains a student that keeps 8 of its 46 prefix tokens, starting from the shipped student (docs/reports/context.md). Takes
-# half an hour on two cores. After an interrupt run the script again: every step except the scorer's training resumes.
+# Trains students that run 8 of the shipped student's 46 prefix tokens, in two rounds and with three seeds
+# (docs/reports/context.md). Takes two hours on two cores. After an interrupt run the script again: every step except the
+# scorer's training resumes.
 #
-#   bash recipes/context.sh [OUTPUT_FOLDER] [KEPT_TOKENS] [TRAINING_SEED]
+#   bash recipes/context.sh [OUTPUT_FOLDER] [KEPT_TOKENS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-outputs/context} kept=${2:-8} seed=${3:-0}
+out=${1:-outputs/context} kept=${2:-8}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 
+set -m # every job gets its own process group
+trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT # end all jobs after an interrupt or a failure
+
+wait_all() { # unlike a plain wait, fails if a job failed
+  local job
+  for job in $(jobs -p); do wait "$job"; done
+}
 record() { # name mode episodes seed [other flags]
   ceed-vla record --resume true --workers 2 --root "$out/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
 }
-# 1. Record demonstrations, and the states that the student reaches with one forward per chunk and with its early exit.
+collect() { # name roots frames
+  ceed-vla collect --policy.path student --roots "$2" --output_dir "$out/$1" --states false --max_frames "$3" \
+    --workers 2 --resume true
+}
+finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
+distil() { # name seed trajectories roots steps
+  local resume
+  resume=$([ -e "$out/$1/progress.json" ] && echo true || echo false)
+  finished "$1" ||
+    ceed-vla distill --teacher.path "$out/scored" --trajectories.path "$out/$3" --roots "$4" --output_dir "$out/$1" \
+      --kept "$kept" --seed "$2" --steps "$5" --lr 1e-3 --muon_lr 1e-3 --max_updates 1 --omega 10 --max_iterations 2 \
+      --confidence 0.2 --threads 1 --validate_episodes 0 --resume "$resume"
+}
+
+# 1. Record demonstrations, and the states that the shipped student reaches with one forward per chunk and with its early
+#    exit.
 record perturb0 perturb 800 1000
 record perturb1 perturb 500 3000
 record drift0 takeover 960 37000 --policy.path student --decoding cap1
@@ -22,15 +45,26 @@ roots="$out/perturb0,$seen"
 # 2. Train a scorer of the prefix tokens for the frozen student. Collect the student's fixed points, the new student's targets.
 [ -e "$out/scored/context.safetensors" ] ||
   ceed-vla context --policy.path student --roots "$seen" --output_dir "$out/scored" --steps 120 --dropped 40
-ceed-vla collect --policy.path student --roots "$roots" --output_dir "$out/trajectories" --states false --max_frames 20000 \
-  --workers 2 --resume true
+collect trajectories "$roots" 20000
 
-# 3. Distil the student that runs the best tokens, and evaluate both students on the same episodes.
-run="$out/kept${kept}_$seed"
-resume=$([ -e "$run/progress.json" ] && echo true || echo false)
-[ -e "$run/checkpoints/final/pretrained_model/model.safetensors" ] ||
-  ceed-vla distill --teacher.path "$out/scored" --trajectories.path "$out/trajectories" --roots "$roots" --output_dir "$run" \
-    --kept "$kept" --seed "$seed" --steps 800 --lr 1e-3 --muon_lr 1e-3 --max_updates 1 --omega 10 --max_iterations 2 \
-    --confidence 0.2 --threads 1 --validate_episodes 0 --resume "$resume"
-ceed-vla bench --policy.path "$run/checkpoints/final" --teacher.path student --decoders ceed,teacher_ceed --episodes 400 \
-  --seed 50000 --threads 1 --output_dir "$run/bench"
+# 3. First round: distil the student that runs the best tokens. Record the states that it reaches with one forward.
+distil "first_$kept" 0 trajectories "$roots" 800
+record drift1 takeover 960 38000 --policy.path "$out/first_$kept/checkpoints/final" --decoding cap1
+wide="$roots,$out/drift1"
+collect trajectories_wide "$wide" 0
+
+# 4. Second round: distil three students anew on all these states.
+for seed in 0 1 2; do
+  distil "kept${kept}_$seed" "$seed" trajectories_wide "$wide" 1200 &
+  [ "$seed" != 1 ] || wait_all # two at a time
+done
+wait_all
+
+# 5. Evaluate them and the shipped student on the same episodes: choices on seeds from 40000, the table from 50000 once.
+for first in 40000 50000; do
+  for seed in 0 1 2; do
+    ceed-vla eval --policy.path "$out/kept${kept}_$seed/checkpoints/final" --teacher.path student \
+      --decoders ceed,cap1,teacher_ceed,teacher_cap1 --episodes 400 --seed "$first" --workers 2 --timing_chunks 0 \
+      --clips false --resume true --output_dir "$out/evaluate_${first}_$seed"
+  done
+done

@@ -22,6 +22,7 @@ from ceed_vla.sim.episode_log import EPISODES, EpisodeLog, Results, refuse_unfin
 from ceed_vla.sim.evaluation import (
     Evaluation,
     decoder_names,
+    engines_of_run,
     identity_of,
     load_bundles,
     planned_episodes,
@@ -42,7 +43,6 @@ from ceed_vla.sim.evaluation_timing import measure_latency
 from ceed_vla.sim.plots import PLOTS
 from ceed_vla.sim.report import console_table
 from ceed_vla.sim.rollout import EpisodeResult, rollout
-from ceed_vla.sim.timing import make_runner
 from ceed_vla.wording import counted
 from ceed_vla.workers import Workers
 
@@ -161,7 +161,9 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
     config = replace(config, executed_steps=executed)
-    run = Evaluation(config, rows_of(config, bundles), bundles, {}, pool, executed, probes(bundles))
+    rows = rows_of(config, bundles)
+    engines = engines_of_run(config, bundles)
+    run = Evaluation(config, rows, bundles, {}, pool, executed, engines, probes(bundles))
     if config.delay == "measured":
         measure_latency(run)
         run.rows += _rows_with_measured_delays(run)
@@ -207,7 +209,7 @@ def _check_decoders(run: Evaluation) -> None:
     seed, task = planned_episodes(run.config)[0]
     env.reset(seed, task)
     for row in run.rows:
-        runner = make_runner(row, run.bundles, run.executed_steps)
+        runner = run.runner(row)
         if runner.alone and run.config.workers > 1:
             raise ConfigError(
                 f"{row.name} has a deadline, which needs an otherwise idle machine: set "
@@ -256,7 +258,7 @@ def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> Non
 
         if config.workers == 1:
             for row, episodes in missing:
-                runner = make_runner(row, run.bundles, run.executed_steps)
+                runner = run.runner(row)
                 rollout(runner, run.pool, episodes, partial(finish, row.name))
             return
         for name, results in workers.map(missing):
@@ -272,7 +274,7 @@ def _write_clips(run: Evaluation, folder: Path) -> list[Path]:
     rows = [row for row in run.rows if not row.delay]
     files = []
     for row in tqdm(rows, desc="clips", unit="clip", dynamic_ncols=True):
-        runner = make_runner(row, run.bundles, run.executed_steps)
+        runner = run.runner(row)
         files.append(
             record_clip(folder / f"clip_{row.name}.mp4", row, runner, run.pool, shown.seed, task)
         )

@@ -9,10 +9,11 @@ from typing import Any
 from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.decoders import Row, parse_decoders, resolve_rows
+from ceed_vla.sim.engines import Engine, open_engines
 from ceed_vla.sim.environment import Bundle, EnvPool, flags, joined, turns
 from ceed_vla.sim.episode_log import Results, fingerprint
 from ceed_vla.sim.evaluation_config import EvalConfig
-from ceed_vla.sim.rollout import EpisodeResult, rollout
+from ceed_vla.sim.rollout import EpisodeResult, PolicyRunner, rollout
 from ceed_vla.sim.timing import Probe, Samples, make_runner
 from ceed_vla.wording import counted
 
@@ -28,6 +29,7 @@ class Evaluation:
         results: Finished episodes by row.
         pool: The environments.
         executed_steps: Steps executed of each chunk.
+        engines: The engines in which latency is measured.
         probes: What else is timed, by name.
         samples: Times by row, once latency is measured.
         timing: The report's entry on latency; empty until it is measured.
@@ -39,9 +41,35 @@ class Evaluation:
     results: Results
     pool: EnvPool
     executed_steps: int
+    engines: dict[str, Engine] = field(default_factory=dict)
     probes: Mapping[str, Probe] = field(default_factory=dict)
     samples: dict[str, Samples] = field(default_factory=dict)
     timing: dict[str, Any] = field(default_factory=dict)
+
+    def runner(self, row: Row) -> PolicyRunner:
+        """The runner of a row's episodes."""
+        return driver_of(self.engines, row, self.bundles, self.executed_steps)
+
+
+def driver_of(
+    engines: Mapping[str, Engine],
+    row: Row,
+    bundles: Mapping[str, Bundle],
+    executed_steps: int | None,
+) -> PolicyRunner:
+    """The runner of a row's episodes: the export if only that engine is chosen and runs the row,
+    eager torch otherwise.
+    """
+    edge = engines.get("edge")
+    if edge is not None and len(engines) == 1 and edge.runs(row.model, row.decoding):
+        return edge.runner(row, executed_steps)
+    return make_runner(row, bundles, executed_steps)
+
+
+def engines_of_run(config: EvalConfig, bundles: Mapping[str, Bundle]) -> dict[str, Engine]:
+    """The engines that the options choose."""
+    paths = {"policy": config.policy.path, "teacher": config.teacher.path}
+    return open_engines(config.engine, bundles, paths, config.env)
 
 
 def decoder_names(config: EvalConfig) -> list[str]:
@@ -88,6 +116,7 @@ def identity_of(
     return {
         "env": flags(config.env),
         **{name: getattr(config, name) for name in options},
+        **({"engine": "edge"} if config.engine == "edge" else {}),  # others do not run episodes
         "device": str(bundles["policy"][0].config.device),
         "policy": fingerprint(config.policy.path),
         "teacher": fingerprint(config.teacher.path) if config.teacher.path else None,
@@ -146,9 +175,11 @@ def shard_runner(
     """
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
+    engines = engines_of_run(config, bundles) if config.engine == "edge" else {}
 
     def run(item: tuple[Row, list[tuple[int, str]]]) -> tuple[str, list[EpisodeResult]]:
         row, episodes = item
-        return row.name, rollout(make_runner(row, bundles, executed), pool, episodes)
+        runner = driver_of(engines, row, bundles, executed)
+        return row.name, rollout(runner, pool, episodes)
 
     return run

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ceed_vla.fields import SEEDS, chosen, ranged
+from ceed_vla.sim.engines import ENGINES
 from ceed_vla.sim.environment import EVALUATION_SEEDS
 from ceed_vla.sim.settings import CheckpointPath, DrivenConfig
-from ceed_vla.sim.timing import ENGINES
 from ceed_vla.workers import MOST
 
 # former name of a flag -> current name
@@ -52,8 +52,9 @@ class EvalConfig(DrivenConfig):
         clips: Whether to write one clip per decoder.
         timing_chunks: Chunks on which latency is measured; 0 skips it.
         engine: Engine in which latency is measured: eager; compiled (`ceed_vla.compiled.engine`;
-            needs a C++ compiler and some minutes); fastest (measures both, reports the faster one
-            of each row). Episodes always run eager.
+            needs a C++ compiler and some minutes); edge (an export, which is made if it is missing;
+            episodes run on it, too); fastest (measures all of them, reports the fastest one of each
+            row). A row that does not run in the engine is timed eagerly.
         device: Overrides the checkpoints' device.
         reuse: Folder of another evaluation; its episodes are reused for equal decoders, such as the
             teacher's.

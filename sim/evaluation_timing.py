@@ -8,15 +8,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ceed_vla.sim.decoders import Row, resolve_rows
+from ceed_vla.sim.engines import engines_of, with_eager
 from ceed_vla.sim.environment import Bundle
 from ceed_vla.sim.evaluation import Evaluation, planned_episodes
 from ceed_vla.sim.timing import (
-    ENGINES,
     Samples,
-    bare_parts,
     collect_observations,
-    engines_of,
-    in_engine,
     make_runner,
     measure,
     percentiles,
@@ -39,24 +36,22 @@ def measure_latency(run: Evaluation) -> None:
         runner, run.pool, planned_episodes(config), config.timing_chunks
     )
     chunks = sum(len(episode) for episode in episodes)
-    engines = ENGINES[:2] if config.engine == "fastest" else (config.engine,)
-    bundles = {
-        engine: {model: in_engine(bundle, engine) for model, bundle in run.bundles.items()}
-        for engine in {"eager", *engines}
-    }
+    engines = run.engines
+    able = {row.name: engines_of(engines, row.model, row.decoding) for row in rows_and_references}
+    opened = with_eager(engines, run.bundles)
     runners = {
-        f"{row.name} {engine}": make_runner(row, bundles[engine], run.executed_steps)
+        f"{row.name} {engine}": opened[engine].runner(row, run.executed_steps)
         for row in rows_and_references
-        for engine in engines_of(row.decoding, engines)
+        for engine in able[row.name]
     }
     parts = {
-        f"{model} {engine}": bare_parts(bundle)
-        for engine in engines
-        for model, bundle in bundles[engine].items()
+        f"{model} {name}": probe
+        for name, engine in engines.items()
+        for model, probe in engine.parts().items()
     }
     with tqdm(total=chunks, desc="latency", unit="chunk", dynamic_ncols=True) as bar:
         samples, probed = measure(runners, {**parts, **run.probes}, episodes, bar.update)
-    used = {row.name: _faster_engine(row, engines, samples) for row in rows_and_references}
+    used = {name: _fastest(name, names, samples) for name, names in able.items()}
     for name, engine in used.items():
         run.samples[name] = samples[f"{name} {engine}"]
     run.timing = {
@@ -65,6 +60,10 @@ def measure_latency(run: Evaluation) -> None:
         "driver": driver.name,
         "batch": 1,
         "engines": used,
+        "totals": {
+            row: {engine: percentiles(samples[f"{row} {engine}"].total) for engine in names}
+            for row, names in able.items()
+        },
         "parts": {
             name: {part: percentiles(s) for part, s in found.items()}
             for name, found in probed.items()
@@ -78,9 +77,6 @@ def _missing_references(rows: Sequence[Row], bundles: dict[str, Bundle]) -> list
     return resolve_rows(names, {model: bundle[0].config for model, bundle in bundles.items()})
 
 
-def _faster_engine(row: Row, engines: Sequence[str], samples: Mapping[str, Samples]) -> str:
+def _fastest(row: str, engines: Sequence[str], samples: Mapping[str, Samples]) -> str:
     """The engine of `engines` with the smallest median time of a row."""
-    return min(
-        engines_of(row.decoding, engines),
-        key=lambda engine: np.median(samples[f"{row.name} {engine}"].total),
-    )
+    return min(engines, key=lambda engine: np.median(samples[f"{row} {engine}"].total))

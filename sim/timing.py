@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Any
@@ -14,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ceed_vla.compiled.engine import CompiledBackbone, compiled
-from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.compiled.engine import CompiledBackbone
 from ceed_vla.sim.decoders import Row
 from ceed_vla.sim.environment import Bundle, EnvPool, observation_batch
 from ceed_vla.sim.rollout import PolicyRunner, drive
@@ -23,7 +21,6 @@ from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 
 WARM_UP = 3
-ENGINES = ("eager", "compiled", "fastest")
 PARTS = ("process", "checks", "prefill", "block", "token")
 # observation, instruction -> seconds by part
 Probe = Callable[[dict[str, Any], str], dict[str, float]]
@@ -150,21 +147,6 @@ def bare_parts(bundle: Bundle) -> Probe:
         }
 
     return probe
-
-
-def engines_of(decoding: DecodingConfig, engines: Sequence[str]) -> Sequence[str]:
-    """The engines among `engines` in which a decoder can run."""
-    return ("eager",) if not decoding.decoder.compiles else engines
-
-
-def in_engine(bundle: Bundle, engine: str) -> Bundle:
-    """Return the bundle for an engine; a compiled one shares its weights."""
-    if engine == "eager":
-        return bundle
-    policy = copy(bundle[0])
-    policy._modules = dict(policy._modules)
-    policy.backbone = compiled(policy.backbone)
-    return policy, *bundle[1:]
 
 
 def make_runner(

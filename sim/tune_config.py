@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ceed_vla.fields import COUNTS, SEEDS, chosen, ranged
+from ceed_vla.sim.engines import ENGINES
 from ceed_vla.sim.environment import VALIDATION_SEED, check_choice
 from ceed_vla.sim.settings import DrivenConfig
-from ceed_vla.sim.timing import ENGINES
 from ceed_vla.workers import MOST
 
 PLAY_OFF = 4  # times the episodes of a generation
@@ -30,8 +30,8 @@ class TuneConfig(DrivenConfig):
         chunks: Chunks on which a plan is timed.
         seed: First seed of the search's episodes; the final comparison uses the seeds after them.
         search_seed: Random seed of the search.
-        engine: Engine for timing: eager, compiled, or fastest (the faster one of each plan, named
-            in plans.json).
+        engine: Engine for timing: eager, compiled, edge (an export), or fastest (the fastest one of
+            each plan, named in plans.json).
         workers: Processes that share the episodes; timing runs while they are idle.
     """
 

@@ -8,20 +8,17 @@ from functools import partial
 from itertools import batched
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from ceed_vla.decoding import decoder_ladders, exit_ladders
 from ceed_vla.errors import ConfigError
+from ceed_vla.sim.decoders import Row
+from ceed_vla.sim.engines import engines_of, open_engines, with_eager
 from ceed_vla.sim.environment import Bundle, EnvPool, turns
 from ceed_vla.sim.rollout import SHARD, PolicyRunner
 from ceed_vla.sim.timing import (
-    ENGINES,
     Observations,
-    bare_parts,
     collect_observations,
-    engines_of,
-    in_engine,
     measure,
     percentiles,
 )
@@ -49,10 +46,12 @@ class Search:
         self.tasks = turns(config.env)
         self.steps = bundle[0].config.chunk_size
         self.usual = min(bundle[0].config.n_action_steps, self.steps)
-        engines = ENGINES[:2] if config.engine == "fastest" else (config.engine,)
-        self.timed = {engine: in_engine(bundle, engine) for engine in engines}
+        bundles = {"policy": bundle}
+        paths = {"policy": config.policy.path}
+        self.engines = open_engines(config.engine, bundles, paths, config.env)
+        self.opened = with_eager(self.engines, bundles)
         self.observed: dict[int, list[Observations]] = {}
-        probes = {engine: bare_parts(timed) for engine, timed in self.timed.items()}
+        probes = {name: own.parts()["policy"] for name, own in self.engines.items()}
         _, parts = measure({}, probes, self.observations(self.usual))
         found = [
             {name: percentiles(seconds)["p50"] for name, seconds in own.items()}
@@ -109,12 +108,11 @@ class Search:
         pairs = {
             f"{plan.decoding} {engine}": (plan, engine)
             for plan in plans
-            for engine in engines_of(policy.config.named(plan.decoding), tuple(self.timed))
+            for engine in engines_of(self.engines, "policy", policy.config.named(plan.decoding))
         }
-        bundles = {"eager": self.bundle, **self.timed}
         runners = {
-            name: PolicyRunner(
-                bundles[engine], plan.decoding, torch.Generator().manual_seed(0), steps
+            name: self.opened[engine].runner(
+                Row(plan.decoding, "policy", policy.config.named(plan.decoding)), steps
             )
             for name, (plan, engine) in pairs.items()
         }

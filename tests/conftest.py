@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
@@ -13,6 +14,10 @@ import pytest
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Exports that tests need are made once in a run, and are not the user's.
+_RUN = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+_EXPORTS = Path(tempfile.gettempdir(), f"ceed_vla-tests-{_RUN}")
+os.environ["CEED_VLA_CACHE"] = str(_EXPORTS)
 
 if importlib.util.find_spec("torch") is not None:
     import torch
@@ -22,7 +27,8 @@ if importlib.util.find_spec("torch") is not None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests whose processes keep time, before ``-m`` chooses.
+    """Mark the tests that keep time, before ``-m`` chooses; others with a robot's processes are
+    marked where they are.
 
     On a busy machine real time may fail a test that is right: CI runs such a one once more, and
     reports that.
@@ -33,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timed)
         if realtime and os.environ.get("CI"):
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Remove the run's exports, once all workers have ended."""
+    if not hasattr(session.config, "workerinput"):
+        shutil.rmtree(_EXPORTS, ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -92,6 +92,18 @@ class Cache:
         return self.used - self.prefix
 
 
+def read_tokens(session: Any, cache: Cache, tokens: np.ndarray) -> Slots:
+    """Run the block's `session` on `tokens` (1, k) behind the final positions of `cache`."""
+    inputs = {
+        "keys": cache.keys,
+        "values": cache.values,
+        "used": np.array([cache.used]),
+        "committed": np.array([cache.committed]),
+        "read": np.ascontiguousarray(tokens),
+    }
+    return Slots(run(session, inputs))
+
+
 class GraphForwards:
     """The `ceed_vla.decoding.loop.Forwards` of a block on exported graphs.
 
@@ -143,13 +155,5 @@ class GraphForwards:
 
     def read(self, tokens: np.ndarray) -> Slots:
         """Run the block's graph on `tokens` (1, k) behind the committed ones."""
-        cache = self._cache
-        inputs = {
-            "keys": cache.keys,
-            "values": cache.values,
-            "used": np.array([cache.used]),
-            "committed": np.array([cache.committed]),
-            "read": np.ascontiguousarray(tokens),
-        }
-        self._slots = Slots(run(self._session, inputs))
+        self._slots = read_tokens(self._session, self._cache, tokens)
         return self._slots

@@ -92,6 +92,27 @@ class ObservationReader:
         return np.ascontiguousarray(pixels[None])
 
 
+def random_observation(settings: ExportSettings, seed: int) -> tuple[dict[str, np.ndarray], str]:
+    """A random observation and an instruction of known words, the same on every machine.
+
+    Args:
+        settings: Settings of the export.
+        seed: Seed.
+    """
+    random = np.random.RandomState(seed)  # numpy keeps its stream for ever
+    sizes = settings.camera_sizes or [[settings.image_size] * 2] * len(settings.cameras)
+    observation: dict[str, np.ndarray] = {
+        camera: random.randint(0, 256, (*size, 3)).astype(np.uint8)
+        for camera, size in zip(settings.cameras, sizes, strict=True)
+    }
+    state = settings.state
+    values = random.normal(size=state.size)
+    if state.std:
+        values = np.array(state.mean) + np.array(state.std) * values
+    observation[state.name] = values.astype(np.float32)
+    return observation, " ".join(settings.vocabulary[: settings.max_words]) or "move"
+
+
 def _feature(observation: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     if not isinstance(observation, Mapping) or name not in observation:
         known = (

@@ -14,14 +14,15 @@ from ceed_vla.decoding.exit_tracker import ExitTracker
 from ceed_vla.decoding.finite import check_rows
 from ceed_vla.decoding.loop import JacobiBlock, iterate
 from ceed_vla.edge.autoregressive import decode_autoregressive
-from ceed_vla.edge.forwards import Cache, GraphForwards, Slots, check_rules
-from ceed_vla.edge.observation import ObservationReader
+from ceed_vla.edge.forwards import Cache, GraphForwards, Slots, check_rules, read_tokens
+from ceed_vla.edge.observation import ObservationReader, random_observation
 from ceed_vla.edge.result import row_result
 from ceed_vla.edge.sessions import open_sessions, run
-from ceed_vla.edge.settings import EXPORTED, read_settings
+from ceed_vla.edge.settings import check_decoding, read_settings
 from ceed_vla.edge.vocabulary import Vocabulary
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, VerificationError
 from ceed_vla.fields import short
+from ceed_vla.tokens.increments import put_behind
 
 
 class EdgePolicy:
@@ -36,6 +37,7 @@ class EdgePolicy:
 
     Raises:
         CheckpointError: A file is missing, damaged, or of another export.
+        VerificationError: This machine computes other tokens than the export's own checks.
     """
 
     def __init__(self, folder: str | Path, threads: int = 0) -> None:
@@ -44,7 +46,8 @@ class EdgePolicy:
         self.reader = ObservationReader(self.settings)
         self.vocabulary = Vocabulary(self.settings.tokens)
         self._sessions = open_sessions(folder, self.settings, threads)
-        self._cache = Cache(self.settings.cache, self.vocabulary.length)
+        self._cache = Cache(self.settings.cache, self.vocabulary.block_length)
+        self._check(folder)
 
     def decoding_config(self, decoding: str | DecodingConfig) -> DecodingConfig:
         """The decoding that a name specifies for this export.
@@ -53,38 +56,82 @@ class EdgePolicy:
             ConfigError: The name is unknown, or the decoding does not run on an export.
         """
         config = named_config(decoding, self.settings.decoding, self.settings.decodings or {})
-        if config.method not in EXPORTED:
-            raise ConfigError(
-                f"The decoder {config.method!r} does not run on an export; use ar, jacobi or exit "
-                "rules, or run the checkpoint with torch."
-            )
+        check_decoding(config)
         return config
 
-    def prefill(self, observation: Mapping[str, np.ndarray], instruction: str) -> Slots:
-        """Run the prefix and store its keys and values; returns what it predicts for slot 0.
+    def prepare(
+        self, observation: Mapping[str, np.ndarray], instruction: str
+    ) -> dict[str, np.ndarray]:
+        """Check an observation and convert it to the inputs of the graphs.
 
         Args:
             observation: Cameras (H, W, 3) uint8, or float in [0, 1], and the state (D,), by their
                 features.
             instruction: What to do.
 
+        Returns:
+            "words", "state", and the resized image of every camera by its feature.
+
         Raises:
             ObservationError: A feature is missing or wrong.
         """
-        words = self.reader.words(instruction)
-        inputs = {"words": words, "state": self.reader.state(observation)}
+        return {
+            "words": self.reader.words(instruction),
+            "state": self.reader.state(observation),
+            **{camera: self.reader.image(observation, camera) for camera in self.settings.cameras},
+        }
+
+    def prefill(self, prepared: Mapping[str, np.ndarray]) -> Slots:
+        """Run the prefix and store its keys and values; returns what it predicts for slot 0.
+
+        Args:
+            prepared: What `prepare` returned.
+        """
+        words = prepared["words"]
+        inputs = {"words": words, "state": prepared["state"]}
         for index, camera in enumerate(self.settings.cameras):
-            image = self.reader.image(observation, camera)
             stem = self._sessions[f"stem_{index}"]
-            inputs[f"camera_{index}"] = run(stem, {"image": image, "words": words})[0]
+            inputs[f"camera_{index}"] = run(stem, {"image": prepared[camera], "words": words})[0]
         prefix = Slots(run(self._sessions["trunk"], inputs))
         self._cache.begin(prefix)
         return prefix
+
+    def read(self, tokens: np.ndarray) -> Slots:
+        """Run the block's graph on tokens (1, k) behind the prefix, without storing them."""
+        self._cache.used = self._cache.prefix
+        return read_tokens(self._sessions["block"], self._cache, tokens)
 
     def decode(
         self,
         observation: Mapping[str, np.ndarray],
         instruction: str,
+        decoding: str | DecodingConfig = "ceed",
+        **options: Any,
+    ) -> DecodeResult:
+        """Decode one action chunk, as ``CeedVLAPolicy.decode`` does.
+
+        Args:
+            observation: See `prepare`.
+            instruction: See `prepare`.
+            decoding: A decoder name, or its configuration.
+            options: See `decode_prepared`.
+
+        Returns:
+            The result of one row; its arrays are numpy's.
+
+        Raises:
+            ObservationError: A feature is missing or wrong.
+        """
+        started = time.perf_counter()
+        prepared = self.prepare(observation, instruction)
+        seconds = {"preprocess": time.perf_counter() - started}
+        result = self.decode_prepared(prepared, decoding, **options)
+        result.seconds = seconds | (result.seconds or {})
+        return result
+
+    def decode_prepared(
+        self,
+        prepared: Mapping[str, np.ndarray],
         decoding: str | DecodingConfig = "ceed",
         previous: np.ndarray | None = None,
         shift_steps: int | None = None,
@@ -93,11 +140,10 @@ class EdgePolicy:
         on_proven: Callable[[Any, int, int], None] | None = None,
         deadline_s: float | None = None,
     ) -> DecodeResult:
-        """Decode one action chunk, as ``CeedVLAPolicy.decode`` does.
+        """Decode one action chunk of a prepared observation.
 
         Args:
-            observation: See `prefill`.
-            instruction: See `prefill`.
+            prepared: What `prepare` returned.
             decoding: A decoder name, or its configuration.
             previous: Tokens (1, n) of the previous chunk, for the warm start; None without one.
             shift_steps: Steps of `previous` that were executed; ``n_action_steps`` if None.
@@ -112,13 +158,12 @@ class EdgePolicy:
         Raises:
             ConfigError: The decoding is unknown or does not run on an export, or an argument does
                 not fit it.
-            ObservationError: A feature is missing or wrong.
             TokenError: The previous chunk does not fit, or lacks the frozen steps.
             NotFiniteError: The model's logits are NaN or infinite.
         """
         config = self.decoding_config(decoding)
         usual = self.settings.n_action_steps
-        steps = self.vocabulary.steps
+        steps = self.vocabulary.chunk_steps
         executed = usual if executed_steps is None else executed_steps
         if type(executed) is not int or not 1 <= executed <= steps:
             raise ConfigError(f"executed_steps is {short(executed)}; it must be in [1, {steps}].")
@@ -134,7 +179,7 @@ class EdgePolicy:
         request = BlockRequest(
             config=config,
             guess=guess,
-            tokens_per_step=self.vocabulary.width,
+            tokens_per_step=self.vocabulary.tokens_per_step,
             ordered=self.settings.tokens.ordered,
             executed_steps=executed,
             frozen_steps=frozen_steps,
@@ -142,7 +187,7 @@ class EdgePolicy:
             deadline_s=deadline_s,
         )
         started = time.perf_counter()
-        prefix = self.prefill(observation, instruction)
+        prefix = self.prefill(prepared)
         prefilled = time.perf_counter()
         result = self._decode_block(prefix, request)
         layers = self.settings.cache.layers
@@ -154,8 +199,50 @@ class EdgePolicy:
         result.seconds = {"prefill": prefilled - started, "decode": decoded - prefilled}
         return result
 
+    def decode_behind(
+        self,
+        prepared: Mapping[str, np.ndarray],
+        frozen_steps: int = 0,
+        executed_steps: int | None = None,
+        **arguments: Any,
+    ) -> DecodeResult:
+        """Decode a chunk that starts with frozen steps, as `ceed_vla.real_time.decode_behind` does:
+        if actions are increments, later steps compensate for the frozen ones.
+
+        Args:
+            prepared: What `prepare` returned.
+            frozen_steps: Steps at the start of this chunk, copied from the previous one.
+            executed_steps: Steps of this chunk that are executed; ``n_action_steps`` if None.
+            arguments: See `decode_prepared`.
+        """
+        dims = self.settings.delta_dims
+        if not frozen_steps or not dims:
+            return self.decode_prepared(
+                prepared, frozen_steps=frozen_steps, executed_steps=executed_steps, **arguments
+            )
+        usual = self.settings.n_action_steps
+        behind = usual if executed_steps is None else executed_steps
+        executed = min(frozen_steps + behind, self.vocabulary.chunk_steps)
+        result = self.decode_prepared(prepared, executed_steps=executed, **arguments)
+        shift = arguments.get("shift_steps")
+        shift = usual if shift is None else shift
+        put_behind(self.vocabulary, result, arguments.get("previous"), shift, frozen_steps, dims)
+        return result
+
+    def _check(self, folder: Path) -> None:
+        """Raise `VerificationError` unless this machine reproduces the tokens of the export."""
+        for check in self.settings.checks or []:
+            observation, instruction = random_observation(self.settings, check.seed)
+            found = self.decode(observation, instruction, check.decoder).tokens
+            if found.tolist() != [check.tokens]:
+                raise VerificationError(
+                    f"The export in {folder} gives other tokens on this machine than where it was "
+                    f"written ({check.decoder}, seed {check.seed}); run the checkpoint with torch, "
+                    "or export it here."
+                )
+
     def _decode_block(self, prefix: Slots, request: BlockRequest) -> DecodeResult:
-        n = self.vocabulary.length
+        n = self.vocabulary.block_length
         frozen = request.frozen_tokens(n)
         watched = request.watched_tokens(n, frozen)
         tokens: Any = request.guess

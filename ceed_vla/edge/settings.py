@@ -16,17 +16,21 @@ from typing import Any
 import numpy as np
 
 from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.decoding.registry import find_exit
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import Checked, chosen, ranged, short
 from ceed_vla.files import read_bytes, read_json
+from ceed_vla.folders import EXPORT
+from ceed_vla.tokens.increments import check_dims
 from ceed_vla.word_ids import WordIds
 
-SETTINGS = "export.json"
+SETTINGS = EXPORT
 FORMAT = 1
 FAMILIES = ("compact",)
 EXPORTED = ("ar", "jacobi")  # decoders that run on an export
 MOST_GRAPH = 2_000_000_000  # [bytes]
 MOST_TOKENS = 65_536  # of a block
+MOST_SIDE = 4096  # of a camera's image [px]
 MOST_VALUES = 2**30  # of keys, and of the table of actions
 
 
@@ -111,6 +115,21 @@ class TokenSettings(Checked, prefix="tokens."):
 
 
 @dataclass
+class CheckSettings(Checked, prefix="checks."):
+    """The tokens of one decoder on one random observation.
+
+    Attributes:
+        seed: Seed of the observation, see `ceed_vla.edge.observation.random_observation`.
+        decoder: Decoder name.
+        tokens: (n,) tokens.
+    """
+
+    seed: int = ranged(0, "[0, 4294967295]")
+    decoder: str = "ar"
+    tokens: list[int] = ranged([], "[0, 65535]")
+
+
+@dataclass
 class ExportSettings(Checked):
     """What an export holds beside its graphs.
 
@@ -118,6 +137,8 @@ class ExportSettings(Checked):
         family: Model family.
         version: Version of this package that wrote it.
         cameras: Features of the cameras, in the order of their stems.
+        camera_sizes: Height and width of their images, as the checkpoint declares them; images of
+            other sizes are resized, too.
         image_size: Side of the images [px].
         state: The state vector.
         vocabulary: Words of the instructions, sorted.
@@ -125,9 +146,12 @@ class ExportSettings(Checked):
         tokens: Action tokens.
         cache: Sizes of the cache.
         n_action_steps: Steps of a chunk that are executed by default.
+        delta_dims: Action dimensions that are increments.
         decoding: The checkpoint's own decoding.
         decodings: Its own names for decoders.
         files: Graph file -> SHA-256.
+        checks: Tokens (n,) of a decoder on the random observation of a seed, which every
+            `ceed_vla.edge.EdgePolicy` must reproduce.
     """
 
     version: str
@@ -142,10 +166,25 @@ class ExportSettings(Checked):
     image_size: int = ranged(96, "[1, 4096]")
     max_words: int = ranged(12, "[1, 4096]")
     n_action_steps: int = ranged(1, "[1, 4096]")
+    camera_sizes: list[list[int]] | None = None
+    delta_dims: list[int] | None = None
     decodings: dict[str, str] | None = None
+    checks: list[CheckSettings] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        sizes = self.camera_sizes
+        if sizes is not None and not (
+            len(sizes) == len(self.cameras)
+            and all(
+                len(size) == 2 and all(1 <= side <= MOST_SIDE for side in size) for size in sizes
+            )
+        ):
+            raise ConfigError(
+                f"camera_sizes is {short(sizes)}; it must have a height and a width in [1, "
+                f"{MOST_SIDE}] for each of {len(self.cameras)} cameras."
+            )
+        check_dims(self.delta_dims or [], len(self.tokens.low))
         if not 1 <= self.n_action_steps <= self.tokens.chunk_steps:
             raise ConfigError(
                 f"n_action_steps is {self.n_action_steps}; it must be in [1, "
@@ -159,6 +198,12 @@ class ExportSettings(Checked):
                 f"A block of {length} tokens with a cache of {values} values is too large; at most "
                 f"{MOST_TOKENS} and {MOST_VALUES} are supported."
             )
+        for check in self.checks or []:
+            if len(check.tokens) != length or max(check.tokens) >= self.tokens.num_bins:
+                raise ConfigError(
+                    f"checks has tokens {short(check.tokens)}; there must be {length} of them, "
+                    f"below {self.tokens.num_bins}."
+                )
         wanted = graph_names(len(self.cameras))
         if set(self.files) != set(wanted):
             raise ConfigError(
@@ -178,6 +223,26 @@ _PARTS = {
     "cache": CacheSettings,
     "decoding": DecodingConfig,
 }
+
+
+def check_decoding(config: DecodingConfig) -> None:
+    """Raise `ConfigError` for a decoding that does not run on an export."""
+    if config.method not in EXPORTED:
+        raise ConfigError(
+            f"The decoder {config.method!r} does not run on an export; use ar, jacobi or exit "
+            "rules, or run the checkpoint with torch."
+        )
+    if config.guess == "random":
+        raise ConfigError(
+            "The guess is 'random', which takes torch's random numbers; exports support 'previous' "
+            "and 'mid'."
+        )
+    for name in config.exits:
+        if not find_exit(name).home.startswith("ceed_vla.decoding."):
+            raise ConfigError(
+                f"The exit rule {name} does not run on an export; use conf<P>, gap<P>, agree<D>, "
+                "changed<K>, cap<K> or deadline<MS>."
+            )
 
 
 def graph_names(cameras: int) -> list[str]:
@@ -203,13 +268,13 @@ def read_settings(folder: Path) -> ExportSettings:
             "Export the checkpoint again."
         )
     try:
-        return _built(ExportSettings, {k: v for k, v in raw.items() if k != "format"}, _PARTS)
+        return built(ExportSettings, {k: v for k, v in raw.items() if k != "format"}, _PARTS)
     except ConfigError as error:
         raise CheckpointError(f"{file} cannot be used ({error}). Export again.") from error
 
 
-def _built[T](kind: type[T], raw: Mapping[str, Any], parts: Mapping[str, type]) -> T:
-    """A dataclass of a JSON object, whose `parts` are dataclasses too."""
+def built[T](kind: type[T], raw: Mapping[str, Any], parts: Mapping[str, type]) -> T:
+    """A dataclass of a JSON object, whose `parts` are dataclasses too; raises `ConfigError`."""
     known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
     if unknown := set(raw) - known:
         raise ConfigError(f"it has the unknown entry {short(min(unknown))}")
@@ -217,11 +282,22 @@ def _built[T](kind: type[T], raw: Mapping[str, Any], parts: Mapping[str, type]) 
     for name, part in parts.items():
         if not isinstance(values.get(name), dict):
             raise ConfigError(f"{name} is {short(values.get(name))}; it must be an object")
-        values[name] = _built(part, values[name], {})
+        values[name] = built(part, values[name], {})
+    if "checks" in values:
+        values["checks"] = _built_checks(values["checks"])
     try:
         return kind(**values)
     except TypeError as error:
         raise ConfigError(f"an entry is missing ({error})") from error
+
+
+def _built_checks(raw: Any) -> list[CheckSettings] | None:
+    """The entry `checks` of a JSON object."""
+    if raw is None:
+        return None
+    if not isinstance(raw, list) or not all(isinstance(item, dict) for item in raw):
+        raise ConfigError(f"checks is {short(raw)}; it must be a list of objects")
+    return [built(CheckSettings, item, {}) for item in raw]
 
 
 def read_graph(folder: Path, name: str, digest: str) -> bytes:

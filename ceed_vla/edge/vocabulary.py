@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ceed_vla.edge.settings import TokenSettings
-from ceed_vla.errors import CheckpointError, ConfigError, TokenError
+from ceed_vla.errors import CheckpointError, TokenError
 from ceed_vla.tokens.guesses import check_frozen, check_shift
 
 
@@ -19,22 +19,24 @@ class Vocabulary:
 
     def __init__(self, settings: TokenSettings) -> None:
         self.settings = settings
-        self.steps = settings.chunk_steps
-        self.width = len(settings.low)
-        self.size = settings.num_bins
-        self.length = self.steps * self.width
+        self.chunk_steps = settings.chunk_steps
+        self.action_dim = self.tokens_per_step = len(settings.low)
+        self.vocabulary_size = settings.num_bins
+        self.block_length = self.chunk_steps * self.tokens_per_step
         low = np.array(settings.low, dtype=np.float64)  # (A,)
         high = np.array(settings.high, dtype=np.float64)  # (A,)
-        top = self.size - 1
-        value = np.arange(self.size, dtype=np.float64)[:, None]  # (V, 1)
+        top = self.vocabulary_size - 1
+        value = np.arange(self.vocabulary_size, dtype=np.float64)[:, None]  # (V, 1)
         # As weighted means of the ends, v and top - v of a symmetric range are exactly opposite.
+        self._low = low
+        self._bin = (high - low) / top  # (A,) distance of two bin centres
         self._centres = (((top - value) * low + value * high) / top).astype(np.float32)  # (V, A)
-        nearest = np.clip(np.round(-low / ((high - low) / top)), 0, top).astype(np.int64)
-        self.zero = np.tile(nearest, self.steps)[None]
+        nearest = np.clip(np.round(-low / self._bin), 0, top).astype(np.int64)
+        self.zero = np.tile(nearest, self.chunk_steps)[None]
 
     def check(self, tokens: object, what: str) -> np.ndarray:
         """`tokens` as (1, n) int64; `TokenError` if they do not fit."""
-        shapes = ((self.length,), (1, self.length))
+        shapes = ((self.block_length,), (1, self.block_length))
         if (
             not isinstance(tokens, np.ndarray)
             or tokens.shape not in shapes
@@ -42,13 +44,13 @@ class Vocabulary:
         ):
             raise TokenError(
                 f"{what}: {getattr(tokens, 'shape', type(tokens).__name__)}, expected an array "
-                f"(1, {self.length}) of integers."
+                f"(1, {self.block_length}) of integers."
             )
-        array = np.asarray(tokens, dtype=np.int64).reshape(1, self.length)
-        if array.min() < 0 or array.max() >= self.size:
+        array = np.asarray(tokens, dtype=np.int64).reshape(1, self.block_length)
+        if array.min() < 0 or array.max() >= self.vocabulary_size:
             raise TokenError(
                 f"{what} has tokens from {array.min()} to {array.max()}; they must be in [0, "
-                f"{self.size - 1}]."
+                f"{self.vocabulary_size - 1}]."
             )
         return array
 
@@ -58,31 +60,45 @@ class Vocabulary:
         """The initial guess (1, n), which begins with the frozen steps of the previous chunk.
 
         Raises:
-            ConfigError: The guess is "random", whose source is torch's.
             TokenError: The previous chunk, or the numbers of steps, do not fit.
         """
-        if kind == "random":
-            raise ConfigError(
-                "The guess is 'random', which takes torch's random numbers; exports support "
-                "'previous' and 'mid'."
-            )
-        check_shift(shift_steps, self.steps)
-        check_frozen(frozen_steps, shift_steps, self.steps)
+        check_shift(shift_steps, self.chunk_steps)
+        check_frozen(frozen_steps, shift_steps, self.chunk_steps)
+        guess = self.zero.copy()
+        if previous is not None:
+            previous = self.check(previous, "The previous chunk")
+        if previous is not None and kind == "previous":
+            start = shift_steps * self.tokens_per_step
+            last = previous[:, self.block_length - self.tokens_per_step :]
+            guess = np.concatenate([previous[:, start:], np.tile(last, (1, shift_steps))], axis=1)
+        if not frozen_steps:
+            return guess
+        return self.with_frozen(guess, previous, shift_steps, frozen_steps)
+
+    def with_frozen(
+        self, guess: np.ndarray, previous: object, shift_steps: int, frozen_steps: int
+    ) -> np.ndarray:
+        """Replace the first steps of a guess (1, n) by frozen steps of the previous chunk.
+
+        Raises:
+            TokenError: The previous chunk, or the numbers of steps, do not fit.
+        """
+        check_frozen(frozen_steps, shift_steps, self.chunk_steps)
         if previous is None:
-            if frozen_steps:
-                raise TokenError(
-                    f"frozen_steps is {frozen_steps}, but there is no previous chunk to copy steps "
-                    "from. Pass previous, or set frozen_steps to 0."
-                )
-            return self.zero.copy()
-        previous = self.check(previous, "The previous chunk")
-        start = shift_steps * self.width
-        last = previous[:, self.length - self.width :]
-        shifted = np.concatenate([previous[:, start:], np.tile(last, (1, shift_steps))], axis=1)
-        guess = shifted if kind == "previous" else self.zero.copy()
-        frozen = frozen_steps * self.width
-        guess[:, :frozen] = shifted[:, :frozen]
-        return guess
+            raise TokenError(
+                f"frozen_steps is {frozen_steps}, but there is no previous chunk to copy steps "
+                "from. Pass previous, or set frozen_steps to 0."
+            )
+        start = shift_steps * self.tokens_per_step
+        length = frozen_steps * self.tokens_per_step
+        frozen = self.check(previous, "The previous chunk")[:, start : start + length]
+        return np.concatenate([frozen, guess[:, length:]], axis=1)
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """Tokens (1, n) int64 of the bins nearest to actions (1, m, A) [action units]."""
+        bins = (actions.astype(np.float64) - self._low) / self._bin
+        nearest = np.clip(np.round(bins), 0, self.vocabulary_size - 1)
+        return nearest.astype(np.int64).reshape(1, self.block_length)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Actions (1, m, A) float32 of decoded `tokens` (1, n) [action units].
@@ -90,10 +106,10 @@ class Vocabulary:
         Raises:
             CheckpointError: The graphs return tokens that the settings do not have.
         """
-        if tokens.max() >= self.size:
+        if tokens.max() >= self.vocabulary_size:
             raise CheckpointError(
                 f"The exported graph returned token {tokens.max()}, but the settings have "
-                f"{self.size} bins; copy the whole folder again."
+                f"{self.vocabulary_size} bins; copy the whole folder again."
             )
-        steps = tokens.reshape(1, self.steps, self.width)
+        steps = tokens.reshape(1, self.chunk_steps, self.tokens_per_step)
         return np.take_along_axis(self._centres[None], steps, axis=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,19 +19,20 @@ from torch import Tensor, nn
 from ceed_vla import __version__
 from ceed_vla.backbones.compact.words import InstructionWordsStep
 from ceed_vla.checkpoints import load
-from ceed_vla.decoding.registry import find_exit
+from ceed_vla.edge.observation import random_observation
 from ceed_vla.edge.settings import (
-    EXPORTED,
     CacheSettings,
+    CheckSettings,
     ExportSettings,
     StateSettings,
     TokenSettings,
+    check_decoding,
     graph_names,
 )
 from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, raised_as
+from ceed_vla.export.cached import check_family
 from ceed_vla.export.graphs import CACHE, SLOT, CompactBlock, CompactStem, CompactTrunk
 from ceed_vla.fields import Checked
-from ceed_vla.tokens.uniform import ActionTokenizer
 
 OPSET = 20
 CHECKED = 3  # observations on which torch and the export are compared
@@ -70,7 +71,7 @@ def export(config: ExportConfig) -> str:
     folder = Path(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output_dir {folder} is not an empty folder; name a new one.")
-    policy, preprocess, _ = load(config.policy_path)
+    policy, preprocess, postprocess = load(config.policy_path)
     _check(config.policy_path, policy)
     state = _state(policy, preprocess)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def export(config: ExportConfig) -> str:
         names = graph_names(len(policy.config.cameras))
         files = {n: hashlib.sha256((written / n).read_bytes()).hexdigest() for n in names}
         _settings(policy, preprocess, state, cache, files).write(written)
-        _verify(written, policy, preprocess)
+        _verify(written, policy, preprocess, postprocess)
         total = sum((written / name).stat().st_size for name in names)
         if folder.exists():
             folder.rmdir()  # it is empty
@@ -95,28 +96,15 @@ def export(config: ExportConfig) -> str:
 def _check(name: str, policy: Any) -> None:
     """Raise `ConfigError` for a policy that cannot be exported."""
     config = policy.config
-    if config.backbone.type != "compact" or not isinstance(policy.tokenizer, ActionTokenizer):
-        raise ConfigError(
-            f"{name} has the backbone {config.backbone.type} with {config.action_tokens.type} "
-            "tokens; exports support compact with uniform. Run it with torch."
-        )
+    check_family(name, config.backbone.type, config.action_tokens.type)
     if policy.tokenizer.block_length < 3:
         raise ConfigError(
             f"{name} has blocks of {policy.tokenizer.block_length} tokens; exports need at least 3."
         )
-    decoding = config.decoding
-    homes = {find_exit(rule).home for rule in decoding.exits}
-    if (
-        decoding.method not in EXPORTED
-        or decoding.guess == "random"
-        or not all(home.startswith("ceed_vla.decoding.") for home in homes)
-    ):
-        raise ConfigError(
-            f"{name} decodes with method {decoding.method!r}, guess {decoding.guess!r} and exits "
-            f"{list(decoding.exits)}; exports support ar and jacobi with the exit rules of "
-            "ceed_vla.decoding. Change policy.decoding in a copy of the checkpoint, or run it with "
-            "torch."
-        )
+    try:
+        check_decoding(config.decoding)
+    except ConfigError as error:
+        raise ConfigError(f"The decoding of {name} cannot be exported. {error}") from error
 
 
 @torch.no_grad()
@@ -235,35 +223,45 @@ def _settings(
         image_size=policy.backbone.image_size,
         max_words=words.max_words,
         n_action_steps=config.n_action_steps,
+        camera_sizes=[list(config.input_features[name].shape[1:]) for name in config.cameras],
+        delta_dims=config.delta_dims,
         decodings=dict(config.decodings),
     )
 
 
-def _verify(folder: Path, policy: Any, preprocess: Any) -> None:
-    """Compare the export with torch on random observations; raise `VerificationError`."""
+def _verify(folder: Path, policy: Any, preprocess: Any, postprocess: Any) -> None:
+    """Compare the export with torch on random observations, and store the tokens as its checks.
+
+    Raises:
+        VerificationError: Tokens or actions differ.
+    """
     from ceed_vla.edge import EdgePolicy
 
     edge = EdgePolicy(folder, threads=1)
-    random = np.random.default_rng(0)
-    side = edge.settings.image_size
-    instruction = " ".join(edge.settings.vocabulary[: edge.settings.max_words])
-    for _ in range(CHECKED):
-        images = {
-            name: random.integers(0, 256, (side, side, 3), dtype=np.uint8)
-            for name in edge.settings.cameras
+    settings = edge.settings
+    checks = []
+    for seed in range(CHECKED):
+        observation, instruction = random_observation(settings, seed)
+        batch: dict[str, Any] = {
+            name: torch.from_numpy(observation[name]).permute(2, 0, 1)[None] / 255
+            for name in settings.cameras
         }
-        state = random.normal(size=edge.settings.state.size).astype(np.float32)
-        batch = {
-            name: torch.from_numpy(i).permute(2, 0, 1)[None] / 255 for name, i in images.items()
-        }
-        batch[edge.settings.state.name] = torch.from_numpy(state)[None]
+        batch[settings.state.name] = torch.from_numpy(observation[settings.state.name])[None]
         batch = preprocess({**batch, "task": [instruction]})
         for name in ("ar", "jacobi", "ceed"):
-            wanted = policy.decode(batch, name).tokens.numpy()
-            observation: dict[str, Any] = {**images, edge.settings.state.name: state}
+            wanted = policy.decode(batch, name)
             found = edge.decode(observation, instruction, name)
-            if not np.array_equal(found.tokens, wanted):
+            if not np.array_equal(found.tokens, wanted.tokens.numpy()):
                 raise VerificationError(
                     f"The export in {folder} gives other tokens than torch with {name}; do not use "
                     "it. Report the checkpoint."
                 )
+            actions: Any = found.actions
+            if not np.array_equal(actions, postprocess(wanted.actions).numpy()):
+                raise VerificationError(
+                    f"The export in {folder} gives other actions than torch and the checkpoint's "
+                    "postprocessor; do not use it. Report the checkpoint."
+                )
+            if name != "jacobi":
+                checks.append(CheckSettings(seed, name, found.tokens[0].tolist()))
+    replace(settings, checks=checks).write(folder)

@@ -105,9 +105,11 @@ POLICY_PARAMETERS = (
     NodeParameter("device", "cpu", "Device on which the policy runs: cpu, cuda, cuda:1, mps."),
     NodeParameter(
         "engine",
-        "eager",
-        "Engine that runs CEED-VLA checkpoints; compiled takes minutes to load and requires a C++ "
-        "compiler and inference_mode process.",
+        "auto",
+        "Engine that runs CEED-VLA checkpoints. edge: an export, without torch; exporting takes "
+        "half a minute, once. eager: torch. compiled: takes minutes to load, and requires a C++ "
+        "compiler and inference_mode process. auto: edge if the device is cpu, onnxruntime is "
+        "installed and the export gives torch's tokens, eager otherwise.",
         choices=ENGINES,
     ),
     NodeParameter(

@@ -1,5 +1,5 @@
-"""Runs one LeRobot checkpoint from raw observation to actions, in the inference worker's process or
-thread.
+"""Runs one checkpoint or export from raw observation to actions, in the inference worker's process
+or thread.
 
 The module itself imports neither torch nor lerobot, so that a node whose policy runs in another
 process stays light.
@@ -12,15 +12,15 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.discovery import discover
-from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, NotFiniteError
+from ceed_vla.errors import CeedVLAError, CheckpointError, NotFiniteError
 from ceed_vla.ros_nodes.robot.failure_log import FailureLog
-from ceed_vla.ros_nodes.robot.predictor_loading import declared_spec, load_policy
+from ceed_vla.ros_nodes.robot.predictor_loading import declared_spec, load_served
 from ceed_vla.ros_nodes.robot.predictor_types import (
     BAD_IMAGE,
     BAD_INSTRUCTION,
@@ -32,7 +32,8 @@ from ceed_vla.ros_nodes.robot.predictor_types import (
     Request,
     Response,
 )
-from ceed_vla.ros_nodes.robot.request_reader import InstructionError, RequestReader
+from ceed_vla.ros_nodes.robot.request_reader import InstructionError
+from ceed_vla.ros_nodes.robot.served_policy import DecodeOptions
 from ceed_vla.ros_nodes.robot.texts import short
 
 __all__ = [
@@ -69,34 +70,16 @@ class Predictor:
     def __init__(
         self, settings: PredictorSettings, wait: Callable[[float], object] = time.sleep
     ) -> None:
-        import torch
-
-        torch.set_num_threads(settings.threads)
         discover(settings.discover_packages, "discover_packages")
         self._settings = settings
         self._wait = wait
         self.spec = declared_spec(settings.checkpoint)
-        self._policy, preprocess, self._postprocess = load_policy(settings, self.spec.policy_type)
-        self._is_ceed = self.spec.policy_type == "ceed_vla"
-        if settings.engine == "compiled":
-            if not self._is_ceed:
-                raise ConfigError(
-                    f"engine is compiled; a {self.spec.policy_type} checkpoint supports only eager."
-                )
-            from ceed_vla.compiled import engine
-
-            self._policy.backbone = engine.compiled(self._policy.backbone)
-        self._decoding = self._decoding_config(settings.decoding) if self._is_ceed else None
-        # Tokens of one step; None for tokens of variable length, which can be neither frozen nor
-        # counted in steps.
-        self._tokens: int | None = self._policy.tokenizer.tokens_per_step if self._is_ceed else None
+        self._policy = load_served(settings, self.spec)
+        self._decoding = self._decoding_config(settings.decoding)
         self._prefill_s = 0.0
         self._failures: FailureLog | None = None  # during the warm-up, an error ends loading
-        steps = preprocess.steps if self._is_ceed else ()
-        vocabulary: set[str] = {word for step in steps for word in getattr(step, "vocabulary", ())}
-        self._reader = RequestReader(self.spec, preprocess, vocabulary)
         self.spec = self._warm_up()
-        if self._is_ceed:
+        if self._decoding is not None:
             self.spec = self._choose_plan()
         self._failures = FailureLog(logger)
 
@@ -141,52 +124,41 @@ class Predictor:
     def _predict(
         self, request: Request, deadline: float | None, early: Callable[[Response], None] | None
     ) -> Response:
-        import torch
-
-        from ceed_vla.real_time import decode_behind
-
         started = time.monotonic()
-        with torch.inference_mode():
-            batch = self._reader.read(request)
-            prepared = time.monotonic()
-            times = {"preprocess": prepared - started, "prefill": 0.0}
-            if not self._is_ceed:
-                chunk = self._policy.predict_action_chunk(batch)  # (1, m, A)
-                seconds = {**times, "decode": time.monotonic() - prepared}
-                return Response(request.id, self._actions(chunk), seconds=seconds)
-            arguments = self._decode_arguments(request, deadline)
-            if early is not None and request.stream and self._tokens and not request.frozen_steps:
-                arguments["on_proven"] = self._first_steps(request.id, self._tokens, started, early)
-            result = decode_behind(self._policy, batch, **arguments)
-            self._prefill_s = result.seconds["prefill"]
-            return Response(
-                request.id,
-                self._actions(result.actions),
-                result.tokens[0].cpu().numpy(),
-                result.forwards,
-                result.exit_reason[0],
-                {**times, **result.seconds},
-            )
-
-    def _actions(self, actions: Any) -> NDArray[np.float32]:
-        """Return the actions (m, A) from the policy's (1, m, A)."""
-        return cast("NDArray[np.float32]", self._postprocess(actions).float().cpu().numpy()[0])
+        inputs = self._policy.read(request)
+        prepared = time.monotonic()
+        options = self._options(request, deadline)
+        width = self._policy.tokens_per_step
+        if early is not None and request.stream and width and not request.frozen_steps:
+            options = replace(options, on_proven=self._first_steps(request.id, started, early))
+        decoded = self._policy.decode(inputs, request, options)
+        self._prefill_s = decoded.seconds["prefill"]
+        return Response(
+            request.id,
+            decoded.actions,
+            decoded.tokens,
+            decoded.forwards,
+            decoded.exit_reason,
+            {"preprocess": prepared - started, **decoded.seconds},
+        )
 
     def _first_steps(
-        self, number: int, width: int, started: float, early: Callable[[Response], None]
+        self, number: int, started: float, early: Callable[[Response], None]
     ) -> Callable[..., None]:
         """Return a callback that passes the steps that are certain to `early`.
 
-        A step has `width` tokens. When all steps are certain, they are the answer, which `predict`
-        returns.
+        When all steps are certain, they are the answer, which `predict` returns.
         """
+        width, chunk_steps = self._policy.tokens_per_step, self._policy.chunk_steps
+        assert width is not None
+        assert chunk_steps is not None
         told = 0
 
         def on_proven(tokens: Any, exact: int, forwards: int) -> None:
             nonlocal told
             steps = exact // width
-            if told < steps < self._policy.tokenizer.chunk_steps:
-                actions = self._actions(self._policy.tokenizer.decode(tokens))
+            if told < steps < chunk_steps:
+                actions = self._policy.actions(tokens)
                 seconds = time.monotonic() - started
                 part = Response(number, actions[:steps], forwards=forwards, whole=False)
                 early(replace(part, seconds={"total": seconds}))
@@ -194,39 +166,31 @@ class Predictor:
 
         return on_proven
 
-    def _decode_arguments(self, request: Request, deadline: float | None) -> dict[str, Any]:
-        """Return the arguments of `decode_behind` except the batch."""
-        import torch
-
-        assert self._decoding is not None
-        steps = self._settings.replan_steps
-        arguments: dict[str, Any] = {
-            "decoding": self._decoding,
-            "executed_steps": steps,
-        }
+    def _options(self, request: Request, deadline: float | None) -> DecodeOptions:
+        """Return how to decode a request."""
+        if self._decoding is None:
+            return DecodeOptions()
+        allowed = None
         if deadline is not None and self._decoding.method == "jacobi":
             # The decoder's own deadline starts after the prefill, whose time is estimated by that
             # of the last one.
             left = deadline - time.monotonic() - self._prefill_s
             own = self._decoding.deadline_s
             allowed = max(left if own is None else min(left, own), _LEAST_DEADLINE)
-            arguments["deadline_s"] = allowed
-        if request.previous is not None:
-            previous = torch.as_tensor(request.previous).unsqueeze(0)  # (1, n)
-            arguments |= {"previous": previous, "shift_steps": request.shift_steps}
-            if self._tokens:
-                arguments["frozen_steps"] = request.frozen_steps
-        return arguments
+        behind = request.previous is not None and self._policy.tokens_per_step
+        return DecodeOptions(
+            self._decoding,
+            executed_steps=self._settings.replan_steps,
+            frozen_steps=request.frozen_steps if behind else 0,
+            deadline_s=allowed,
+        )
 
     def _decoding_config(self, name: str) -> Any:
         """Return the named configuration, for the steps executed before the next replan."""
-        steps = self._settings.replan_steps
         config = self._policy.decoding_config(name)
-        if self._settings.engine == "compiled" and not config.decoder.compiles:
-            raise ConfigError(f"engine is compiled; {name} ({config.method}) supports only eager.")
         # Greedy decoding of all steps leaves no unconverged guesses that the next chunk could
         # freeze.
-        if steps is None or config.method == "ar":
+        if config is None or self._settings.replan_steps is None or config.method == "ar":
             return config
         return replace(config, watch="executed")
 
@@ -240,9 +204,8 @@ class Predictor:
             **{key: np.zeros((h, w, 3), np.uint8) for key, (_, h, w) in self.spec.cameras.items()},
             **{key: np.zeros(length, np.float32) for key, length in self.spec.states.items()},
         }
-        word = min(self._reader.vocabulary, default="move")  # a valid instruction
-        if self._settings.engine == "compiled" and self._decoding is not None:
-            self._compile(Request(0, observation, word), self._decoding)
+        word = min(self._policy.vocabulary, default="move")  # a valid instruction
+        self._policy.compile(Request(0, observation, word), self._decoding)
         response = Response(0)
         times = []
         for _ in range(calls or self._settings.warmup):
@@ -260,20 +223,9 @@ class Predictor:
                 f"The checkpoint {self.spec.checkpoint} returns actions of {dim} dimensions and "
                 f"declares {self.spec.action_dim}."
             )
-        executed = min(int(getattr(self._policy.config, "n_action_steps", steps)), steps)
+        executed = min(int(self._policy.n_action_steps or steps), steps)
         seconds = max(times) if calls else times[-1]
         return replace(self.spec, chunk_steps=steps, n_action_steps=executed, warmup_s=seconds)
-
-    def _compile(self, request: Request, decoding: Any) -> None:
-        """Compile everything that decoding a request needs, before anything is timed."""
-        import torch
-
-        from ceed_vla.decoding import prefill
-
-        with torch.inference_mode():  # as for requests
-            batch = self._reader.read(request)
-            backbone = self._policy.backbone
-            backbone.compile_now(prefill(backbone, batch, decoding))
 
     def _choose_plan(self) -> PolicySpec:
         """For the decoding "plan", time the checkpoint's plan<MS> here and select one.
@@ -282,7 +234,7 @@ class Predictor:
         limit is selected; if none is within the limit, the fastest.
         """
         chosen = self._settings.decoding
-        found = [name for name in self._policy.config.decodings if re.fullmatch("plan.+", name)]
+        found = [name for name in self._policy.decodings if re.fullmatch("plan.+", name)]
         if chosen != "plan" or not found:
             return replace(self.spec, decoding=chosen)
         found.sort(key=lambda name: float(name.removeprefix("plan")), reverse=True)

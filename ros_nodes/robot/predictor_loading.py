@@ -1,21 +1,25 @@
-"""Reads and loads the checkpoint of any LeRobot policy for a `Predictor`.
+"""Chooses what a `Predictor` runs: the checkpoint of any LeRobot policy, or an export.
 
 The module itself imports neither torch nor lerobot.
 """
 
 from __future__ import annotations
 
-import os
+import logging
+import re
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from ceed_vla.errors import CheckpointError, raised_as
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.ros_nodes.robot.predictor_types import PolicySpec, PredictorSettings
+from ceed_vla.ros_nodes.robot.served_policy import ServedPolicy
 from ceed_vla.ros_nodes.robot.texts import short
+
+logger = logging.getLogger(__name__)
 
 
 def declared_spec(checkpoint: str) -> PolicySpec:
-    """Read what a checkpoint's config.json declares, without loading its weights.
+    """Read what a checkpoint or an export declares, without loading its weights.
 
     Args:
         checkpoint: Name or folder.
@@ -27,8 +31,12 @@ def declared_spec(checkpoint: str) -> PolicySpec:
         CheckpointError: The folder is missing, or its config.json is not a LeRobot policy's.
     """
     from ceed_vla.checkpoints.manifest import read_config
-    from ceed_vla.folders import resolve_checkpoint
+    from ceed_vla.folders import is_export, resolve_checkpoint
 
+    if is_export(checkpoint):
+        from ceed_vla.ros_nodes.robot.served_export import export_spec
+
+        return export_spec(checkpoint, Path(checkpoint))
     config = read_config(resolve_checkpoint(checkpoint))
     try:
         features = {
@@ -59,64 +67,67 @@ def declared_spec(checkpoint: str) -> PolicySpec:
         ) from error
 
 
-def load_policy(settings: PredictorSettings, kind: str) -> tuple[Any, Any, Any]:
-    """Load any LeRobot checkpoint folder.
+def load_served(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
+    """Load a policy in the engine that the settings choose.
 
     Args:
-        settings: Their `checkpoint` and `device` are used.
-        kind: LeRobot's name of the policy: "ceed_vla", "act", ...
-
-    Returns:
-        The policy in evaluation mode, its preprocessor and its postprocessor.
+        settings: What to load, and how.
+        spec: Its inputs and outputs.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, or of a type that cannot be loaded.
-        ConfigError: This machine does not have the device.
+        ConfigError: The engine does not run this checkpoint, or this machine lacks the device.
+        VerificationError: The engine is edge, and gives other tokens than torch.
     """
-    from ceed_vla.checkpoints import load, resolve_checkpoint
-    from ceed_vla.devices import check_device
+    from ceed_vla.folders import is_export
 
-    folder = resolve_checkpoint(settings.checkpoint)
-    device = check_device(settings.device)
-    if kind == "ceed_vla":
-        return load(folder, device=device)
-    # LeRobot's policies raise errors of many types.
-    what = f"The checkpoint {settings.checkpoint} of type {kind!r} cannot be loaded"
-    with raised_as(CheckpointError, what, "see what its type needs in LeRobot, or copy it again."):
-        return _load_other(folder, kind, device)
-
-
-def _load_other(folder: Path, kind: str, device: str) -> tuple[Any, Any, Any]:
-    """Load another LeRobot policy whose type, settings and processor steps are on the allow list.
-
-    It never contacts a hub.
-    """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # for modules that are imported from here on
-    import draccus
-    import huggingface_hub.constants
-
-    from ceed_vla.checkpoints.allowed import read_allowed
-    from ceed_vla.folders import WEIGHTS
-    from ceed_vla.processor_steps import check_foreign_processors
-    from ceed_vla.weights import check_floating, check_weights
-
-    # huggingface_hub may be imported already; it reads this flag at every request.
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    values = read_allowed(folder, device)
-    from lerobot.configs import PreTrainedConfig
-    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
-
-    policy_class = get_policy_class(kind)
-    settings = {name: value for name, value in values.items() if name != "type"}
-    config: Any = draccus.decode(PreTrainedConfig.get_choice_class(kind), settings)
-    if config.n_obs_steps > 1:
-        raise CheckpointError(
-            f"The policy reads {config.n_obs_steps} observations at once; the node gives one."
+    engine = settings.engine
+    if is_export(settings.checkpoint):
+        if engine not in ("auto", "edge"):
+            raise ConfigError(
+                f"engine is {engine}; {settings.checkpoint} is an export, which runs with edge."
+            )
+        return _exported(Path(settings.checkpoint), settings, spec)
+    if engine not in ("auto", "eager") and spec.policy_type != "ceed_vla":
+        raise ConfigError(
+            f"engine is {engine}; a {spec.policy_type} checkpoint supports only eager."
         )
-    check_foreign_processors(folder, config)
-    check_floating([folder / WEIGHTS])
-    policy = policy_class.from_pretrained(folder, config=config, strict=True)
-    check_weights(policy, folder / WEIGHTS)
-    overrides = {"device_processor": {"device": device}}
-    pre, post = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
-    return policy.eval(), pre, post
+    if engine == "edge" or (engine == "auto" and _may_be_exported(settings, spec)):
+        from ceed_vla.export.cached import cached_export
+
+        try:
+            folder = cached_export(
+                settings.checkpoint, [settings.decoding], settings.discover_packages
+            )
+            return _exported(folder, settings, spec)
+        except CeedVLAError as error:
+            if engine == "edge":
+                raise
+            logger.info("%s runs with torch: %s", settings.checkpoint, error)
+    from ceed_vla.ros_nodes.robot.served_checkpoint import ServedCeed, ServedCheckpoint
+
+    kind = ServedCeed if spec.policy_type == "ceed_vla" else ServedCheckpoint
+    return kind(settings, spec)
+
+
+def _may_be_exported(settings: PredictorSettings, spec: PolicySpec) -> bool:
+    """Whether the engine auto tries an export."""
+    return (
+        spec.policy_type == "ceed_vla"
+        and settings.device == "cpu"
+        and find_spec("onnxruntime") is not None
+    )
+
+
+def _exported(folder: Path, settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
+    """Load an export; raise `ConfigError` if it does not run the decodings in question."""
+    from ceed_vla.ros_nodes.robot.served_export import ServedExport
+
+    if settings.device != "cpu":
+        raise ConfigError(f"device is {settings.device}; exports run on cpu. Use the engine eager.")
+    served = ServedExport(folder, spec, settings.threads)
+    plans = [name for name in served.decodings if re.fullmatch("plan.+", name)]
+    for name in plans if settings.decoding == "plan" else ():
+        served.decoding_config(name)
+    served.decoding_config(settings.decoding)
+    return served

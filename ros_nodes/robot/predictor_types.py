@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ceed_vla.fields import COUNTS, Checked, chosen, ranged
 from ceed_vla.ros_nodes.robot.images import Seen
 
-ENGINES = ("eager", "compiled")
+ENGINES = ("auto", "eager", "compiled", "edge")
 BAD_INSTRUCTION = "bad_instruction"
 NOT_FINITE = "not_finite"
 BAD_IMAGE = "bad_image"
@@ -83,16 +83,18 @@ class PredictorSettings(Checked):
         ConfigError: A value is outside its range.
     """
 
-    checkpoint: str  # LeRobot checkpoint folder, or "teacher" / "student"
+    checkpoint: str  # LeRobot checkpoint folder, an export, or "teacher" / "student"
     # comma-separated packages to import first; they register names that the checkpoint uses
     discover_packages: str = ""
     # decoder name for `CeedVLAPolicy.decoding_config`; other policies ignore it
     decoding: str = "ceed"
     # Steps after the frozen ones that must have converged; None: as the checkpoint declares.
     replan_steps: int | None = ranged(None, COUNTS)
-    threads: int = ranged(1, COUNTS)  # of torch
+    threads: int = ranged(1, COUNTS)  # of the engine
     device: str = "cpu"
-    engine: str = chosen("eager", ENGINES)  # compiled: loads some minutes longer, then runs faster
+    # eager; compiled: loads some minutes longer, then runs faster; edge: an export, without torch;
+    # auto: edge on a CPU if the checkpoint can be exported and onnxruntime is installed, else eager
+    engine: str = chosen("eager", ENGINES)
     # time limit by which decoding "plan" selects among the plan<MS> [s]
     chunk_deadline: float = ranged(1.0, "(0, inf)")
     warmup: int = ranged(3, COUNTS)  # calls on a blank observation before the first request

@@ -73,6 +73,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: with_settings(f, lambda s: s["tokens"].update(low=[1.0] * 7)),
         "low below high",
     ),
+    "checks": (
+        lambda f: with_settings(f, lambda s: s["checks"][0]["tokens"].pop()),
+        "there must be 56 of them",
+    ),
+    "checks of other tokens": (
+        lambda f: with_settings(f, lambda s: s["checks"][0].update(tokens=[7] * 56)),
+        "gives other tokens on this machine",
+    ),
+    "checks without a list": (
+        lambda f: with_settings(f, lambda s: s.update(checks={"seed": 0})),
+        "it must be a list of objects",
+    ),
+    "camera sizes": (
+        lambda f: with_settings(f, lambda s: s.update(camera_sizes=[[96, 0], [96, 96]])),
+        "a height and a width in .* for each of 2 cameras",
+    ),
+    "increments": (
+        lambda f: with_settings(f, lambda s: s.update(delta_dims=[7])),
+        "must be dimensions in .0, 6.",
+    ),
     "statistics": (
         lambda f: with_settings(f, lambda s: s["state"].update(std=[1.0])),
         "state.std 1; it must be none or 14",

@@ -63,6 +63,7 @@ class Cameras(Robot):
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_bad_images_hold_with_their_camera_and_changes_of_size_are_told(graph: Any) -> None:
     path = robot_file(graph.folder, Load(transport="raw"))
     values = yaml.safe_load(path.read_text())
@@ -99,6 +100,7 @@ def test_bad_images_hold_with_their_camera_and_changes_of_size_are_told(graph: A
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_the_load_of_cameras_is_measured_by_one_command(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -148,6 +148,7 @@ def test_wrong_usage_is_another_exit_code(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_success_against_latency_in_simulated_time(tmp_path: Path) -> None:
     flags = [
         "--latencies_ms",

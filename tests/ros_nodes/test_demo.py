@@ -111,6 +111,7 @@ def test_time_to_rest_is_the_last_moving_state() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
     rosbags = pytest.importorskip("rosbags.highlevel", reason="rosbags is not installed")
     config = RosDemoConfig(

@@ -27,7 +27,8 @@ from ceed_vla.ros_nodes.robot.messages import SENSOR, array_to_image
 from tests.helpers.fault_bench import COMMANDS, RELAYED, Bench, lost
 from tests.ros_nodes.conftest import Graph
 
-pytestmark = pytest.mark.slow  # minutes in real time, with both cores
+# minutes in real time, with both cores
+pytestmark = [pytest.mark.slow, pytest.mark.timed]
 
 
 @pytest.fixture(scope="module")

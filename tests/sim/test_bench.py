@@ -36,12 +36,13 @@ from ceed_vla.sim.bench import (
     rows_of,
     usual_rows,
 )
-from ceed_vla.sim.decoders import Row, parse_decoders
+from ceed_vla.sim.bench_engines import engine_tables
+from ceed_vla.sim.decoders import parse_decoders
+from ceed_vla.sim.engines import CompiledEngine, EdgeEngine, Engine, engines_of
 from ceed_vla.sim.evaluate import EvalConfig, evaluate
 from ceed_vla.sim.plots import GREY, INK
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
-from ceed_vla.sim.timing import engines_of, in_engine
 from ceed_vla.tokens.fast import FastTokensConfig
 from tests.helpers.tabletop import tabletop_config
 
@@ -103,6 +104,31 @@ def test_rows_are_compared_with_the_floor_of_the_faster_engine() -> None:
     assert rows["cap1"]["total_ms"] == ms(12)
     assert rows["cap1"]["tokens_per_forward"] == 14  # for the 28 executed tokens
     assert rows["ar"]["engine"] == "eager"
+
+
+def test_every_engine_is_compared_with_its_own_ar_and_floor() -> None:
+    parts = dict.fromkeys(("process", "checks", "prefill", "block", "token"), ms(1))
+    timing = {
+        "totals": {
+            "ar": {"eager": ms(60), "edge": ms(20)},
+            "ceed": {"eager": ms(12), "edge": ms(5)},
+            "deer2t1": {"eager": ms(8)},
+        },
+        "parts": {
+            "policy eager": {**parts, "prefill": ms(4), "block": ms(6)},
+            "policy edge": {**parts, "prefill": ms(2), "block": ms(2)},
+            "act": {"total": ms(40)},
+        },
+    }
+    lines = engine_tables(timing).splitlines()
+    assert "| `ceed` | eager | 12.0 / 13.0 / 14.0 | 5.0 | - | 1.20 |" in lines
+    assert "| `ceed` | edge | 5.0 / 6.0 / 7.0 | 4.0 | - | 1.25 |" in lines
+    assert "| `deer2t1` | eager | 8.0 / 9.0 / 10.0 | 7.5 | - | 0.80 |" in lines
+    (floors,) = (line for line in lines if line.startswith("| policy | edge |"))
+    assert floors.endswith("| 4.0 |")
+    assert not any("act" in line for line in lines)
+    del timing["totals"]["ar"]["edge"], timing["totals"]["ceed"]["edge"]
+    assert engine_tables(timing) == ""
 
 
 def test_the_figure_greys_what_another_row_beats() -> None:
@@ -176,11 +202,17 @@ def test_an_axis_has_rows_for_what_a_policy_can(axis: str, tmp_path: Path) -> No
 
 @needs_depth
 def test_decoders_run_in_the_engines_that_they_can_run_in() -> None:
-    rows = [Row(name, "policy", named_config(name)) for name in ("cap1", "deer2t1")]
-    assert [engines_of(row.decoding, ("eager", "compiled")) for row in rows] == [
-        ("eager", "compiled"),
-        ("eager",),
-    ]
+    export: Any = None
+    bundles = {"policy": load("student")}
+    engines = {
+        "eager": Engine(bundles),
+        "compiled": CompiledEngine(bundles),
+        "edge": EdgeEngine(bundles, {"policy": export}),
+    }
+    assert engines_of(engines, "policy", named_config("cap1")) == ["eager", "compiled", "edge"]
+    assert engines_of(engines, "policy", named_config("deer2t1")) == ["eager"]
+    none = {"edge": EdgeEngine(bundles, {})}
+    assert engines_of(none, "policy", named_config("ar")) == ["eager"]
 
 
 def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
@@ -199,7 +231,7 @@ def test_a_row_that_runs_eagerly_only_is_timed_beside_compiled_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "ceed_vla.sim.timing.compiled", lambda backbone: compiled(backbone, "eager")
+        "ceed_vla.sim.engines.compiled", lambda backbone: compiled(backbone, "eager")
     )
     config = EvalConfig(
         policy=CheckpointPath("student"),
@@ -247,12 +279,11 @@ def test_from_the_options_to_the_files(tmp_path: Path) -> None:
 
 def test_the_compiled_bundle_shares_its_weights_and_leaves_the_other_alone() -> None:
     bundle = load("student")
-    faster = in_engine(bundle, "compiled")
+    faster = CompiledEngine({"policy": bundle}).bundles["policy"]
     assert faster[0].backbone is not bundle[0].backbone
     mine, theirs = dict(faster[0].named_parameters()), dict(bundle[0].named_parameters())
     assert mine.keys() == theirs.keys()
     assert all(mine[name] is theirs[name] for name in mine)
-    assert in_engine(bundle, "eager") is bundle
     assert not isinstance(bundle[0].backbone, CompiledBackbone)
 
 

@@ -14,11 +14,19 @@ import ceed_vla.sim.tune_search
 from ceed_vla import load
 from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
+from ceed_vla.sim.engines import Engine
 from ceed_vla.sim.evaluate import EvalConfig, evaluate
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.sim.tune import TuneConfig, tune
 from ceed_vla.sim.tune_plan import NAMED, Plan, Trial
 from ceed_vla.sim.tune_search import Search
+
+
+class AnyEngine(Engine):
+    """Runs every plan, with a runner that decodes nothing."""
+
+    def runner(self, row: Any, executed_steps: int | None) -> Any:
+        return SimpleNamespace(decode=lambda *_: None)
 
 
 @pytest.fixture
@@ -28,7 +36,9 @@ def search() -> Search:
     found.config = TuneConfig(population=8, episodes=16, generations=2)
     found.random, found.steps, found.usual = np.random.default_rng(0), 8, 4
     found.bundle = (SimpleNamespace(config=SimpleNamespace(named=named_config)), None, None)  # type: ignore[assignment]
-    found.pool, found.timed, found.exits = None, {"eager": found.bundle}, [2, 3]  # type: ignore[assignment]
+    found.pool, found.exits = None, [2, 3]  # type: ignore[assignment]
+    found.engines = {"eager": AnyEngine({})}
+    found.opened = found.engines
     found.budgets, found.trials, found.seen, found.rejected = [10.0, 20.0], [], set(), 0
     found.observed = {steps: [[({}, "go")]] for steps in range(1, 9)}
     return found
@@ -93,7 +103,7 @@ def test_slow_plans_run_no_episode_and_the_better_half_runs_on(
     )
     monkeypatch.setattr(search, "drive", drive)
     plans = [Plan(cap=cap) for cap in (1, 2, 3, 4)]
-    search.timed["compiled"] = search.timed["eager"]
+    search.engines["compiled"] = AnyEngine({})
     fitting = search.admit(plans)
     # each in its faster engine
     assert [trial.engine for trial in fitting] == [

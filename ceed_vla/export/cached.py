@@ -1,0 +1,129 @@
+"""Exports of checkpoints in the user's cache. Free of torch, which only the export itself needs."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ceed_vla import __version__
+from ceed_vla.checkpoints.manifest import read_config
+from ceed_vla.decoding import DecodingConfig, named_config
+from ceed_vla.edge.settings import FAMILIES, FORMAT, built, check_decoding
+from ceed_vla.errors import ConfigError
+from ceed_vla.folders import EXPORT, resolve_checkpoint
+
+logger = logging.getLogger(__name__)
+
+MOST_EXPORTS = 20  # in the cache; the oldest ones are removed
+_SOURCES = ("export", "backbones/compact", "edge")  # of this package, which decide the graphs
+
+
+def cache_folder() -> Path:
+    """Folder of the exports: ``CEED_VLA_CACHE``, or ceed_vla in the user's cache."""
+    named = os.environ.get("CEED_VLA_CACHE")
+    if named:
+        return Path(named) / "exports"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ceed_vla" / "exports"
+
+
+def cached_export(
+    checkpoint: str | Path, decoders: Sequence[str] = (), discover_packages: str = ""
+) -> Path:
+    """The export of a checkpoint; it is made by a process of its own if it is missing.
+
+    Args:
+        checkpoint: Checkpoint folder or name.
+        decoders: Decoders that the export must run. "plan" stands for all plans of the checkpoint.
+        discover_packages: Packages that the checkpoint needs, separated by commas.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+        ConfigError: The checkpoint cannot be exported, its export cannot run the decoders, or what
+            exports need is not installed.
+    """
+    source = resolve_checkpoint(checkpoint)
+    _check(str(checkpoint), read_config(source), decoders)
+    folder = cache_folder() / _key(source)
+    if not (folder / EXPORT).is_file():
+        missing = [name for name in ("torch", "onnxscript") if find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f"{checkpoint} has no export yet, and {missing[0]} is not installed, which exports "
+                "need; export it on another machine with `ceed-vla export`, and name that folder."
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be exporting it
+            if not (folder / EXPORT).is_file():
+                logger.info("Exporting %s to %s, once; half a minute.", checkpoint, folder)
+                _export(checkpoint, folder, discover_packages)
+        _remove_oldest(folder.parent)
+    os.utime(folder)  # as used now
+    return folder
+
+
+def _check(checkpoint: str, config: Mapping[str, Any], decoders: Sequence[str]) -> None:
+    """Raise `ConfigError` if a checkpoint's config.json shows that its export cannot run."""
+    parts = [config.get(name) for name in ("backbone", "action_tokens", "decoding", "decodings")]
+    backbone, tokens, decoding, own = (p if isinstance(p, dict) else {} for p in parts)
+    check_family(checkpoint, str(backbone.get("type")), str(tokens.get("type")))
+    plans = [name for name in own if re.fullmatch("plan.+", name)]
+    for name in decoders:
+        for each in plans if name == "plan" and plans else [name]:
+            check_decoding(named_config(each, built(DecodingConfig, decoding, {}), own))
+
+
+def check_family(checkpoint: str, backbone: str, tokens: str) -> None:
+    """Raise `ConfigError` unless models of a backbone with these action tokens can be exported."""
+    if backbone not in FAMILIES or tokens != "uniform":
+        raise ConfigError(
+            f"{checkpoint} has the backbone {backbone} with {tokens} tokens; exports support "
+            f"{' and '.join(FAMILIES)} with uniform. Run it with torch."
+        )
+
+
+def _key(checkpoint: Path) -> str:
+    """Hash of everything that decides an export."""
+    digest = hashlib.sha256(f"{__version__} {FORMAT}".encode())
+    package = Path(__file__).parents[1]
+    sources = [file for name in _SOURCES for file in sorted((package / name).glob("*.py"))]
+    own = [f for f in sorted(checkpoint.glob("*")) if f.suffix in (".json", ".safetensors")]
+    for file in (*sources, *own):
+        with file.open("rb") as content:
+            digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _export(checkpoint: str | Path, folder: Path, discover_packages: str) -> None:
+    """Run ``ceed-vla export`` as a process; raise `ConfigError` with its message if it fails."""
+    command = [sys.executable, "-m", "ceed_vla.cli", "export"]
+    command += [f"--policy.path={checkpoint}", f"--output_dir={folder}"]
+    if discover_packages:
+        command += [f"--discover_packages_path={discover_packages}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        why = lines[-1] if lines else f"exit code {done.returncode}"
+        raise ConfigError(why.removeprefix("ceed-vla export: error: "))
+
+
+def _remove_oldest(cache: Path) -> None:
+    """Keep the newest `MOST_EXPORTS` exports."""
+    exports = sorted(
+        (f for f in cache.iterdir() if (f / EXPORT).is_file()), key=lambda f: f.stat().st_mtime
+    )
+    for folder in exports[:-MOST_EXPORTS]:
+        shutil.rmtree(folder, ignore_errors=True)
+        (cache / f".{folder.name}.lock").unlink(missing_ok=True)

@@ -1,0 +1,113 @@
+"""Serves an export of a CEED-VLA checkpoint, with numpy and onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ceed_vla.edge import EdgePolicy
+from ceed_vla.errors import ObservationError
+from ceed_vla.ros_nodes.robot.predictor_types import PolicySpec, Request
+from ceed_vla.ros_nodes.robot.request_reader import (
+    InstructionError,
+    check_instruction,
+    check_observation,
+)
+from ceed_vla.ros_nodes.robot.served_policy import Decoded, DecodeOptions
+
+
+class ServedExport:
+    """The `ServedPolicy` of an export.
+
+    Args:
+        folder: The export.
+        spec: Its inputs and outputs.
+        threads: Threads of the forwards.
+
+    Raises:
+        CheckpointError: The export is damaged.
+        VerificationError: This machine does not reproduce its tokens.
+    """
+
+    def __init__(self, folder: Path, spec: PolicySpec, threads: int) -> None:
+        self._policy = EdgePolicy(folder, threads)
+        self._spec = spec
+        settings = self._policy.settings
+        self.vocabulary = set(settings.vocabulary)
+        self.tokens_per_step = self._policy.vocabulary.tokens_per_step
+        self.chunk_steps = self._policy.vocabulary.chunk_steps
+        self.n_action_steps = settings.n_action_steps
+        self.decodings = settings.decodings or {}
+
+    def decoding_config(self, name: str) -> Any:
+        return self._policy.decoding_config(name)
+
+    def read(self, request: Request) -> Any:
+        observation = check_observation(self._spec, request)
+        check_instruction(request.instruction, self.vocabulary)
+        try:
+            return self._policy.prepare(observation, request.instruction)
+        except ObservationError as error:
+            raise InstructionError(str(error)) from error
+
+    def compile(self, request: Request, decoding: Any) -> None:
+        """An export needs no compilation."""
+
+    def decode(self, inputs: Any, request: Request, options: DecodeOptions) -> Decoded:
+        previous: dict[str, Any] = {}
+        if request.previous is not None:
+            previous = {"previous": request.previous, "shift_steps": request.shift_steps}
+        result = self._policy.decode_behind(
+            inputs,
+            decoding=options.decoding,
+            executed_steps=options.executed_steps,
+            frozen_steps=options.frozen_steps,
+            deadline_s=options.deadline_s,
+            on_proven=options.on_proven,
+            **previous,
+        )
+        arrays = cast("Any", result)
+        return Decoded(
+            arrays.actions[0],
+            arrays.tokens[0],
+            result.forwards,
+            result.exit_reason[0],
+            dict(result.seconds or {}),
+        )
+
+    def actions(self, tokens: Any) -> NDArray[np.float32]:
+        return cast("NDArray[np.float32]", self._policy.vocabulary.decode(tokens)[0])
+
+
+def export_spec(checkpoint: str, folder: Path) -> PolicySpec:
+    """The inputs and outputs that an export declares.
+
+    Args:
+        checkpoint: As it was configured.
+        folder: The export.
+
+    Raises:
+        CheckpointError: Its settings are missing or damaged.
+    """
+    from ceed_vla.edge.settings import read_settings
+
+    settings = read_settings(folder)
+    side = settings.image_size
+    sizes = settings.camera_sizes or [[side, side]] * len(settings.cameras)
+    return PolicySpec(
+        checkpoint=checkpoint,
+        policy_type="ceed_vla",
+        cameras={
+            name: (3, height, width)
+            for name, (height, width) in zip(settings.cameras, sizes, strict=True)
+        },
+        states={settings.state.name: settings.state.size},
+        action_dim=len(settings.tokens.low),
+        chunk_steps=settings.tokens.chunk_steps,
+        n_action_steps=settings.n_action_steps,
+        warmup_s=0.0,
+        delta_dims=tuple(settings.delta_dims or ()),
+    )

@@ -78,6 +78,9 @@ class Cache:
         self.used = 0
         self.append(prefix, prefix.keys.shape[2])
         self.prefix = self.used
+        # Masked values are multiplied by 0, which would not remove a NaN.
+        self.keys[:, :, self.used :] = 0
+        self.values[:, :, self.used :] = 0
 
     def append(self, slots: Slots, count: int) -> None:
         """Make the first `count` positions that a graph read final."""

@@ -46,7 +46,7 @@ class ObservationReader:
             ObservationError: It is missing, has another size, or is not finite.
         """
         settings = self.settings.state
-        value = _feature(observation, settings.name)
+        value = feature_of(observation, settings.name)
         shapes = ((settings.size,), (1, settings.size))
         if value.shape not in shapes or value.dtype.kind not in "fiu":
             raise ObservationError(
@@ -59,17 +59,18 @@ class ObservationReader:
         normal: np.ndarray = (state - self._mean) / self._scale
         return normal
 
-    def image(self, observation: Mapping[str, np.ndarray], camera: str) -> np.ndarray:
+    def image(self, image: np.ndarray, camera: str) -> np.ndarray:
         """The image (1, 3, S, S) float32 in [0, 1] of a camera.
 
         Args:
-            observation: Its images are (H, W, 3) uint8, or float in [0, 1].
-            camera: Name of the feature.
+            image: (H, W, 3) uint8, or float in [0, 1].
+            camera: Name of the feature, for errors.
 
         Raises:
-            ObservationError: The image is missing, or is not such an image.
+            ObservationError: It is not such an image.
         """
-        image = _feature(observation, camera)
+        with raised_as(ObservationError, f"{camera} is no array", "pass an array of numpy."):
+            image = np.asarray(image)
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ObservationError(
                 f"{camera} is {image.shape} {image.dtype}; expected (height, width, 3)."
@@ -113,7 +114,8 @@ def random_observation(settings: ExportSettings, seed: int) -> tuple[dict[str, n
     return observation, " ".join(settings.vocabulary[: settings.max_words]) or "move"
 
 
-def _feature(observation: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def feature_of(observation: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """A feature of an observation as an array; raises `ObservationError` if it is missing."""
     if not isinstance(observation, Mapping) or name not in observation:
         known = (
             ", ".join(sorted(map(str, observation))) or "nothing"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,33 @@ from ceed_vla.decoding.finite import check_rows
 from ceed_vla.decoding.loop import JacobiBlock, iterate
 from ceed_vla.edge.autoregressive import decode_autoregressive
 from ceed_vla.edge.forwards import Cache, GraphForwards, Slots, check_rules, read_tokens
-from ceed_vla.edge.observation import ObservationReader, random_observation
+from ceed_vla.edge.observation import ObservationReader, feature_of, random_observation
 from ceed_vla.edge.result import row_result
 from ceed_vla.edge.sessions import open_sessions, run
 from ceed_vla.edge.settings import check_decoding, read_settings
 from ceed_vla.edge.vocabulary import Vocabulary
-from ceed_vla.errors import ConfigError, VerificationError
+from ceed_vla.errors import ConfigError, ObservationError, VerificationError
 from ceed_vla.fields import short
 from ceed_vla.tokens.increments import put_behind
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the stem of a camera made of one image; see `EdgePolicy.see`."""
+
+    camera: str
+    words: np.ndarray  # (1, L)
+    features: np.ndarray
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An observation as the graphs read it; see `EdgePolicy.prepare`."""
+
+    words: np.ndarray  # (1, L) int64
+    state: np.ndarray  # (1, D) float32
+    images: dict[str, np.ndarray]  # (1, 3, S, S) float32, of the cameras without features
+    features: dict[str, np.ndarray]  # what stems returned ahead of time
 
 
 class EdgePolicy:
@@ -59,42 +79,65 @@ class EdgePolicy:
         check_decoding(config)
         return config
 
+    def see(self, camera: str, image: np.ndarray, instruction: str) -> Seen:
+        """Run the stem of one camera, before the rest of the observation is known.
+
+        A chunk that is decoded with `seen` then takes only the rest of its prefill.
+
+        Args:
+            camera: Feature of the camera.
+            image: As in `prepare`.
+            instruction: What to do; stems depend on it.
+
+        Raises:
+            ObservationError: There is no such camera, or the image is wrong.
+        """
+        if camera not in self.settings.cameras:
+            known = ", ".join(self.settings.cameras)
+            raise ObservationError(f"There is no camera {short(camera)}; choose one of {known}.")
+        words = self.reader.words(instruction)
+        return Seen(camera, words, self._stem(camera, self.reader.image(image, camera), words))
+
     def prepare(
-        self, observation: Mapping[str, np.ndarray], instruction: str
-    ) -> dict[str, np.ndarray]:
+        self, observation: Mapping[str, Any], instruction: str, seen: Sequence[Seen] = ()
+    ) -> Prepared:
         """Check an observation and convert it to the inputs of the graphs.
 
         Args:
             observation: Cameras (H, W, 3) uint8, or float in [0, 1], and the state (D,), by their
                 features.
             instruction: What to do.
-
-        Returns:
-            "words", "state", and the resized image of every camera by its feature.
+            seen: What `see` returned for images of this observation, which then may lack them. It
+                is ignored if it is for another instruction.
 
         Raises:
             ObservationError: A feature is missing or wrong.
         """
-        return {
-            "words": self.reader.words(instruction),
-            "state": self.reader.state(observation),
-            **{camera: self.reader.image(observation, camera) for camera in self.settings.cameras},
+        words = self.reader.words(instruction)
+        features = {s.camera: s.features for s in seen if np.array_equal(s.words, words)}
+        images = {
+            camera: self.reader.image(feature_of(observation, camera), camera)
+            for camera in self.settings.cameras
+            if camera not in features
         }
+        return Prepared(words, self.reader.state(observation), images, features)
 
-    def prefill(self, prepared: Mapping[str, np.ndarray]) -> Slots:
-        """Run the prefix and store its keys and values; returns what it predicts for slot 0.
-
-        Args:
-            prepared: What `prepare` returned.
-        """
-        words = prepared["words"]
-        inputs = {"words": words, "state": prepared["state"]}
+    def prefill(self, prepared: Prepared) -> Slots:
+        """Run the prefix and store its keys and values; returns what it predicts for slot 0."""
+        inputs = {"words": prepared.words, "state": prepared.state}
         for index, camera in enumerate(self.settings.cameras):
-            stem = self._sessions[f"stem_{index}"]
-            inputs[f"camera_{index}"] = run(stem, {"image": prepared[camera], "words": words})[0]
+            features = prepared.features.get(camera)
+            if features is None:
+                features = self._stem(camera, prepared.images[camera], prepared.words)
+            inputs[f"camera_{index}"] = features
         prefix = Slots(run(self._sessions["trunk"], inputs))
         self._cache.begin(prefix)
         return prefix
+
+    def _stem(self, camera: str, image: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Run the stem of a camera on its image (1, 3, S, S)."""
+        stem = self._sessions[f"stem_{self.settings.cameras.index(camera)}"]
+        return run(stem, {"image": image, "words": words})[0]
 
     def read(self, tokens: np.ndarray) -> Slots:
         """Run the block's graph on tokens (1, k) behind the prefix, without storing them."""
@@ -103,9 +146,11 @@ class EdgePolicy:
 
     def decode(
         self,
-        observation: Mapping[str, np.ndarray],
+        observation: Mapping[str, Any],
         instruction: str,
         decoding: str | DecodingConfig = "ceed",
+        *,
+        seen: Sequence[Seen] = (),
         **options: Any,
     ) -> DecodeResult:
         """Decode one action chunk, as ``CeedVLAPolicy.decode`` does.
@@ -114,6 +159,7 @@ class EdgePolicy:
             observation: See `prepare`.
             instruction: See `prepare`.
             decoding: A decoder name, or its configuration.
+            seen: See `prepare`.
             options: See `decode_prepared`.
 
         Returns:
@@ -123,7 +169,7 @@ class EdgePolicy:
             ObservationError: A feature is missing or wrong.
         """
         started = time.perf_counter()
-        prepared = self.prepare(observation, instruction)
+        prepared = self.prepare(observation, instruction, seen)
         seconds = {"preprocess": time.perf_counter() - started}
         result = self.decode_prepared(prepared, decoding, **options)
         result.seconds = seconds | (result.seconds or {})
@@ -131,7 +177,7 @@ class EdgePolicy:
 
     def decode_prepared(
         self,
-        prepared: Mapping[str, np.ndarray],
+        prepared: Prepared,
         decoding: str | DecodingConfig = "ceed",
         previous: np.ndarray | None = None,
         shift_steps: int | None = None,
@@ -201,7 +247,7 @@ class EdgePolicy:
 
     def decode_behind(
         self,
-        prepared: Mapping[str, np.ndarray],
+        prepared: Prepared,
         frozen_steps: int = 0,
         executed_steps: int | None = None,
         **arguments: Any,

@@ -112,7 +112,7 @@ def test_any_lerobot_policy_is_served(act: tuple[Path, Any, Any, Any]) -> None:
         ({"replan_steps": 0}, "replan_steps is 0; it must be a whole number in"),
         ({"delay_s": -1.0}, r"delay_s is -1.0; it must be a finite number in \[0, 60\)"),
         ({"chunk_deadline": 0.0}, "chunk_deadline is 0.0"),
-        ({"engine": "fast"}, "engine is 'fast'; it must be one of eager, compiled"),
+        ({"engine": "fast"}, "engine is 'fast'; it must be one of auto, eager, compiled, edge"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -180,7 +180,7 @@ def test_images_are_resized_as_by_torch(edge: EdgePolicy, size: tuple[int, int])
         mode="bilinear",
         antialias=True,
     )
-    found = edge.reader.image({"camera": image}, "camera")
+    found = edge.reader.image(image, "camera")
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)
 
 
@@ -249,10 +249,13 @@ def test_logits_that_are_not_finite_are_an_error(
     edge: EdgePolicy, observations: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw, instruction, _ = observations[0]
-    monkeypatch.setattr(edge.reader, "state", lambda _: np.full((1, 14), np.nan, np.float32))
+    wanted = edge.decode(raw, instruction, "ar").tokens
     for decoding in ("ar", "jacobi"):
-        with pytest.raises(NotFiniteError):
+        with monkeypatch.context() as changed, pytest.raises(NotFiniteError):
+            changed.setattr(edge.reader, "state", lambda _: np.full((1, 14), np.nan, np.float32))
             edge.decode(raw, instruction, decoding)
+        # Nothing of it is left in the cache.
+        np.testing.assert_array_equal(edge.decode(raw, instruction, "ar").tokens, wanted)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -323,3 +326,24 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("ceed_vla.export.export.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"onnxscript is not installed.*setup\.sh export"):
         export(ExportConfig("student", str(tmp_path / "new")))
+
+
+def test_stems_that_ran_ahead_change_nothing(edge: EdgePolicy, observations: list[Any]) -> None:
+    raw, instruction, previous = observations[1]
+    cameras = edge.settings.cameras
+    wanted = edge.decode(raw, instruction, previous=previous)
+    seen = [edge.see(camera, raw[camera], instruction) for camera in cameras]
+    rest = {STATE: raw[STATE]}
+    found = edge.decode(rest, instruction, previous=previous, seen=seen)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    part = {STATE: raw[STATE], cameras[1]: raw[cameras[1]]}
+    found = edge.decode(part, instruction, previous=previous, seen=seen[:1])
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    # Stems depend on the words, so those of another instruction are not used.
+    other = [edge.see(camera, np.zeros_like(raw[camera]), "stack the cubes") for camera in cameras]
+    found = edge.decode(raw, instruction, previous=previous, seen=other)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    with pytest.raises(ObservationError, match="lacks"):
+        edge.decode(rest, instruction, seen=other)
+    with pytest.raises(ObservationError, match="There is no camera 'top'; choose one of observ"):
+        edge.see("top", raw[cameras[0]], instruction)

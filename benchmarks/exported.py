@@ -23,6 +23,7 @@ import ceed_vla
 import ceed_vla.sim.tabletop  # registers ceed_vla/Tabletop-v0
 from ceed_vla.edge import EdgePolicy
 from ceed_vla.sim.environment import observation_batch
+from ceed_vla.sim.timing import PAUSE_S
 
 DECODERS = ("ar", "ar_h", "jacobi", "jacobi_h", "ceed", "cap1")
 TASKS = ("push_cube", "cube_in_bin", "cube_on_plate", "stack_cubes")
@@ -66,6 +67,7 @@ class Comparison:
         chosen = None
         for decoder in DECODERS:
             for frozen in (0, FROZEN) if previous is not None else (0,):
+                time.sleep(PAUSE_S)
                 started = time.perf_counter()
                 wanted = self.policy.decode(
                     self.preprocess(raw_batch),
@@ -73,15 +75,17 @@ class Comparison:
                     previous=None if previous is None else torch.from_numpy(previous),
                     frozen_steps=frozen,
                 )
-                middle = time.perf_counter()
+                torchs = time.perf_counter() - started
+                time.sleep(PAUSE_S)
+                started = time.perf_counter()
                 found = self.edge.decode(
                     raw, instruction, decoder, previous=previous, frozen_steps=frozen
                 )
-                ended = time.perf_counter()
+                exports = time.perf_counter() - started
                 self._compare(f"{decoder}, {frozen} steps frozen", wanted, found)
                 if not frozen:
-                    self._time("torch", decoder, wanted, middle - started)
-                    self._time("export", decoder, found, ended - middle)
+                    self._time("torch", decoder, wanted, torchs)
+                    self._time("export", decoder, found, exports)
                 if decoder == "ceed" and not frozen:
                     chosen = found
         return chosen

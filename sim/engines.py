@@ -177,10 +177,10 @@ def _export_parts(export: EdgePolicy) -> Probe:
         times = [time.perf_counter()]
         prepared = export.prepare(arrays_of(observation), instruction)
         times += [time.perf_counter()] * 2
-        export.prefill(prepared)
+        prefix = export.prefill(prepared)
         times.append(time.perf_counter())
         for k in (n - 1, 1):
-            export.read(np.zeros((1, k), dtype=np.int64))
+            export.read(prefix, np.zeros((1, k), dtype=np.int64))
             times.append(time.perf_counter())
         return {
             name: after - before

@@ -21,6 +21,8 @@ from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 
 WARM_UP = 3
+# Before every measurement: idle threads of the engine before may spin for milliseconds.
+PAUSE_S = 0.01
 PARTS = ("process", "checks", "prefill", "block", "token")
 # observation, instruction -> seconds by part
 Probe = Callable[[dict[str, Any], str], dict[str, float]]
@@ -87,6 +89,7 @@ def measure(
         for observation, instruction in episode:
             turn = (turn + 1) % len(names)
             for name in (*names[turn:], *names[:turn]):
+                time.sleep(PAUSE_S)
                 if name in probes:
                     for part, seconds in probes[name](observation, instruction).items():
                         probed[name][part].append(seconds)

@@ -10,7 +10,6 @@ import numpy as np
 from ceed_vla.decoding.exits import Confidence, ExitRule, Gap
 from ceed_vla.decoding.loop import Computed, Span
 from ceed_vla.edge.sessions import run
-from ceed_vla.edge.settings import CacheSettings
 from ceed_vla.errors import ConfigError
 
 # What a graph measures of its slots, by the method of the rules that need it.
@@ -58,49 +57,30 @@ def check_rules(rules: Sequence[ExitRule]) -> None:
 
 
 class Cache:
-    """Keys and values of a prefix and its block, of constant capacity.
+    """Keys and values of a prefix and of the committed tokens behind it.
 
     Attributes:
-        keys: (layers, heads, capacity, width) float32.
+        keys: (layers, heads, positions, width) float32.
         values: As `keys`.
-        used: Positions that are final.
-        prefix: Positions of the prefix.
+        committed: Block tokens among the positions.
     """
 
-    def __init__(self, settings: CacheSettings, block_length: int) -> None:
-        shape = (settings.layers, settings.heads, settings.prefix + block_length, settings.width)
-        self.keys = np.zeros(shape, dtype=np.float32)
-        self.values = np.zeros(shape, dtype=np.float32)
-        self.prefix = self.used = 0
-
-    def begin(self, prefix: Slots) -> None:
-        """Replace the prefix."""
-        self.used = 0
-        self.append(prefix, prefix.keys.shape[2])
-        self.prefix = self.used
-        # Masked values are multiplied by 0, which would not remove a NaN.
-        self.keys[:, :, self.used :] = 0
-        self.values[:, :, self.used :] = 0
+    def __init__(self, prefix: Slots) -> None:
+        self.keys, self.values = prefix.keys, prefix.values
+        self.committed = 0
 
     def append(self, slots: Slots, count: int) -> None:
-        """Make the first `count` positions that a graph read final."""
-        place = slice(self.used, self.used + count)
-        self.keys[:, :, place] = slots.keys[:, :, :count]
-        self.values[:, :, place] = slots.values[:, :, :count]
-        self.used += count
-
-    @property
-    def committed(self) -> int:
-        """Block tokens among the positions."""
-        return self.used - self.prefix
+        """Commit the first `count` tokens that a graph read."""
+        self.keys = np.concatenate([self.keys, slots.keys[:, :, :count]], axis=2)
+        self.values = np.concatenate([self.values, slots.values[:, :, :count]], axis=2)
+        self.committed += count
 
 
 def read_tokens(session: Any, cache: Cache, tokens: np.ndarray) -> Slots:
-    """Run the block's `session` on `tokens` (1, k) behind the final positions of `cache`."""
+    """Run the block's `session` on `tokens` (1, k) behind the positions of `cache`."""
     inputs = {
         "keys": cache.keys,
         "values": cache.values,
-        "used": np.array([cache.used]),
         "committed": np.array([cache.committed]),
         "read": np.ascontiguousarray(tokens),
     }
@@ -112,8 +92,7 @@ class GraphForwards:
 
     Args:
         session: The block's session.
-        cache: Keys and values of the prefix; those of an earlier block are discarded.
-        prefix: What the trunk returned for slot 0.
+        prefix: What the trunk returned.
         tokens: (1, n) int64 the state, changed in place.
         rules: Exit rules.
         watched: End ``M`` of the watched slots.
@@ -122,16 +101,14 @@ class GraphForwards:
     def __init__(
         self,
         session: Any,
-        cache: Cache,
         prefix: Slots,
         tokens: np.ndarray,
         rules: Sequence[ExitRule],
         watched: int,
     ) -> None:
-        cache.used = cache.prefix
         self.tokens = tokens
         self._session = session
-        self._cache = cache
+        self._cache = Cache(prefix)
         self._rules = rules
         self._watched = watched
         self._unchecked = prefix.total  # (1, k) of logits that are not checked yet

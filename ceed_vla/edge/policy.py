@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class EdgePolicy:
         self.reader = ObservationReader(self.settings)
         self.vocabulary = Vocabulary(self.settings.tokens)
         self._sessions = open_sessions(folder, self.settings, threads)
-        self._cache = Cache(self.settings.cache, self.vocabulary.block_length)
+        others = len(self.settings.cameras) - 1
+        self._pool = ThreadPoolExecutor(others) if others and threads != 1 else None
         self._check(folder)
 
     def decoding_config(self, decoding: str | DecodingConfig) -> DecodingConfig:
@@ -123,26 +125,29 @@ class EdgePolicy:
         return Prepared(words, self.reader.state(observation), images, features)
 
     def prefill(self, prepared: Prepared) -> Slots:
-        """Run the prefix and store its keys and values; returns what it predicts for slot 0."""
-        inputs = {"words": prepared.words, "state": prepared.state}
-        for index, camera in enumerate(self.settings.cameras):
-            features = prepared.features.get(camera)
-            if features is None:
-                features = self._stem(camera, prepared.images[camera], prepared.words)
-            inputs[f"camera_{index}"] = features
-        prefix = Slots(run(self._sessions["trunk"], inputs))
-        self._cache.begin(prefix)
-        return prefix
+        """Run the prefix; returns what it predicts for slot 0, and its keys and values."""
+        features = prepared.features | self._stems(prepared.images, prepared.words)
+        cameras = {f"camera_{i}": features[name] for i, name in enumerate(self.settings.cameras)}
+        inputs = {"words": prepared.words, "state": prepared.state, **cameras}
+        return Slots(run(self._sessions["trunk"], inputs))
+
+    def _stems(self, images: Mapping[str, np.ndarray], words: np.ndarray) -> dict[str, np.ndarray]:
+        """Run the stems of all `images`, beside each other if there are threads for it."""
+        if self._pool is None or not images:
+            return {camera: self._stem(camera, image, words) for camera, image in images.items()}
+        *others, last = images
+        running = [(c, self._pool.submit(self._stem, c, images[c], words)) for c in others]
+        found = {last: self._stem(last, images[last], words)}
+        return found | {camera: future.result() for camera, future in running}
 
     def _stem(self, camera: str, image: np.ndarray, words: np.ndarray) -> np.ndarray:
         """Run the stem of a camera on its image (1, 3, S, S)."""
         stem = self._sessions[f"stem_{self.settings.cameras.index(camera)}"]
         return run(stem, {"image": image, "words": words})[0]
 
-    def read(self, tokens: np.ndarray) -> Slots:
-        """Run the block's graph on tokens (1, k) behind the prefix, without storing them."""
-        self._cache.used = self._cache.prefix
-        return read_tokens(self._sessions["block"], self._cache, tokens)
+    def read(self, prefix: Slots, tokens: np.ndarray) -> Slots:
+        """Run the block's graph on tokens (1, k) behind a prefix."""
+        return read_tokens(self._sessions["block"], Cache(prefix), tokens)
 
     def decode(
         self,
@@ -296,7 +301,7 @@ class EdgePolicy:
             tokens[:, 0] = prefix.tokens[:, 0]
         session = self._sessions["block"]
         if request.config.method == "ar":
-            forwards = GraphForwards(session, self._cache, prefix, tokens, (), watched)
+            forwards = GraphForwards(session, prefix, tokens, (), watched)
             return decode_autoregressive(forwards, prefix, request, frozen, watched)
         request = request.begun()
         block = JacobiBlock(
@@ -305,7 +310,7 @@ class EdgePolicy:
         rows = block.rows
         exits = ExitTracker(request, rows, watched, frozen, lambda: np.ones(1, dtype=bool))
         check_rules(exits.rules)
-        forwards = GraphForwards(session, self._cache, prefix, tokens, exits.rules, watched)
+        forwards = GraphForwards(session, prefix, tokens, exits.rules, watched)
         exits.begin(prefix.measured(exits.rules))
         iterate(block, forwards, exits, request.observers(tokens)[0])
         if not block.forwards:

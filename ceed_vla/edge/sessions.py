@@ -26,8 +26,7 @@ def open_sessions(folder: Path, settings: ExportSettings, threads: int) -> dict[
     Args:
         folder: The export.
         settings: Its settings.
-        threads: Threads of a session; 0 for one per core. Idle threads do not spin, so that they
-            leave their cores to a control loop.
+        threads: Threads of a session; 0 for one per core.
 
     Raises:
         CheckpointError: A graph is damaged, has operators that onnxruntime does not have, refers to
@@ -35,13 +34,12 @@ def open_sessions(folder: Path, settings: ExportSettings, threads: int) -> dict[
     """
     if not fits(threads, int, Interval(THREADS)):
         raise ConfigError(f"threads is {short(threads)}; it must be in {THREADS}.")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4  # errors are raised as well
     sessions = {}
     for name in graph_names(len(settings.cameras)):
         content = read_graph(folder, name, settings.files[name])
+        # Stems of several cameras run beside each other.
+        alone = name.startswith("stem") and len(settings.cameras) > 1
+        options = _options(1 if alone else threads)
         with raised_as(
             CheckpointError,
             f"{folder / name} cannot be loaded by onnxruntime {onnxruntime.__version__}",
@@ -53,6 +51,16 @@ def open_sessions(folder: Path, settings: ExportSettings, threads: int) -> dict[
         sessions[name.removesuffix(".onnx")] = session
     _check_shapes(folder, settings, sessions)
     return sessions
+
+
+def _options(threads: int) -> Any:
+    """Options of a session that has `threads` threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads spin while a graph runs, and stop with it, so that they leave their cores to others.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 4  # errors are raised as well
+    return options
 
 
 def run(session: Any, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -67,14 +75,12 @@ def _check_shapes(folder: Path, settings: ExportSettings, sessions: Mapping[str,
     imply.
     """
     cache = settings.cache
-    tokens = settings.tokens
-    capacity = cache.prefix + tokens.chunk_steps * len(tokens.low)
-    held = [cache.layers, cache.heads, capacity, cache.width]
+    held = [cache.layers, cache.heads, "P", cache.width]
     side = settings.image_size
     words = [1, settings.max_words]
     cameras = {f"camera_{index}": None for index in range(len(settings.cameras))}
-    wanted: dict[str, dict[str, list[int] | None]] = {
-        "block": {"keys": held, "values": held, "used": [1], "committed": [1], "read": None},
+    wanted: dict[str, dict[str, list[Any] | None]] = {
+        "block": {"keys": held, "values": held, "committed": [1], "read": [1, "k"]},
         "trunk": {"words": words, "state": [1, settings.state.size], **cameras},
         **{
             f"stem_{index}": {"image": [1, 3, side, side], "words": words}

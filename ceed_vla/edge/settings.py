@@ -25,7 +25,7 @@ from ceed_vla.tokens.increments import check_dims
 from ceed_vla.word_ids import WordIds
 
 SETTINGS = EXPORT
-FORMAT = 1
+FORMAT = 2
 FAMILIES = ("compact",)
 EXPORTED = ("ar", "jacobi")  # decoders that run on an export
 MOST_GRAPH = 2_000_000_000  # [bytes]

@@ -125,17 +125,20 @@ def _write_graphs(folder: Path, model: Any, ordered: bool) -> CacheSettings:
     outputs = (*SLOT, *CACHE)
     _write(folder / "trunk.onnx", trunk, (words, state, *cameras), inputs, outputs)
     layers, heads, length, width = keys.shape
-    cache = torch.zeros(layers, heads, length + model.block_length, width)
-    used = torch.tensor([length])
+    cache = torch.zeros(layers, heads, length, width)
     tokens = torch.zeros(1, model.block_length - 1, dtype=torch.int64)
-    names = ("keys", "values", "used", "committed", "read")
+    positions = torch.export.Dim("P", min=1, max=length + model.block_length)
     _write(
         folder / "block.onnx",
         CompactBlock(model, ordered),
-        (cache, cache.clone(), used, torch.tensor([0]), tokens),
-        names,
+        (cache, cache.clone(), torch.tensor([0]), tokens),
+        ("keys", "values", "committed", "read"),
         (*SLOT, "new_keys", "new_values"),
-        {4: {1: torch.export.Dim("k", min=1, max=model.block_length)}},
+        {
+            0: {2: positions},
+            1: {2: positions},
+            3: {1: torch.export.Dim("k", min=1, max=model.block_length)},
+        },
     )
     return CacheSettings(layers, heads, width, length)
 

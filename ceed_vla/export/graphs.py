@@ -1,22 +1,30 @@
 """The graphs of an export: what torch computes for one row, as modules that ``torch.onnx`` can
 export.
 
-    stem      image (1, 3, S, S), words (1, L)                     -> tokens (1, T, d) of a camera
-    trunk     words (1, L), state (1, D), tokens of every camera   -> slot 0; keys and values
-    block     keys, values, positions in use, tokens (1, k)        -> k slots; their keys and values
+    stem      image (1, 3, S, S), words (1, L)                 -> tokens (1, T, d) of a camera
+    trunk     words (1, L), state (1, D), tokens of cameras    -> slot 0; keys and values
+    block     keys and values of P positions, tokens (1, k)    -> k slots; their keys and values
 
 A graph returns little: for every slot its token, the log-sum of its logits, and what exit rules
 measure. onnxruntime's maximum may skip NaN; the log-sum is finite only if no logit is NaN or +inf.
+
+The layers compute what `ceed_vla.backbones.compact.layer.Layer` computes, with operations that
+onnxruntime runs faster on a CPU: one product for each of queries, keys and values instead of a
+split, scores of the cache and of the new tokens side by side instead of joined keys, and a mask
+only among the new tokens.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ceed_vla.decoding.measures import lead, mass_near
+from ceed_vla.backbones.compact.layer import Layer
+from ceed_vla.decoding.measures import NEAR
 
 SLOT = ("tokens", "total", "mass", "lead")  # outputs (1, k) for k slots
 CACHE = ("keys", "values")  # (layers, heads, positions, width)
@@ -25,12 +33,80 @@ CACHE = ("keys", "values")  # (layers, heads, positions, width)
 def read_slots(logits: Tensor, ordered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the host reads of logits (1, k, V); see `SLOT`.
 
-    The mass near the token has a meaning only in `ordered` vocabularies; in others it is 0.
+    Mass and lead are those of `ceed_vla.decoding.measures`. The mass near the token has a meaning
+    only in `ordered` vocabularies; in others it is 0.
     """
     tokens = logits.argmax(-1)
-    total = logits.logsumexp(-1)
-    mass = mass_near(logits, tokens) if ordered else torch.zeros_like(total)
-    return tokens, total, mass, lead(logits)
+    best = logits.amax(-1, keepdim=True)
+    shares = (logits - best).exp()  # (1, k, V)
+    sums = shares.sum(-1)
+    total = best.squeeze(-1) + sums.log()
+    mass = torch.zeros_like(total)
+    if ordered:
+        padded = F.pad(shares, (NEAR, NEAR))  # no mass past the ends
+        near = tokens.unsqueeze(-1) + torch.arange(2 * NEAR + 1)  # (1, k, 5)
+        mass = (padded.gather(-1, near).sum(-1) / sums).clamp(max=1)
+    second = shares.topk(2, dim=-1).values[..., 1]
+    return tokens, total, mass, (1 - second) / sums
+
+
+class ExportedLayer(nn.Module):
+    """A `Layer`, with separate weights for every product."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = layer.attention_norm, layer.mlp_norm
+        self.heads = layer.heads
+        self.out, self.down = layer.out, layer.down
+        self.query, self.key, self.value = (_linear(w) for w in layer.qkv.weight.chunk(3))
+        self.gate, self.up = (_linear(w) for w in layer.gate_up.weight.chunk(2))
+
+    def forward(
+        self,
+        x: Tensor,
+        cached: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        first: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the layer.
+
+        Args:
+            x: (1, k, d).
+            cached: Keys and values (heads, P, width) in front; None without.
+            mask: (k, k) added to the scores among the k tokens; None allows all.
+            first: The first token whose output is needed, or its number from the end.
+
+        Returns:
+            (1, k, d) without the tokens before `first`; keys and values (heads, k, width) of all.
+        """
+        normal = self.attention_norm(x)
+        keys, values = (self._by_head(product(normal)) for product in (self.key, self.value))
+        query = self._by_head(self.query(normal[:, first:]))
+        x = x[:, first:]
+        scale = 1 / math.sqrt(query.shape[-1])
+        scores = (query @ keys.transpose(1, 2)) * scale  # (heads, k, k)
+        if mask is not None:
+            scores = scores + mask
+        if cached is None:
+            attended = scores.softmax(-1) @ values
+        else:
+            before = (query @ cached[0].transpose(1, 2)) * scale  # (heads, k, P)
+            weights = torch.cat([before, scores], dim=-1).softmax(-1)
+            length = cached[0].shape[1]
+            attended = weights[..., :length] @ cached[1] + weights[..., length:] @ values
+        x = x + self.out(attended.transpose(0, 1).reshape(x.shape))
+        normal = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(normal)) * self.up(normal)), keys, values
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """(1, k, d) as (heads, k, width)."""
+        return x.view(x.shape[1], self.heads, -1).transpose(0, 1)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.detach().clone())
+    return linear
 
 
 class CompactStem(nn.Module):
@@ -52,6 +128,7 @@ class CompactTrunk(nn.Module):
     def __init__(self, backbone: Any, ordered: bool) -> None:
         super().__init__()
         self.backbone = backbone
+        self.layers = nn.ModuleList(ExportedLayer(layer) for layer in backbone.trunk)
         self.ordered = ordered
 
     def forward(self, words: Tensor, state: Tensor, *cameras: Tensor) -> tuple[Tensor, ...]:
@@ -60,49 +137,44 @@ class CompactTrunk(nn.Module):
         x = torch.cat(tokens, dim=1) + model.prefix_positions
         if model.kept:
             x = x[:, torch.tensor(model.kept)]
-        keys, values = [], []
-        for layer in model.trunk:
-            q, k, v = layer.project(x)
-            x = layer.finish(x, q, k, v, None)
-            keys.append(k[0])
-            values.append(v[0])
-        slots = read_slots(model._scores(x[:, -1:]), self.ordered)
-        return (*slots, torch.stack(keys), torch.stack(values))
+        found = []
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            x, *own = layer(x, first=-1 if index == last else 0)  # the state predicts slot 0
+            found.append(own)
+        slots = read_slots(model._scores(x), self.ordered)
+        return (*slots, *(torch.stack(tensors) for tensors in zip(*found, strict=True)))
 
 
 class CompactBlock(nn.Module):
-    """Block tokens of the compact backbone behind a cache of constant capacity."""
+    """Block tokens of the compact backbone behind a cache."""
 
     def __init__(self, backbone: Any, ordered: bool) -> None:
         super().__init__()
         self.backbone = backbone
+        self.layers = nn.ModuleList(ExportedLayer(layer) for layer in backbone.trunk)
         self.ordered = ordered
 
     def forward(
-        self, keys: Tensor, values: Tensor, used: Tensor, committed: Tensor, tokens: Tensor
+        self, keys: Tensor, values: Tensor, committed: Tensor, tokens: Tensor
     ) -> tuple[Tensor, ...]:
         """Compute the slots behind `tokens`.
 
         Args:
-            keys: (layers, heads, T, width) the cache.
+            keys: (layers, heads, P, width) of all positions in front.
             values: As `keys`.
-            used: (1,) int64, positions of the cache in use.
-            committed: (1,) int64, block tokens among them.
+            committed: (1,) int64, block tokens among these positions.
             tokens: (1, k) int64.
         """
         model = self.backbone
         k = tokens.shape[1]
         places = torch.arange(k)
         x = model.action_tokens(tokens) + model.slots[committed + places]
-        cached = (torch.arange(keys.shape[2]) < used).expand(k, -1)  # (k, T)
-        mask = torch.cat([cached, places <= places[:, None]], dim=1)  # (k, T + k)
-        new_keys, new_values = [], []
-        for index, layer in enumerate(model.trunk):
-            query, key, value = layer.project(x)
-            new_keys.append(key[0])
-            new_values.append(value[0])
-            key = torch.cat([keys[index : index + 1], key], dim=2)
-            value = torch.cat([values[index : index + 1], value], dim=2)
-            x = layer.finish(x, query, key, value, mask)
+        later = places > places[:, None]  # (k, k)
+        mask = torch.zeros(k, k).masked_fill(later, -torch.inf)
+        found = []
+        for index, layer in enumerate(self.layers):
+            x, *own = layer(x, (keys[index], values[index]), mask)
+            found.append(own)
         slots = read_slots(model._scores(x), self.ordered)
-        return (*slots, torch.stack(new_keys), torch.stack(new_values))
+        return (*slots, *(torch.stack(tensors) for tensors in zip(*found, strict=True)))

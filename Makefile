@@ -26,11 +26,11 @@ help:
 	@echo "make clean    remove caches and build output; keeps $(VENV) and outputs"
 
 demo:
-	@scripts/setup.sh --gl
+	@scripts/setup.sh --gl export
 	@$(VENV)/bin/ceed-vla demo $(ARGS)
 
 ros-demo:
-	@scripts/setup.sh --gl ros2
+	@scripts/setup.sh --gl ros2 export
 	@$(VENV)/bin/ceed-vla ros-demo $(ARGS)
 
 test:

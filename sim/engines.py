@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("eager", "compiled", "edge", "fastest")
+ENGINES = ("eager", "compiled", "edge", "auto", "fastest")
 
 
 class Engine:
@@ -115,14 +115,19 @@ def open_engines(
         engines["eager"] = Engine(bundles)
     if name in ("compiled", "fastest"):
         engines["compiled"] = CompiledEngine(bundles)
-    if name == "edge":
-        engines["edge"] = _edge_engine(bundles, paths, env)
-    elif name == "fastest":
+    if name in ("edge", "auto", "fastest"):
         try:
             engines["edge"] = _edge_engine(bundles, paths, env)
         except CeedVLAError as error:
-            logger.info("No row is timed in the engine edge: %s", error)
-    return engines
+            if name == "edge":
+                raise
+            logger.info("The engine edge is not used: %s", error)
+    return engines or {"eager": Engine(bundles)}
+
+
+def drives(engines: Mapping[str, Engine]) -> bool:
+    """Whether episodes run on exports, because no other engine was opened."""
+    return list(engines) == ["edge"]
 
 
 def engines_of(engines: Mapping[str, Engine], model: str, decoding: DecodingConfig) -> list[str]:

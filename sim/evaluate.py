@@ -171,7 +171,7 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
     _check_decoders(run)
     log = EpisodeLog(
         Path(config.output_dir),
-        identity_of(config, run.rows, bundles),
+        identity_of(config, run.rows, bundles, engines),
         dict(planned_episodes(config)),
         pool.max_episode_steps,
     )

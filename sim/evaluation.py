@@ -9,7 +9,7 @@ from typing import Any
 from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.decoders import Row, parse_decoders, resolve_rows
-from ceed_vla.sim.engines import Engine, open_engines
+from ceed_vla.sim.engines import Engine, drives, open_engines
 from ceed_vla.sim.environment import Bundle, EnvPool, flags, joined, turns
 from ceed_vla.sim.episode_log import Results, fingerprint
 from ceed_vla.sim.evaluation_config import EvalConfig
@@ -60,9 +60,8 @@ def driver_of(
     """The runner of a row's episodes: the export if only that engine is chosen and runs the row,
     eager torch otherwise.
     """
-    edge = engines.get("edge")
-    if edge is not None and len(engines) == 1 and edge.runs(row.model, row.decoding):
-        return edge.runner(row, executed_steps)
+    if drives(engines) and engines["edge"].runs(row.model, row.decoding):
+        return engines["edge"].runner(row, executed_steps)
     return make_runner(row, bundles, executed_steps)
 
 
@@ -109,14 +108,17 @@ def load_bundles(config: Any) -> dict[str, Bundle]:
 
 
 def identity_of(
-    config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle]
+    config: EvalConfig,
+    rows: Sequence[Row],
+    bundles: dict[str, Bundle],
+    engines: Mapping[str, Engine],
 ) -> dict[str, Any]:
     """Return everything that affects an episode, as JSON values."""
     options = ("seed", "episodes", "executed_steps", "batch", "instruction")
     return {
         "env": flags(config.env),
         **{name: getattr(config, name) for name in options},
-        **({"engine": "edge"} if config.engine == "edge" else {}),  # others do not run episodes
+        **({"engine": "edge"} if drives(engines) else {}),  # other engines do not run episodes
         "device": str(bundles["policy"][0].config.device),
         "policy": fingerprint(config.policy.path),
         "teacher": fingerprint(config.teacher.path) if config.teacher.path else None,
@@ -175,7 +177,7 @@ def shard_runner(
     """
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
-    engines = engines_of_run(config, bundles) if config.engine == "edge" else {}
+    engines = engines_of_run(config, bundles) if config.engine in ("edge", "auto") else {}
 
     def run(item: tuple[Row, list[tuple[int, str]]]) -> tuple[str, list[EpisodeResult]]:
         row, episodes = item

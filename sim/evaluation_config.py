@@ -53,7 +53,8 @@ class EvalConfig(DrivenConfig):
         timing_chunks: Chunks on which latency is measured; 0 skips it.
         engine: Engine in which latency is measured: eager; compiled (`ceed_vla.compiled.engine`;
             needs a C++ compiler and some minutes); edge (an export, which is made if it is missing;
-            episodes run on it, too); fastest (measures all of them, reports the fastest one of each
+            episodes run on it, too); auto (edge if the policy can be exported here, eager
+            otherwise); fastest (measures eager, compiled and edge, reports the fastest one of each
             row). A row that does not run in the engine is timed eagerly.
         device: Overrides the checkpoints' device.
         reuse: Folder of another evaluation; its episodes are reused for equal decoders, such as the
@@ -92,4 +93,5 @@ class DemoConfig(EvalConfig):
     policy: CheckpointPath = field(default_factory=lambda: CheckpointPath("student"))
     teacher: CheckpointPath = field(default_factory=lambda: CheckpointPath("teacher"))
     decoders: str = "teacher_ar,teacher_cap4,jacobi,ceed"
+    engine: str = chosen("auto", ENGINES)
     output_dir: str = "outputs/demo"

@@ -30,8 +30,9 @@ class TuneConfig(DrivenConfig):
         chunks: Chunks on which a plan is timed.
         seed: First seed of the search's episodes; the final comparison uses the seeds after them.
         search_seed: Random seed of the search.
-        engine: Engine for timing: eager, compiled, edge (an export), or fastest (the fastest one of
-            each plan, named in plans.json).
+        engine: Engine for timing: eager, compiled, edge (an export), auto (edge if the policy can
+            be exported here, eager otherwise), or fastest (the fastest one of each plan, named in
+            plans.json).
         workers: Processes that share the episodes; timing runs while they are idle.
     """
 

@@ -42,8 +42,9 @@ from ceed_vla.sim.environment import (
     observation_batch,
     turns,
 )
-from ceed_vla.sim.rollout import Chunk, PolicyRunner, rollout, success_entry
+from ceed_vla.sim.rollout import Chunk, PolicyRunner, rollout
 from ceed_vla.sim.settings import DrivenConfig
+from ceed_vla.sim.success import success_entry
 from ceed_vla.sim.timing import bare_parts, collect_observations, measure, percentiles
 
 OFF = 0.05  # share of an action's range

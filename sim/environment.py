@@ -58,6 +58,11 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError, SimulationError, raised_as, root_cause
 from ceed_vla.fields import short
+from ceed_vla.sim.seeds import EVALUATION_SEEDS as EVALUATION_SEEDS
+from ceed_vla.sim.seeds import RECORDING_SEEDS as RECORDING_SEEDS
+from ceed_vla.sim.seeds import TAKEOVER_SEEDS as TAKEOVER_SEEDS
+from ceed_vla.sim.seeds import VALIDATION_SEED as VALIDATION_SEED
+from ceed_vla.sim.seeds import check_choice as check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -66,21 +71,6 @@ Bundle = tuple[Any, Any, Any]
 Observation = dict[str, Any]
 
 MIXED = "mixed"
-
-# Seed ranges of every environment. Validation and evaluation seeds are never recorded.
-RECORDING_SEEDS = (0, 30_000)
-TAKEOVER_SEEDS = (30_000, 40_000)
-VALIDATION_SEED = 40_000
-EVALUATION_SEEDS = 50_000  # nothing is recorded, trained or tuned on seeds from here on
-
-
-def check_choice(seed: int, episodes: int) -> None:
-    """Raise `ConfigError` unless the seeds are all in the range for choices, such as tuning."""
-    if not VALIDATION_SEED <= seed <= EVALUATION_SEEDS - episodes:
-        raise ConfigError(
-            f"The seeds are {seed} to {seed + episodes - 1}; choices are made on seeds "
-            f"{VALIDATION_SEED} to {EVALUATION_SEEDS - 1} only. Change --seed or --episodes."
-        )
 
 
 @dataclass(frozen=True)

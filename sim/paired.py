@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ceed_vla.sim.rollout import wilson_interval
+from ceed_vla.sim.success import wilson_interval
 
 
 def paired_interval(

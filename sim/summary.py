@@ -15,7 +15,8 @@ import torch
 
 import ceed_vla
 from ceed_vla.sim.paired import compare_paired
-from ceed_vla.sim.rollout import EpisodeResult, success_entry
+from ceed_vla.sim.rollout import EpisodeResult
+from ceed_vla.sim.success import success_entry
 
 
 def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:

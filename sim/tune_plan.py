@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ceed_vla.sim.rollout import success_entry
+from ceed_vla.sim.success import success_entry
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rich.table import Table
 from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.demo.bag import read_messages
 from ceed_vla.ros_nodes.robot.loop_statistics import MISSED
-from ceed_vla.sim.rollout import success_entry
+from ceed_vla.sim.success import success_entry
 
 COMMAND_RATE = 100.0  # of the policy node [Hz]
 _RESTING = 0.05  # speed of the fastest joint below which the arm is at rest [rad/s]

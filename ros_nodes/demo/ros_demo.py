@@ -19,11 +19,11 @@ from ceed_vla.discovery import discovered
 from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, Checked, chosen, ranged
 from ceed_vla.files import write_text
-from ceed_vla.folders import resolve_checkpoint
+from ceed_vla.folders import is_export, resolve_checkpoint
 from ceed_vla.outputs import claimed_folder, default_console
 from ceed_vla.ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
-from ceed_vla.sim.environment import EVALUATION_SEEDS
 from ceed_vla.sim.recording.interrupts import handled_by
+from ceed_vla.sim.seeds import EVALUATION_SEEDS
 from ceed_vla.sim.tabletop import MAX_EPISODE_STEPS
 from ceed_vla.sim.tabletop.env import CTRL_DT
 from ceed_vla.sim.tabletop.tasks import SPLITS, TASKS
@@ -134,7 +134,11 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
 
     interface = load_robot_config().interface(config.action_interface)
     policy = {
-        "checkpoint": str(resolve_checkpoint(config.checkpoint)),
+        "checkpoint": str(
+            Path(config.checkpoint).absolute()
+            if is_export(config.checkpoint)
+            else resolve_checkpoint(config.checkpoint)
+        ),
         "discover_packages": ",".join(discovered()),
         "action_interface": config.action_interface,
         "decoding": config.decoding,

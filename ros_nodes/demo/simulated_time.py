@@ -52,7 +52,7 @@ from ceed_vla.ros_nodes.robot.streaming import GRIPPER_PERIOD, command_message
 from ceed_vla.ros_nodes.simulated.commands import obey
 from ceed_vla.ros_nodes.simulated.robot import JOINTS, SimRobot
 from ceed_vla.sim.plots import save_figure
-from ceed_vla.sim.rollout import success_entry
+from ceed_vla.sim.success import success_entry
 from ceed_vla.sim.tabletop.env import CTRL_DT
 
 TRANSPORT = 0.002  # from an image's stamp to its arrival, as between the processes [s]

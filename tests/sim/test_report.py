@@ -15,8 +15,9 @@ from ceed_vla.sim.decoders import parse_decoders
 from ceed_vla.sim.paired import compare_paired, paired_interval, sign_test
 from ceed_vla.sim.plots import write_plots
 from ceed_vla.sim.report import COLUMNS, console_table, markdown, table_rows
-from ceed_vla.sim.rollout import EpisodeResult, wilson_interval
+from ceed_vla.sim.rollout import EpisodeResult
 from ceed_vla.sim.show import AHEAD, SETTLED, UNKNOWN, WRONG, autoregressive_status, jacobi_status
+from ceed_vla.sim.success import wilson_interval
 from ceed_vla.sim.summary import paired_entries, row_entry
 
 

@@ -27,8 +27,8 @@ from ceed_vla.sim.rollout import (
     replan,
     rollout,
     stack_previous,
-    wilson_interval,
 )
+from ceed_vla.sim.success import wilson_interval
 from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 from tests.helpers.episodes import run_seeds
 from tests.helpers.tabletop import tabletop_config

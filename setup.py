@@ -1,5 +1,6 @@
 """Distribution ceed_vla: what pip, uv and colcon install. (`package.xml` tells ROS the same.)"""
 
+import os
 import re
 from contextlib import suppress
 from glob import glob
@@ -51,6 +52,7 @@ ROS_WHEELS = (
 WITH_WHEELS = (  # elsewhere ROS comes from apt
     "platform_machine == 'x86_64' and sys_platform == 'linux'"
 )
+ONNXRUNTIME = "onnxruntime>=1.22,<2"
 EXTRAS = {
     # The policy and simulation nodes. On a robot rclpy and the messages are the distribution's.
     "ros2": [*(f"{wheel}; {WITH_WHEELS}" for wheel in ROS_WHEELS), "mcap-ros2-support>=0.5.5,<1"],
@@ -62,10 +64,10 @@ EXTRAS = {
         "sentencepiece>=0.2",
         "timm>=1,<2",
     ],
-    # Run an export (`ceed_vla.edge`). An installation without torch: docs/how-to/export.md.
-    "edge": ["onnxruntime>=1.22,<2"],
+    # Run an export (`ceed_vla.edge`) beside torch; without it, see `EDGE` below.
+    "edge": [ONNXRUNTIME],
     # Make an export: `ceed-vla export`.
-    "export": ["onnx>=1.18,<2", "onnxruntime>=1.22,<2", "onnxscript>=0.5,<1"],
+    "export": ["onnx>=1.18,<2", ONNXRUNTIME, "onnxscript>=0.5,<1"],
     # Meta-World's tasks, --env.type=ceed_metaworld; the next version wants a MuJoCo of its own.
     "metaworld": ["metaworld==3.0.0"],
     "test": [
@@ -86,6 +88,19 @@ EXTRAS = {
     ],
     "lint": ["mypy>=1.16", "mdformat-gfm>=1,<2", "pre-commit>=4.2", "ruff>=0.12"],
 }
+
+
+# With CEED_VLA_EDGE=1, what a robot needs to run exports: neither torch nor the shipped weights.
+# Its extras: ros2 for policy_node, demo for the simulated robot of `ceed-vla ros-demo`.
+EDGE = os.environ.get("CEED_VLA_EDGE") == "1"
+FOR_EDGE = ("mujoco", "gymnasium", "draccus", "rich", "tqdm")
+if EDGE:
+    named = {re.split("[<>=]", requirement)[0]: requirement for requirement in REQUIREMENTS}
+    REQUIREMENTS = [named["numpy"], ONNXRUNTIME]
+    EXTRAS = {
+        "ros2": [*EXTRAS["ros2"], named["pillow"], "pyyaml>=6"],
+        "demo": [named[name] for name in FOR_EDGE],
+    }
 
 
 def link_folders() -> None:
@@ -149,8 +164,7 @@ setup(
     package_data={
         NAME: [
             "py.typed",
-            "pretrained/**/*.safetensors",
-            "pretrained/**/*.json",
+            *([] if EDGE else ["pretrained/**/*.safetensors", "pretrained/**/*.json"]),
             "pretrained/**/*.md",
             "cli/help_pages/*.json",
         ],

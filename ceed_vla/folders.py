@@ -20,6 +20,7 @@ _logger = logging.getLogger(__name__)
 PRETRAINED = ("teacher", "student")
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+TEMPLATE = "robot.yaml"  # the file of the robot that a checkpoint was trained with, if it has one
 EXPORT = "export.json"  # of an export, see `ceed_vla.edge`
 MANIFEST = "manifest.json"  # see `ceed_vla.checkpoints.manifest`
 EXITS = "exits.safetensors"
@@ -99,11 +100,21 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
             f"{' and '.join(POLICY_FILES)}, or a shipped name ({', '.join(PRETRAINED)}). A model "
             "of a hub must be downloaded first."
         )
+    if missing and is_export(folder):
+        raise CheckpointError(
+            f"{path} is an export, and a checkpoint is needed here. Exports run in policy_node and "
+            "ceed_vla.edge; name the checkpoint that was exported."
+        )
     if missing:
         raise CheckpointError(
             f"The checkpoint {path} lacks {', '.join(missing)}; it is incomplete."
         )
     return folder
+
+
+def resolve_served(path: str | Path) -> Path:
+    """As `resolve_checkpoint`, for commands that also take an export."""
+    return Path(path).absolute() if is_export(path) else resolve_checkpoint(path)
 
 
 def is_export(path: str | Path) -> bool:

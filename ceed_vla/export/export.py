@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from ceed_vla import __version__
 from ceed_vla.backbones.compact.words import InstructionWordsStep
-from ceed_vla.checkpoints import load
+from ceed_vla.checkpoints import load, resolve_checkpoint
+from ceed_vla.checkpoints.manifest import own_files
 from ceed_vla.edge.observation import random_observation
 from ceed_vla.edge.settings import (
     CacheSettings,
@@ -33,6 +35,7 @@ from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, rai
 from ceed_vla.export.cached import check_family
 from ceed_vla.export.graphs import CACHE, SLOT, CompactBlock, CompactStem, CompactTrunk
 from ceed_vla.fields import Checked
+from ceed_vla.folders import MANIFEST, MODULES, TEMPLATE, WEIGHTS
 
 OPSET = 20
 CHECKED = 3  # observations on which torch and the export are compared
@@ -83,6 +86,7 @@ def export(config: ExportConfig) -> str:
         files = {n: hashlib.sha256((written / n).read_bytes()).hexdigest() for n in names}
         _settings(policy, preprocess, state, cache, files).write(written)
         _verify(written, policy, preprocess, postprocess)
+        _copy_settings(resolve_checkpoint(config.policy_path), written)
         total = sum((written / name).stat().st_size for name in names)
         if folder.exists():
             folder.rmdir()  # it is empty
@@ -91,6 +95,14 @@ def export(config: ExportConfig) -> str:
         f"Exported {config.policy_path} to {folder}: {len(files)} graphs, {total / 1e6:.1f} MB; "
         f"tokens equal to torch's on {CHECKED} random observations (ar, jacobi, ceed)."
     )
+
+
+def _copy_settings(checkpoint: Path, folder: Path) -> None:
+    """Copy the small files of a checkpoint, from which a robot's file is checked."""
+    large = {WEIGHTS, MANIFEST, *MODULES}
+    for name in sorted((own_files(checkpoint) | {TEMPLATE}) - large):
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
 
 
 def _check(name: str, policy: Any) -> None:

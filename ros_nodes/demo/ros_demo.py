@@ -19,7 +19,7 @@ from ceed_vla.discovery import discovered
 from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, Checked, chosen, ranged
 from ceed_vla.files import write_text
-from ceed_vla.folders import is_export, resolve_checkpoint
+from ceed_vla.folders import resolve_served
 from ceed_vla.outputs import claimed_folder, default_console
 from ceed_vla.ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
 from ceed_vla.sim.recording.interrupts import handled_by
@@ -47,7 +47,7 @@ class RosDemoConfig(Checked, prefix="--"):
     Attributes:
         episodes: Number of episodes.
         seed: First seed; the same seeds give the same scenes as in ``ceed-vla eval``.
-        checkpoint: Checkpoint folder, or student or teacher for a shipped checkpoint.
+        checkpoint: Checkpoint folder, an export, or student or teacher for a shipped checkpoint.
         output_dir: Folder for the results.
         task: Task family, or "mixed" to draw one per episode.
         split: Set of colour and phrasing combinations.
@@ -110,8 +110,6 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     `ConfigError`: The robot does not have the action interface. `CheckpointError`: There is no such
     checkpoint. `NodeError`: A node ended, refused a request or did not answer.
     """
-    from ceed_vla.ros_nodes.demo.simulated_time import simulated_time
-
     unread = REAL_TIME if config.simulated_time else SIMULATED_TIME
     if unused := [
         name for name in unread if getattr(config, name) != getattr(RosDemoConfig(), name)
@@ -123,6 +121,8 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     own = ("bag.mcap", "simulated_time.json")
     with claimed_folder("output_dir", config.output_dir, own, own, unmarked=UNMARKED) as folder:
         if config.simulated_time:
+            from ceed_vla.ros_nodes.demo.simulated_time import simulated_time  # it needs torch
+
             return simulated_time(config, folder, console)
         return _in_real_time(config, folder, console)
 
@@ -134,11 +134,7 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
 
     interface = load_robot_config().interface(config.action_interface)
     policy = {
-        "checkpoint": str(
-            Path(config.checkpoint).absolute()
-            if is_export(config.checkpoint)
-            else resolve_checkpoint(config.checkpoint)
-        ),
+        "checkpoint": str(resolve_served(config.checkpoint)),
         "discover_packages": ",".join(discovered()),
         "action_interface": config.action_interface,
         "decoding": config.decoding,

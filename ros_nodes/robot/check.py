@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ceed_vla.errors import CeedVLAError, ConfigError
-from ceed_vla.folders import resolve_checkpoint
+from ceed_vla.folders import TEMPLATE, resolve_served
 from ceed_vla.ros_nodes.robot import policy_setup
 from ceed_vla.ros_nodes.robot.data_ranges import ACTION, Range, read_ranges
 from ceed_vla.ros_nodes.robot.findings import explained, split, verdict
@@ -33,8 +33,6 @@ from ceed_vla.ros_nodes.robot.safety import SafetyLimits
 from ceed_vla.ros_nodes.robot.texts import short
 from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 
-TEMPLATE = "robot.yaml"  # in the checkpoint's folder
-
 
 @dataclass
 class RobotCheckConfig:
@@ -43,7 +41,8 @@ class RobotCheckConfig:
     Attributes:
         file: YAML file of the robot; without it, the checkpoint's template is printed, if the
             checkpoint has one.
-        checkpoint: LeRobot checkpoint folder, or student or teacher for a shipped checkpoint.
+        checkpoint: LeRobot checkpoint folder, an export, or student or teacher for a shipped
+            checkpoint.
     """
 
     file: str = ""
@@ -66,7 +65,7 @@ def robot_check(config: RobotCheckConfig) -> str | None:
 
     `ConfigError`: The file and the checkpoint do not fit.
     """
-    template = resolve_checkpoint(config.checkpoint) / TEMPLATE
+    template = resolve_served(config.checkpoint) / TEMPLATE
     if not config.file:
         if not template.exists():
             raise ConfigError(

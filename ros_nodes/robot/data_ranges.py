@@ -17,7 +17,7 @@ import numpy as np
 
 from ceed_vla.errors import CheckpointError
 from ceed_vla.files import plain_name, read_json, regular
-from ceed_vla.folders import POSTPROCESSOR, PREPROCESSOR, resolve_checkpoint
+from ceed_vla.folders import POSTPROCESSOR, PREPROCESSOR, resolve_served
 from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.texts import short
 
@@ -50,7 +50,7 @@ def read_ranges(checkpoint: str, lengths: Mapping[str, int]) -> dict[str, Range 
 
     `CheckpointError`: The checkpoint's files are damaged.
     """
-    folder = resolve_checkpoint(checkpoint)
+    folder = resolve_served(checkpoint)
     before = _steps(folder, PREPROCESSOR)
     after = _steps(folder, POSTPROCESSOR)
     relative = before.get(_RELATIVE, ({}, None))[0].get("enabled")

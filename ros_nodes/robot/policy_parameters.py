@@ -19,7 +19,7 @@ POLICY_PARAMETERS = (
     NodeParameter(
         "checkpoint",
         "student",
-        "LeRobot checkpoint folder, or teacher or student for a shipped checkpoint.",
+        "LeRobot checkpoint folder, an export, or teacher or student for a shipped checkpoint.",
     ),
     NodeParameter(
         "robot_config",

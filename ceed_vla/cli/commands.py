@@ -164,8 +164,8 @@ COMMANDS = {
         "drive the simulated robot through ROS 2: success, command rate, a bag",
         "ceed_vla.ros_nodes.demo.ros_demo RosDemoConfig ros_demo",
         may=(
-            "episodes checkpoint task action_interface decoding simulated_time rivals latencies_ms "
-            "reaction output_dir"
+            "episodes checkpoint task action_interface decoding engine simulated_time rivals "
+            "latencies_ms reaction output_dir"
         ),
         kept="the bag and the nodes' output so far are in {output_dir}",
     ),

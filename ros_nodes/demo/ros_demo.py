@@ -22,6 +22,7 @@ from ceed_vla.files import write_text
 from ceed_vla.folders import resolve_served
 from ceed_vla.outputs import claimed_folder, default_console
 from ceed_vla.ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
+from ceed_vla.ros_nodes.robot.predictor_types import ENGINES
 from ceed_vla.sim.recording.interrupts import handled_by
 from ceed_vla.sim.seeds import EVALUATION_SEEDS
 from ceed_vla.sim.tabletop import MAX_EPISODE_STEPS
@@ -53,6 +54,7 @@ class RosDemoConfig(Checked, prefix="--"):
         split: Set of colour and phrasing combinations.
         action_interface: Interface of commands to the arm, from launch/config/tabletop_robot.yaml.
         decoding: Decoder name: ceed, jacobi, ar, cap2, ...
+        engine: Engine of the policy, as the parameter of the node.
         replan_steps: Steps after which the next chunk is due, as the parameter of the node.
         inference_delay: Time added to every chunk, to test that the command rate does not depend on
             it [s].
@@ -81,6 +83,7 @@ class RosDemoConfig(Checked, prefix="--"):
     split: str = chosen("train", SPLITS)
     action_interface: str = "forward_position"
     decoding: str = "ceed"
+    engine: str = chosen("auto", ENGINES)
     replan_steps: int = ranged(0, "[0, 64]")
     inference_delay: float = ranged(0.0, "[0, 5]")
     stream_seconds: float = ranged(0.0, "[0, 3600]")
@@ -98,7 +101,15 @@ class RosDemoConfig(Checked, prefix="--"):
 
 
 UNMARKED = ("ros.json", "details.json", "sim.log", "policy.log", "simulated_time.png")
-REAL_TIME = ("checkpoint", "decoding", "inference_delay", "stream_seconds", "kill", "domain")
+REAL_TIME = (
+    "checkpoint",
+    "decoding",
+    "engine",
+    "inference_delay",
+    "stream_seconds",
+    "kill",
+    "domain",
+)
 SIMULATED_TIME = ("rivals", "latencies_ms", "camera_rate", "camera_jitter_ms", "reaction")
 
 
@@ -138,6 +149,7 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
         "discover_packages": ",".join(discovered()),
         "action_interface": config.action_interface,
         "decoding": config.decoding,
+        "engine": config.engine,
         "replan_steps": config.replan_steps,
         "inference_delay": config.inference_delay,
         "command_rate": COMMAND_RATE,

@@ -189,6 +189,7 @@ COMMANDS = {
         "write a checkpoint as graphs that run without torch, for CPUs",
         "ceed_vla.export.export ExportConfig export",
         must="policy.path output_dir",
+        may="weights",
     ),
     "seal": Command(
         "write a checkpoint's manifest: a lost, exchanged or damaged file is an error from then on",

@@ -28,6 +28,7 @@ SETTINGS = EXPORT
 FORMAT = 2
 FAMILIES = ("compact",)
 EXPORTED = ("ar", "jacobi")  # decoders that run on an export
+EXPORTED_WEIGHTS = ("float32", "int8")
 MOST_GRAPH = 2_000_000_000  # [bytes]
 MOST_TOKENS = 65_536  # of a block
 MOST_SIDE = 4096  # of a camera's image [px]
@@ -150,6 +151,7 @@ class ExportSettings(Checked):
         decoding: The checkpoint's own decoding.
         decodings: Its own names for decoders.
         files: Graph file -> SHA-256.
+        weights: Number type of the matrices of trunk and block.
         checks: Tokens (n,) of a decoder on the random observation of a seed, which every
             `ceed_vla.edge.EdgePolicy` must reproduce.
     """
@@ -163,6 +165,7 @@ class ExportSettings(Checked):
     decoding: DecodingConfig
     files: dict[str, str]
     family: str = chosen("compact", FAMILIES)
+    weights: str = chosen("float32", EXPORTED_WEIGHTS)
     image_size: int = ranged(96, "[1, 4096]")
     max_words: int = ranged(12, "[1, 4096]")
     n_action_steps: int = ranged(1, "[1, 4096]")

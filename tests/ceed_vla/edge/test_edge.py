@@ -307,6 +307,26 @@ def test_wrong_threads(exported: Path, threads: Any) -> None:
 
 
 @pytest.mark.slow
+def test_weights_of_int8_change_few_tokens(
+    edge: EdgePolicy, observations: list[Any], tmp_path: Path
+) -> None:
+    told = export(ExportConfig("student", str(tmp_path / "int8"), weights="int8"))
+    assert re.search(r"\d% of the tokens equal|; tokens equal", told)
+    small = EdgePolicy(tmp_path / "int8", threads=1)
+    assert small.settings.weights == "int8"
+    size = sum(file.stat().st_size for file in (tmp_path / "int8").glob("*.onnx"))
+    assert size < 10e6
+    assert not list((tmp_path / "int8").glob("float32*"))
+    shares = []
+    for raw, instruction, previous in observations:
+        mine = small.decode(raw, instruction, "jacobi", previous=previous)
+        theirs = edge.decode(raw, instruction, "jacobi", previous=previous)
+        shares.append(np.mean(np.asarray(mine.tokens) == np.asarray(theirs.tokens)))
+        assert np.abs(np.asarray(mine.actions) - np.asarray(theirs.actions)).mean() < 0.05
+    assert np.mean(shares) > 0.8
+
+
+@pytest.mark.slow
 def test_a_student_with_fewer_prefix_tokens(tmp_path: Path) -> None:
     """The command compares its tokens with torch's."""
     folder = tmp_path / "reduced"

@@ -160,6 +160,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12,<3.14",
     packages=packages(),
+    # A build for robots must not find the weights of an earlier build.
+    options={"build": {"build_base": "build/edge"}} if EDGE else {},
     package_dir={f"{NAME}.{name}": folder_of(name) for name in BESIDE},
     package_data={
         NAME: [

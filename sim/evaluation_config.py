@@ -52,10 +52,11 @@ class EvalConfig(DrivenConfig):
         clips: Whether to write one clip per decoder.
         timing_chunks: Chunks on which latency is measured; 0 skips it.
         engine: Engine in which latency is measured: eager; compiled (`ceed_vla.compiled.engine`;
-            needs a C++ compiler and some minutes); edge (an export, which is made if it is missing;
-            episodes run on it, too); auto (edge if the policy can be exported here, eager
-            otherwise); fastest (measures eager, compiled and edge, reports the fastest one of each
-            row). A row that does not run in the engine is timed eagerly.
+            needs a C++ compiler and some minutes); edge (an export, which is made if it is
+            missing); auto (edge if the policy can be exported here, eager otherwise); fastest
+            (measures eager, compiled and edge, reports the fastest one of each row). A row that
+            does not run in the engine is timed eagerly. Episodes run eagerly, except on an export
+            with edge and auto.
         device: Overrides the checkpoints' device.
         reuse: Folder of another evaluation; its episodes are reused for equal decoders, such as the
             teacher's.

@@ -69,7 +69,7 @@ class ObservationReader:
         Raises:
             ObservationError: It is not such an image.
         """
-        with raised_as(ObservationError, f"{camera} is no array", "pass an array of numpy."):
+        with raised_as(ObservationError, f"{camera} is not an array", "pass an array of numpy."):
             image = np.asarray(image)
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ObservationError(
@@ -123,7 +123,7 @@ def feature_of(observation: Mapping[str, np.ndarray], name: str) -> np.ndarray:
             else f"no features ({type(observation).__name__})"
         )
         raise ObservationError(f"The observation lacks {name!r}; it has {known}.")
-    with raised_as(ObservationError, f"{name} is no array", "pass an array of numpy."):
+    with raised_as(ObservationError, f"{name} is not an array", "pass an array of numpy."):
         return np.asarray(observation[name])
 
 

@@ -28,12 +28,12 @@ from ceed_vla.tokens.increments import put_behind
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the stem of a camera made of one image; see `EdgePolicy.see`."""
+class StemFeatures:
+    """What the stem of a camera made of one image; see `EdgePolicy.run_stem`."""
 
     camera: str
     words: np.ndarray  # (1, L)
-    features: np.ndarray
+    values: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class EdgePolicy:
         check_decoding(config)
         return config
 
-    def see(self, camera: str, image: np.ndarray, instruction: str) -> Seen:
+    def run_stem(self, camera: str, image: np.ndarray, instruction: str) -> StemFeatures:
         """Run the stem of one camera, before the rest of the observation is known.
 
-        A chunk that is decoded with `seen` then takes only the rest of its prefill.
+        A chunk that is decoded with these `features` runs only the rest of its prefill.
 
         Args:
             camera: Feature of the camera.
@@ -98,10 +98,15 @@ class EdgePolicy:
             known = ", ".join(self.settings.cameras)
             raise ObservationError(f"There is no camera {short(camera)}; choose one of {known}.")
         words = self.reader.words(instruction)
-        return Seen(camera, words, self._stem(camera, self.reader.image(image, camera), words))
+        return StemFeatures(
+            camera, words, self._stem(camera, self.reader.image(image, camera), words)
+        )
 
     def prepare(
-        self, observation: Mapping[str, Any], instruction: str, seen: Sequence[Seen] = ()
+        self,
+        observation: Mapping[str, Any],
+        instruction: str,
+        features: Sequence[StemFeatures] = (),
     ) -> Prepared:
         """Check an observation and convert it to the inputs of the graphs.
 
@@ -109,20 +114,20 @@ class EdgePolicy:
             observation: Cameras (H, W, 3) uint8, or float in [0, 1], and the state (D,), by their
                 features.
             instruction: What to do.
-            seen: What `see` returned for images of this observation, which then may lack them. It
-                is ignored if it is for another instruction.
+            features: What `run_stem` returned for images of this observation, which then may lack
+                them. It is ignored if it is for another instruction.
 
         Raises:
             ObservationError: A feature is missing or wrong.
         """
         words = self.reader.words(instruction)
-        features = {s.camera: s.features for s in seen if np.array_equal(s.words, words)}
+        known = {f.camera: f.values for f in features if np.array_equal(f.words, words)}
         images = {
             camera: self.reader.image(feature_of(observation, camera), camera)
             for camera in self.settings.cameras
-            if camera not in features
+            if camera not in known
         }
-        return Prepared(words, self.reader.state(observation), images, features)
+        return Prepared(words, self.reader.state(observation), images, known)
 
     def prefill(self, prepared: Prepared) -> Slots:
         """Run the prefix; returns what it predicts for slot 0, and its keys and values."""
@@ -155,7 +160,7 @@ class EdgePolicy:
         instruction: str,
         decoding: str | DecodingConfig = "ceed",
         *,
-        seen: Sequence[Seen] = (),
+        features: Sequence[StemFeatures] = (),
         **options: Any,
     ) -> DecodeResult:
         """Decode one action chunk, as ``CeedVLAPolicy.decode`` does.
@@ -164,7 +169,7 @@ class EdgePolicy:
             observation: See `prepare`.
             instruction: See `prepare`.
             decoding: A decoder name, or its configuration.
-            seen: See `prepare`.
+            features: See `prepare`.
             options: See `decode_prepared`.
 
         Returns:
@@ -174,7 +179,7 @@ class EdgePolicy:
             ObservationError: A feature is missing or wrong.
         """
         started = time.perf_counter()
-        prepared = self.prepare(observation, instruction, seen)
+        prepared = self.prepare(observation, instruction, features)
         seconds = {"preprocess": time.perf_counter() - started}
         result = self.decode_prepared(prepared, decoding, **options)
         result.seconds = seconds | (result.seconds or {})
@@ -288,8 +293,8 @@ class EdgePolicy:
             if found.tolist() != [check.tokens]:
                 raise VerificationError(
                     f"The export in {folder} gives other tokens on this machine than where it was "
-                    f"written ({check.decoder}, seed {check.seed}); run the checkpoint with torch, "
-                    "or export it here."
+                    f"written ({check.decoder}, seed {check.seed}); export on a machine with such "
+                    "a processor, or run the checkpoint with torch."
                 )
 
     def _decode_block(self, prefix: Slots, request: BlockRequest) -> DecodeResult:

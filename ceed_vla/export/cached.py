@@ -55,22 +55,42 @@ def cached_export(
     source = resolve_checkpoint(checkpoint)
     _check(str(checkpoint), read_config(source), decoders)
     folder = cache_folder() / _key(source)
-    if not (folder / EXPORT).is_file():
-        missing = [name for name in ("torch", "onnxscript") if find_spec(name) is None]
-        if missing:
-            raise ConfigError(
-                f"{checkpoint} has no export yet, and {missing[0]} is not installed, which exports "
-                "need; export it on another machine with `ceed-vla export`, and name that folder."
-            )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be exporting it
-            if not (folder / EXPORT).is_file():
-                logger.info("Exporting %s to %s, once; half a minute.", checkpoint, folder)
-                _export(checkpoint, folder, discover_packages)
-        _remove_oldest(folder.parent)
-    os.utime(folder)  # as used now
+    try:
+        if not (folder / EXPORT).is_file():
+            _check_packages(checkpoint)
+            _export_once(checkpoint, folder, discover_packages)
+            _remove_oldest(folder.parent)
+        os.utime(folder)  # as used now
+    except OSError as error:
+        raise ConfigError(
+            f"The cache of exports {folder.parent} cannot be used ({error.strerror}); name another "
+            "folder with CEED_VLA_CACHE."
+        ) from error
     return folder
+
+
+def _check_packages(checkpoint: str | Path) -> None:
+    """Raise `ConfigError` if packages are missing that an export needs."""
+    if find_spec("torch") is None:
+        raise ConfigError(
+            f"{checkpoint} has no export yet, and torch is not installed, which exports need; "
+            "export it on another machine with `ceed-vla export`, and name that folder."
+        )
+    if find_spec("onnxscript") is None:
+        raise ConfigError(
+            f"{checkpoint} has no export yet, and onnxscript is not installed, which exports need; "
+            "run `scripts/setup.sh export`, or install the extra export."
+        )
+
+
+def _export_once(checkpoint: str | Path, folder: Path, discover_packages: str) -> None:
+    """Export a checkpoint, unless another process does so first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / EXPORT).is_file():
+            logger.info("Exporting %s to %s, once; this may take a minute.", checkpoint, folder)
+            _export(checkpoint, folder, discover_packages)
 
 
 def _check(checkpoint: str, config: Mapping[str, Any], decoders: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ class ExportConfig(Checked):
         policy_path: Checkpoint folder, or "student" or "teacher".
         output_dir: Folder of the export; it must be new or empty.
         weights: Number type of the matrices behind the camera stems. float32 gives torch's tokens;
-            int8 is smaller and faster, and changes some tokens.
+            int8 makes smaller graphs and changes some tokens; measure speed and success.
     """
 
     policy_path: str

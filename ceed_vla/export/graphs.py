@@ -74,7 +74,7 @@ class ExportedLayer(nn.Module):
             x: (1, k, d).
             cached: Keys and values (heads, P, width) in front; None without.
             mask: (k, k) added to the scores among the k tokens; None allows all.
-            first: The first token whose output is needed, or its number from the end.
+            first: The first token whose output is needed; negative counts from the end.
 
         Returns:
             (1, k, d) without the tokens before `first`; keys and values (heads, k, width) of all.

@@ -28,7 +28,8 @@ from ceed_vla.ros_nodes.demo.report import status_values
 from ceed_vla.ros_nodes.robot.interfaces.base import ActionInterface
 from ceed_vla.ros_nodes.robot.messages import COMMAND, LATCHED
 
-START_TIMEOUT = 90.0  # until both nodes answer, which includes loading the policy [s]
+# Until both nodes answer, which includes loading the policy, and exporting it the first time [s].
+START_TIMEOUT = 300.0
 CALL_TIMEOUT = 10.0  # of a service call [s]
 SETTLE = 0.3  # after a new episode, until the policy node has received the arm's pose [s]
 _QUEUED = 1000  # messages that a slow recorder may lag behind

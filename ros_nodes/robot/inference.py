@@ -276,6 +276,8 @@ def _serve(number: int) -> None:
     """Main function of the child process; `number` is its file descriptor of the pipe."""
     # Ctrl-C reaches the whole process group; the parent decides when each process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("ceed_vla").setLevel(logging.INFO)
     pipe = Connection(number)
     try:
         predictor = Predictor(pipe.recv())

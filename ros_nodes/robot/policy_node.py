@@ -289,10 +289,10 @@ class PolicyNode(LifecycleNode):
             self._announced = True
             if worker.failed is None:
                 spec = worker.spec
-                decoding = f" ({worker.spec.decoding})" if worker.spec.decoding else ""
+                how = ", ".join(filter(None, (spec.decoding, spec.engine)))
                 chunk = (
-                    f"chunks of {spec.chunk_steps} steps, {1e3 * spec.warmup_s:.0f} ms for "
-                    f"one{decoding}"
+                    f"chunks of {spec.chunk_steps} steps, {1e3 * spec.warmup_s:.0f} ms for one "
+                    f"({how})"
                 )
                 self.get_logger().info(f"{spec.checkpoint}: {spec.policy_type}, {chunk}")
             elif not self._starting:

@@ -106,10 +106,11 @@ POLICY_PARAMETERS = (
     NodeParameter(
         "engine",
         "auto",
-        "Engine that runs CEED-VLA checkpoints. edge: an export, without torch; exporting takes "
-        "half a minute, once. eager: torch. compiled: takes minutes to load, and requires a C++ "
-        "compiler and inference_mode process. auto: edge if the device is cpu, onnxruntime is "
-        "installed and the export gives torch's tokens, eager otherwise.",
+        "Engine that runs CEED-VLA checkpoints. edge: an export, without torch; a checkpoint is "
+        "exported once, which takes half a minute or more. eager: torch. compiled: takes minutes "
+        "to load, and requires a C++ compiler and inference_mode process. auto: edge if the device "
+        "is cpu and the checkpoint has an export, or can get one, that runs the decoding and "
+        "passes its own checks; eager otherwise.",
         choices=ENGINES,
     ),
     NodeParameter(
@@ -121,8 +122,8 @@ POLICY_PARAMETERS = (
     NodeParameter(
         "inference_python",
         "",
-        "Python interpreter of the inference process; it must have ceed_vla, torch and lerobot. "
-        "Empty: the node's own.",
+        "Python interpreter of the inference process; it must have ceed_vla, and torch and lerobot "
+        "or, for an export, onnxruntime. Empty: the node's own.",
         check=lambda path: (
             f"{shown(path)} is not an executable program"
             if path and shutil.which(path) is None

@@ -75,6 +75,7 @@ class Predictor:
         self._wait = wait
         self.spec = declared_spec(settings.checkpoint)
         self._policy = load_served(settings, self.spec)
+        self.spec = replace(self.spec, engine=self._policy.engine)
         self._decoding = self._decoding_config(settings.decoding)
         self._prefill_s = 0.0
         self._failures: FailureLog | None = None  # during the warm-up, an error ends loading

@@ -103,7 +103,7 @@ def load_served(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
         except CeedVLAError as error:
             if engine == "edge":
                 raise
-            logger.info("%s runs with torch: %s", settings.checkpoint, error)
+            logger.info("%s runs with torch. %s", settings.checkpoint, error)
     from ceed_vla.ros_nodes.robot.served_checkpoint import ServedCeed, ServedCheckpoint
 
     kind = ServedCeed if spec.policy_type == "ceed_vla" else ServedCheckpoint
@@ -112,11 +112,12 @@ def load_served(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
 
 def _may_be_exported(settings: PredictorSettings, spec: PolicySpec) -> bool:
     """Whether the engine auto tries an export."""
-    return (
-        spec.policy_type == "ceed_vla"
-        and settings.device == "cpu"
-        and find_spec("onnxruntime") is not None
-    )
+    if spec.policy_type != "ceed_vla" or settings.device != "cpu":
+        return False
+    if find_spec("onnxruntime") is None:
+        logger.info("%s runs with torch. onnxruntime is not installed.", settings.checkpoint)
+        return False
+    return True
 
 
 def _exported(folder: Path, settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:

@@ -35,6 +35,7 @@ class PolicySpec:
     warmup_s: float  # time of the last warm-up call [s]
     delta_dims: tuple[int, ...] = ()  # dimensions of actions that are increments
     decoding: str = ""  # decoder name in use; "" for policies with only one way to decode
+    engine: str = ""  # engine in use: "eager", "compiled" or "edge"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class ServedCheckpoint:
         ConfigError: This machine does not have the device.
     """
 
+    engine = "eager"
     tokens_per_step: int | None = None
     chunk_steps: int | None = None
 
@@ -93,6 +94,7 @@ class ServedCeed(ServedCheckpoint):
         super().__init__(settings, spec)
         self._compiled = settings.engine == "compiled"
         if self._compiled:
+            self.engine = "compiled"
             from ceed_vla.compiled import engine
 
             self._policy.backbone = engine.compiled(self._policy.backbone)

@@ -32,6 +32,8 @@ class ServedExport:
         VerificationError: This machine does not reproduce its tokens.
     """
 
+    engine = "edge"
+
     def __init__(self, folder: Path, spec: PolicySpec, threads: int) -> None:
         self._policy = EdgePolicy(folder, threads)
         self._spec = spec

@@ -46,6 +46,10 @@ class ServedPolicy(Protocol):
     """A loaded policy."""
 
     @property
+    def engine(self) -> str:
+        """Name of the engine."""
+
+    @property
     def vocabulary(self) -> set[str]:
         """Words of its instructions; empty if it accepts any word."""
 

@@ -45,8 +45,9 @@ def edge(exported: Path) -> Predictor:
 def test_the_spec_is_the_checkpoints(torchs: Predictor, edge: Predictor) -> None:
     mine, theirs = vars(edge.spec).copy(), vars(torchs.spec).copy()
     for own in (mine, theirs):
-        del own["checkpoint"], own["warmup_s"]
+        del own["checkpoint"], own["warmup_s"], own["engine"]
     assert mine == theirs
+    assert (edge.spec.engine, torchs.spec.engine) == ("edge", "eager")
 
 
 def test_answers_are_torchs_with_frozen_steps_of_increments(
@@ -116,20 +117,20 @@ def test_auto_chooses_an_export_if_it_runs_the_decoding(
     assert kind_of(checkpoint=str(exported)) is ServedExport
     assert not caplog.messages
     assert kind_of(checkpoint="student", decoding="jacobi_random") is ServedCeed
-    assert "student runs with torch: The guess is 'random'" in caplog.text
+    assert "student runs with torch. The guess is 'random'" in caplog.text
 
     def differs(*_: object) -> None:
         raise VerificationError("Other tokens.")
 
     monkeypatch.setattr(loading, "_exported", differs)
     assert kind_of(checkpoint="student") is ServedCeed
-    assert "student runs with torch: Other tokens." in caplog.text
+    assert "student runs with torch. Other tokens." in caplog.text
     with pytest.raises(VerificationError):
         kind_of(checkpoint="student", engine="edge")
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     caplog.clear()
     assert kind_of(checkpoint="student") is ServedCeed
-    assert not caplog.messages
+    assert caplog.messages == ["student runs with torch. onnxruntime is not installed."]
 
 
 @pytest.mark.parametrize(

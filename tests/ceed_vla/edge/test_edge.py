@@ -353,18 +353,20 @@ def test_stems_that_ran_ahead_change_nothing(edge: EdgePolicy, observations: lis
     raw, instruction, previous = observations[1]
     cameras = edge.settings.cameras
     wanted = edge.decode(raw, instruction, previous=previous)
-    seen = [edge.see(camera, raw[camera], instruction) for camera in cameras]
+    ahead = [edge.run_stem(camera, raw[camera], instruction) for camera in cameras]
     rest = {STATE: raw[STATE]}
-    found = edge.decode(rest, instruction, previous=previous, seen=seen)
+    found = edge.decode(rest, instruction, previous=previous, features=ahead)
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     part = {STATE: raw[STATE], cameras[1]: raw[cameras[1]]}
-    found = edge.decode(part, instruction, previous=previous, seen=seen[:1])
+    found = edge.decode(part, instruction, previous=previous, features=ahead[:1])
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     # Stems depend on the words, so those of another instruction are not used.
-    other = [edge.see(camera, np.zeros_like(raw[camera]), "stack the cubes") for camera in cameras]
-    found = edge.decode(raw, instruction, previous=previous, seen=other)
+    other = [
+        edge.run_stem(camera, np.zeros_like(raw[camera]), "stack the cubes") for camera in cameras
+    ]
+    found = edge.decode(raw, instruction, previous=previous, features=other)
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     with pytest.raises(ObservationError, match="lacks"):
-        edge.decode(rest, instruction, seen=other)
+        edge.decode(rest, instruction, features=other)
     with pytest.raises(ObservationError, match="There is no camera 'top'; choose one of observ"):
-        edge.see("top", raw[cameras[0]], instruction)
+        edge.run_stem("top", raw[cameras[0]], instruction)

@@ -16,9 +16,10 @@ from lerobot.envs.configs import EnvConfig
 
 from ceed_vla.compiled.engine import compiled
 from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.discovery import discovered
 from ceed_vla.edge.settings import check_decoding
 from ceed_vla.errors import CeedVLAError, ConfigError
-from ceed_vla.export.cached import cached_export
+from ceed_vla.export.cached import cached_export, cached_policy
 from ceed_vla.sim.decoders import Row
 from ceed_vla.sim.edge_runner import EdgeRunner, arrays_of
 from ceed_vla.sim.environment import Bundle
@@ -91,7 +92,29 @@ class EdgeEngine(Engine):
         return EdgeRunner(export, bundle, row.decoding, executed_steps, row.delay)
 
     def parts(self) -> dict[str, Probe]:
+        """Probes of the models that have an export."""
         return {model: _export_parts(export) for model, export in self.exports.items()}
+
+
+def resolved(name: str, config: Any) -> str:
+    """The engine that an option ``engine`` stands for: "auto" is "edge" or "eager".
+
+    Args:
+        name: One of `ENGINES`.
+        config: Options with `policy`, `env` and `device`.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+    """
+    if name != "auto":
+        return name
+    try:
+        _check_edge(config.env, config.device or "cpu")
+        cached_export(config.policy.given(), (), ",".join(discovered()))
+    except ConfigError as error:
+        logger.info("The engine is eager. %s", error)
+        return "eager"
+    return "edge"
 
 
 def open_engines(
@@ -100,7 +123,7 @@ def open_engines(
     """Open the engines that an option ``engine`` chooses.
 
     Args:
-        name: One of `ENGINES`.
+        name: One of `ENGINES`, except "auto", see `resolved`.
         bundles: Policy and processors by model.
         paths: Checkpoints by model.
         env: The environment.
@@ -108,21 +131,19 @@ def open_engines(
     Raises:
         ConfigError: The policy, or the environment, does not run in the engine.
     """
-    if name == "eager":
-        return {"eager": Engine(bundles)}
     engines: dict[str, Engine] = {}
-    if name == "fastest":
+    if name in ("eager", "fastest"):
         engines["eager"] = Engine(bundles)
     if name in ("compiled", "fastest"):
         engines["compiled"] = CompiledEngine(bundles)
-    if name in ("edge", "auto", "fastest"):
+    if name in ("edge", "fastest"):
         try:
             engines["edge"] = _edge_engine(bundles, paths, env)
         except CeedVLAError as error:
             if name == "edge":
                 raise
-            logger.info("The engine edge is not used: %s", error)
-    return engines or {"eager": Engine(bundles)}
+            logger.info("The engine edge is not used. %s", error)
+    return engines
 
 
 def drives(engines: Mapping[str, Engine]) -> bool:
@@ -140,10 +161,8 @@ def with_eager(engines: Mapping[str, Engine], bundles: Mapping[str, Bundle]) -> 
     return {"eager": Engine(bundles), **engines}
 
 
-def _edge_engine(
-    bundles: Mapping[str, Bundle], paths: Mapping[str, str], env: EnvConfig
-) -> EdgeEngine:
-    """Export the models that can be exported; the policy must be among them."""
+def _check_edge(env: EnvConfig, device: str) -> None:
+    """Raise `ConfigError` unless exports run here, in this environment and on this device."""
     if find_spec("onnxruntime") is None:
         raise ConfigError("onnxruntime is not installed; install the extra export.")
     if any(processor.steps for processor in env.get_env_processors()):
@@ -151,19 +170,25 @@ def _edge_engine(
             f"--env.type={env.type} has processors of its own, which need torch; use the engine "
             "eager."
         )
-    from ceed_vla.edge import EdgePolicy  # here, because onnxruntime may be missing
+    if device != "cpu":
+        raise ConfigError(f"The device is {device}; exports run on cpu. Use the engine eager.")
 
+
+def _edge_engine(
+    bundles: Mapping[str, Bundle], paths: Mapping[str, str], env: EnvConfig
+) -> EdgeEngine:
+    """Export the models that can be exported; the policy must be among them."""
     exports = {}
-    for model in bundles:
-        device = str(bundles[model][0].config.device)
+    for model, bundle in bundles.items():
         try:
-            if device != "cpu":
-                raise ConfigError(f"The device is {device}; exports run on cpu.")
-            exports[model] = EdgePolicy(cached_export(paths[model]), torch.get_num_threads())
+            _check_edge(env, str(bundle[0].config.device))
+            exports[model] = cached_policy(
+                paths[model], torch.get_num_threads(), (), ",".join(discovered())
+            )
         except CeedVLAError as error:
             if model == "policy":
                 raise
-            logger.info("%s is not timed in the engine edge: %s", model, error)
+            logger.info("The engine edge does not run the %s. %s", model, error)
     return EdgeEngine(bundles, exports)
 
 

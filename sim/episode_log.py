@@ -124,9 +124,10 @@ class EpisodeLog:
             raise ConfigError(
                 f"--reuse is {folder}, which has no {EPISODES}; set the folder of an evaluation."
             )
-        alike = {name for name, value in self.identity.items() if theirs.get(name) == value}
+        names = {*self.identity, "engine"}  # an engine is named only if it is an export
+        alike = {name for name in names if theirs.get(name) == self.identity.get(name)}
         models = {"policy", "teacher"} & alike
-        if other := sorted(self.identity.keys() - alike - {"policy", "teacher", "decoders"}):
+        if other := sorted(names - alike - {"policy", "teacher", "decoders"}):
             raise ConfigError(
                 f"--reuse is {folder}, an evaluation with other {', '.join(other)}: its episodes "
                 "cannot be reused."

@@ -17,6 +17,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.outputs import claimed_folder, default_console
 from ceed_vla.sim.clips import record_clip
 from ceed_vla.sim.decoders import HONEST_RIVALS, ONLY, Row, added_rivals
+from ceed_vla.sim.engines import resolved
 from ceed_vla.sim.environment import EVALUATION_SEEDS, Bundle, EnvPool
 from ceed_vla.sim.episode_log import EPISODES, EpisodeLog, Results, refuse_unfinished
 from ceed_vla.sim.evaluation import (
@@ -77,6 +78,7 @@ def evaluate(
         CheckpointError: A checkpoint cannot be loaded.
         SimulationError: The environment cannot be created.
     """
+    config = replace(config, engine=resolved(config.engine, config))
     clips = [f"clip_{name}.mp4" for name in decoder_names(config)] if config.clips else []
     own = (EPISODES, REPORT, MARKDOWN, *PLOTS, *clips)
     with (

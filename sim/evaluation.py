@@ -66,7 +66,9 @@ def driver_of(
 
 
 def engines_of_run(config: EvalConfig, bundles: Mapping[str, Bundle]) -> dict[str, Engine]:
-    """The engines that the options choose."""
+    """The engines that the options choose; those that nobody needs are not opened."""
+    if not config.timing_chunks and config.engine != "edge":
+        return {}
     paths = {"policy": config.policy.path, "teacher": config.teacher.path}
     return open_engines(config.engine, bundles, paths, config.env)
 
@@ -118,7 +120,7 @@ def identity_of(
     return {
         "env": flags(config.env),
         **{name: getattr(config, name) for name in options},
-        **({"engine": "edge"} if drives(engines) else {}),  # other engines do not run episodes
+        **({"engine": "edge"} if drives(engines) else {}),  # others run episodes with eager torch
         "device": str(bundles["policy"][0].config.device),
         "policy": fingerprint(config.policy.path),
         "teacher": fingerprint(config.teacher.path) if config.teacher.path else None,
@@ -177,7 +179,7 @@ def shard_runner(
     """
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
-    engines = engines_of_run(config, bundles) if config.engine in ("edge", "auto") else {}
+    engines = engines_of_run(config, bundles) if config.engine == "edge" else {}
 
     def run(item: tuple[Row, list[tuple[int, str]]]) -> tuple[str, list[EpisodeResult]]:
         row, episodes = item

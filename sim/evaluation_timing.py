@@ -49,6 +49,9 @@ def measure_latency(run: Evaluation) -> None:
         for name, engine in engines.items()
         for model, probe in engine.parts().items()
     }
+    for model, probe in opened["eager"].parts().items():  # of models that no other engine runs
+        if not any(name.startswith(f"{model} ") for name in parts):
+            parts[f"{model} eager"] = probe
     with tqdm(total=chunks, desc="latency", unit="chunk", dynamic_ncols=True) as bar:
         samples, probed = measure(runners, {**parts, **run.probes}, episodes, bar.update)
     used = {name: _fastest(name, names, samples) for name, names in able.items()}

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ceed_vla.decoding import decoder_ladders, exit_ladders
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.decoders import Row
-from ceed_vla.sim.engines import engines_of, open_engines, with_eager
+from ceed_vla.sim.engines import engines_of, open_engines, resolved, with_eager
 from ceed_vla.sim.environment import Bundle, EnvPool, turns
 from ceed_vla.sim.rollout import SHARD, PolicyRunner
 from ceed_vla.sim.timing import (
@@ -48,7 +48,7 @@ class Search:
         self.usual = min(bundle[0].config.n_action_steps, self.steps)
         bundles = {"policy": bundle}
         paths = {"policy": config.policy.path}
-        self.engines = open_engines(config.engine, bundles, paths, config.env)
+        self.engines = open_engines(resolved(config.engine, config), bundles, paths, config.env)
         self.opened = with_eager(self.engines, bundles)
         self.observed: dict[int, list[Observations]] = {}
         probes = {name: own.parts()["policy"] for name, own in self.engines.items()}

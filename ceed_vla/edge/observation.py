@@ -53,7 +53,8 @@ class ObservationReader:
                 f"{settings.name} is {value.shape} {value.dtype}; expected numbers of the shape "
                 f"({settings.size},)."
             )
-        state = value.reshape(1, settings.size).astype(np.float32)
+        with np.errstate(over="ignore"):  # it is not finite then
+            state = value.reshape(1, settings.size).astype(np.float32)
         if not np.isfinite(state).all():
             raise ObservationError(f"{settings.name} has NaN or infinite values: {short(state)}.")
         normal: np.ndarray = (state - self._mean) / self._scale
@@ -133,9 +134,9 @@ def resized(image: np.ndarray, side: int) -> np.ndarray:
     """
     _, height, width = image.shape
     if height != side:
-        image = np.einsum("yh,chw->cyw", _weights(height, side), image)
+        image = _weights(height, side) @ image
     if width != side:
-        image = np.einsum("xw,chw->chx", _weights(width, side), image)
+        image = image @ _weights(width, side).T
     return image
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class EdgePolicy:
         self.vocabulary = Vocabulary(self.settings.tokens)
         self._sessions = open_sessions(folder, self.settings, threads)
         others = len(self.settings.cameras) - 1
-        self._pool = ThreadPoolExecutor(others) if others and threads != 1 else None
+        beside = min(others, (threads or os.cpu_count() or 1) - 1)
+        self._pool = ThreadPoolExecutor(beside) if beside > 0 else None
         self._check(folder)
 
     def decoding_config(self, decoding: str | DecodingConfig) -> DecodingConfig:
@@ -289,7 +291,8 @@ class EdgePolicy:
         """Raise `VerificationError` unless this machine reproduces the tokens of the export."""
         for check in self.settings.checks or []:
             observation, instruction = random_observation(self.settings, check.seed)
-            found = self.decode(observation, instruction, check.decoder).tokens
+            decoding = replace(self.decoding_config(check.decoder), deadline_s=None)
+            found = self.decode(observation, instruction, decoding).tokens
             if found.tolist() != [check.tokens]:
                 raise VerificationError(
                     f"The export in {folder} gives other tokens on this machine than where it was "

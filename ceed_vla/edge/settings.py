@@ -32,7 +32,8 @@ EXPORTED_WEIGHTS = ("float32", "int8")
 MOST_GRAPH = 2_000_000_000  # [bytes]
 MOST_TOKENS = 65_536  # of a block
 MOST_SIDE = 4096  # of a camera's image [px]
-MOST_VALUES = 2**30  # of keys, and of the table of actions
+MOST_VALUES = 2**30  # of keys
+MOST_ACTIONS = 2**24  # bins of all dimensions
 
 
 @dataclass
@@ -195,11 +196,17 @@ class ExportSettings(Checked):
             )
         WordIds(self.vocabulary, self.max_words)
         length = self.tokens.chunk_steps * len(self.tokens.low)
-        values = self.cache.size(length) + len(self.tokens.low) * self.tokens.num_bins
+        values = self.cache.size(length)
         if length > MOST_TOKENS or values > MOST_VALUES:
             raise ConfigError(
                 f"A block of {length} tokens with a cache of {values} values is too large; at most "
                 f"{MOST_TOKENS} and {MOST_VALUES} are supported."
+            )
+        actions = len(self.tokens.low) * self.tokens.num_bins
+        if actions > MOST_ACTIONS:
+            raise ConfigError(
+                f"{len(self.tokens.low)} dimensions with {self.tokens.num_bins} bins are too many; "
+                f"at most {MOST_ACTIONS} bins in all are supported."
             )
         for check in self.checks or []:
             if len(check.tokens) != length or max(check.tokens) >= self.tokens.num_bins:

@@ -6,21 +6,27 @@ import fcntl
 import hashlib
 import logging
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ceed_vla import __version__
 from ceed_vla.checkpoints.manifest import read_config
 from ceed_vla.decoding import DecodingConfig, named_config
 from ceed_vla.edge.settings import FAMILIES, FORMAT, built, check_decoding
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, raised_as
 from ceed_vla.folders import EXPORT, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from ceed_vla.edge import EdgePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +35,48 @@ _SOURCES = ("export", "backbones/compact", "edge")  # of this package, which dec
 
 
 def cache_folder() -> Path:
-    """Folder of the exports: ``CEED_VLA_CACHE``, or ceed_vla in the user's cache."""
+    """Folder of the exports: ``CEED_VLA_CACHE``, or ceed_vla in the user's cache.
+
+    Raises:
+        ConfigError: The user has no home.
+    """
     named = os.environ.get("CEED_VLA_CACHE")
     if named:
         return Path(named) / "exports"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ceed_vla" / "exports"
+    base = os.environ.get("XDG_CACHE_HOME")
+    with raised_as(ConfigError, "There is no home for the cache", "set CEED_VLA_CACHE."):
+        return Path(base or Path.home() / ".cache") / "ceed_vla" / "exports"
+
+
+def cached_policy(
+    checkpoint: str | Path,
+    threads: int = 0,
+    decoders: Sequence[str] = (),
+    discover_packages: str = "",
+) -> EdgePolicy:
+    """Load the export of a checkpoint; a damaged one in the cache is made again.
+
+    Args:
+        checkpoint: Checkpoint folder or name.
+        threads: See `EdgePolicy`.
+        decoders: See `cached_export`.
+        discover_packages: See `cached_export`.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or its new export is damaged.
+        ConfigError: See `cached_export`; or onnxruntime cannot be imported.
+        VerificationError: The new export does not give torch's tokens.
+    """
+    with raised_as(ConfigError, "onnxruntime cannot be imported", "install it again."):
+        from ceed_vla.edge.policy import EdgePolicy
+
+    folder = cached_export(checkpoint, decoders, discover_packages)
+    try:
+        return EdgePolicy(folder, threads)
+    except (CheckpointError, VerificationError) as error:
+        logger.warning("%s is exported again. %s", checkpoint, error)
+        _remove(folder)
+        return EdgePolicy(cached_export(checkpoint, decoders, discover_packages), threads)
 
 
 def cached_export(
@@ -49,23 +91,24 @@ def cached_export(
 
     Raises:
         CheckpointError: There is no such checkpoint.
-        ConfigError: The checkpoint cannot be exported, its export cannot run the decoders, or what
-            exports need is not installed.
+        ConfigError: The checkpoint cannot be exported, its export cannot run the decoders, what
+            exports need is not installed, or the cache cannot be written.
     """
     source = resolve_checkpoint(checkpoint)
     _check(str(checkpoint), read_config(source), decoders)
     folder = cache_folder() / _key(source)
-    try:
-        if not (folder / EXPORT).is_file():
-            _check_packages(checkpoint)
+    if not (folder / EXPORT).is_file():
+        _check_packages(checkpoint)
+        try:
             _export_once(checkpoint, folder, discover_packages)
             _remove_oldest(folder.parent)
+        except OSError as error:
+            raise ConfigError(
+                f"The cache of exports {folder.parent} cannot be written ({error.strerror}); name "
+                "another folder with CEED_VLA_CACHE."
+            ) from error
+    with suppress(OSError):  # a cache that may only be read
         os.utime(folder)  # as used now
-    except OSError as error:
-        raise ConfigError(
-            f"The cache of exports {folder.parent} cannot be used ({error.strerror}); name another "
-            "folder with CEED_VLA_CACHE."
-        ) from error
     return folder
 
 
@@ -88,9 +131,13 @@ def _export_once(checkpoint: str | Path, folder: Path, discover_packages: str) -
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / EXPORT).is_file():
-            logger.info("Exporting %s to %s, once; this may take a minute.", checkpoint, folder)
-            _export(checkpoint, folder, discover_packages)
+        if (folder / EXPORT).is_file():
+            return
+        _remove(folder)  # what an interrupted removal left
+        for rest in folder.parent.glob(f".{folder.name}.*/"):  # of exports that were killed
+            shutil.rmtree(rest, ignore_errors=True)
+        logger.info("Exporting %s to %s, once; this may take a minute.", checkpoint, folder)
+        _export(checkpoint, folder, discover_packages, lock.fileno())
 
 
 def _check(checkpoint: str, config: Mapping[str, Any], decoders: Sequence[str]) -> None:
@@ -115,7 +162,7 @@ def check_family(checkpoint: str, backbone: str, tokens: str) -> None:
 
 def _key(checkpoint: Path) -> str:
     """Hash of everything that decides an export."""
-    digest = hashlib.sha256(f"{__version__} {FORMAT}".encode())
+    digest = hashlib.sha256(f"{__version__} {FORMAT} {_machine()}".encode())
     package = Path(__file__).parents[1]
     sources = [file for name in _SOURCES for file in sorted((package / name).glob("*.py"))]
     own = [f for f in sorted(checkpoint.glob("*")) if f.suffix in (".json", ".safetensors")]
@@ -125,18 +172,48 @@ def _key(checkpoint: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _export(checkpoint: str | Path, folder: Path, discover_packages: str) -> None:
-    """Run ``ceed-vla export`` as a process; raise `ConfigError` with its message if it fails."""
+def _machine() -> str:
+    """What else decides the tokens of an export: the processor, and onnxruntime's version."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return f"{platform.machine()} {sorted(kinds)} {version('onnxruntime')}"
+
+
+def _export(checkpoint: str | Path, folder: Path, discover_packages: str, lock: int) -> None:
+    """Run ``ceed-vla export`` as a process; raise `ConfigError` with its message if it fails.
+
+    The process inherits the `lock`, and holds it if this one is killed.
+    """
     command = [sys.executable, "-m", "ceed_vla.cli", "export"]
     command += [f"--policy.path={checkpoint}", f"--output_dir={folder}"]
     if discover_packages:
         command += [f"--discover_packages_path={discover_packages}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env=environment,
+        pass_fds=(lock,),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         why = lines[-1] if lines else f"exit code {done.returncode}"
         raise ConfigError(why.removeprefix("ceed-vla export: error: "))
+
+
+def _remove(folder: Path) -> None:
+    """Remove an export: it disappears at once, its files then."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _remove_oldest(cache: Path) -> None:
@@ -145,5 +222,4 @@ def _remove_oldest(cache: Path) -> None:
         (f for f in cache.iterdir() if (f / EXPORT).is_file()), key=lambda f: f.stat().st_mtime
     )
     for folder in exports[:-MOST_EXPORTS]:
-        shutil.rmtree(folder, ignore_errors=True)
-        (cache / f".{folder.name}.lock").unlink(missing_ok=True)
+        _remove(folder)

@@ -37,9 +37,17 @@ from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, rai
 from ceed_vla.export.cached import check_family
 from ceed_vla.export.graphs import CACHE, SLOT, CompactBlock, CompactStem, CompactTrunk
 from ceed_vla.fields import Checked, chosen
+from ceed_vla.files import settle
 from ceed_vla.folders import MANIFEST, MODULES, TEMPLATE, WEIGHTS
 
 OPSET = 20
+STEPS = (  # of processors
+    "to_batch_processor",
+    "ceed_vla_instruction_words",
+    "device_processor",
+    "normalizer_processor",
+    "unnormalizer_processor",
+)
 CHECKED = 3  # observations on which torch and the export are compared
 
 
@@ -83,29 +91,49 @@ def export(config: ExportConfig) -> str:
         raise ConfigError(f"output_dir {folder} is not an empty folder; name a new one.")
     policy, preprocess, postprocess = load(config.policy_path)
     _check(config.policy_path, policy)
+    _check_steps(config.policy_path, [*preprocess.steps, *postprocess.steps])
     state = _state(policy, preprocess)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         written = Path(temporary) / folder.name
         written.mkdir()
         cache = _write_graphs(written, policy.backbone, policy.tokenizer.ordered)
+        names = graph_names(len(policy.config.cameras))
+        settings = _settings(policy, preprocess, state, cache, _hashes(written, names))
+        settings.write(written)
+        equal = _verify(written, policy, preprocess, postprocess)
         if config.weights == "int8":
             _quantise(written)
-        names = graph_names(len(policy.config.cameras))
-        files = {n: hashlib.sha256((written / n).read_bytes()).hexdigest() for n in names}
-        settings = _settings(policy, preprocess, state, cache, files)
-        replace(settings, weights=config.weights).write(written)
-        equal = _verify(written, policy, preprocess, postprocess)
+            replace(settings, files=_hashes(written, names), weights="int8").write(written)
+            equal = _verify(written, policy, preprocess, postprocess)
         _copy_settings(resolve_checkpoint(config.policy_path), written)
         total = sum((written / name).stat().st_size for name in names)
+        settle(*written.iterdir())
         if folder.exists():
             folder.rmdir()  # it is empty
         written.rename(folder)
     share = "tokens" if equal == 1 else f"{equal:.1%} of the tokens"
     return (
-        f"Exported {config.policy_path} to {folder}: {len(files)} graphs, {total / 1e6:.1f} MB; "
+        f"Exported {config.policy_path} to {folder}: {len(names)} graphs, {total / 1e6:.1f} MB; "
         f"{share} equal to torch's on {CHECKED} random observations (ar, jacobi, ceed)."
     )
+
+
+def _check_steps(name: str, steps: Sequence[Any]) -> None:
+    """Raise `ConfigError` for processor steps that an export does not have."""
+    for step in steps:
+        kind = getattr(type(step), "_registry_name", type(step).__name__)
+        idle = getattr(step, "enabled", True) is False or getattr(step, "rename_map", None) == {}
+        if kind not in STEPS and not idle:
+            raise ConfigError(
+                f"{name} has the processor step {kind}, which exports do not have; they support "
+                f"{', '.join(STEPS)}. Run it with torch."
+            )
+
+
+def _hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of files."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
 def _copy_settings(checkpoint: Path, folder: Path) -> None:
@@ -275,6 +303,8 @@ def _quantise(folder: Path) -> None:
                     str(folder / name),
                     per_channel=True,
                     weight_type=QuantType.QInt8,
+                    # Without VNNI, products of 8 bits are summed in 16 bits, and would saturate.
+                    reduce_range=True,
                     op_types_to_quantize=["MatMul"],
                 )
         finally:
@@ -307,8 +337,10 @@ def _verify(folder: Path, policy: Any, preprocess: Any, postprocess: Any) -> flo
         batch[settings.state.name] = torch.from_numpy(observation[settings.state.name])[None]
         batch = preprocess({**batch, "task": [instruction]})
         for name in ("ar", "jacobi", "ceed"):
-            wanted = policy.decode(batch, name)
-            found = edge.decode(observation, instruction, name)
+            # Without the checkpoint's deadline, on which tokens would depend.
+            decoding = replace(edge.decoding_config(name), deadline_s=None)
+            wanted = policy.decode(batch, decoding)
+            found = edge.decode(observation, instruction, decoding)
             shares.append(float(np.mean(np.asarray(found.tokens) == wanted.tokens.numpy())))
             if exact and shares[-1] < 1:
                 raise VerificationError(

@@ -10,7 +10,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
 from ceed_vla.ros_nodes.robot.predictor_types import PolicySpec, PredictorSettings
 from ceed_vla.ros_nodes.robot.served_policy import ServedPolicy
 from ceed_vla.ros_nodes.robot.texts import short
@@ -87,19 +87,18 @@ def load_served(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
             raise ConfigError(
                 f"engine is {engine}; {settings.checkpoint} is an export, which runs with edge."
             )
-        return _exported(Path(settings.checkpoint), settings, spec)
+        if settings.device != "cpu":
+            raise ConfigError(f"device is {settings.device}; exports run on cpu.")
+        return _given_export(settings, spec)
     if engine not in ("auto", "eager") and spec.policy_type != "ceed_vla":
         raise ConfigError(
             f"engine is {engine}; a {spec.policy_type} checkpoint supports only eager."
         )
+    if engine == "edge" and settings.device != "cpu":
+        raise ConfigError(f"device is {settings.device}; the engine edge runs on cpu. Use eager.")
     if engine == "edge" or (engine == "auto" and _may_be_exported(settings, spec)):
-        from ceed_vla.export.cached import cached_export
-
         try:
-            folder = cached_export(
-                settings.checkpoint, [settings.decoding], settings.discover_packages
-            )
-            return _exported(folder, settings, spec)
+            return _made_export(settings, spec)
         except CeedVLAError as error:
             if engine == "edge":
                 raise
@@ -120,15 +119,26 @@ def _may_be_exported(settings: PredictorSettings, spec: PolicySpec) -> bool:
     return True
 
 
-def _exported(folder: Path, settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
-    """Load an export; raise `ConfigError` if it does not run the decodings in question."""
+def _given_export(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
+    """Load the export that is the checkpoint; `ConfigError` if it does not run the decoding."""
+    with raised_as(ConfigError, "onnxruntime cannot be imported", "install the extra edge."):
+        from ceed_vla.edge.policy import EdgePolicy
     from ceed_vla.ros_nodes.robot.served_export import ServedExport
 
-    if settings.device != "cpu":
-        raise ConfigError(f"device is {settings.device}; exports run on cpu. Use the engine eager.")
-    served = ServedExport(folder, spec, settings.threads)
+    served = ServedExport(EdgePolicy(Path(settings.checkpoint), settings.threads), spec)
     plans = [name for name in served.decodings if re.fullmatch("plan.+", name)]
     for name in plans if settings.decoding == "plan" else ():
         served.decoding_config(name)
     served.decoding_config(settings.decoding)
     return served
+
+
+def _made_export(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
+    """Load the export of a checkpoint, which is made if it is missing."""
+    from ceed_vla.export.cached import cached_policy
+    from ceed_vla.ros_nodes.robot.served_export import ServedExport
+
+    policy = cached_policy(
+        settings.checkpoint, settings.threads, [settings.decoding], settings.discover_packages
+    )
+    return ServedExport(policy, spec)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.edge import EdgePolicy
 from ceed_vla.errors import ObservationError
 from ceed_vla.ros_nodes.robot.predictor_types import PolicySpec, Request
 from ceed_vla.ros_nodes.robot.request_reader import (
@@ -18,26 +17,24 @@ from ceed_vla.ros_nodes.robot.request_reader import (
 )
 from ceed_vla.ros_nodes.robot.served_policy import Decoded, DecodeOptions
 
+if TYPE_CHECKING:
+    from ceed_vla.edge import EdgePolicy
+
 
 class ServedExport:
     """The `ServedPolicy` of an export.
 
     Args:
-        folder: The export.
+        policy: The export.
         spec: Its inputs and outputs.
-        threads: Threads of the forwards.
-
-    Raises:
-        CheckpointError: The export is damaged.
-        VerificationError: This machine does not reproduce its tokens.
     """
 
     engine = "edge"
 
-    def __init__(self, folder: Path, spec: PolicySpec, threads: int) -> None:
-        self._policy = EdgePolicy(folder, threads)
+    def __init__(self, policy: EdgePolicy, spec: PolicySpec) -> None:
+        self._policy = policy
         self._spec = spec
-        settings = self._policy.settings
+        settings = policy.settings
         self.vocabulary = set(settings.vocabulary)
         self.tokens_per_step = self._policy.vocabulary.tokens_per_step
         self.chunk_steps = self._policy.vocabulary.chunk_steps
@@ -51,9 +48,10 @@ class ServedExport:
         observation = check_observation(self._spec, request)
         check_instruction(request.instruction, self.vocabulary)
         try:
-            return self._policy.prepare(observation, request.instruction)
+            self._policy.reader.words(request.instruction)
         except ObservationError as error:
             raise InstructionError(str(error)) from error
+        return self._policy.prepare(observation, request.instruction)
 
     def compile(self, request: Request, decoding: Any) -> None:
         """An export needs no compilation."""

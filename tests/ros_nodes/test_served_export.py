@@ -122,7 +122,7 @@ def test_auto_chooses_an_export_if_it_runs_the_decoding(
     def differs(*_: object) -> None:
         raise VerificationError("Other tokens.")
 
-    monkeypatch.setattr(loading, "_exported", differs)
+    monkeypatch.setattr(loading, "_made_export", differs)
     assert kind_of(checkpoint="student") is ServedCeed
     assert "student runs with torch. Other tokens." in caplog.text
     with pytest.raises(VerificationError):
@@ -140,7 +140,7 @@ def test_auto_chooses_an_export_if_it_runs_the_decoding(
         ({"engine": "compiled"}, "is an export, which runs with edge"),
         ({"decoding": "jacobi_random"}, "The guess is 'random'"),
         ({"decoding": "plan"}, "has no decoding 'plan'"),
-        ({"device": "cuda"}, "exports run on cpu"),
+        ({"device": "cuda"}, "device is cuda; exports run on cpu"),
     ],
 )
 def test_an_export_refuses_what_it_does_not_run(
@@ -171,6 +171,16 @@ def test_an_export_is_served_without_torch(exported: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_state_beyond_float32_is_not_the_instructions_fault(
+    torchs: Predictor, edge: Predictor
+) -> None:
+    request = Request(1, {**observation(), STATE: np.full(14, 1e39)}, INSTRUCTION)
+    for predictor in (torchs, edge):
+        answer = predictor.predict(request)
+        assert answer.error is not None
+        assert answer.code != "bad_instruction"
 
 
 def test_no_torch_and_no_export_is_one_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ceed_vla.edge import EdgePolicy
 from ceed_vla.errors import ConfigError
 from ceed_vla.export.cached import cached_export
 from ceed_vla.sim.edge_runner import EdgeRunner, arrays_of
-from ceed_vla.sim.engines import drives, open_engines
+from ceed_vla.sim.engines import drives, open_engines, resolved
 from ceed_vla.sim.environment import EnvPool, joined, observation_batch
 from ceed_vla.sim.evaluate import EvalConfig, evaluate
 from ceed_vla.sim.rollout import PolicyRunner, rollout
@@ -102,6 +103,7 @@ def test_what_has_no_export_is_an_error_or_eager(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("ceed_vla.sim.engines.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="onnxruntime is not installed"):
         open_engines("edge", bundles, paths, ENV)
-    assert list(open_engines("auto", bundles, paths, ENV)) == ["eager"]
-    assert not drives(open_engines("auto", bundles, paths, ENV))
+    options = SimpleNamespace(policy=CheckpointPath("student"), env=ENV, device=None)
+    assert resolved("auto", options) == "eager"
+    assert not drives(open_engines("eager", bundles, paths, ENV))
     assert list(open_engines("fastest", bundles, paths, ENV)) == ["eager", "compiled"]

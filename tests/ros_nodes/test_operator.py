@@ -233,7 +233,9 @@ def test_while_a_checkpoint_loads_services_answer_and_what_does_not_fit_is_said_
     values["arm"]["model"] = str(packaged_config().parent / values["arm"]["model"])
     del values["images"]["observation.images.wrist"]
     (tmp_path / "robot.yaml").write_text(yaml.safe_dump(values))
-    cell = Cell(graph, autostart=False, robot_config=str(tmp_path / "robot.yaml"))
+    file = str(tmp_path / "robot.yaml")
+    # Torch takes seconds to load, an export does not.
+    cell = Cell(graph, autostart=False, robot_config=file, engine="eager")
     assert not change_state(graph, Transition.TRANSITION_CONFIGURE)
     cell.said("unconfigured: configure failed: The policy needs 'observation.images.wrist'")
     assert not workers(graph)  # so no process began to load
@@ -242,7 +244,7 @@ def test_while_a_checkpoint_loads_services_answer_and_what_does_not_fit_is_said_
     assert graph.set_parameters("/policy", robot_config="")[0].successful
     assert change_state(graph, Transition.TRANSITION_CONFIGURE)
     cell.said("inactive: the policy is being loaded")
-    assert workers(graph)
+    graph.wait(lambda: workers(graph), "the inference process")
     cell.status.state("inactive", "being loaded")  # diagnostics are published meanwhile
     assert change_state(graph, Transition.TRANSITION_ACTIVATE)
     cell.said("waiting: for the policy, which is being loaded")

@@ -18,8 +18,8 @@ from ceed_vla.compiled.engine import compiled
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.discovery import discovered
 from ceed_vla.edge.settings import check_decoding
-from ceed_vla.errors import CeedVLAError, ConfigError
-from ceed_vla.export.cached import cached_export, cached_policy
+from ceed_vla.errors import CeedVLAError, ConfigError, VerificationError
+from ceed_vla.export.cached import cached_policy
 from ceed_vla.sim.decoders import Row
 from ceed_vla.sim.edge_runner import EdgeRunner, arrays_of
 from ceed_vla.sim.environment import Bundle
@@ -110,8 +110,8 @@ def resolved(name: str, config: Any) -> str:
         return name
     try:
         _check_edge(config.env, config.device or "cpu")
-        cached_export(config.policy.given(), (), ",".join(discovered()))
-    except ConfigError as error:
+        cached_policy(config.policy.given(), 1, (), ",".join(discovered()))
+    except (ConfigError, VerificationError) as error:
         logger.info("The engine is eager. %s", error)
         return "eager"
     return "edge"

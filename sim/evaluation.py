@@ -66,7 +66,7 @@ def driver_of(
 
 
 def engines_of_run(config: EvalConfig, bundles: Mapping[str, Bundle]) -> dict[str, Engine]:
-    """The engines that the options choose; those that nobody needs are not opened."""
+    """The engines that the options choose; none if nothing is timed or runs on an export."""
     if not config.timing_chunks and config.engine != "edge":
         return {}
     paths = {"policy": config.policy.path, "teacher": config.teacher.path}

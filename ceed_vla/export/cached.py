@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,12 +173,14 @@ def _key(checkpoint: Path) -> str:
 
 def _machine() -> str:
     """What else decides the tokens of an export: the processor, and onnxruntime's version."""
+    import onnxruntime
+
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    return f"{platform.machine()} {sorted(kinds)} {version('onnxruntime')}"
+    return f"{platform.machine()} {sorted(kinds)} {onnxruntime.__version__}"
 
 
 def _export(checkpoint: str | Path, folder: Path, discover_packages: str, lock: int) -> None:

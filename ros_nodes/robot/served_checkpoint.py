@@ -135,11 +135,7 @@ class ServedCeed(ServedCheckpoint):
             result = decode_behind(
                 self._policy,
                 inputs,
-                decoding=options.decoding,
-                executed_steps=options.executed_steps,
-                frozen_steps=options.frozen_steps,
-                deadline_s=options.deadline_s,
-                on_proven=options.on_proven,
+                **options.arguments,
                 **previous,
             )
             return Decoded(

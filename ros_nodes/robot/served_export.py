@@ -62,11 +62,7 @@ class ServedExport:
             previous = {"previous": request.previous, "shift_steps": request.shift_steps}
         result = self._policy.decode_behind(
             inputs,
-            decoding=options.decoding,
-            executed_steps=options.executed_steps,
-            frozen_steps=options.frozen_steps,
-            deadline_s=options.deadline_s,
-            on_proven=options.on_proven,
+            **options.arguments,
             **previous,
         )
         arrays = cast("Any", result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +29,11 @@ class DecodeOptions:
     frozen_steps: int = 0
     deadline_s: float | None = None
     on_proven: Callable[[Any, int, int], None] | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a policy's ``decode_behind``."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 @dataclass(frozen=True)

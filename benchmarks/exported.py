@@ -37,7 +37,7 @@ def arrays_of(batch: dict[str, Any], edge: EdgePolicy) -> dict[str, NDArray[Any]
         camera: np.ascontiguousarray(
             (batch[camera][0] * 255).round().byte().permute(1, 2, 0).numpy()
         )
-        for camera in edge.settings.cameras
+        for camera in edge.settings.images.cameras
     }
     state = edge.settings.state.name
     return {**images, state: batch[state][0].numpy()}

@@ -81,15 +81,23 @@ class LanguageModelBackbone(TransformersBackbone):
         return check_features(batch, wanted, [OBS_STATE], {OBS_LANGUAGE_TOKENS: self.rows})
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
-        """Embed words, cameras and the state, which is last: the prefix must not end in padding."""
         ids = batch[OBS_LANGUAGE_TOKENS]
-        words = cast("nn.Embedding", self.pretrained.get_input_embeddings())(ids)  # (B, L, d)
-        # (B, GRID ** 2, d)
-        images = [self.eye(batch[camera]).transpose(1, 2) for camera in self.augmented_images]
-        seen = torch.cat([*images, self.state(batch[OBS_STATE]).unsqueeze(1)], dim=1)
+        images = [self.camera_tokens(camera, batch[camera]) for camera in self.augmented_images]
+        embeds = self.join_prefix(ids, batch[OBS_STATE], images)
         real = batch.get(OBS_LANGUAGE_ATTENTION_MASK, ids != PAD_ID).bool()  # (B, L)
-        real = F.pad(real, (0, seen.shape[1]), value=True)  # (B, P)
-        return PrefixEmbeddings.in_order(torch.cat([words, seen], dim=1), real)
+        real = F.pad(real, (0, embeds.shape[1] - ids.shape[1]), value=True)  # (B, P)
+        return PrefixEmbeddings.in_order(embeds, real)
+
+    # `ceed-vla export` needs the prefix in these two parts.
+
+    def camera_tokens(self, camera: str, image: Tensor) -> Tensor:
+        """Tokens (B, GRID ** 2, d) of a camera's images (B, 3, H, W)."""
+        return cast("Tensor", self.eye(image).transpose(1, 2))
+
+    def join_prefix(self, ids: Tensor, state: Tensor, cameras: Sequence[Tensor]) -> Tensor:
+        """Embed words, cameras and the state, which is last: the prefix must not end in padding."""
+        words = cast("nn.Embedding", self.pretrained.get_input_embeddings())(ids)  # (B, L, d)
+        return torch.cat([words, *cameras, self.state(state).unsqueeze(1)], dim=1)
 
 
 @BackboneConfig.register_subclass("hf_lm")

@@ -147,6 +147,25 @@ class ChoosesPrefix(Protocol):
         """See `HasExits.exit_parts`."""
 
 
+class SplitsPrefix(Protocol):
+    """A prefix of one row can be embedded in parts: every camera alone, then all together.
+
+    Its tokens are in order, without padding, and attend to those before them.
+    """
+
+    def camera_tokens(self, camera: str, image: Tensor) -> Tensor:
+        """Tokens (1, T, d) of a camera's image (1, 3, H, W), as the preprocessor returns it."""
+
+    def join_prefix(self, ids: Tensor, state: Tensor, cameras: Sequence[Tensor]) -> Tensor:
+        """Embeddings (1, P, d) of a prefix.
+
+        Args:
+            ids: (1, L) of the instruction or prompt, without padding.
+            state: (1, D) normalised.
+            cameras: What `camera_tokens` returned for every camera.
+        """
+
+
 class MakesLayers(Protocol):
     """New layers of the model's kind can be made, with another width."""
 

@@ -9,8 +9,9 @@ import numpy as np
 from ceed_vla.decoding.finite import check_rows
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
-from ceed_vla.edge.forwards import GraphForwards, Slots
+from ceed_vla.edge.forwards import GraphForwards
 from ceed_vla.edge.result import row_result
+from ceed_vla.edge.slots import Slots
 
 
 def decode_autoregressive(
@@ -21,7 +22,7 @@ def decode_autoregressive(
 
     Args:
         forwards: The forwards; their state holds the guess, which begins with the frozen tokens.
-        prefix: What the trunk returned for slot 0.
+        prefix: What the prefix predicts for slot 0.
         request: The block request.
         frozen: Frozen tokens at the start.
         end: End of the slots to decode.

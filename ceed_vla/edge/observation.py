@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ceed_vla.edge.feature_settings import ImageSettings
+from ceed_vla.edge.resizing import resized, resized_bytes
 from ceed_vla.edge.settings import ExportSettings
+from ceed_vla.edge.texts import Texts
 from ceed_vla.errors import ObservationError, raised_as
 from ceed_vla.fields import short
-from ceed_vla.word_ids import WordIds
 
 
 class ObservationReader:
@@ -17,14 +19,12 @@ class ObservationReader:
 
     Args:
         settings: Settings of the export.
-
-    Raises:
-        ConfigError: The vocabulary is not a list of distinct words.
+        texts: What encodes its instructions.
     """
 
-    def __init__(self, settings: ExportSettings) -> None:
+    def __init__(self, settings: ExportSettings, texts: Texts) -> None:
         self.settings = settings
-        self._words = WordIds(settings.vocabulary, settings.max_words)
+        self.words = texts.encode
         state = settings.state
         # As LeRobot's normalizer, in float32.
         self._mean: np.ndarray = np.zeros(state.size, dtype=np.float32)
@@ -32,12 +32,7 @@ class ObservationReader:
         if state.std:
             self._mean = np.array(state.mean, dtype=np.float32)
             self._scale = np.array(state.std, dtype=np.float32) + np.float32(state.eps)
-
-    def words(self, instruction: str) -> np.ndarray:
-        """Ids (1, L) int64 of an instruction; raises `ObservationError`."""
-        if not isinstance(instruction, str):
-            raise ObservationError(f"The instruction is {short(instruction)}; it must be one text.")
-        return np.array([self._words.encode(instruction)], dtype=np.int64)
+        self._colours = _colours(settings.images)
 
     def state(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
         """The normalized state (1, D) float32.
@@ -61,37 +56,72 @@ class ObservationReader:
         return normal
 
     def image(self, image: np.ndarray, camera: str) -> np.ndarray:
-        """The image (1, 3, S, S) float32 in [0, 1] of a camera.
+        """The input (1, 3, H, W) float32 of a camera's stem.
 
         Args:
             image: (H, W, 3) uint8, or float in [0, 1].
-            camera: Name of the feature, for errors.
+            camera: Feature of the camera.
 
         Raises:
-            ObservationError: It is not such an image.
+            ObservationError: It is not such an image, or has another size than the export reads.
         """
+        images = self.settings.images
         with raised_as(ObservationError, f"{camera} is not an array", "pass an array of numpy."):
             image = np.asarray(image)
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ObservationError(
                 f"{camera} is {image.shape} {image.dtype}; expected (height, width, 3)."
             )
-        if image.dtype == np.uint8:
-            pixels = image.astype(np.float32) / np.float32(255)
-        elif image.dtype.kind == "f":
-            pixels = image.astype(np.float32)
-            if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN is neither
-                raise ObservationError(
-                    f"{camera} has values from {pixels.min():g} to {pixels.max():g}; images must "
-                    "be in [0, 1], or uint8."
-                )
-        else:
+        index = images.cameras.index(camera)
+        size = tuple(images.sizes[index])
+        if images.kind != "square" and image.shape[:2] != size:
             raise ObservationError(
-                f"{camera} is {image.dtype}; images must be uint8, or floats in [0, 1]."
+                f"{camera} is {image.shape}; expected {(*size, 3)}, the size that the policy was "
+                "trained with."
             )
-        side = self.settings.image_size
-        pixels = resized(pixels.transpose(2, 0, 1), side)
+        pixels = _checked(image, camera)
+        if images.kind == "bytes":
+            pixels = resized_bytes(_as_bytes(pixels), images.chain(index), images.resample)
+            pixels = np.stack([table[pixels[:, :, i]] for i, table in enumerate(self._colours)])
+        else:
+            pixels = _as_floats(pixels.transpose(2, 0, 1))
+            if images.kind == "square":
+                pixels = resized(pixels, images.side)
         return np.ascontiguousarray(pixels[None])
+
+
+def _checked(image: np.ndarray, camera: str) -> np.ndarray:
+    """The image of bytes or of float32; raises `ObservationError`."""
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype.kind != "f":
+        raise ObservationError(
+            f"{camera} is {image.dtype}; images must be uint8, or floats in [0, 1]."
+        )
+    pixels = image.astype(np.float32)
+    if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN is neither
+        raise ObservationError(
+            f"{camera} has values from {pixels.min():g} to {pixels.max():g}; images must be in "
+            "[0, 1], or uint8."
+        )
+    return pixels
+
+
+def _colours(images: ImageSettings) -> list[np.ndarray]:
+    """Per colour the inputs (256,) float32 that the bytes 0..255 become."""
+    shares = (np.arange(256) * images.scale).astype(np.float32)
+    pairs = zip(images.mean, images.std, strict=True)
+    return [(shares - np.float32(mean)) / np.float32(std) for mean, std in pairs]
+
+
+def _as_floats(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
+
+
+def _as_bytes(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype == np.uint8:
+        return pixels
+    return np.round(pixels * np.float32(255)).astype(np.uint8)
 
 
 def random_observation(settings: ExportSettings, seed: int) -> tuple[dict[str, np.ndarray], str]:
@@ -102,17 +132,18 @@ def random_observation(settings: ExportSettings, seed: int) -> tuple[dict[str, n
         seed: Seed.
     """
     random = np.random.RandomState(seed)  # numpy keeps its stream for ever
-    sizes = settings.camera_sizes or [[settings.image_size] * 2] * len(settings.cameras)
+    images = settings.images
     observation: dict[str, np.ndarray] = {
         camera: random.randint(0, 256, (*size, 3)).astype(np.uint8)
-        for camera, size in zip(settings.cameras, sizes, strict=True)
+        for camera, size in zip(images.cameras, images.sizes, strict=True)
     }
     state = settings.state
     values = random.normal(size=state.size)
     if state.std:
         values = np.array(state.mean) + np.array(state.std) * values
     observation[state.name] = values.astype(np.float32)
-    return observation, " ".join(settings.vocabulary[: settings.max_words]) or "move"
+    words = (settings.text.vocabulary or [])[: settings.text.longest]
+    return observation, " ".join(words) or "move"
 
 
 def feature_of(observation: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -126,31 +157,3 @@ def feature_of(observation: Mapping[str, np.ndarray], name: str) -> np.ndarray:
         raise ObservationError(f"The observation lacks {name!r}; it has {known}.")
     with raised_as(ObservationError, f"{name} is not an array", "pass an array of numpy."):
         return np.asarray(observation[name])
-
-
-def resized(image: np.ndarray, side: int) -> np.ndarray:
-    """Resize an image (3, H, W) to (3, `side`, `side`), bilinear with antialiasing, as
-    ``torch.nn.functional.interpolate(antialias=True)`` does.
-    """
-    _, height, width = image.shape
-    if height != side:
-        image = _weights(height, side) @ image
-    if width != side:
-        image = image @ _weights(width, side).T
-    return image
-
-
-def _weights(size: int, side: int) -> np.ndarray:
-    """Weights (`side`, `size`) float32 of the input pixels for every output pixel."""
-    # In float32, with the same roundings as torch.
-    scale = np.float32(size / side)
-    support = max(scale, np.float32(1))
-    half = np.float32(0.5)
-    centre = scale * (np.arange(side, dtype=np.float32)[:, None] + half)  # (side, 1)
-    first = np.maximum((centre - support + half).astype(np.int64), 0)
-    end = np.minimum((centre + support + half).astype(np.int64), size)
-    pixel = np.arange(size)  # (size,)
-    away = ((pixel - first).astype(np.float32) + first - centre + half) / support
-    weight = np.maximum(1 - np.abs(away), 0)
-    weight = np.where((pixel >= first) & (pixel < end), weight, 0).astype(np.float32)
-    return weight / weight.sum(1, keepdims=True)

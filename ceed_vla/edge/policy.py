@@ -17,11 +17,14 @@ from ceed_vla.decoding.exit_tracker import ExitTracker
 from ceed_vla.decoding.finite import check_rows
 from ceed_vla.decoding.loop import JacobiBlock, iterate
 from ceed_vla.edge.autoregressive import decode_autoregressive
-from ceed_vla.edge.forwards import Cache, GraphForwards, Slots, check_rules, read_tokens
+from ceed_vla.edge.forwards import GraphForwards, check_rules
+from ceed_vla.edge.graphs import FAMILIES, Graphs
 from ceed_vla.edge.observation import ObservationReader, feature_of, random_observation
 from ceed_vla.edge.result import row_result
 from ceed_vla.edge.sessions import open_sessions, run
 from ceed_vla.edge.settings import check_decoding, read_settings
+from ceed_vla.edge.slots import Cache, Slots
+from ceed_vla.edge.texts import open_texts
 from ceed_vla.edge.vocabulary import Vocabulary
 from ceed_vla.errors import ConfigError, ObservationError, VerificationError
 from ceed_vla.fields import short
@@ -43,7 +46,7 @@ class Prepared:
 
     words: np.ndarray  # (1, L) int64
     state: np.ndarray  # (1, D) float32
-    images: dict[str, np.ndarray]  # (1, 3, S, S) float32, of the cameras without features
+    images: dict[str, np.ndarray]  # (1, 3, H, W) float32, of the cameras without features
     features: dict[str, np.ndarray]  # what stems returned ahead of time
 
 
@@ -65,10 +68,17 @@ class EdgePolicy:
     def __init__(self, folder: str | Path, threads: int = 0) -> None:
         folder = Path(folder)
         self.settings = read_settings(folder)
-        self.reader = ObservationReader(self.settings)
+        self.reader = ObservationReader(self.settings, open_texts(folder, self.settings))
         self.vocabulary = Vocabulary(self.settings.tokens)
-        self._sessions = open_sessions(folder, self.settings, threads)
-        others = len(self.settings.cameras) - 1
+        sessions = open_sessions(folder, self.settings, threads)
+        self._graphs: Graphs = FAMILIES[self.settings.family](sessions, self.settings)
+        images = self.settings.images
+        self._stem_of = {
+            camera: sessions[f"stem_{number}"]
+            for camera, number in zip(images.cameras, images.stems, strict=True)
+        }
+        self._stems_read_words = self.settings.family == "compact"
+        others = len(images.cameras) - 1
         beside = min(others, (threads or os.cpu_count() or 1) - 1)
         self._pool = ThreadPoolExecutor(beside) if beside > 0 else None
         self._check(folder)
@@ -96,8 +106,8 @@ class EdgePolicy:
         Raises:
             ObservationError: There is no such camera, or the image is wrong.
         """
-        if camera not in self.settings.cameras:
-            known = ", ".join(self.settings.cameras)
+        if camera not in self._stem_of:
+            known = ", ".join(self._stem_of)
             raise ObservationError(f"There is no camera {short(camera)}; choose one of {known}.")
         words = self.reader.words(instruction)
         return StemFeatures(
@@ -126,7 +136,7 @@ class EdgePolicy:
         known = {f.camera: f.values for f in features if np.array_equal(f.words, words)}
         images = {
             camera: self.reader.image(feature_of(observation, camera), camera)
-            for camera in self.settings.cameras
+            for camera in self._stem_of
             if camera not in known
         }
         return Prepared(words, self.reader.state(observation), images, known)
@@ -134,9 +144,8 @@ class EdgePolicy:
     def prefill(self, prepared: Prepared) -> Slots:
         """Run the prefix; returns what it predicts for slot 0, and its keys and values."""
         features = prepared.features | self._stems(prepared.images, prepared.words)
-        cameras = {f"camera_{i}": features[name] for i, name in enumerate(self.settings.cameras)}
-        inputs = {"words": prepared.words, "state": prepared.state, **cameras}
-        return Slots(run(self._sessions["trunk"], inputs))
+        cameras = [features[camera] for camera in self._stem_of]
+        return self._graphs.prefill(prepared.words, prepared.state, cameras)
 
     def _stems(self, images: Mapping[str, np.ndarray], words: np.ndarray) -> dict[str, np.ndarray]:
         """Run the stems of all `images`, beside each other if there are threads for it."""
@@ -148,13 +157,13 @@ class EdgePolicy:
         return found | {camera: future.result() for camera, future in running}
 
     def _stem(self, camera: str, image: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """Run the stem of a camera on its image (1, 3, S, S)."""
-        stem = self._sessions[f"stem_{self.settings.cameras.index(camera)}"]
-        return run(stem, {"image": image, "words": words})[0]
+        """Run the stem of a camera on its image (1, 3, H, W)."""
+        inputs = {"image": image, "words": words} if self._stems_read_words else {"image": image}
+        return run(self._stem_of[camera], inputs)[0]
 
     def read(self, prefix: Slots, tokens: np.ndarray) -> Slots:
-        """Run the block's graph on tokens (1, k) behind a prefix."""
-        return read_tokens(self._sessions["block"], Cache(prefix), tokens)
+        """Compute the slots behind tokens (1, k), which follow a prefix."""
+        return self._graphs.read(Cache(prefix), tokens)
 
     def decode(
         self,
@@ -307,9 +316,9 @@ class EdgePolicy:
         tokens: Any = request.guess
         if not frozen:
             tokens[:, 0] = prefix.tokens[:, 0]
-        session = self._sessions["block"]
+        read = self._graphs.read
         if request.config.method == "ar":
-            forwards = GraphForwards(session, prefix, tokens, (), watched)
+            forwards = GraphForwards(read, prefix, tokens, (), watched)
             return decode_autoregressive(forwards, prefix, request, frozen, watched)
         request = request.begun()
         block = JacobiBlock(
@@ -318,7 +327,7 @@ class EdgePolicy:
         rows = block.rows
         exits = ExitTracker(request, rows, watched, frozen, lambda: np.ones(1, dtype=bool))
         check_rules(exits.rules)
-        forwards = GraphForwards(session, prefix, tokens, exits.rules, watched)
+        forwards = GraphForwards(read, prefix, tokens, exits.rules, watched)
         exits.begin(prefix.measured(exits.rules))
         iterate(block, forwards, exits, request.observers(tokens)[0])
         if not block.forwards:

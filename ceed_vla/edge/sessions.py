@@ -15,9 +15,12 @@ except ImportError as error:
         "ceed_vla.edge needs onnxruntime; install it: pip install onnxruntime"
     ) from error
 
-from ceed_vla.edge.settings import ExportSettings, graph_names, read_graph
+from ceed_vla.edge.settings import ExportSettings, graph_names, read_part
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import THREADS, Interval, fits, short
+
+_SLOTS = 6  # outputs of a graph that predicts slots, see `ceed_vla.edge.slots`
+_Shapes = dict[str, list[Any] | None]  # input -> shape; None for any
 
 
 def open_sessions(folder: Path, settings: ExportSettings, threads: int) -> dict[str, Any]:
@@ -35,10 +38,11 @@ def open_sessions(folder: Path, settings: ExportSettings, threads: int) -> dict[
     if not fits(threads, int, Interval(THREADS)):
         raise ConfigError(f"threads is {short(threads)}; it must be in {THREADS}.")
     sessions = {}
-    for name in graph_names(len(settings.cameras)):
-        content = read_graph(folder, name, settings.files[name])
+    for graph in graph_names(settings):
+        name = f"{graph}.onnx"
+        content = read_part(folder, name, settings.files[name])
         # Stems of several cameras run beside each other.
-        alone = name.startswith("stem") and len(settings.cameras) > 1
+        alone = name.startswith("stem") and len(settings.images.cameras) > 1
         options = _options(1 if alone else threads)
         with raised_as(
             CheckpointError,
@@ -48,7 +52,7 @@ def open_sessions(folder: Path, settings: ExportSettings, threads: int) -> dict[
             session = onnxruntime.InferenceSession(
                 content, options, providers=["CPUExecutionProvider"]
             )
-        sessions[name.removesuffix(".onnx")] = session
+        sessions[graph] = session
     _check_shapes(folder, settings, sessions)
     return sessions
 
@@ -74,21 +78,8 @@ def _check_shapes(folder: Path, settings: ExportSettings, sessions: Mapping[str,
     """Raise `CheckpointError` unless the graphs have the inputs and outputs that the settings
     imply.
     """
-    cache = settings.cache
-    held = [cache.layers, cache.heads, "P", cache.width]
-    side = settings.image_size
-    words = [1, settings.max_words]
-    cameras = {f"camera_{index}": None for index in range(len(settings.cameras))}
-    wanted: dict[str, dict[str, list[Any] | None]] = {
-        "block": {"keys": held, "values": held, "committed": [1], "read": [1, "k"]},
-        "trunk": {"words": words, "state": [1, settings.state.size], **cameras},
-        **{
-            f"stem_{index}": {"image": [1, 3, side, side], "words": words}
-            for index in range(len(settings.cameras))
-        },
-    }
-    outputs = {"block": 6, "trunk": 6}
-    for name, shapes in wanted.items():
+    inputs, outputs = _wanted(settings)
+    for name, shapes in inputs.items():
         session = sessions[name]
         found = {item.name: list(item.shape) for item in session.get_inputs()}
         wrong = {
@@ -102,9 +93,36 @@ def _check_shapes(folder: Path, settings: ExportSettings, sessions: Mapping[str,
                 f"{folder / name}.onnx has other inputs or outputs than the settings describe "
                 f"({wrong or sorted(more) or 'outputs'}); copy the whole folder again."
             )
+    cache = settings.cache
     before = [cache.layers, cache.heads, cache.prefix, cache.width]
-    if list(sessions["trunk"].get_outputs()[4].shape) != before:
+    if "trunk" in sessions and list(sessions["trunk"].get_outputs()[4].shape) != before:
         raise CheckpointError(
             f"{folder / 'trunk'}.onnx returns keys of another shape than {before}, which the "
             "settings describe; copy the whole folder again."
         )
+
+
+def _wanted(settings: ExportSettings) -> tuple[dict[str, _Shapes], dict[str, int]]:
+    """The inputs of every graph, and the number of outputs of those that have several."""
+    cache, images = settings.cache, settings.images
+    held = [cache.layers, cache.heads, "P", cache.width]
+    state = [1, settings.state.size]
+    stems: dict[str, _Shapes] = {
+        f"stem_{stem}": {"image": [1, 3, *images.read_size(index)]}
+        for index, stem in enumerate(images.stems)
+    }
+    if settings.family == "llama":
+        wanted: dict[str, _Shapes] = {
+            "prefix": {"words": [1, "L"], "state": state, "features": None},
+            "embed": {"read": [1, "k"]},
+            "layers": {"keys": held, "values": held, "embeds": None},
+        }
+        return stems | wanted, {"layers": _SLOTS}
+    words = [1, settings.text.longest]
+    features: _Shapes = dict.fromkeys(f"camera_{i}" for i in range(len(images.cameras)))
+    wanted = {
+        "trunk": {"words": words, "state": state, **features},
+        "block": {"keys": held, "values": held, "committed": [1], "read": [1, "k"]},
+    }
+    stems = {name: {**shapes, "words": words} for name, shapes in stems.items()}
+    return stems | wanted, {"trunk": _SLOTS, "block": _SLOTS}

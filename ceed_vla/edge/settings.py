@@ -1,6 +1,6 @@
 """The settings of an export: one JSON file beside its graphs.
 
-They hold everything but the weights: features, normalization, words, the action vocabulary, the
+They hold everything but the weights: how observations are read, the action vocabulary, the
 decoding, sizes of the cache, and the hash of every graph. `ceed_vla.export` writes them.
 """
 
@@ -13,58 +13,24 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.registry import find_exit
+from ceed_vla.edge.feature_settings import TOKENIZER, ImageSettings, StateSettings, TextSettings
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import Checked, chosen, ranged, short
 from ceed_vla.files import read_bytes, read_json
 from ceed_vla.folders import EXPORT
 from ceed_vla.tokens.increments import check_dims
-from ceed_vla.word_ids import WordIds
 
 SETTINGS = EXPORT
-FORMAT = 2
-FAMILIES = ("compact",)
+FORMAT = 3
+GRAPHS = {"compact": ("trunk", "block"), "llama": ("prefix", "embed", "layers")}  # behind stems
 EXPORTED = ("ar", "jacobi")  # decoders that run on an export
 EXPORTED_WEIGHTS = ("float32", "int8")
 MOST_GRAPH = 2_000_000_000  # [bytes]
 MOST_TOKENS = 65_536  # of a block
-MOST_SIDE = 4096  # of a camera's image [px]
 MOST_VALUES = 2**30  # of keys
 MOST_ACTIONS = 2**24  # bins of all dimensions
-
-
-@dataclass
-class StateSettings(Checked, prefix="state."):
-    """The state vector and its normalization, ``(state - mean) / (std + eps)``.
-
-    Attributes:
-        name: Feature of an observation.
-        mean: Per dimension; with `std` empty, the state is not normalized.
-        std: Per dimension.
-        size: Dimensions.
-    """
-
-    name: str
-    size: int = ranged(1, "[1, 65536]")
-    mean: list[float] = ranged([], "[-1e9, 1e9]")
-    std: list[float] = ranged([], "[0, 1e9]")
-    eps: float = ranged(1e-8, "[0, 1e-3]")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.mean) != len(self.std) or len(self.mean) not in (0, self.size):
-            raise ConfigError(
-                f"state.mean has {len(self.mean)} values and state.std {len(self.std)}; it must be "
-                f"none or {self.size} each."
-            )
-        if any(np.float32(std) + np.float32(self.eps) == 0 for std in self.std):
-            raise ConfigError(
-                f"state.std has 0 and state.eps is {self.eps}; their sum divides the state, so it "
-                "must be positive."
-            )
 
 
 @dataclass
@@ -75,7 +41,7 @@ class CacheSettings(Checked, prefix="cache."):
         layers: Layers.
         heads: Heads of keys and values.
         width: Width of a head.
-        prefix: Positions of the prefix.
+        prefix: Positions of the prefix; the most of a family whose prompts differ in length.
     """
 
     layers: int = ranged(1, "[1, 1024]")
@@ -136,65 +102,46 @@ class ExportSettings(Checked):
     """What an export holds beside its graphs.
 
     Attributes:
-        family: Model family.
+        family: Model family, which decides the graphs: "compact", or "llama" (a language model).
         version: Version of this package that wrote it.
-        cameras: Features of the cameras, in the order of their stems.
-        camera_sizes: Height and width of their images, as the checkpoint declares them; images of
-            other sizes are resized, too.
-        image_size: Side of the images [px].
+        images: The cameras.
         state: The state vector.
-        vocabulary: Words of the instructions, sorted.
-        max_words: Longest instruction [words].
+        text: The instructions.
         tokens: Action tokens.
         cache: Sizes of the cache.
         n_action_steps: Steps of a chunk that are executed by default.
         delta_dims: Action dimensions that are increments.
         decoding: The checkpoint's own decoding.
         decodings: Its own names for decoders.
-        files: Graph file -> SHA-256.
-        weights: Number type of the matrices of trunk and block.
+        files: Graph file, or tokenizer -> SHA-256.
+        weights: Number type of the matrices behind the stems.
         checks: Tokens (n,) of a decoder on the random observation of a seed, which every
             `ceed_vla.edge.EdgePolicy` must reproduce.
     """
 
     version: str
-    cameras: list[str]
+    images: ImageSettings
     state: StateSettings
-    vocabulary: list[str]
+    text: TextSettings
     tokens: TokenSettings
     cache: CacheSettings
     decoding: DecodingConfig
     files: dict[str, str]
-    family: str = chosen("compact", FAMILIES)
+    family: str = chosen("compact", tuple(GRAPHS))
     weights: str = chosen("float32", EXPORTED_WEIGHTS)
-    image_size: int = ranged(96, "[1, 4096]")
-    max_words: int = ranged(12, "[1, 4096]")
     n_action_steps: int = ranged(1, "[1, 4096]")
-    camera_sizes: list[list[int]] | None = None
     delta_dims: list[int] | None = None
     decodings: dict[str, str] | None = None
     checks: list[CheckSettings] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = self.camera_sizes
-        if sizes is not None and not (
-            len(sizes) == len(self.cameras)
-            and all(
-                len(size) == 2 and all(1 <= side <= MOST_SIDE for side in size) for size in sizes
-            )
-        ):
-            raise ConfigError(
-                f"camera_sizes is {short(sizes)}; it must have a height and a width in [1, "
-                f"{MOST_SIDE}] for each of {len(self.cameras)} cameras."
-            )
         check_dims(self.delta_dims or [], len(self.tokens.low))
         if not 1 <= self.n_action_steps <= self.tokens.chunk_steps:
             raise ConfigError(
                 f"n_action_steps is {self.n_action_steps}; it must be in [1, "
                 f"{self.tokens.chunk_steps}], as a chunk has {self.tokens.chunk_steps} steps."
             )
-        WordIds(self.vocabulary, self.max_words)
         length = self.tokens.chunk_steps * len(self.tokens.low)
         values = self.cache.size(length)
         if length > MOST_TOKENS or values > MOST_VALUES:
@@ -214,7 +161,8 @@ class ExportSettings(Checked):
                     f"checks has tokens {short(check.tokens)}; there must be {length} of them, "
                     f"below {self.tokens.num_bins}."
                 )
-        wanted = graph_names(len(self.cameras))
+        wanted = [f"{name}.onnx" for name in graph_names(self)]
+        wanted += [TOKENIZER] if self.text.kind == "prompt" else []
         if set(self.files) != set(wanted):
             raise ConfigError(
                 f"files has {', '.join(sorted(self.files)) or 'nothing'}; it must have "
@@ -228,6 +176,8 @@ class ExportSettings(Checked):
 
 
 _PARTS = {
+    "images": ImageSettings,
+    "text": TextSettings,
     "state": StateSettings,
     "tokens": TokenSettings,
     "cache": CacheSettings,
@@ -255,9 +205,10 @@ def check_decoding(config: DecodingConfig) -> None:
             )
 
 
-def graph_names(cameras: int) -> list[str]:
-    """Names of the graph files of an export."""
-    return [*(f"stem_{camera}.onnx" for camera in range(cameras)), "trunk.onnx", "block.onnx"]
+def graph_names(settings: ExportSettings) -> list[str]:
+    """Names of the graphs of an export: one stem per kind of camera, then those of its family."""
+    stems = [f"stem_{number}" for number in sorted(set(settings.images.stems))]
+    return [*stems, *GRAPHS[settings.family]]
 
 
 def read_settings(folder: Path) -> ExportSettings:
@@ -310,10 +261,10 @@ def _built_checks(raw: Any) -> list[CheckSettings] | None:
     return [built(CheckSettings, item, {}) for item in raw]
 
 
-def read_graph(folder: Path, name: str, digest: str) -> bytes:
-    """Read a graph file of an export and check its hash.
+def read_part(folder: Path, name: str, digest: str) -> bytes:
+    """Read a graph, or the tokenizer, of an export and check its hash.
 
-    The graph is loaded from these bytes, so that it can refer to no other file.
+    A graph is loaded from these bytes, so that it can refer to no other file.
 
     Raises:
         CheckpointError: The file is missing, too large, or differs from its hash.

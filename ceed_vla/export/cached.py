@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ceed_vla import __version__
+from ceed_vla.backbones.vlm.kinds import SQUARE_IMAGES
 from ceed_vla.checkpoints.manifest import read_config
 from ceed_vla.decoding import DecodingConfig, named_config
-from ceed_vla.edge.settings import FAMILIES, FORMAT, built, check_decoding
+from ceed_vla.edge.settings import FORMAT, MOST_GRAPH, built, check_decoding
 from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, raised_as
 from ceed_vla.folders import EXPORT, resolve_checkpoint
 
@@ -29,8 +31,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+KNOWN = ("compact", "vlm")  # backbones that are exported without being asked
 MOST_EXPORTS = 20  # in the cache; the oldest ones are removed
-_SOURCES = ("export", "backbones/compact", "edge")  # of this package, which decide the graphs
+_SOURCES = (  # of this package, which decide the graphs
+    "export",
+    "edge",
+    "backbones/compact",
+    "backbones/transformers",
+    "backbones/vlm",
+)
 
 
 def cache_folder() -> Path:
@@ -94,6 +103,7 @@ def cached_export(
             exports need is not installed, or the cache cannot be written.
     """
     source = resolve_checkpoint(checkpoint)
+    _check_size(source)
     _check(str(checkpoint), read_config(source), decoders)
     folder = cache_folder() / _key(source)
     if not (folder / EXPORT).is_file():
@@ -143,19 +153,48 @@ def _check(checkpoint: str, config: Mapping[str, Any], decoders: Sequence[str]) 
     """Raise `ConfigError` if a checkpoint's config.json shows that its export cannot run."""
     parts = [config.get(name) for name in ("backbone", "action_tokens", "decoding", "decodings")]
     backbone, tokens, decoding, own = (p if isinstance(p, dict) else {} for p in parts)
-    check_family(checkpoint, str(backbone.get("type")), str(tokens.get("type")))
+    check_tokens(checkpoint, str(tokens.get("type")))
+    kind = str(backbone.get("type"))
+    if kind not in KNOWN:
+        raise ConfigError(
+            f"{checkpoint} has the backbone {kind}; only {' and '.join(KNOWN)} are exported "
+            "without being asked. Run `ceed-vla export`, and name the export as the checkpoint."
+        )
+    if kind == "vlm":
+        _check_vlm(checkpoint, backbone)
     plans = [name for name in own if re.fullmatch("plan.+", name)]
     for name in decoders:
         for each in plans if name == "plan" and plans else [name]:
             check_decoding(named_config(each, built(DecodingConfig, decoding, {}), own))
 
 
-def check_family(checkpoint: str, backbone: str, tokens: str) -> None:
-    """Raise `ConfigError` unless models of a backbone with these action tokens can be exported."""
-    if backbone not in FAMILIES or tokens != "uniform":
+def _check_size(checkpoint: Path) -> None:
+    """Raise `ConfigError` for weights that do not fit into a graph."""
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    if size > MOST_GRAPH:
         raise ConfigError(
-            f"{checkpoint} has the backbone {backbone} with {tokens} tokens; exports support "
-            f"{' and '.join(FAMILIES)} with uniform. Run it with torch."
+            f"{checkpoint} has {size / 1e9:.1f} GB of weights; exports support at most "
+            f"{MOST_GRAPH / 1e9:.0f}. Run it with torch."
+        )
+
+
+def check_tokens(checkpoint: str, tokens: str) -> None:
+    """Raise `ConfigError` unless policies with these action tokens can be exported."""
+    if tokens != "uniform":
+        raise ConfigError(
+            f"{checkpoint} has {tokens} action tokens; exports support uniform ones. Run it with "
+            "torch."
+        )
+
+
+def _check_vlm(checkpoint: str, backbone: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for an image-text-to-text model that cannot be exported."""
+    with raised_as(CheckpointError, f"The backbone of {checkpoint} is damaged", "copy it again."):
+        kind = str(json.loads(str(backbone.get("architecture"))).get("model_type"))
+    if kind not in SQUARE_IMAGES or backbone.get("dtype", "float32") != "float32":
+        raise ConfigError(
+            f"{checkpoint} has a {kind} of {backbone.get('dtype')}; exports support "
+            f"{' and '.join(SQUARE_IMAGES)} of float32. Run it with torch."
         )
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -15,39 +13,39 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.processor import NormalizerProcessorStep
-from torch import Tensor, nn
 
 from ceed_vla import __version__
-from ceed_vla.backbones.compact.words import InstructionWordsStep
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone
 from ceed_vla.checkpoints import load, resolve_checkpoint
 from ceed_vla.checkpoints.manifest import own_files
+from ceed_vla.edge.feature_settings import TOKENIZER
 from ceed_vla.edge.observation import random_observation
 from ceed_vla.edge.settings import (
     EXPORTED_WEIGHTS,
     CacheSettings,
     CheckSettings,
     ExportSettings,
-    StateSettings,
     TokenSettings,
     check_decoding,
-    graph_names,
 )
-from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, raised_as
-from ceed_vla.export.cached import check_family
-from ceed_vla.export.graphs import CACHE, SLOT, CompactBlock, CompactStem, CompactTrunk
+from ceed_vla.errors import ConfigError, VerificationError
+from ceed_vla.export.cached import check_tokens
+from ceed_vla.export.compact import write_compact
+from ceed_vla.export.inputs import INPUT_STEPS, Inputs, read_inputs
+from ceed_vla.export.llama import check_llama, write_llama
+from ceed_vla.export.onnx_files import quantise
 from ceed_vla.fields import Checked, chosen
 from ceed_vla.files import settle
 from ceed_vla.folders import MANIFEST, MODULES, TEMPLATE, WEIGHTS
 
-OPSET = 20
 STEPS = (  # of processors
     "to_batch_processor",
-    "ceed_vla_instruction_words",
+    *INPUT_STEPS,
     "device_processor",
     "normalizer_processor",
     "unnormalizer_processor",
 )
+QUANTISED = {"compact": ("trunk", "block"), "llama": ("layers",)}  # graphs
 CHECKED = 3  # observations on which torch and the export are compared
 
 
@@ -90,31 +88,34 @@ def export(config: ExportConfig) -> str:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output_dir {folder} is not an empty folder; name a new one.")
     policy, preprocess, postprocess = load(config.policy_path)
-    _check(config.policy_path, policy)
+    family = _family(config.policy_path, policy)
     _check_steps(config.policy_path, [*preprocess.steps, *postprocess.steps])
-    state = _state(policy, preprocess)
+    inputs = read_inputs(config.policy_path, policy, preprocess)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         written = Path(temporary) / folder.name
         written.mkdir()
-        cache = _write_graphs(written, policy.backbone, policy.tokenizer.ordered)
-        names = graph_names(len(policy.config.cameras))
-        settings = _settings(policy, preprocess, state, cache, _hashes(written, names))
+        cache, inputs = _write_graphs(written, policy, family, inputs)
+        if inputs.tokenizer is not None:
+            (written / TOKENIZER).write_text(inputs.tokenizer, encoding="utf-8")
+        settings = _settings(policy, family, inputs, cache, _hashes(written))
         settings.write(written)
         equal = _verify(written, policy, preprocess, postprocess)
         if config.weights == "int8":
-            _quantise(written)
-            replace(settings, files=_hashes(written, names), weights="int8").write(written)
+            for name in QUANTISED[family]:
+                quantise(written / f"{name}.onnx")
+            replace(settings, files=_hashes(written), weights="int8").write(written)
             equal = _verify(written, policy, preprocess, postprocess)
         _copy_settings(resolve_checkpoint(config.policy_path), written)
-        total = sum((written / name).stat().st_size for name in names)
+        graphs = list(written.glob("*.onnx"))
+        total = sum(graph.stat().st_size for graph in graphs)
         settle(*written.iterdir())
         if folder.exists():
             folder.rmdir()  # it is empty
         written.rename(folder)
     share = "tokens" if equal == 1 else f"{equal:.1%} of the tokens"
     return (
-        f"Exported {config.policy_path} to {folder}: {len(names)} graphs, {total / 1e6:.1f} MB; "
+        f"Exported {config.policy_path} to {folder}: {len(graphs)} graphs, {total / 1e6:.1f} MB; "
         f"{share} equal to torch's on {CHECKED} random observations (ar, jacobi, ceed)."
     )
 
@@ -131,9 +132,10 @@ def _check_steps(name: str, steps: Sequence[Any]) -> None:
             )
 
 
-def _hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of files."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the graphs and the tokenizer in a folder."""
+    files = [*folder.glob("*.onnx"), *folder.glob(TOKENIZER)]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
 
 
 def _copy_settings(checkpoint: Path, folder: Path) -> None:
@@ -144,10 +146,21 @@ def _copy_settings(checkpoint: Path, folder: Path) -> None:
             shutil.copyfile(checkpoint / name, folder / name)
 
 
-def _check(name: str, policy: Any) -> None:
-    """Raise `ConfigError` for a policy that cannot be exported."""
+def _family(name: str, policy: Any) -> str:
+    """The family of a policy; raises `ConfigError` for a policy that cannot be exported."""
     config = policy.config
-    check_family(name, config.backbone.type, config.action_tokens.type)
+    model = policy.backbone
+    check_tokens(name, config.action_tokens.type)
+    if isinstance(model, TransformersBackbone):
+        check_llama(name, model)
+        family = "llama"
+    elif config.backbone.type == "compact":
+        family = "compact"
+    else:
+        raise ConfigError(
+            f"{name} has the backbone {config.backbone.type}; exports support compact, and those "
+            "built on TransformersBackbone whose language model is a Llama. Run it with torch."
+        )
     if policy.tokenizer.block_length < 3:
         raise ConfigError(
             f"{name} has blocks of {policy.tokenizer.block_length} tokens; exports need at least 3."
@@ -156,114 +169,36 @@ def _check(name: str, policy: Any) -> None:
         check_decoding(config.decoding)
     except ConfigError as error:
         raise ConfigError(f"The decoding of {name} cannot be exported. {error}") from error
+    return family
 
 
-@torch.no_grad()
-def _write_graphs(folder: Path, model: Any, ordered: bool) -> CacheSettings:
-    """Export the graphs of a compact backbone; returns the sizes of their cache."""
-    side = model.image_size
-    image = torch.rand(1, 3, side, side)
-    words = torch.ones(1, model.max_words, dtype=torch.int64)
-    state = torch.zeros(1, model.state_dim)
-    cameras = []
-    for index in range(len(model.cameras)):
-        stem = CompactStem(model, index)
-        cameras.append(stem(image, words))
-        _write(folder / f"stem_{index}.onnx", stem, (image, words), ("image", "words"), ("out",))
-    trunk = CompactTrunk(model, ordered)
-    inputs = ("words", "state", *(f"camera_{index}" for index in range(len(cameras))))
-    *_, keys, _ = trunk(words, state, *cameras)  # (layers, heads, P, width)
-    outputs = (*SLOT, *CACHE)
-    _write(folder / "trunk.onnx", trunk, (words, state, *cameras), inputs, outputs)
-    layers, heads, length, width = keys.shape
-    cache = torch.zeros(layers, heads, length, width)
-    tokens = torch.zeros(1, model.block_length - 1, dtype=torch.int64)
-    positions = torch.export.Dim("P", min=1, max=length + model.block_length)
-    _write(
-        folder / "block.onnx",
-        CompactBlock(model, ordered),
-        (cache, cache.clone(), torch.tensor([0]), tokens),
-        ("keys", "values", "committed", "read"),
-        (*SLOT, "new_keys", "new_values"),
-        {
-            0: {2: positions},
-            1: {2: positions},
-            3: {1: torch.export.Dim("k", min=1, max=model.block_length)},
-        },
+def _write_graphs(
+    folder: Path, policy: Any, family: str, inputs: Inputs
+) -> tuple[CacheSettings, Inputs]:
+    """Write the graphs; returns the sizes of their cache, and what the graphs read."""
+    ordered = policy.tokenizer.ordered
+    if family == "compact":
+        return write_compact(folder, policy.backbone, ordered), inputs
+    written = write_llama(
+        folder, policy.backbone, ordered, inputs.images, inputs.text, inputs.state.size
     )
-    return CacheSettings(layers, heads, width, length)
-
-
-def _write(
-    file: Path,
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-    names: Sequence[str],
-    outputs: Sequence[str],
-    dynamic: dict[int, dict[int, Any]] | None = None,
-) -> None:
-    """Export one module; the inputs at the positions in `dynamic` have dynamic axes."""
-    shapes = None if dynamic is None else tuple(dynamic.get(i) for i in range(len(inputs)))
-    with (
-        raised_as(CheckpointError, f"{file.name} cannot be exported", "report the checkpoint."),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module.eval(),
-            inputs,
-            input_names=list(names),
-            output_names=list(outputs),
-            opset_version=OPSET,
-            dynamo=True,
-            dynamic_shapes=shapes,
-            external_data=False,
-            verbose=False,
-        )
-        assert program is not None
-        program.save(str(file))
-
-
-def _state(policy: Any, preprocess: Any) -> StateSettings:
-    """The state and its normalization.
-
-    Raises:
-        ConfigError: The mode of the normalization is not supported.
-    """
-    config = policy.config
-    (name,) = (key for key, f in config.input_features.items() if f.type.value == "STATE")
-    size = config.shape.state_dim
-    mode = config.normalization_mapping.get("STATE", "IDENTITY")
-    mode = getattr(mode, "value", mode)
-    if mode not in ("MEAN_STD", "IDENTITY"):
-        raise ConfigError(
-            f"The state's normalization is {mode}; exports support MEAN_STD and IDENTITY. Run the "
-            "policy with torch."
-        )
-    normalizer = next((s for s in preprocess.steps if isinstance(s, NormalizerProcessorStep)), None)
-    values = {} if normalizer is None else normalizer._tensor_stats.get(name, {})
-    if mode == "IDENTITY" or normalizer is None or not values:
-        return StateSettings(name, size)
-    mean, std = values["mean"].tolist(), values["std"].tolist()
-    return StateSettings(name, size, mean, std, float(normalizer.eps))
+    images = replace(inputs.images, stems=written.stems)
+    return written.cache, replace(
+        inputs, images=images, text=replace(inputs.text, longest=written.longest)
+    )
 
 
 def _settings(
-    policy: Any,
-    preprocess: Any,
-    state: StateSettings,
-    cache: CacheSettings,
-    files: dict[str, str],
+    policy: Any, family: str, inputs: Inputs, cache: CacheSettings, files: dict[str, str]
 ) -> ExportSettings:
     """What the graphs do not hold."""
     config = policy.config
-    words = next(step for step in preprocess.steps if isinstance(step, InstructionWordsStep))
     tokens = policy.tokenizer
     return ExportSettings(
         version=__version__,
-        cameras=list(policy.backbone.cameras),
-        state=state,
-        vocabulary=list(words.vocabulary),
+        images=inputs.images,
+        state=inputs.state,
+        text=inputs.text,
         tokens=TokenSettings(
             tokens.low.tolist(),
             tokens.high.tolist(),
@@ -274,42 +209,11 @@ def _settings(
         cache=cache,
         decoding=config.decoding,
         files=files,
-        image_size=policy.backbone.image_size,
-        max_words=words.max_words,
+        family=family,
         n_action_steps=config.n_action_steps,
-        camera_sizes=[list(config.input_features[name].shape[1:]) for name in config.cameras],
         delta_dims=config.delta_dims,
         decodings=dict(config.decodings),
     )
-
-
-def _quantise(folder: Path) -> None:
-    """Quantise the matrices of trunk and block to int8, in their files.
-
-    Activations are quantised when the graphs run, each with its own range.
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    for name in ("trunk.onnx", "block.onnx"):
-        whole = folder / f"float32-{name}"
-        (folder / name).rename(whole)
-        root = logging.getLogger()
-        before = root.level
-        root.setLevel(logging.ERROR)  # it advises a preparation that these graphs do not need
-        try:
-            with raised_as(CheckpointError, f"{name} cannot be quantised", "use float32."):
-                quantize_dynamic(
-                    str(whole),
-                    str(folder / name),
-                    per_channel=True,
-                    weight_type=QuantType.QInt8,
-                    # Without VNNI, products of 8 bits are summed in 16 bits, and would saturate.
-                    reduce_range=True,
-                    op_types_to_quantize=["MatMul"],
-                )
-        finally:
-            root.setLevel(before)
-        whole.unlink()
 
 
 def _verify(folder: Path, policy: Any, preprocess: Any, postprocess: Any) -> float:
@@ -332,7 +236,7 @@ def _verify(folder: Path, policy: Any, preprocess: Any, postprocess: Any) -> flo
         observation, instruction = random_observation(settings, seed)
         batch: dict[str, Any] = {
             name: torch.from_numpy(observation[name]).permute(2, 0, 1)[None] / 255
-            for name in settings.cameras
+            for name in settings.images.cameras
         }
         batch[settings.state.name] = torch.from_numpy(observation[settings.state.name])[None]
         batch = preprocess({**batch, "task": [instruction]})

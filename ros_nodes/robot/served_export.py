@@ -35,7 +35,7 @@ class ServedExport:
         self._policy = policy
         self._spec = spec
         settings = policy.settings
-        self.vocabulary = set(settings.vocabulary)
+        self.vocabulary = set(settings.text.vocabulary or ())
         self.tokens_per_step = self._policy.vocabulary.tokens_per_step
         self.chunk_steps = self._policy.vocabulary.chunk_steps
         self.n_action_steps = settings.n_action_steps
@@ -91,14 +91,13 @@ def export_spec(checkpoint: str, folder: Path) -> PolicySpec:
     from ceed_vla.edge.settings import read_settings
 
     settings = read_settings(folder)
-    side = settings.image_size
-    sizes = settings.camera_sizes or [[side, side]] * len(settings.cameras)
+    images = settings.images
     return PolicySpec(
         checkpoint=checkpoint,
         policy_type="ceed_vla",
         cameras={
             name: (3, height, width)
-            for name, (height, width) in zip(settings.cameras, sizes, strict=True)
+            for name, (height, width) in zip(images.cameras, images.sizes, strict=True)
         },
         states={settings.state.name: settings.state.size},
         action_dim=len(settings.tokens.low),

@@ -60,7 +60,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: with_settings(f, lambda s: s.update(run="x")),
         "the unknown entry 'run'",
     ),
-    "missing entry": (lambda f: with_settings(f, lambda s: s.pop("cameras")), "entry is missing"),
+    "missing entry": (lambda f: with_settings(f, lambda s: s.pop("version")), "entry is missing"),
     "part is no object": (
         lambda f: with_settings(f, lambda s: s.update(cache=[])),
         "cache is .*; it must be an object",
@@ -86,8 +86,28 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "it must be a list of objects",
     ),
     "camera sizes": (
-        lambda f: with_settings(f, lambda s: s.update(camera_sizes=[[96, 0], [96, 96]])),
-        "a height and a width in .* for each of 2 cameras",
+        lambda f: with_settings(f, lambda s: s["images"].update(sizes=[[96, 0], [96, 96]])),
+        "each must have an entry for each of 2 cameras",
+    ),
+    "two cameras of one name": (
+        lambda f: with_settings(f, lambda s: s["images"].update(cameras=["a", "a"])),
+        "the names must differ",
+    ),
+    "stems": (
+        lambda f: with_settings(f, lambda s: s["images"].update(stems=[0, 2])),
+        "the numbers count from 0",
+    ),
+    "colours": (
+        lambda f: with_settings(f, lambda s: s["images"].update(mean=[0.0])),
+        "must have three values each",
+    ),
+    "template": (
+        lambda f: with_settings(f, lambda s: s["text"].update(template="do {x}")),
+        "text.template is 'do {x}'",
+    ),
+    "other family": (
+        lambda f: with_settings(f, lambda s: s.update(family="llama")),
+        "it must have stem_0.onnx, stem_1.onnx, prefix.onnx",
     ),
     "increments": (
         lambda f: with_settings(f, lambda s: s.update(delta_dims=[7])),
@@ -120,7 +140,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "decoding.method is 'beam'",
     ),
     "words": (
-        lambda f: with_settings(f, lambda s: s["vocabulary"].reverse()),
+        lambda f: with_settings(f, lambda s: s["text"]["vocabulary"].reverse()),
         "it must list distinct lower-case words, sorted",
     ),
     "other sizes": (

@@ -198,5 +198,5 @@ def test_what_cannot_be_exported_is_refused_before_it_is_loaded(tmp_path: Path) 
     for name in ("model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "config.json").write_text(json.dumps({"type": "ceed_vla", **config}))
-    with pytest.raises(CeedVLAError, match="the backbone openvla with openvla tokens"):
+    with pytest.raises(CeedVLAError, match="has openvla action tokens"):
         cached_export(tmp_path)

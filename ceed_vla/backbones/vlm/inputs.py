@@ -66,6 +66,12 @@ class VLMInputsStep(FilesStep, InputsStep):
                 f"{wanted[wrong[0]]!r}. Copy the checkpoint again."
             )
 
+    @property
+    def processor(self) -> Any:
+        """The model's processor; `CheckpointError` if the checkpoint came without it."""
+        self.check_files()
+        return self._processor
+
     def set_processor(self, processor: Any) -> VLMInputsStep:
         """Use `processor`; returns self."""
         with tempfile.TemporaryDirectory() as folder:
@@ -86,9 +92,9 @@ class VLMInputsStep(FilesStep, InputsStep):
         tasks = batch_instructions(
             self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(images)
         )
-        texts = [self._text(task, len(row)) for task, row in zip(tasks, images, strict=True)]
-        bos = self._processor.tokenizer.bos_token  # some chat templates contain it
-        once = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
+        prompt = self.prompt_text(len(images[0]))
+        texts = [prompt.replace(PLACE, task) for task in tasks]
+        once = {"add_special_tokens": False} if self.has_start(prompt) else {}
         shown = f"images of {self.sizes} with the prompt {texts[0]!r}"
         with raised_as(
             ObservationError, f"{name} cannot read {shown}", "use the checkpoint's own settings."
@@ -120,34 +126,43 @@ class VLMInputsStep(FilesStep, InputsStep):
             cameras = [np.concatenate(cameras, axis=1)]  # (B, sum of heights, W, 3)
         return [[Image.fromarray(pixels[row]) for pixels in cameras] for row in range(rows)]
 
-    def _text(self, task: str, images: int) -> str:
-        """The prompt, in the model's chat format if it has one."""
+    def prompt_text(self, images: int) -> str:
+        """The prompt with ``{instruction}``, in the model's chat format if it has one."""
         processor = self._processor
         template = getattr(processor, "chat_template", None)
         if isinstance(template, str) and not template.strip():
             raise CheckpointError("The checkpoint's chat template is empty; copy it again.")
         if template is None:
-            return str(getattr(processor, "image_token", "<image>")) * images + self.prompt.replace(
-                PLACE, task
-            )
+            return str(getattr(processor, "image_token", "<image>")) * images + self.prompt
         if images not in self._rendered:
             text = render(template, images, self.prompt, processor.tokenizer.special_tokens_map)
             check_template(text, "The prompt in the checkpoint's chat format")
             self._rendered[images] = text
-        return self._rendered[images].replace(PLACE, task)
+        return self._rendered[images]
 
-    def _add_state_places(self, inputs: dict[str, Tensor]) -> None:
-        ids = inputs[IDS]
-        tokenizer = self._processor.tokenizer
+    def has_start(self, prompt: str) -> bool:
+        """Whether a prompt contains the start token, as some chat formats do."""
+        bos = self._processor.tokenizer.bos_token
+        return bool(bos) and prompt.startswith(bos)
+
+    def state_ids(self) -> list[int]:
+        """Ids in the places of the state at the end of the prefix."""
         if not self.state_places:
-            return
+            return []
+        tokenizer = self._processor.tokenizer
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         # An id that models do not read as an image or as padding; its embedding is replaced.
         ordinary = next(i for i in range(len(tokenizer)) if i not in special)
+        return [ordinary] * self.state_places
+
+    def _add_state_places(self, inputs: dict[str, Tensor]) -> None:
+        ids = inputs[IDS]
+        if not (behind := self.state_ids()):
+            return
         for name, value in inputs.items():
             if value.shape == ids.shape:  # one entry per token
                 added = value.new_full(
-                    (len(ids), self.state_places), {IDS: ordinary, MASK: 1}.get(name, 0)
+                    (len(ids), len(behind)), {IDS: behind[0], MASK: 1}.get(name, 0)
                 )
                 inputs[name] = torch.cat([value, added], dim=1)
 

@@ -26,6 +26,7 @@ from ceed_vla.backbones.features import check_features
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.backbones.vlm.inputs import FLAT_KEY, IDS, MASK, ROW_KEY
+from ceed_vla.backbones.vlm.square_images import square_tokens
 from ceed_vla.errors import ConfigError, ObservationError, raised_as
 from ceed_vla.fields import short
 
@@ -181,6 +182,22 @@ class VLMBackbone(TransformersBackbone):
             mask = arguments["attention_mask"].long()
             arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + first
         return arguments
+
+    def camera_tokens(self, camera: str, image: Tensor) -> Tensor:
+        """See `SplitsPrefix`; raises `ConfigError` if `square_tokens` does not know the model."""
+        return square_tokens(self.model, image)
+
+    def join_prefix(self, ids: Tensor, state: Tensor, cameras: Sequence[Tensor]) -> Tensor:
+        if self.state_dim and self.state is None:
+            ids = torch.cat([ids[:, : -self.state_dim], self.state_ids(state)], dim=1)
+        embeds = cast("nn.Embedding", self.model.get_input_embeddings())(ids)
+        seen = torch.cat(list(cameras), dim=1)[0]  # (T, d)
+        places = ids == self.model.config.image_token_id  # (1, P), True T times
+        of_place = (places.long().cumsum(1) - 1).clamp(min=0)
+        embeds = torch.where(places.unsqueeze(-1), seen[of_place], embeds)
+        if self.state is not None:
+            embeds = torch.cat([embeds[:, :-1], self.state(state).unsqueeze(1)], dim=1)
+        return embeds
 
     def state_ids(self, state: Tensor) -> Tensor:
         """Map the normalised state (B, D) to ids (B, D) of action bins, clipped to +-

@@ -163,7 +163,7 @@ import sys
 import numpy as np
 from ceed_vla.edge import EdgePolicy
 policy = EdgePolicy({str(exported)!r})
-images = dict.fromkeys(policy.settings.cameras, np.zeros((96, 96, 3), np.uint8))
+images = dict.fromkeys(policy.settings.images.cameras, np.zeros((96, 96, 3), np.uint8))
 result = policy.decode({{**images, {STATE!r}: np.zeros(14)}}, {INSTRUCTION!r})
 assert result.actions.shape == (1, 8, 7), result.actions.shape
 print([name for name in ("torch", "lerobot", "transformers") if name in sys.modules])
@@ -182,13 +182,13 @@ def test_images_are_resized_as_by_torch(edge: EdgePolicy, size: tuple[int, int])
         mode="bilinear",
         antialias=True,
     )
-    found = edge.reader.image(image, "camera")
+    found = edge.reader.image(image, edge.settings.images.cameras[0])
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)
 
 
 def test_wrong_observations(edge: EdgePolicy, observations: list[Any]) -> None:
     raw, instruction, _ = observations[0]
-    camera = edge.settings.cameras[0]
+    camera = edge.settings.images.cameras[0]
     wrong: list[tuple[dict[str, Any], str, str]] = [
         ({k: v for k, v in raw.items() if k != STATE}, instruction, "lacks 'observation.state'"),
         ({**raw, STATE: np.zeros(3)}, instruction, "expected numbers of the shape .14"),
@@ -353,7 +353,7 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_stems_that_ran_ahead_change_nothing(edge: EdgePolicy, observations: list[Any]) -> None:
     raw, instruction, previous = observations[1]
-    cameras = edge.settings.cameras
+    cameras = edge.settings.images.cameras
     wanted = edge.decode(raw, instruction, previous=previous)
     ahead = [edge.run_stem(camera, raw[camera], instruction) for camera in cameras]
     rest = {STATE: raw[STATE]}

@@ -1,12 +1,9 @@
-"""The graphs of an export: what torch computes for one row, as modules that ``torch.onnx`` can
-export.
+"""The graphs of a compact backbone: what torch computes for one row, as modules that ``torch.onnx``
+can export.
 
     stem      image (1, 3, S, S), words (1, L)                 -> tokens (1, T, d) of a camera
     trunk     words (1, L), state (1, D), tokens of cameras    -> slot 0; keys and values
     block     keys and values of P positions, tokens (1, k)    -> k slots; their keys and values
-
-A graph returns little: for every slot its token, the log-sum of its logits, and what exit rules
-measure. onnxruntime's maximum may skip NaN; the log-sum is finite only if no logit is NaN or +inf.
 
 The layers compute what `ceed_vla.backbones.compact.layer.Layer` computes, with operations that
 onnxruntime runs faster on a CPU: one product for each of queries, keys and values instead of a
@@ -17,6 +14,7 @@ only among the new tokens.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,30 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ceed_vla.backbones.compact.layer import Layer
-from ceed_vla.decoding.measures import NEAR
-
-SLOT = ("tokens", "total", "mass", "lead")  # outputs (1, k) for k slots
-CACHE = ("keys", "values")  # (layers, heads, positions, width)
-
-
-def read_slots(logits: Tensor, ordered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the host reads of logits (1, k, V); see `SLOT`.
-
-    Mass and lead are those of `ceed_vla.decoding.measures`. The mass near the token has a meaning
-    only in `ordered` vocabularies; in others it is 0.
-    """
-    tokens = logits.argmax(-1)
-    best = logits.amax(-1, keepdim=True)
-    shares = (logits - best).exp()  # (1, k, V)
-    sums = shares.sum(-1)
-    total = best.squeeze(-1) + sums.log()
-    mass = torch.zeros_like(total)
-    if ordered:
-        padded = F.pad(shares, (NEAR, NEAR))  # no mass past the ends
-        near = tokens.unsqueeze(-1) + torch.arange(2 * NEAR + 1)  # (1, k, 5)
-        mass = (padded.gather(-1, near).sum(-1) / sums).clamp(max=1)
-    second = shares.topk(2, dim=-1).values[..., 1]
-    return tokens, total, mass, (1 - second) / sums
+from ceed_vla.edge.settings import CacheSettings
+from ceed_vla.export.onnx_files import write_graph
+from ceed_vla.export.slots import CACHE, SLOT, read_slots
 
 
 class ExportedLayer(nn.Module):
@@ -178,3 +155,47 @@ class CompactBlock(nn.Module):
             found.append(own)
         slots = read_slots(model._scores(x), self.ordered)
         return (*slots, *(torch.stack(tensors) for tensors in zip(*found, strict=True)))
+
+
+@torch.no_grad()
+def write_compact(folder: Path, model: Any, ordered: bool) -> CacheSettings:
+    """Write the graphs of a compact backbone; returns the sizes of their cache.
+
+    Args:
+        folder: Where the graphs are written.
+        model: The backbone.
+        ordered: Whether neighbouring tokens stand for neighbouring actions.
+    """
+    side = model.image_size
+    image = torch.rand(1, 3, side, side)
+    words = torch.ones(1, model.max_words, dtype=torch.int64)
+    state = torch.zeros(1, model.state_dim)
+    cameras = []
+    for index in range(len(model.cameras)):
+        stem = CompactStem(model, index)
+        cameras.append(stem(image, words))
+        write_graph(folder / f"stem_{index}.onnx", stem, {"image": image, "words": words}, ["out"])
+    trunk = CompactTrunk(model, ordered)
+    features = {f"camera_{index}": tokens for index, tokens in enumerate(cameras)}
+    *_, keys, _ = trunk(words, state, *cameras)  # (layers, heads, P, width)
+    inputs = {"words": words, "state": state, **features}
+    write_graph(folder / "trunk.onnx", trunk, inputs, [*SLOT, *CACHE])
+    layers, heads, length, width = keys.shape
+    cache = torch.zeros(layers, heads, length, width)
+    tokens = torch.zeros(1, model.block_length - 1, dtype=torch.int64)
+    inputs = {
+        "keys": cache,
+        "values": cache.clone(),
+        "committed": torch.tensor([0]),
+        "read": tokens,
+    }
+    positions = torch.export.Dim("P", min=1, max=length + model.block_length)
+    read = torch.export.Dim("k", min=1, max=model.block_length)
+    write_graph(
+        folder / "block.onnx",
+        CompactBlock(model, ordered),
+        inputs,
+        [*SLOT, "new_keys", "new_values"],
+        {"keys": {2: positions}, "values": {2: positions}, "read": {1: read}},
+    )
+    return CacheSettings(layers, heads, width, length)

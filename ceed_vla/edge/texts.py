@@ -1,0 +1,93 @@
+"""Ids of instructions, as the graphs of an export read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ceed_vla.edge.feature_settings import TOKENIZER, TextSettings
+from ceed_vla.edge.settings import ExportSettings, read_part
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
+from ceed_vla.fields import short
+from ceed_vla.instructions import PLACE
+from ceed_vla.limited.tokenizers import check_tokenizer_text
+from ceed_vla.word_ids import PAD_ID, WordIds
+
+
+class Texts(Protocol):
+    """Instructions to ids."""
+
+    def encode(self, instruction: str) -> np.ndarray:
+        """Ids (1, L) int64 of an instruction; raises `ObservationError`."""
+
+
+def open_texts(folder: Path, settings: ExportSettings) -> Texts:
+    """What encodes the instructions of an export.
+
+    Raises:
+        CheckpointError: Its tokenizer is missing, damaged or unsafe.
+        ConfigError: The library tokenizers, which it needs, is not installed.
+    """
+    text = settings.text
+    if text.kind == "words":
+        return _Words(text)
+    content = read_part(folder, TOKENIZER, settings.files[TOKENIZER])
+    return _Prompts(text, content, str(folder / TOKENIZER))
+
+
+class _Words:
+    def __init__(self, settings: TextSettings) -> None:
+        self._words = WordIds(settings.vocabulary or [], settings.longest)
+        self._padded = settings.padded
+
+    def encode(self, instruction: str) -> np.ndarray:
+        ids = self._words.encode(_checked(instruction))
+        if not self._padded:
+            ids = [i for i in ids if i != PAD_ID]
+        return np.array([ids], dtype=np.int64)
+
+
+class _Prompts:
+    def __init__(self, settings: TextSettings, content: bytes, what: str) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ConfigError(
+                "This export's prompts need the library tokenizers; install it: pip install "
+                "tokenizers"
+            ) from error
+        with raised_as(CheckpointError, f"{what} is not text", "copy the whole folder again."):
+            text = content.decode("utf-8")
+        check_tokenizer_text(text, what, CheckpointError)
+        with raised_as(CheckpointError, f"{what} cannot be read", "copy the whole folder again."):
+            self._tokenizer: Any = Tokenizer.from_str(text)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._settings = settings
+
+    def encode(self, instruction: str) -> np.ndarray:
+        settings = self._settings
+        instruction = _checked(instruction)
+        refused = [text for text in settings.refused or () if text in instruction]
+        if refused:
+            raise ObservationError(
+                f"The instruction {short(instruction)} contains {refused[0]}, which stands for an "
+                "image; leave it out."
+            )
+        prompt = settings.template.replace(PLACE, instruction)
+        encoded = self._tokenizer.encode(prompt, add_special_tokens=settings.special_tokens)
+        ids = list(encoded.ids)
+        if len(ids) > settings.longest and not settings.cut:
+            raise ObservationError(
+                f"The prompt has {len(ids)} tokens, more than {settings.longest}; shorten the "
+                f"instruction {short(instruction)}."
+            )
+        return np.array([[*ids[: settings.longest], *settings.behind]], dtype=np.int64)
+
+
+def _checked(instruction: str) -> str:
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise ObservationError(f"The instruction is {short(instruction)}; it must be one text.")
+    return instruction

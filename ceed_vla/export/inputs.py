@@ -1,0 +1,190 @@
+"""How a checkpoint's processors read observations, as settings of its export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from lerobot.processor import NormalizerProcessorStep
+
+from ceed_vla.backbones.compact.words import InstructionWordsStep
+from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep
+from ceed_vla.backbones.vlm.inputs import VLMInputsStep
+from ceed_vla.backbones.vlm.kinds import SQUARE_IMAGES
+from ceed_vla.edge.feature_settings import ImageSettings, StateSettings, TextSettings
+from ceed_vla.errors import ConfigError
+
+INPUT_STEPS = (  # that make the model's inputs, one of them in each checkpoint
+    "ceed_vla_instruction_words",
+    "ceed_vla_pi0_fast_prompt",
+    "ceed_vla_vlm_inputs",
+)
+LONGEST_PROMPT = 65_536
+_USUAL = {  # of the image processors of Idefics3 and SmolVLM
+    "backend": "pil",
+    "do_resize": True,
+    "do_image_splitting": False,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Settings of an export that concern its observations."""
+
+    images: ImageSettings
+    state: StateSettings
+    text: TextSettings
+    tokenizer: str | None = None  # of prompts, the content of a tokenizer.json
+
+
+def read_inputs(name: str, policy: Any, preprocess: Any) -> Inputs:
+    """Read how the processors of a checkpoint make the model's inputs.
+
+    Args:
+        name: The checkpoint, for errors.
+        policy: The policy.
+        preprocess: Its preprocessor.
+
+    Raises:
+        ConfigError: An export cannot make the same inputs.
+    """
+    config = policy.config
+    state = _state(name, policy, preprocess)
+    kinds = (InstructionWordsStep, PromptTokensStep, VLMInputsStep)
+    step = next((step for step in preprocess.steps if isinstance(step, kinds)), None)
+    cameras = list(config.cameras)
+    sizes = [list(config.input_features[camera].shape[1:]) for camera in cameras]
+    if isinstance(step, InstructionWordsStep):
+        return _words(policy, step, state, cameras, sizes)
+    if isinstance(step, PromptTokensStep):
+        return _tokens(name, step, state, cameras, sizes)
+    if isinstance(step, VLMInputsStep):
+        return _chat(name, step, state)
+    raise ConfigError(f"{name} has no step that reads instructions; export another checkpoint.")
+
+
+def _state(name: str, policy: Any, preprocess: Any) -> StateSettings:
+    """The state and its normalization."""
+    config = policy.config
+    states = [key for key, f in config.input_features.items() if f.type.value == "STATE"]
+    if len(states) != 1:
+        raise ConfigError(f"{name} reads {len(states)} states; exports need one.")
+    size = config.shape.state_dim
+    mode = config.normalization_mapping.get("STATE", "IDENTITY")
+    mode = getattr(mode, "value", mode)
+    if mode not in ("MEAN_STD", "IDENTITY"):
+        raise ConfigError(
+            f"The state's normalization is {mode}; exports support MEAN_STD and IDENTITY. Run the "
+            "policy with torch."
+        )
+    normalizer = next((s for s in preprocess.steps if isinstance(s, NormalizerProcessorStep)), None)
+    values = {} if normalizer is None else normalizer._tensor_stats.get(states[0], {})
+    if mode == "IDENTITY" or normalizer is None or not values:
+        return StateSettings(states[0], size)
+    mean, std = values["mean"].tolist(), values["std"].tolist()
+    return StateSettings(states[0], size, mean, std, float(normalizer.eps))
+
+
+def _words(
+    policy: Any,
+    step: InstructionWordsStep,
+    state: StateSettings,
+    cameras: list[str],
+    sizes: list[list[int]],
+) -> Inputs:
+    """Words of a vocabulary; the compact backbone resizes its images."""
+    side = getattr(policy.backbone, "image_size", None)
+    numbers = list(range(len(cameras)))
+    images = (
+        ImageSettings(cameras, sizes, numbers, "declared")
+        if side is None
+        else ImageSettings(list(policy.backbone.cameras), sizes, numbers, "square", side)
+    )
+    text = TextSettings("words", step.max_words, list(step.vocabulary), padded=side is not None)
+    return Inputs(images, state, text)
+
+
+def _tokens(
+    name: str,
+    step: PromptTokensStep,
+    state: StateSettings,
+    cameras: list[str],
+    sizes: list[list[int]],
+) -> Inputs:
+    """Tokens of the bare instruction."""
+    text = TextSettings("prompt", step.max_length, cut=True)
+    images = ImageSettings(cameras, sizes, list(range(len(cameras))), "declared")
+    return Inputs(images, state, text, _tokenizer(name, step.input_tokenizer))
+
+
+def _chat(name: str, step: VLMInputsStep, state: StateSettings) -> Inputs:
+    """A prompt in the model's chat format, with images that its processor makes."""
+    processor = step.processor
+    images = processor.image_processor
+    kind = type(processor).__name__.removesuffix("Processor").lower()
+    unusual = {key: value for key, value in _USUAL.items() if getattr(images, key, value) != value}
+    if kind not in SQUARE_IMAGES or step.layout != "separate" or unusual:
+        why = ", ".join(f"{key} must be {value}" for key, value in unusual.items())
+        raise ConfigError(
+            f"{name} has {type(processor).__name__} with {step.layout} cameras"
+            f"{f' ({why})' if why else ''}; exports support {' and '.join(SQUARE_IMAGES)} with "
+            "separate cameras whose images are not split. Run it with torch."
+        )
+    sizes = [list(size) for size in step.sizes.values()]
+    chains = [_resizes(images, size) for size in sizes]
+    count = len(sizes)
+    prompt = step.prompt_text(count)
+    text = TextSettings(
+        "prompt",
+        LONGEST_PROMPT,
+        template=_with_image_tokens(prompt, processor),
+        special_tokens=not step.has_start(prompt),
+        behind=step.state_ids(),
+        refused=[processor.image_token],
+    )
+    found = ImageSettings(
+        list(step.sizes),
+        sizes,
+        list(range(count)),
+        "bytes",
+        resizes=chains,
+        resample=int(images.resample),
+        scale=images.rescale_factor,
+        mean=list(images.image_mean),
+        std=list(images.image_std),
+    )
+    return Inputs(found, state, text, _tokenizer(name, processor.tokenizer))
+
+
+def _resizes(images: Any, size: list[int]) -> list[list[int]]:
+    """The sizes that an image processor resizes an image of `size` to, one after the other."""
+    side = images.max_image_size["longest_edge"]
+    image = images.resize(np.zeros((3, *size), np.uint8), images.size, resample=images.resample)
+    return [list(image.shape[1:]), [side, side]]
+
+
+def _with_image_tokens(prompt: str, processor: Any) -> str:
+    """The prompt with the tokens of every image, as the processor writes them."""
+    whole = getattr(processor, "global_image_tag", None) or processor.global_image_token
+    image = (
+        processor.fake_image_token
+        + whole
+        + processor.image_token * processor.image_seq_len
+        + processor.fake_image_token
+    )
+    return prompt.replace(processor.image_token, image)
+
+
+def _tokenizer(name: str, tokenizer: Any) -> str:
+    """The content of the tokenizer's file."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        raise ConfigError(
+            f"{name} has a {type(tokenizer).__name__}, which has no tokenizer.json; exports need "
+            "one. Run it with torch."
+        )
+    return str(fast.to_str())

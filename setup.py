@@ -98,6 +98,7 @@ if EDGE:
     named = {re.split("[<>=]", requirement)[0]: requirement for requirement in REQUIREMENTS}
     REQUIREMENTS = [named["numpy"], ONNXRUNTIME]
     EXTRAS = {
+        "vlm": [named["pillow"], "tokenizers>=0.22"],
         "ros2": [*EXTRAS["ros2"], named["pillow"], "pyyaml>=6"],
         "demo": [named[name] for name in FOR_EDGE],
     }

@@ -12,6 +12,8 @@ from ceed_vla.instructions import check_template
 from ceed_vla.word_ids import WordIds
 
 MOST_SIDE = 8192  # of an image [px]
+MOST_CAMERAS = 64
+MOST_PIXELS = 2**27  # of all cameras, with those that they are resized to
 TOKENIZER = "text.json"  # of prompts, as a file of the library tokenizers
 
 
@@ -57,7 +59,7 @@ class TextSettings(Checked, prefix="text."):
         padded: Whether the ids of words are padded to `longest`.
         template: Text with ``{instruction}`` in it.
         special_tokens: Whether the tokenizer adds its special tokens to the prompt.
-        cut: Whether longer prompts are cut, instead of refused.
+        cut: End at which longer prompts are cut; "" refuses them.
         refused: Texts that an instruction must not contain.
         behind: Ids that follow the prompt, in places that the graph replaces by the state.
     """
@@ -68,15 +70,23 @@ class TextSettings(Checked, prefix="text."):
     padded: bool = True
     template: str = "{instruction}"
     special_tokens: bool = True
-    cut: bool = False
+    cut: str = chosen("", ("", "left", "right"))
     refused: list[str] | None = None
     behind: list[int] = ranged([], "[0, 1e9]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template(self.template, "text.template")
-        if self.kind == "words":
-            WordIds(self.vocabulary or [], self.longest)
+        if self.kind == "prompt":
+            if self.vocabulary:
+                raise ConfigError("text.vocabulary must be empty for a prompt.")
+            return
+        if not self.vocabulary or self.behind or self.cut or self.refused:
+            raise ConfigError(
+                f"text.vocabulary has {len(self.vocabulary or ())} words; words need at least one, "
+                "and no text.behind, text.cut or text.refused."
+            )
+        WordIds(self.vocabulary, self.longest)
 
 
 @dataclass
@@ -112,11 +122,18 @@ class ImageSettings(Checked, prefix="images."):
     def __post_init__(self) -> None:
         super().__post_init__()
         count = len(self.cameras)
+        if count > MOST_CAMERAS:
+            raise ConfigError(f"images.cameras has {count} entries; at most {MOST_CAMERAS}.")
         numbers = sorted(set(self.stems))
         if not 0 < count == len(set(self.cameras)) or numbers != list(range(len(numbers))):
             raise ConfigError(
                 f"images.cameras is {short(self.cameras)} and images.stems {short(self.stems)}; "
                 "the names must differ, and the numbers count from 0."
+            )
+        if (self.kind == "bytes") != (self.resizes is not None):
+            raise ConfigError(
+                f"images.kind is {self.kind} and images.resizes {short(self.resizes)}; only bytes "
+                "have resizes."
             )
         chains = self.resizes if self.kind == "bytes" else [[] for _ in self.cameras]
         sizes = [*self.sizes, *(size for chain in chains or [] for size in chain)]
@@ -128,6 +145,12 @@ class ImageSettings(Checked, prefix="images."):
                 f"images.sizes is {short(self.sizes)}, images.stems {short(self.stems)} and "
                 f"images.resizes {short(self.resizes)}; each must have an entry for each of "
                 f"{count} cameras, and sizes a height and a width in [1, {MOST_SIDE}]."
+            )
+        pixels = sum(height * width for height, width in sizes)
+        if pixels > MOST_PIXELS or any(len(chain) > 2 for chain in chains or []):
+            raise ConfigError(
+                f"images.sizes and images.resizes have {pixels} pixels; at most {MOST_PIXELS} and "
+                "two resizes per camera are supported."
             )
         if len(self.mean) != 3 or len(self.std) != 3:
             raise ConfigError("images.mean and images.std must have three values each.")

@@ -10,6 +10,7 @@ import numpy as np
 from ceed_vla.edge.sessions import run
 from ceed_vla.edge.settings import ExportSettings
 from ceed_vla.edge.slots import Cache, Slots
+from ceed_vla.errors import CheckpointError, raised_as
 
 
 class Graphs(Protocol):
@@ -71,13 +72,11 @@ class LlamaGraphs:
         self._nothing = np.zeros((cache.layers, cache.heads, 0, cache.width), np.float32)
 
     def prefill(self, words: np.ndarray, state: np.ndarray, cameras: Sequence[np.ndarray]) -> Slots:
-        features = np.concatenate(cameras, axis=1)
+        with raised_as(CheckpointError, "The exported stems do not fit together", "export again."):
+            features = np.concatenate(cameras, axis=1)
         inputs = {"words": words, "state": state, "features": features}
         (embeds,) = run(self._prefix, inputs)  # (1, P, d)
-        slots = self._run(embeds, self._nothing, self._nothing)
-        for name in ("tokens", "total", "mass", "lead"):
-            setattr(slots, name, getattr(slots, name)[:, -1:])
-        return slots
+        return self._run(embeds, self._nothing, self._nothing).last()
 
     def read(self, cache: Cache, tokens: np.ndarray) -> Slots:
         (embeds,) = run(self._embed, {"read": np.ascontiguousarray(tokens)})  # (1, k, d)

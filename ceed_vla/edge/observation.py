@@ -13,6 +13,8 @@ from ceed_vla.edge.texts import Texts
 from ceed_vla.errors import ObservationError, raised_as
 from ceed_vla.fields import short
 
+_PROMPT = "put the red cube in the green bin"  # words of random instructions
+
 
 class ObservationReader:
     """Validates and converts observations of one robot.
@@ -142,8 +144,11 @@ def random_observation(settings: ExportSettings, seed: int) -> tuple[dict[str, n
     if state.std:
         values = np.array(state.mean) + np.array(state.std) * values
     observation[state.name] = values.astype(np.float32)
-    words = (settings.text.vocabulary or [])[: settings.text.longest]
-    return observation, " ".join(words) or "move"
+    text = settings.text
+    known = text.vocabulary or _PROMPT.split()
+    most = text.longest + 2 if text.cut else min(len(known), text.longest)
+    count = random.randint(1, most + 1)
+    return observation, " ".join((known * (count // len(known) + 1))[:count])
 
 
 def feature_of(observation: Mapping[str, np.ndarray], name: str) -> np.ndarray:

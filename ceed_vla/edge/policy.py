@@ -89,7 +89,10 @@ class EdgePolicy:
         Raises:
             ConfigError: The name is unknown, or the decoding does not run on an export.
         """
-        config = named_config(decoding, self.settings.decoding, self.settings.decodings or {})
+        try:
+            config = named_config(decoding, self.settings.decoding, self.settings.decodings or {})
+        except ConfigError as error:
+            raise ConfigError(f"{error} An export runs only ar, jacobi and their exits.") from error
         check_decoding(config)
         return config
 
@@ -101,7 +104,7 @@ class EdgePolicy:
         Args:
             camera: Feature of the camera.
             image: As in `prepare`.
-            instruction: What to do; stems depend on it.
+            instruction: What to do; the stems of compact policies depend on it.
 
         Raises:
             ObservationError: There is no such camera, or the image is wrong.
@@ -127,13 +130,17 @@ class EdgePolicy:
                 features.
             instruction: What to do.
             features: What `run_stem` returned for images of this observation, which then may lack
-                them. It is ignored if it is for another instruction.
+                them. It is ignored if the stem read another instruction.
 
         Raises:
             ObservationError: A feature is missing or wrong.
         """
         words = self.reader.words(instruction)
-        known = {f.camera: f.values for f in features if np.array_equal(f.words, words)}
+        known = {
+            f.camera: f.values
+            for f in features
+            if not self._stems_read_words or np.array_equal(f.words, words)
+        }
         images = {
             camera: self.reader.image(feature_of(observation, camera), camera)
             for camera in self._stem_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from ceed_vla.edge.settings import ExportSettings, graph_names, read_part
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import THREADS, Interval, fits, short
 
-_SLOTS = 6  # outputs of a graph that predicts slots, see `ceed_vla.edge.slots`
 _Shapes = dict[str, list[Any] | None]  # input -> shape; None for any
 
 
@@ -63,6 +63,10 @@ def _options(threads: int) -> Any:
     options.intra_op_num_threads = threads
     # Threads spin while a graph runs, and stop with it, so that they leave their cores to others.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # A graph in memory may name files for its weights, which are looked for here: nowhere.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.devnull
+    )
     options.log_severity_level = 4  # errors are raised as well
     return options
 
@@ -88,22 +92,24 @@ def _check_shapes(folder: Path, settings: ExportSettings, sessions: Mapping[str,
             if key not in found or shape not in (None, found[key])
         }
         more = found.keys() - shapes
-        if wrong or more or len(session.get_outputs()) != outputs.get(name, 1):
+        returned = [list(item.shape) for item in session.get_outputs()]
+        if wrong or more or not _as_wanted(returned, outputs[name]):
             raise CheckpointError(
                 f"{folder / name}.onnx has other inputs or outputs than the settings describe "
-                f"({wrong or sorted(more) or 'outputs'}); copy the whole folder again."
+                f"({wrong or sorted(more) or returned}); copy the whole folder again."
             )
-    cache = settings.cache
-    before = [cache.layers, cache.heads, cache.prefix, cache.width]
-    if "trunk" in sessions and list(sessions["trunk"].get_outputs()[4].shape) != before:
-        raise CheckpointError(
-            f"{folder / 'trunk'}.onnx returns keys of another shape than {before}, which the "
-            "settings describe; copy the whole folder again."
-        )
 
 
-def _wanted(settings: ExportSettings) -> tuple[dict[str, _Shapes], dict[str, int]]:
-    """The inputs of every graph, and the number of outputs of those that have several."""
+def _as_wanted(found: list[list[Any]], wanted: list[list[Any]]) -> bool:
+    """Whether shapes equal the wanted ones, in which None allows any length."""
+    return len(found) == len(wanted) and all(
+        len(a) == len(b) and all(y in (None, x) for x, y in zip(a, b, strict=True))
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _wanted(settings: ExportSettings) -> tuple[dict[str, _Shapes], dict[str, list[list[Any]]]]:
+    """The inputs and the outputs of every graph, by its name."""
     cache, images = settings.cache, settings.images
     held = [cache.layers, cache.heads, "P", cache.width]
     state = [1, settings.state.size]
@@ -111,13 +117,18 @@ def _wanted(settings: ExportSettings) -> tuple[dict[str, _Shapes], dict[str, int
         f"stem_{stem}": {"image": [1, 3, *images.read_size(index)]}
         for index, stem in enumerate(images.stems)
     }
+    tokens: list[Any] = [1, None, None]  # of a camera, or embeddings
+    outputs = {stem: [tokens] for stem in stems}
+    slots: list[list[Any]] = [[1, None]] * 4
+    new: list[Any] = [cache.layers, cache.heads, None, cache.width]
     if settings.family == "llama":
         wanted: dict[str, _Shapes] = {
             "prefix": {"words": [1, "L"], "state": state, "features": None},
             "embed": {"read": [1, "k"]},
             "layers": {"keys": held, "values": held, "embeds": None},
         }
-        return stems | wanted, {"layers": _SLOTS}
+        outputs |= {"prefix": [tokens], "embed": [tokens], "layers": [*slots, new, new]}
+        return stems | wanted, outputs
     words = [1, settings.text.longest]
     features: _Shapes = dict.fromkeys(f"camera_{i}" for i in range(len(images.cameras)))
     wanted = {
@@ -125,4 +136,6 @@ def _wanted(settings: ExportSettings) -> tuple[dict[str, _Shapes], dict[str, int
         "block": {"keys": held, "values": held, "committed": [1], "read": [1, "k"]},
     }
     stems = {name: {**shapes, "words": words} for name, shapes in stems.items()}
-    return stems | wanted, {"trunk": _SLOTS, "block": _SLOTS}
+    before: list[Any] = [cache.layers, cache.heads, cache.prefix, cache.width]
+    outputs |= {"trunk": [*slots, before, before], "block": [*slots, new, new]}
+    return stems | wanted, outputs

@@ -27,7 +27,7 @@ FORMAT = 3
 GRAPHS = {"compact": ("trunk", "block"), "llama": ("prefix", "embed", "layers")}  # behind stems
 EXPORTED = ("ar", "jacobi")  # decoders that run on an export
 EXPORTED_WEIGHTS = ("float32", "int8")
-MOST_GRAPH = 2_000_000_000  # [bytes]
+MOST_GRAPH = 1_600_000_000  # [bytes]
 MOST_TOKENS = 65_536  # of a block
 MOST_VALUES = 2**30  # of keys
 MOST_ACTIONS = 2**24  # bins of all dimensions
@@ -142,6 +142,7 @@ class ExportSettings(Checked):
                 f"n_action_steps is {self.n_action_steps}; it must be in [1, "
                 f"{self.tokens.chunk_steps}], as a chunk has {self.tokens.chunk_steps} steps."
             )
+        self._check_family()
         length = self.tokens.chunk_steps * len(self.tokens.low)
         values = self.cache.size(length)
         if length > MOST_TOKENS or values > MOST_VALUES:
@@ -167,6 +168,22 @@ class ExportSettings(Checked):
             raise ConfigError(
                 f"files has {', '.join(sorted(self.files)) or 'nothing'}; it must have "
                 f"{', '.join(wanted)}."
+            )
+
+    def _check_family(self) -> None:
+        """Raise `ConfigError` unless observations are read as the family's graphs need them."""
+        text = self.text
+        words = text.kind == "words" and text.padded
+        if self.family == "compact" and not (words and self.images.kind == "square"):
+            raise ConfigError(
+                f"family is compact with {self.images.kind} images and text of kind {text.kind}; "
+                "it must be square images and padded words."
+            )
+        positions = text.longest + len(text.behind)
+        if self.family == "llama" and positions > self.cache.prefix:
+            raise ConfigError(
+                f"text has up to {positions} ids and cache.prefix is {self.cache.prefix}; the "
+                "cache must have a position for each."
             )
 
     def write(self, folder: Path) -> None:
@@ -261,7 +278,7 @@ def _built_checks(raw: Any) -> list[CheckSettings] | None:
     return [built(CheckSettings, item, {}) for item in raw]
 
 
-def read_part(folder: Path, name: str, digest: str) -> bytes:
+def read_part(folder: Path, name: str, digest: str, most: int = MOST_GRAPH) -> bytes:
     """Read a graph, or the tokenizer, of an export and check its hash.
 
     A graph is loaded from these bytes, so that it can refer to no other file.
@@ -270,7 +287,7 @@ def read_part(folder: Path, name: str, digest: str) -> bytes:
         CheckpointError: The file is missing, too large, or differs from its hash.
     """
     file = folder / name
-    content = read_bytes(file, CheckpointError, most=MOST_GRAPH)
+    content = read_bytes(file, CheckpointError, most=most)
     found = hashlib.sha256(content).hexdigest()
     if found != digest:
         raise CheckpointError(

@@ -32,6 +32,11 @@ class Slots:
     def __init__(self, outputs: Sequence[np.ndarray]) -> None:
         self.tokens, self.total, self.mass, self.lead, self.keys, self.values = outputs
 
+    def last(self) -> Slots:
+        """The last slot alone, with the keys and values of all tokens."""
+        slots = (self.tokens, self.total, self.mass, self.lead)
+        return Slots([*(values[:, -1:] for values in slots), self.keys, self.values])
+
     def measured(self, rules: Sequence[ExitRule]) -> list[np.ndarray | None]:
         """Per rule its measurement (1, k), None of a rule that measures nothing."""
         names = [MEASURES[type(rule).measure] for rule in rules]

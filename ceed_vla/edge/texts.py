@@ -12,7 +12,7 @@ from ceed_vla.edge.settings import ExportSettings, read_part
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
 from ceed_vla.fields import short
 from ceed_vla.instructions import PLACE
-from ceed_vla.limited.tokenizers import check_tokenizer_text
+from ceed_vla.limited.tokenizers import MOST_BYTES, check_tokenizer_text
 from ceed_vla.word_ids import PAD_ID, WordIds
 
 
@@ -33,7 +33,7 @@ def open_texts(folder: Path, settings: ExportSettings) -> Texts:
     text = settings.text
     if text.kind == "words":
         return _Words(text)
-    content = read_part(folder, TOKENIZER, settings.files[TOKENIZER])
+    content = read_part(folder, TOKENIZER, settings.files[TOKENIZER], MOST_BYTES)
     return _Prompts(text, content, str(folder / TOKENIZER))
 
 
@@ -60,11 +60,13 @@ class _Prompts:
             ) from error
         with raised_as(CheckpointError, f"{what} is not text", "copy the whole folder again."):
             text = content.decode("utf-8")
-        check_tokenizer_text(text, what, CheckpointError)
+        check_tokenizer_text(text, what, CheckpointError, [settings.template])
         with raised_as(CheckpointError, f"{what} cannot be read", "copy the whole folder again."):
             self._tokenizer: Any = Tokenizer.from_str(text)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        if settings.cut:
+            self._tokenizer.enable_truncation(settings.longest, direction=settings.cut)
         self._settings = settings
 
     def encode(self, instruction: str) -> np.ndarray:
@@ -77,14 +79,16 @@ class _Prompts:
                 "image; leave it out."
             )
         prompt = settings.template.replace(PLACE, instruction)
-        encoded = self._tokenizer.encode(prompt, add_special_tokens=settings.special_tokens)
+        shown = f"The tokenizer cannot read the instruction {short(instruction)}"
+        with raised_as(ObservationError, shown, "use plain text."):
+            encoded = self._tokenizer.encode(prompt, add_special_tokens=settings.special_tokens)
         ids = list(encoded.ids)
-        if len(ids) > settings.longest and not settings.cut:
+        if len(ids) > settings.longest:
             raise ObservationError(
                 f"The prompt has {len(ids)} tokens, more than {settings.longest}; shorten the "
                 f"instruction {short(instruction)}."
             )
-        return np.array([[*ids[: settings.longest], *settings.behind]], dtype=np.int64)
+        return np.array([[*ids, *settings.behind]], dtype=np.int64)
 
 
 def _checked(instruction: str) -> str:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from ceed_vla.checkpoints.manifest import read_config
 from ceed_vla.decoding import DecodingConfig, named_config
 from ceed_vla.edge.settings import FORMAT, MOST_GRAPH, built, check_decoding
 from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, raised_as
+from ceed_vla.files import read_text
 from ceed_vla.folders import EXPORT, resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KNOWN = ("compact", "vlm")  # backbones that are exported without being asked
+REFUSAL = "Run it with torch."  # end of errors that no other attempt changes
 MOST_EXPORTS = 20  # in the cache; the oldest ones are removed
 _SOURCES = (  # of this package, which decide the graphs
     "export",
@@ -106,10 +109,18 @@ def cached_export(
     _check_size(source)
     _check(str(checkpoint), read_config(source), decoders)
     folder = cache_folder() / _key(source)
+    refusal = folder.with_name(f".{folder.name}.refused")
+    if refusal.is_file():
+        raise ConfigError(read_text(refusal))
     if not (folder / EXPORT).is_file():
         _check_packages(checkpoint)
         try:
-            _export_once(checkpoint, folder, discover_packages)
+            try:
+                _export_once(checkpoint, folder, discover_packages)
+            except ConfigError as error:
+                if str(error).endswith(REFUSAL):
+                    refusal.write_text(str(error), encoding="utf-8")
+                raise
             _remove_oldest(folder.parent)
         except OSError as error:
             raise ConfigError(
@@ -173,8 +184,8 @@ def _check_size(checkpoint: Path) -> None:
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     if size > MOST_GRAPH:
         raise ConfigError(
-            f"{checkpoint} has {size / 1e9:.1f} GB of weights; exports support at most "
-            f"{MOST_GRAPH / 1e9:.0f}. Run it with torch."
+            f"{checkpoint} has {size / 1e9:.1f} GB of weights; at most {MOST_GRAPH / 1e9:.1f} are "
+            "exported without being asked. Run it with torch."
         )
 
 
@@ -195,6 +206,11 @@ def _check_vlm(checkpoint: str, backbone: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{checkpoint} has a {kind} of {backbone.get('dtype')}; exports support "
             f"{' and '.join(SQUARE_IMAGES)} of float32. Run it with torch."
+        )
+    if backbone.get("weights") == "reference":
+        raise ConfigError(
+            f"{checkpoint} refers to weights in another folder, whose changes would not be noticed "
+            "here. Run `ceed-vla export`, and name the export as the checkpoint."
         )
 
 
@@ -219,6 +235,8 @@ def _machine() -> str:
     except OSError:
         lines = []
     kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    with suppress(PackageNotFoundError):
+        kinds.add(f"transformers {version('transformers')}")  # whose preprocessing is exported
     return f"{platform.machine()} {sorted(kinds)} {onnxruntime.__version__}"
 
 

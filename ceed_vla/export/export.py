@@ -90,7 +90,7 @@ def export(config: ExportConfig) -> str:
     policy, preprocess, postprocess = load(config.policy_path)
     family = _family(config.policy_path, policy)
     _check_steps(config.policy_path, [*preprocess.steps, *postprocess.steps])
-    inputs = read_inputs(config.policy_path, policy, preprocess)
+    inputs = read_inputs(config.policy_path, family, policy, preprocess)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         written = Path(temporary) / folder.name
@@ -183,9 +183,10 @@ def _write_graphs(
         folder, policy.backbone, ordered, inputs.images, inputs.text, inputs.state.size
     )
     images = replace(inputs.images, stems=written.stems)
-    return written.cache, replace(
-        inputs, images=images, text=replace(inputs.text, longest=written.longest)
-    )
+    text = inputs.text
+    if written.longest < text.longest:  # the model has fewer positions, so nothing may be cut
+        text = replace(text, longest=written.longest, cut="")
+    return written.cache, replace(inputs, images=images, text=text)
 
 
 def _settings(

@@ -10,17 +10,16 @@ from lerobot.processor import NormalizerProcessorStep
 
 from ceed_vla.backbones.compact.words import InstructionWordsStep
 from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep
-from ceed_vla.backbones.vlm.inputs import VLMInputsStep
+from ceed_vla.backbones.vlm.inputs import LONGEST_PROMPT, VLMInputsStep
 from ceed_vla.backbones.vlm.kinds import SQUARE_IMAGES
 from ceed_vla.edge.feature_settings import ImageSettings, StateSettings, TextSettings
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, raised_as
 
 INPUT_STEPS = (  # that make the model's inputs, one of them in each checkpoint
     "ceed_vla_instruction_words",
     "ceed_vla_pi0_fast_prompt",
     "ceed_vla_vlm_inputs",
 )
-LONGEST_PROMPT = 65_536
 _USUAL = {  # of the image processors of Idefics3 and SmolVLM
     "backend": "pil",
     "do_resize": True,
@@ -41,11 +40,12 @@ class Inputs:
     tokenizer: str | None = None  # of prompts, the content of a tokenizer.json
 
 
-def read_inputs(name: str, policy: Any, preprocess: Any) -> Inputs:
+def read_inputs(name: str, family: str, policy: Any, preprocess: Any) -> Inputs:
     """Read how the processors of a checkpoint make the model's inputs.
 
     Args:
         name: The checkpoint, for errors.
+        family: Family of its export.
         policy: The policy.
         preprocess: Its preprocessor.
 
@@ -53,15 +53,29 @@ def read_inputs(name: str, policy: Any, preprocess: Any) -> Inputs:
         ConfigError: An export cannot make the same inputs.
     """
     config = policy.config
+    visual = config.normalization_mapping.get("VISUAL", "IDENTITY")
+    if getattr(visual, "value", visual) != "IDENTITY":
+        raise ConfigError(
+            f"{name} normalizes images as {visual}; exports support IDENTITY. Run it with torch."
+        )
     state = _state(name, policy, preprocess)
     kinds = (InstructionWordsStep, PromptTokensStep, VLMInputsStep)
     step = next((step for step in preprocess.steps if isinstance(step, kinds)), None)
-    cameras = list(config.cameras)
+    cameras = list(policy.backbone.cameras if family == "compact" else config.cameras)
     sizes = [list(config.input_features[camera].shape[1:]) for camera in cameras]
+    stems = list(range(len(cameras)))
+    images = (
+        ImageSettings(cameras, sizes, stems, "square", policy.backbone.image_size)
+        if family == "compact"
+        else ImageSettings(cameras, sizes, stems, "declared")
+    )
     if isinstance(step, InstructionWordsStep):
-        return _words(policy, step, state, cameras, sizes)
+        text = TextSettings(
+            "words", step.max_words, list(step.vocabulary), padded=family == "compact"
+        )
+        return Inputs(images, state, text)
     if isinstance(step, PromptTokensStep):
-        return _tokens(name, step, state, cameras, sizes)
+        return _tokens(name, step, state, images)
     if isinstance(step, VLMInputsStep):
         return _chat(name, step, state)
     raise ConfigError(f"{name} has no step that reads instructions; export another checkpoint.")
@@ -89,36 +103,12 @@ def _state(name: str, policy: Any, preprocess: Any) -> StateSettings:
     return StateSettings(states[0], size, mean, std, float(normalizer.eps))
 
 
-def _words(
-    policy: Any,
-    step: InstructionWordsStep,
-    state: StateSettings,
-    cameras: list[str],
-    sizes: list[list[int]],
-) -> Inputs:
-    """Words of a vocabulary; the compact backbone resizes its images."""
-    side = getattr(policy.backbone, "image_size", None)
-    numbers = list(range(len(cameras)))
-    images = (
-        ImageSettings(cameras, sizes, numbers, "declared")
-        if side is None
-        else ImageSettings(list(policy.backbone.cameras), sizes, numbers, "square", side)
-    )
-    text = TextSettings("words", step.max_words, list(step.vocabulary), padded=side is not None)
-    return Inputs(images, state, text)
-
-
-def _tokens(
-    name: str,
-    step: PromptTokensStep,
-    state: StateSettings,
-    cameras: list[str],
-    sizes: list[list[int]],
-) -> Inputs:
+def _tokens(name: str, step: PromptTokensStep, state: StateSettings, images: Any) -> Inputs:
     """Tokens of the bare instruction."""
-    text = TextSettings("prompt", step.max_length, cut=True)
-    images = ImageSettings(cameras, sizes, list(range(len(cameras))), "declared")
-    return Inputs(images, state, text, _tokenizer(name, step.input_tokenizer))
+    tokenizer = step.input_tokenizer
+    cut = tokenizer.truncation_side if step.truncation else ""
+    text = TextSettings("prompt", step.max_length if cut else LONGEST_PROMPT, cut=cut)
+    return Inputs(images, state, text, _tokenizer(name, tokenizer))
 
 
 def _chat(name: str, step: VLMInputsStep, state: StateSettings) -> Inputs:
@@ -126,7 +116,7 @@ def _chat(name: str, step: VLMInputsStep, state: StateSettings) -> Inputs:
     processor = step.processor
     images = processor.image_processor
     kind = type(processor).__name__.removesuffix("Processor").lower()
-    unusual = {key: value for key, value in _USUAL.items() if getattr(images, key, value) != value}
+    unusual = {key: value for key, value in _USUAL.items() if getattr(images, key, None) != value}
     if kind not in SQUARE_IMAGES or step.layout != "separate" or unusual:
         why = ", ".join(f"{key} must be {value}" for key, value in unusual.items())
         raise ConfigError(
@@ -135,7 +125,14 @@ def _chat(name: str, step: VLMInputsStep, state: StateSettings) -> Inputs:
             "separate cameras whose images are not split. Run it with torch."
         )
     sizes = [list(size) for size in step.sizes.values()]
-    chains = [_resizes(images, size) for size in sizes]
+    with raised_as(
+        ConfigError, f"The image processor of {name} is not supported", "run it with torch."
+    ):
+        chains = [_resizes(images, size) for size in sizes]
+        mean, std = (
+            np.broadcast_to(values, 3).tolist() for values in (images.image_mean, images.image_std)
+        )
+        resample = int(images.resample)
     count = len(sizes)
     prompt = step.prompt_text(count)
     text = TextSettings(
@@ -152,10 +149,10 @@ def _chat(name: str, step: VLMInputsStep, state: StateSettings) -> Inputs:
         list(range(count)),
         "bytes",
         resizes=chains,
-        resample=int(images.resample),
+        resample=resample,
         scale=images.rescale_factor,
-        mean=list(images.image_mean),
-        std=list(images.image_std),
+        mean=mean,
+        std=std,
     )
     return Inputs(found, state, text, _tokenizer(name, processor.tokenizer))
 

@@ -28,6 +28,7 @@ from ceed_vla.export.onnx_files import write_graph
 from ceed_vla.export.slots import SLOT, read_slots
 
 LAYERS = "LlamaModel"
+MOST_PREFIX = 65_536  # positions
 _VARYING = ("dynamic", "longrope")  # kinds of rotary positions that depend on the length
 _LONGEST_TRACED = 4096  # bound of the axes while torch exports; the graphs have none
 
@@ -247,12 +248,12 @@ def write_llama(
         [*SLOT, "new_keys", "new_values"],
         {"keys": {2: positions}, "values": {2: positions}, "embeds": {1: k}},
     )
-    most = int(decoder.config.max_position_embeddings) - model.block_length
+    most = min(int(decoder.config.max_position_embeddings) - model.block_length, MOST_PREFIX)
     longest = min(text.longest, most - more - len(text.behind))
     if longest < 1:
         raise ConfigError(
-            f"The model has {most + model.block_length} positions; images and block leave none for "
-            "the instruction."
+            f"The prefix may have {most} positions, and images and state take "
+            f"{more + len(text.behind)}; none are left for the instruction. Use smaller images."
         )
     prefix_length = longest + len(text.behind) + more
     cache = CacheSettings(len(decoder.layers), heads, width, prefix_length)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ceed_vla.errors import CheckpointError, raised_as
+from ceed_vla.edge.settings import MOST_GRAPH
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 
 OPSET = 20
 
@@ -34,7 +35,15 @@ def write_graph(
 
     Raises:
         CheckpointError: torch cannot export it.
+        ConfigError: Its weights do not fit into one file.
     """
+    weights = (*module.parameters(), *module.buffers())
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    if size > MOST_GRAPH:
+        raise ConfigError(
+            f"{file.name} would have {size / 1e9:.1f} GB of weights; exports support at most "
+            f"{MOST_GRAPH / 1e9:.1f} per graph. Run it with torch."
+        )
     shapes = None if dynamic is None else tuple(dynamic.get(name) for name in inputs)
     with (
         raised_as(CheckpointError, f"{file.name} cannot be exported", "report the checkpoint."),

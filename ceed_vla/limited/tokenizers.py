@@ -44,12 +44,14 @@ def check_tokenizers(folder: Path, texts: Iterable[str] = ()) -> None:
         _check(content, file.suffix, str(file), tried, CheckpointError)
 
 
-def check_tokenizer_text(text: str, what: str, error: type[CeedVLAError]) -> None:
+def check_tokenizer_text(
+    text: str, what: str, error: type[CeedVLAError], texts: Iterable[str] = ()
+) -> None:
     """As `check_tokenizers`, for the content of a tokenizer.json; raises `error`.
 
     Messages call the content `what`.
     """
-    _check(text.encode("utf-8", "surrogatepass"), ".json", what, [], error)
+    _check(text.encode("utf-8", "surrogatepass"), ".json", what, [*texts], error)
 
 
 def _check(

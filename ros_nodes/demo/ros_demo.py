@@ -55,6 +55,7 @@ class RosDemoConfig(Checked, prefix="--"):
         action_interface: Interface of commands to the arm, from launch/config/tabletop_robot.yaml.
         decoding: Decoder name: ceed, jacobi, ar, cap2, ...
         engine: Engine of the policy, as the parameter of the node.
+        threads: CPU threads of inference, as `inference_threads` of the node.
         replan_steps: Steps after which the next chunk is due, as the parameter of the node.
         inference_delay: Time added to every chunk, to test that the command rate does not depend on
             it [s].
@@ -84,6 +85,7 @@ class RosDemoConfig(Checked, prefix="--"):
     action_interface: str = "forward_position"
     decoding: str = "ceed"
     engine: str = chosen("auto", ENGINES)
+    threads: int = ranged(1, "[1, 64]")
     replan_steps: int = ranged(0, "[0, 64]")
     inference_delay: float = ranged(0.0, "[0, 5]")
     stream_seconds: float = ranged(0.0, "[0, 3600]")
@@ -105,6 +107,7 @@ REAL_TIME = (
     "checkpoint",
     "decoding",
     "engine",
+    "threads",
     "inference_delay",
     "stream_seconds",
     "kill",
@@ -150,6 +153,7 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
         "action_interface": config.action_interface,
         "decoding": config.decoding,
         "engine": config.engine,
+        "inference_threads": config.threads,
         "replan_steps": config.replan_steps,
         "inference_delay": config.inference_delay,
         "command_rate": COMMAND_RATE,

@@ -109,6 +109,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: with_settings(f, lambda s: s.update(family="llama")),
         "it must have stem_0.onnx, stem_1.onnx, prefix.onnx",
     ),
+    "text without words": (
+        lambda f: with_settings(f, lambda s: s["text"].update(vocabulary=[])),
+        "text.vocabulary has 0 words",
+    ),
+    "images of another kind": (
+        lambda f: with_settings(f, lambda s: s["images"].update(kind="declared")),
+        "family is compact with declared images",
+    ),
+    "resizes that nobody reads": (
+        lambda f: with_settings(f, lambda s: s["images"].update(resizes=[[], []])),
+        "only bytes have resizes",
+    ),
+    "too many cameras": (
+        lambda f: with_settings(f, lambda s: s["images"].update(cameras=list(map(str, range(99))))),
+        "99 entries; at most 64",
+    ),
+    "sides": (
+        lambda f: with_settings(f, lambda s: s["images"].update(sizes=[[96, 96], [96, 8193]])),
+        "in .1, 8192.",
+    ),
     "increments": (
         lambda f: with_settings(f, lambda s: s.update(delta_dims=[7])),
         "must be dimensions in .0, 6.",

@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("onnxscript", reason="exports need the extra export")
 
 import onnx
-from damaged_exports import DAMAGES, with_settings
+from damaged_exports import DAMAGES, other_graph, outside_graph, with_settings
 from onnx import numpy_helper
 
 import ceed_vla
@@ -372,3 +372,14 @@ def test_stems_that_ran_ahead_change_nothing(edge: EdgePolicy, observations: lis
         edge.decode(rest, instruction, features=other)
     with pytest.raises(ObservationError, match="There is no camera 'top'; choose one of observ"):
         edge.run_stem("top", raw[cameras[0]], instruction)
+
+
+def test_weights_beside_the_process_are_not_read(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Onnxruntime looks for the external data of a graph in memory in the working folder."""
+    (tmp_path / "beside.bin").write_bytes(b"\0" * 4)
+    monkeypatch.chdir(tmp_path)
+    other_graph(copy, outside_graph("beside.bin"))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        EdgePolicy(copy)

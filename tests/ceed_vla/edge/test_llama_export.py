@@ -20,6 +20,7 @@ pytest.importorskip("onnxscript", reason="exports need the extra export")
 
 from damaged_exports import with_settings
 from tiny_vlms import make_tiny_vlm
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ceed_vla
 from ceed_vla import CeedVLAPolicy
@@ -29,6 +30,7 @@ from ceed_vla.decoding import DecodingConfig
 from ceed_vla.edge import EdgePolicy
 from ceed_vla.edge.observation import random_observation
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
+from ceed_vla.export import cached
 from ceed_vla.export.cached import cached_export
 from ceed_vla.export.export import ExportConfig, export
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
@@ -70,9 +72,19 @@ def checkpoint(folder: Path, backbone: Any, sizes: tuple[int, int] = (96, 96)) -
 
 
 def smolvlm(
-    folder: Path, family: str = "smolvlm", sizes: tuple[int, int] = (96, 96), **settings: Any
+    folder: Path,
+    family: str = "smolvlm",
+    sizes: tuple[int, int] = (96, 96),
+    split: bool = False,
+    **settings: Any,
 ) -> Path:
     base = make_tiny_vlm(family, folder / "base", scale=3.0)
+    if split:
+        file = base / "preprocessor_config.json"
+        file = file if file.exists() else base / "processor_config.json"
+        text = file.read_text()
+        assert '"do_image_splitting": false' in text
+        file.write_text(text.replace('"do_image_splitting": false', '"do_image_splitting": true'))
     return checkpoint(folder / "policy", VLMConfig(path=str(base), **settings), sizes)
 
 
@@ -197,6 +209,37 @@ def test_observations_that_do_not_fit(pair: tuple[Path, Path]) -> None:
             edge.decode(raw, "lift <image>")
         with pytest.raises(ObservationError, match=r"The prompt has \d+ tokens, more than"):
             edge.decode(raw, "lift it " * 500)
+        with pytest.raises(ObservationError, match=r"The tokenizer cannot read the instruction"):
+            edge.decode(raw, "lift \ud800")
+
+
+def test_long_instructions_are_cut_as_by_torch(tmp_path: Path) -> None:
+    """A backbone that reads at most 6 tokens of a prompt."""
+    base = make_tiny_vlm("smolvlm", tmp_path / "base", scale=3.0)
+    tokenizer = AutoTokenizer.from_pretrained(str(base))
+    language = LlamaForCausalLM(
+        LlamaConfig(  # type: ignore[call-arg]
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    language.save_pretrained(tmp_path / "language")
+    tokenizer.save_pretrained(tmp_path / "language")
+    backbone = language_model_config()(path=str(tmp_path / "language"), max_words=6)
+    source = checkpoint(tmp_path / "policy", backbone)
+    export(ExportConfig(str(source), str(tmp_path / "export")))
+    edge = EdgePolicy(tmp_path / "export", threads=1)
+    assert edge.settings.text.cut == "right"
+    policy, preprocess, _ = ceed_vla.load(source)
+    for instruction in ("lift", "push the red cube to the left, then stack it"):
+        raw, _ = random_observation(edge.settings, 5)
+        wanted = policy.decode(preprocess(as_batch(raw, instruction)), "ar").tokens
+        np.testing.assert_array_equal(edge.decode(raw, instruction, "ar").tokens, wanted)
+    assert edge.reader.words("push the red cube to the left").shape == (1, 6)
 
 
 def test_int8(tmp_path: Path) -> None:
@@ -210,20 +253,29 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "other family": (partial(smolvlm, family="qwen2_5_vl"), "not a LlamaModel"),
     "other images": (partial(smolvlm, family="llava"), "LlavaProcessor with separate cameras"),
     "stacked": (partial(smolvlm, cameras="stacked"), "with stacked cameras"),
+    "split images": (partial(smolvlm, split=True), "do_image_splitting must be False"),
     "bfloat16": (partial(smolvlm, dtype="bfloat16"), "its weights are not float32"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_exported(case: str, tmp_path: Path) -> None:
+def test_what_cannot_be_exported(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise ConfigError("It cannot be exported. Run it with torch.")
+
     make, message = REFUSED[case]
     source = make(tmp_path)
     with pytest.raises(ConfigError, match=message):
         export(ExportConfig(str(source), str(tmp_path / "export")))
     assert not (tmp_path / "export").exists()
-    if case != "stacked":  # what the engine auto does not try
-        with pytest.raises(ConfigError, match="exports support idefics3 and smolvlm of float32"):
+    started = []
+    monkeypatch.setattr(cached, "_export_once", lambda *args: started.append(args) or refuse())
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="Run it with torch"):
             cached_export(source)
+    assert len(started) == (case in ("stacked", "split images"))  # the others are not tried
 
 
 @pytest.mark.parametrize("pair", [smolvlm2], indirect=True)

@@ -25,7 +25,7 @@ class Choice:
     def get_choice_class(cls, name: str) -> Any:
         """The dataclass called `name`; `ConfigError` if there is none."""
         if name not in cls._choice_registry:
-            known = ", ".join(cls._choice_registry)
+            known = ", ".join(sorted(cls._choice_registry))
             raise ConfigError(f"{cls.setting}.type is {name!r}; choose one of {known}.")
         return cls._choice_registry[name]
 

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.folders import PRETRAINED
 
 LIMIT_S = 90.0  # a first start compiles thousands of modules of torch, transformers and LeRobot
 SHIPPED = Path(__file__).parent / "pretrained"
@@ -294,7 +295,7 @@ def _disk() -> Generator[Finding]:
 def _checkpoints() -> Generator[Finding]:
     from safetensors import SafetensorError, safe_open
 
-    for name in ("teacher", "student"):
+    for name in PRETRAINED:
         file = SHIPPED / name / "model.safetensors"
         try:
             # refuses a file that is too short or too long

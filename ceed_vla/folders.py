@@ -17,7 +17,7 @@ from ceed_vla.fields import short
 
 _logger = logging.getLogger(__name__)
 
-PRETRAINED = ("teacher", "student")
+PRETRAINED = ("teacher", "student", "student_all_tokens")
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TEMPLATE = "robot.yaml"  # the file of the robot that a checkpoint was trained with, if it has one
@@ -35,7 +35,8 @@ FILES = (*POLICY_FILES, *PROCESSOR_FILES)
 def pretrained_path(name: str) -> Path:
     """Folder of a shipped checkpoint.
 
-    In the package are "teacher" (autoregressive) and "student" (consistency-distilled).
+    In the package are "teacher" (autoregressive), "student" (consistency-distilled; it runs 8 of
+    the 46 image tokens and words of its prefix), and "student_all_tokens", which runs all of them.
     "metaworld/student" is the student of an installed wheel of weights, ceed_vla_metaworld, which
     is not imported.
     """

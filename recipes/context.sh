@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains students that run 8 of the shipped student's 46 prefix tokens, in two rounds and with three seeds
-# (docs/reports/context.md). Takes two hours on two cores. After an interrupt run the script again: every step except the
+# Trains the shipped student, which runs 8 of 46 prefix tokens, from one that runs all of them: in two rounds, with three
+# seeds (docs/reports/context.md). Takes two hours on two cores. After an interrupt run the script again: every step except the
 # scorer's training resumes.
 #
 #   bash recipes/context.sh [OUTPUT_FOLDER] [KEPT_TOKENS]
@@ -20,7 +20,7 @@ record() { # name mode episodes seed [other flags]
   ceed-vla record --resume true --workers 2 --root "$out/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
 }
 collect() { # name roots frames
-  ceed-vla collect --policy.path student --roots "$2" --output_dir "$out/$1" --states false --max_frames "$3" \
+  ceed-vla collect --policy.path student_all_tokens --roots "$2" --output_dir "$out/$1" --states false --max_frames "$3" \
     --workers 2 --resume true
 }
 finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
@@ -33,18 +33,18 @@ distil() { # name seed trajectories roots steps
       --confidence 0.2 --threads 1 --validate_episodes 0 --resume "$resume"
 }
 
-# 1. Record demonstrations, and the states that the shipped student reaches with one forward per chunk and with its early
+# 1. Record demonstrations, and the states that the student with all tokens reaches with one forward per chunk and with its early
 #    exit.
 record perturb0 perturb 800 1000
 record perturb1 perturb 500 3000
-record drift0 takeover 960 37000 --policy.path student --decoding cap1
-record takeover0 takeover 240 35000 --policy.path student --decoding ceed
+record drift0 takeover 960 37000 --policy.path student_all_tokens --decoding cap1
+record takeover0 takeover 240 35000 --policy.path student_all_tokens --decoding ceed
 seen="$out/perturb1,$out/drift0,$out/takeover0"
 roots="$out/perturb0,$seen"
 
 # 2. Train a scorer of the prefix tokens for the frozen student. Collect the student's fixed points, the new student's targets.
 [ -e "$out/scored/context.safetensors" ] ||
-  ceed-vla context --policy.path student --roots "$seen" --output_dir "$out/scored" --steps 120 --dropped 40
+  ceed-vla context --policy.path student_all_tokens --roots "$seen" --output_dir "$out/scored" --steps 120 --dropped 40
 collect trajectories "$roots" 20000
 
 # 3. First round: distil the student that runs the best tokens. Record the states that it reaches with one forward.
@@ -60,10 +60,10 @@ for seed in 0 1 2; do
 done
 wait_all
 
-# 5. Evaluate them and the shipped student on the same episodes: choices on seeds from 40000, the table from 50000 once.
+# 5. Evaluate them and the student with all tokens on the same episodes: choices on seeds from 40000, the table from 50000 once.
 for first in 40000 50000; do
   for seed in 0 1 2; do
-    ceed-vla eval --policy.path "$out/kept${kept}_$seed/checkpoints/final" --teacher.path student \
+    ceed-vla eval --policy.path "$out/kept${kept}_$seed/checkpoints/final" --teacher.path student_all_tokens \
       --decoders ceed,cap1,teacher_ceed,teacher_cap1 --episodes 400 --seed "$first" --workers 2 --timing_chunks 0 \
       --clips false --resume true --output_dir "$out/evaluate_${first}_$seed"
   done

@@ -98,7 +98,7 @@ def student() -> Any:
     """The shipped student with linear exits and a scorer of prefix tokens, randomly initialised
     from a seed.
     """
-    policy = load("student")[0]
+    policy = load("student_all_tokens")[0]
     backbone = policy.backbone
     generator = torch.Generator().manual_seed(0)
     width = backbone.exit_parts()[2]

@@ -107,7 +107,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other family": (
         lambda f: with_settings(f, lambda s: s.update(family="llama")),
-        "it must have stem_0.onnx, stem_1.onnx, prefix.onnx",
+        "the cache must have a position for each",
     ),
     "text without words": (
         lambda f: with_settings(f, lambda s: s["text"].update(vocabulary=[])),

@@ -12,7 +12,7 @@ from ceed_vla.axes.depth.exits import make_exits
 
 def student_with_exits() -> tuple[Any, Any, Any]:
     """The shipped student with its processors, and linear exits that are nearly its last norm."""
-    policy, pre, post = load("student")
+    policy, pre, post = load("student_all_tokens")
     policy.backbone.exits = make_exits(policy.backbone, [1, 2, 3], "linear")
     generator = torch.Generator().manual_seed(0)
     for own in policy.backbone.exits.values():

@@ -34,13 +34,13 @@ A = 7
 @pytest.fixture(scope="module", params=MODES)
 def worker(request: pytest.FixtureRequest) -> Iterator[InferenceWorker]:
     """The shipped student, in a thread and in a process."""
-    with running("student", mode=request.param, replan_steps=4) as started:
+    with running("student_all_tokens", mode=request.param, replan_steps=4) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def policy() -> tuple[Any, Any, Any]:
-    return ceed_vla.load("student")
+    return ceed_vla.load("student_all_tokens")
 
 
 def test_the_spec_is_the_checkpoints(worker: InferenceWorker) -> None:
@@ -101,7 +101,7 @@ def test_one_request_at_a_time(worker: InferenceWorker) -> None:
     ],
 )
 def test_steps_that_are_certain_come_before_the_chunk(mode: str, decoding: str, parts: int) -> None:
-    with running("student", mode=mode, decoding=decoding) as worker:
+    with running("student_all_tokens", mode=mode, decoding=decoding) as worker:
         request = Request(5, observation(), INSTRUCTION, stream=True)
         assert worker.submit(request)
         answers = [wait(worker)]

@@ -35,7 +35,7 @@ def random_scorer(width: int, tokens: int, seed: int = 0) -> ContextScorer:
 
 @pytest.fixture
 def student() -> tuple[Any, Any, Any]:
-    policy, pre, post = load("student")
+    policy, pre, post = load("student_all_tokens")
     policy.backbone.context = (random_scorer(192, TOKENS),)
     return policy, pre, post
 
@@ -120,7 +120,7 @@ def test_kept_tokens_are_ascending_and_the_state_stays(student: Any) -> None:
 
 @pytest.mark.slow
 def test_a_backbone_may_run_a_part_of_its_prefix(batch: dict[str, Any], tmp_path: Path) -> None:
-    policy, pre, post = load("student")
+    policy, pre, post = load("student_all_tokens")
     whole = policy.backbone.embed_prefix(batch)
     policy.config.backbone.kept_tokens = kept = [6, 28, 45]
     policy.backbone.keep(kept)
@@ -130,7 +130,7 @@ def test_a_backbone_may_run_a_part_of_its_prefix(batch: dict[str, Any], tmp_path
     for name in ("jacobi", "jacobi_random", "ngram8", "loop60"):
         assert torch.equal(policy.decode(batch, name).tokens, greedy), name
     assert policy.decode(batch, "jacobi").exact.all()
-    assert not torch.equal(greedy, load("student")[0].decode(batch, "ar").tokens)
+    assert not torch.equal(greedy, load("student_all_tokens")[0].decode(batch, "ar").tokens)
     save(tmp_path, policy, pre, post)
     again, _, _ = load(tmp_path)
     assert torch.equal(again.decode(batch, "ar").tokens, greedy)
@@ -147,10 +147,10 @@ def test_a_scorer_is_a_file_beside_bit_equal_weights(
     policy, pre, post = student
     expected = policy.decode(batch, "keep20_cap2").tokens
     save(tmp_path, policy, pre, post)
-    assert weights_hash(tmp_path) == weights_hash("student")
+    assert weights_hash(tmp_path) == weights_hash("student_all_tokens")
     again, _, _ = load(tmp_path)
     assert torch.equal(again.decode(batch, "keep20_cap2").tokens, expected)
-    assert set(again.state_dict()) == set(load("student")[0].state_dict())
+    assert set(again.state_dict()) == set(load("student_all_tokens")[0].state_dict())
     assert not any(parameter.requires_grad for parameter in again.backbone.context[0].parameters())
     assert again.to(torch.float64).backbone.context[0].place.dtype == torch.float64
     (unsealed(tmp_path) / CONTEXT).unlink()

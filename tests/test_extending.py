@@ -34,7 +34,7 @@ from ceed_vla.decoding import (
 )
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from ceed_vla.ros_nodes.robot.predictor import Predictor, PredictorSettings, Request
+from ceed_vla.serving.predictor import Predictor, PredictorSettings, Request
 from ceed_vla.tokens.uniform import ActionTokenizer
 from tests.helpers.edits import unsealed
 from tests.helpers.tabletop import tabletop_config

@@ -22,7 +22,7 @@ from ceed_vla.files import write_text
 from ceed_vla.folders import resolve_served
 from ceed_vla.outputs import claimed_folder, default_console
 from ceed_vla.ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
-from ceed_vla.ros_nodes.robot.predictor_types import ENGINES
+from ceed_vla.serving.predictor_types import ENGINES
 from ceed_vla.sim.recording.interrupts import handled_by
 from ceed_vla.sim.seeds import EVALUATION_SEEDS
 from ceed_vla.sim.tabletop import MAX_EPISODE_STEPS

@@ -39,18 +39,18 @@ from ceed_vla.ros_nodes.robot.parameters import defaults
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup, make_setup
 from ceed_vla.ros_nodes.robot.pose_trust import TRUST_TIME
-from ceed_vla.ros_nodes.robot.predictor import (
+from ceed_vla.ros_nodes.robot.safety import Decision
+from ceed_vla.ros_nodes.robot.step_grid import SLEW
+from ceed_vla.ros_nodes.robot.streaming import GRIPPER_PERIOD, command_message
+from ceed_vla.ros_nodes.simulated.commands import obey
+from ceed_vla.ros_nodes.simulated.robot import JOINTS, SimRobot
+from ceed_vla.serving.predictor import (
     PolicySpec,
     Predictor,
     PredictorSettings,
     Request,
     Response,
 )
-from ceed_vla.ros_nodes.robot.safety import Decision
-from ceed_vla.ros_nodes.robot.step_grid import SLEW
-from ceed_vla.ros_nodes.robot.streaming import GRIPPER_PERIOD, command_message
-from ceed_vla.ros_nodes.simulated.commands import obey
-from ceed_vla.ros_nodes.simulated.robot import JOINTS, SimRobot
 from ceed_vla.sim.plots import save_figure
 from ceed_vla.sim.success import success_entry
 from ceed_vla.sim.tabletop.env import CTRL_DT

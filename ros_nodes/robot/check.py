@@ -26,12 +26,12 @@ from ceed_vla.ros_nodes.robot.findings import explained, split, verdict
 from ceed_vla.ros_nodes.robot.observations import Observations
 from ceed_vla.ros_nodes.robot.parameters import defaults
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ceed_vla.ros_nodes.robot.predictor import PolicySpec, declared_spec
 from ceed_vla.ros_nodes.robot.review import feature_lengths, review
 from ceed_vla.ros_nodes.robot.robot_file import RobotConfig, load_robot_config
 from ceed_vla.ros_nodes.robot.safety import SafetyLimits
-from ceed_vla.ros_nodes.robot.texts import short
 from ceed_vla.ros_nodes.robot.yaml_fields import Fields
+from ceed_vla.serving.predictor import PolicySpec, declared_spec
+from ceed_vla.texts import short
 
 
 @dataclass

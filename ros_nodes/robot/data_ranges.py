@@ -19,7 +19,7 @@ from ceed_vla.errors import CheckpointError
 from ceed_vla.files import plain_name, read_json, regular
 from ceed_vla.folders import POSTPROCESSOR, PREPROCESSOR, resolve_served
 from ceed_vla.kinematics import Array
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.texts import short
 
 ACTION = "action"
 _MOST_HEADER = 1_000_000  # [bytes]

@@ -15,7 +15,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from ceed_vla.ros_nodes.robot.controller import PolicyController
 from ceed_vla.ros_nodes.robot.mode import HARMLESS, LOADING, Mode, State
 from ceed_vla.ros_nodes.robot.safety import SafetyFilter
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.texts import short
 
 SUSTAINED = 3  # time over which clamping counts as sustained [s], one publication per second
 MOST_CLAMPED = 0.5  # largest share of commands in that time that may be clamped

@@ -9,7 +9,7 @@ import numpy as np
 
 from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.robot_file import RobotConfig
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.texts import short
 
 PROBLEM, WARNING = "problem", "warning"
 LONGEST_TEXT = 1200  # largest number of characters of all problems in one message

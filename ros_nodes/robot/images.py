@@ -12,14 +12,15 @@ import math
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ObservationError
-from ceed_vla.ros_nodes.robot.texts import short, shown
+from ceed_vla.serving.predictor_types import Seen
+from ceed_vla.texts import short, shown
 
 if TYPE_CHECKING:
     from PIL import Image as PillowImage
@@ -203,26 +204,6 @@ class Shown:
     def pixels(self) -> NDArray[np.uint8]:
         """Decode the image; as `CameraImage.pixels`."""
         return self.image.pixels(self.view)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Result of decoding the images of an observation.
-
-    Attributes:
-        problems: Feature -> why its image is bad; None if it is good.
-        blank: Features whose pixels all have one colour.
-        seconds: Time of decoding [s].
-    """
-
-    problems: Mapping[str, str | None] = field(default_factory=dict)
-    blank: tuple[str, ...] = ()
-    seconds: float = 0.0
-
-    @property
-    def problem(self) -> str:
-        """Why the first bad image is bad; "" if all are good."""
-        return next(filter(None, self.problems.values()), "")
 
 
 def decode(observation: Mapping[str, Any]) -> tuple[dict[str, Any], Seen]:

@@ -30,7 +30,7 @@ from typing import Any
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.ros_nodes.robot.images import Seen, decode
-from ceed_vla.ros_nodes.robot.predictor import (
+from ceed_vla.serving.predictor import (
     BAD_IMAGE,
     LOOK,
     PolicySpec,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from sensor_msgs.msg import JointState
 
 from ceed_vla.ros_nodes.robot.messages import seconds
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.texts import short
 
 _FIELDS = ("position", "velocity", "effort")
 

@@ -13,7 +13,7 @@ import numpy as np
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import ArmKinematics, Array
 from ceed_vla.ros_nodes.robot.model_file import read_model, text_of, urdf_velocities
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.texts import short
 
 
 class ModelArm(ArmKinematics):

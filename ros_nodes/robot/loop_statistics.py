@@ -8,7 +8,7 @@ from collections import Counter, deque
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.ros_nodes.robot.predictor import Response
+from ceed_vla.serving.predictor import Response
 
 MISSED = 1.5  # gap between commands that counts as a missed tick [periods]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ceed_vla.ros_nodes.robot.safety import Hold
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.texts import short
 
 WAITING = "waiting"  # code of a hold: the first chunk, or what it needs, is missing
 STARVED = "starved"  # code of a hold: the chunk ended before the next one arrived

@@ -13,7 +13,7 @@ from xml.parsers import expat
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.files import regular
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.texts import short
 
 MOST_BYTES = 5_000_000  # of a model and all files that it includes
 MOST_FILES = 50

@@ -18,7 +18,7 @@ from rclpy.parameter import Parameter
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import Allowed, Interval, describe, fits
-from ceed_vla.ros_nodes.robot.texts import short, shown
+from ceed_vla.texts import short, shown
 
 START = "start"
 SETUP = "setup"

@@ -52,7 +52,7 @@ from ceed_vla.ros_nodes.robot.safety import NOT_ENABLED, Hold
 from ceed_vla.ros_nodes.robot.spinning import keep_memory, raise_priority, run
 from ceed_vla.ros_nodes.robot.step_grid import SLEW
 from ceed_vla.ros_nodes.robot.streaming import Streaming
-from ceed_vla.ros_nodes.robot.texts import instruction_problem, short, shown
+from ceed_vla.texts import instruction_problem, short, shown
 
 LONGEST_FAILURE = 500  # characters: the value, the rule and the remedy
 _LOAD_TIMEOUT = 900.0  # of an autostart: billions of weights from a slow disk, or compiling [s]

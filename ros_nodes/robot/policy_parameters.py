@@ -5,8 +5,8 @@ import shutil
 from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES
 from ceed_vla.ros_nodes.robot.outage import RESUME_WITHIN
 from ceed_vla.ros_nodes.robot.parameters import LIVE, START, NodeParameter
-from ceed_vla.ros_nodes.robot.predictor import ENGINES
-from ceed_vla.ros_nodes.robot.texts import LONGEST_INSTRUCTION, instruction_problem, shown
+from ceed_vla.serving.predictor import ENGINES
+from ceed_vla.texts import LONGEST_INSTRUCTION, instruction_problem, shown
 
 POLICY_PARAMETERS = (
     # First, because the packages register choices of the parameters below.

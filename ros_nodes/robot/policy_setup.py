@@ -22,11 +22,11 @@ from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.observations import Camera, Observations
 from ceed_vla.ros_nodes.robot.policy_stream import PolicyStream
 from ceed_vla.ros_nodes.robot.pose_trust import PHYSICAL_VELOCITY
-from ceed_vla.ros_nodes.robot.predictor import PolicySpec, declared_spec
 from ceed_vla.ros_nodes.robot.review import feature_lengths, review
 from ceed_vla.ros_nodes.robot.robot_file import RobotConfig, load_robot_config, with_topics
 from ceed_vla.ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
 from ceed_vla.ros_nodes.robot.step_grid import StepGrid
+from ceed_vla.serving.predictor import PolicySpec, declared_spec
 
 if TYPE_CHECKING:
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm

@@ -14,10 +14,10 @@ from ceed_vla.ros_nodes.robot.loop_statistics import LoopStatistics
 from ceed_vla.ros_nodes.robot.mode import WAITING
 from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.observations import Observations
-from ceed_vla.ros_nodes.robot.predictor import BAD_IMAGE, BAD_INSTRUCTION, LOOK, Request, Response
 from ceed_vla.ros_nodes.robot.safety import Hold
 from ceed_vla.ros_nodes.robot.step_grid import UNSURE, StepGrid
-from ceed_vla.ros_nodes.robot.texts import instruction_problem
+from ceed_vla.serving.predictor import BAD_IMAGE, BAD_INSTRUCTION, LOOK, Request, Response
+from ceed_vla.texts import instruction_problem
 
 # time between a failure and the next request, doubled after each failure [s]
 _FIRST_RETRY = 0.1

@@ -17,7 +17,7 @@ import numpy as np
 
 from ceed_vla.errors import ObservationError
 from ceed_vla.kinematics import Array
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.texts import short
 
 TRUST_TIME = 0.2  # time for which joint states must agree before their pose is trusted [s]
 TRUST_STATES = 3  # smallest number of states that must agree

@@ -16,8 +16,8 @@ import numpy as np
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import PoseLimits
 from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES, ActionInterface
-from ceed_vla.ros_nodes.robot.texts import short, shown
 from ceed_vla.ros_nodes.robot.yaml_fields import TOPIC, Fields
+from ceed_vla.texts import short, shown
 
 INVERSE = 1e-9  # largest error of a mapping there and back, as a share of its range
 PACKAGED = "launch/config/tabletop_robot.yaml"

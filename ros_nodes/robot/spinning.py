@@ -21,7 +21,7 @@ from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
 from ceed_vla.errors import CeedVLAError
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.texts import short
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 _LARGEST_BLOCK = 2**25  # largest block that is not returned; glibc's maximum [B]

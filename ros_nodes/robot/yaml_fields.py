@@ -10,7 +10,7 @@ from typing import Any
 
 from ceed_vla.cli.values import UsageError, read_yaml
 from ceed_vla.errors import ConfigError
-from ceed_vla.ros_nodes.robot.texts import LONGEST, short, shown
+from ceed_vla.texts import LONGEST, short, shown
 
 _MISSING: Any = object()
 HUGE = 1e6  # m, rad or anything per second; sums and squares of smaller numbers are finite

@@ -25,10 +25,10 @@ from ceed_vla.ros_nodes.robot.messages import array_to_image
 from ceed_vla.ros_nodes.robot.parameters import defaults
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup, make_setup
-from ceed_vla.ros_nodes.robot.predictor import PolicySpec, Request, Response, declared_spec
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 from ceed_vla.ros_nodes.robot.safety import Decision
 from ceed_vla.ros_nodes.robot.streaming import command_message
+from ceed_vla.serving.predictor import PolicySpec, Request, Response, declared_spec
 
 CHUNK, EXECUTED = 16, 8
 ANSWER = 0.02  # time that the policy takes per chunk [s]

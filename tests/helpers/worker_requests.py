@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker
-from ceed_vla.ros_nodes.robot.predictor import Request, Response
+from ceed_vla.serving.predictor import Request, Response
 
 FRONT = "observation.images.front"
 WRIST = "observation.images.wrist"

@@ -22,7 +22,7 @@ from lerobot.configs import PreTrainedConfig
 from ceed_vla.checkpoints.allowed import POLICIES, read_allowed
 from ceed_vla.cli.entry import main
 from ceed_vla.errors import CheckpointError
-from ceed_vla.ros_nodes.robot.predictor import Predictor, PredictorSettings
+from ceed_vla.serving.predictor import Predictor, PredictorSettings
 
 EVIL = """
 from pathlib import Path

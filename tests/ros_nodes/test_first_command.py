@@ -27,11 +27,11 @@ from ceed_vla.ros_nodes.robot import policy_setup
 from ceed_vla.ros_nodes.robot.messages import array_to_image
 from ceed_vla.ros_nodes.robot.parameters import defaults
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ceed_vla.ros_nodes.robot.predictor import Request, Response, declared_spec
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 from ceed_vla.ros_nodes.robot.safety import Decision
 from ceed_vla.ros_nodes.robot.streaming import command_message
 from ceed_vla.ros_nodes.simulated.controllers import ServoTwist
+from ceed_vla.serving.predictor import Request, Response, declared_spec
 
 PERIOD = 0.02  # of commands and of each driver's joint states [s]
 EXAMPLES = int(os.environ.get("CEED_VLA_FIRST_COMMAND_EXAMPLES", "20"))  # per interface

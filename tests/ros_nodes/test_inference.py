@@ -25,7 +25,7 @@ from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import NotFiniteError
 from ceed_vla.real_time import decode_behind
 from ceed_vla.ros_nodes.robot.inference import MODES, InferenceWorker
-from ceed_vla.ros_nodes.robot.predictor import Request
+from ceed_vla.serving.predictor import Request
 from tests.helpers.worker_requests import FRONT, INSTRUCTION, STATE, WRIST, ask, observation, wait
 
 A = 7

@@ -20,7 +20,7 @@ import ceed_vla.compiled.engine
 from ceed_vla.checkpoints import save
 from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker
-from ceed_vla.ros_nodes.robot.predictor import Predictor, PredictorSettings, Request
+from ceed_vla.serving.predictor import Predictor, PredictorSettings, Request
 from tests.helpers.edits import unsealed
 from tests.helpers.worker_requests import INSTRUCTION, STATE, ask, observation
 from tests.ros_nodes.conftest import tiny_act

@@ -26,8 +26,8 @@ from ceed_vla.ros_nodes.demo.simulated_time import (
     draw_event,
     first_change,
 )
-from ceed_vla.ros_nodes.robot.predictor import Request, Response, declared_spec
 from ceed_vla.ros_nodes.simulated.robot import SimRobot
+from ceed_vla.serving.predictor import Request, Response, declared_spec
 
 SEED = 40000
 PERIOD = 0.3  # time between chunks: one step less than the executed steps [s]

@@ -25,7 +25,7 @@ from ceed_vla.checkpoints.manifest import MANIFEST, SEALED, check_files, own_fil
 from ceed_vla.cli.entry import main
 from ceed_vla.errors import CheckpointError
 from ceed_vla.folders import CONFIG, CONTEXT, EXITS, WEIGHTS
-from ceed_vla.ros_nodes.robot.predictor import declared_spec
+from ceed_vla.serving.predictor import declared_spec
 from ceed_vla.sim.episode_log import fingerprint
 from tests.helpers.edits import edit, step, unsealed
 
@@ -347,7 +347,7 @@ def test_the_shipped_checkpoints_are_sealed() -> None:
 def test_reading_needs_no_torch() -> None:
     """A robot node reads what a checkpoint declares; its policy may run in another Python."""
     code = (
-        "import sys; from ceed_vla.ros_nodes.robot.predictor import declared_spec; "
+        "import sys; from ceed_vla.serving.predictor import declared_spec; "
         "print(declared_spec('student').chunk_steps, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

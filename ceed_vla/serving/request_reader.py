@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ObservationError
-from ceed_vla.ros_nodes.robot.predictor_types import PolicySpec, Request
-from ceed_vla.ros_nodes.robot.texts import shown
+from ceed_vla.serving.predictor_types import PolicySpec, Request
+from ceed_vla.texts import shown
 from ceed_vla.word_ids import split_words
 
 

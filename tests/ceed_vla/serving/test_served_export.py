@@ -16,12 +16,12 @@ import pytest
 
 pytest.importorskip("onnxscript", reason="exports need the extra export")
 
-import ceed_vla.ros_nodes.robot.predictor_loading as loading
+import ceed_vla.serving.predictor_loading as loading
 from ceed_vla.errors import CeedVLAError, ConfigError, VerificationError
 from ceed_vla.export.cached import cached_export
-from ceed_vla.ros_nodes.robot.predictor import Predictor, PredictorSettings, Request, Response
-from ceed_vla.ros_nodes.robot.served_checkpoint import ServedCeed
-from ceed_vla.ros_nodes.robot.served_export import ServedExport
+from ceed_vla.serving.predictor import Predictor, PredictorSettings, Request, Response
+from ceed_vla.serving.served_checkpoint import ServedCeed
+from ceed_vla.serving.served_export import ServedExport
 from tests.helpers.worker_requests import FRONT, INSTRUCTION, STATE, observation
 
 
@@ -164,7 +164,7 @@ def test_an_export_whose_tokens_this_machine_does_not_reproduce_is_refused(
 def test_an_export_is_served_without_torch(exported: Path) -> None:
     code = (
         "import sys\n"
-        "from ceed_vla.ros_nodes.robot.predictor import Predictor, PredictorSettings\n"
+        "from ceed_vla.serving.predictor import Predictor, PredictorSettings\n"
         f"Predictor(PredictorSettings({str(exported)!r}, engine='auto', warmup=1))\n"
         "Predictor(PredictorSettings('student', engine='auto', warmup=1))\n"
         "print([name for name in ('torch', 'lerobot', 'transformers') if name in sys.modules])\n"

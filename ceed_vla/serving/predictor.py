@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, CheckpointError, NotFiniteError
-from ceed_vla.ros_nodes.robot.failure_log import FailureLog
-from ceed_vla.ros_nodes.robot.predictor_loading import declared_spec, load_served
-from ceed_vla.ros_nodes.robot.predictor_types import (
+from ceed_vla.serving.failure_log import FailureLog
+from ceed_vla.serving.predictor_loading import declared_spec, load_served
+from ceed_vla.serving.predictor_types import (
     BAD_IMAGE,
     BAD_INSTRUCTION,
     ENGINES,
@@ -32,9 +32,9 @@ from ceed_vla.ros_nodes.robot.predictor_types import (
     Request,
     Response,
 )
-from ceed_vla.ros_nodes.robot.request_reader import InstructionError
-from ceed_vla.ros_nodes.robot.served_policy import DecodeOptions
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.serving.request_reader import InstructionError
+from ceed_vla.serving.served_policy import DecodeOptions
+from ceed_vla.texts import short
 
 __all__ = [
     "BAD_IMAGE",

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from ceed_vla.errors import CeedVLAError
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.texts import short
 
 _PERIOD = 10.0  # shortest time between two lines about failures of a known kind [s]
 _MOST_KINDS = 20  # largest number of kinds that get a line of their own

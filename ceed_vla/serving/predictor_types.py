@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.fields import COUNTS, Checked, chosen, ranged
-from ceed_vla.ros_nodes.robot.images import Seen
 
 ENGINES = ("auto", "eager", "compiled", "edge")
 BAD_INSTRUCTION = "bad_instruction"
@@ -39,12 +38,32 @@ class PolicySpec:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """Result of decoding the images of an observation.
+
+    Attributes:
+        problems: Feature -> why its image is bad; None if it is good.
+        blank: Features whose pixels all have one colour.
+        seconds: Time of decoding [s].
+    """
+
+    problems: Mapping[str, str | None] = field(default_factory=dict)
+    blank: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def problem(self) -> str:
+        """Why the first bad image is bad; "" if all are good."""
+        return next(filter(None, self.problems.values()), "")
+
+
+@dataclass(frozen=True)
 class Request:
     """The request of one chunk."""
 
     id: int  # repeated in the response
-    # Feature name -> vector (D,) of floats, or image: a `Shown` before `images.decode`, then
-    # (H, W, 3) uint8.
+    # Feature name -> vector (D,) of floats, or image (H, W, 3) uint8; in a ROS node, an
+    # image may still be encoded.
     observation: Mapping[str, Any]
     instruction: str
     # tokens (n,) of the running chunk, for the warm start

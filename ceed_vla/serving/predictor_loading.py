@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
-from ceed_vla.ros_nodes.robot.predictor_types import PolicySpec, PredictorSettings
-from ceed_vla.ros_nodes.robot.served_policy import ServedPolicy
-from ceed_vla.ros_nodes.robot.texts import short
+from ceed_vla.serving.predictor_types import PolicySpec, PredictorSettings
+from ceed_vla.serving.served_policy import ServedPolicy
+from ceed_vla.texts import short
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def declared_spec(checkpoint: str) -> PolicySpec:
     from ceed_vla.folders import is_export, resolve_checkpoint
 
     if is_export(checkpoint):
-        from ceed_vla.ros_nodes.robot.served_export import export_spec
+        from ceed_vla.serving.served_export import export_spec
 
         return export_spec(checkpoint, Path(checkpoint))
     config = read_config(resolve_checkpoint(checkpoint))
@@ -103,7 +103,7 @@ def load_served(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
             if engine == "edge":
                 raise
             logger.info("%s runs with torch. %s", settings.checkpoint, error)
-    from ceed_vla.ros_nodes.robot.served_checkpoint import ServedCeed, ServedCheckpoint
+    from ceed_vla.serving.served_checkpoint import ServedCeed, ServedCheckpoint
 
     kind = ServedCeed if spec.policy_type == "ceed_vla" else ServedCheckpoint
     return kind(settings, spec)
@@ -123,7 +123,7 @@ def _given_export(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy
     """Load the export that is the checkpoint; `ConfigError` if it does not run the decoding."""
     with raised_as(ConfigError, "onnxruntime cannot be imported", "install the extra edge."):
         from ceed_vla.edge.policy import EdgePolicy
-    from ceed_vla.ros_nodes.robot.served_export import ServedExport
+    from ceed_vla.serving.served_export import ServedExport
 
     served = ServedExport(EdgePolicy(Path(settings.checkpoint), settings.threads), spec)
     plans = [name for name in served.decodings if re.fullmatch("plan.+", name)]
@@ -136,7 +136,7 @@ def _given_export(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy
 def _made_export(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
     """Load the export of a checkpoint, which is made if it is missing."""
     from ceed_vla.export.cached import cached_policy
-    from ceed_vla.ros_nodes.robot.served_export import ServedExport
+    from ceed_vla.serving.served_export import ServedExport
 
     policy = cached_policy(
         settings.checkpoint, settings.threads, [settings.decoding], settings.discover_packages

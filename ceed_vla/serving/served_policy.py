@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.ros_nodes.robot.predictor_types import Request
+from ceed_vla.serving.predictor_types import Request
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DecodeOptions:
 
 @dataclass(frozen=True)
 class Decoded:
-    """One decoded chunk; see `ceed_vla.ros_nodes.robot.predictor_types.Response`."""
+    """One decoded chunk; see `ceed_vla.serving.predictor_types.Response`."""
 
     actions: NDArray[np.float32]  # (m, A)
     tokens: NDArray[np.int64] | None = None  # (n,)

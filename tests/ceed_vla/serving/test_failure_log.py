@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from ceed_vla.errors import ObservationError
-from ceed_vla.ros_nodes.robot.failure_log import FailureLog
+from ceed_vla.serving.failure_log import FailureLog
 
 
 def fails(error: Exception) -> Exception:

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ObservationError
-from ceed_vla.ros_nodes.robot.predictor_types import PolicySpec, Request
-from ceed_vla.ros_nodes.robot.request_reader import (
+from ceed_vla.serving.predictor_types import PolicySpec, Request
+from ceed_vla.serving.request_reader import (
     InstructionError,
     check_instruction,
     check_observation,
 )
-from ceed_vla.ros_nodes.robot.served_policy import Decoded, DecodeOptions
+from ceed_vla.serving.served_policy import Decoded, DecodeOptions
 
 if TYPE_CHECKING:
     from ceed_vla.edge import EdgePolicy

@@ -32,12 +32,14 @@ REQUIREMENTS = [
     "imageio>=2.37",
     "imageio-ffmpeg>=0.6",
     "matplotlib>=3.10",
+    "msgpack>=1.1,<2",
     "pillow>=11",
     "pyarrow>=21,<30",
     "rich>=14",
     "safetensors>=0.5,<1",
     "tensorboard>=2.19",
     "tqdm>=4.66,<5",
+    "websockets>=15,<18",
 ]
 ROS_WHEELS = (
     "ros-rclpy[fastrtps]>=7.1.6,<8",

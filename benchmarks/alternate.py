@@ -29,13 +29,16 @@ RESAMPLES = 2000
 WORKER = """
 import io, json, sys, time, zipfile
 import numpy as np, torch
+from pathlib import Path
 from PIL import Image
+import ceed_vla
 from ceed_vla import load
 torch.set_num_threads(1)
 archive = zipfile.ZipFile(sys.argv[1])
 values = np.load(io.BytesIO(archive.read("decoded.npz")))
 count = len(values["state"])
-policy = load("student")[0]
+shipped = Path(ceed_vla.__file__).parent / "pretrained" / "student_all_tokens"
+policy = load(shipped.name if shipped.is_dir() else "student")[0]  # its name before 2026-11-29
 images = {
     camera: np.asarray(Image.open(io.BytesIO(archive.read(camera + ".png")))).reshape(
         count, 96, 96, 3

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains the shipped tabletop teacher and students from scratch: record, train, collect, distil, evaluate (times: README.md).
+# Trains the shipped tabletop teacher and student_all_tokens from scratch: record, train, collect, distil, evaluate (times:
+# README.md). context.sh makes student from it.
 # After an interrupt run the script again: every step resumes.
 #
 #   bash recipes/tabletop.sh [OUTPUT_FOLDER]                    # everything

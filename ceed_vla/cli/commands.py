@@ -191,6 +191,12 @@ COMMANDS = {
         must="policy.path output_dir",
         may="weights",
     ),
+    "serve": Command(
+        "serve a policy to clients over a network (openpi's protocol)",
+        "ceed_vla.serving.serve ServeConfig serve",
+        must="policy.path",
+        may="host port map decoding engine api_key_file certificate private_key",
+    ),
     "seal": Command(
         "write a checkpoint's manifest: a lost, exchanged or damaged file is an error from then on",
         "ceed_vla.checkpoints.sealing SealConfig seal_folder",

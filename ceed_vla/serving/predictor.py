@@ -169,19 +169,22 @@ class Predictor:
 
     def _options(self, request: Request, deadline: float | None) -> DecodeOptions:
         """Return how to decode a request."""
-        if self._decoding is None:
+        decoding = self._decoding
+        if decoding is not None and request.decoding:
+            decoding = self._decoding_config(request.decoding)
+        if decoding is None:
             return DecodeOptions()
         allowed = None
-        if deadline is not None and self._decoding.method == "jacobi":
+        if deadline is not None and decoding.method == "jacobi":
             # The decoder's own deadline starts after the prefill, whose time is estimated by that
             # of the last one.
             left = deadline - time.monotonic() - self._prefill_s
-            own = self._decoding.deadline_s
+            own = decoding.deadline_s
             allowed = max(left if own is None else min(left, own), _LEAST_DEADLINE)
         behind = request.previous is not None and self._policy.tokens_per_step
         return DecodeOptions(
-            self._decoding,
-            executed_steps=self._settings.replan_steps,
+            decoding,
+            executed_steps=request.executed_steps or self._settings.replan_steps,
             frozen_steps=request.frozen_steps if behind else 0,
             deadline_s=allowed,
         )

@@ -72,6 +72,8 @@ class Request:
     frozen_steps: int = 0  # leading steps of the new chunk that are copied from `previous`
     # time from `InferenceWorker.submit` until the answer is needed [s]
     deadline_s: float | None = None
+    decoding: str = ""  # decoder name; "" for the settings' own
+    executed_steps: int | None = None  # None: the settings' `replan_steps`
     # whether to answer with certain steps before the whole chunk; without frozen steps only
     stream: bool = False
 

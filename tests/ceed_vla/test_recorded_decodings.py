@@ -1,6 +1,6 @@
 """Decoding returns the results of version 9257658: 31 decodings of 200 closed-loop observations.
 
-The fixture contains the output of the preprocessor (seeds 40000 and up, with the shipped student in
+The fixture contains the output of the preprocessor (seeds 40000 and up, with student_all_tokens in
 control) and the results. All runs use float64, so that rounding decides none of them.
 """
 
@@ -95,7 +95,7 @@ def recorded() -> Recorded:
 
 @pytest.fixture(scope="module")
 def student() -> Any:
-    """The shipped student with linear exits and a scorer of prefix tokens, randomly initialised
+    """student_all_tokens with linear exits and a scorer of prefix tokens, randomly initialised
     from a seed.
     """
     policy = load("student_all_tokens")[0]

@@ -1,4 +1,4 @@
-"""The shipped student with exits, for tests of what reads them."""
+"""student_all_tokens with exits, for tests of what reads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ceed_vla.axes.depth.exits import make_exits
 
 
 def student_with_exits() -> tuple[Any, Any, Any]:
-    """The shipped student with its processors, and linear exits that are nearly its last norm."""
+    """student_all_tokens with its processors, and linear exits that are nearly its last norm."""
     policy, pre, post = load("student_all_tokens")
     policy.backbone.exits = make_exits(policy.backbone, [1, 2, 3], "linear")
     generator = torch.Generator().manual_seed(0)

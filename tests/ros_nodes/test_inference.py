@@ -33,7 +33,7 @@ A = 7
 
 @pytest.fixture(scope="module", params=MODES)
 def worker(request: pytest.FixtureRequest) -> Iterator[InferenceWorker]:
-    """The shipped student, in a thread and in a process."""
+    """student_all_tokens, in a thread and in a process."""
     with running("student_all_tokens", mode=request.param, replan_steps=4) as started:
         yield started
 

@@ -1,0 +1,81 @@
+"""The wire protocols of the server, and what each must implement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request of a client, as a protocol read it.
+
+    Attributes:
+        request: The request; its `id` and its tokens are set by the server.
+        session: Name of the client's session, whose last chunk is the warm start; "" for none.
+        deadline_s: Time from arrival until the answer is needed [s]; None without one.
+        echo: What the answer repeats.
+    """
+
+    request: Request
+    session: str = ""
+    deadline_s: float | None = None
+    echo: Mapping[str, Any] = field(default_factory=dict)
+
+
+class WireProtocol(Protocol):
+    """One protocol. All methods are free of state, so connections share an object."""
+
+    def greeting(self, spec: PolicySpec) -> bytes | None:
+        """The first message to a client; None to wait for the client's."""
+
+    def read(self, message: bytes) -> Call:
+        """Read a request.
+
+        Raises:
+            WireError: The message does not follow the protocol.
+        """
+
+    def answer(self, call: Call, response: Response, timing: Mapping[str, float]) -> bytes:
+        """Write the answer to a call.
+
+        Args:
+            call: The call.
+            response: The chunk.
+            timing: Name -> time [s].
+        """
+
+    def error(self, call: Call | None, text: str) -> str | bytes:
+        """Write that a call failed; None for a message that could not be read."""
+
+
+def mapped_keys(text: str, spec: PolicySpec) -> dict[str, str]:
+    """The features that a client's observation keys stand for.
+
+    Args:
+        text: ``key=feature`` pairs, separated by commas; ``key=`` is a key that is ignored.
+            Features without a pair have their own name.
+        spec: The policy's inputs.
+
+    Returns:
+        Key -> feature; "" for ignored keys.
+
+    Raises:
+        ConfigError: A pair is not of this form, or there is no such feature.
+    """
+    features = [*spec.cameras, *spec.states]
+    keys = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, feature = (part.strip() for part in pair.partition("="))
+        if not key or not equals or feature not in ("", *features) or key in keys:
+            raise ConfigError(
+                f"map has {pair!r}; it must be KEY=FEATURE, each key once, with nothing or one of "
+                f"the features {', '.join(features)}."
+            )
+        keys[key] = feature
+    mapped = set(keys.values())
+    return keys | {feature: feature for feature in features if feature not in mapped}

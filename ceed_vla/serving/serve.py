@@ -1,0 +1,181 @@
+"""``ceed-vla serve``: serve a policy to clients over a network."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ceed_vla import __version__
+from ceed_vla.discovery import discovered
+from ceed_vla.errors import ConfigError, raised_as
+from ceed_vla.fields import THREADS, Checked, chosen, ranged
+from ceed_vla.files import read_text
+from ceed_vla.folders import resolve_served
+from ceed_vla.serving.predictor import Predictor
+from ceed_vla.serving.predictor_loading import declared_spec
+from ceed_vla.serving.predictor_types import ENGINES, PolicySpec, PredictorSettings
+from ceed_vla.serving.protocols import WireProtocol, mapped_keys
+
+PROTOCOLS = ("openpi",)
+SHORTEST_KEY = 16  # characters
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ServeConfig(Checked):
+    """Settings of ``ceed-vla serve``.
+
+    Attributes:
+        policy_path: Checkpoint folder of any LeRobot policy, an export, or "student" or "teacher".
+        protocol: Wire protocol of the clients.
+        host: Address to listen on; any other than this machine's own needs an API key.
+        port: Port; 0 for a free one.
+        map: Keys of the clients' observations as KEY=FEATURE pairs, separated by commas; KEY= is
+            ignored. Features without a pair have their own name.
+        decoding: Decoder name, unless a request names another one.
+        engine: Engine of the policy: eager, compiled, edge (an export), or auto (edge on a CPU if
+            the policy can be exported, else eager).
+        threads: CPU threads of inference; 0 for one per core.
+        device: Device of the policy.
+        api_key_file: File with the key that clients must send; empty for none.
+        certificate: TLS certificate (PEM); empty for no TLS.
+        private_key: Its private key (PEM).
+        max_message_mb: Largest message of a client [MB].
+        max_connections: Open connections.
+        max_rate: Requests per second of a connection; faster ones wait.
+    """
+
+    policy_path: str
+    protocol: str = chosen("openpi", PROTOCOLS)
+    host: str = "127.0.0.1"
+    port: int = ranged(8000, "[0, 65535]")
+    map: str = ""
+    decoding: str = "ceed"
+    engine: str = chosen("auto", ENGINES)
+    threads: int = ranged(1, THREADS)
+    device: str = "cpu"
+    api_key_file: str = ""
+    certificate: str = ""
+    private_key: str = ""
+    max_message_mb: float = ranged(64.0, "(0, 1024]")
+    max_connections: int = ranged(64, "[1, 10000]")
+    max_rate: float = ranged(200.0, "(0, 100000]")
+
+
+def serve(config: ServeConfig) -> str:
+    """Serve a policy until SIGTERM or SIGINT; returns a summary.
+
+    Raises:
+        ConfigError: The address is open to others without a key, a file is missing, or websockets
+            is not installed.
+        CheckpointError: The policy cannot be loaded.
+    """
+    with raised_as(ConfigError, "websockets cannot be imported", "install the extra serve."):
+        from ceed_vla.serving.server import Limits, PolicyServer
+
+    limits = Limits(
+        int(config.max_message_mb * 1e6), config.max_connections, config.max_rate, _key(config)
+    )
+    tls = _tls(config)
+    resolved = str(resolve_served(config.policy_path))
+    protocol = _protocol(config, declared_spec(resolved))
+    settings = PredictorSettings(
+        resolved,
+        discover_packages=",".join(discovered()),
+        decoding=config.decoding,
+        threads=config.threads or 1,
+        device=config.device,
+        engine=config.engine,
+    )
+
+    async def main() -> None:
+        server = PolicyServer(lambda: Predictor(settings), protocol, limits, tls)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.stop)
+        scheme = "ws" if tls is None else "wss"
+
+        def opened(port: int) -> None:
+            print(f"Listening on {scheme}://{config.host}:{port} ({config.protocol})", flush=True)
+
+        with raised_as(
+            ConfigError, f"{config.host}:{config.port} cannot be listened on", "name another port."
+        ):
+            await server.run(config.host, config.port, opened)
+
+    asyncio.run(main())
+    return "Stopped."
+
+
+def _protocol(config: ServeConfig, declared: PolicySpec) -> Callable[[PolicySpec], WireProtocol]:
+    """What makes the protocol for the loaded policy; checks the mapped keys at once."""
+    from ceed_vla.serving.openpi import OpenPi
+
+    keys = mapped_keys(config.map, declared)
+    metadata: dict[str, Any] = {
+        "server": f"ceed_vla {__version__}",
+        "checkpoint": Path(config.policy_path).name,  # not where it is on this machine
+        "checkpoint_hash": _hash(config.policy_path),
+    }
+    return lambda spec: OpenPi(keys, metadata)
+
+
+def _hash(path: str) -> str:
+    """Hash of a checkpoint's or an export's weights."""
+    from ceed_vla.folders import EXPORT, is_export
+
+    if is_export(path):
+        import hashlib
+
+        return hashlib.sha256((Path(path) / EXPORT).read_bytes()).hexdigest()[:12]
+    from ceed_vla.checkpoints import weights_hash
+
+    return weights_hash(path)
+
+
+def _key(config: ServeConfig) -> str:
+    """The API key; "" for none."""
+    if not config.api_key_file:
+        if not _is_loopback(config.host):
+            raise ConfigError(
+                f"host is {config.host}, which other machines can reach; set --api_key_file to a "
+                "file with a key that clients must send."
+            )
+        return ""
+    key = read_text(Path(config.api_key_file)).strip()
+    if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"{config.api_key_file} has a key of {len(key)} characters; it must have at least "
+            f"{SHORTEST_KEY}, all printable ASCII without spaces."
+        )
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _tls(config: ServeConfig) -> ssl.SSLContext | None:
+    """The TLS settings; None without a certificate."""
+    if bool(config.certificate) != bool(config.private_key):
+        raise ConfigError("certificate and private_key must be set together.")
+    if not config.certificate:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    what = f"{config.certificate} and {config.private_key} cannot be used"
+    with raised_as(ConfigError, what, "give a certificate and its key as PEM files."):
+        context.load_cert_chain(config.certificate, config.private_key)
+    return context

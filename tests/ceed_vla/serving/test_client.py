@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,3 +150,18 @@ def test_it_imports_neither_torch_nor_lerobot() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout in ("[]\n", "['draccus']\n"), done.stdout
+
+
+def test_tls(serving: Callable[..., Any], tmp_path: Path) -> None:
+    certificate, key = tmp_path / "server.pem", tmp_path / "server.key"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run([*command, "-out", certificate, "-keyout", key], check=True, capture_output=True)
+    server = serving(f"--certificate={certificate}", f"--private_key={key}")
+    url = f"wss://127.0.0.1:{server.port}"
+    with PolicyClient(url, ca_file=str(certificate), timeout_s=60) as client:
+        assert client.spec.chunk_steps == 8
+    with pytest.raises(ServerError, match="certificate verify failed"):
+        PolicyClient(url)
+    with pytest.raises(ServerError, match="cannot be reached"):
+        PolicyClient(f"ws://127.0.0.1:{server.port}", timeout_s=5)

@@ -309,3 +309,32 @@ def test_keys_of_other_robots(serving: Callable[..., Any], edge: EdgePolicy) -> 
         )
     wanted = edge.decode(observation, instruction, "ceed")
     np.testing.assert_array_equal(answer["tokens"], wanted.tokens[0])
+
+
+def usage(process: int) -> tuple[int, int]:
+    """Open descriptors, and memory [kB], of a process."""
+    folder = Path(f"/proc/{process}")
+    memory = re.search(r"VmRSS:\s+(\d+) kB", (folder / "status").read_text())
+    assert memory is not None
+    return len(list((folder / "fd").iterdir())), int(memory[1])
+
+
+@pytest.mark.slow
+def test_a_thousand_clients_come_and_go(served: Any, edge: EdgePolicy) -> None:
+    """Every third asks, every third leaves without a word, every third sends what is refused."""
+    before = (0, 0)
+    for index in range(1100):
+        if index == 100:
+            before = usage(served.process.pid)
+        with served.connect() as connection:
+            connection.recv(10)
+            if index % 3 == 0:
+                ask(connection, message(edge, index, session="arm"))
+            elif index % 3 == 1:
+                connection.socket.close()
+            else:
+                error_of(connection, b"")
+    time.sleep(1)
+    descriptors, memory = usage(served.process.pid)
+    assert descriptors <= before[0] + 2
+    assert memory - before[1] < 20_000

@@ -15,30 +15,35 @@ _KEPT = 16  # pairs of sizes whose weights are kept
 def resized(image: np.ndarray, side: int) -> np.ndarray:
     """Resize an image (3, H, W) to (3, `side`, `side`), bilinear with antialiasing, as
     ``torch.nn.functional.interpolate(antialias=True)`` does.
+
+    It sums the few pixels that matter, because the threads of a matrix product would disturb those
+    of the graphs.
     """
     _, height, width = image.shape
     if height != side:
-        image = _bilinear_weights(height, side) @ image
+        image = sum(image[:, pixels] * weights[:, None] for pixels, weights in _taps(height, side))  # type: ignore[assignment]
     if width != side:
-        image = image @ _bilinear_weights(width, side).T
+        image = sum(image[:, :, pixels] * weights for pixels, weights in _taps(width, side))  # type: ignore[assignment]
     return image
 
 
 @lru_cache(_KEPT)
-def _bilinear_weights(size: int, side: int) -> np.ndarray:
-    """Weights (`side`, `size`) float32 of the input pixels for every output pixel."""
+def _taps(size: int, side: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of input pixels (`side`,) and their weights (`side`,) float32, whose products sum up to
+    the output pixels.
+    """
     # In float32, with the same roundings as torch.
     scale = np.float32(size / side)
     support = max(scale, np.float32(1))
     half = np.float32(0.5)
-    centre = scale * (np.arange(side, dtype=np.float32)[:, None] + half)  # (side, 1)
+    centre = scale * (np.arange(side, dtype=np.float32) + half)
     first = np.maximum((centre - support + half).astype(np.int64), 0)
     end = np.minimum((centre + support + half).astype(np.int64), size)
-    pixel = np.arange(size)  # (size,)
-    away = ((pixel - first).astype(np.float32) + first - centre + half) / support
-    weight = np.maximum(1 - np.abs(away), 0)
-    weight = np.where((pixel >= first) & (pixel < end), weight, 0).astype(np.float32)
-    return weight / weight.sum(1, keepdims=True)
+    steps = np.arange((end - first).max())[:, None]  # (taps, 1)
+    away = (steps.astype(np.float32) + first - centre + half) / support
+    weight = np.where(first + steps < end, np.maximum(1 - np.abs(away), 0), 0).astype(np.float32)
+    weight /= weight.sum(0)
+    return list(zip(np.minimum(first + steps, size - 1), weight, strict=True))
 
 
 def resized_bytes(image: np.ndarray, sizes: Sequence[Sequence[int]], resample: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from ceed_vla.errors import CeedVLAError
 from ceed_vla.texts import shown
 
-MOST_ITEMS = 10_000  # of a list or a mapping
+MOST_ITEMS = 10_000  # of all lists and mappings of a message together
 MOST_DIMENSIONS = 8  # of an array
 MOST_LEVELS = 16  # of nested lists and mappings
 _KINDS = "biuf"  # of arrays: booleans, whole numbers, floats
@@ -44,10 +44,12 @@ def unpacked(message: bytes) -> Any:
         WireError: It is not msgpack, is nested too deeply, has too many items, or an array whose
             type, shape and data do not fit together.
     """
+    count = _Count()
     try:
         value = msgpack.unpackb(
             message,
-            object_hook=_read,
+            object_hook=lambda value: _read(count.add(value)),
+            list_hook=count.add,
             strict_map_key=True,
             max_array_len=MOST_ITEMS,
             max_map_len=MOST_ITEMS,
@@ -61,6 +63,20 @@ def unpacked(message: bytes) -> Any:
         ) from error
     _check_levels(value, 0)
     return value
+
+
+class _Count:
+    """Counts the items of a message while it is unpacked, as small ones take much memory."""
+
+    def __init__(self) -> None:
+        self.items = 0
+
+    def add(self, value: Any) -> Any:
+        """Count a list or mapping, and return it; raises `WireError` if there are too many."""
+        self.items += 1 + len(value)
+        if self.items > MOST_ITEMS:
+            raise WireError(f"The message has more than {MOST_ITEMS} items.")
+        return value
 
 
 class _Marks:

@@ -6,7 +6,9 @@ response = client.predict(Request(1, observation, "put the cube in the bin"))
 
 from __future__ import annotations
 
+import socket
 import ssl
+import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Self, cast
@@ -52,6 +54,8 @@ class PolicyClient:
         if url.startswith("wss://"):
             with raised_as(ConfigError, f"{ca_file} cannot be used", "give certificates as PEM."):
                 context = ssl.create_default_context(cafile=ca_file or None)
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError("The API key has other characters than printable ASCII.")
         headers = {"Authorization": f"Api-Key {key}"} if key else None
         try:
             self._connection: ClientConnection = self._open.enter_context(
@@ -60,16 +64,26 @@ class PolicyClient:
                     compression=None,
                     max_size=LONGEST_ANSWER,
                     open_timeout=timeout_s,
+                    close_timeout=min(timeout_s, 1.0),
                     additional_headers=headers,
                     ssl=context,
                 )
             )
-        except InvalidURI as error:
-            raise ConfigError(f"{shown(url)} is no address; it must be ws://HOST:PORT.") from error
         except (OSError, InvalidHandshake) as error:
             raise ServerError(f"{shown(url)} cannot be reached ({short(error)}).") from error
-        self.metadata = self._greeting()
-        self.spec = _spec(self.metadata)
+        except (InvalidURI, ValueError) as error:  # or UnicodeError
+            raise ConfigError(f"{shown(url)} is no address; it must be ws://HOST:PORT.") from error
+        seconds, rest = divmod(timeout_s, 1.0)
+        self._connection.socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(1e6 * rest))
+        )
+        self._number = 0
+        try:
+            self.metadata = self._greeting()
+            self.spec = _spec(self.metadata)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -98,12 +112,14 @@ class PolicyClient:
         message: dict[str, Any] = {
             **request.observation,
             "prompt": request.instruction,
-            "shift_steps": request.shift_steps,
-            "frozen_steps": request.frozen_steps,
+            "request_id": self._number + 1,
             **options,
         }
+        self._number += 1
+        if request.frozen_steps:
+            message["frozen_steps"] = request.frozen_steps
         if request.previous is not None:
-            message["previous_tokens"] = request.previous
+            message |= {"previous_tokens": request.previous, "shift_steps": request.shift_steps}
         if request.deadline_s is not None:
             message["deadline_ms"] = 1e3 * request.deadline_s
         if request.decoding:
@@ -149,14 +165,23 @@ class PolicyClient:
 
     def _response(self, request: Request, answer: Mapping[str, Any]) -> Response:
         """The answer as a `Response`; raises `ServerError` if it does not fit the greeting."""
+        if answer.get("request_id", self._number) != self._number:
+            self.close()
+            raise ServerError(
+                f"{self._url} has answered request {shown(answer['request_id'])} instead of "
+                f"{self._number}."
+            )
         actions, tokens = answer.get("actions"), answer.get("tokens")
+        if isinstance(actions, np.ndarray) and actions.dtype.kind == "f":
+            with np.errstate(over="ignore"):  # it is not finite then
+                actions = actions.astype(np.float32)
         wanted = (self.spec.chunk_steps, self.spec.action_dim)
         if (
             not isinstance(actions, np.ndarray)
             or actions.shape != wanted
             or actions.dtype.kind != "f"
             or not np.isfinite(actions).all()
-            or not (tokens is None or (isinstance(tokens, np.ndarray) and tokens.dtype.kind == "i"))
+            or not (tokens is None or (isinstance(tokens, np.ndarray) and _are_tokens(tokens)))
         ):
             self.close()
             raise ServerError(
@@ -172,12 +197,16 @@ class PolicyClient:
         forwards = answer.get("forwards")
         return Response(
             request.id,
-            actions.astype(np.float32),
+            actions,
             None if tokens is None else tokens.astype(np.int64),
             forwards if isinstance(forwards, int) else 0,
             str(answer.get("exit_reason", ""))[:100],
             seconds,
         )
+
+
+def _are_tokens(array: np.ndarray) -> bool:
+    return array.ndim == 1 and array.dtype.kind == "i"
 
 
 def _spec(metadata: Mapping[str, Any]) -> PolicySpec:

@@ -57,5 +57,5 @@ def _labelled(name: str, label: str, counts: Mapping[str, float]) -> list[str]:
     lines = [f"# TYPE ceed_vla_{name} counter"]
     for key, value in sorted(counts.items()):
         shown = re.sub(r"[^\w .-]", "_", key)
-        lines.append(f'ceed_vla_{name}{{{label}="{shown}"}} {value:.6g}')
+        lines.append(f'ceed_vla_{name}{{{label}="{shown}"}} {value!r}')
     return lines

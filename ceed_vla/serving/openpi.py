@@ -29,6 +29,7 @@ OPTIONS = (
     "executed_steps",
     "deadline_ms",
     "decoding",
+    "request_id",
 )
 
 
@@ -94,17 +95,20 @@ class OpenPi:
         decoding = value.get("decoding", "")
         if not isinstance(decoding, str):
             raise WireError(f"decoding is {shown(decoding)}; it must be a decoder name.")
+        shift = _whole(value, "shift_steps", 0)
+        number = _whole(value, "request_id", 0)
         request = Request(
-            0,
+            number or 0,
             observation,
             str(prompt),
             _tokens(value),
-            _whole(value, "shift_steps", 0) or 0,
+            shift or 0,
             _whole(value, "frozen_steps", 0) or 0,
             decoding=decoding,
             executed_steps=executed,
         )
-        return Call(request, session, None if deadline is None else deadline / 1e3)
+        echo = {} if number is None else {"request_id": number}
+        return Call(request, session, shift, None if deadline is None else deadline / 1e3, echo)
 
     def _observation(self, value: Mapping[Any, Any]) -> dict[str, Any]:
         """The features of a message; raises `WireError` for missing and unknown keys."""
@@ -134,6 +138,7 @@ class OpenPi:
                 "exit_reason": response.exit_reason,
                 "server_timing": {f"{name}_ms": 1e3 * seconds for name, seconds in timing.items()},
                 "policy_timing": {f"{k}_ms": 1e3 * s for k, s in response.seconds.items()},
+                **call.echo,
             }
         )
 
@@ -145,12 +150,14 @@ def _array(value: Any, key: str) -> NDArray[Any]:
     """A feature of an observation; lists of numbers become float32."""
     if isinstance(value, np.ndarray):
         return value
+    problem = f"{key} is {shown(value)}; it must be an array, or a list of numbers."
     try:
-        return np.asarray(value, np.float32)
+        array = np.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise WireError(
-            f"{key} is {shown(value)}; it must be an array, or a list of numbers."
-        ) from error
+        raise WireError(problem) from error
+    if array.dtype.kind not in "iuf" or not array.ndim:
+        raise WireError(problem)
+    return array
 
 
 def _tokens(value: Mapping[Any, Any]) -> NDArray[np.int64] | None:
@@ -180,7 +187,7 @@ def _number(value: Mapping[Any, Any], name: str, least: float, most: float) -> f
 
 def _whole(value: Mapping[Any, Any], name: str, least: int) -> int | None:
     """The whole number `name` of a message; None if it is missing."""
-    found = _number(value, name, least, 1e6)
+    found = _number(value, name, least, 2**53)
     if found is not None and found != int(found):
         raise WireError(f"{name} is {shown(value.get(name))}; it must be a whole number.")
     return None if found is None else int(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,14 +15,16 @@ class Call:
     """A request of a client, as a protocol read it.
 
     Attributes:
-        request: The request; its `id` and its tokens are set by the server.
+        request: The request; the server sets its tokens if it continues a session.
         session: Name of the client's session, whose last chunk is the warm start; "" for none.
+        shift_steps: Steps of the last chunk that were executed; None if the client did not say.
         deadline_s: Time from arrival until the answer is needed [s]; None without one.
         echo: What the answer repeats.
     """
 
     request: Request
     session: str = ""
+    shift_steps: int | None = None
     deadline_s: float | None = None
     echo: Mapping[str, Any] = field(default_factory=dict)
 
@@ -53,29 +55,37 @@ class WireProtocol(Protocol):
         """Write that a call failed; None for a message that could not be read."""
 
 
-def mapped_keys(text: str, spec: PolicySpec) -> dict[str, str]:
+def mapped_keys(text: str, spec: PolicySpec, taken: Collection[str] = ()) -> dict[str, str]:
     """The features that a client's observation keys stand for.
 
     Args:
         text: ``key=feature`` pairs, separated by commas; ``key=`` is a key that is ignored.
             Features without a pair have their own name.
         spec: The policy's inputs.
+        taken: Keys that have another meaning.
 
     Returns:
         Key -> feature; "" for ignored keys.
 
     Raises:
-        ConfigError: A pair is not of this form, or there is no such feature.
+        ConfigError: A pair is not of this form, there is no such feature, or a key or a feature is
+            named twice.
     """
     features = [*spec.cameras, *spec.states]
-    keys = {}
+    keys: dict[str, str] = {}
     for pair in filter(None, (part.strip() for part in text.split(","))):
         key, equals, feature = (part.strip() for part in pair.partition("="))
-        if not key or not equals or feature not in ("", *features) or key in keys:
+        twice = key in keys or (feature and feature in keys.values())
+        if not key or not equals or feature not in ("", *features) or twice or key in taken:
             raise ConfigError(
-                f"map has {pair!r}; it must be KEY=FEATURE, each key once, with nothing or one of "
+                f"map has {pair!r}; it must be KEY=FEATURE, each once, with nothing or one of "
                 f"the features {', '.join(features)}."
             )
         keys[key] = feature
-    mapped = set(keys.values())
-    return keys | {feature: feature for feature in features if feature not in mapped}
+    rest = [feature for feature in features if feature not in keys.values()]
+    if both := [feature for feature in rest if feature in keys]:
+        raise ConfigError(
+            f"map gives the key {both[0]!r} another meaning, but it is a feature that has no other "
+            "key; map that feature, too."
+        )
+    return keys | {feature: feature for feature in rest}

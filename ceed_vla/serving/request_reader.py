@@ -12,6 +12,8 @@ from ceed_vla.serving.predictor_types import PolicySpec, Request
 from ceed_vla.texts import shown
 from ceed_vla.word_ids import split_words
 
+LARGEST_SIDE = 4096  # of an image [px]
+
 
 class InstructionError(ObservationError):
     """The policy does not accept the instruction.
@@ -36,6 +38,10 @@ def check_observation(spec: PolicySpec, request: Request) -> dict[str, NDArray[A
             if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
                 raise ObservationError(
                     f"{key} is {value.dtype} {value.shape}, expected uint8 (H, W, 3)."
+                )
+            if not 1 <= min(value.shape[:2]) <= max(value.shape[:2]) <= LARGEST_SIDE:
+                raise ObservationError(
+                    f"{key} is {value.shape}; both sides must have 1 to {LARGEST_SIDE} px."
                 )
         elif value.shape != (spec.states[key],) or not np.isfinite(value).all():
             raise ObservationError(

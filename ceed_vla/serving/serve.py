@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import os
 import signal
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class ServeConfig(Checked):
     api_key_file: str = ""
     certificate: str = ""
     private_key: str = ""
-    max_message_mb: float = ranged(64.0, "(0, 1024]")
+    max_message_mb: float = ranged(16.0, "(0, 1024]")
     max_connections: int = ranged(64, "[1, 10000]")
     max_rate: float = ranged(200.0, "(0, 100000]")
 
@@ -91,13 +92,19 @@ def serve(config: ServeConfig) -> str:
         resolved,
         discover_packages=",".join(discovered()),
         decoding=config.decoding,
-        threads=config.threads or 1,
+        threads=config.threads or os.cpu_count() or 1,
         device=config.device,
         engine=config.engine,
     )
 
+    def load() -> Predictor:
+        predictor = Predictor(settings)
+        # Clients need not know where it is on this machine.
+        predictor.spec = replace(predictor.spec, checkpoint=Path(config.policy_path).name)
+        return predictor
+
     async def main() -> None:
-        server = PolicyServer(lambda: Predictor(settings), protocol, limits, tls)
+        server = PolicyServer(load, protocol, limits, tls)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.stop)
@@ -106,10 +113,13 @@ def serve(config: ServeConfig) -> str:
         def opened(port: int) -> None:
             print(f"Listening on {scheme}://{config.host}:{port} ({config.protocol})", flush=True)
 
-        with raised_as(
-            ConfigError, f"{config.host}:{config.port} cannot be listened on", "name another port."
-        ):
+        try:
             await server.run(config.host, config.port, opened)
+        except OSError as error:
+            raise ConfigError(
+                f"{config.host}:{config.port} cannot be listened on ({error.strerror}); name "
+                "another one."
+            ) from error
 
     asyncio.run(main())
     return "Stopped."
@@ -117,12 +127,11 @@ def serve(config: ServeConfig) -> str:
 
 def _protocol(config: ServeConfig, declared: PolicySpec) -> Callable[[PolicySpec], WireProtocol]:
     """What makes the protocol for the loaded policy; checks the mapped keys at once."""
-    from ceed_vla.serving.openpi import OpenPi
+    from ceed_vla.serving.openpi import OPTIONS, OpenPi
 
-    keys = mapped_keys(config.map, declared)
+    keys = mapped_keys(config.map, declared, OPTIONS)
     metadata: dict[str, Any] = {
         "server": f"ceed_vla {__version__}",
-        "checkpoint": Path(config.policy_path).name,  # not where it is on this machine
         "checkpoint_hash": _hash(config.policy_path),
     }
     return lambda spec: OpenPi(keys, metadata)

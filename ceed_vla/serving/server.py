@@ -12,23 +12,25 @@ import asyncio
 import hmac
 import http
 import logging
+import queue
 import ssl
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, cast
 
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response as HttpResponse
+from websockets.protocol import State
 
-from ceed_vla.errors import CeedVLAError
 from ceed_vla.serving.arrays import WireError
 from ceed_vla.serving.metrics import Metrics
 from ceed_vla.serving.predictor import Predictor
-from ceed_vla.serving.predictor_types import PolicySpec, Response
+from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
 from ceed_vla.serving.protocols import Call, WireProtocol
 from ceed_vla.serving.sessions import Sessions
 
@@ -36,8 +38,61 @@ logger = logging.getLogger(__name__)
 
 FAILED = 1011  # closing code after an error
 GOING = 1001  # closing code when the server stops
+MOST_UNREAD = 1_000_000  # bytes that a client has not taken
 SEND_SECONDS = 10.0  # time in which a client must take an answer
 GRACE_SECONDS = 30.0  # time for what runs when the server stops
+
+
+class Connection(ServerConnection):
+    """A connection that ends if its client does not read, or if there are too many.
+
+    Args:
+        others: All connections, of which this one becomes a part.
+        most: How many there may be, with those that have not said who they are.
+    """
+
+    def __init__(self, others: set[Connection], most: int, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._others, self._most = others, most
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._others.add(self)
+        if len(self._others) > self._most:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._others.discard(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.transport.get_write_buffer_size() > MOST_UNREAD:  # answers to pings, for example
+            self.transport.abort()
+
+
+class PolicyThread:
+    """One thread that runs functions in turn; a process may end while it runs one."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="policy", daemon=True).start()
+
+    async def run[T](self, function: Callable[[], T]) -> T:
+        """The result of a function."""
+        future: Future[T] = Future()
+        self._jobs.put((function, future))
+        return await asyncio.wrap_future(future)
+
+    def _work(self) -> None:
+        while True:
+            function, future = self._jobs.get()
+            if not future.set_running_or_notify_cancel():
+                continue  # nobody waits for it any more
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
 
 
 @dataclass(frozen=True)
@@ -76,7 +131,8 @@ class PolicyServer:
     ) -> None:
         self._load, self._protocol_of = load, protocol
         self._limits, self._tls = limits, tls
-        self._thread = ThreadPoolExecutor(1, "policy")
+        self._thread = PolicyThread()
+        self._open: set[Connection] = set()
         self._metrics = Metrics()
         self._predictor: Predictor | None = None
         self._protocol: WireProtocol | None = None
@@ -98,29 +154,31 @@ class PolicyServer:
             CeedVLAError: The policy cannot be loaded.
             OSError: The address cannot be listened on.
         """
-        loading = asyncio.ensure_future(self._warm())
         server = await serve(
             self._connection,
             host,
             port,
             ssl=self._tls,
             process_request=self._before,
+            create_connection=cast("Any", self._new),
+            origins=[None],  # no browser: a web page could use a server on its own machine
             compression=None,
             max_size=self._limits.message_bytes,
+            max_queue=1,
             server_header=None,
         )
+        loading = asyncio.ensure_future(self._warm())
         try:
             opened(server.sockets[0].getsockname()[1])
             await self._stopping.wait()
             server.close(close_connections=False)  # no new ones; the open ones end by themselves
-            with_grace = asyncio.wait_for(server.wait_closed(), GRACE_SECONDS)
             try:
-                await with_grace
+                await asyncio.wait_for(server.wait_closed(), GRACE_SECONDS)
             except TimeoutError:
-                server.close()
+                for connection in list(self._open):
+                    connection.transport.abort()
         finally:
             loading.cancel()
-            self._thread.shutdown(wait=False, cancel_futures=True)
         if self._failure is not None:
             raise self._failure
 
@@ -130,11 +188,10 @@ class PolicyServer:
 
     async def _warm(self) -> None:
         """Load the policy; if that fails, stop."""
-        loop = asyncio.get_running_loop()
         try:
-            self._predictor = await loop.run_in_executor(self._thread, self._load)
+            self._predictor = await self._thread.run(self._load)
             self._protocol = self._protocol_of(self._predictor.spec)
-        except CeedVLAError as error:
+        except Exception as error:  # third-party policies raise any type
             self._failure = error
             self._stopping.set()
             return
@@ -148,8 +205,9 @@ class PolicyServer:
             status = http.HTTPStatus.OK if ready else http.HTTPStatus.SERVICE_UNAVAILABLE
             return connection.respond(status, "OK\n" if ready else "the policy is not ready\n")
         key = self._limits.key
-        given = request.headers.get("Authorization", "")
-        if key and not hmac.compare_digest(given.encode(), f"Api-Key {key}".encode()):
+        given = request.headers.get_all("Authorization")
+        one = given[0] if len(given) == 1 else ""
+        if key and not hmac.compare_digest(one.encode(), f"Api-Key {key}".encode()):
             text = "send the header Authorization: Api-Key KEY\n"
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, text)
         if request.path == "/metrics":
@@ -158,11 +216,14 @@ class PolicyServer:
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "no more connections\n")
         return None
 
+    def _new(self, *arguments: Any, **options: Any) -> Connection:
+        return Connection(self._open, 2 * self._limits.connections, *arguments, **options)
+
     async def _connection(self, connection: ServerConnection) -> None:
         """Serve one client."""
         self._metrics.connections += 1
         try:
-            if await self._or_stop(self._ready.wait()) is None:
+            if await self._or_stop(self._loaded(connection)) is None:
                 await connection.close(GOING)
                 return
             await self._calls(connection)
@@ -170,6 +231,15 @@ class PolicyServer:
             pass  # the client has gone, or does not read
         finally:
             self._metrics.connections -= 1
+
+    async def _loaded(self, connection: ServerConnection) -> bool:
+        """Wait until the policy is loaded; raises `ConnectionClosed` if the client leaves."""
+        ready = asyncio.ensure_future(self._ready.wait())
+        gone = asyncio.ensure_future(connection.wait_closed())
+        await asyncio.wait({ready, gone}, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        gone.cancel()
+        return True  # if the client has gone, the next use of the connection fails
 
     async def _calls(self, connection: ServerConnection) -> None:
         """Answer the messages of one client, one after the other."""
@@ -187,16 +257,22 @@ class PolicyServer:
                 await connection.close(GOING)
                 return
             arrived = time.monotonic()
-            await asyncio.sleep(max(last + 1 / self._limits.rate - arrived, 0))
+            soon = last + 1 / self._limits.rate - arrived
+            if soon > 0:
+                await self._or_stop(asyncio.sleep(soon))
             last = time.monotonic()
-            answer, failed = await self._answer(message, arrived, sessions)
+            answer, failed = await self._answer(connection, message, arrived, sessions)
             await self._send(connection, answer)
             if failed:
                 await connection.close(FAILED, "the error is in the previous frame")
                 return
 
     async def _answer(
-        self, message: str | bytes, arrived: float, sessions: Sessions
+        self,
+        connection: ServerConnection,
+        message: str | bytes,
+        arrived: float,
+        sessions: Sessions,
     ) -> tuple[str | bytes, bool]:
         """The answer to a message, and whether it is an error."""
         assert self._predictor is not None
@@ -205,12 +281,13 @@ class PolicyServer:
             if isinstance(message, str):
                 raise WireError("The message is text; it must be binary.")
             call = self._protocol.read(message)
+            request = sessions.warm(call)
         except WireError as error:
             self._metrics.count("refused")
             return self._protocol.error(None, str(error)), True
         self._metrics.waiting += 1
         try:
-            response, started = await self._predict(call, sessions, arrived)
+            response, started = await self._predict(connection, call, request, arrived)
         finally:
             self._metrics.waiting -= 1
         if response.error is not None:
@@ -223,18 +300,23 @@ class PolicyServer:
         return self._protocol.answer(call, response, timing), False
 
     async def _predict(
-        self, call: Call, sessions: Sessions, arrived: float
+        self, connection: ServerConnection, call: Call, request: Request, arrived: float
     ) -> tuple[Response, float]:
-        """Run a call in the policy's thread; returns when it started, too."""
+        """Run a call in the policy's thread, unless it waited too long; returns when it started."""
         predictor: Any = self._predictor
-        request = sessions.warm(call)
         deadline = None if call.deadline_s is None else arrived + call.deadline_s
 
         def run() -> tuple[Response, float]:
             started = time.monotonic()
-            return predictor.predict(replace(request, id=1), deadline), started
+            if connection.state is not State.OPEN:
+                return Response(request.id, error="the client has left"), started
+            if deadline is not None and deadline < started:
+                waited = 1e3 * (started - arrived)
+                text = f"The deadline has passed: the request has waited for {waited:.0f} ms."
+                return Response(request.id, error=text), started
+            return predictor.predict(request, deadline), started
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        return await self._thread.run(run)
 
     async def _send(self, connection: ServerConnection, message: str | bytes) -> None:
         async with asyncio.timeout(SEND_SECONDS):
@@ -246,7 +328,7 @@ class PolicyServer:
         stop = asyncio.ensure_future(self._stopping.wait())
         try:
             await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-            return task.result() if task.done() else None
+            return None if self._stopping.is_set() or not task.done() else task.result()
         finally:
             task.cancel()
             stop.cancel()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ceed_vla.serving.arrays import WireError
 from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
 from ceed_vla.serving.protocols import Call
 
@@ -35,12 +36,20 @@ class Sessions:
         """The request, with the last chunk of its session as the warm start.
 
         Tokens that the client sends itself have precedence.
+
+        Raises:
+            WireError: Steps shall be frozen, but there is no chunk that they are copied from.
         """
         request = call.request
         last = self._last.get(call.session) if call.session else None
+        if request.previous is None and last is None and request.frozen_steps:
+            raise WireError(
+                f"frozen_steps is {request.frozen_steps}, but there is no last chunk; send "
+                "previous_tokens, or a session that has had an answer on this connection."
+            )
         if request.previous is not None or last is None:
             return request
-        shift = request.shift_steps or last.executed_steps
+        shift = last.executed_steps if call.shift_steps is None else call.shift_steps
         return replace(request, previous=last.tokens, shift_steps=shift)
 
     def keep(self, call: Call, response: Response) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,11 @@ def test_a_refused_request_closes_the_connection(served: Any, edge: EdgePolicy) 
 def test_addresses(served: Any) -> None:
     with pytest.raises(ConfigError, match="is no address"):
         PolicyClient("gpu:8000")
+    for url in ("ws://h:99999", "ws://[::1", f"ws://{'x' * 70}"):
+        with pytest.raises((ConfigError, ServerError)):
+            PolicyClient(url, timeout_s=5)
+    with pytest.raises(ConfigError, match="other characters"):
+        PolicyClient("ws://127.0.0.1:9", key="secret\n")
     with pytest.raises(ServerError, match="cannot be reached"):
         PolicyClient("ws://127.0.0.1:9", timeout_s=5)
     with pytest.raises(ConfigError, match=r"missing\.pem cannot be used"):
@@ -124,6 +130,10 @@ ANSWERS = {
     "no actions": packed({}),
     "another shape": packed({"actions": np.zeros((3, 1), np.float32)}),
     "not finite": packed({"actions": np.array([[np.nan], [0]], np.float32)}),
+    "too large for float32": packed({"actions": np.full((2, 1), 1e300)}),
+    "the answer to another request": packed(
+        {"actions": np.zeros((2, 1), np.float32), "request_id": 9}
+    ),
     "whole numbers": packed({"actions": np.zeros((2, 1), np.int64)}),
     "tokens of floats": packed(
         {"actions": np.zeros((2, 1), np.float32), "tokens": np.zeros(2, np.float32)}
@@ -135,8 +145,10 @@ ANSWERS = {
 def test_other_answers(case: str) -> None:
     with answering(packed(GREETING), ANSWERS[case]) as url:
         client = PolicyClient(url, timeout_s=0.5)
+        started = time.monotonic()
         with pytest.raises(ServerError, match=r"has answered|has not answered in"):
             client.predict(Request(1, {"observation.state": np.zeros(2, np.float32)}, "lift"))
+        assert time.monotonic() - started < 4
         with pytest.raises(ServerError, match="is lost"):
             client.predict(Request(2, {"observation.state": np.zeros(2, np.float32)}, "lift"))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import queue
 import re
 import signal
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +20,17 @@ import msgpack
 import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import ClientConnection
+from websockets.sync.client import ClientConnection, connect
 
 from ceed_vla.edge import EdgePolicy
 from ceed_vla.edge.observation import random_observation
 from ceed_vla.errors import ConfigError
 from ceed_vla.export.cached import cached_export
 from ceed_vla.serving.arrays import packed, unpacked
+from ceed_vla.serving.openpi import OpenPi
+from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
 from ceed_vla.serving.serve import ServeConfig, serve
+from ceed_vla.serving.server import Limits, PolicyServer
 
 KEY = "a-key-of-more-than-sixteen-characters"
 
@@ -120,16 +127,28 @@ def test_a_session_starts_warm_until_its_connection_ends(served: Any, edge: Edge
                 np.testing.assert_array_equal(cold["tokens"], other["tokens"])
 
 
-def test_a_deadline_counts_from_arrival(served: Any, edge: EdgePolicy) -> None:
+def test_a_session_continues_behind_its_executed_steps(served: Any, edge: EdgePolicy) -> None:
     with served.connect() as connection:
         connection.recv(10)
-        answer = ask(connection, message(edge, decoding="jacobi", deadline_ms=1))
+        first = ask(connection, message(edge, 0, session="arm", executed_steps=3))
+        frozen = {"session": "arm", "frozen_steps": 2, "decoding": "ar"}
+        second = ask(connection, message(edge, 1, **frozen))
+        np.testing.assert_array_equal(second["tokens"][:14], first["tokens"][21:35])
+        third = ask(connection, message(edge, 2, **frozen, shift_steps=0))
+        np.testing.assert_array_equal(third["tokens"][:14], second["tokens"][:14])
+        assert ask(connection, message(edge, 2, request_id=7))["request_id"] == 7
+
+
+def test_a_deadline_ends_a_block(served: Any, edge: EdgePolicy) -> None:
+    with served.connect() as connection:
+        connection.recv(10)
+        answer = ask(connection, message(edge, decoding="jacobi", deadline_ms=5))
     assert (answer["forwards"], answer["exit_reason"]) == (1, "deadline")
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an option that does not exist": ({"frozen_step": 1}, "the unknown key 'frozen_step'"),
-    "no image": ({"observation.images.front": None}, "expected uint8"),
+    "no image": ({"observation.images.front": None}, "front is None; it must be an array"),
     "float images": (
         {"observation.images.front": np.full((96, 96, 3), np.nan)},
         r"float64 \(96, 96, 3\), expected uint8",
@@ -143,6 +162,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown words": ({"prompt": "sing loudly"}, "of the instruction"),
     "unknown decoder": ({"decoding": "beam"}, "Unknown decoder 'beam'"),
     "tokens of a word": ({"previous_tokens": "x"}, "it must be the tokens"),
+    "a huge image": (
+        {"observation.images.front": np.zeros((1, 100_000, 3), np.uint8)},
+        "both sides must have 1 to 4096 px",
+    ),
+    "frozen steps without a chunk": (
+        {"frozen_steps": 1, "session": "new"},
+        "frozen_steps is 1, but there is no last chunk",
+    ),
+    "numbers as text": ({"observation.state": "12"}, "or a list of numbers"),
     "too few tokens": ({"previous_tokens": np.zeros(3, np.int64), "shift_steps": 1}, "expected"),
     "frozen steps alone": ({"frozen_steps": 9, "previous_tokens": np.zeros(56, np.int64)}, "froz"),
     "a half step": ({"frozen_steps": 0.5}, "frozen_steps is 0.5; it must be a whole number"),
@@ -259,12 +287,138 @@ def test_sigterm_answers_what_runs(serving: Callable[..., Any], edge: EdgePolicy
     assert server.process.wait(30) == 0
 
 
+class Slow:
+    """A policy that takes 0.3 s, in place of a `Predictor`."""
+
+    spec = PolicySpec("slow", "ceed_vla", {}, {"observation.state": 2}, 1, 2, 1, 0.0)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def predict(self, request: Request, deadline: float | None) -> Response:
+        self.calls += 1
+        time.sleep(0.3)
+        return Response(request.id, np.zeros((2, 1), np.float32))
+
+
+@contextmanager
+def running(load: Callable[[], Any], failure: list[str], **limits: Any) -> Iterator[int]:
+    """A server in a thread; the error with which it ends is added to `failure`."""
+    ports: queue.SimpleQueue[int] = queue.SimpleQueue()
+    known = Limits(**{"message_bytes": 10**6, "connections": 20, "rate": 1e3} | limits)
+    keys = {"observation.state": "observation.state"}
+    loops: list[Any] = []
+
+    def work() -> None:
+        async def main() -> None:
+            server = PolicyServer(load, lambda spec: OpenPi(keys, {}), known)
+            loops.append((asyncio.get_running_loop(), server))
+            await server.run("127.0.0.1", 0, ports.put)
+
+        try:
+            asyncio.run(main())
+        except Exception as error:
+            failure.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield ports.get(timeout=10)
+    loop, server = loops[0]
+    if not failure:
+        loop.call_soon_threadsafe(server.stop)
+    thread.join(40)
+    assert not thread.is_alive()
+
+
+def state(**options: Any) -> bytes:
+    return packed({"observation.state": np.zeros(2, np.float32), "prompt": "lift", **options})
+
+
+def opened(port: int) -> ClientConnection:
+    connection = connect(f"ws://127.0.0.1:{port}", compression=None).__enter__()
+    connection.recv(10)
+    return connection
+
+
+def test_health_answers_during_an_inference_and_deadlines_count_the_queue() -> None:
+    failure: list[str] = []
+    policy = Slow()
+    with running(lambda: policy, failure) as port:
+        first, second, gone = opened(port), opened(port), opened(port)
+        first.send(state())
+        gone.send(state())
+        gone.socket.close()
+        second.send(state(deadline_ms=100))
+        started = time.monotonic()
+        assert http(port, "/healthz")[0] == 200
+        assert time.monotonic() - started < 0.25
+        late = second.recv(10)
+        assert isinstance(late, str)
+        assert re.match(r"The deadline has passed: the request has waited for \d+ ms", late)
+        assert isinstance(first.recv(10), bytes)
+        assert isinstance(ask(opened(port), state()), dict)
+    assert not failure
+    assert policy.calls == 2  # neither that of the client that left, nor the late one
+
+
+def test_a_policy_that_cannot_be_loaded_ends_the_server() -> None:
+    failure: list[str] = []
+
+    def load() -> Any:
+        raise RuntimeError("out of memory")
+
+    with running(load, failure):
+        pass
+    assert failure == ["out of memory"]
+
+
+def test_web_pages_and_doubled_keys_are_refused() -> None:
+    failure: list[str] = []
+    with running(Slow, failure, key=KEY) as port:
+        url = f"ws://127.0.0.1:{port}"
+        good = ("Authorization", f"Api-Key {KEY}")
+        for headers in ([good, ("Origin", "https://example.org")], [good, good]):
+            with (
+                pytest.raises(InvalidStatus, match=r"40[13]"),
+                connect(url, additional_headers=headers),
+            ):
+                pass
+
+
+def flood(client: socket.socket) -> None:
+    """Send pings, and read none of the answers."""
+    ping = b"\x89\xfd\0\0\0\0" + b"x" * 125  # masked with zeros
+    for _ in range(200):  # 26 MB
+        client.sendall(ping * 1000)
+
+
+def test_a_client_that_only_pings_is_dropped() -> None:
+    failure: list[str] = []
+    with (
+        running(Slow, failure) as port,
+        closing(socket.create_connection(("127.0.0.1", port), timeout=10)) as client,
+    ):
+        client.sendall(
+            b"GET / HTTP/1.1\r\nHost: here\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        assert client.recv(4096).startswith(b"HTTP/1.1 101")
+        with pytest.raises(ConnectionError):
+            flood(client)
+        assert http(port, "/healthz")[0] == 200
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "others without a key": ({"host": "0.0.0.0"}, "set --api_key_file"),
     "a name without a key": ({"host": "robot.local"}, "which other machines can reach"),
     "half of TLS": ({"certificate": "x"}, "must be set together"),
     "no certificate": ({"certificate": "x", "private_key": "y"}, "cannot be used"),
     "a feature that is not there": ({"map": "image=observation.images.top"}, "map has 'image="),
+    "a feature named twice": (
+        {"map": "a=observation.state,b=observation.state"},
+        "each once",
+    ),
+    "a key of ours": ({"map": "prompt=observation.state"}, "map has 'prompt="),
     "a pair without =": ({"map": "image"}, "it must be KEY=FEATURE"),
     "a protocol": ({"protocol": "grpc"}, "protocol is 'grpc'"),
 }

@@ -247,7 +247,10 @@ def test_they_are_a_file_beside_bit_equal_weights(
         for parameter in own.parameters():
             parameter.data += 0.01
     for name in ("jacobi_mid", "ceed"):  # they do not change the full depth
-        mine, without = policy.decode(batch, name), load("student_all_tokens")[0].decode(batch, name)
+        mine, without = (
+            policy.decode(batch, name),
+            load("student_all_tokens")[0].decode(batch, name),
+        )
         assert torch.equal(mine.tokens, without.tokens)
         assert torch.equal(mine.iterations, without.iterations)
     expected = policy.decode(batch, "depth1_cap2").tokens

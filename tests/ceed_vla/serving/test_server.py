@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import queue
 import re
 import signal
-import socket
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +14,14 @@ import msgpack
 import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
 
 from ceed_vla.edge import EdgePolicy
 from ceed_vla.edge.observation import random_observation
 from ceed_vla.errors import ConfigError
 from ceed_vla.export.cached import cached_export
 from ceed_vla.serving.arrays import packed, unpacked
-from ceed_vla.serving.openpi import OpenPi
-from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
 from ceed_vla.serving.serve import ServeConfig, serve
-from ceed_vla.serving.server import Limits, PolicyServer
-
-KEY = "a-key-of-more-than-sixteen-characters"
+from tests.helpers.serving_calls import KEY, ask, error_of, http
 
 
 @pytest.fixture(scope="module")
@@ -44,35 +33,6 @@ def edge() -> EdgePolicy:
 def message(edge: EdgePolicy, seed: int = 0, **options: Any) -> bytes:
     observation, instruction = random_observation(edge.settings, seed)
     return packed({**observation, "prompt": instruction, **options})
-
-
-def ask(connection: ClientConnection, request: bytes) -> dict[str, Any]:
-    connection.send(request)
-    answer = connection.recv(30)
-    assert isinstance(answer, bytes), answer
-    found: dict[str, Any] = unpacked(answer)
-    return found
-
-
-def error_of(connection: ClientConnection, request: bytes | str) -> str:
-    """The error that a request gets, after which the server closes the connection."""
-    connection.send(request)
-    answer = connection.recv(30)
-    assert isinstance(answer, str)
-    with pytest.raises(ConnectionClosed) as closed:
-        connection.recv(30)
-    assert closed.value.rcvd is not None
-    assert closed.value.rcvd.code == 1011
-    return answer
-
-
-def http(port: int, path: str, **headers: str) -> tuple[int, str]:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
 
 
 def test_the_greeting_describes_the_policy(served: Any, edge: EdgePolicy) -> None:
@@ -285,127 +245,6 @@ def test_sigterm_answers_what_runs(serving: Callable[..., Any], edge: EdgePolicy
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1001
     assert server.process.wait(30) == 0
-
-
-class Slow:
-    """A policy that takes 0.3 s, in place of a `Predictor`."""
-
-    spec = PolicySpec("slow", "ceed_vla", {}, {"observation.state": 2}, 1, 2, 1, 0.0)
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def predict(self, request: Request, deadline: float | None) -> Response:
-        self.calls += 1
-        time.sleep(0.3)
-        return Response(request.id, np.zeros((2, 1), np.float32))
-
-
-@contextmanager
-def running(load: Callable[[], Any], failure: list[str], **limits: Any) -> Iterator[int]:
-    """A server in a thread; the error with which it ends is added to `failure`."""
-    ports: queue.SimpleQueue[int] = queue.SimpleQueue()
-    known = Limits(**{"message_bytes": 10**6, "connections": 20, "rate": 1e3} | limits)
-    keys = {"observation.state": "observation.state"}
-    loops: list[Any] = []
-
-    def work() -> None:
-        async def main() -> None:
-            server = PolicyServer(load, lambda spec: OpenPi(keys, {}), known)
-            loops.append((asyncio.get_running_loop(), server))
-            await server.run("127.0.0.1", 0, ports.put)
-
-        try:
-            asyncio.run(main())
-        except Exception as error:
-            failure.append(str(error))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    yield ports.get(timeout=10)
-    loop, server = loops[0]
-    if not failure:
-        loop.call_soon_threadsafe(server.stop)
-    thread.join(40)
-    assert not thread.is_alive()
-
-
-def state(**options: Any) -> bytes:
-    return packed({"observation.state": np.zeros(2, np.float32), "prompt": "lift", **options})
-
-
-def opened(port: int) -> ClientConnection:
-    connection = connect(f"ws://127.0.0.1:{port}", compression=None).__enter__()
-    connection.recv(10)
-    return connection
-
-
-def test_health_answers_during_an_inference_and_deadlines_count_the_queue() -> None:
-    failure: list[str] = []
-    policy = Slow()
-    with running(lambda: policy, failure) as port:
-        first, second, gone = opened(port), opened(port), opened(port)
-        first.send(state())
-        gone.send(state())
-        gone.socket.close()
-        second.send(state(deadline_ms=100))
-        started = time.monotonic()
-        assert http(port, "/healthz")[0] == 200
-        assert time.monotonic() - started < 0.25
-        late = second.recv(10)
-        assert isinstance(late, str)
-        assert re.match(r"The deadline has passed: the request has waited for \d+ ms", late)
-        assert isinstance(first.recv(10), bytes)
-        assert isinstance(ask(opened(port), state()), dict)
-    assert not failure
-    assert policy.calls == 2  # neither that of the client that left, nor the late one
-
-
-def test_a_policy_that_cannot_be_loaded_ends_the_server() -> None:
-    failure: list[str] = []
-
-    def load() -> Any:
-        raise RuntimeError("out of memory")
-
-    with running(load, failure):
-        pass
-    assert failure == ["out of memory"]
-
-
-def test_web_pages_and_doubled_keys_are_refused() -> None:
-    failure: list[str] = []
-    with running(Slow, failure, key=KEY) as port:
-        url = f"ws://127.0.0.1:{port}"
-        good = ("Authorization", f"Api-Key {KEY}")
-        for headers in ([good, ("Origin", "https://example.org")], [good, good]):
-            with (
-                pytest.raises(InvalidStatus, match=r"40[13]"),
-                connect(url, additional_headers=headers),
-            ):
-                pass
-
-
-def flood(client: socket.socket) -> None:
-    """Send pings, and read none of the answers."""
-    ping = b"\x89\xfd\0\0\0\0" + b"x" * 125  # masked with zeros
-    for _ in range(200):  # 26 MB
-        client.sendall(ping * 1000)
-
-
-def test_a_client_that_only_pings_is_dropped() -> None:
-    failure: list[str] = []
-    with (
-        running(Slow, failure) as port,
-        closing(socket.create_connection(("127.0.0.1", port), timeout=10)) as client,
-    ):
-        client.sendall(
-            b"GET / HTTP/1.1\r\nHost: here\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        )
-        assert client.recv(4096).startswith(b"HTTP/1.1 101")
-        with pytest.raises(ConnectionError):
-            flood(client)
-        assert http(port, "/healthz")[0] == 200
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

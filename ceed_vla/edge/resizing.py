@@ -19,12 +19,20 @@ def resized(image: np.ndarray, side: int) -> np.ndarray:
     It sums the few pixels that matter, because the threads of a matrix product would disturb those
     of the graphs.
     """
-    _, height, width = image.shape
-    if height != side:
-        image = sum(image[:, pixels] * weights[:, None] for pixels, weights in _taps(height, side))  # type: ignore[assignment]
-    if width != side:
-        image = sum(image[:, :, pixels] * weights for pixels, weights in _taps(width, side))  # type: ignore[assignment]
+    for axis in (1, 2):
+        if image.shape[axis] != side:
+            image = _along(image, axis, side)
     return image
+
+
+def _along(image: np.ndarray, axis: int, side: int) -> np.ndarray:
+    """Resize one axis of an image (3, H, W), heights (1) or widths (2)."""
+    shape = [*image.shape]
+    shape[axis] = side
+    total: np.ndarray = np.zeros(shape, np.float32)
+    for pixels, weights in _taps(image.shape[axis], side):
+        total += image.take(pixels, axis) * (weights[:, None] if axis == 1 else weights)
+    return total
 
 
 @lru_cache(_KEPT)

@@ -140,7 +140,7 @@ def _chat(name: str, step: VLMInputsStep, state: StateSettings) -> Inputs:
         LONGEST_PROMPT,
         template=_with_image_tokens(prompt, processor),
         special_tokens=not step.has_start(prompt),
-        behind=step.state_ids(),
+        behind=step.placeholder_ids(),
         refused=[processor.image_token],
     )
     found = ImageSettings(

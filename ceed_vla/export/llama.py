@@ -163,7 +163,7 @@ class _Stem(nn.Module):
         self.model, self.camera = model, camera
 
     def forward(self, image: Tensor) -> Tensor:
-        return cast("Any", self.model).camera_tokens(self.camera, image)  # type: ignore[no-any-return]
+        return cast("SplitsPrefix", self.model).camera_tokens(self.camera, image)
 
 
 class _Prefix(nn.Module):
@@ -173,7 +173,7 @@ class _Prefix(nn.Module):
 
     def forward(self, words: Tensor, state: Tensor, features: Tensor) -> Tensor:
         cameras = features.split(self.lengths, dim=1)
-        return cast("Any", self.model).join_prefix(words, state, cameras)  # type: ignore[no-any-return]
+        return cast("SplitsPrefix", self.model).join_prefix(words, state, cameras)
 
 
 class _Embed(nn.Module):

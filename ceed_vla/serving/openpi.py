@@ -36,10 +36,15 @@ OPTIONS = (
 class OpenPi:
     """openpi's protocol.
 
+    Attributes:
+        options: Keys of a request that are not features.
+
     Args:
         keys: Key of a client's observation -> the policy's feature; "" to ignore it.
         metadata: What the greeting says, besides the policy's inputs and outputs.
     """
+
+    options = OPTIONS
 
     def __init__(self, keys: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
         self._keys = keys
@@ -191,3 +196,6 @@ def _whole(value: Mapping[Any, Any], name: str, least: int) -> int | None:
     if found is not None and found != int(found):
         raise WireError(f"{name} is {shown(value.get(name))}; it must be a whole number.")
     return None if found is None else int(found)
+
+
+PROTOCOL = OpenPi

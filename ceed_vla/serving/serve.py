@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import ipaddress
-import logging
 import os
 import signal
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,14 @@ from ceed_vla.discovery import discovered
 from ceed_vla.errors import ConfigError, raised_as
 from ceed_vla.fields import THREADS, Checked, chosen, ranged
 from ceed_vla.files import read_text
-from ceed_vla.folders import resolve_served
+from ceed_vla.folders import EXPORT, is_export, resolve_served
 from ceed_vla.serving.predictor import Predictor
 from ceed_vla.serving.predictor_loading import declared_spec
 from ceed_vla.serving.predictor_types import ENGINES, PolicySpec, PredictorSettings
 from ceed_vla.serving.protocols import WireProtocol, mapped_keys
 
-PROTOCOLS = ("openpi",)
+PROTOCOLS = ("openpi",)  # each the module of this name, whose `PROTOCOL` is the class
 SHORTEST_KEY = 16  # characters
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,11 +73,12 @@ def serve(config: ServeConfig) -> str:
     """Serve a policy until SIGTERM or SIGINT; returns a summary.
 
     Raises:
-        ConfigError: The address is open to others without a key, a file is missing, or websockets
-            is not installed.
+        ConfigError: The address is open to others without a key, a file is missing, or msgpack or
+            websockets is not installed.
         CheckpointError: The policy cannot be loaded.
     """
-    with raised_as(ConfigError, "websockets cannot be imported", "install the extra serve."):
+    missing = "pip install msgpack websockets"
+    with raised_as(ConfigError, "The server cannot be imported", missing):
         from ceed_vla.serving.server import Limits, PolicyServer
 
     limits = Limits(
@@ -125,25 +124,21 @@ def serve(config: ServeConfig) -> str:
     return "Stopped."
 
 
-def _protocol(config: ServeConfig, declared: PolicySpec) -> Callable[[PolicySpec], WireProtocol]:
-    """What makes the protocol for the loaded policy; checks the mapped keys at once."""
-    from ceed_vla.serving.openpi import OPTIONS, OpenPi
-
-    keys = mapped_keys(config.map, declared, OPTIONS)
+def _protocol(config: ServeConfig, declared: PolicySpec) -> WireProtocol:
+    """The protocol that the settings name."""
+    kind = import_module(f"ceed_vla.serving.{config.protocol}").PROTOCOL
+    keys = mapped_keys(config.map, declared, kind.options)
     metadata: dict[str, Any] = {
         "server": f"ceed_vla {__version__}",
         "checkpoint_hash": _hash(config.policy_path),
     }
-    return lambda spec: OpenPi(keys, metadata)
+    protocol: WireProtocol = kind(keys, metadata)
+    return protocol
 
 
 def _hash(path: str) -> str:
     """Hash of a checkpoint's or an export's weights."""
-    from ceed_vla.folders import EXPORT, is_export
-
     if is_export(path):
-        import hashlib
-
         return hashlib.sha256((Path(path) / EXPORT).read_bytes()).hexdigest()[:12]
     from ceed_vla.checkpoints import weights_hash
 

@@ -27,10 +27,11 @@ from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response as HttpResponse
 from websockets.protocol import State
 
+from ceed_vla.errors import CeedVLAError, CheckpointError, raised_as
 from ceed_vla.serving.arrays import WireError
 from ceed_vla.serving.metrics import Metrics
 from ceed_vla.serving.predictor import Predictor
-from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
+from ceed_vla.serving.predictor_types import Request, Response
 from ceed_vla.serving.protocols import Call, WireProtocol
 from ceed_vla.serving.sessions import Sessions
 
@@ -88,7 +89,7 @@ class PolicyThread:
         while True:
             function, future = self._jobs.get()
             if not future.set_running_or_notify_cancel():
-                continue  # nobody waits for it any more
+                continue  # the caller was cancelled
             try:
                 future.set_result(function())
             except BaseException as error:
@@ -117,7 +118,7 @@ class PolicyServer:
 
     Args:
         load: Loads the policy; called in the policy's thread.
-        protocol: Makes the protocol for the loaded policy.
+        protocol: Reads requests and writes answers.
         limits: What clients may do.
         tls: Certificate and key; None without TLS.
     """
@@ -125,20 +126,19 @@ class PolicyServer:
     def __init__(
         self,
         load: Callable[[], Predictor],
-        protocol: Callable[[PolicySpec], WireProtocol],
+        protocol: WireProtocol,
         limits: Limits,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._load, self._protocol_of = load, protocol
+        self._load, self._protocol = load, protocol
         self._limits, self._tls = limits, tls
         self._thread = PolicyThread()
         self._open: set[Connection] = set()
         self._metrics = Metrics()
         self._predictor: Predictor | None = None
-        self._protocol: WireProtocol | None = None
         self._ready = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._failure: BaseException | None = None
+        self._failure: CeedVLAError | None = None
 
     async def run(
         self, host: str, port: int, opened: Callable[[int], object] = lambda port: None
@@ -189,9 +189,12 @@ class PolicyServer:
     async def _warm(self) -> None:
         """Load the policy; if that fails, stop."""
         try:
-            self._predictor = await self._thread.run(self._load)
-            self._protocol = self._protocol_of(self._predictor.spec)
-        except Exception as error:  # third-party policies raise any type
+            # Policies of other packages raise errors of any type.
+            with raised_as(
+                CheckpointError, "The policy cannot be loaded", "correct this, and start again."
+            ):
+                self._predictor = await self._thread.run(self._load)
+        except CeedVLAError as error:
             self._failure = error
             self._stopping.set()
             return
@@ -223,28 +226,31 @@ class PolicyServer:
         """Serve one client."""
         self._metrics.connections += 1
         try:
-            if await self._or_stop(self._loaded(connection)) is None:
+            if await self._or_stop(self._loaded(connection)):
+                await self._calls(connection)
+            else:
                 await connection.close(GOING)
-                return
-            await self._calls(connection)
         except (ConnectionClosed, TimeoutError):
             pass  # the client has gone, or does not read
         finally:
             self._metrics.connections -= 1
 
     async def _loaded(self, connection: ServerConnection) -> bool:
-        """Wait until the policy is loaded; raises `ConnectionClosed` if the client leaves."""
-        ready = asyncio.ensure_future(self._ready.wait())
-        gone = asyncio.ensure_future(connection.wait_closed())
-        await asyncio.wait({ready, gone}, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
-        gone.cancel()
-        return True  # if the client has gone, the next use of the connection fails
+        """Wait until the policy is loaded, or the client has left; its next use fails then."""
+        waited = [
+            asyncio.ensure_future(self._ready.wait()),
+            asyncio.ensure_future(connection.wait_closed()),
+        ]
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waited:
+                task.cancel()
+        return self._ready.is_set()
 
     async def _calls(self, connection: ServerConnection) -> None:
         """Answer the messages of one client, one after the other."""
         assert self._predictor is not None
-        assert self._protocol is not None
         spec = self._predictor.spec
         sessions = Sessions(spec)
         greeting = self._protocol.greeting(spec)
@@ -275,8 +281,6 @@ class PolicyServer:
         sessions: Sessions,
     ) -> tuple[str | bytes, bool]:
         """The answer to a message, and whether it is an error."""
-        assert self._predictor is not None
-        assert self._protocol is not None
         try:
             if isinstance(message, str):
                 raise WireError("The message is text; it must be binary.")

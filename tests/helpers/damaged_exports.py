@@ -117,7 +117,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: with_settings(f, lambda s: s["images"].update(kind="declared")),
         "family is compact with declared images",
     ),
-    "resizes that nobody reads": (
+    "resizes of square images": (
         lambda f: with_settings(f, lambda s: s["images"].update(resizes=[[], []])),
         "only bytes have resizes",
     ),

@@ -145,7 +145,7 @@ class VLMInputsStep(FilesStep, InputsStep):
         bos = self._processor.tokenizer.bos_token
         return bool(bos) and prompt.startswith(bos)
 
-    def state_ids(self) -> list[int]:
+    def placeholder_ids(self) -> list[int]:
         """Ids in the places of the state at the end of the prefix."""
         if not self.state_places:
             return []
@@ -157,7 +157,7 @@ class VLMInputsStep(FilesStep, InputsStep):
 
     def _add_state_places(self, inputs: dict[str, Tensor]) -> None:
         ids = inputs[IDS]
-        if not (behind := self.state_ids()):
+        if not (behind := self.placeholder_ids()):
             return
         for name, value in inputs.items():
             if value.shape == ids.shape:  # one entry per token

@@ -1,4 +1,4 @@
-"""msgpack with arrays: what is written is read back, and nothing else is believed."""
+"""msgpack with arrays: values come back as they were sent, and malformed messages are refused."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def running(load: Callable[[], Any], failure: list[str], **limits: Any) -> Itera
 
     def work() -> None:
         async def main() -> None:
-            server = PolicyServer(load, lambda spec: OpenPi(keys, {}), known)
+            server = PolicyServer(load, OpenPi(keys, {}), known)
             loops.append((asyncio.get_running_loop(), server))
             await server.run("127.0.0.1", 0, ports.put)
 
@@ -106,7 +106,9 @@ def test_a_policy_that_cannot_be_loaded_ends_the_server() -> None:
 
     with running(load, failure):
         pass
-    assert failure == ["out of memory"]
+    assert failure == [
+        "The policy cannot be loaded (RuntimeError: out of memory); correct this, and start again."
+    ]
 
 
 def test_web_pages_and_doubled_keys_are_refused() -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KNOWN = ("compact", "vlm")  # backbones that are exported without being asked
-REFUSAL = "Run it with torch."  # end of errors that no other attempt changes
+REFUSAL = "run it with torch."  # end of errors that every other attempt would give, too
 MOST_EXPORTS = 20  # in the cache; the oldest ones are removed
 _SOURCES = (  # of this package, which decide the graphs
     "export",
@@ -115,13 +115,13 @@ def cached_export(
     if not (folder / EXPORT).is_file():
         _check_packages(checkpoint)
         try:
-            try:
-                _export_once(checkpoint, folder, discover_packages)
-            except ConfigError as error:
-                if str(error).endswith(REFUSAL):
-                    refusal.write_text(str(error), encoding="utf-8")
-                raise
+            _export_once(checkpoint, folder, discover_packages)
             _remove_oldest(folder.parent)
+        except ConfigError as error:
+            if str(error).lower().endswith(REFUSAL):
+                with suppress(OSError):  # then the next attempt loads the model again
+                    refusal.write_text(str(error), encoding="utf-8")
+            raise
         except OSError as error:
             raise ConfigError(
                 f"The cache of exports {folder.parent} cannot be written ({error.strerror}); name "

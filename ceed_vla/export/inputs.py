@@ -103,7 +103,9 @@ def _state(name: str, policy: Any, preprocess: Any) -> StateSettings:
     return StateSettings(states[0], size, mean, std, float(normalizer.eps))
 
 
-def _tokens(name: str, step: PromptTokensStep, state: StateSettings, images: Any) -> Inputs:
+def _tokens(
+    name: str, step: PromptTokensStep, state: StateSettings, images: ImageSettings
+) -> Inputs:
     """Tokens of the bare instruction."""
     tokenizer = step.input_tokenizer
     cut = tokenizer.truncation_side if step.truncation else ""

@@ -24,18 +24,27 @@ from ceed_vla.serving.server import Limits, PolicyServer
 from tests.helpers.serving_calls import KEY, ask, http
 
 
-class Slow:
-    """A policy that takes 0.3 s, in place of a `Predictor`."""
+class Waiting:
+    """A policy that answers when the test releases it, in place of a `Predictor`."""
 
-    spec = PolicySpec("slow", "ceed_vla", {}, {"observation.state": 2}, 1, 2, 1, 0.0)
+    spec = PolicySpec("waiting", "ceed_vla", {}, {"observation.state": 2}, 1, 2, 1, 0.0)
 
     def __init__(self) -> None:
         self.calls = 0
+        self.release = threading.Event()
 
     def predict(self, request: Request, deadline: float | None) -> Response:
         self.calls += 1
-        time.sleep(0.3)
+        assert self.release.wait(30)
         return Response(request.id, np.zeros((2, 1), np.float32))
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @contextmanager
@@ -77,25 +86,27 @@ def opened(port: int) -> ClientConnection:
     return connection
 
 
-def test_health_answers_during_an_inference_and_deadlines_count_the_queue() -> None:
+def test_what_waits_for_an_inference() -> None:
+    """Health and metrics answer; a late call, and one whose client has left, do not run."""
     failure: list[str] = []
-    policy = Slow()
+    policy = Waiting()
     with running(lambda: policy, failure) as port:
-        first, second, gone = opened(port), opened(port), opened(port)
+        first, late, gone = opened(port), opened(port), opened(port)
         first.send(state())
+        until(lambda: policy.calls == 1)
+        late.send(state(deadline_ms=1))
         gone.send(state())
-        gone.socket.close()
-        second.send(state(deadline_ms=100))
-        started = time.monotonic()
-        assert http(port, "/healthz")[0] == 200
-        assert time.monotonic() - started < 0.25
-        late = second.recv(10)
-        assert isinstance(late, str)
-        assert re.match(r"The deadline has passed: the request has waited for \d+ ms", late)
-        assert isinstance(first.recv(10), bytes)
+        until(lambda: "ceed_vla_queue 3\n" in http(port, "/metrics")[1])
+        gone.socket.shutdown(socket.SHUT_RDWR)
+        assert http(port, "/healthz") == (200, "OK\n")  # after the server has seen that
+        policy.release.set()
+        answer = late.recv(20)
+        assert isinstance(answer, str)
+        assert re.match(r"The deadline has passed: the request has waited for \d+ ms", answer)
+        assert isinstance(first.recv(20), bytes)
         assert isinstance(ask(opened(port), state()), dict)
     assert not failure
-    assert policy.calls == 2  # neither that of the client that left, nor the late one
+    assert policy.calls == 2
 
 
 def test_a_policy_that_cannot_be_loaded_ends_the_server() -> None:
@@ -105,7 +116,7 @@ def test_a_policy_that_cannot_be_loaded_ends_the_server() -> None:
         raise RuntimeError("out of memory")
 
     with running(load, failure):
-        pass
+        until(lambda: failure)
     assert failure == [
         "The policy cannot be loaded (RuntimeError: out of memory); correct this, and start again."
     ]
@@ -113,7 +124,7 @@ def test_a_policy_that_cannot_be_loaded_ends_the_server() -> None:
 
 def test_web_pages_and_doubled_keys_are_refused() -> None:
     failure: list[str] = []
-    with running(Slow, failure, key=KEY) as port:
+    with running(Waiting, failure, key=KEY) as port:
         url = f"ws://127.0.0.1:{port}"
         good = ("Authorization", f"Api-Key {KEY}")
         for headers in ([good, ("Origin", "https://example.org")], [good, good]):
@@ -134,7 +145,7 @@ def flood(client: socket.socket) -> None:
 def test_a_client_that_only_pings_is_dropped() -> None:
     failure: list[str] = []
     with (
-        running(Slow, failure) as port,
+        running(Waiting, failure) as port,
         closing(socket.create_connection(("127.0.0.1", port), timeout=10)) as client,
     ):
         client.sendall(

@@ -52,6 +52,8 @@ class CeedVLAConfig(PreTrainedConfig):
             accumulate over steps; [] for none. Real-time chunking compensates in them for the
             motion of frozen steps (`ceed_vla.real_time`). With None, `train` sets them from the
             names of the actions.
+        action_names: Names of the action's dimensions in the training data; empty if unknown.
+        control_rate: Steps per second of the training data [Hz]; 0 if unknown.
         label_sigma: Width of the soft labels [bins]; 0 for hard labels.
         auxiliary_scale: Factors of the leading dimensions of ``observation.environment_state`` that
             the state token regresses during training (the grounding target); empty for no
@@ -77,6 +79,8 @@ class CeedVLAConfig(PreTrainedConfig):
     action_tokens: ActionTokensConfig = field(default_factory=UniformTokensConfig)
 
     delta_dims: list[int] | None = ranged(None, "[0, 4095]")
+    action_names: list[str] = field(default_factory=list)
+    control_rate: float = ranged(0.0, "[0, 10000]")
     label_sigma: float = ranged(1.0, "[0, 1000]")
     auxiliary_scale: list[float] = ranged([], "[-1e6, 1e6]")
     auxiliary_weight: float = ranged(0.5, "[0, 1e6]")

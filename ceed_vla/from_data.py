@@ -42,7 +42,11 @@ Statistics = dict[str, Stats]  # of every feature
 
 
 def take_from_actions(
-    config: CeedVLAConfig, actions: NDArray[np.float32], stats: Stats, names: Sequence[object]
+    config: CeedVLAConfig,
+    actions: NDArray[np.float32],
+    stats: Stats,
+    names: Sequence[object],
+    rate: float,
 ) -> None:
     """Set two-valued dimensions and increments unless they are set; extend sparse ranges.
 
@@ -51,6 +55,7 @@ def take_from_actions(
         actions: Of all frames (N, A) [the dataset's units].
         stats: Statistics of exactly these actions; changed in place by `extend_sparse`.
         names: Names of the action's dimensions, or none.
+        rate: Steps per second of the data [Hz].
     """
     tokens = config.action_tokens
     sparse = extend_sparse(stats, actions)
@@ -58,7 +63,7 @@ def take_from_actions(
     if open_ranges and tokens.gripper_dims == [-1]:  # find dimensions of two values (grippers)
         dense = np.flatnonzero(~sparse).tolist()
         tokens.gripper_dims = [d for d in dense if len(np.unique(actions[:, d])) == 2]
-    take_increments(config, names)
+    take_meaning(config, names, rate)
     if ranges_are_open(config):
         config.ranges_from = FRAMES
 
@@ -76,8 +81,10 @@ def extend_sparse(stats: Stats, actions: NDArray[np.float32]) -> NDArray[np.bool
     return found
 
 
-def take_increments(config: CeedVLAConfig, names: Sequence[object]) -> None:
-    """Set `delta_dims` by the names of the action's dimensions, unless it is set."""
+def take_meaning(config: CeedVLAConfig, names: Sequence[object], rate: float) -> None:
+    """Set what actions are, unless it is set: their names, increments (by the names) and rate."""
+    config.action_names = config.action_names or [str(name) for name in names]
+    config.control_rate = config.control_rate or rate
     if config.delta_dims is None:
         config.delta_dims = [
             d for d, name in enumerate(names) if INCREMENT.fullmatch(str(name).lower())
@@ -115,9 +122,9 @@ def take_from_lerobot(config: CeedVLAConfig, meta: Any, stats: Statistics) -> No
     names = names if isinstance(names, list | tuple) else []
     actions, problem = correct_action_statistics(meta, stats)
     if actions is not None:
-        take_from_actions(config, actions, stats[ACTION], names)
+        take_from_actions(config, actions, stats[ACTION], names, meta.fps)
         return
-    take_increments(config, names)
+    take_meaning(config, names, meta.fps)
     if ranges_are_open(config):
         config.ranges_from = (
             f"the statistics' minimum and maximum, as the frames cannot be read ({problem})"

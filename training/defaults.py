@@ -51,7 +51,8 @@ def take_from_data(
     policy.output_features = {ACTION: PolicyFeature(FeatureType.ACTION, shapes[ACTION])}
     stats = state_statistics(stores)
     actions = np.concatenate([store.action for store in stores if store.action is not None])
-    take_from_actions(policy, actions, stats[ACTION], stores[0].labels.get(ACTION, []))
+    names = stores[0].labels.get(ACTION, [])
+    take_from_actions(policy, actions, stats[ACTION], names, stores[0].fps)
     told = [store for store in (*stores, *grounding) if store.environment_state is not None]
     known = privileged is not None and told and all(is_of(store, privileged) for store in told)
     if known and policy.auxiliary_weight and not policy.auxiliary_scale:

@@ -111,6 +111,8 @@ class ExportSettings(Checked):
         cache: Sizes of the cache.
         n_action_steps: Steps of a chunk that are executed by default.
         delta_dims: Action dimensions that are increments.
+        action_names: Names of the action's dimensions; none if unknown.
+        control_rate: Steps per second of the training data [Hz]; 0 if unknown.
         decoding: The checkpoint's own decoding.
         decodings: Its own names for decoders.
         files: Graph file, or tokenizer -> SHA-256.
@@ -131,6 +133,8 @@ class ExportSettings(Checked):
     weights: str = chosen("float32", EXPORTED_WEIGHTS)
     n_action_steps: int = ranged(1, "[1, 4096]")
     delta_dims: list[int] | None = None
+    action_names: list[str] | None = None
+    control_rate: float = ranged(0.0, "[0, 10000]")
     decodings: dict[str, str] | None = None
     checks: list[CheckSettings] | None = None
 

@@ -213,6 +213,8 @@ def _settings(
         family=family,
         n_action_steps=config.n_action_steps,
         delta_dims=config.delta_dims,
+        action_names=list(config.action_names),
+        control_rate=config.control_rate,
         decodings=dict(config.decodings),
     )
 

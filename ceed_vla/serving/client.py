@@ -6,50 +6,80 @@ response = client.predict(Request(1, observation, "put the cube in the bin"))
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Mapping
-from contextlib import ExitStack
-from typing import Any, Self, cast
+from contextlib import ExitStack, suppress
+from typing import Any, NoReturn, Self, cast
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
-from ceed_vla.errors import CeedVLAError, ConfigError, raised_as
+from ceed_vla.errors import ConfigError, raised_as
 from ceed_vla.serving.arrays import WireError, packed, unpacked
-from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
+from ceed_vla.serving.contract import Contract
+from ceed_vla.serving.encoded_images import jpeg
+from ceed_vla.serving.faults import FOREIGN, LOST, REFUSED, SILENT, ServerError
+from ceed_vla.serving.predictor_types import (
+    BAD_IMAGE,
+    BAD_INSTRUCTION,
+    NOT_FINITE,
+    PolicySpec,
+    Request,
+    Response,
+)
 from ceed_vla.texts import short, shown
 
+_OF_SERVER = (BAD_IMAGE, BAD_INSTRUCTION, NOT_FINITE)
+# Everything that goes wrong is raised.
+_SILENT_LOG = logging.getLogger(f"{__name__}.connection")
+_SILENT_LOG.setLevel(logging.CRITICAL)
 LONGEST_ANSWER = 64_000_000  # [bytes]
-
-
-class ServerError(CeedVLAError):
-    """The server cannot be reached, has refused a request, or has answered what it must not."""
+# A server that does not answer pings is lost; it answers them while the policy runs [s].
+_PING_EVERY, _PONG_WITHIN = 1.0, 2.0
 
 
 class PolicyClient:
-    """One connection to a server of openpi's protocol.
+    """One connection to a server of openpi's protocol, of this package.
 
     Args:
         url: ``ws://HOST:PORT`` or ``wss://HOST:PORT``.
         key: API key; "" for none.
         ca_file: Certificates to trust (PEM), for ``wss``; "" for those of the system.
-        timeout_s: Time limit to connect, and for an answer [s].
+        timeout_s: Time limit for an answer [s].
+        connect_s: Time limit to connect, and until the server has loaded its policy [s]; None: as
+            `timeout_s`.
+        jpeg_quality: Quality of images, which are sent as JPEG; 0: pixels, without loss.
 
     Attributes:
-        spec: The policy's inputs and outputs, as the server declares them.
+        contract: What the server promises.
+        spec: The policy's inputs and outputs.
         metadata: Everything that the server says of itself.
+        timeout_s: As above; it may be changed.
 
     Raises:
         ConfigError: The address or the certificates cannot be used.
         ServerError: The server cannot be reached, or does not describe a policy.
     """
 
-    def __init__(self, url: str, key: str = "", ca_file: str = "", timeout_s: float = 10.0) -> None:
-        self._url, self._timeout = url, timeout_s
+    def __init__(
+        self,
+        url: str,
+        key: str = "",
+        ca_file: str = "",
+        timeout_s: float = 10.0,
+        connect_s: float | None = None,
+        jpeg_quality: int = 0,
+    ) -> None:
+        self._url, self.timeout_s = url, timeout_s
+        self._jpeg_quality = jpeg_quality
         self._open = ExitStack()
+        self._number = 0
+        begun = timeout_s if connect_s is None else connect_s
         context = None
         if url.startswith("wss://"):
             with raised_as(ConfigError, f"{ca_file} cannot be used", "give certificates as PEM."):
@@ -63,27 +93,35 @@ class PolicyClient:
                     url,
                     compression=None,
                     max_size=LONGEST_ANSWER,
-                    open_timeout=timeout_s,
-                    close_timeout=min(timeout_s, 1.0),
+                    open_timeout=begun,
+                    close_timeout=min(begun, 1.0),
+                    ping_interval=_PING_EVERY,
+                    ping_timeout=_PONG_WITHIN,
                     additional_headers=headers,
+                    logger=_SILENT_LOG,
                     ssl=context,
                 )
             )
-        except (OSError, InvalidHandshake) as error:
-            raise ServerError(f"{shown(url)} cannot be reached ({short(error)}).") from error
+        except (OSError, EOFError, InvalidHandshake) as error:
+            raise ServerError(LOST, f"{shown(url)} cannot be reached ({short(error)}).") from error
         except (InvalidURI, ValueError) as error:  # or UnicodeError
             raise ConfigError(f"{shown(url)} is no address; it must be ws://HOST:PORT.") from error
         seconds, rest = divmod(timeout_s, 1.0)
         self._connection.socket.setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(1e6 * rest))
         )
-        self._number = 0
         try:
-            self.metadata = self._greeting()
-            self.spec = _spec(self.metadata)
+            self.metadata = self._mapping(self._receive(begun))
+            what = f"{shown(url)} does not describe a policy"
+            with raised_as(_GreetingError, what, "use a server of ceed_vla."):
+                self.contract = Contract.read(self.metadata)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def spec(self) -> PolicySpec:
+        return self.contract.spec
 
     def __enter__(self) -> Self:
         return self
@@ -95,6 +133,11 @@ class PolicyClient:
         """End the connection; the server then forgets its sessions."""
         self._open.close()
 
+    def abort(self) -> None:
+        """Cut the connection at once, also while another thread waits for an answer."""
+        with suppress(OSError):
+            self._connection.socket.shutdown(socket.SHUT_RDWR)
+
     def predict(self, request: Request, **options: Any) -> Response:
         """Ask for one chunk.
 
@@ -103,19 +146,23 @@ class PolicyClient:
             options: Further keys of the message, for example ``session``.
 
         Returns:
-            The chunk; the `id` is that of the request.
+            The chunk; the `id` is that of the request. Its `seconds` are those of the server, and
+            "network", the rest of the time until the answer.
 
         Raises:
             ServerError: The server has refused the request, has not answered in time, or the
                 connection is lost. The connection is closed then.
         """
+        self._number += 1
         message: dict[str, Any] = {
-            **request.observation,
+            **{
+                self.contract.keys.get(name, name): self._sent(value)
+                for name, value in request.observation.items()
+            },
             "prompt": request.instruction,
-            "request_id": self._number + 1,
+            "request_id": self._number,
             **options,
         }
-        self._number += 1
         if request.frozen_steps:
             message["frozen_steps"] = request.frozen_steps
         if request.previous is not None:
@@ -126,51 +173,67 @@ class PolicyClient:
             message["decoding"] = request.decoding
         if request.executed_steps is not None:
             message["executed_steps"] = request.executed_steps
-        return self._response(request, self._ask(packed(message)))
-
-    def _greeting(self) -> dict[str, Any]:
-        return self._mapping(self._receive())
-
-    def _ask(self, message: bytes) -> dict[str, Any]:
+        sent = time.monotonic()
         try:
-            self._connection.send(message)
+            self._connection.send(packed(message))
         except ConnectionClosed as error:
-            raise ServerError(f"The connection to {self._url} is lost ({short(error)}).") from error
-        return self._mapping(self._receive())
+            self._lost(error)
+        answer = self._mapping(self._receive(self.timeout_s))
+        return self._response(request, answer, time.monotonic() - sent)
 
-    def _receive(self) -> bytes:
+    def _sent(self, value: Any) -> Any:
+        """A feature as it is sent."""
+        is_image = isinstance(value, np.ndarray) and value.ndim == 3 and value.dtype == np.uint8
+        return jpeg(value, self._jpeg_quality) if self._jpeg_quality and is_image else value
+
+    def _receive(self, timeout_s: float) -> bytes:
         """The next message; a text frame is an error."""
         try:
-            message = self._connection.recv(self._timeout)
+            message = self._connection.recv(timeout_s)
         except TimeoutError as error:
             self.close()  # a late answer would be taken for that to the next request
-            raise ServerError(f"{self._url} has not answered in {self._timeout:g} s.") from error
+            text = f"{self._url} has not answered in {timeout_s:g} s."
+            raise ServerError(SILENT, text) from error
         except ConnectionClosed as error:
-            raise ServerError(f"The connection to {self._url} is lost ({short(error)}).") from error
+            self._lost(error)
         if isinstance(message, str):
-            self.close()
-            raise ServerError(f"{self._url}: {short(message, 500)}")
+            raise ServerError(self._reason(), f"{self._url}: {short(message, 500)}")
         return message
+
+    def _lost(self, error: ConnectionClosed) -> NoReturn:
+        self.close()
+        text = f"The connection to {self._url} is lost ({short(error)})."
+        raise ServerError(LOST, text) from error
+
+    def _reason(self) -> str:
+        """The code with which the server closes after an error."""
+        code = ""
+        with suppress(TimeoutError):
+            try:
+                self._connection.recv(1.0)
+            except ConnectionClosed as closed:
+                code = closed.rcvd.reason if closed.rcvd is not None else ""
+        self.close()
+        return code if code in _OF_SERVER else REFUSED
+
+    def _foreign(self, text: str) -> NoReturn:
+        self.close()
+        raise ServerError(FOREIGN, f"{self._url} {text}")
 
     def _mapping(self, message: bytes) -> dict[str, Any]:
         try:
             value = unpacked(message)
         except WireError as error:
-            self.close()
-            raise ServerError(f"{self._url} does not speak openpi's protocol. {error}") from error
+            self._foreign(f"does not speak openpi's protocol. {error}")
         if not isinstance(value, dict):
-            self.close()
-            raise ServerError(f"{self._url} has answered {shown(value)}; it must be a mapping.")
+            self._foreign(f"has answered {shown(value)}; it must be a mapping.")
         return cast("dict[str, Any]", value)
 
-    def _response(self, request: Request, answer: Mapping[str, Any]) -> Response:
-        """The answer as a `Response`; raises `ServerError` if it does not fit the greeting."""
+    def _response(self, request: Request, answer: Mapping[str, Any], round_trip: float) -> Response:
+        """The answer as a `Response`; raises `ServerError` if it breaks the contract."""
         if answer.get("request_id", self._number) != self._number:
-            self.close()
-            raise ServerError(
-                f"{self._url} has answered request {shown(answer['request_id'])} instead of "
-                f"{self._number}."
-            )
+            found = shown(answer["request_id"])
+            self._foreign(f"has answered request {found} instead of {self._number}.")
         actions, tokens = answer.get("actions"), answer.get("tokens")
         if isinstance(actions, np.ndarray) and actions.dtype.kind == "f":
             with np.errstate(over="ignore"):  # it is not finite then
@@ -183,17 +246,14 @@ class PolicyClient:
             or not np.isfinite(actions).all()
             or not (tokens is None or (isinstance(tokens, np.ndarray) and _are_tokens(tokens)))
         ):
-            self.close()
-            raise ServerError(
-                f"{self._url} has answered actions {shown(actions)}; they must be finite numbers "
-                f"{wanted}, as it has declared."
+            self._foreign(
+                f"has answered actions {shown(actions)}; they must be finite numbers {wanted}, as "
+                "it has declared."
             )
-        timing = answer.get("policy_timing")
-        seconds = {
-            str(name).removesuffix("_ms"): float(value) / 1e3
-            for name, value in (timing.items() if isinstance(timing, dict) else ())
-            if isinstance(value, int | float)
-        }
+        seconds = _seconds(answer.get("policy_timing"))
+        seconds["network"] = max(
+            round_trip - sum(_seconds(answer.get("server_timing")).values()), 0.0
+        )
         forwards = answer.get("forwards")
         return Response(
             request.id,
@@ -205,33 +265,21 @@ class PolicyClient:
         )
 
 
+class _GreetingError(ServerError):
+    """A greeting that does not describe a policy."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(FOREIGN, text)
+
+
 def _are_tokens(array: np.ndarray) -> bool:
     return array.ndim == 1 and array.dtype.kind == "i"
 
 
-def _spec(metadata: Mapping[str, Any]) -> PolicySpec:
-    """The inputs and outputs that a greeting declares; `ServerError` if it does not."""
-    with raised_as(
-        ServerError, "The server does not describe a policy", "use a server of ceed_vla."
-    ):
-        cameras, states = {}, {}
-        for key, feature in metadata["observation"].items():
-            shape = tuple(int(size) for size in feature["shape"])
-            if len(shape) == 3:
-                cameras[str(key)] = (shape[2], shape[0], shape[1])
-            else:
-                states[str(key)] = int(shape[0])
-        steps, dim = (int(size) for size in metadata["actions"]["shape"])
-        return PolicySpec(
-            checkpoint=str(metadata.get("checkpoint", "")),
-            policy_type=str(metadata["policy_type"]),
-            cameras=cameras,
-            states=states,
-            action_dim=dim,
-            chunk_steps=steps,
-            n_action_steps=int(metadata["actions"]["n_action_steps"]),
-            warmup_s=0.0,
-            delta_dims=tuple(int(dim) for dim in metadata["actions"]["increments"]),
-            decoding=str(metadata.get("decoding", "")),
-            engine=str(metadata.get("engine", "")),
-        )
+def _seconds(timing: Any) -> dict[str, float]:
+    """Times of an answer [s]."""
+    return {
+        str(name).removesuffix("_ms"): float(value) / 1e3
+        for name, value in (timing.items() if isinstance(timing, dict) else ())
+        if isinstance(value, int | float)
+    }

@@ -13,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.serving.arrays import WireError, packed, unpacked
+from ceed_vla.serving.contract import described
+from ceed_vla.serving.data_ranges import Range
+from ceed_vla.serving.encoded_images import image_of
 from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
 from ceed_vla.serving.protocols import Call
 from ceed_vla.texts import instruction_problem, shown
@@ -41,44 +44,23 @@ class OpenPi:
 
     Args:
         keys: Key of a client's observation -> the policy's feature; "" to ignore it.
-        metadata: What the greeting says, besides the policy's inputs and outputs.
+        metadata: What the greeting says, besides the contract.
+        ranges: Of the training data, or why they are unknown.
     """
 
     options = OPTIONS
 
-    def __init__(self, keys: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
-        self._keys = keys
+    def __init__(
+        self,
+        keys: Mapping[str, str],
+        metadata: Mapping[str, Any],
+        ranges: Mapping[str, Range | str],
+    ) -> None:
+        self._keys, self._ranges = keys, ranges
         self._metadata = dict(metadata)
 
     def greeting(self, spec: PolicySpec) -> bytes:
-        observation = {}
-        for key, feature in self._keys.items():
-            if not feature:
-                continue
-            if feature in spec.cameras:
-                channels, height, width = spec.cameras[feature]
-                shape = [height, width, channels]
-                observation[key] = {"feature": feature, "shape": shape, "dtype": "uint8"}
-            else:
-                shape = [spec.states[feature]]
-                observation[key] = {"feature": feature, "shape": shape, "dtype": "float32"}
-        return packed(
-            {
-                "policy_type": spec.policy_type,
-                "checkpoint": spec.checkpoint,
-                "decoding": spec.decoding,
-                "engine": spec.engine,
-                "observation": observation,
-                "prompt": {"dtype": "str"},
-                "actions": {
-                    "shape": [spec.chunk_steps, spec.action_dim],
-                    "dtype": "float32",
-                    "n_action_steps": spec.n_action_steps,
-                    "increments": list(spec.delta_dims),
-                },
-                **self._metadata,
-            }
-        )
+        return packed({**described(spec, self._keys, self._ranges), **self._metadata})
 
     def read(self, message: bytes) -> Call:
         value = unpacked(message)
@@ -152,10 +134,12 @@ class OpenPi:
 
 
 def _array(value: Any, key: str) -> NDArray[Any]:
-    """A feature of an observation; lists of numbers become float32."""
+    """A feature of an observation: an array, the bytes of a JPEG, or a list of numbers."""
     if isinstance(value, np.ndarray):
         return value
-    problem = f"{key} is {shown(value)}; it must be an array, or a list of numbers."
+    if isinstance(value, bytes):
+        return image_of(value, key)
+    problem = f"{key} is {shown(value)}; it must be an array, a JPEG, or a list of numbers."
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:

@@ -75,8 +75,9 @@ class Predictor:
         self._wait = wait
         self.spec = declared_spec(settings.checkpoint)
         self._policy = load_served(settings, self.spec)
-        self.spec = replace(self.spec, engine=self._policy.engine)
-        self._decoding = self._decoding_config(settings.decoding)
+        word = min(self._policy.vocabulary, default=self.spec.example_instruction)
+        self.spec = replace(self.spec, engine=self._policy.engine, example_instruction=word)
+        self._decoding = self._decoding_config(settings.decoding, settings.replan_steps)
         self._prefill_s = 0.0
         self._failures: FailureLog | None = None  # during the warm-up, an error ends loading
         self.spec = self._warm_up()
@@ -170,8 +171,9 @@ class Predictor:
     def _options(self, request: Request, deadline: float | None) -> DecodeOptions:
         """Return how to decode a request."""
         decoding = self._decoding
-        if decoding is not None and request.decoding:
-            decoding = self._decoding_config(request.decoding)
+        executed = request.executed_steps or self._settings.replan_steps
+        if decoding is not None and (request.decoding or request.executed_steps):
+            decoding = self._decoding_config(request.decoding or self.spec.decoding, executed)
         if decoding is None:
             return DecodeOptions()
         allowed = None
@@ -184,17 +186,17 @@ class Predictor:
         behind = request.previous is not None and self._policy.tokens_per_step
         return DecodeOptions(
             decoding,
-            executed_steps=request.executed_steps or self._settings.replan_steps,
+            executed_steps=executed,
             frozen_steps=request.frozen_steps if behind else 0,
             deadline_s=allowed,
         )
 
-    def _decoding_config(self, name: str) -> Any:
+    def _decoding_config(self, name: str, executed_steps: int | None) -> Any:
         """Return the named configuration, for the steps executed before the next replan."""
         config = self._policy.decoding_config(name)
         # Greedy decoding of all steps leaves no unconverged guesses that the next chunk could
         # freeze.
-        if config is None or self._settings.replan_steps is None or config.method == "ar":
+        if config is None or executed_steps is None or config.method == "ar":
             return config
         return replace(config, watch="executed")
 
@@ -208,7 +210,7 @@ class Predictor:
             **{key: np.zeros((h, w, 3), np.uint8) for key, (_, h, w) in self.spec.cameras.items()},
             **{key: np.zeros(length, np.float32) for key, length in self.spec.states.items()},
         }
-        word = min(self._policy.vocabulary, default="move")  # a valid instruction
+        word = self.spec.example_instruction
         self._policy.compile(Request(0, observation, word), self._decoding)
         response = Response(0)
         times = []
@@ -243,7 +245,7 @@ class Predictor:
             return replace(self.spec, decoding=chosen)
         found.sort(key=lambda name: float(name.removeprefix("plan")), reverse=True)
         for chosen in found:
-            self._decoding = self._decoding_config(chosen)
+            self._decoding = self._decoding_config(chosen, self._settings.replan_steps)
             spec = self._warm_up(_PLAN_CALLS)
             limit = self._settings.chunk_deadline
             text = "%s: %.1f ms per chunk, deadline %.1f ms"

@@ -59,6 +59,8 @@ def declared_spec(checkpoint: str) -> PolicySpec:
             n_action_steps=int(config.get("n_action_steps") or 0),
             warmup_s=0.0,
             delta_dims=tuple(int(dim) for dim in config.get("delta_dims") or ()),
+            action_names=tuple(str(name) for name in config.get("action_names") or ()),
+            control_rate=float(config.get("control_rate") or 0.0),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(

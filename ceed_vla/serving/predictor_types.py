@@ -33,6 +33,10 @@ class PolicySpec:
     n_action_steps: int  # steps that the checkpoint executes before it replans
     warmup_s: float  # time of the last warm-up call [s]
     delta_dims: tuple[int, ...] = ()  # dimensions of actions that are increments
+    action_names: tuple[str, ...] = ()  # of the dimensions; empty if unknown
+    units: tuple[str, ...] = ()  # of the dimensions: "rad", "deg", "m", ...; empty if unknown
+    control_rate: float = 0.0  # steps per second [Hz]; 0 if unknown
+    example_instruction: str = "move"  # one that the policy accepts
     decoding: str = ""  # decoder name in use; "" for policies with only one way to decode
     engine: str = ""  # engine in use: "eager", "compiled" or "edge"
 

@@ -19,6 +19,7 @@ from ceed_vla.errors import ConfigError, raised_as
 from ceed_vla.fields import THREADS, Checked, chosen, ranged
 from ceed_vla.files import read_text
 from ceed_vla.folders import EXPORT, is_export, resolve_served
+from ceed_vla.serving.data_ranges import ACTION, read_ranges
 from ceed_vla.serving.predictor import Predictor
 from ceed_vla.serving.predictor_loading import declared_spec
 from ceed_vla.serving.predictor_types import ENGINES, PolicySpec, PredictorSettings
@@ -39,6 +40,11 @@ class ServeConfig(Checked):
         port: Port; 0 for a free one.
         map: Keys of the clients' observations as KEY=FEATURE pairs, separated by commas; KEY= is
             ignored. Features without a pair have their own name.
+        control_rate: Steps of the robot per second [Hz], which robots compare with their own; 0 for
+            that of the checkpoint's training data, if it is known.
+        action_names: Names of the action's dimensions, separated by commas; empty for those of the
+            training data, if they are known.
+        units: Their units, separated by commas, or one for all: rad, deg, m, ...; empty if unknown.
         decoding: Decoder name, unless a request names another one.
         engine: Engine of the policy: eager, compiled, edge (an export), or auto (edge on a CPU if
             the policy can be exported, else eager).
@@ -57,6 +63,9 @@ class ServeConfig(Checked):
     host: str = "127.0.0.1"
     port: int = ranged(8000, "[0, 65535]")
     map: str = ""
+    control_rate: float = ranged(0.0, "[0, 10000]")
+    action_names: str = ""
+    units: str = ""
     decoding: str = "ceed"
     engine: str = chosen("auto", ENGINES)
     threads: int = ranged(1, THREADS)
@@ -86,7 +95,8 @@ def serve(config: ServeConfig) -> str:
     )
     tls = _tls(config)
     resolved = str(resolve_served(config.policy_path))
-    protocol = _protocol(config, declared_spec(resolved))
+    declared = _declared(config, declared_spec(resolved))
+    protocol = _protocol(config, declared)
     settings = PredictorSettings(
         resolved,
         discover_packages=",".join(discovered()),
@@ -99,7 +109,13 @@ def serve(config: ServeConfig) -> str:
     def load() -> Predictor:
         predictor = Predictor(settings)
         # Clients need not know where it is on this machine.
-        predictor.spec = replace(predictor.spec, checkpoint=Path(config.policy_path).name)
+        predictor.spec = replace(
+            predictor.spec,
+            checkpoint=Path(config.policy_path).name,
+            control_rate=declared.control_rate,
+            action_names=declared.action_names,
+            units=declared.units,
+        )
         return predictor
 
     async def main() -> None:
@@ -132,8 +148,33 @@ def _protocol(config: ServeConfig, declared: PolicySpec) -> WireProtocol:
         "server": f"ceed_vla {__version__}",
         "checkpoint_hash": _hash(config.policy_path),
     }
-    protocol: WireProtocol = kind(keys, metadata)
+    lengths = {**declared.states, ACTION: declared.action_dim}
+    protocol: WireProtocol = kind(keys, metadata, read_ranges(declared.checkpoint, lengths))
     return protocol
+
+
+def _declared(config: ServeConfig, spec: PolicySpec) -> PolicySpec:
+    """The specification with what the settings say of its actions."""
+    names = _listed(config.action_names)
+    units = _listed(config.units)
+    if len(units) == 1:
+        units *= spec.action_dim
+    for flag, values in (("action_names", names), ("units", units)):
+        if values and len(values) != spec.action_dim:
+            raise ConfigError(
+                f"{flag} has {len(values)} entries; the policy has {spec.action_dim} action "
+                "dimensions."
+            )
+    return replace(
+        spec,
+        control_rate=config.control_rate or spec.control_rate,
+        action_names=names or spec.action_names,
+        units=units or spec.units,
+    )
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _hash(path: str) -> str:

@@ -105,4 +105,6 @@ def export_spec(checkpoint: str, folder: Path) -> PolicySpec:
         n_action_steps=settings.n_action_steps,
         warmup_s=0.0,
         delta_dims=tuple(settings.delta_dims or ()),
+        action_names=tuple(settings.action_names or ()),
+        control_rate=settings.control_rate,
     )

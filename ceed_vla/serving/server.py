@@ -267,10 +267,10 @@ class PolicyServer:
             if soon > 0:
                 await self._or_stop(asyncio.sleep(soon))
             last = time.monotonic()
-            answer, failed = await self._answer(connection, message, arrived, sessions)
+            answer, failure = await self._answer(connection, message, arrived, sessions)
             await self._send(connection, answer)
-            if failed:
-                await connection.close(FAILED, "the error is in the previous frame")
+            if failure is not None:
+                await connection.close(FAILED, failure or "the error is in the previous frame")
                 return
 
     async def _answer(
@@ -279,8 +279,8 @@ class PolicyServer:
         message: str | bytes,
         arrived: float,
         sessions: Sessions,
-    ) -> tuple[str | bytes, bool]:
-        """The answer to a message, and whether it is an error."""
+    ) -> tuple[str | bytes, str | None]:
+        """The answer to a message, and the code of its error, "" for most; None on success."""
         try:
             if isinstance(message, str):
                 raise WireError("The message is text; it must be binary.")
@@ -288,7 +288,7 @@ class PolicyServer:
             request = sessions.warm(call)
         except WireError as error:
             self._metrics.count("refused")
-            return self._protocol.error(None, str(error)), True
+            return self._protocol.error(None, str(error)), ""
         self._metrics.waiting += 1
         try:
             response, started = await self._predict(connection, call, request, arrived)
@@ -296,12 +296,12 @@ class PolicyServer:
             self._metrics.waiting -= 1
         if response.error is not None:
             self._metrics.count("failed")
-            return self._protocol.error(call, response.error), True
+            return self._protocol.error(call, response.error), response.code
         sessions.keep(call, response)
         now = time.monotonic()
         timing = {"queue": started - arrived, "infer": now - started}
         self._metrics.add(response, timing)
-        return self._protocol.answer(call, response, timing), False
+        return self._protocol.answer(call, response, timing), None
 
     async def _predict(
         self, connection: ServerConnection, call: Call, request: Request, arrived: float

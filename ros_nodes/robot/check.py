@@ -21,7 +21,6 @@ from rich.text import Text
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.folders import TEMPLATE, resolve_served
 from ceed_vla.ros_nodes.robot import policy_setup
-from ceed_vla.ros_nodes.robot.data_ranges import ACTION, Range, read_ranges
 from ceed_vla.ros_nodes.robot.findings import explained, split, verdict
 from ceed_vla.ros_nodes.robot.observations import Observations
 from ceed_vla.ros_nodes.robot.parameters import defaults
@@ -30,6 +29,7 @@ from ceed_vla.ros_nodes.robot.review import feature_lengths, review
 from ceed_vla.ros_nodes.robot.robot_file import RobotConfig, load_robot_config
 from ceed_vla.ros_nodes.robot.safety import SafetyLimits
 from ceed_vla.ros_nodes.robot.yaml_fields import Fields
+from ceed_vla.serving.data_ranges import ACTION, Range, read_ranges
 from ceed_vla.serving.predictor import PolicySpec, declared_spec
 from ceed_vla.texts import short
 
@@ -92,7 +92,7 @@ def robot_check(config: RobotCheckConfig) -> str | None:
     limits = problems.attempt(lambda: policy_setup.safety_limits(robot, first, model, (), values))
     ranges = problems.attempt(lambda: read_ranges(spec.checkpoint, feature_lengths(robot))) or {}
     physical = policy_setup.physical_velocity(robot, model)
-    found, warnings = split(review(robot, model, physical, ranges))
+    found, warnings = split(review(robot, model, physical, ranges, spec))
     problems += found
     console.print(_features(robot, spec))
     console.print(_joints(robot, limits, ranges, model is not None))

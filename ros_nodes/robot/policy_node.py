@@ -37,6 +37,7 @@ from std_srvs.srv import SetBool, Trigger
 from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, NodeError
 from ceed_vla.ros_nodes.robot import parameters
+from ceed_vla.ros_nodes.robot.autostart import Autostart
 from ceed_vla.ros_nodes.robot.diagnostics import (
     ClampWatch,
     level_of,
@@ -52,11 +53,10 @@ from ceed_vla.ros_nodes.robot.safety import NOT_ENABLED, Hold
 from ceed_vla.ros_nodes.robot.spinning import keep_memory, raise_priority, run
 from ceed_vla.ros_nodes.robot.step_grid import SLEW
 from ceed_vla.ros_nodes.robot.streaming import Streaming
+from ceed_vla.serving.faults import LOST, SILENT
 from ceed_vla.texts import instruction_problem, short, shown
 
 LONGEST_FAILURE = 500  # characters: the value, the rule and the remedy
-_LOAD_TIMEOUT = 900.0  # of an autostart: billions of weights from a slow disk, or compiling [s]
-_LOOK = 0.05  # time between two checks of an autostart whether the policy is loaded [s]
 
 
 class PolicyNode(LifecycleNode):
@@ -77,8 +77,8 @@ class PolicyNode(LifecycleNode):
         self._setup: PolicySetup | None = None
         self._active: Streaming | None = None
         self._failure = ""  # why the last transition failed
-        self._starting = False  # whether an autostart runs, which ends the process if it fails
-        self._begun = 0.0  # steady time at which the policy began to load [s]
+        self._absent = False  # whether it failed because the policy's server cannot be reached
+        self._autostart: Autostart | None = None
         self._told: tuple[Mode, str] | None = None  # the last state on ~/state
         self._clamp_watch = ClampWatch()
         self._announced = False  # whether the end of loading was logged
@@ -102,7 +102,9 @@ class PolicyNode(LifecycleNode):
             f"{os.environ.get('ROS_AUTOMATIC_DISCOVERY_RANGE') or 'not set, which is SUBNET'}"
         )
         if self.get_parameter("autostart").value:
-            self._autostart = self.create_timer(_LOOK, self._start, clock=self._steady)
+            self._autostart = Autostart(
+                self, self._steady, lambda: self._setup, lambda: (self._failure, self._absent)
+            )
         self.show_state()
 
     # ---- lifecycle -------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ class PolicyNode(LifecycleNode):
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Begin to load the checkpoint; fail, and log why, if robot and config.json do not fit."""
         self._failure = ""
-        self._begun = time.monotonic()
+        self._absent = False
         self._announced = False
         try:
             setup = make_setup(
@@ -119,6 +121,7 @@ class PolicyNode(LifecycleNode):
                 slew=0.0 if self.get_parameter("use_sim_time").value else SLEW,
             )
         except Exception as error:  # mujoco raises many types for a model's file
+            self._absent = getattr(error, "code", "") in (LOST, SILENT)
             return self._fail("configure", error)
         self._setup = setup
         for warning in setup.warnings:
@@ -211,30 +214,10 @@ class PolicyNode(LifecycleNode):
         )
         return answer
 
-    def _start(self) -> None:
-        """Autostart: configure, and activate once the policy is loaded; a failure ends the node, so
-        that a launch file detects it.
-        """
-        self._starting, setup = True, self._setup
-        # a lifecycle manager has taken over
-        if self._active is not None or (setup is None and self._begun):
-            self._autostart.cancel()
-            self._starting = False
-        elif setup is None:
-            self._must_succeed(self.trigger_configure())
-        elif setup.worker.failed is not None:
-            raise NodeError(f"configure failed: {setup.worker.failed}")
-        elif setup.worker.ready:
-            self._autostart.cancel()
-            self._must_succeed(self.trigger_activate())
-            self._starting = False
-        elif time.monotonic() - self._begun > _LOAD_TIMEOUT:
-            late = f"the checkpoint was not ready after {_LOAD_TIMEOUT:g} s; is the machine busy?"
-            raise NodeError(f"configure failed: {late}")
-
-    def _must_succeed(self, result: TransitionCallbackReturn) -> None:
-        if result != TransitionCallbackReturn.SUCCESS:
-            raise NodeError(self._failure or "the node does not start")
+    @property
+    def _starting(self) -> bool:
+        """Whether the node starts itself, which ends the process if it fails."""
+        return self._autostart is not None and self._autostart.running
 
     def _fail(self, transition: str, error: Exception) -> TransitionCallbackReturn:
         """Store, log and publish why a transition failed."""

@@ -132,6 +132,32 @@ POLICY_PARAMETERS = (
     ),
     NodeParameter("inference_threads", 1, "CPU threads of inference.", within=(1, 64)),
     NodeParameter(
+        "inference_url",
+        "",
+        "Server (ceed-vla serve) that runs the policy, ws://HOST:PORT or wss://HOST:PORT; its "
+        "checkpoint, engine, device and threads then replace this node's. Empty: this computer.",
+    ),
+    NodeParameter("inference_key_file", "", "File with the API key of the server; empty: none."),
+    NodeParameter(
+        "inference_ca_file",
+        "",
+        "Certificates to trust (PEM) for wss; empty: those of the system.",
+    ),
+    NodeParameter(
+        "inference_timeout",
+        0.0,
+        "Time after which an answer of the server counts as lost [s]; 0: four times the usual "
+        "time, at least 2 s.",
+        within=(0, 600),
+    ),
+    NodeParameter(
+        "inference_jpeg_quality",
+        0,
+        "Quality of the images sent to the server as JPEG, for slow networks; 0: pixels, without "
+        "loss.",
+        within=(0, 100),
+    ),
+    NodeParameter(
         "inference_delay",
         0.0,
         "Time added to every chunk, to test slow inference [s].",

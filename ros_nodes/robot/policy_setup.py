@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +14,11 @@ import numpy as np
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.controller import PolicyController
-from ceed_vla.ros_nodes.robot.data_ranges import read_ranges
 from ceed_vla.ros_nodes.robot.findings import explained, split
-from ceed_vla.ros_nodes.robot.inference import InferenceWorker
+from ceed_vla.ros_nodes.robot.inference import InferenceWorker, RunsPolicy
 from ceed_vla.ros_nodes.robot.interfaces.base import ActionInterface, CommandedArm
 from ceed_vla.ros_nodes.robot.joint_sources import JointSources
+from ceed_vla.ros_nodes.robot.local_policy import local_policy
 from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.observations import Camera, Observations
 from ceed_vla.ros_nodes.robot.policy_stream import PolicyStream
@@ -26,7 +27,8 @@ from ceed_vla.ros_nodes.robot.review import feature_lengths, review
 from ceed_vla.ros_nodes.robot.robot_file import RobotConfig, load_robot_config, with_topics
 from ceed_vla.ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
 from ceed_vla.ros_nodes.robot.step_grid import StepGrid
-from ceed_vla.serving.predictor import PolicySpec, declared_spec
+from ceed_vla.serving.data_ranges import Range
+from ceed_vla.serving.predictor_types import PolicySpec
 
 if TYPE_CHECKING:
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm
@@ -57,31 +59,42 @@ def make_setup(
 
     The checkpoint loads in the background, and the controller holds until it is loaded. `notify` is
     called in another thread when loading ends or fails, and after every answer of the policy.
-    `CheckpointError`: The checkpoint is missing, or its config.json cannot be read. `ConfigError`:
-    Parameters, robot and checkpoint do not fit each other.
+    `CheckpointError`: The checkpoint is missing, or its config.json cannot be read. `ServerError`:
+    The policy's server cannot be reached. `ConfigError`: Parameters, robot and policy do not fit
+    each other.
     """
     robot = with_topics(load_robot_config(values["robot_config"]), values["topics"])
-    interface = robot.interface(values["action_interface"])
+    policy = make_policy(values, robot.action.dt)
+    try:
+        return _checked_setup(values, robot, policy, partial(make_worker, notify=notify), slew)
+    except BaseException:
+        policy.stop(0.0)  # a server need not wait for this node
+        raise
+
+
+def make_policy(values: Mapping[str, Any], action_dt: float) -> RunsPolicy:
+    """Return where the parameters' policy runs, before it is loaded.
+
+    Args:
+        values: Of `POLICY_PARAMETERS`.
+        action_dt: Duration of the robot's step [s].
+    """
     replan_steps = values["replan_steps"] or None
-    model = arm_model(robot)
-    spec = declared_spec(values["checkpoint"])
-    check_fit(robot, spec)
-    if replan_steps and spec.chunk_steps and replan_steps > spec.chunk_steps:
-        raise ConfigError(
-            f"replan_steps is {replan_steps}; chunks of {spec.checkpoint} have {spec.chunk_steps} "
-            "steps."
+    if values["inference_url"]:
+        from ceed_vla.ros_nodes.robot.remote_policy import RemotePolicy, RemoteSettings
+
+        return RemotePolicy(
+            RemoteSettings(
+                values["inference_url"],
+                key_file=values["inference_key_file"],
+                ca_file=values["inference_ca_file"],
+                timeout_s=values["inference_timeout"],
+                jpeg_quality=values["inference_jpeg_quality"],
+                decoding=values["decoding"],
+                replan_steps=replan_steps,
+            )
         )
-    observations = Observations(
-        robot, spec.cameras, spec.states, model, values["frozen_image_timeout"]
-    )
-    warnings = check_review(robot, model, spec)
-    limits = safety_limits(robot, interface, model, observations.cameras, values)
-    low, high = limits.position_low, limits.position_high
-    step = limits.max_step
-    arm = CommandedArm(robot.arm.joints, 1.0 / values["command_rate"], low, high, step, model)
-    safety = SafetyFilter(limits)
-    safety.follows = not values["dry_run"]
-    worker = make_worker(
+    return local_policy(
         values["checkpoint"],
         mode=values["inference_mode"],
         python=values["inference_python"],
@@ -91,10 +104,40 @@ def make_setup(
         threads=values["inference_threads"],
         device=values["device"],
         engine=values["engine"],
-        chunk_deadline=values["chunk_deadline"] or robot.action.dt,
+        chunk_deadline=values["chunk_deadline"] or action_dt,
         delay_s=values["inference_delay"],
-        notify=notify,
     )
+
+
+def _checked_setup(
+    values: Mapping[str, Any],
+    robot: RobotConfig,
+    policy: RunsPolicy,
+    make_worker: Callable[[RunsPolicy], Any],
+    slew: float,
+) -> PolicySetup:
+    """Check robot and policy, and build the parts; see `make_setup`."""
+    interface = robot.interface(values["action_interface"])
+    replan_steps = values["replan_steps"] or None
+    model = arm_model(robot)
+    spec = policy.declared()
+    check_fit(robot, spec)
+    if replan_steps and spec.chunk_steps and replan_steps > spec.chunk_steps:
+        raise ConfigError(
+            f"replan_steps is {replan_steps}; chunks of {spec.checkpoint} have {spec.chunk_steps} "
+            "steps."
+        )
+    observations = Observations(
+        robot, spec.cameras, spec.states, model, values["frozen_image_timeout"]
+    )
+    warnings = check_review(robot, model, spec, policy.ranges(feature_lengths(robot)))
+    limits = safety_limits(robot, interface, model, observations.cameras, values)
+    low, high = limits.position_low, limits.position_high
+    step = limits.max_step
+    arm = CommandedArm(robot.arm.joints, 1.0 / values["command_rate"], low, high, step, model)
+    safety = SafetyFilter(limits)
+    safety.follows = not values["dry_run"]
+    worker = make_worker(policy)
     motion = Motion(robot, model)
     grid = StepGrid(values["command_rate"], robot.action.dt, slew)
     instruction = values["instruction"]
@@ -142,10 +185,14 @@ def check_fit(robot: RobotConfig, spec: PolicySpec) -> None:
         )
 
 
-def check_review(robot: RobotConfig, model: ModelArm | None, spec: PolicySpec) -> list[str]:
+def check_review(
+    robot: RobotConfig,
+    model: ModelArm | None,
+    spec: PolicySpec,
+    ranges: Mapping[str, Range | str],
+) -> list[str]:
     """Return the warnings of `review`; raise `ConfigError` for its problems."""
-    ranges = read_ranges(spec.checkpoint, feature_lengths(robot))
-    findings = review(robot, model, physical_velocity(robot, model), ranges)
+    findings = review(robot, model, physical_velocity(robot, model), ranges, spec)
     problems, warnings = split(findings)
     if problems:
         raise ConfigError(explained(robot, spec.checkpoint, problems))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ceed_vla.kinematics import Array
-from ceed_vla.ros_nodes.robot.data_ranges import ACTION, Range
 from ceed_vla.ros_nodes.robot.findings import PROBLEM, WARNING, Finding, worst
+from ceed_vla.ros_nodes.robot.review_actions import contract_findings
 from ceed_vla.ros_nodes.robot.review_data import (
     FASTEST,
     LARGEST_ANGLE,
@@ -24,6 +24,8 @@ from ceed_vla.ros_nodes.robot.review_data import (
     state_findings,
 )
 from ceed_vla.ros_nodes.robot.robot_file import Gripper, RobotConfig
+from ceed_vla.serving.data_ranges import ACTION, Range
+from ceed_vla.serving.predictor_types import PolicySpec
 
 if TYPE_CHECKING:
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm
@@ -38,6 +40,7 @@ def review(
     model: ModelArm | None,
     physical: Array,
     ranges: Mapping[str, Range | str],
+    spec: PolicySpec,
 ) -> list[Finding]:
     """Return what does not fit, problems first.
 
@@ -46,9 +49,11 @@ def review(
         model: The arm's model; None if the file names none.
         physical: Largest physical velocities of the joints (J,) [rad/s].
         ranges: Ranges of every state and of the action, from `read_ranges`.
+        spec: The policy's inputs and outputs.
     """
     joints = Joints.of(robot, model, physical)
     found = [*_limits(robot, model), *_home(robot, joints), *_gripper(robot.gripper)]
+    found += contract_findings(robot, spec)
     for feature in robot.states:
         seen = ranges.get(feature, "")
         if isinstance(seen, Range):

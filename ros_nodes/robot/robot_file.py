@@ -22,7 +22,16 @@ from ceed_vla.texts import short, shown
 INVERSE = 1e-9  # largest error of a mapping there and back, as a share of its range
 PACKAGED = "launch/config/tabletop_robot.yaml"
 # Rules of `review` that a file may disable in its list `allow`.
-ALLOWABLE = ("gripper", "position_limits", "statistics", "step", "units", "velocity")
+ALLOWABLE = (
+    "action_names",
+    "gripper",
+    "position_limits",
+    "rate",
+    "statistics",
+    "step",
+    "units",
+    "velocity",
+)
 POSE_COMPONENTS = ("tcp_position", "tcp_quaternion")
 COMMAND_COMPONENTS = ("commanded_position", "commanded_yaw_cos_sin")
 # Component of a state -> its length; 0: one value per arm joint.

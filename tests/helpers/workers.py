@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker
+from ceed_vla.ros_nodes.robot.local_policy import local_policy
 
 
 def load_error(worker: InferenceWorker, timeout: float = 120.0) -> str | None:
@@ -24,7 +25,7 @@ def load_error(worker: InferenceWorker, timeout: float = 120.0) -> str | None:
 @contextmanager
 def running(checkpoint: str | Path, **options: Any) -> Iterator[InferenceWorker]:
     """A worker with a loaded policy, which ends with the block."""
-    with closing(InferenceWorker(checkpoint, **options)) as worker:
+    with closing(InferenceWorker(local_policy(checkpoint, **options))) as worker:
         assert load_error(worker) is None
         yield worker
 

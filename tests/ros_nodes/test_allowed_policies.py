@@ -282,13 +282,14 @@ def test_the_process_of_a_policy_reads_no_input(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ceed_vla.ros_nodes.robot.inference import InferenceWorker
+    from ceed_vla.ros_nodes.robot.local_policy import local_policy
 
     (place / "asking.py").write_text(ASKING)
     (place / "lk" / "config.json").write_text(json.dumps({"type": "asking", **FEATURES}))
     for name in ("model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"):
         (place / "lk" / name).write_text("{}")
     monkeypatch.syspath_prepend(place)
-    worker = InferenceWorker(place / "lk", mode="process", discover_packages="asking")
+    worker = InferenceWorker(local_policy(place / "lk", mode="process", discover_packages="asking"))
     try:
         worker.begin()
         end = time.monotonic() + 60

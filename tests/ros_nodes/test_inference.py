@@ -24,7 +24,8 @@ import ceed_vla
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import NotFiniteError
 from ceed_vla.real_time import decode_behind
-from ceed_vla.ros_nodes.robot.inference import MODES, InferenceWorker
+from ceed_vla.ros_nodes.robot.inference import InferenceWorker
+from ceed_vla.ros_nodes.robot.local_policy import MODES, local_policy
 from ceed_vla.serving.predictor import Request
 from tests.helpers.worker_requests import FRONT, INSTRUCTION, STATE, WRIST, ask, observation, wait
 
@@ -212,7 +213,7 @@ def test_the_added_delay_is_part_of_the_time_and_ends_at_close() -> None:
 
 @pytest.mark.slow
 def test_a_process_that_stands_still_or_dies_never_blocks_the_control_loop() -> None:
-    worker = InferenceWorker("student", mode="process", warmup=1)
+    worker = InferenceWorker(local_policy("student", mode="process", warmup=1))
     assert load_error(worker) is None
     process = process_of(worker)
     assert process != os.getpid()
@@ -234,7 +235,7 @@ def test_a_process_that_stands_still_or_dies_never_blocks_the_control_loop() -> 
 
 
 def test_a_process_that_stands_still_while_it_loads_is_killed_at_close() -> None:
-    worker = InferenceWorker("student", mode="process")
+    worker = InferenceWorker(local_policy("student", mode="process"))
     worker.begin()
     process = process_of(worker)
     os.kill(process, signal.SIGSTOP)

@@ -20,6 +20,7 @@ import ceed_vla.compiled.engine
 from ceed_vla.checkpoints import save
 from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker
+from ceed_vla.ros_nodes.robot.local_policy import local_policy
 from ceed_vla.serving.predictor import Predictor, PredictorSettings, Request
 from tests.helpers.edits import unsealed
 from tests.helpers.worker_requests import INSTRUCTION, STATE, ask, observation
@@ -28,14 +29,14 @@ from tests.ros_nodes.conftest import tiny_act
 
 @pytest.mark.parametrize("mode", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 def test_a_missing_checkpoint_is_refused(mode: str, tmp_path: Path) -> None:
-    with closing(InferenceWorker(tmp_path / "nothing", mode=mode)) as worker:
+    with closing(InferenceWorker(local_policy(tmp_path / "nothing", mode=mode))) as worker:
         assert (load_error(worker) or "").startswith("No checkpoint folder")
         assert not worker.idle
 
 
 def refused(checkpoint: str | Path, **settings: Any) -> str:
     """Return why a worker does not load a checkpoint."""
-    with closing(InferenceWorker(checkpoint, mode="thread", **settings)) as worker:
+    with closing(InferenceWorker(local_policy(checkpoint, mode="thread", **settings))) as worker:
         return load_error(worker) or ""
 
 
@@ -117,7 +118,7 @@ def test_any_lerobot_policy_is_served(act: tuple[Path, Any, Any, Any]) -> None:
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        InferenceWorker("student", **changes)
+        InferenceWorker(local_policy("student", **changes))
 
 
 @pytest.mark.parametrize(("deadline", "chosen"), [(60.0, "plan90.5"), (1e-6, "plan7")])
@@ -172,7 +173,7 @@ def test_compiled_it_answers_the_same_and_no_request_waits_for_a_compiler(
         )
     for setting in ({"engine": "compiled"}, {"python": "python3"}):
         with pytest.raises(ConfigError, match="need the inference mode process, not thread"):
-            InferenceWorker("student", mode="thread", **setting)
+            InferenceWorker(local_policy("student", mode="thread", **setting))
 
 
 def test_an_unknown_way_to_decode_is_refused() -> None:

@@ -24,6 +24,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker
 from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES, Command, CommandedArm
 from ceed_vla.ros_nodes.robot.kinematics import ModelArm
+from ceed_vla.ros_nodes.robot.local_policy import local_policy
 from ceed_vla.ros_nodes.robot.parameters import refusal
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
@@ -150,7 +151,7 @@ def test_an_interface_of_ones_own_is_one_file(own: Path, arm: CommandedArm) -> N
 def test_the_inference_process_imports_the_packages_first(own: Path) -> None:
     with running("student", discover_packages="own_interface", warmup=1) as worker:
         assert (own.parent / f"imported-{process_of(worker)}").exists()
-    with closing(InferenceWorker("student", discover_packages="nowhere")) as worker:
+    with closing(InferenceWorker(local_policy("student", discover_packages="nowhere"))) as worker:
         assert "discover_packages: the package 'nowhere' cannot be imported" in (
             load_error(worker) or ""
         )

@@ -19,7 +19,6 @@ from robot_checkpoints import DATA, statistics, write_checkpoint
 
 from ceed_vla.errors import CheckpointError
 from ceed_vla.folders import pretrained_path
-from ceed_vla.ros_nodes.robot.data_ranges import ACTION, Range, read_ranges
 from ceed_vla.ros_nodes.robot.findings import PROBLEM, WARNING, Finding, explained, verdict
 from ceed_vla.ros_nodes.robot.policy_setup import arm_model, physical_velocity
 from ceed_vla.ros_nodes.robot.review import feature_lengths, review
@@ -30,10 +29,13 @@ from ceed_vla.ros_nodes.robot.robot_file import (
     load_robot_config,
     packaged_config,
 )
+from ceed_vla.serving.data_ranges import ACTION, Range, read_ranges
+from ceed_vla.serving.predictor_types import PolicySpec
 
 STATE = "observation.state"
 SO101, UR5E, PANDA = DATA
 JOINTS = 7  # of the Panda
+SPEC = PolicySpec("policy", "act", {}, {}, 7, 8, 8, 0.0)  # says nothing of its actions
 
 
 def named(robot: str) -> RobotConfig:
@@ -51,7 +53,7 @@ def data_of(name: str) -> dict[str, Range | str]:
 def found(robot: RobotConfig, ranges: dict[str, Range | str]) -> list[tuple[str, str, str]]:
     """Return key, rule's name and severity of every finding."""
     model = arm_model(robot)
-    findings = review(robot, model, physical_velocity(robot, model), ranges)
+    findings = review(robot, model, physical_velocity(robot, model), ranges, SPEC)
     assert all(len(str(finding)) < 480 for finding in findings)
     return [(finding.key, finding.allow, finding.severity) for finding in findings]
 
@@ -358,7 +360,7 @@ def test_statistics_of_another_form_are_none(tmp_path: Path, trained: Path, chan
 
 def test_reading_needs_no_torch() -> None:
     code = (
-        "import sys; from ceed_vla.ros_nodes.robot.data_ranges import read_ranges; "
+        "import sys; from ceed_vla.serving.data_ranges import read_ranges; "
         f"read_ranges({str(pretrained_path('student'))!r}, {{'action': 7}}); "
         "print('torch' in sys.modules)"
     )

@@ -26,13 +26,18 @@ class Served:
     process: subprocess.Popen[str]
     port: int
 
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}"
+
     def connect(self, **options: Any) -> ClientConnection:
-        return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
+        return connect(self.url, compression=None, max_size=None, **options)
 
 
-def start(*flags: str, log: Path) -> Served:
-    """Start a server on a free port, and wait until it listens."""
-    command = [sys.executable, "-m", "ceed_vla.cli", "serve", "--policy.path=student", "--port=0"]
+def start(*flags: str, log: Path, policy: str = "student", port: int = 0) -> Served:
+    """Start a server, on a free port by default, and wait until it listens."""
+    command = [sys.executable, "-m", "ceed_vla.cli", "serve"]
+    command += [f"--policy.path={policy}", f"--port={port}"]
     with log.open("w") as errors:
         process = subprocess.Popen(
             [*command, *flags], stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ

@@ -20,7 +20,8 @@ from ceed_vla.edge.observation import random_observation
 from ceed_vla.errors import ConfigError
 from ceed_vla.export.cached import cached_export
 from ceed_vla.serving.arrays import packed
-from ceed_vla.serving.client import PolicyClient, ServerError
+from ceed_vla.serving.client import PolicyClient
+from ceed_vla.serving.faults import FOREIGN, LOST, REFUSED, SILENT, ServerError
 from ceed_vla.serving.predictor_types import Request
 
 
@@ -121,8 +122,9 @@ def answering(greeting: Any, *answers: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("greeting", ["text", b"\xc1", packed([1]), packed({"a": 1})])
 def test_other_greetings(greeting: Any) -> None:
-    with answering(greeting) as url, pytest.raises(ServerError):
+    with answering(greeting) as url, pytest.raises(ServerError) as error:
         PolicyClient(url, timeout_s=5)
+    assert error.value.code == (REFUSED if greeting == "text" else FOREIGN)
 
 
 ANSWERS = {
@@ -146,11 +148,13 @@ def test_other_answers(case: str) -> None:
     with answering(packed(GREETING), ANSWERS[case]) as url:
         client = PolicyClient(url, timeout_s=0.5)
         started = time.monotonic()
-        with pytest.raises(ServerError, match=r"has answered|has not answered in"):
+        with pytest.raises(ServerError, match=r"has answered|has not answered in") as error:
             client.predict(Request(1, {"observation.state": np.zeros(2, np.float32)}, "lift"))
         assert time.monotonic() - started < 4
-        with pytest.raises(ServerError, match="is lost"):
+        assert error.value.code == (SILENT if case == "nothing" else FOREIGN)
+        with pytest.raises(ServerError, match="is lost") as error:
             client.predict(Request(2, {"observation.state": np.zeros(2, np.float32)}, "lift"))
+        assert error.value.code == LOST
 
 
 def test_it_imports_neither_torch_nor_lerobot() -> None:

@@ -106,11 +106,8 @@ class PolicyClient:
             raise ServerError(LOST, f"{shown(url)} cannot be reached ({short(error)}).") from error
         except (InvalidURI, ValueError) as error:  # or UnicodeError
             raise ConfigError(f"{shown(url)} is no address; it must be ws://HOST:PORT.") from error
-        seconds, rest = divmod(timeout_s, 1.0)
-        self._connection.socket.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(1e6 * rest))
-        )
         try:
+            self._limit_sending(timeout_s)
             self.metadata = self._mapping(self._receive(begun))
             what = f"{shown(url)} does not describe a policy"
             with raised_as(_GreetingError, what, "use a server of ceed_vla."):
@@ -180,6 +177,12 @@ class PolicyClient:
             self._lost(error)
         answer = self._mapping(self._receive(self.timeout_s))
         return self._response(request, answer, time.monotonic() - sent)
+
+    def _limit_sending(self, seconds: float) -> None:
+        """Let a message that the server does not take end the connection."""
+        limit = struct.pack("ll", int(seconds), int(1e6 * (seconds % 1.0)))
+        with suppress(OSError):  # closed already; the next receipt tells
+            self._connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def _sent(self, value: Any) -> Any:
         """A feature as it is sent."""

@@ -65,6 +65,7 @@ def running_values(
         "slipped_steps": numbers.slips,
         **{f"jitter_p{share}_ms": 1e3 * numbers.jitter.percentile(share) for share in (50, 99)},
         **{f"decode_ms_p{share}": 1e3 * numbers.decode.percentile(share) for share in (50, 95, 99)},
+        **{f"network_ms_p{share}": 1e3 * numbers.network.percentile(share) for share in (50, 99)},
         **{f"images_ms_p{share}": 1e3 * numbers.images.percentile(share) for share in (50, 95, 99)},
         **{
             f"observation_to_command_ms_p{share}": 1e3 * numbers.to_command.percentile(share)

@@ -42,6 +42,7 @@ class LoopStatistics:
         self.slips = 0  # times that the step grid was set back because a whole step was missed
         self.jitter = Latest(2000)  # |period - nominal| of every command [s]
         self.decode = Latest(200)  # time of every chunk, as the policy's side measured it [s]
+        self.network = Latest(200)  # of it, the time outside the server that has the policy [s]
         self.images = Latest(200)  # time of decoding and scaling the images of every chunk [s]
         # from the stamp of the oldest image to the first command computed from it [s]
         self.to_command = Latest(200)
@@ -85,6 +86,8 @@ class LoopStatistics:
             return
         self.images.append(response.seen.seconds)
         self.decode.append(response.seconds.get("total", math.nan))
+        if "network" in response.seconds:
+            self.network.append(response.seconds["network"])
         if response.exit_reason:
             self.forwards.append(response.forwards)
             self.exit_reasons[response.exit_reason] += 1

@@ -368,8 +368,11 @@ class PolicyNode(LifecycleNode):
         warning = "; ".join(self._image_warnings) or warning
         self._image_warnings.clear()
         message = state.reason or warning or state.mode
-        shown_parameters = ("checkpoint", "action_interface", "dry_run")
+        shown_parameters = ("checkpoint", "inference_url", "action_interface", "dry_run")
         values |= {name: self.get_parameter(name).value for name in shown_parameters}
+        if values["inference_url"]:
+            ready = setup is not None and setup.worker.ready
+            values["checkpoint"] = setup.worker.spec.checkpoint if setup and ready else ""
         if values["dry_run"]:
             message = f"dry run, nothing is sent to the arm: {message}"
         values["scheduling"] = self._scheduling

@@ -16,6 +16,7 @@ from tests.ros_nodes.conftest import Graph, Status
 
 COMMANDS = "/forward_position_controller/commands"
 AT_REST = 0.05  # [rad/s]
+_QUEUED = 1000  # commands; this process may be slow, and lost ones would look like a leap
 RELAYED = ("-r", "front/image_raw:=/relay/front", "-r", "joint_states:=/relay/joint_states")
 
 
@@ -43,7 +44,7 @@ class Bench:
         self.instruction = node.create_publisher(String, "/policy/instruction", LATCHED)
         node.create_subscription(Image, "/front/image_raw", self._pass_image, SENSOR)
         node.create_subscription(JointState, "/joint_states", self._pass_joints, SENSOR)
-        node.create_subscription(Float64MultiArray, COMMANDS, self._on_command, 10)
+        node.create_subscription(Float64MultiArray, COMMANDS, self._on_command, _QUEUED)
         graph.start("sim_node", "-p", "publish_instruction:=false")
         # On a busy machine a fault may last long; another test covers its consequences.
         own = ("-p", "autostart:=true", "-p", "start_enabled:=false", "-p", "resume_within:=60.0")

@@ -12,8 +12,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import ServerConnection, serve
 
-NONE, DELAY, STALL, DROP, DOUBLE, SWAP, CUT = (
-    *("none", "delay", "stall", "drop", "double", "swap", "cut"),
+from ceed_vla.serving.arrays import packed, unpacked
+
+NONE, DELAY, STALL, DROP, DOUBLE, SWAP, CUT, STRANGE = (
+    *("none", "delay", "stall", "drop", "double", "swap", "cut", "strange"),
 )
 DELAYS = 0.05, 0.3  # [s]
 STALLED = 2.0  # [s]
@@ -25,7 +27,8 @@ class MessageProxy:
 
     Attributes:
         upstream: The server; "" refuses connections.
-        fault: One of the faults; `SWAP` answers every request with the answer to the one before.
+        fault: One of the faults; `SWAP` answers every request with the answer to the one before,
+            `STRANGE` with that to a request of somebody else.
         harmed: Number of messages that were harmed.
     """
 
@@ -68,6 +71,8 @@ class MessageProxy:
             time.sleep(self._random.uniform(*DELAYS) / 2)
         if fault == STALL:
             time.sleep(STALLED)
+        if fault == STRANGE and isinstance(answer, bytes):
+            answer = packed({**unpacked(answer), "request_id": 123_456})
         client.send(before if fault == SWAP and before is not None else answer)
         if fault == DOUBLE:
             client.send(answer)

@@ -22,7 +22,17 @@ from ceed_vla.serving.data_ranges import ACTION, Range
 from ceed_vla.serving.faults import CHANGED, FOREIGN, LOST, REFUSED, SILENT, ServerError
 from ceed_vla.serving.predictor_types import BAD_INSTRUCTION, Request
 from tests.ceed_vla.serving.conftest import Served, start
-from tests.helpers.message_proxy import CUT, DELAY, DOUBLE, DROP, NONE, STALL, SWAP, proxied
+from tests.helpers.message_proxy import (
+    CUT,
+    DELAY,
+    DOUBLE,
+    DROP,
+    NONE,
+    STALL,
+    STRANGE,
+    SWAP,
+    proxied,
+)
 from tests.helpers.worker_requests import INSTRUCTION, STATE, ask, observation
 
 A = 7
@@ -89,7 +99,15 @@ def test_what_a_server_promises(served: Served) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "code"),
-    [(CUT, LOST), (DROP, SILENT), (SWAP, FOREIGN), (DOUBLE, FOREIGN), (DELAY, ""), (STALL, SILENT)],
+    [
+        (CUT, LOST),
+        (DROP, SILENT),
+        (SWAP, FOREIGN),
+        (STRANGE, FOREIGN),
+        (DOUBLE, FOREIGN),
+        (DELAY, ""),
+        (STALL, SILENT),
+    ],
 )
 def test_a_fault_has_its_code_and_ends_with_its_cause(
     served: Served, fault: str, code: str

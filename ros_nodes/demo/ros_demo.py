@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from ceed_vla.files import write_text
 from ceed_vla.folders import resolve_served
 from ceed_vla.outputs import claimed_folder, default_console
 from ceed_vla.ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
+from ceed_vla.ros_nodes.demo.server import serving
 from ceed_vla.serving.predictor_types import ENGINES
 from ceed_vla.sim.recording.interrupts import handled_by
 from ceed_vla.sim.seeds import EVALUATION_SEEDS
@@ -56,6 +57,7 @@ class RosDemoConfig(Checked, prefix="--"):
         decoding: Decoder name: ceed, jacobi, ar, cap2, ...
         engine: Engine of the policy, as the parameter of the node.
         threads: CPU threads of inference, as `inference_threads` of the node.
+        remote: Whether a server (``ceed-vla serve``) runs the policy, as a process of its own.
         replan_steps: Steps after which the next chunk is due, as the parameter of the node.
         inference_delay: Time added to every chunk, to test that the command rate does not depend on
             it [s].
@@ -86,6 +88,7 @@ class RosDemoConfig(Checked, prefix="--"):
     decoding: str = "ceed"
     engine: str = chosen("auto", ENGINES)
     threads: int = ranged(1, "[1, 64]")
+    remote: bool = False
     replan_steps: int = ranged(0, "[0, 64]")
     inference_delay: float = ranged(0.0, "[0, 5]")
     stream_seconds: float = ranged(0.0, "[0, 3600]")
@@ -102,7 +105,9 @@ class RosDemoConfig(Checked, prefix="--"):
     domain: int = ranged(-1, "[-1, 101]")
 
 
-UNMARKED = ("ros.json", "details.json", "sim.log", "policy.log", "simulated_time.png")
+UNMARKED = (
+    *("ros.json", "details.json", "sim.log", "policy.log", "server.log", "simulated_time.png"),
+)
 REAL_TIME = (
     "checkpoint",
     "decoding",
@@ -131,6 +136,8 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         raise ConfigError(
             f"--{unused[0]} is not used with --simulated_time {config.simulated_time}; remove it."
         )
+    if config.remote and config.inference_delay:
+        raise ConfigError("--inference_delay is not used with --remote true; remove it.")
     console = console or default_console()
     own = ("bag.mcap", "simulated_time.json")
     with claimed_folder("output_dir", config.output_dir, own, own, unmarked=UNMARKED) as folder:
@@ -147,24 +154,33 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
     from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 
     interface = load_robot_config().interface(config.action_interface)
-    policy = {
-        "checkpoint": str(resolve_served(config.checkpoint)),
+    policy: dict[str, Any] = {
         "discover_packages": ",".join(discovered()),
         "action_interface": config.action_interface,
         "decoding": config.decoding,
+        "replan_steps": config.replan_steps,
+        "command_rate": COMMAND_RATE,
+    }
+    local = {
+        "checkpoint": str(resolve_served(config.checkpoint)),
         "engine": config.engine,
         "inference_threads": config.threads,
-        "replan_steps": config.replan_steps,
         "inference_delay": config.inference_delay,
-        "command_rate": COMMAND_RATE,
     }
     domain = config.domain if config.domain >= 0 else free_domain()
     reach = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    console.print(
-        f"Starting simulated robot and policy node (ROS domain {domain}, discovery {reach})."
-    )
-    arguments = ros_arguments(policy), ros_arguments({"split": config.split})
-    with handled_by(), closing(Session(folder, domain, interface, *arguments)) as session:
+    started = ["simulated robot", *(["server"] if config.remote else []), "policy node"]
+    console.print(f"Starting {', '.join(started)} (ROS domain {domain}, discovery {reach}).")
+    with ExitStack() as opened:
+        opened.enter_context(handled_by())
+        if config.remote:
+            flags = {"engine": config.engine, "threads": config.threads}
+            served = serving(config.checkpoint, flags, folder / "server.log")
+            policy["inference_url"] = opened.enter_context(served)
+        else:
+            policy |= local
+        arguments = ros_arguments(policy), ros_arguments({"split": config.split})
+        session = opened.enter_context(closing(Session(folder, domain, interface, *arguments)))
         session.wait_until_ready()
         episodes = []
         for seed in range(config.seed, config.seed + config.episodes):

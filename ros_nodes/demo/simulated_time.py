@@ -15,9 +15,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,25 @@ from rich.progress import track
 from rich.table import Table
 from sensor_msgs.msg import JointState
 
+from ceed_vla.errors import NodeError
 from ceed_vla.kinematics import Array
 from ceed_vla.outputs import MADE_BY
-from ceed_vla.ros_nodes.robot.inference import decoded
+from ceed_vla.ros_nodes.demo.server import serving
+from ceed_vla.ros_nodes.robot.inference import RunsPolicy, decoded
+from ceed_vla.ros_nodes.robot.local_policy import local_policy
 from ceed_vla.ros_nodes.robot.messages import array_to_image
 from ceed_vla.ros_nodes.robot.parameters import defaults
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup, make_setup
 from ceed_vla.ros_nodes.robot.pose_trust import TRUST_TIME
+from ceed_vla.ros_nodes.robot.remote_policy import RemotePolicy, RemoteSettings
 from ceed_vla.ros_nodes.robot.safety import Decision
 from ceed_vla.ros_nodes.robot.step_grid import SLEW
 from ceed_vla.ros_nodes.robot.streaming import GRIPPER_PERIOD, command_message
 from ceed_vla.ros_nodes.simulated.commands import obey
 from ceed_vla.ros_nodes.simulated.robot import JOINTS, SimRobot
-from ceed_vla.serving.predictor import (
-    PolicySpec,
-    Predictor,
-    PredictorSettings,
-    Request,
-    Response,
-)
+from ceed_vla.serving.faults import LOST, SILENT
+from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
 from ceed_vla.sim.plots import save_figure
 from ceed_vla.sim.success import success_entry
 from ceed_vla.sim.tabletop.env import CTRL_DT
@@ -62,6 +62,7 @@ PATIENCE = 1.5  # longest time until a command differs [s]
 Event = tuple[float, Array]  # time after `enable` [s], shift of the object (2,) [m]
 _STATES = 0.01  # time between joint states [s]
 TIE = 1e-9  # an answer that is due at a tick, up to rounding, comes before it [s]
+_PATIENCE = 60.0  # time limit for an answer of a server, in real time [s]
 _PREFILL = 2  # number of forwards that take as long as the prefill
 # percentiles
 _TIMES = {
@@ -98,10 +99,10 @@ class TimedWorker:
     failed: str | None = None
     ready = True
 
-    def __init__(self, predictor: Predictor, latency: float) -> None:
-        self.spec: PolicySpec = replace(predictor.spec, warmup_s=latency)
+    def __init__(self, policy: RunsPolicy, spec: PolicySpec, latency: float) -> None:
+        self.spec = replace(spec, warmup_s=latency)
         self.now = 0.0
-        self._predictor = predictor
+        self._policy = policy
         self._latency = latency
         self._answers: list[Response] = []  # in order of arrival
         self._asked = 0.0
@@ -121,7 +122,9 @@ class TimedWorker:
     def submit(self, request: Request) -> bool:
         self._asked = self.now
         request, _ = decoded(request)
-        self._answers.append(self._predictor.predict(request, early=self._answers.append))
+        self._answers.append(self._policy.predict(request, None, self._answers.append))
+        if self._answers[-1].code in (LOST, SILENT):  # no latency of the prescribed ones
+            raise NodeError(str(self._answers[-1].error))
         forwards = _PREFILL + self._answers[-1].forwards
         for answer in self._answers:
             answer.seconds["total"] = self._latency * (_PREFILL + answer.forwards) / forwards
@@ -233,31 +236,19 @@ def simulated_time(config: Any, folder: Path, console: Console) -> dict[str, Any
     with closing(SimRobot(config.split)) as robot:
         for rival in config.rivals:
             checkpoint, _, decoding = rival.partition(":")
-            settings: dict[str, Any] = {"replan_steps": config.replan_steps or None, "warmup": 1}
-            predictor = Predictor(
-                PredictorSettings(checkpoint, decoding=decoding or "ceed", **settings)
-            )
-            for latency in config.latencies_ms:
-                seeds = range(config.seed, config.seed + config.episodes)
-                title = f"{rival} {latency:g} ms"
-                shown = track(seeds, title, console=console, transient=True)
-                episodes = [
-                    _episode(config, robot, predictor, 1e-3 * latency, seed) for seed in shown
-                ]
-                rows.append(
-                    {
-                        "rival": rival,
-                        "latency_ms": latency,
-                        **success_entry(one["success"] for one in episodes),
-                        **{
-                            key: _percentiles([one[key] for one in episodes], of)
-                            for key, of in _TIMES.items()
-                        },
-                        "reactions": sum(len(one["reaction_ms"]) for one in episodes),
-                        "seconds": [one["seconds"] for one in episodes],
-                        "failed": [one["seed"] for one in episodes if not one["success"]],
-                    }
-                )
+            with _policy(config, folder, checkpoint, decoding or "ceed") as policy:
+                spec = replace(policy.load(), checkpoint=checkpoint)
+                for latency in config.latencies_ms:
+                    title = f"{rival} {latency:g} ms"
+                    seeds = range(config.seed, config.seed + config.episodes)
+                    shown = track(seeds, title, console=console, transient=True)
+                    episodes = [
+                        _episode(
+                            config, robot, partial(TimedWorker, policy, spec, 1e-3 * latency), seed
+                        )
+                        for seed in shown
+                    ]
+                    rows.append({"rival": rival, "latency_ms": latency, **_row(episodes)})
     report = {"program": MADE_BY, "config": asdict(config), "rows": rows}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "simulated_time.json").write_text(
@@ -276,16 +267,54 @@ def simulated_time(config: Any, folder: Path, console: Console) -> dict[str, Any
     return report
 
 
+@contextmanager
+def _policy(config: Any, folder: Path, checkpoint: str, decoding: str) -> Iterator[RunsPolicy]:
+    """Where a rival runs: in this process, or on a server of its own."""
+    replan_steps = config.replan_steps or None
+    with ExitStack() as opened:
+        policy: RunsPolicy
+        if config.remote:
+            url = opened.enter_context(
+                serving(checkpoint, {"engine": "eager"}, folder / "server.log")
+            )
+            policy = RemotePolicy(
+                RemoteSettings(
+                    url, timeout_s=_PATIENCE, decoding=decoding, replan_steps=replan_steps
+                )
+            )
+            opened.callback(policy.stop, 0.0)
+        else:
+            policy = local_policy(
+                checkpoint,
+                mode="thread",
+                decoding=decoding,
+                replan_steps=replan_steps,
+                warmup=1,
+            )
+        yield policy
+
+
+def _row(episodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of all episodes of a rival at a latency."""
+    return {
+        **success_entry(one["success"] for one in episodes),
+        **{key: _percentiles([one[key] for one in episodes], of) for key, of in _TIMES.items()},
+        "reactions": sum(len(one["reaction_ms"]) for one in episodes),
+        "seconds": [one["seconds"] for one in episodes],
+        "failed": [one["seed"] for one in episodes if not one["success"]],
+    }
+
+
 def _episode(
-    config: Any, robot: SimRobot, predictor: Predictor, latency: float, seed: int
+    config: Any, robot: SimRobot, make_worker: Callable[[], TimedWorker], seed: int
 ) -> dict[str, Any]:
     """Return the results of one episode; times are lists [s], empty without a value."""
     began = robot.time
-    loop, success = _run(config, robot, predictor, latency, seed)
+    loop, success = _run(config, robot, make_worker(), seed)
     ended, answered = robot.time, np.inf
     if config.reaction:
         robot.time = began  # so that all times are equal to the last bit
-        stirred, _ = _run(config, robot, predictor, latency, seed, draw_event(seed))
+        stirred, _ = _run(config, robot, make_worker(), seed, draw_event(seed))
         answered = first_change(loop.sent, stirred.sent) - stirred.stirred
         robot.time = ended
     times = {"first_action_ms": [loop.moving - loop.enabled], "reaction_ms": [answered]}
@@ -295,22 +324,15 @@ def _episode(
 
 
 def _run(
-    config: Any,
-    robot: SimRobot,
-    predictor: Predictor,
-    latency: float,
-    seed: int,
-    event: Event | None = None,
+    config: Any, robot: SimRobot, worker: TimedWorker, seed: int, event: Event | None = None
 ) -> tuple[SimulatedLoop, bool]:
     """Run one episode, or until after an `event`; return the loop, and whether it was solved."""
     changes = {name: getattr(config, name) for name in ("action_interface", "replan_steps")}
     changes |= {
-        "checkpoint": predictor.spec.checkpoint,
+        "checkpoint": worker.spec.checkpoint,
         "instruction": robot.reset(seed, config.task),
     }
-    loop = SimulatedLoop(
-        robot, TimedWorker(predictor, latency), {**defaults(POLICY_PARAMETERS), **changes}
-    )
+    loop = SimulatedLoop(robot, worker, {**defaults(POLICY_PARAMETERS), **changes})
     # The time until the pose is trusted is not part of the episode.
     limit = TRUST_TIME + (
         config.max_episode_steps * CTRL_DT if event is None else event[0] + PATIENCE

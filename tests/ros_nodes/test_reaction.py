@@ -21,6 +21,7 @@ from ceed_vla.ros_nodes.demo.simulated_time import (
     WHEN,
     Event,
     SimulatedLoop,
+    TimedWorker,
     _percentiles,
     _run,
     draw_event,
@@ -42,7 +43,9 @@ class Eyes:
         self.streams = streams  # whether first steps arrive before the rest
         self.spec = replace(declared_spec("student"), warmup_s=0.01)
 
-    def predict(self, request: Request, early: Callable[[Response], None]) -> Response:
+    def predict(
+        self, request: Request, deadline: None, early: Callable[[Response], None]
+    ) -> Response:
         pixels = request.observation["observation.images.front"]
         actions = np.zeros((8, 7), np.float32)
         actions[:, :2] = 0.2 * (zlib.crc32(pixels.tobytes()) / 2**32 - 0.5)
@@ -69,7 +72,8 @@ def run(
     """Run an episode from time 0 on, for 1.5 s if there is no event."""
     robot.time = 0.0
     eyes: Any = Eyes(streams)
-    return _run(RosDemoConfig(max_episode_steps=15, **flags), robot, eyes, latency, SEED, event)[0]
+    worker = TimedWorker(eyes, eyes.spec, latency)
+    return _run(RosDemoConfig(max_episode_steps=15, **flags), robot, worker, SEED, event)[0]
 
 
 def test_the_first_command_that_an_event_changes_comes_after_the_chunk_that_saw_it(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from ceed_vla.serving.predictor_types import (
     Response,
 )
 from ceed_vla.serving.request_reader import InstructionError
-from ceed_vla.serving.served_policy import DecodeOptions
+from ceed_vla.serving.served_policy import Decoded, DecodeOptions
 from ceed_vla.texts import short
 
 __all__ = [
@@ -107,17 +107,56 @@ class Predictor:
             response = self._predict(request, deadline, None if self._settings.delay_s else early)
         # Third-party policies may raise any type, and the worker must continue.
         except Exception as error:
-            if self._failures is not None:
-                self._failures.add(error)
-            text = str(error)
-            if not isinstance(error, CeedVLAError):
-                text = f"{type(error).__name__}: {error}"
-            codes = {InstructionError: BAD_INSTRUCTION, NotFiniteError: NOT_FINITE}
-            code = next((code for kind, code in codes.items() if isinstance(error, kind)), "")
-            return Response(request.id, error=short(text), code=code)
+            return self._failed(request, error)
+        return self._finished(response, started)
+
+    def predict_together(self, asked: Sequence[tuple[Request, float | None]]) -> list[Response]:
+        """Decode several chunks at once, if the policy can; never raises.
+
+        Args:
+            asked: Requests that share all but the observation, the instruction and the tokens, with
+                deadlines as in `predict`. Deadlines of several requests are not used.
+
+        Returns:
+            The answer to each: the tokens are those that it gets alone.
+        """
+        if len(asked) == 1 or not self._policy.joins:
+            return [self.predict(request, deadline) for request, deadline in asked]
+        started = time.monotonic()
+        requests = [request for request, _ in asked]
+        try:
+            inputs = [self._policy.read(request) for request in requests]
+            prepared = time.monotonic()
+            found = self._policy.decode_together(inputs, requests, self._options(requests[0], None))
+        except Exception:  # of one of them, which then fails alone
+            return [self.predict(request) for request in requests]
+        preprocess = prepared - started
+        return [
+            self._finished(_response(request, decoded, preprocess), started)
+            for request, decoded in zip(requests, found, strict=True)
+        ]
+
+    @property
+    def joins(self) -> bool:
+        """Whether several chunks can be decoded at once."""
+        return self._policy.joins
+
+    def _failed(self, request: Request, error: Exception) -> Response:
+        """The answer to a request that cannot be decoded."""
+        if self._failures is not None:
+            self._failures.add(error)
+        text = str(error)
+        if not isinstance(error, CeedVLAError):
+            text = f"{type(error).__name__}: {error}"
+        codes = {InstructionError: BAD_INSTRUCTION, NotFiniteError: NOT_FINITE}
+        code = next((code for kind, code in codes.items() if isinstance(error, kind)), "")
+        return Response(request.id, error=short(text), code=code)
+
+    def _finished(self, response: Response, started: float) -> Response:
+        """The answer with its time, or the error if its actions are not finite."""
         if not np.isfinite(response.actions).all():
             text = f"The policy {short(self.spec.checkpoint)} returned NaN or infinity."
-            return Response(request.id, error=text, code=NOT_FINITE)
+            return Response(response.id, error=text, code=NOT_FINITE)
         if self._settings.delay_s:
             self._wait(self._settings.delay_s)
         response.seconds["total"] = time.monotonic() - started
@@ -135,14 +174,7 @@ class Predictor:
             options = replace(options, on_proven=self._first_steps(request.id, started, early))
         decoded = self._policy.decode(inputs, request, options)
         self._prefill_s = decoded.seconds["prefill"]
-        return Response(
-            request.id,
-            decoded.actions,
-            decoded.tokens,
-            decoded.forwards,
-            decoded.exit_reason,
-            {"preprocess": prepared - started, **decoded.seconds},
-        )
+        return _response(request, decoded, prepared - started)
 
     def _first_steps(
         self, number: int, started: float, early: Callable[[Response], None]
@@ -253,3 +285,15 @@ class Predictor:
             if spec.warmup_s <= limit:
                 break
         return replace(spec, decoding=chosen)
+
+
+def _response(request: Request, decoded: Decoded, preprocess: float) -> Response:
+    """The answer to a request; `preprocess` is the time of reading it [s]."""
+    return Response(
+        request.id,
+        decoded.actions,
+        decoded.tokens,
+        decoded.forwards,
+        decoded.exit_reason,
+        {"preprocess": preprocess, **decoded.seconds},
+    )

@@ -56,6 +56,9 @@ class ServeConfig(Checked):
         max_message_mb: Largest message of a client [MB].
         max_connections: Open connections.
         max_rate: Requests per second of a connection; faster ones wait.
+        max_batch: Requests of different clients that are decoded together at most, if they have the
+            same decoding and steps; for CEED-VLA checkpoints with the engine eager.
+        max_wait_ms: Time that the first of them waits for others [ms].
     """
 
     policy_path: str
@@ -76,6 +79,8 @@ class ServeConfig(Checked):
     max_message_mb: float = ranged(16.0, "(0, 1024]")
     max_connections: int = ranged(64, "[1, 10000]")
     max_rate: float = ranged(200.0, "(0, 100000]")
+    max_batch: int = ranged(1, "[1, 256]")
+    max_wait_ms: float = ranged(2.0, "[0, 1000]")
 
 
 def serve(config: ServeConfig) -> str:
@@ -91,7 +96,12 @@ def serve(config: ServeConfig) -> str:
         from ceed_vla.serving.server import Limits, PolicyServer
 
     limits = Limits(
-        int(config.max_message_mb * 1e6), config.max_connections, config.max_rate, _key(config)
+        message_bytes=int(config.max_message_mb * 1e6),
+        connections=config.max_connections,
+        rate=config.max_rate,
+        batch=config.max_batch,
+        batch_wait_s=1e-3 * config.max_wait_ms,
+        key=_key(config),
     )
     tls = _tls(config)
     resolved = str(resolve_served(config.policy_path))
@@ -103,7 +113,7 @@ def serve(config: ServeConfig) -> str:
         decoding=config.decoding,
         threads=config.threads or os.cpu_count() or 1,
         device=config.device,
-        engine=config.engine,
+        engine="eager" if config.max_batch > 1 and config.engine == "auto" else config.engine,
     )
 
     def load() -> Predictor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ class ServedCheckpoint:
     """
 
     engine = "eager"
+    joins = False
     tokens_per_step: int | None = None
     chunk_steps: int | None = None
 
@@ -79,6 +81,11 @@ class ServedCheckpoint:
             seconds = {"prefill": 0.0, "decode": decoded - started}
             return Decoded(self._in_units(chunk), seconds=seconds)
 
+    def decode_together(
+        self, inputs: Sequence[Any], requests: Sequence[Request], options: DecodeOptions
+    ) -> list[Decoded]:
+        raise NotImplementedError("Other policies decode one chunk at a time.")
+
     def actions(self, tokens: Any) -> NDArray[np.float32]:
         raise NotImplementedError("This policy has no tokens.")
 
@@ -93,6 +100,7 @@ class ServedCeed(ServedCheckpoint):
     def __init__(self, settings: PredictorSettings, spec: PolicySpec) -> None:
         super().__init__(settings, spec)
         self._compiled = settings.engine == "compiled"
+        self.joins = not self._compiled
         if self._compiled:
             self.engine = "compiled"
             from ceed_vla.compiled import engine
@@ -123,31 +131,48 @@ class ServedCeed(ServedCheckpoint):
             backbone.compile_now(prefill(backbone, inputs, decoding))
 
     def decode(self, inputs: Any, request: Request, options: DecodeOptions) -> Decoded:
+        return self.decode_together([inputs], [request], options)[0]
+
+    def decode_together(
+        self, inputs: Sequence[Any], requests: Sequence[Request], options: DecodeOptions
+    ) -> list[Decoded]:
         import torch
 
         from ceed_vla.real_time import decode_behind
 
         previous: dict[str, Any] = {}
-        if request.previous is not None:
-            tokens = torch.as_tensor(request.previous).unsqueeze(0)  # (1, n)
-            previous = {"previous": tokens, "shift_steps": request.shift_steps}
+        if requests[0].previous is not None:
+            tokens = torch.stack([torch.as_tensor(request.previous) for request in requests])
+            previous = {"previous": tokens, "shift_steps": requests[0].shift_steps}  # (B, n)
         with torch.inference_mode():
-            result = decode_behind(
-                self._policy,
-                inputs,
-                **options.arguments,
-                **previous,
-            )
-            return Decoded(
-                self._in_units(result.actions),
-                result.tokens[0].cpu().numpy(),
-                result.forwards,
-                result.exit_reason[0],
-                dict(result.seconds or {}),
-            )
+            result = decode_behind(self._policy, _joined(inputs), **options.arguments, **previous)
+            assert result.actions is not None
+            return [
+                Decoded(
+                    self._in_units(result.actions[row : row + 1]),
+                    result.tokens[row].cpu().numpy(),
+                    result.forwards if len(requests) == 1 else int(result.iterations[row]),
+                    result.exit_reason[row],
+                    dict(result.seconds or {}),
+                )
+                for row in range(len(requests))
+            ]
 
     def actions(self, tokens: Any) -> NDArray[np.float32]:
         return self._in_units(self._policy.tokenizer.decode(tokens))
+
+
+def _joined(inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One batch of several of one row; `RuntimeError` if their tensors have other shapes."""
+    import torch
+
+    first = inputs[0]
+    if len(inputs) == 1:
+        return first
+    return {
+        name: torch.cat([one[name] for one in inputs]) if isinstance(value, torch.Tensor) else value
+        for name, value in first.items()
+    }
 
 
 def load_policy(settings: PredictorSettings, kind: str) -> tuple[Any, Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,6 +31,7 @@ class ServedExport:
     """
 
     engine = "edge"
+    joins = False
 
     def __init__(self, policy: EdgePolicy, spec: PolicySpec) -> None:
         self._policy = policy
@@ -73,6 +75,11 @@ class ServedExport:
             result.exit_reason[0],
             dict(result.seconds or {}),
         )
+
+    def decode_together(
+        self, inputs: Sequence[Any], requests: Sequence[Request], options: DecodeOptions
+    ) -> list[Decoded]:
+        raise NotImplementedError("An export decodes one chunk at a time.")
 
     def actions(self, tokens: Any) -> NDArray[np.float32]:
         return cast("NDArray[np.float32]", self._policy.vocabulary.decode(tokens)[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -96,6 +96,20 @@ class ServedPolicy(Protocol):
 
     def decode(self, inputs: Any, request: Request, options: DecodeOptions) -> Decoded:
         """Decode one chunk of `inputs`, behind the tokens of `request`."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether `decode_together` can be called."""
+
+    def decode_together(
+        self, inputs: Sequence[Any], requests: Sequence[Request], options: DecodeOptions
+    ) -> list[Decoded]:
+        """Decode several chunks at once, as `decode` does each; all requests have the same frozen
+        and executed steps.
+
+        Raises:
+            Exception: Of any type, if one of them cannot be decoded.
+        """
 
     def actions(self, tokens: Any) -> NDArray[np.float32]:
         """Actions (m, A) of the tokens that `on_proven` received."""

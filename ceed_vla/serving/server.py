@@ -1,6 +1,6 @@
 """The server: connections in an event loop, the policy in a thread of its own.
 
-    client --message--> read --call--> queue --> one thread: `Predictor` --> answer --> client
+    client --message--> read --call--> `PolicyThread`: `Predictor` --> answer --> client
 
 A connection waits for the answer to its message before it reads the next one, so the queue holds at
 most one call of each client, and clients take turns.
@@ -12,12 +12,9 @@ import asyncio
 import hmac
 import http
 import logging
-import queue
 import ssl
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,9 +24,10 @@ from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response as HttpResponse
 from websockets.protocol import State
 
-from ceed_vla.errors import CeedVLAError, CheckpointError, raised_as
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
 from ceed_vla.serving.arrays import WireError
 from ceed_vla.serving.metrics import Metrics
+from ceed_vla.serving.policy_thread import Job, PolicyThread, kind_of
 from ceed_vla.serving.predictor import Predictor
 from ceed_vla.serving.predictor_types import Request, Response
 from ceed_vla.serving.protocols import Call, WireProtocol
@@ -41,6 +39,7 @@ FAILED = 1011  # closing code after an error
 GOING = 1001  # closing code when the server stops
 MOST_UNREAD = 1_000_000  # bytes that a client has not taken
 SEND_SECONDS = 10.0  # time in which a client must take an answer
+_AMPLE = 4.0  # times of a chunk after which a deadline is no matter of decoding
 GRACE_SECONDS = 30.0  # time for what runs when the server stops
 
 
@@ -72,30 +71,6 @@ class Connection(ServerConnection):
             self.transport.abort()
 
 
-class PolicyThread:
-    """One thread that runs functions in turn; a process may end while it runs one."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="policy", daemon=True).start()
-
-    async def run[T](self, function: Callable[[], T]) -> T:
-        """The result of a function."""
-        future: Future[T] = Future()
-        self._jobs.put((function, future))
-        return await asyncio.wrap_future(future)
-
-    def _work(self) -> None:
-        while True:
-            function, future = self._jobs.get()
-            if not future.set_running_or_notify_cancel():
-                continue  # the caller was cancelled
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-
 @dataclass(frozen=True)
 class Limits:
     """What clients may do.
@@ -104,12 +79,16 @@ class Limits:
         message_bytes: Largest message.
         connections: Open connections.
         rate: Requests of a connection [Hz].
+        batch: Requests of different clients that are decoded together at most.
+        batch_wait_s: Time that the first of them waits for others [s].
         key: API key that clients must send; "" for none.
     """
 
     message_bytes: int
     connections: int
     rate: float
+    batch: int = 1
+    batch_wait_s: float = 0.0
     key: str = ""
 
 
@@ -132,7 +111,7 @@ class PolicyServer:
     ) -> None:
         self._load, self._protocol = load, protocol
         self._limits, self._tls = limits, tls
-        self._thread = PolicyThread()
+        self._thread = PolicyThread(limits.batch, limits.batch_wait_s)
         self._open: set[Connection] = set()
         self._metrics = Metrics()
         self._predictor: Predictor | None = None
@@ -193,7 +172,15 @@ class PolicyServer:
             with raised_as(
                 CheckpointError, "The policy cannot be loaded", "correct this, and start again."
             ):
-                self._predictor = await self._thread.run(self._load)
+                self._predictor = await self._thread.begin(
+                    self._load, lambda predictor: predictor.predict_together
+                )
+            if self._limits.batch > 1 and not self._predictor.joins:
+                engine = self._predictor.spec.engine
+                raise ConfigError(
+                    f"max_batch is {self._limits.batch}; the engine {engine} decodes one request "
+                    "at a time. Use a CEED-VLA checkpoint with --engine eager, or 1."
+                )
         except CeedVLAError as error:
             self._failure = error
             self._stopping.set()
@@ -307,20 +294,24 @@ class PolicyServer:
         self, connection: ServerConnection, call: Call, request: Request, arrived: float
     ) -> tuple[Response, float]:
         """Run a call in the policy's thread, unless it waited too long; returns when it started."""
-        predictor: Any = self._predictor
+        assert self._predictor is not None
         deadline = None if call.deadline_s is None else arrived + call.deadline_s
 
-        def run() -> tuple[Response, float]:
-            started = time.monotonic()
+        def dropped(started: float) -> str:
             if connection.state is not State.OPEN:
-                return Response(request.id, error="the client has left"), started
+                return "the client has left"
             if deadline is not None and deadline < started:
                 waited = 1e3 * (started - arrived)
-                text = f"The deadline has passed: the request has waited for {waited:.0f} ms."
-                return Response(request.id, error=text), started
-            return predictor.predict(request, deadline), started
+                return f"The deadline has passed: the request has waited for {waited:.0f} ms."
+            return ""
 
-        return await self._thread.run(run)
+        # A near deadline ends decoding early, which must not end that of others.
+        near = call.deadline_s is not None and (
+            call.deadline_s < _AMPLE * self._predictor.spec.warmup_s
+        )
+        together = self._limits.batch > 1 and not near
+        kind = kind_of(request) if together else None
+        return await self._thread.run(Job(request, deadline, dropped, kind))
 
     async def _send(self, connection: ServerConnection, message: str | bytes) -> None:
         async with asyncio.timeout(SEND_SECONDS):

@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -29,14 +29,15 @@ class Waiting:
 
     spec = PolicySpec("waiting", "ceed_vla", {}, {"observation.state": 2}, 1, 2, 1, 0.0)
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, *, joins: bool = False) -> None:
+        self.joins = joins
+        self.calls: list[int] = []  # number of requests of each
         self.release = threading.Event()
 
-    def predict(self, request: Request, deadline: float | None) -> Response:
-        self.calls += 1
+    def predict_together(self, asked: Sequence[tuple[Request, float | None]]) -> list[Response]:
+        self.calls.append(len(asked))
         assert self.release.wait(30)
-        return Response(request.id, np.zeros((2, 1), np.float32))
+        return [Response(request.id, np.zeros((2, 1), np.float32)) for request, _ in asked]
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -57,7 +58,7 @@ def running(load: Callable[[], Any], failure: list[str], **limits: Any) -> Itera
 
     def work() -> None:
         async def main() -> None:
-            server = PolicyServer(load, OpenPi(keys, {}), known)
+            server = PolicyServer(load, OpenPi(keys, {}, {}), known)
             loops.append((asyncio.get_running_loop(), server))
             await server.run("127.0.0.1", 0, ports.put)
 
@@ -93,7 +94,7 @@ def test_what_waits_for_an_inference() -> None:
     with running(lambda: policy, failure) as port:
         first, late, gone = opened(port), opened(port), opened(port)
         first.send(state())
-        until(lambda: policy.calls == 1)
+        until(lambda: policy.calls)
         late.send(state(deadline_ms=1))
         gone.send(state())
         until(lambda: "ceed_vla_queue 3\n" in http(port, "/metrics")[1])
@@ -106,7 +107,33 @@ def test_what_waits_for_an_inference() -> None:
         assert isinstance(first.recv(20), bytes)
         assert isinstance(ask(opened(port), state()), dict)
     assert not failure
-    assert policy.calls == 2
+    assert policy.calls == [1, 1]
+
+
+def test_requests_of_one_kind_are_answered_together() -> None:
+    failure: list[str] = []
+    policy = Waiting(joins=True)
+    with running(lambda: policy, failure, batch=3) as port:
+        clients = [opened(port) for _ in range(6)]
+        clients[0].send(state())
+        until(lambda: policy.calls)
+        for client, options in zip(
+            clients[1:], ({}, {"decoding": "ar"}, {}, {"deadline_ms": 9e6}, {}), strict=True
+        ):
+            client.send(state(**options))
+        until(lambda: "ceed_vla_queue 6\n" in http(port, "/metrics")[1])
+        policy.release.set()
+        for client in clients:
+            assert isinstance(client.recv(20), bytes)
+    assert not failure
+    assert sorted(policy.calls) == [1, 1, 1, 3]
+
+
+def test_a_policy_that_decodes_one_request_at_a_time_is_not_batched() -> None:
+    failure: list[str] = []
+    with running(Waiting, failure, batch=2):
+        until(lambda: failure)
+    assert "max_batch is 2; the engine " in failure[0]
 
 
 def test_a_policy_that_cannot_be_loaded_ends_the_server() -> None:

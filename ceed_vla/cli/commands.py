@@ -192,7 +192,7 @@ COMMANDS = {
         may="weights",
     ),
     "serve": Command(
-        "serve a policy to clients over a network (openpi's protocol)",
+        "serve a policy to clients over a network (protocols of openpi and vla-eval)",
         "ceed_vla.serving.serve ServeConfig serve",
         must="policy.path",
         may="host port map decoding engine api_key_file certificate private_key",

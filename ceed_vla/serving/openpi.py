@@ -41,6 +41,7 @@ class OpenPi:
 
     Attributes:
         options: Keys of a request that are not features.
+        ping_seconds: Time in which a client must answer a ping [s].
 
     Args:
         keys: Key of a client's observation -> the policy's feature; "" to ignore it.
@@ -49,6 +50,7 @@ class OpenPi:
     """
 
     options = OPTIONS
+    ping_seconds = 20.0
 
     def __init__(
         self,
@@ -61,6 +63,9 @@ class OpenPi:
 
     def greeting(self, spec: PolicySpec) -> bytes:
         return packed({**described(spec, self._keys, self._ranges), **self._metadata})
+
+    def conversation(self, spec: PolicySpec) -> OpenPi:
+        return self  # a message does not depend on those before it
 
     def read(self, message: bytes) -> Call:
         value = unpacked(message)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.serving.arrays import WireError
 from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
 
 
@@ -20,6 +21,7 @@ class Call:
         shift_steps: Steps of the last chunk that were executed; None if the client did not say.
         deadline_s: Time from arrival until the answer is needed [s]; None without one.
         echo: What the answer repeats.
+        goes_on: Whether the connection stays open if the call fails.
     """
 
     request: Request
@@ -27,19 +29,29 @@ class Call:
     shift_steps: int | None = None
     deadline_s: float | None = None
     echo: Mapping[str, Any] = field(default_factory=dict)
+    goes_on: bool = False
 
 
-class WireProtocol(Protocol):
-    """One protocol. All methods are free of state, so connections share an object."""
+class RefusedError(WireError):
+    """A message follows its protocol as far as its `call` was read."""
 
-    def greeting(self, spec: PolicySpec) -> bytes | None:
-        """The first message to a client; None to wait for the client's."""
+    def __init__(self, text: str, call: Call) -> None:
+        super().__init__(text)
+        self.call = call
 
-    def read(self, message: bytes) -> Call:
-        """Read a request.
+
+class Conversation(Protocol):
+    """The messages of one connection, in turn."""
+
+    def read(self, message: bytes) -> Call | bytes | None:
+        """Read a message.
+
+        Returns:
+            A call of the policy, an answer without one, or None if the message gets no answer.
 
         Raises:
-            WireError: The message does not follow the protocol.
+            WireError: The message does not follow the protocol. The connection ends, unless it is a
+                `RefusedError` whose call says that it goes on.
         """
 
     def answer(self, call: Call, response: Response, timing: Mapping[str, float]) -> bytes:
@@ -53,6 +65,20 @@ class WireProtocol(Protocol):
 
     def error(self, call: Call | None, text: str) -> str | bytes:
         """Write that a call failed; None for a message that could not be read."""
+
+
+class WireProtocol(Protocol):
+    """One protocol. It has no state, so connections share an object."""
+
+    @property
+    def ping_seconds(self) -> float:
+        """Time in which a client must answer a ping [s]."""
+
+    def greeting(self, spec: PolicySpec) -> bytes | None:
+        """The first message to a client; None to wait for the client's."""
+
+    def conversation(self, spec: PolicySpec) -> Conversation:
+        """The conversation of a new connection."""
 
 
 def mapped_keys(text: str, spec: PolicySpec, taken: Collection[str] = ()) -> dict[str, str]:

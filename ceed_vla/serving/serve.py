@@ -25,7 +25,7 @@ from ceed_vla.serving.predictor_loading import declared_spec
 from ceed_vla.serving.predictor_types import ENGINES, PolicySpec, PredictorSettings
 from ceed_vla.serving.protocols import WireProtocol, mapped_keys
 
-PROTOCOLS = ("openpi",)  # each the module of this name, whose `PROTOCOL` is the class
+PROTOCOLS = ("openpi", "vla_eval")  # each the module of this name, whose `PROTOCOL` is the class
 SHORTEST_KEY = 16  # characters
 
 

@@ -30,7 +30,7 @@ from ceed_vla.serving.metrics import Metrics
 from ceed_vla.serving.policy_thread import Job, PolicyThread, kind_of
 from ceed_vla.serving.predictor import Predictor
 from ceed_vla.serving.predictor_types import Request, Response
-from ceed_vla.serving.protocols import Call, WireProtocol
+from ceed_vla.serving.protocols import Call, Conversation, RefusedError, WireProtocol
 from ceed_vla.serving.sessions import Sessions
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ GOING = 1001  # closing code when the server stops
 MOST_UNREAD = 1_000_000  # bytes that a client has not taken
 SEND_SECONDS = 10.0  # time in which a client must take an answer
 _AMPLE = 4.0  # times of a chunk after which a deadline is no matter of decoding
+HEALTH = ("/healthz", "/health")  # of openpi, and of vla-eval
 GRACE_SECONDS = 30.0  # time for what runs when the server stops
 
 
@@ -144,6 +145,7 @@ class PolicyServer:
             compression=None,
             max_size=self._limits.message_bytes,
             max_queue=1,
+            ping_timeout=self._protocol.ping_seconds,
             server_header=None,
         )
         loading = asyncio.ensure_future(self._warm())
@@ -190,7 +192,7 @@ class PolicyServer:
 
     def _before(self, connection: ServerConnection, request: HttpRequest) -> HttpResponse | None:
         """Answer plain HTTP, and refuse clients that may not connect."""
-        if request.path == "/healthz":
+        if request.path in HEALTH:
             ready = self._ready.is_set() and not self._stopping.is_set()
             status = http.HTTPStatus.OK if ready else http.HTTPStatus.SERVICE_UNAVAILABLE
             return connection.respond(status, "OK\n" if ready else "the policy is not ready\n")
@@ -240,6 +242,7 @@ class PolicyServer:
         assert self._predictor is not None
         spec = self._predictor.spec
         sessions = Sessions(spec)
+        conversation = self._protocol.conversation(spec)
         greeting = self._protocol.greeting(spec)
         if greeting is not None:
             await self._send(connection, greeting)
@@ -254,8 +257,11 @@ class PolicyServer:
             if soon > 0:
                 await self._or_stop(asyncio.sleep(soon))
             last = time.monotonic()
-            answer, failure = await self._answer(connection, message, arrived, sessions)
-            await self._send(connection, answer)
+            answer, failure = await self._answer(
+                connection, conversation, message, arrived, sessions
+            )
+            if answer is not None:
+                await self._send(connection, answer)
             if failure is not None:
                 await connection.close(FAILED, failure or "the error is in the previous frame")
                 return
@@ -263,19 +269,24 @@ class PolicyServer:
     async def _answer(
         self,
         connection: ServerConnection,
+        conversation: Conversation,
         message: str | bytes,
         arrived: float,
         sessions: Sessions,
-    ) -> tuple[str | bytes, str | None]:
-        """The answer to a message, and the code of its error, "" for most; None on success."""
+    ) -> tuple[str | bytes | None, str | None]:
+        """The answer to a message, and the code of its error, "" for most; None to go on."""
         try:
             if isinstance(message, str):
                 raise WireError("The message is text; it must be binary.")
-            call = self._protocol.read(message)
+            call = conversation.read(message)
+            if not isinstance(call, Call):
+                return call, None
             request = sessions.warm(call)
         except WireError as error:
             self._metrics.count("refused")
-            return self._protocol.error(None, str(error)), ""
+            read = error.call if isinstance(error, RefusedError) else None
+            ends = read is None or not read.goes_on
+            return conversation.error(read, str(error)), "" if ends else None
         self._metrics.waiting += 1
         try:
             response, started = await self._predict(connection, call, request, arrived)
@@ -283,12 +294,13 @@ class PolicyServer:
             self._metrics.waiting -= 1
         if response.error is not None:
             self._metrics.count("failed")
-            return self._protocol.error(call, response.error), response.code
+            code = None if call.goes_on else response.code
+            return conversation.error(call, response.error), code
         sessions.keep(call, response)
         now = time.monotonic()
         timing = {"queue": started - arrived, "infer": now - started}
         self._metrics.add(response, timing)
-        return self._protocol.answer(call, response, timing), None
+        return conversation.answer(call, response, timing), None
 
     async def _predict(
         self, connection: ServerConnection, call: Call, request: Request, arrived: float

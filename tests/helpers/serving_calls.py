@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -42,3 +43,11 @@ def http(port: int, path: str, **headers: str) -> tuple[int, str]:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def wait_until_ready(port: int, seconds: float = 180) -> None:
+    """Wait until the policy of a server is loaded, perhaps with an export that is made first."""
+    end = time.monotonic() + seconds
+    while http(port, "/healthz")[0] != 200:
+        assert time.monotonic() < end
+        time.sleep(0.1)

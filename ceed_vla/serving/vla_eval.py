@@ -1,0 +1,243 @@
+"""The protocol of vla-eval, AI2's harness for simulated benchmarks.
+
+A message is a msgpack mapping of `type`, `payload`, `seq` and `timestamp`. The client says hello
+first. Then every observation gets the one action (A,) of its time step, or an error; both have the
+observation's `seq`. The start and the end of an episode get no answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ceed_vla.serving.arrays import WireError, packed, unpacked
+from ceed_vla.serving.contract import described
+from ceed_vla.serving.data_ranges import Range
+from ceed_vla.serving.encoded_images import image_of
+from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
+from ceed_vla.serving.protocols import Call, RefusedError
+from ceed_vla.texts import instruction_problem, short, shown
+
+VERSION = 1  # of the protocol
+INSTRUCTION = "task_description"
+HELLO, OBSERVATION, ACTION, ERROR = "hello", "observation", "action", "error"
+EPISODE_EDGES = ("episode_start", "episode_end")
+IMAGE = "__image__"  # marks the mapping of an encoded image
+FORMATS = ("png", "jpeg")  # of encoded images
+
+
+class VlaEval:
+    """The protocol of vla-eval.
+
+    Attributes:
+        options: Keys of an observation that are not features.
+        ping_seconds: Time in which a client must answer a ping [s]. The harness answers none while
+            its simulator resets; its own watchdog ends it after this time.
+
+    Args:
+        keys: Key of a client's observation -> the policy's feature; "" to ignore it. The parts of
+            keys in nested mappings are joined by slashes.
+        metadata: What the hello says, besides the contract.
+        ranges: Of the training data. The hello leaves them out: the harness writes it as JSON,
+            which has no arrays.
+    """
+
+    options = (INSTRUCTION,)
+    ping_seconds = 1200.0
+
+    def __init__(
+        self,
+        keys: Mapping[str, str],
+        metadata: Mapping[str, Any],
+        ranges: Mapping[str, Range | str],
+    ) -> None:
+        self._keys = {key: feature for key, feature in keys.items() if feature}
+        self._metadata = dict(metadata)
+
+    def greeting(self, spec: PolicySpec) -> None:
+        """The client speaks first."""
+
+    def conversation(self, spec: PolicySpec) -> VlaEvalConversation:
+        return VlaEvalConversation(self._keys, self._metadata, spec)
+
+
+class VlaEvalConversation:
+    """One connection, with the chunk that its client is executing.
+
+    The policy is called when all steps of a chunk are executed. A chunk starts warm from the last
+    one of its episode.
+
+    Args:
+        keys: Key of an observation -> the policy's feature.
+        metadata: What the hello says, besides the contract.
+        spec: The policy's inputs and outputs.
+    """
+
+    def __init__(
+        self, keys: Mapping[str, str], metadata: Mapping[str, Any], spec: PolicySpec
+    ) -> None:
+        self._keys = keys
+        self._metadata = metadata
+        self._spec = spec
+        self._steps: deque[NDArray[np.float32]] = deque()  # (A,) each; those still to be executed
+        self._episode = 0
+
+    def read(self, message: bytes) -> Call | bytes | None:
+        kind, payload, seq = _envelope(message)
+        if kind == HELLO:
+            return self._hello(payload, seq)
+        if kind == OBSERVATION and self._steps:
+            return _message(ACTION, {"actions": self._steps.popleft()}, seq)
+        if kind == OBSERVATION:
+            return self._call(payload, seq)
+        if kind in EPISODE_EDGES:
+            self._steps.clear()
+            self._episode += 1
+        return None
+
+    def answer(self, call: Call, response: Response, timing: Mapping[str, float]) -> bytes:
+        self._steps.extend(response.actions[: self._spec.n_action_steps])
+        payload = {
+            "actions": self._steps.popleft(),
+            "forwards": response.forwards,
+            "exit_reason": response.exit_reason,
+            "server_timing": {f"{name}_ms": 1e3 * seconds for name, seconds in timing.items()},
+        }
+        return _message(ACTION, payload, call.echo["seq"])
+
+    def error(self, call: Call | None, text: str) -> bytes:
+        return _message(ERROR, {"error": text}, 0 if call is None else call.echo["seq"])
+
+    def _hello(self, payload: Mapping[Any, Any], seq: int) -> bytes:
+        version = payload.get("protocol_version")
+        if version != VERSION:
+            refused = Call(Request(0, {}, ""), echo={"seq": seq})
+            raise RefusedError(
+                f"protocol_version is {shown(version)}; it must be {VERSION}.", refused
+            )
+        spec = self._spec
+        # Benchmarks leave both out by default; they ignore what they do not have.
+        wanted = {
+            "send_wrist_image": len(spec.cameras) > 1,
+            "send_state": bool(spec.states),
+        }
+        answer = {
+            "harness_version": self._metadata["server"],
+            "protocol_version": VERSION,
+            "model_server": self._metadata["server"],
+            "capabilities": {},
+            "observation_params": {name: True for name, needed in wanted.items() if needed},
+            # The harness stores all of it with its results.
+            **described(spec, self._keys, {}),
+            **self._metadata,
+        }
+        return _message(HELLO, answer, seq)
+
+    def _call(self, payload: Mapping[Any, Any], seq: int) -> Call:
+        """The call of an observation; a `RefusedError` leaves the connection open."""
+        echo = {"seq": seq}
+        try:
+            instruction = _instruction(payload)
+            observation = self._observation(payload)
+        except WireError as error:
+            refused = Call(Request(0, {}, ""), echo=echo, goes_on=True)
+            raise RefusedError(str(error), refused) from error
+        session = f"episode {self._episode}"
+        return Call(Request(0, observation, instruction), session, echo=echo, goes_on=True)
+
+    def _observation(self, payload: Mapping[Any, Any]) -> dict[str, Any]:
+        """The policy's features; raises `WireError` for missing ones. Others are ignored."""
+        values = dict(_flat(payload))
+        observation = {}
+        for key, feature in self._keys.items():
+            if key not in values:
+                found = ", ".join(short(found, 100) for found in list(values)[:20]) or "nothing"
+                raise WireError(f"The observation lacks {key!r}; it has {found}.")
+            observation[feature] = _feature(values[key], key)
+        return observation
+
+
+class EncodedImage:
+    """An image that becomes pixels (H, W, 3) uint8 when the policy's thread reads it.
+
+    Args:
+        value: The mapping that stands for it.
+        key: Its key in the observation.
+
+    Raises:
+        WireError: It has no bytes of a known format.
+    """
+
+    def __init__(self, value: Mapping[Any, Any], key: str) -> None:
+        data, form = value.get("data"), value.get("format")
+        if not isinstance(data, bytes) or form not in FORMATS:
+            raise WireError(
+                f"{key} has {shown(data)} of the format {shown(form)}; it must have bytes of one "
+                f"of the formats {', '.join(FORMATS)}."
+            )
+        self._data = data
+        self._form = str(form).upper()
+        self._key = key
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(image_of(self._data, self._key, self._form), dtype)
+
+
+def _envelope(message: bytes) -> tuple[str, dict[Any, Any], int]:
+    """Type, payload and number of a message."""
+    value = unpacked(message)
+    if not isinstance(value, dict):
+        raise WireError(f"The message is {shown(value)}; it must be a mapping.")
+    kind, payload, seq = value.get("type"), value.get("payload"), value.get("seq")
+    known = (HELLO, OBSERVATION, *EPISODE_EDGES, ERROR)
+    if not isinstance(kind, str) or kind not in known:
+        raise WireError(f"type is {shown(kind)}; it must be one of {', '.join(known)}.")
+    if not isinstance(payload, dict):
+        raise WireError(f"payload is {shown(payload)}; it must be a mapping.")
+    if type(seq) is not int or seq < 0:
+        raise WireError(f"seq is {shown(seq)}; it must be a whole number of at least 0.")
+    return kind, payload, seq
+
+
+def _message(kind: str, payload: Mapping[str, Any], seq: int) -> bytes:
+    message = {"type": kind, "payload": payload, "seq": seq, "timestamp": time.time()}
+    return packed(message, str)
+
+
+def _instruction(payload: Mapping[Any, Any]) -> str:
+    instruction = payload.get(INSTRUCTION)
+    if not isinstance(instruction, str):
+        raise WireError(f"{INSTRUCTION} is {shown(instruction)}; it must be text.")
+    problem = instruction_problem(instruction)
+    if problem:
+        raise WireError(f"{INSTRUCTION} is {shown(instruction)}: {problem}.")
+    return instruction
+
+
+def _flat(value: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Items of nested mappings, with the parts of their keys joined by slashes."""
+    for key, part in value.items():
+        if isinstance(part, dict) and IMAGE not in part:
+            yield from _flat(part, f"{before}{key}/")
+        else:
+            yield f"{before}{key}", part
+
+
+def _feature(value: Any, key: str) -> Any:
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, dict):
+        return EncodedImage(value, key)
+    if not isinstance(value, list) or any(type(number) not in (int, float) for number in value):
+        raise WireError(
+            f"{key} is {shown(value)}; it must be an array, an image, or a list of numbers."
+        )
+    return np.array(value, np.float64)
+
+
+PROTOCOL = VlaEval

@@ -11,7 +11,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, NoReturn, Self, cast
 
@@ -135,11 +135,18 @@ class PolicyClient:
         with suppress(OSError):
             self._connection.socket.shutdown(socket.SHUT_RDWR)
 
-    def predict(self, request: Request, **options: Any) -> Response:
+    def predict(
+        self,
+        request: Request,
+        early: Callable[[Response], None] | None = None,
+        **options: Any,
+    ) -> Response:
         """Ask for one chunk.
 
         Args:
             request: Its observation has the policy's features.
+            early: Receives the first steps of the chunk before the rest, if the request is for a
+                `stream`.
             options: Further keys of the message, for example ``session``.
 
         Returns:
@@ -151,6 +158,23 @@ class PolicyClient:
                 connection is lost. The connection is closed then.
         """
         self._number += 1
+        message = packed({**self._message(request, stream=early is not None), **options})
+        sent = time.monotonic()
+        try:
+            self._connection.send(message)
+        except ConnectionClosed as error:
+            self._lost(error)
+        while True:
+            answer = self._mapping(self._receive(self.timeout_s))
+            response = self._response(request, answer, time.monotonic() - sent)
+            if response.whole:
+                return response
+            if early is None or not request.stream:
+                self._foreign("has answered a part of a chunk, which nobody asked for.")
+            early(response)
+
+    def _message(self, request: Request, *, stream: bool) -> dict[str, Any]:
+        """A request as it is sent; `stream`: with first steps, if it is for a stream."""
         message: dict[str, Any] = {
             **{
                 self.contract.keys.get(name, name): self._sent(value)
@@ -158,7 +182,6 @@ class PolicyClient:
             },
             "prompt": request.instruction,
             "request_id": self._number,
-            **options,
         }
         if request.frozen_steps:
             message["frozen_steps"] = request.frozen_steps
@@ -170,13 +193,9 @@ class PolicyClient:
             message["decoding"] = request.decoding
         if request.executed_steps is not None:
             message["executed_steps"] = request.executed_steps
-        sent = time.monotonic()
-        try:
-            self._connection.send(packed(message))
-        except ConnectionClosed as error:
-            self._lost(error)
-        answer = self._mapping(self._receive(self.timeout_s))
-        return self._response(request, answer, time.monotonic() - sent)
+        if request.stream and stream:
+            message["stream"] = True
+        return message
 
     def _limit_sending(self, seconds: float) -> None:
         """Let a message that the server does not take end the connection."""
@@ -238,13 +257,16 @@ class PolicyClient:
             found = shown(answer["request_id"])
             self._foreign(f"has answered request {found} instead of {self._number}.")
         actions, tokens = answer.get("actions"), answer.get("tokens")
+        whole = answer.get("whole") is not False
         if isinstance(actions, np.ndarray) and actions.dtype.kind == "f":
             with np.errstate(over="ignore"):  # it is not finite then
                 actions = actions.astype(np.float32)
         wanted = (self.spec.chunk_steps, self.spec.action_dim)
         if (
             not isinstance(actions, np.ndarray)
-            or actions.shape != wanted
+            or actions.ndim != 2
+            or actions.shape[1] != wanted[1]
+            or not (actions.shape == wanted if whole else 1 <= len(actions) < wanted[0])
             or actions.dtype.kind != "f"
             or not np.isfinite(actions).all()
             or not (tokens is None or (isinstance(tokens, np.ndarray) and _are_tokens(tokens)))
@@ -265,6 +287,7 @@ class PolicyClient:
             forwards if isinstance(forwards, int) else 0,
             str(answer.get("exit_reason", ""))[:100],
             seconds,
+            whole=whole,
         )
 
 

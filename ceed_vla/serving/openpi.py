@@ -33,6 +33,7 @@ OPTIONS = (
     "deadline_ms",
     "decoding",
     "request_id",
+    "stream",
 )
 
 
@@ -87,6 +88,9 @@ class OpenPi:
         decoding = value.get("decoding", "")
         if not isinstance(decoding, str):
             raise WireError(f"decoding is {shown(decoding)}; it must be a decoder name.")
+        stream = value.get("stream", False)
+        if not isinstance(stream, bool):
+            raise WireError(f"stream is {shown(stream)}; it must be true or false.")
         shift = _whole(value, "shift_steps", 0)
         number = _whole(value, "request_id", 0)
         request = Request(
@@ -98,6 +102,7 @@ class OpenPi:
             _whole(value, "frozen_steps", 0) or 0,
             decoding=decoding,
             executed_steps=executed,
+            stream=stream,
         )
         echo = {} if number is None else {"request_id": number}
         return Call(request, session, shift, None if deadline is None else deadline / 1e3, echo)
@@ -126,6 +131,7 @@ class OpenPi:
             {
                 "actions": response.actions,
                 **tokens,
+                **({} if response.whole else {"whole": False}),
                 "forwards": response.forwards,
                 "exit_reason": response.exit_reason,
                 "server_timing": {f"{name}_ms": 1e3 * seconds for name, seconds in timing.items()},

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 from ceed_vla.serving.predictor_types import Request, Response
 
-# Of requests with their deadlines.
-type Answer = Callable[[Sequence[tuple[Request, float | None]]], list[Response]]
+type Early = Callable[[Response], None]
+# Of requests with their deadlines, and what receives the first steps of a single one.
+type Answer = Callable[[Sequence[tuple[Request, float | None]], Early], list[Response]]
 
 
 @dataclass(eq=False)
@@ -27,6 +28,8 @@ class Job:
         request: The request.
         deadline: Time on `time.monotonic`'s clock at which the answer is needed [s]; None: no
             limit.
+        early: Receives the first steps of the answer in the thread, if the request is for a
+            `stream`.
         dropped: Returns why the request need not be answered any more; "" if it must be.
         kind: Jobs of equal kind may be answered together; None: alone.
         future: Receives the answer, and the time at which its decoding began [s].
@@ -34,6 +37,7 @@ class Job:
 
     request: Request
     deadline: float | None
+    early: Early
     dropped: Callable[[float], str]
     kind: Hashable = None
     future: Future[tuple[Response, float]] = field(default_factory=Future)
@@ -98,7 +102,7 @@ class PolicyThread:
             if not due:
                 continue
             try:
-                responses = answer([(job.request, job.deadline) for job in due])
+                responses = answer([(job.request, job.deadline) for job in due], due[0].early)
             except BaseException as error:
                 for job in due:
                     job.future.set_exception(error)

@@ -110,18 +110,23 @@ class Predictor:
             return self._failed(request, error)
         return self._finished(response, started)
 
-    def predict_together(self, asked: Sequence[tuple[Request, float | None]]) -> list[Response]:
+    def predict_together(
+        self,
+        asked: Sequence[tuple[Request, float | None]],
+        early: Callable[[Response], None] | None = None,
+    ) -> list[Response]:
         """Decode several chunks at once, if the policy can; never raises.
 
         Args:
             asked: Requests that share all but the observation, the instruction and the tokens, with
                 deadlines as in `predict`. Deadlines of several requests are not used.
+            early: As in `predict`, for a single request.
 
         Returns:
             The answer to each: the tokens are those that it gets alone.
         """
         if len(asked) == 1 or not self._policy.joins:
-            return [self.predict(request, deadline) for request, deadline in asked]
+            return [self.predict(request, deadline, early) for request, deadline in asked]
         started = time.monotonic()
         requests = [request for request, _ in asked]
         try:

@@ -289,7 +289,9 @@ class PolicyServer:
             return conversation.error(read, str(error)), "" if ends else None
         self._metrics.waiting += 1
         try:
-            response, started = await self._predict(connection, call, request, arrived)
+            response, started = await self._predict(
+                connection, conversation, call, request, arrived
+            )
         finally:
             self._metrics.waiting -= 1
         if response.error is not None:
@@ -303,7 +305,12 @@ class PolicyServer:
         return conversation.answer(call, response, timing), None
 
     async def _predict(
-        self, connection: ServerConnection, call: Call, request: Request, arrived: float
+        self,
+        connection: ServerConnection,
+        conversation: Conversation,
+        call: Call,
+        request: Request,
+        arrived: float,
     ) -> tuple[Response, float]:
         """Run a call in the policy's thread, unless it waited too long; returns when it started."""
         assert self._predictor is not None
@@ -321,9 +328,20 @@ class PolicyServer:
         near = call.deadline_s is not None and (
             call.deadline_s < _AMPLE * self._predictor.spec.warmup_s
         )
-        together = self._limits.batch > 1 and not near
+        together = self._limits.batch > 1 and not near and not request.stream
         kind = kind_of(request) if together else None
-        return await self._thread.run(Job(request, deadline, dropped, kind))
+        parts: asyncio.Queue[Response | None] = asyncio.Queue()
+        put = asyncio.get_running_loop().call_soon_threadsafe
+
+        def early(part: Response) -> None:
+            put(parts.put_nowait, part)
+
+        job = Job(request, deadline, early, dropped, kind)
+        running = asyncio.ensure_future(self._thread.run(job))
+        running.add_done_callback(lambda _: parts.put_nowait(None))
+        while (part := await parts.get()) is not None:
+            await self._send(connection, conversation.answer(call, part, {}))
+        return running.result()
 
     async def _send(self, connection: ServerConnection, message: str | bytes) -> None:
         async with asyncio.timeout(SEND_SECONDS):

@@ -120,7 +120,7 @@ class RemotePolicy:
         self, request: Request, deadline: float | None, early: Callable[[Response], None]
     ) -> Response:
         try:
-            return self._ask(request, deadline)
+            return self._ask(request, deadline, early)
         except ServerError as error:
             return Response(request.id, error=str(error), code=error.code)
         except Exception as error:  # of sockets or TLS; the worker must continue
@@ -147,7 +147,12 @@ class RemotePolicy:
             self._timeout = max(_LENIENCE * max(times), _LEAST_TIMEOUT)
         return replace(spec, warmup_s=times[-1])
 
-    def _ask(self, request: Request, deadline: float | None) -> Response:
+    def _ask(
+        self,
+        request: Request,
+        deadline: float | None,
+        early: Callable[[Response], None] | None = None,
+    ) -> Response:
         """The answer, whose "total" is the time until it came; raises `ServerError`."""
         started = time.monotonic()
         client = self._connected(_RECONNECT)
@@ -163,7 +168,8 @@ class RemotePolicy:
                     deadline_s=left,
                     decoding="" if decoding == "plan" else decoding,
                     executed_steps=self._settings.replan_steps,
-                )
+                ),
+                early,
             )
         except BaseException:
             self._client = None

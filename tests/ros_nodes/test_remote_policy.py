@@ -33,7 +33,7 @@ from tests.helpers.message_proxy import (
     SWAP,
     proxied,
 )
-from tests.helpers.worker_requests import INSTRUCTION, STATE, ask, observation
+from tests.helpers.worker_requests import INSTRUCTION, STATE, ask, observation, wait
 
 A = 7
 FLAGS = ("--engine=eager",)
@@ -83,6 +83,22 @@ def test_a_server_answers_as_a_local_policy_does(served: Served) -> None:
             assert refused.code == code
             assert refused.error
         assert ask(remote, question(9)).error is None
+
+
+def test_certain_steps_come_before_the_chunk(served: Served) -> None:
+    remote = RemotePolicy(RemoteSettings(served.url, decoding="ar"))
+    worker = InferenceWorker(remote)
+    assert load_error(worker) is None
+    with closing(worker):
+        assert worker.submit(replace(question(1), stream=True))
+        parts = [wait(worker)]
+        while not parts[-1].whole:
+            parts.append(wait(worker))
+        *early, whole = parts
+        assert [len(part.actions) for part in early] == list(range(1, 8))
+        for part in early:
+            np.testing.assert_array_equal(part.actions, whole.actions[: len(part.actions)])
+        assert ask(worker, question(2)).error is None
 
 
 def test_what_a_server_promises(served: Served) -> None:

@@ -34,7 +34,9 @@ class Waiting:
         self.calls: list[int] = []  # number of requests of each
         self.release = threading.Event()
 
-    def predict_together(self, asked: Sequence[tuple[Request, float | None]]) -> list[Response]:
+    def predict_together(
+        self, asked: Sequence[tuple[Request, float | None]], early: Any
+    ) -> list[Response]:
         self.calls.append(len(asked))
         assert self.release.wait(30)
         return [Response(request.id, np.zeros((2, 1), np.float32)) for request, _ in asked]

@@ -276,9 +276,9 @@ class PolicyClient:
                 "it has declared."
             )
         seconds = _seconds(answer.get("policy_timing"))
-        seconds["network"] = max(
-            round_trip - sum(_seconds(answer.get("server_timing")).values()), 0.0
-        )
+        server = _seconds(answer.get("server_timing"))
+        inside = server.get("queue", 0.0) + server.get("infer", 0.0)
+        seconds["network"] = max(round_trip - inside, 0.0)
         forwards = answer.get("forwards")
         return Response(
             request.id,

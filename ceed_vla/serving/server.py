@@ -247,6 +247,7 @@ class PolicyServer:
         if greeting is not None:
             await self._send(connection, greeting)
         last = float("-inf")
+        total = 0.0
         while True:
             message = await self._or_stop(connection.recv())
             if message is None:
@@ -258,10 +259,11 @@ class PolicyServer:
                 await self._or_stop(asyncio.sleep(soon))
             last = time.monotonic()
             answer, failure = await self._answer(
-                connection, conversation, message, arrived, sessions
+                connection, conversation, message, arrived, total, sessions
             )
             if answer is not None:
                 await self._send(connection, answer)
+            total = time.monotonic() - arrived
             if failure is not None:
                 await connection.close(FAILED, failure or "the error is in the previous frame")
                 return
@@ -272,9 +274,13 @@ class PolicyServer:
         conversation: Conversation,
         message: str | bytes,
         arrived: float,
+        last_total: float,
         sessions: Sessions,
     ) -> tuple[str | bytes | None, str | None]:
-        """The answer to a message, and the code of its error, "" for most; None to go on."""
+        """The answer to a message, and the code of its error, "" for most; None to go on.
+
+        `last_total` is the time from the arrival of the last message until its answer was sent [s].
+        """
         try:
             if isinstance(message, str):
                 raise WireError("The message is text; it must be binary.")
@@ -302,7 +308,7 @@ class PolicyServer:
         now = time.monotonic()
         timing = {"queue": started - arrived, "infer": now - started}
         self._metrics.add(response, timing)
-        return conversation.answer(call, response, timing), None
+        return conversation.answer(call, response, {**timing, "prev_total": last_total}), None
 
     async def _predict(
         self,

@@ -33,6 +33,7 @@ POLICY = {
         "command nothing; policy/preview_command and policy/planned show what would be",
     ),
     "device": ("cpu", "where the policy runs: cpu, cuda, mps"),
+    "inference_url": ("", "server that runs the policy, ws://HOST:PORT; empty: this computer"),
 }
 
 

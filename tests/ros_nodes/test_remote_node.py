@@ -1,5 +1,7 @@
 """A policy node whose policy runs on a server: every fault of server and network is a named hold,
 the arm comes to rest without a leap, and motion resumes by itself.
+
+With ``-s`` every fault prints a row of the table in docs/reports/remote-inference.md.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
+from std_msgs.msg import String
+
+from ceed_vla.ros_nodes.robot.messages import LATCHED
 from tests.ceed_vla.serving.conftest import Served, start
 from tests.helpers.fault_bench import Bench
 from tests.helpers.message_proxy import (
@@ -46,7 +51,18 @@ class Remote:
     proxy: MessageProxy
     server: Served
     folder: Path
+    states: list[String]  # of the node, as they change
     starts: int = 0
+
+    def reaches(self, *texts: str) -> float:
+        """Wait until a state has these texts; return the time that this took [s]."""
+        began, first = time.monotonic(), len(self.states)
+        self.bench.graph.wait(
+            lambda: any(all(t in one.data for t in texts) for one in self.states[first:]),
+            f"the state {texts}",
+            timeout=90.0,
+        )
+        return time.monotonic() - began
 
     def restart(self, policy: str = "student") -> None:
         """Kill the server, and start one at the same port."""
@@ -78,7 +94,8 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
             server = start("--engine=eager", log=folder / "server.txt")
             proxy.upstream = server.url
             bench.status.state("disabled")
-            made = Remote(bench, proxy, server, folder)
+            states = graph.listen("/policy/state", String, LATCHED)
+            made = Remote(bench, proxy, server, folder, states)
             yield made
             server = made.server
         finally:
@@ -88,10 +105,20 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
                 server.process.wait()
 
 
-def check_no_leap(bench: Bench, since: int) -> None:
-    """Assert that no two commands in a row differ by more than the arm moves between them."""
+def check_no_leap(bench: Bench, since: int) -> float:
+    """Assert that no two commands in a row differ by more than the arm moves between them.
+
+    Returns the largest difference of a joint [rad].
+    """
     commands = np.array([command for _, command in bench.commands[since:]])
-    assert np.abs(np.diff(commands, axis=0)).max() < LEAP
+    largest = float(np.abs(np.diff(commands, axis=0)).max())
+    assert largest < LEAP
+    return largest
+
+
+def show(fault: str, hold: str, held: float, resumed: float, step: float) -> None:
+    """Print a row of the table."""
+    print(f"\n| {fault} | `{hold}` | {held:.1f} s | {resumed:.1f} s | {step:.3f} rad |")
 
 
 @pytest.mark.parametrize(
@@ -104,12 +131,13 @@ def test_faults_of_the_network_hold_by_name_and_pass(remote: Remote, fault: str,
     since = len(bench.commands)
     remote.proxy.fault = fault
     try:
-        bench.status.state("holding", code)
+        held = remote.reaches("holding", code)
         bench.check_rest()
     finally:
         remote.proxy.fault = NONE
+    resumed = remote.reaches("moving")
     bench.check_goes_on(since)
-    check_no_leap(bench, since)
+    show(fault, code, held, resumed, check_no_leap(bench, since))
 
 
 @pytest.mark.parametrize("fault", [DELAY, STALL, DOUBLE, SWAP])
@@ -125,13 +153,15 @@ def test_late_doubled_and_swapped_answers_make_no_leap(remote: Remote, fault: st
             bench.status.state("holding", "server_silent")
         if fault in (DOUBLE, SWAP):  # every second answer is right
             values = bench.status.wait(
-                lambda _, values: "instead of" in values["last_inference_error"], "the error"
+                lambda _, values: "instead of" in values.get("last_inference_error", ""),
+                "the error",
             )
             assert "has answered request" in values["last_inference_error"]
     finally:
         remote.proxy.fault = NONE
     assert remote.proxy.harmed > harmed + 2
-    check_no_leap(bench, since)
+    largest = check_no_leap(bench, since)
+    print(f"\n| {fault} for 6 s | {remote.proxy.harmed - harmed} harmed | {largest:.3f} rad |")
     bench.begin(seed=3)  # the policy drives again
 
 
@@ -141,19 +171,25 @@ def test_a_server_that_is_killed_frozen_and_exchanged(remote: Remote) -> None:
     bench.begin(seed=1)
     since = len(bench.commands)
     remote.kill()
-    bench.status.state("holding", "server_lost")
+    held = remote.reaches("holding", "server_lost")
     bench.check_rest()
     remote.restart("student_all_tokens")
-    bench.status.state("holding", "server_changed", "weights was")
+    changed = remote.reaches("holding", "server_changed", "weights was")
     bench.check_rest()
     remote.restart()
+    resumed = remote.reaches("moving")
     bench.check_goes_on(since)
+    largest = check_no_leap(bench, since)
+    show("server killed", "server_lost", held, resumed, largest)
+    show("another policy", "server_changed", changed, resumed, largest)
+    since = len(bench.commands)
     os.kill(remote.server.process.pid, signal.SIGSTOP)  # half open
-    bench.status.state("holding", "server_")
+    held = remote.reaches("holding", "server_")
     bench.check_rest()
     os.kill(remote.server.process.pid, signal.SIGCONT)
+    resumed = remote.reaches("moving")
     bench.check_goes_on(since)
-    check_no_leap(bench, since)
+    show("half-open", "server_silent", held, resumed, check_no_leap(bench, since))
 
 
 def test_a_node_that_is_killed_leaves_the_server_as_it_was(remote: Remote) -> None:

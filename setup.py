@@ -101,7 +101,11 @@ if EDGE:
     REQUIREMENTS = [named["numpy"], ONNXRUNTIME]
     EXTRAS = {
         "vlm": [named["pillow"], "tokenizers>=0.22"],
-        "ros2": [*EXTRAS["ros2"], named["pillow"], "pyyaml>=6"],
+        "ros2": [
+            *EXTRAS["ros2"],
+            *(named[name] for name in ("pillow", "msgpack", "websockets")),
+            "pyyaml>=6",
+        ],
         "demo": [named[name] for name in FOR_EDGE],
     }
 

@@ -52,8 +52,9 @@ class CeedVLAConfig(PreTrainedConfig):
             accumulate over steps; [] for none. Real-time chunking compensates in them for the
             motion of frozen steps (`ceed_vla.real_time`). With None, `train` sets them from the
             names of the actions.
-        action_names: Names of the action's dimensions in the training data; empty if unknown.
-        control_rate: Steps per second of the training data [Hz]; 0 if unknown.
+        action_names: Names of the action's dimensions, set from the training data; empty if
+            unknown.
+        control_rate: Steps per second, set from the training data [Hz]; 0 if unknown.
         label_sigma: Width of the soft labels [bins]; 0 for hard labels.
         auxiliary_scale: Factors of the leading dimensions of ``observation.environment_state`` that
             the state token regresses during training (the grounding target); empty for no

@@ -82,9 +82,12 @@ def extend_sparse(stats: Stats, actions: NDArray[np.float32]) -> NDArray[np.bool
 
 
 def take_meaning(config: CeedVLAConfig, names: Sequence[object], rate: float) -> None:
-    """Set what actions are, unless it is set: their names, increments (by the names) and rate."""
-    config.action_names = config.action_names or [str(name) for name in names]
-    config.control_rate = config.control_rate or rate
+    """Set what the data say of actions: names, rate, and unless they are set, the increments.
+
+    Names and rate are those of the data, also when a checkpoint is trained further.
+    """
+    config.action_names = [str(name) for name in names]
+    config.control_rate = rate
     if config.delta_dims is None:
         config.delta_dims = [
             d for d, name in enumerate(names) if INCREMENT.fullmatch(str(name).lower())

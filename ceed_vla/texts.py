@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import reprlib
 import unicodedata
+from typing import Any
 
 LONGEST = 200  # largest number of characters of a text that are shown
 LONGEST_INSTRUCTION = 500  # largest number of characters of an instruction
 
-_repr = reprlib.Repr(
+
+class _Repr(reprlib.Repr):
+    """`reprlib` calls the method of the type's name."""
+
+    def repr_ndarray(self, value: Any, level: int) -> str:
+        """An array without its values, of which numpy would show many."""
+        return f"array of {value.dtype} {value.shape}"
+
+
+_repr = _Repr(
     maxlevel=2, maxlist=8, maxtuple=8, maxdict=8, maxstring=100, maxother=100, maxlong=100
 )
 

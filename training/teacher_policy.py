@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from ceed_vla.checkpoints import load
-from ceed_vla.data.frames import FrameStore
+from ceed_vla.data.frames import ACTION, FrameStore
 from ceed_vla.decoding.names import CEED
 from ceed_vla.errors import ConfigError
+from ceed_vla.from_data import take_meaning
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.training.defaults import Privileged, check_target, take_from_data
@@ -48,6 +49,8 @@ def initial_policy(
     """
     if config.policy_path:
         policy, pre, post = _strict_policy(config)
+        first = demonstrations[0]
+        take_meaning(policy.config, first.labels.get(ACTION, []), first.fps)
     else:
         chosen = deepcopy(config.policy)  # filled in place; the settings may be used again
         stats = take_from_data(chosen, demonstrations, grounding, privileged)

@@ -7,16 +7,24 @@ response = client.predict(Request(1, observation, "put the cube in the bin"))
 from __future__ import annotations
 
 import logging
+import math
+import secrets
 import socket
 import ssl
-import struct
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, NoReturn, Self, cast
 
 import numpy as np
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.exceptions import (
+    ConnectionClosed,
+    InvalidHandshake,
+    InvalidStatus,
+    InvalidURI,
+)
+from websockets.protocol import State
 from websockets.sync.client import ClientConnection, connect
 
 from ceed_vla.errors import ConfigError, raised_as
@@ -25,7 +33,6 @@ from ceed_vla.serving.contract import Contract
 from ceed_vla.serving.encoded_images import jpeg
 from ceed_vla.serving.faults import FOREIGN, LOST, REFUSED, SILENT, ServerError
 from ceed_vla.serving.predictor_types import (
-    BAD_IMAGE,
     BAD_INSTRUCTION,
     NOT_FINITE,
     PolicySpec,
@@ -34,13 +41,24 @@ from ceed_vla.serving.predictor_types import (
 )
 from ceed_vla.texts import short, shown
 
-_OF_SERVER = (BAD_IMAGE, BAD_INSTRUCTION, NOT_FINITE)
+_OF_SERVER = (BAD_INSTRUCTION, NOT_FINITE)
+# Closing codes of a connection whose request can never be answered.
+_REFUSING = {
+    1003: "it does not take such messages",
+    1007: "it does not take such messages",
+    1008: "it does not allow that",
+    1009: "the message is too large: raise its --max_message_mb, or send images as JPEG "
+    "(jpeg_quality, inference_jpeg_quality)",
+}
+_HTTP = {401: "give its API key (inference_key_file)", 403: "it does not allow that"}
 # Everything that goes wrong is raised.
 _SILENT_LOG = logging.getLogger(f"{__name__}.connection")
 _SILENT_LOG.setLevel(logging.CRITICAL)
 LONGEST_ANSWER = 64_000_000  # [bytes]
-# A server that does not answer pings is lost; it answers them while the policy runs [s].
-_PING_EVERY, _PONG_WITHIN = 1.0, 2.0
+# A server that does not answer pings is lost; it answers them while the policy runs. On a slow
+# network a ping waits behind a request [s].
+_PING_EVERY, _PONG_WITHIN = 1.0, 10.0
+_GUARD_EVERY = 0.2  # [s]
 
 
 class PolicyClient:
@@ -78,9 +96,14 @@ class PolicyClient:
         self._url, self.timeout_s = url, timeout_s
         self._jpeg_quality = jpeg_quality
         self._open = ExitStack()
-        self._number = 0
+        # Other connections count from elsewhere, so that no answer to them has the same number.
+        self._number = secrets.randbits(48)
+        self._send_until = math.inf  # steady time at which a message must be sent [s]
+        self._closed = threading.Event()
         begun = timeout_s if connect_s is None else connect_s
         context = None
+        if ca_file and not url.startswith("wss://"):
+            raise ConfigError(f"{shown(url)} has no TLS, so ca_file is not used; give wss://.")
         if url.startswith("wss://"):
             with raised_as(ConfigError, f"{ca_file} cannot be used", "give certificates as PEM."):
                 context = ssl.create_default_context(cafile=ca_file or None)
@@ -100,14 +123,25 @@ class PolicyClient:
                     additional_headers=headers,
                     logger=_SILENT_LOG,
                     ssl=context,
+                    proxy=None,
                 )
             )
+        except ssl.SSLCertVerificationError as error:
+            raise ConfigError(
+                f"The certificate of {shown(url)} is not trusted ({short(error)}); give its "
+                "authority (ca_file, inference_ca_file)."
+            ) from error
+        except InvalidStatus as error:
+            status = error.response.status_code
+            code = REFUSED if status in _HTTP else LOST
+            remedy = f"; {_HTTP[status]}" if status in _HTTP else ""
+            raise ServerError(code, f"{shown(url)} has answered HTTP {status}{remedy}.") from error
         except (OSError, EOFError, InvalidHandshake) as error:
             raise ServerError(LOST, f"{shown(url)} cannot be reached ({short(error)}).") from error
         except (InvalidURI, ValueError) as error:  # or UnicodeError
             raise ConfigError(f"{shown(url)} is no address; it must be ws://HOST:PORT.") from error
+        threading.Thread(target=self._guard, name="policy client", daemon=True).start()
         try:
-            self._limit_sending(timeout_s)
             self.metadata = self._mapping(self._receive(begun))
             what = f"{shown(url)} does not describe a policy"
             with raised_as(_GreetingError, what, "use a server of ceed_vla."):
@@ -128,10 +162,16 @@ class PolicyClient:
 
     def close(self) -> None:
         """End the connection; the server then forgets its sessions."""
+        self._closed.set()
         self._open.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection was open when it was last used, or pinged."""
+        return self._connection.state is State.OPEN
+
     def abort(self) -> None:
-        """Cut the connection at once, also while another thread waits for an answer."""
+        """Cut the connection at once, also while another thread sends or waits for an answer."""
         with suppress(OSError):
             self._connection.socket.shutdown(socket.SHUT_RDWR)
 
@@ -160,10 +200,13 @@ class PolicyClient:
         self._number += 1
         message = packed({**self._message(request, stream=early is not None), **options})
         sent = time.monotonic()
+        self._send_until = sent + self.timeout_s
         try:
             self._connection.send(message)
         except ConnectionClosed as error:
             self._lost(error)
+        finally:
+            self._send_until = math.inf
         while True:
             answer = self._mapping(self._receive(self.timeout_s))
             response = self._response(request, answer, time.monotonic() - sent)
@@ -197,11 +240,12 @@ class PolicyClient:
             message["stream"] = True
         return message
 
-    def _limit_sending(self, seconds: float) -> None:
-        """Let a message that the server does not take end the connection."""
-        limit = struct.pack("ll", int(seconds), int(1e6 * (seconds % 1.0)))
-        with suppress(OSError):  # closed already; the next receipt tells
-            self._connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    def _guard(self) -> None:
+        """Cut a connection whose server takes no message; sockets with TLS have no time limit."""
+        while not self._closed.wait(_GUARD_EVERY):
+            if time.monotonic() > self._send_until:
+                self.abort()
+                return
 
     def _sent(self, value: Any) -> Any:
         """A feature as it is sent."""
@@ -224,6 +268,10 @@ class PolicyClient:
 
     def _lost(self, error: ConnectionClosed) -> NoReturn:
         self.close()
+        closed = error.rcvd.code if error.rcvd is not None else 0
+        if closed in _REFUSING:
+            text = f"{self._url} has ended the connection: {_REFUSING[closed]}."
+            raise ServerError(REFUSED, text) from error
         text = f"The connection to {self._url} is lost ({short(error)})."
         raise ServerError(LOST, text) from error
 
@@ -253,8 +301,8 @@ class PolicyClient:
 
     def _response(self, request: Request, answer: Mapping[str, Any], round_trip: float) -> Response:
         """The answer as a `Response`; raises `ServerError` if it breaks the contract."""
-        if answer.get("request_id", self._number) != self._number:
-            found = shown(answer["request_id"])
+        if answer.get("request_id") != self._number:
+            found = shown(answer.get("request_id"))
             self._foreign(f"has answered request {found} instead of {self._number}.")
         actions, tokens = answer.get("actions"), answer.get("tokens")
         whole = answer.get("whole") is not False
@@ -307,5 +355,5 @@ def _seconds(timing: Any) -> dict[str, float]:
     return {
         str(name).removesuffix("_ms"): float(value) / 1e3
         for name, value in (timing.items() if isinstance(timing, dict) else ())
-        if isinstance(value, int | float)
+        if isinstance(value, int | float) and 0.0 <= float(value) < math.inf
     }

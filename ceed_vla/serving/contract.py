@@ -77,12 +77,14 @@ class Contract:
         keys: Feature -> the key under which the server wants it.
         ranges: Ranges of the training data that the server knows.
         weights: Hash of the policy's weights; "" if the server does not tell it.
+        settings: Hash of its other files, which hold action bins and statistics; "" as above.
     """
 
     spec: PolicySpec
     keys: Mapping[str, str]
     ranges: Mapping[str, Range]
     weights: str
+    settings: str = ""
 
     @classmethod
     def read(cls, greeting: Mapping[str, Any]) -> Contract:
@@ -132,11 +134,15 @@ class Contract:
                 for feature, found in greeting.get("ranges", {}).items()
             },
             str(greeting.get("checkpoint_hash", "")),
+            str(greeting.get("settings_hash", "")),
         )
 
     def difference(self, other: Contract) -> str:
         """How another contract differs in what a robot depends on; "" if it does not."""
-        pairs = {"weights": (self.weights, other.weights)}
+        pairs: dict[str, tuple[Any, Any]] = {
+            "weights": (self.weights, other.weights),
+            "settings": (self.settings, other.settings),
+        }
         for item in fields(PolicySpec):
             if item.name not in _MAY_DIFFER:
                 pairs[item.name] = getattr(self.spec, item.name), getattr(other.spec, item.name)

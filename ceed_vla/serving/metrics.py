@@ -29,13 +29,14 @@ class Metrics:
         """Count a request that ended without a chunk: "refused" or "failed"."""
         self._requests[outcome] += 1
 
-    def add(self, response: Response, timing: Mapping[str, float]) -> None:
-        """Count a chunk."""
+    def add(self, response: Response, timing: Mapping[str, float], rows: int = 1) -> None:
+        """Count a chunk, which was decoded together with others, `rows` in all."""
         self._requests["ok"] += 1
         self._forwards += response.forwards
         self._exits[response.exit_reason or "none"] += 1
         for part, seconds in {**response.seconds, **timing}.items():
-            self._seconds[part] = self._seconds.get(part, 0.0) + seconds
+            own = seconds if part == "queue" else seconds / rows
+            self._seconds[part] = self._seconds.get(part, 0.0) + own
 
     def text(self) -> str:
         """All metrics, one per line."""

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from ceed_vla.serving.arrays import WireError, packed, unpacked
 from ceed_vla.serving.contract import described
 from ceed_vla.serving.data_ranges import Range
-from ceed_vla.serving.encoded_images import image_of
+from ceed_vla.serving.encoded_images import EncodedImage
 from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
 from ceed_vla.serving.protocols import Call
 from ceed_vla.texts import instruction_problem, shown
 
 PROMPT = "prompt"
 LONGEST_SESSION = 200
+_MOST_TOKENS = 65_536  # of a chunk
 # Keys of a request that are not features; all but the prompt are ours.
 OPTIONS = (
     PROMPT,
@@ -144,12 +145,12 @@ class OpenPi:
         return text
 
 
-def _array(value: Any, key: str) -> NDArray[Any]:
+def _array(value: Any, key: str) -> NDArray[Any] | EncodedImage:
     """A feature of an observation: an array, the bytes of a JPEG, or a list of numbers."""
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, bytes):
-        return image_of(value, key)
+        return EncodedImage(value, key)
     problem = f"{key} is {shown(value)}; it must be an array, a JPEG, or a list of numbers."
     try:
         array = np.asarray(value)
@@ -166,7 +167,7 @@ def _tokens(value: Mapping[Any, Any]) -> NDArray[np.int64] | None:
     if found is None:
         return None
     tokens = found if isinstance(found, np.ndarray) else np.zeros(())
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or tokens.size > _MOST_TOKENS:
         raise WireError(
             f"previous_tokens is {shown(found)}; it must be the tokens (n,) of an answer."
         )

@@ -15,9 +15,26 @@ from dataclasses import dataclass, field
 
 from ceed_vla.serving.predictor_types import Request, Response
 
+_AMPLE = 2.0  # times of all chunks of a batch after which a deadline does not matter
+
 type Early = Callable[[Response], None]
 # Of requests with their deadlines, and what receives the first steps of a single one.
 type Answer = Callable[[Sequence[tuple[Request, float | None]], Early], list[Response]]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A job's answer.
+
+    Attributes:
+        response: The answer.
+        started: Time on `time.monotonic`'s clock at which its decoding began [s].
+        rows: Requests that were decoded together.
+    """
+
+    response: Response
+    started: float
+    rows: int = 1
 
 
 @dataclass(eq=False)
@@ -30,17 +47,19 @@ class Job:
             limit.
         early: Receives the first steps of the answer in the thread, if the request is for a
             `stream`.
-        dropped: Returns why the request need not be answered any more; "" if it must be.
+        left: Returns whether its client has left, so that nobody needs the answer.
         kind: Jobs of equal kind may be answered together; None: alone.
-        future: Receives the answer, and the time at which its decoding began [s].
+        future: Receives the answer.
+        arrived: Time at which the job was made [s].
     """
 
     request: Request
     deadline: float | None
     early: Early
-    dropped: Callable[[float], str]
+    left: Callable[[], bool]
     kind: Hashable = None
-    future: Future[tuple[Response, float]] = field(default_factory=Future)
+    future: Future[Answered] = field(default_factory=Future)
+    arrived: float = field(default_factory=time.monotonic)
 
 
 class PolicyThread:
@@ -49,9 +68,14 @@ class PolicyThread:
     Args:
         most: Requests that are answered together at most.
         wait_s: Time that the first one waits for others [s].
+
+    Attributes:
+        chunk_s: Usual time of a chunk [s]; a deadline that would end a batch early, or come before
+            its end, keeps a request out of it.
     """
 
     def __init__(self, most: int = 1, wait_s: float = 0.0) -> None:
+        self.chunk_s = 0.0
         self._most, self._wait_s = most, wait_s
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -67,6 +91,7 @@ class PolicyThread:
             What was loaded.
         """
         loaded: Future[T] = Future()
+        loaded.set_running_or_notify_cancel()
 
         def work() -> None:
             try:
@@ -80,8 +105,8 @@ class PolicyThread:
         threading.Thread(target=work, name="policy", daemon=True).start()
         return await asyncio.wrap_future(loaded)
 
-    async def run(self, job: Job) -> tuple[Response, float]:
-        """The answer to a request, and the time at which its decoding began [s]."""
+    async def run(self, job: Job) -> Answered:
+        """The answer to a request."""
         with self._changed:
             self._jobs.append(job)
             self._changed.notify()
@@ -95,51 +120,60 @@ class PolicyThread:
             for job in jobs:
                 if not job.future.set_running_or_notify_cancel():
                     continue  # the caller was cancelled
-                if reason := job.dropped(started):
-                    job.future.set_result((Response(job.request.id, error=reason), started))
+                if job.left():
+                    gone = Response(job.request.id, error="the client has left")
+                    job.future.set_result(Answered(gone, started))
                 else:
                     due.append(job)
             if not due:
                 continue
             try:
                 responses = answer([(job.request, job.deadline) for job in due], due[0].early)
+                for job, response in zip(due, responses, strict=True):
+                    job.future.set_result(Answered(response, started, len(due)))
             except BaseException as error:
                 for job in due:
-                    job.future.set_exception(error)
-                continue
-            for job, response in zip(due, responses, strict=True):
-                job.future.set_result((response, started))
+                    if not job.future.done():
+                        job.future.set_exception(error)
 
     def _together(self) -> list[Job]:
-        """Take the first job, and those of its kind that wait or come in time."""
+        """Take the first job, and those of its kind that wait or come in time.
+
+        The thread never waits while another job is due.
+        """
         with self._changed:
             while not self._jobs:
                 self._changed.wait()
             first = self._jobs.popleft()
             taken = [first]
-            if first.kind is None:
+            if not self._joins(first, first):
                 return taken
-            end = time.monotonic() + self._wait_s
+            end = first.arrived + self._wait_s
             while True:
-                for job in [job for job in self._jobs if job.kind == first.kind]:
+                for job in [job for job in self._jobs if self._joins(job, first)]:
                     if len(taken) < self._most:
                         self._jobs.remove(job)
                         taken.append(job)
                 left = end - time.monotonic()
-                if len(taken) >= self._most or left <= 0.0:
+                if len(taken) >= self._most or self._jobs or left <= 0.0:
                     return taken
                 self._changed.wait(left)
 
+    def _joins(self, job: Job, first: Job) -> bool:
+        """Whether a job may be answered together with the first one."""
+        if self._most == 1 or job.kind is None or job.kind != first.kind:
+            return False
+        longest = _AMPLE * self._most * self.chunk_s + self._wait_s
+        return job.deadline is None or job.deadline - time.monotonic() > longest
+
 
 def kind_of(request: Request) -> Hashable:
-    """What requests must share to be answered together."""
+    """What requests must share to be answered together; None for those answered alone."""
+    if request.stream:
+        return None
     return (
         request.decoding,
         request.executed_steps,
         request.frozen_steps,
         request.shift_steps if request.previous is not None else None,
-        tuple(
-            (name, getattr(value, "shape", None))
-            for name, value in sorted(request.observation.items())
-        ),
     )

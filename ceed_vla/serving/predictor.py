@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +52,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_ROW_BY_ROW = ("ar", "jacobi")  # decoders whose rows do not wait for each other's drafts
+_MOST_KNOWN = 64  # decodings that are remembered
 _PLAN_CALLS = 10  # calls that time a plan
 _LEAST_DEADLINE = 1e-4  # [s]; the first iteration runs in any case
 
@@ -77,6 +79,7 @@ class Predictor:
         self._policy = load_served(settings, self.spec)
         word = min(self._policy.vocabulary, default=self.spec.example_instruction)
         self.spec = replace(self.spec, engine=self._policy.engine, example_instruction=word)
+        self._known: dict[tuple[str, bool], Any] = {}  # decodings of requests
         self._decoding = self._decoding_config(settings.decoding, settings.replan_steps)
         self._prefill_s = 0.0
         self._failures: FailureLog | None = None  # during the warm-up, an error ends loading
@@ -125,21 +128,53 @@ class Predictor:
         Returns:
             The answer to each: the tokens are those that it gets alone.
         """
-        if len(asked) == 1 or not self._policy.joins:
+        decoding = asked[0][0].decoding
+        if len(asked) == 1 or not self._joins(decoding):
             return [self.predict(request, deadline, early) for request, deadline in asked]
+        answers: dict[int, Response] = {}
+        alike: dict[Hashable, list[tuple[int, Any]]] = {}  # places and inputs of one shape
         started = time.monotonic()
-        requests = [request for request, _ in asked]
+        for place, (request, _) in enumerate(asked):
+            try:
+                inputs = self._policy.read(request)
+            except Exception as error:  # of this request alone
+                answers[place] = self._failed(request, error)
+                continue
+            alike.setdefault(self._policy.shape_of(inputs), []).append((place, inputs))
+        preprocess = (time.monotonic() - started) / len(asked)
+        for group in alike.values():
+            places = [place for place, _ in group]
+            requests = [asked[place][0] for place in places]
+            began = time.monotonic()
+            try:
+                found = self._policy.decode_together(
+                    [inputs for _, inputs in group], requests, self._options(requests[0], None)
+                )
+            except Exception as error:  # perhaps of one of them, which then fails alone
+                logger.warning("Requests are decoded one by one: %s", short(error))
+                found = []
+                answers |= {place: self.predict(*asked[place]) for place in places}
+            answers |= {
+                place: self._finished(_response(request, decoded, preprocess), began)
+                for place, request, decoded in zip(places, requests, found, strict=False)
+            }
+        return [answers[place] for place in range(len(asked))]
+
+    def _joins(self, decoding: str) -> bool:
+        """Whether several chunks of a decoding can be decoded together as each alone."""
+        config = self._decoding
         try:
-            inputs = [self._policy.read(request) for request in requests]
-            prepared = time.monotonic()
-            found = self._policy.decode_together(inputs, requests, self._options(requests[0], None))
-        except Exception:  # of one of them, which then fails alone
-            return [self.predict(request) for request in requests]
-        preprocess = prepared - started
-        return [
-            self._finished(_response(request, decoded, preprocess), started)
-            for request, decoded in zip(requests, found, strict=True)
-        ]
+            config = self._decoding_config(decoding, None) if decoding else config
+        except CeedVLAError:
+            return False
+        return (
+            self._policy.joins
+            and config is not None
+            and config.method in _ROW_BY_ROW
+            and config.guess != "random"
+            and config.deadline_s is None
+            and config.window is None
+        )
 
     @property
     def joins(self) -> bool:
@@ -230,12 +265,17 @@ class Predictor:
 
     def _decoding_config(self, name: str, executed_steps: int | None) -> Any:
         """Return the named configuration, for the steps executed before the next replan."""
-        config = self._policy.decoding_config(name)
-        # Greedy decoding of all steps leaves no unconverged guesses that the next chunk could
-        # freeze.
-        if config is None or executed_steps is None or config.method == "ar":
-            return config
-        return replace(config, watch="executed")
+        key = (name, executed_steps is not None)
+        if key not in self._known:
+            config = self._policy.decoding_config(name)
+            # Greedy decoding of all steps leaves no unconverged guesses that the next chunk could
+            # freeze.
+            if config is not None and executed_steps is not None and config.method != "ar":
+                config = replace(config, watch="executed")
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = config
+        return self._known[key]
 
     def _warm_up(self, calls: int = 0) -> PolicySpec:
         """Decode a blank observation several times, and complete the specification with the result.

@@ -44,8 +44,9 @@ def check_observation(spec: PolicySpec, request: Request) -> dict[str, NDArray[A
                     f"{key} is {value.shape}; both sides must have 1 to {LARGEST_SIDE} px."
                 )
         elif value.shape != (spec.states[key],) or not np.isfinite(value).all():
+            what = value.tolist() if value.ndim == 1 and value.size < 100 else value
             raise ObservationError(
-                f"{key} is {shown(value.tolist())}, expected {spec.states[key]} finite numbers."
+                f"{key} is {shown(what)}, expected {spec.states[key]} finite numbers."
             )
         features[key] = value
     return features

@@ -157,6 +157,7 @@ def _protocol(config: ServeConfig, declared: PolicySpec) -> WireProtocol:
     metadata: dict[str, Any] = {
         "server": f"ceed_vla {__version__}",
         "checkpoint_hash": _hash(config.policy_path),
+        "settings_hash": _settings_hash(resolve_served(config.policy_path)),
     }
     lengths = {**declared.states, ACTION: declared.action_dim}
     protocol: WireProtocol = kind(keys, metadata, read_ranges(declared.checkpoint, lengths))
@@ -194,6 +195,15 @@ def _hash(path: str) -> str:
     from ceed_vla.checkpoints import weights_hash
 
     return weights_hash(path)
+
+
+def _settings_hash(folder: Path) -> str:
+    """Hash of a checkpoint's or an export's files beside the weights."""
+    files = sorted({*folder.glob("*.json"), *folder.glob("policy_*processor*.safetensors")})
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()[:12]
 
 
 def _key(config: ServeConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +81,13 @@ class ServedCheckpoint:
             seconds = {"prefill": 0.0, "decode": decoded - started}
             return Decoded(self._in_units(chunk), seconds=seconds)
 
+    def shape_of(self, inputs: Any) -> Hashable:
+        import torch
+
+        return tuple(
+            (name, value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)
+        )
+
     def decode_together(
         self, inputs: Sequence[Any], requests: Sequence[Request], options: DecodeOptions
     ) -> list[Decoded]:
@@ -100,7 +107,10 @@ class ServedCeed(ServedCheckpoint):
     def __init__(self, settings: PredictorSettings, spec: PolicySpec) -> None:
         super().__init__(settings, spec)
         self._compiled = settings.engine == "compiled"
-        self.joins = not self._compiled
+        after = self._postprocess.steps
+        # Actions relative to the state are completed with the state that was read last.
+        relative = any(getattr(step, "enabled", False) for step in after)
+        self.joins = not self._compiled and not relative
         if self._compiled:
             self.engine = "compiled"
             from ceed_vla.compiled import engine

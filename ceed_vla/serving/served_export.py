@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -75,6 +75,9 @@ class ServedExport:
             result.exit_reason[0],
             dict(result.seconds or {}),
         )
+
+    def shape_of(self, inputs: Any) -> Hashable:
+        raise NotImplementedError("An export decodes one chunk at a time.")
 
     def decode_together(
         self, inputs: Sequence[Any], requests: Sequence[Request], options: DecodeOptions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -100,6 +100,9 @@ class ServedPolicy(Protocol):
     @property
     def joins(self) -> bool:
         """Whether `decode_together` can be called."""
+
+    def shape_of(self, inputs: Any) -> Hashable:
+        """What inputs must share to be decoded together."""
 
     def decode_together(
         self, inputs: Sequence[Any], requests: Sequence[Request], options: DecodeOptions

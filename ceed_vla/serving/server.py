@@ -15,7 +15,7 @@ import logging
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from websockets.asyncio.server import ServerConnection, serve
@@ -26,8 +26,9 @@ from websockets.protocol import State
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
 from ceed_vla.serving.arrays import WireError
+from ceed_vla.serving.encoded_images import EncodedImage
 from ceed_vla.serving.metrics import Metrics
-from ceed_vla.serving.policy_thread import Job, PolicyThread, kind_of
+from ceed_vla.serving.policy_thread import Answered, Job, PolicyThread, kind_of
 from ceed_vla.serving.predictor import Predictor
 from ceed_vla.serving.predictor_types import Request, Response
 from ceed_vla.serving.protocols import Call, Conversation, RefusedError, WireProtocol
@@ -39,7 +40,7 @@ FAILED = 1011  # closing code after an error
 GOING = 1001  # closing code when the server stops
 MOST_UNREAD = 1_000_000  # bytes that a client has not taken
 SEND_SECONDS = 10.0  # time in which a client must take an answer
-_AMPLE = 4.0  # times of a chunk after which a deadline is no matter of decoding
+_DECODERS = 2  # threads that decode images of clients
 HEALTH = ("/healthz", "/health")  # of openpi, and of vla-eval
 GRACE_SECONDS = 30.0  # time for what runs when the server stops
 
@@ -116,6 +117,7 @@ class PolicyServer:
         self._open: set[Connection] = set()
         self._metrics = Metrics()
         self._predictor: Predictor | None = None
+        self._decoders = asyncio.Semaphore(_DECODERS)
         self._ready = asyncio.Event()
         self._stopping = asyncio.Event()
         self._failure: CeedVLAError | None = None
@@ -187,6 +189,7 @@ class PolicyServer:
             self._failure = error
             self._stopping.set()
             return
+        self._thread.chunk_s = self._predictor.spec.warmup_s
         self._ready.set()
         logger.info("The policy is ready: %.1f ms per chunk.", 1e3 * self._predictor.spec.warmup_s)
 
@@ -281,34 +284,48 @@ class PolicyServer:
 
         `last_total` is the time from the arrival of the last message until its answer was sent [s].
         """
+        call: Call | None = None
         try:
             if isinstance(message, str):
                 raise WireError("The message is text; it must be binary.")
-            call = conversation.read(message)
-            if not isinstance(call, Call):
-                return call, None
-            request = sessions.warm(call)
+            read = _read(conversation, message)
+            if not isinstance(read, Call):
+                return read, None
+            call = read
+            request = await self._with_pixels(sessions.warm(call))
         except WireError as error:
             self._metrics.count("refused")
-            read = error.call if isinstance(error, RefusedError) else None
-            ends = read is None or not read.goes_on
-            return conversation.error(read, str(error)), "" if ends else None
+            refused = error.call if isinstance(error, RefusedError) else call
+            ends = refused is None or not refused.goes_on
+            return conversation.error(refused, str(error)), "" if ends else None
         self._metrics.waiting += 1
         try:
-            response, started = await self._predict(
-                connection, conversation, call, request, arrived
-            )
+            answered = await self._predict(connection, conversation, call, request, arrived)
         finally:
             self._metrics.waiting -= 1
+        response = answered.response
         if response.error is not None:
             self._metrics.count("failed")
             code = None if call.goes_on else response.code
             return conversation.error(call, response.error), code
         sessions.keep(call, response)
         now = time.monotonic()
-        timing = {"queue": started - arrived, "infer": now - started}
-        self._metrics.add(response, timing)
+        timing = {"queue": answered.started - arrived, "infer": now - answered.started}
+        self._metrics.add(response, timing, answered.rows)
         return conversation.answer(call, response, {**timing, "prev_total": last_total}), None
+
+    async def _with_pixels(self, request: Request) -> Request:
+        """The request with decoded images, a few at a time, beside the event loop."""
+        encoded = {
+            name: value
+            for name, value in request.observation.items()
+            if isinstance(value, EncodedImage)
+        }
+        if not encoded:
+            return request
+        async with self._decoders:
+            pixels = await asyncio.to_thread(lambda: {k: v.pixels() for k, v in encoded.items()})
+        return replace(request, observation={**request.observation, **pixels})
 
     async def _predict(
         self,
@@ -317,33 +334,21 @@ class PolicyServer:
         call: Call,
         request: Request,
         arrived: float,
-    ) -> tuple[Response, float]:
-        """Run a call in the policy's thread, unless it waited too long; returns when it started."""
-        assert self._predictor is not None
+    ) -> Answered:
+        """Run a call in the policy's thread."""
         deadline = None if call.deadline_s is None else arrived + call.deadline_s
-
-        def dropped(started: float) -> str:
-            if connection.state is not State.OPEN:
-                return "the client has left"
-            if deadline is not None and deadline < started:
-                waited = 1e3 * (started - arrived)
-                return f"The deadline has passed: the request has waited for {waited:.0f} ms."
-            return ""
-
-        # A near deadline ends decoding early, which must not end that of others.
-        near = call.deadline_s is not None and (
-            call.deadline_s < _AMPLE * self._predictor.spec.warmup_s
-        )
-        together = self._limits.batch > 1 and not near and not request.stream
-        kind = kind_of(request) if together else None
         parts: asyncio.Queue[Response | None] = asyncio.Queue()
         put = asyncio.get_running_loop().call_soon_threadsafe
 
         def early(part: Response) -> None:
             put(parts.put_nowait, part)
 
-        job = Job(request, deadline, early, dropped, kind)
-        running = asyncio.ensure_future(self._thread.run(job))
+        def left() -> bool:
+            return connection.state is not State.OPEN
+
+        running = asyncio.ensure_future(
+            self._thread.run(Job(request, deadline, early, left, kind_of(request)))
+        )
         running.add_done_callback(lambda _: parts.put_nowait(None))
         while (part := await parts.get()) is not None:
             await self._send(connection, conversation.answer(call, part, {}))
@@ -363,3 +368,14 @@ class PolicyServer:
         finally:
             task.cancel()
             stop.cancel()
+
+
+def _read(conversation: Conversation, message: bytes) -> Call | bytes | None:
+    """As `Conversation.read`; every error is a `WireError`."""
+    try:
+        return conversation.read(message)
+    except WireError:
+        raise
+    except Exception as error:
+        logger.exception("A message cannot be read.")
+        raise WireError(f"The message cannot be read ({type(error).__name__}).") from error

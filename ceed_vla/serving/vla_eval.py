@@ -7,6 +7,7 @@ observation's `seq`. The start and the end of an episode get no answer.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from ceed_vla.serving.arrays import WireError, packed, unpacked
 from ceed_vla.serving.contract import described
 from ceed_vla.serving.data_ranges import Range
-from ceed_vla.serving.encoded_images import image_of
+from ceed_vla.serving.encoded_images import FORMATS, EncodedImage
 from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
 from ceed_vla.serving.protocols import Call, RefusedError
 from ceed_vla.texts import instruction_problem, short, shown
@@ -27,8 +28,8 @@ VERSION = 1  # of the protocol
 INSTRUCTION = "task_description"
 HELLO, OBSERVATION, ACTION, ERROR = "hello", "observation", "action", "error"
 EPISODE_EDGES = ("episode_start", "episode_end")
+_MISSING = object()
 IMAGE = "__image__"  # marks the mapping of an encoded image
-FORMATS = ("png", "jpeg")  # of encoded images
 
 
 class VlaEval:
@@ -86,18 +87,16 @@ class VlaEvalConversation:
         self._spec = spec
         self._steps: deque[NDArray[np.float32]] = deque()  # (A,) each; those still to be executed
         self._episode = 0
+        self._instruction = ""  # of the chunk
 
     def read(self, message: bytes) -> Call | bytes | None:
         kind, payload, seq = _envelope(message)
         if kind == HELLO:
             return self._hello(payload, seq)
-        if kind == OBSERVATION and self._steps:
-            return _message(ACTION, {"actions": self._steps.popleft()}, seq)
         if kind == OBSERVATION:
-            return self._call(payload, seq)
+            return self._observed(payload, seq)
         if kind in EPISODE_EDGES:
-            self._steps.clear()
-            self._episode += 1
+            self._forget()
         return None
 
     def answer(self, call: Call, response: Response, timing: Mapping[str, float]) -> bytes:
@@ -115,7 +114,7 @@ class VlaEvalConversation:
 
     def _hello(self, payload: Mapping[Any, Any], seq: int) -> bytes:
         version = payload.get("protocol_version")
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             refused = Call(Request(0, {}, ""), echo={"seq": seq})
             raise RefusedError(
                 f"protocol_version is {shown(version)}; it must be {VERSION}.", refused
@@ -138,8 +137,13 @@ class VlaEvalConversation:
         }
         return _message(HELLO, answer, seq)
 
-    def _call(self, payload: Mapping[Any, Any], seq: int) -> Call:
-        """The call of an observation; a `RefusedError` leaves the connection open."""
+    def _forget(self) -> None:
+        """End chunk and warm start."""
+        self._steps.clear()
+        self._episode += 1
+
+    def _observed(self, payload: Mapping[Any, Any], seq: int) -> Call | bytes:
+        """The next step of the chunk, or a call; a `RefusedError` leaves the connection open."""
         echo = {"seq": seq}
         try:
             instruction = _instruction(payload)
@@ -147,45 +151,24 @@ class VlaEvalConversation:
         except WireError as error:
             refused = Call(Request(0, {}, ""), echo=echo, goes_on=True)
             raise RefusedError(str(error), refused) from error
+        if instruction != self._instruction:
+            self._forget()
+            self._instruction = instruction
+        if self._steps:
+            return _message(ACTION, {"actions": self._steps.popleft()}, seq)
         session = f"episode {self._episode}"
         return Call(Request(0, observation, instruction), session, echo=echo, goes_on=True)
 
     def _observation(self, payload: Mapping[Any, Any]) -> dict[str, Any]:
         """The policy's features; raises `WireError` for missing ones. Others are ignored."""
-        values = dict(_flat(payload))
         observation = {}
         for key, feature in self._keys.items():
-            if key not in values:
-                found = ", ".join(short(found, 100) for found in list(values)[:20]) or "nothing"
+            value = _at(payload, key)
+            if value is _MISSING:
+                found = ", ".join(itertools.islice(_names(payload), 20)) or "nothing"
                 raise WireError(f"The observation lacks {key!r}; it has {found}.")
-            observation[feature] = _feature(values[key], key)
+            observation[feature] = _feature(value, key)
         return observation
-
-
-class EncodedImage:
-    """An image that becomes pixels (H, W, 3) uint8 when the policy's thread reads it.
-
-    Args:
-        value: The mapping that stands for it.
-        key: Its key in the observation.
-
-    Raises:
-        WireError: It has no bytes of a known format.
-    """
-
-    def __init__(self, value: Mapping[Any, Any], key: str) -> None:
-        data, form = value.get("data"), value.get("format")
-        if not isinstance(data, bytes) or form not in FORMATS:
-            raise WireError(
-                f"{key} has {shown(data)} of the format {shown(form)}; it must have bytes of one "
-                f"of the formats {', '.join(FORMATS)}."
-            )
-        self._data = data
-        self._form = str(form).upper()
-        self._key = key
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.asarray(image_of(self._data, self._key, self._form), dtype)
 
 
 def _envelope(message: bytes) -> tuple[str, dict[Any, Any], int]:
@@ -219,20 +202,38 @@ def _instruction(payload: Mapping[Any, Any]) -> str:
     return instruction
 
 
-def _flat(value: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Items of nested mappings, with the parts of their keys joined by slashes."""
-    for key, part in value.items():
-        if isinstance(part, dict) and IMAGE not in part:
-            yield from _flat(part, f"{before}{key}/")
+def _at(payload: Mapping[Any, Any], key: str) -> Any:
+    """The value of a key whose parts are separated by slashes; `_MISSING` without it."""
+    value: Any = payload
+    for part in key.split("/"):
+        value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
+    return value
+
+
+def _names(payload: Mapping[Any, Any]) -> Iterator[str]:
+    """Keys of nested mappings, for an error."""
+    for key, value in payload.items():
+        if isinstance(value, dict) and IMAGE not in value:
+            yield from (f"{short(key, 50)}/{short(inner, 50)}" for inner in value)
         else:
-            yield f"{before}{key}", part
+            yield short(key, 50)
+
+
+def _encoded(value: Mapping[Any, Any], key: str) -> EncodedImage:
+    data, form = value.get("data"), value.get("format")
+    if not isinstance(data, bytes) or not isinstance(form, str) or form not in FORMATS:
+        raise WireError(
+            f"{key} has {shown(data)} of the format {shown(form)}; it must have bytes of one of "
+            f"the formats {', '.join(FORMATS)}."
+        )
+    return EncodedImage(data, key, form)
 
 
 def _feature(value: Any, key: str) -> Any:
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, dict):
-        return EncodedImage(value, key)
+        return _encoded(value, key)
     if not isinstance(value, list) or any(type(number) not in (int, float) for number in value):
         raise WireError(
             f"{key} is {shown(value)}; it must be an array, an image, or a list of numbers."

@@ -47,8 +47,8 @@ def serving(checkpoint: str, flags: Mapping[str, Any], log: Path) -> Iterator[st
         )
     try:
         assert process.stdout is not None
-        found = _LISTENING.search(process.stdout.readline())
-        if not found:
+        found = next(filter(None, map(_LISTENING.search, process.stdout)), None)
+        if not found:  # it has ended
             process.wait()
             said = log.read_text(errors="replace").strip().splitlines() or ["(empty)"]
             raise NodeError(

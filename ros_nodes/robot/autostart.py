@@ -44,6 +44,7 @@ class Autostart:
         self._configured = False
         self._begun = time.monotonic()
         self._tried = -_AGAIN  # steady time of the last attempt to configure [s]
+        self._told = ""  # why the server cannot be reached
         self._timer = node.create_timer(_LOOK, self._look, clock=clock)
 
     def _look(self) -> None:
@@ -67,14 +68,14 @@ class Autostart:
         now = time.monotonic()
         if now - self._tried < _AGAIN:
             return
-        first = self._tried < 0.0
-        self._tried = now
         result = self._node.trigger_configure()
+        self._tried = time.monotonic()
         text, absent = self._failure()
         if result != TransitionCallbackReturn.SUCCESS and absent:
             if now - self._begun > LOAD_TIMEOUT:
                 raise NodeError(text)
-            if first:
+            if text != self._told:
+                self._told = text
                 self._node.get_logger().warning(f"{text} The node waits for the server.")
             return
         self._must_succeed(result)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, raised_as
 from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.controller import PolicyController
 from ceed_vla.ros_nodes.robot.findings import explained, split
@@ -81,7 +81,9 @@ def make_policy(values: Mapping[str, Any], action_dt: float) -> RunsPolicy:
     """
     replan_steps = values["replan_steps"] or None
     if values["inference_url"]:
-        from ceed_vla.ros_nodes.robot.remote_policy import RemotePolicy, RemoteSettings
+        missing = "pip install msgpack websockets"
+        with raised_as(ConfigError, "inference_url cannot be used", missing):
+            from ceed_vla.ros_nodes.robot.remote_policy import RemotePolicy, RemoteSettings
 
         return RemotePolicy(
             RemoteSettings(

@@ -168,14 +168,18 @@ class PolicyStream(ChunkStream):
         """Change the instruction; the request of a chunk for it is due at once."""
         if instruction != self.instruction:
             self.instruction = instruction
-            self.try_again()
+            self._ask_anew()
             self.preempt()
 
     def try_again(self) -> None:
         """Clear earlier failures, so that the next request can be sent at once."""
+        self.failure = ""
+        self._ask_anew()
+
+    def _ask_anew(self) -> None:
+        """Let the next request be sent at once; the last failure stays until there is an answer."""
         self._failures = 0
         self._retry_at = -math.inf
-        self.failure = ""
         self._refusal = instruction_problem(self.instruction)  # why the instruction is refused
 
     def objection(self) -> Hold | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from ceed_vla.files import read_text
 from ceed_vla.serving.client import PolicyClient
 from ceed_vla.serving.contract import Contract
 from ceed_vla.serving.data_ranges import Range
+from ceed_vla.serving.failure_log import FailureLog
 from ceed_vla.serving.faults import CHANGED, LOST, SILENT, ServerError
 from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
 from ceed_vla.texts import short
@@ -30,12 +32,13 @@ from ceed_vla.texts import short
 logger = logging.getLogger(__name__)
 
 PASSING = (LOST, SILENT)  # codes of faults that may end by themselves while a policy is awaited
-_CONNECT = 5.0  # time to connect, and for the server to load its policy, at the start [s]
-_RECONNECT = 2.0  # the same after a fault [s]
-_WARMUP = 3  # requests that measure the time until an answer
+_CONNECT = 2.0  # time to connect, and until the server has its policy; it blocks the node [s]
+_FIRST_ANSWERS = 60.0  # time limit of the answers that show the usual time [s]
+_WARMUP = 4  # requests that measure the usual time, of which the first does not count
+_LATEST = 10  # answers whose times outside the server are known
 _LEAST_TIMEOUT = 2.0  # [s]
 _LENIENCE = 4.0  # an answer is missing after this many times the usual time
-_LEAST_DEADLINE = 0.01  # a server drops requests whose deadline is over when their turn comes [s]
+_LEAST_DEADLINE = 0.001  # [s]
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,9 @@ class RemotePolicy:
     def __init__(self, settings: RemoteSettings) -> None:
         self._settings = settings
         self._key = read_text(Path(settings.key_file)).strip() if settings.key_file else ""
-        self._timeout = settings.timeout_s or _CONNECT
-        self._network = 0.0  # time of the last answer outside the server [s]
+        self._timeout = settings.timeout_s or _FIRST_ANSWERS
+        self._network: deque[float] = deque([0.0], _LATEST)  # times outside the server [s]
+        self._failures = FailureLog(logger)
         self._client: PolicyClient | None = None
         self._contract: Contract | None = None
         self._stopped = threading.Event()
@@ -80,7 +84,7 @@ class RemotePolicy:
     @property
     def _promised(self) -> Contract:
         if self._contract is None:
-            self._contract = self._connected(_CONNECT).contract
+            self._contract = self._connected().contract
         return self._contract
 
     def declared(self) -> PolicySpec:
@@ -122,8 +126,10 @@ class RemotePolicy:
         try:
             return self._ask(request, deadline, early)
         except ServerError as error:
+            self._failures.add(error)
             return Response(request.id, error=str(error), code=error.code)
         except Exception as error:  # of sockets or TLS; the worker must continue
+            self._failures.add(error)
             text = f"{self._settings.url}: {type(error).__name__}: {short(error)}"
             return Response(request.id, error=text, code=LOST)
 
@@ -143,9 +149,10 @@ class RemotePolicy:
         for _ in range(_WARMUP):
             response = self._ask(Request(0, blank, spec.example_instruction), None)
             times.append(response.seconds["total"])
+        usual = float(np.median(times[1:]))
         if not self._settings.timeout_s:
-            self._timeout = max(_LENIENCE * max(times), _LEAST_TIMEOUT)
-        return replace(spec, warmup_s=times[-1])
+            self._timeout = max(_LENIENCE * usual, _LEAST_TIMEOUT)
+        return replace(spec, warmup_s=usual)
 
     def _ask(
         self,
@@ -154,11 +161,11 @@ class RemotePolicy:
         early: Callable[[Response], None] | None = None,
     ) -> Response:
         """The answer, whose "total" is the time until it came; raises `ServerError`."""
+        client = self._connected()
         started = time.monotonic()
-        client = self._connected(_RECONNECT)
         left = None
         if deadline is not None:
-            left = max(deadline - time.monotonic() - self._network, _LEAST_DEADLINE)
+            left = max(deadline - started - float(np.median(self._network)), _LEAST_DEADLINE)
         decoding = self._settings.decoding
         client.timeout_s = self._timeout
         try:
@@ -175,13 +182,13 @@ class RemotePolicy:
             self._client = None
             client.close()
             raise
-        self._network = response.seconds["network"]
+        self._network.append(response.seconds["network"])
         response.seconds["total"] = time.monotonic() - started
         return response
 
-    def _connected(self, limit: float) -> PolicyClient:
+    def _connected(self) -> PolicyClient:
         """The connection, made anew if there is none; raises `ServerError`."""
-        if self._client is not None:
+        if self._client is not None and self._client.is_open:
             return self._client
         settings = self._settings
         client = PolicyClient(
@@ -189,7 +196,7 @@ class RemotePolicy:
             self._key,
             settings.ca_file,
             timeout_s=self._timeout,
-            connect_s=limit,
+            connect_s=_CONNECT,
             jpeg_quality=settings.jpeg_quality,
         )
         changed = self._contract.difference(client.contract) if self._contract else ""

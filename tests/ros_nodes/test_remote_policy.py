@@ -211,6 +211,15 @@ def test_closing_during_a_request_is_prompt(served: Served) -> None:
         assert not worker._thread.is_alive()
 
 
+def test_a_connection_that_was_lost_in_between_is_made_anew(served: Served) -> None:
+    with proxied(served.url) as (proxy, url), closing(worker_of(url)) as worker:
+        policy: Any = worker._policy
+        policy._client.abort()
+        time.sleep(0.3)
+        assert ask(worker, question(1)).error is None
+        assert proxy.harmed == 0
+
+
 def test_images_as_jpeg(served: Served) -> None:
     with closing(worker_of(served.url, jpeg_quality=95)) as worker:
         assert ask(worker, question(1)).error is None

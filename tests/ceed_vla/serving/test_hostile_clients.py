@@ -126,9 +126,23 @@ def test_images_that_are_no_jpeg(served: Served) -> None:
     png = io.BytesIO()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(png, "PNG")
     assert "that are no JPEG" in asked(png.getvalue())
+    scans = good + b"\xff\xda\0\x02" * 500
+    assert "a JPEG of more than 200 parts" in asked(scans)
     wide = jpeg(np.zeros((8, 5000, 3), np.uint8), 50)
     assert "5000 x 8 px; at most 4096" in asked(wide)
     check_serves(served)
+
+
+@pytest.mark.parametrize("name", ["prompt", "session", "decoding", "previous_tokens"])
+def test_large_arrays_are_not_printed(served: Served, name: str) -> None:
+    began = time.monotonic()
+    array = np.zeros((7,) * 7, np.uint8)
+    with PolicyClient(served.url) as client:
+        message = client._message(Request(1, observation(), INSTRUCTION), stream=False)
+    with served.connect() as connection:
+        connection.recv(20)
+        assert "array of uint8 (7, 7" in error_of(connection, packed({**message, name: array}))
+    assert time.monotonic() - began < 30
 
 
 KILLED = """

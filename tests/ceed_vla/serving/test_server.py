@@ -67,7 +67,7 @@ def test_answers_are_the_policys(served: Any, edge: EdgePolicy) -> None:
                 answer = ask(connection, message(edge, seed, decoding="ar", **frozen))
                 np.testing.assert_array_equal(answer["tokens"][:21], previous[14:35])
             previous = answer["tokens"]
-    assert set(answer["server_timing"]) == {"queue_ms", "infer_ms"}
+    assert set(answer["server_timing"]) == {"queue_ms", "infer_ms", "prev_total_ms"}
 
 
 def test_a_session_starts_warm_until_its_connection_ends(served: Any, edge: EdgePolicy) -> None:

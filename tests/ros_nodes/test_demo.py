@@ -145,3 +145,39 @@ def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
         "/diagnostics",
         "/sim/success",
     } <= set(counts)
+
+
+def quiet(config: RosDemoConfig, file: Path) -> dict[str, Any]:
+    with file.open("w") as output:
+        return ros_demo(config, Console(file=output, width=100))
+
+
+@pytest.mark.slow
+def test_behind_a_server_episodes_in_simulated_time_are_the_same(tmp_path: Path) -> None:
+    rows = []
+    for remote in (False, True):
+        config = RosDemoConfig(
+            episodes=4,
+            seed=40000,
+            output_dir=str(tmp_path / str(remote)),
+            simulated_time=True,
+            rivals=["student:ceed"],
+            latencies_ms=[20.0],
+            remote=remote,
+        )
+        rows += quiet(config, tmp_path / "console.txt")["rows"]
+    local, behind = rows
+    assert local == behind
+
+
+@pytest.mark.slow
+@pytest.mark.timed
+def test_a_run_with_a_server(tmp_path: Path) -> None:
+    config = RosDemoConfig(
+        episodes=1, task="push_cube", output_dir=str(tmp_path / "run"), remote=True
+    )
+    report = quiet(config, tmp_path / "console.txt")
+    assert report["episodes"] == 1
+    assert report["decode_ms"]["p50"] > 0
+    assert "Listening" not in (tmp_path / "run" / "policy.log").read_text()
+    assert "The policy is ready" in (tmp_path / "run" / "server.log").read_text()

@@ -9,6 +9,7 @@ most one call of each client, and clients take turns.
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import http
 import logging
@@ -190,6 +191,8 @@ class PolicyServer:
             self._stopping.set()
             return
         self._thread.chunk_s = self._predictor.spec.warmup_s
+        gc.collect()
+        gc.freeze()  # a full collection of the policy's objects takes longer than an answer
         self._ready.set()
         logger.info("The policy is ready: %.1f ms per chunk.", 1e3 * self._predictor.spec.warmup_s)
 

@@ -117,7 +117,7 @@ class RemotePolicy:
             except ServerError as error:
                 if error.code not in PASSING or self._stopped.is_set():
                     raise
-                logger.warning("%s The node tries again.", error)
+                self._failures.add(error)
             self._stopped.wait(1.0)
 
     def predict(
@@ -179,17 +179,23 @@ class RemotePolicy:
                 early,
             )
         except BaseException:
-            self._client = None
-            client.close()
+            self._disconnect()
             raise
         self._network.append(response.seconds["network"])
         response.seconds["total"] = time.monotonic() - started
         return response
 
+    def _disconnect(self) -> None:
+        """End the connection, so that nothing that still comes is taken for a later answer."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
     def _connected(self) -> PolicyClient:
         """The connection, made anew if there is none; raises `ServerError`."""
         if self._client is not None and self._client.is_open:
             return self._client
+        self._disconnect()
         settings = self._settings
         client = PolicyClient(
             settings.url,

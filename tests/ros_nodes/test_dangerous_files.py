@@ -272,7 +272,7 @@ def test_what_a_file_allows_is_a_warning(
 
 def test_an_unknown_name_is_not_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["robot", "check", str(write(tmp_path, named(UR5E) | {"allow": ["speed"]}))]) == 1
-    choices = "gripper, position_limits, statistics, step, units, velocity"
+    choices = "action_names, gripper, position_limits, rate, statistics, step, units, velocity"
     assert f"allow has 'speed'; choose from {choices}" in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -218,6 +219,24 @@ def test_a_connection_that_was_lost_in_between_is_made_anew(served: Served) -> N
         time.sleep(0.3)
         assert ask(worker, question(1)).error is None
         assert proxy.harmed == 0
+
+
+def test_many_reconnects_leave_nothing_behind(served: Served) -> None:
+    policy = RemotePolicy(RemoteSettings(served.url))
+    policy.declared()
+
+    def kept() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    before = kept()
+    for _ in range(200):
+        policy._disconnect()
+        policy._connected()
+    end = time.monotonic() + 20.0
+    while kept() != before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert kept() == before
+    policy.stop(0.0)
 
 
 def test_images_as_jpeg(served: Served) -> None:

@@ -21,6 +21,8 @@ from ceed_vla.ros_nodes.robot.joint_sources import JointSources
 from ceed_vla.ros_nodes.robot.local_policy import local_policy
 from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.observations import Camera, Observations
+from ceed_vla.ros_nodes.robot.parameters import defaults
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.policy_stream import PolicyStream
 from ceed_vla.ros_nodes.robot.pose_trust import PHYSICAL_VELOCITY
 from ceed_vla.ros_nodes.robot.review import feature_lengths, review
@@ -29,9 +31,15 @@ from ceed_vla.ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLi
 from ceed_vla.ros_nodes.robot.step_grid import StepGrid
 from ceed_vla.serving.data_ranges import Range
 from ceed_vla.serving.predictor_types import PolicySpec
+from ceed_vla.texts import shown
 
 if TYPE_CHECKING:
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm
+
+
+# Parameters of a policy on this computer, and of one on a server.
+OF_HERE = ("device", "engine", "inference_mode", "inference_python", "inference_delay")
+OF_SERVER = ("inference_key_file", "inference_ca_file")
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ def make_policy(values: Mapping[str, Any], action_dt: float) -> RunsPolicy:
         action_dt: Duration of the robot's step [s].
     """
     replan_steps = values["replan_steps"] or None
+    _check_place(values)
     if values["inference_url"]:
         missing = "pip install msgpack websockets"
         with raised_as(ConfigError, "inference_url cannot be used", missing):
@@ -109,6 +118,20 @@ def make_policy(values: Mapping[str, Any], action_dt: float) -> RunsPolicy:
         chunk_deadline=values["chunk_deadline"] or action_dt,
         delay_s=values["inference_delay"],
     )
+
+
+def _check_place(values: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for parameters that have no meaning where the policy runs."""
+    remote = bool(values["inference_url"])
+    usual = defaults(POLICY_PARAMETERS)
+    for name in OF_HERE if remote else OF_SERVER:
+        if values[name] != usual[name]:
+            raise ConfigError(
+                f"{name} is {shown(values[name])}; with inference_url it is the server's. Give it "
+                "to ceed-vla serve."
+                if remote
+                else f"{name} is {shown(values[name])}; it is used with inference_url only."
+            )
 
 
 def _checked_setup(

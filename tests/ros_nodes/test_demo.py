@@ -172,6 +172,7 @@ def test_behind_a_server_episodes_in_simulated_time_are_the_same(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.timed
+@pytest.mark.realtime
 def test_a_run_with_a_server(tmp_path: Path) -> None:
     config = RosDemoConfig(
         episodes=1, task="push_cube", output_dir=str(tmp_path / "run"), remote=True

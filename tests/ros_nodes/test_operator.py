@@ -77,7 +77,7 @@ def workers(graph: Graph) -> list[int]:
     return [
         int(pid)
         for pid in children
-        if b"ceed_vla.ros_nodes.robot.inference" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"ceed_vla.ros_nodes.robot.local_policy" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
 
 

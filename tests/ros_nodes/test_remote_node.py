@@ -39,7 +39,7 @@ from tests.helpers.serving_calls import http
 from tests.ros_nodes.conftest import Graph
 
 # minutes in real time, with both cores
-pytestmark = [pytest.mark.slow, pytest.mark.timed]
+pytestmark = [pytest.mark.slow, pytest.mark.timed, pytest.mark.realtime]
 LEAP = 0.25  # 3.5 rad/s for at most 50 ms, with a margin [rad]
 
 
@@ -165,7 +165,6 @@ def test_late_doubled_and_swapped_answers_make_no_leap(remote: Remote, fault: st
     bench.begin(seed=3)  # the policy drives again
 
 
-@pytest.mark.realtime
 def test_a_server_that_is_killed_frozen_and_exchanged(remote: Remote) -> None:
     bench = remote.bench
     bench.begin(seed=1)

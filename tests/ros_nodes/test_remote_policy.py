@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 from workers import load_error, running
 
-from ceed_vla.errors import CeedVLAError
+from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker
+from ceed_vla.ros_nodes.robot.parameters import defaults
+from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ceed_vla.ros_nodes.robot.policy_setup import make_policy
 from ceed_vla.ros_nodes.robot.remote_policy import RemotePolicy, RemoteSettings
 from ceed_vla.serving.data_ranges import ACTION, Range
 from ceed_vla.serving.faults import CHANGED, FOREIGN, LOST, REFUSED, SILENT, ServerError
@@ -131,7 +134,7 @@ def test_a_fault_has_its_code_and_ends_with_its_cause(
 ) -> None:
     with (
         proxied(served.url) as (proxy, url),
-        closing(worker_of(url, timeout_s=1.0)) as worker,
+        closing(worker_of(url, timeout_s=1.0 if code == SILENT else 20.0)) as worker,
     ):
         wanted = ask(worker, question(1)).actions
         proxy.fault = fault
@@ -198,6 +201,23 @@ def test_bad_addresses_and_keys(served: Served, tmp_path: Path) -> None:
     worker = InferenceWorker(RemotePolicy(RemoteSettings(served.url, decoding="beam")))
     assert "Unknown decoder 'beam'" in str(load_error(worker))
     worker.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"inference_url": "ws://gpu:8000", "engine": "eager"},
+            "engine is 'eager'; with",
+        ),
+        ({"inference_url": "ws://gpu:8000", "inference_delay": 0.1}, "Give it to ceed-vla serve"),
+        ({"inference_key_file": "key"}, "'key'; it is used with inference_url only"),
+    ],
+)
+def test_settings_of_the_other_place(changes: dict[str, Any], expected: str) -> None:
+    values = {**defaults(POLICY_PARAMETERS), **changes}
+    with pytest.raises(ConfigError, match=expected):
+        make_policy(values, 0.1)
 
 
 def test_closing_during_a_request_is_prompt(served: Served) -> None:

@@ -126,7 +126,7 @@ class Predictor:
             early: As in `predict`, for a single request.
 
         Returns:
-            The answer to each: the tokens are those that it gets alone.
+            The answer to each: the tokens are those that it gets alone, up to ties of rounding.
         """
         decoding = asked[0][0].decoding
         if len(asked) == 1 or not self._joins(decoding):

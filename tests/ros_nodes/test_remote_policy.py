@@ -134,7 +134,7 @@ def test_a_fault_has_its_code_and_ends_with_its_cause(
 ) -> None:
     with (
         proxied(served.url) as (proxy, url),
-        closing(worker_of(url, timeout_s=1.0 if code == SILENT else 20.0)) as worker,
+        closing(worker_of(url, timeout_s=1.5 if code == SILENT else 20.0)) as worker,
     ):
         wanted = ask(worker, question(1)).actions
         proxy.fault = fault

@@ -213,7 +213,7 @@ class PolicyClient:
             if response.whole:
                 return response
             if early is None or not request.stream:
-                self._foreign("has answered a part of a chunk, which nobody asked for.")
+                self._foreign("has answered a part of a chunk; the request was for a whole one.")
             early(response)
 
     def _message(self, request: Request, *, stream: bool) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Job:
             limit.
         early: Receives the first steps of the answer in the thread, if the request is for a
             `stream`.
-        left: Returns whether its client has left, so that nobody needs the answer.
+        left: Returns whether its client has left; its request is then not run.
         kind: Jobs of equal kind may be answered together; None: alone.
         future: Receives the answer.
         arrived: Time at which the job was made [s].

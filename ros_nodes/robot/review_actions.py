@@ -54,7 +54,7 @@ def contract_findings(robot: RobotConfig, spec: PolicySpec) -> Iterator[Finding]
 
 
 def _kinds(robot: RobotConfig, named: Sequence[str]) -> Iterator[Finding]:
-    """Names that say that they are no positions."""
+    """Names of velocities, or of increments, on a robot that takes something else."""
     wrong = {"joint_position": ("vel", "velocity", "delta"), "joint_delta": ("vel", "velocity")}
     for name in named:
         found = _KIND.search(name.lower())

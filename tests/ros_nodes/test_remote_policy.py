@@ -154,7 +154,7 @@ def test_servers_that_stop_die_and_change(tmp_path: Path) -> None:
     server = start(*FLAGS, log=tmp_path / "log")
     port = server.port
     with closing(worker_of(server.url, timeout_s=20.0)) as worker:
-        os.kill(server.process.pid, signal.SIGSTOP)  # half open: nobody answers pings
+        os.kill(server.process.pid, signal.SIGSTOP)  # half-open: no answer to pings
         assert ask(worker, question(1)).code == LOST  # and not SILENT, after 20 s
         os.kill(server.process.pid, signal.SIGCONT)
         assert eventually(worker, "")

@@ -35,7 +35,7 @@ from ceed_vla.serving.predictor_types import PolicySpec
 STATE = "observation.state"
 SO101, UR5E, PANDA = DATA
 JOINTS = 7  # of the Panda
-SPEC = PolicySpec("policy", "act", {}, {}, 7, 8, 8, 0.0)  # says nothing of its actions
+SPEC = PolicySpec("policy", "act", {}, {}, 7, 8, 8, 0.0)  # does not declare what its actions are
 
 
 def named(robot: str) -> RobotConfig:

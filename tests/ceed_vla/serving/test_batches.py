@@ -5,12 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from lerobot.processor.relative_action_processor import AbsoluteActionsProcessorStep
 
+from ceed_vla.serving import served_checkpoint
 from ceed_vla.serving.client import PolicyClient
-from ceed_vla.serving.predictor import BAD_INSTRUCTION, Predictor, PredictorSettings, Request
+from ceed_vla.serving.predictor import (
+    BAD_INSTRUCTION,
+    Predictor,
+    PredictorSettings,
+    Request,
+    declared_spec,
+)
+from ceed_vla.serving.served_checkpoint import load_policy
 from tests.ceed_vla.serving.conftest import STARTUP_SECONDS, Served
 from tests.helpers.worker_requests import INSTRUCTION, observation
 
@@ -57,6 +67,28 @@ def test_one_bad_request_fails_alone(predictor: Predictor) -> None:
     bad = replace(bad, instruction="xyzzy plugh")
     first, second, third = predictor.predict_together([(one, None) for one in (good, bad, other)])
     assert (first.error, second.code, third.error) == (None, BAD_INSTRUCTION, None)
+
+
+@pytest.mark.parametrize("decoding", ["cap2_random", "deadline12", "ngram8", "no such decoder"])
+def test_decoders_whose_rows_depend_on_each_other_are_not_joined(
+    predictor: Predictor, decoding: str
+) -> None:
+    assert not predictor._joins(decoding)
+    assert predictor._joins("ceed")
+
+
+def test_actions_relative_to_the_state_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step of their processor adds the state that was read last, of any row."""
+
+    def relative(settings: PredictorSettings, kind: str) -> Any:
+        policy, before, after = load_policy(settings, kind)
+        after.steps = [*after.steps, AbsoluteActionsProcessorStep(enabled=True)]
+        return policy, before, after
+
+    monkeypatch.setattr(served_checkpoint, "load_policy", relative)
+    settings = PredictorSettings("student")
+    served = served_checkpoint.ServedCeed(settings, declared_spec("student"))
+    assert not served.joins
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,9 +151,16 @@ def test_a_fault_has_its_code_and_ends_with_its_cause(
 
 @pytest.mark.slow
 def test_servers_that_stop_die_and_change(tmp_path: Path) -> None:
-    server = start(*FLAGS, log=tmp_path / "log")
-    port = server.port
-    with closing(worker_of(server.url, timeout_s=20.0)) as worker:
+    with ExitStack() as opened:
+
+        def begin(name: str, **options: Any) -> Served:
+            server = start(*FLAGS, log=tmp_path / name, **options)
+            opened.callback(server.process.wait)
+            opened.callback(server.process.kill)  # also one that is stopped
+            return server
+
+        server = begin("first")
+        worker = opened.enter_context(closing(worker_of(server.url, timeout_s=20.0)))
         os.kill(server.process.pid, signal.SIGSTOP)  # half-open: no answer to pings
         assert ask(worker, question(1)).code == LOST  # and not SILENT, after 20 s
         os.kill(server.process.pid, signal.SIGCONT)
@@ -162,15 +169,13 @@ def test_servers_that_stop_die_and_change(tmp_path: Path) -> None:
         server.process.wait()
         assert eventually(worker, LOST)
         assert "cannot be reached" in str(ask(worker, question(3)).error)
-        other = start(*FLAGS, log=tmp_path / "log2", policy="student_all_tokens", port=port)
+        other = begin("second", policy="student_all_tokens", port=server.port)
         assert eventually(worker, CHANGED)
         assert "weights was" in str(ask(worker, question(4)).error)
         other.process.terminate()
         assert other.process.wait(30) == 0
-        again = start(*FLAGS, log=tmp_path / "log3", port=port)
+        begin("third", port=server.port)
         assert eventually(worker, "")
-        again.process.kill()
-        again.process.wait()
 
 
 def eventually(worker: InferenceWorker, code: str) -> bool:

@@ -41,6 +41,7 @@ from ceed_vla.ros_nodes.robot.safety import (
 from ceed_vla.ros_nodes.robot.step_grid import StepGrid
 
 STALLED = 1.0  # real time without a tick after which the simulated clock counts as stopped [s]
+UNNAMED = "a node of unknown name"  # right after its discovery the middleware may not know it
 HOME_SPEED = 0.2  # speed of the fastest joint on the way home [rad/s]
 NOT_BY_WAITING = ("estop", "conflict", MOVED)  # refusals of `enable` that need an operator
 
@@ -161,16 +162,20 @@ class PolicyController:
     def note_conflict(self, reason: str | None) -> None:
         """Record what else commands the arm or publishes its joints; None if nothing does.
 
-        A conflict disables motion, and motion stays disabled after the conflict.
+        A conflict disables motion, and motion stays disabled after the conflict, with its first
+        reason; where that lacks a node's name, with the next one.
         """
-        if reason is not None:
-            self.interrupt(f"there was a conflict: {reason}")
+        before = self._objections.conflict or ""
+        told = self._safety.forbidden or Hold("", "")
+        nameless = UNNAMED in before and told.detail == _conflict(before)
+        if reason is not None and (nameless or self._safety.enabled or self._insists):
+            self._forbid(_conflict(reason))
         self._objections.conflict = reason
 
     def interrupt(self, why: str) -> None:
         """Forbid motion until an operator allows it again; no effect if motion is not allowed."""
         if self._safety.enabled or self._insists:
-            self._forbid(f"{why}; see where the arm is, then call ~/enable")
+            self._forbid(_seen(why))
 
     def disable(self) -> None:
         """Hold once, then send nothing until `enable`."""
@@ -417,3 +422,13 @@ class PolicyController:
         if self._safety.stopped is not None or forbidden is None:
             hold = forbidden or self._pose_fault(clock) or self._pose.refusal or hold
         return hold or forbidden
+
+
+def _conflict(reason: str) -> str:
+    """Return why motion is disabled after a conflict."""
+    return _seen(f"there was a conflict: {reason}")
+
+
+def _seen(why: str) -> str:
+    """Return a reason for disabled motion together with its remedy."""
+    return f"{why}; see where the arm is, then call ~/enable"

@@ -14,10 +14,11 @@ from builtin_interfaces.msg import Time
 from rclpy.clock import Clock
 from rclpy.duration import Duration
 from rclpy.node import Node
+from rclpy.topic_endpoint_info import TopicEndpointInfo
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from ceed_vla.ros_nodes.robot.controller import PolicyController
+from ceed_vla.ros_nodes.robot.controller import UNNAMED, PolicyController
 from ceed_vla.ros_nodes.robot.interfaces.base import Command
 from ceed_vla.ros_nodes.robot.messages import COMMAND, clock_time
 from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup
@@ -186,5 +187,11 @@ class Streaming:
 
     def _publishers_of(self, topic: str) -> list[str]:
         """Return the full names of the nodes that publish on a topic, one per publisher."""
-        found = self._node.get_publishers_info_by_topic(topic)
-        return [f"{one.node_namespace.rstrip('/')}/{one.node_name}" for one in found]
+        return [_name_of(one) for one in self._node.get_publishers_info_by_topic(topic)]
+
+
+def _name_of(endpoint: TopicEndpointInfo) -> str:
+    """Return the full name of a publisher's node, or `UNNAMED`."""
+    if endpoint.node_name == "_NODE_NAME_UNKNOWN_":  # of rmw_dds_common
+        return UNNAMED
+    return f"{endpoint.node_namespace.rstrip('/')}/{endpoint.node_name}"

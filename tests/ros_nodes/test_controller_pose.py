@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
+from ceed_vla.ros_nodes.robot.controller import UNNAMED
 from ceed_vla.ros_nodes.robot.safety import SafetyFilter
 from tests.ros_nodes.loop import Loop
 from tests.ros_nodes.test_controller_holds import hold_code, sent_since
@@ -218,6 +219,25 @@ def test_out_of_a_conflict_motion_waits_for_an_operator() -> None:
     assert loop.controller.enable(loop.now) is None
     loop.run(0.1)
     np.testing.assert_allclose(sent_since(loop, count)[0], held, atol=1e-12)
+
+
+def test_the_reason_after_a_conflict_has_the_name_that_came_later() -> None:
+    loop = Loop(step=0.3)
+    loop.run(1.0)
+    for reason in (f"{UNNAMED} publishes", "/second publishes", f"{UNNAMED} publishes", None):
+        loop.controller.note_conflict(reason)
+        loop.run(0.1)
+    assert loop.controller.state.detail.startswith("there was a conflict: /second publishes; see")
+
+
+def test_a_name_that_comes_later_does_not_replace_another_reason() -> None:
+    loop = Loop(step=0.3)
+    loop.run(1.0)
+    loop.controller.interrupt("the robot restarted")
+    for reason in (f"{UNNAMED} publishes", "/second publishes", None):
+        loop.controller.note_conflict(reason)
+        loop.run(0.1)
+    assert loop.controller.state.detail.startswith("the robot restarted")
 
 
 def test_a_restarted_driver_needs_an_operator() -> None:

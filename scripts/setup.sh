@@ -4,6 +4,7 @@
 #   scripts/setup.sh [--gl] [extra ...]      extras of setup.py: test, lint
 #
 #   --gl              also make sure that MuJoCo can render
+#   libero            also let LIBERO find its folders (~/.libero/config.yaml) and meshes, and start one task
 #   VENV              folder of the environment (.venv)
 #   PYTHON            interpreter to use instead of searching for one
 #   UV_TORCH_BACKEND  "cpu" installs the small build of torch, where its index can be reached
@@ -211,6 +212,15 @@ check_gl() {
     touch "$stamp"
 }
 
+# Lets LIBERO find its folders and its meshes in other programs too, such as LeRobot's own `libero`.
+set_up_libero() {
+    local stamp=$VENV/.libero-is-set-up
+    [ -e "$stamp" ] || [ "$(uname)" != Linux ] && return
+    MUJOCO_GL=${MUJOCO_GL-egl} "$VENV/bin/python" -m ceed_vla.sim.libero.set_up >&2 ||
+        die "LIBERO is installed but cannot be used; see the message above."
+    touch "$stamp"
+}
+
 main() {
     local gl=0
     if [ "${1:-}" = --gl ]; then
@@ -228,6 +238,7 @@ main() {
     install_packages "$@"
     link_folders
     [ "$gl" = 0 ] || check_gl
+    case " $* " in *" libero "*) set_up_libero ;; esac
 }
 
 main "$@"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Sequence
 
 import mujoco
 import numpy as np
@@ -58,10 +59,34 @@ def coarsen(model: mujoco.MjModel, cell: float) -> None:
             corners[start:end] = corners[start + proper]
 
 
+def shrink(model: mujoco.MjModel, side: int) -> None:
+    """Reduce textures to at most `side` pixels, which takes most of the memory of large ones."""
+    for number in range(model.ntex):
+        texture = model.tex(number)
+        width, height = int(texture.width[0]), int(texture.height[0])
+        factor = -(-width // side)
+        if factor == 1 or width % factor or height % factor:
+            continue
+        start, channels = int(texture.adr[0]), int(texture.nchannel[0])
+        pixels = model.tex_data[start : start + height * width * channels]
+        blocks = pixels.reshape(height // factor, factor, width // factor, factor, channels)
+        small = blocks.mean((1, 3)).round().astype(np.uint8)
+        model.tex_data[start : start + small.size] = small.ravel()
+        model.tex_height[number], model.tex_width[number] = small.shape[:2]
+
+
 def render(
-    scene: str, model: mujoco.MjModel, data: mujoco.MjData, camera: str, size: int, smooth: int = 1
+    scene: str,
+    model: mujoco.MjModel,
+    data: mujoco.MjData,
+    camera: str,
+    size: int,
+    smooth: int = 1,
+    *,
+    groups: Sequence[int] | None = None,
+    effects: bool = False,
 ) -> NDArray[np.uint8]:
-    """Render an image (size, size, 3) of a state, without shadows and reflections.
+    """Render an image (size, size, 3) of a state.
 
     Args:
         scene: Name of the `model`. Renderers are shared by name, so all models of a name must have
@@ -71,6 +96,8 @@ def render(
         camera: Name of the camera.
         size: Side of the image [px].
         smooth: A pixel is the mean of `smooth` x `smooth` samples.
+        groups: Groups of geometry to show; None: MuJoCo's choice.
+        effects: With the shadows and reflections of the model.
 
     Raises:
         SimulationError: No GL context can be created, or the size cannot be rendered.
@@ -78,9 +105,22 @@ def render(
     drawn = smooth * size
     if (scene, drawn) not in _renderers:
         _renderers[scene, drawn] = _make_renderer(model, drawn)
-    _renderers[scene, drawn].update_scene(data, camera)
-    image = _renderers[scene, drawn].render()
+    renderer = _renderers[scene, drawn]
+    option = None
+    if groups is not None:
+        option = mujoco.MjvOption()
+        option.geomgroup[:] = [group in groups for group in range(len(option.geomgroup))]
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = effects
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = effects
+    renderer.update_scene(data, camera, option)
+    image = renderer.render()
     return image if smooth == 1 else np.asarray(Image.fromarray(image).reduce(smooth))
+
+
+def release(scene: str) -> None:
+    """Free the GL contexts of a scene; its next image makes a new one."""
+    for key in [key for key in _renderers if key[0] == scene]:
+        _renderers.pop(key).close()
 
 
 def close_renderers() -> None:
@@ -104,6 +144,4 @@ def _make_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
     # Handlers run in reverse order: registered last, this one runs before the GL library's own.
     atexit.unregister(close_renderers)
     atexit.register(close_renderers)
-    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
     return renderer

@@ -1,0 +1,227 @@
+"""The LIBERO environment: options, initial states, the expert, recording, and its installation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("libero", reason="LIBERO is not installed (extra libero)")
+
+from ceed_vla.errors import ConfigError, SimulationError
+from ceed_vla.sim.environment import Environment, flags
+from ceed_vla.sim.libero import env as libero_env
+from ceed_vla.sim.libero import installation, set_up
+from ceed_vla.sim.libero.env import LiberoTasks, agent_state
+from ceed_vla.sim.libero.installation import official_states
+from ceed_vla.sim.libero.lerobot_env import CeedLiberoEnv
+from ceed_vla.sim.libero.tasks import HORIZONS, OFFICIAL_STATES, tasks_of
+from ceed_vla.sim.record import record
+from ceed_vla.sim.recording.config import RecordConfig
+
+OBJECT = "libero_object"
+
+
+@pytest.mark.parametrize("suite", HORIZONS)
+def test_a_suite_has_ten_tasks_and_its_step_limit(suite: str) -> None:
+    config = CeedLiberoEnv(task=suite)
+    assert config.tasks() == [f"{suite}/{number}" for number in range(10)]
+    assert config.episode_length == HORIZONS[suite]
+    states = official_states(suite, 9)
+    assert len(states) == OFFICIAL_STATES
+
+
+def test_flags_reproduce_a_configuration() -> None:
+    config = CeedLiberoEnv(task="libero_object/3", states="sampled", quality="fast", image_size=96)
+    assert flags(config) == [
+        "--env.type=ceed_libero",
+        "--env.task=libero_object/3",
+        "--env.states=sampled",
+        "--env.quality=fast",
+        "--env.image_size=96",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "error"),
+    [
+        ("libero_objects", "'libero_objects'; choose a suite of libero_spatial"),
+        ("libero_object/10", "'libero_object/10'; choose"),
+        (" , ", "'nothing'; choose"),
+        ("libero_object,libero_spatial/0", "several suites"),
+    ],
+)
+def test_an_unknown_task_is_an_error(task: str, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        tasks_of(task)
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"hf-libero, .*assets-1 to 5.*ceed_vla\[libero\]"):
+        CeedLiberoEnv()
+
+
+def test_a_missing_wheel_of_assets_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "assets" / "scenes").mkdir(parents=True)
+
+    class Spec:
+        submodule_search_locations = (str(tmp_path),)
+
+    monkeypatch.setattr(installation, "find_spec", lambda name: Spec)
+    with pytest.raises(SimulationError, match="lack articulated_objects, stable_hope_objects"):
+        installation.assets()
+
+
+def test_initial_states_are_read_without_running_anything(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    folder = tmp_path / "init_files" / OBJECT
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(installation, "root", lambda: tmp_path)
+    monkeypatch.setattr(installation, "file_of", lambda suite, number: "task")
+    path = folder / "task.pruned_init"
+    marker = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (marker,)
+
+    read = official_states.__wrapped__
+    torch.save(Bomb(), path)
+    with pytest.raises(SimulationError, match=r"task.pruned_init cannot be read"):
+        read(OBJECT, 0)
+    assert not marker.exists()
+    torch.save(np.array([[np.nan]]), path)
+    with pytest.raises(SimulationError, match="has no initial states"):
+        read(OBJECT, 0)
+    torch.save(np.ones((50, 3)), path)
+    assert read(OBJECT, 0).shape == (50, 3)
+
+
+def test_libero_finds_its_folders_in_other_programs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "own"))
+    assert set_up.set_up() == f"wrote {tmp_path / 'own' / 'config.yaml'}"
+    assert (installation.root() / "assets" / "scenes").is_dir()
+    assert set_up.set_up().endswith("is up to date")
+    (tmp_path / "own" / "config.yaml").write_text("benchmark_root: /elsewhere\n")
+    assert "is of another installation" in set_up.set_up()
+    assert (tmp_path / "own" / "config.yaml").read_text() == "benchmark_root: /elsewhere\n"
+
+
+def test_the_angle_of_the_state_does_not_jump_where_the_hand_points_down() -> None:
+    def state(w: float) -> np.ndarray:
+        quaternion = np.array([np.sqrt(1 - w * w), 0.0, 0.0, w])
+        parts = {"robot0_eef_quat": quaternion, "robot0_eef_pos": np.zeros(3)}
+        return agent_state({**parts, "robot0_gripper_qpos": np.zeros(2)})
+
+    np.testing.assert_allclose(state(1e-4), state(-1e-4), atol=1e-3)
+    np.testing.assert_allclose(state(0.0)[3:6], [np.pi, 0, 0], atol=1e-6)
+    np.testing.assert_array_equal(state(1.0), 0)
+
+
+@pytest.fixture(scope="module")
+def env() -> Environment:
+    """Two tasks whose states are sampled."""
+    config = CeedLiberoEnv(
+        task="libero_object/0,libero_object/1", states="sampled", quality="fast", image_size=64
+    )
+    return Environment(config)
+
+
+@pytest.mark.slow
+def test_an_episode_depends_on_its_seed_alone(env: Environment) -> None:
+    def start(seed: int) -> np.ndarray:
+        env.reset(seed, f"{OBJECT}/0")
+        return np.concatenate([env.observe()["agent_pos"], env.inner.privileged_state()])
+
+    first = start(40_000)
+    np.random.seed(1)
+    drawn = np.random.get_state()[1].copy()
+    assert not np.array_equal(start(40_001), first)
+    env.advance(env.disturbance(np.random.default_rng(0)))
+    np.testing.assert_array_equal(start(40_000), first)
+    np.testing.assert_array_equal(np.random.get_state()[1], drawn)  # LIBERO's own generator
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [f"{OBJECT}/0", f"{OBJECT}/1"])
+def test_the_expert_solves_the_task_also_after_disturbances(env: Environment, task: str) -> None:
+    rng = np.random.default_rng(0)
+    env.reset(40_003, task)
+    assert env.instruction.startswith("pick up the")
+    for step in range(280):
+        disturbed = step % 20 < 2
+        if env.advance(env.disturbance(rng) if disturbed else env.expert_action()):
+            break
+    assert env.success
+
+
+@pytest.mark.slow
+def test_the_hand_is_put_anywhere(env: Environment) -> None:
+    env.reset(40_004, f"{OBJECT}/0")
+    rng = np.random.default_rng(0)
+    low, high = libero_env.REACH
+    for _ in range(5):
+        env.rearrange("scatter", rng)
+        hand = env.inner.scene.hand
+        assert (hand > low - 0.02).all()
+        assert (hand < high + 0.02).all()
+        assert np.abs(env.inner.scene.tilt).max() < 0.05
+        np.testing.assert_allclose(env.observe()["agent_pos"][:3], hand, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_official_states_follow_the_seeds_and_teach_nothing() -> None:
+    env = LiberoTasks([f"{OBJECT}/0", f"{OBJECT}/1"], image_size=32)
+    places = {}
+    for seed in (100, 101, 102, 200):
+        env.reset(seed=seed, options={"task": f"{OBJECT}/{seed % 2}"})
+        places[seed] = env.privileged_state()
+    with pytest.raises(SimulationError, match=r"--env.states=sampled"):
+        env.expert_action()
+    env.reset(seed=200, options={"task": f"{OBJECT}/0"})
+    np.testing.assert_array_equal(env.privileged_state(), places[200])
+    np.testing.assert_array_equal(places[100], places[200])  # state 0: 100 // 2 and 200 // 2 % 50
+    assert not np.array_equal(places[100], places[102])
+    with pytest.raises(SimulationError, match="Unknown task 'libero_object/2'"):
+        env.reset(seed=0, options={"task": f"{OBJECT}/2"})
+    env.close()
+
+
+@pytest.mark.slow
+def test_simulations_that_run_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libero_env, "MOST_SCENES", 1)
+    monkeypatch.setattr(libero_env, "_kept", [])
+    one = LiberoTasks([f"{OBJECT}/0", f"{OBJECT}/1"], quality="fast", image_size=32)
+    other = LiberoTasks([f"{OBJECT}/2"], quality="fast", image_size=32)
+    one.reset(seed=0, options={"task": f"{OBJECT}/0"})
+    first = one.scene
+    other.reset(seed=0)
+    assert one.scene is first  # its episode runs
+    one.reset(seed=0, options={"task": f"{OBJECT}/1"})
+    assert set(one._scenes) == {f"{OBJECT}/1"}
+    one.close()
+    other.close()
+    assert not libero_env._kept
+
+
+@pytest.mark.slow
+def test_a_recording_has_the_names_of_its_values(tmp_path: Path) -> None:
+    config = CeedLiberoEnv(task="libero_object/5", states="sampled", quality="fast", image_size=32)
+    summary = record(RecordConfig(tmp_path / "data", config, 1, seed=9, progress=False))
+    assert summary.outcomes == {"libero_object/5/recorded": 1}
+    info = json.loads((tmp_path / "data" / "meta" / "info.json").read_text())
+    features = info["features"]
+    assert features["action"]["names"][-1] == "gripper"
+    assert features["observation.state"]["names"][0] == "x"
+    assert features["observation.images.image2"]["shape"] == [32, 32, 3]
+    assert info["fps"] == 20

@@ -59,7 +59,9 @@ REGISTRIES = re.compile(
     r"|-(?:extra-)?index-url|^\s*index-url",
     re.IGNORECASE | re.MULTILINE,
 )
-UNSAFE_LOADING = re.compile(r"\btorch\.load\(|\bpickle\.loads?\(|trust_remote_code\s*=\s*True")
+UNSAFE_LOADING = re.compile(
+    r"\btorch\.load\((?![^()]*\bweights_only=True\))|\bpickle\.loads?\(|trust_remote_code\s*=\s*True"
+)
 
 
 def tracked_files() -> list[Path]:

@@ -17,6 +17,8 @@ TURN = 0.5  # rotation of a full action about one axis [rad]
 ALIGNED = 0.012  # horizontal error below which the hand is lowered or opened [m]
 CLEARANCE = 0.09  # of the fingertips above the object on the way to it [m]
 CARRY = 0.04  # of the object's lowest point above the target's rim [m]
+LAID = 0.008  # of an object above a flat target when it is let go [m]
+FLAT = 0.04  # height of a target below which nothing is dropped into it [m]
 REACHED = 0.008  # vertical error below which the fingers close [m]
 DEPTH = 0.025  # of the fingertips below an object's top [m]
 FLOOR = 0.004  # least height of the fingertips above the ground [m]
@@ -24,6 +26,7 @@ OPEN, CLOSED = -1.0, 1.0
 SHUT = 0.002  # finger opening of an empty closed hand [m]
 WIDE = 0.07  # finger opening to grasp from [m]
 FINGERS = 0.05  # of the middle of an open finger from that of the hand [m]
+RIM = 0.004  # of the middle between the fingers from an object's edge, inwards [m]
 MARGIN = 0.012  # least part of an object between the fingers, and of room beside it [m]
 SHIFT = 0.025  # largest distance of a grasp from the middle of an object, along one axis [m]
 ROOM = 0.03  # beside a finger that is enough [m]
@@ -62,20 +65,25 @@ class Expert:
         return self._move(hand, np.array([*place, depth]), CLOSED if reached else OPEN)
 
     def _grasp(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Place (2,) of the hand at which the open fingers have room beside the other objects."""
+        """Place (2,) of the hand at which the open fingers have room beside the other objects.
+
+        An object that is too wide for the hand is taken at its rim, between the fingers.
+        """
         half = (high - low)[:2] / 2
-        room = np.maximum([half[0] - MARGIN, FINGERS - half[1] - MARGIN], 0.0)
-        offsets = np.array([(x, y) for y in (0, -1, 1) for x in (0, -1, 1)]) * np.minimum(
-            room, SHIFT
-        )
-        places = (low + high)[:2] / 2 + offsets  # (9, 2)
-        fingers = places[:, None] + [(0.0, FINGERS), (0.0, -FINGERS)]  # (9, 2, 2)
+        if half[1] + MARGIN > FINGERS:
+            offsets = np.array([(0.0, side * (half[1] - RIM)) for side in (1, -1)])
+        else:
+            shifts = np.array([(x, y) for y in (0, -1, 1) for x in (0, -1, 1)], dtype=float)
+            room = np.maximum([half[0] - MARGIN, FINGERS - half[1] - MARGIN], 0.0)
+            offsets = shifts * np.minimum(room, SHIFT)
+        places = (low + high)[:2] / 2 + offsets  # (P, 2)
+        fingers = places[:, None] + [(0.0, FINGERS), (0.0, -FINGERS)]  # (P, 2, 2)
         gaps = np.full(len(places), ROOM)
-        for name in self.scene.objects:
+        for name in self.scene.movable:
             if name != self.item:
                 least, most = self.scene.box(name)
                 if most[2] > low[2] + FLOOR:
-                    gap = np.maximum(least[:2] - fingers, fingers - most[:2]).max(-1)  # (9, 2)
+                    gap = np.maximum(least[:2] - fingers, fingers - most[:2]).max(-1)  # (P, 2)
                     gaps = np.minimum(gaps, gap.min(1))
         return places[np.argmax(gaps - 0.1 * np.linalg.norm(offsets, axis=1))]
 
@@ -87,6 +95,10 @@ class Expert:
         away = ((base + rim) / 2 - centre)[:2]
         lift = rim[2] + CARRY - low[2]
         if np.linalg.norm(away) < ALIGNED:
+            drop = low[2] - rim[2] - LAID
+            flat = rim[2] - base[2] < FLAT
+            if flat and drop > REACHED:
+                return self._move(hand, hand - np.array([0.0, 0.0, drop]), CLOSED)
             return self._move(hand, hand, OPEN)
         if lift > 0.05 and np.linalg.norm(away) > 0.08:
             away = away * 0.0

@@ -163,9 +163,9 @@ class Scene:
         return all(touched & pads for pads in self._pads)
 
     @property
-    def objects(self) -> list[str]:
-        """Names of the objects and of the furniture."""
-        return list(self.world.obj_body_id)
+    def movable(self) -> list[str]:
+        """Names of the objects, without the furniture."""
+        return list(self.world.objects_dict)
 
     def box(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Lowest and highest corner (3,) of the box around an object [m]."""

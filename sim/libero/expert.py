@@ -22,6 +22,9 @@ FLAT = 0.04  # height of a target below which nothing is dropped into it [m]
 REACHED = 0.008  # vertical error below which the fingers close [m]
 DEPTH = 0.025  # of the fingertips below an object's top [m]
 FLOOR = 0.004  # least height of the fingertips above the ground [m]
+LEVEL = 0.06  # tilt that is not corrected: steps without rotation are easy to learn [rad]
+    0.06  # tilt that is not corrected: most steps have no rotation, which is easy to learn [rad]
+)
 OPEN, CLOSED = -1.0, 1.0
 SHUT = 0.002  # finger opening of an empty closed hand [m]
 WIDE = 0.07  # finger opening to grasp from [m]
@@ -110,6 +113,8 @@ class Expert:
         """Action (7,) towards a place of the hand, upright."""
         action = np.zeros(7, dtype=np.float32)
         action[:3] = np.clip(GAIN * (goal - hand) / STEP, -1.0, 1.0)
-        action[3:6] = np.clip(GAIN * self.scene.tilt / TURN, -1.0, 1.0)
+        tilt = self.scene.tilt
+        if np.abs(tilt).max() > LEVEL:
+            action[3:6] = np.clip(GAIN * tilt / TURN, -1.0, 1.0)
         action[6] = gripper
         return action

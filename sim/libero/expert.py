@@ -23,8 +23,6 @@ REACHED = 0.008  # vertical error below which the fingers close [m]
 DEPTH = 0.025  # of the fingertips below an object's top [m]
 FLOOR = 0.004  # least height of the fingertips above the ground [m]
 LEVEL = 0.06  # tilt that is not corrected: steps without rotation are easy to learn [rad]
-    0.06  # tilt that is not corrected: most steps have no rotation, which is easy to learn [rad]
-)
 OPEN, CLOSED = -1.0, 1.0
 SHUT = 0.002  # finger opening of an empty closed hand [m]
 WIDE = 0.07  # finger opening to grasp from [m]

@@ -22,6 +22,8 @@ class Call:
         deadline_s: Time from arrival until the answer is needed [s]; None without one.
         echo: What the answer repeats.
         goes_on: Whether the connection stays open if the call fails.
+        at_once: Message that is sent before the call; None for none.
+        beside: Whether the connection's next messages are read while the call runs.
     """
 
     request: Request
@@ -30,6 +32,8 @@ class Call:
     deadline_s: float | None = None
     echo: Mapping[str, Any] = field(default_factory=dict)
     goes_on: bool = False
+    at_once: bytes | None = None
+    beside: bool = False
 
 
 class RefusedError(WireError):
@@ -41,7 +45,11 @@ class RefusedError(WireError):
 
 
 class Conversation(Protocol):
-    """The messages of one connection, in turn."""
+    """The messages of one connection, in turn.
+
+    The calls of a connection run one after the other. After a call that runs beside, `read` may be
+    called before `answer` or `error`.
+    """
 
     def read(self, message: bytes) -> Call | bytes | None:
         """Read a message.
@@ -54,17 +62,23 @@ class Conversation(Protocol):
                 `RefusedError` whose call says that it goes on.
         """
 
-    def answer(self, call: Call, response: Response, timing: Mapping[str, float]) -> bytes:
+    def answer(
+        self, call: Call, response: Response, timing: Mapping[str, float]
+    ) -> bytes | Call | None:
         """Write the answer to a call.
 
         Args:
             call: The call.
             response: The chunk.
             timing: Name -> time [s].
+
+        Returns:
+            The answer; for a call that ran beside, also None if the client needs none now, or the
+            next call.
         """
 
-    def error(self, call: Call | None, text: str) -> str | bytes:
-        """Write that a call failed; None for a message that could not be read."""
+    def error(self, call: Call | None, text: str) -> str | bytes | Call | None:
+        """Write that a call failed, or None for a message that could not be read; see `answer`."""
 
 
 class WireProtocol(Protocol):

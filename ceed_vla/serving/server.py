@@ -2,8 +2,9 @@
 
     client --message--> read --call--> `PolicyThread`: `Predictor` --> answer --> client
 
-A connection waits for the answer to its message before it reads the next one, so the queue holds at
-most one call of each client, and clients take turns.
+A connection waits for the answer to its message before it reads the next one, unless its protocol
+lets the call run beside. Either way the queue holds at most one call of each client, and clients
+take turns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from websockets.asyncio.server import ServerConnection, serve
@@ -95,6 +96,27 @@ class Limits:
     key: str = ""
 
 
+@dataclass
+class _Client:
+    """One client.
+
+    Attributes:
+        connection: Its connection.
+        conversation: Its messages.
+        sessions: Its warm starts.
+        turn: Held while a call runs.
+        arrived: Time on `time.monotonic`'s clock at which its last message arrived [s].
+        total: Time from the arrival of a message until its answer was sent, of the last one [s].
+    """
+
+    connection: ServerConnection
+    conversation: Conversation
+    sessions: Sessions
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    arrived: float = 0.0
+    total: float = 0.0
+
+
 class PolicyServer:
     """Serves one policy until `stop` is called.
 
@@ -103,6 +125,7 @@ class PolicyServer:
         protocol: Reads requests and writes answers.
         limits: What clients may do.
         tls: Certificate and key; None without TLS.
+        latency_s: Time from the arrival of a request before which no chunk is sent [s].
     """
 
     def __init__(
@@ -111,9 +134,11 @@ class PolicyServer:
         protocol: WireProtocol,
         limits: Limits,
         tls: ssl.SSLContext | None = None,
+        latency_s: float = 0.0,
     ) -> None:
         self._load, self._protocol = load, protocol
         self._limits, self._tls = limits, tls
+        self._latency_s = latency_s
         self._thread = PolicyThread(limits.batch, limits.batch_wait_s)
         self._open: set[Connection] = set()
         self._metrics = Metrics()
@@ -225,7 +250,7 @@ class PolicyServer:
                 await self._calls(connection)
             else:
                 await connection.close(GOING)
-        except (ConnectionClosed, TimeoutError):
+        except* (ConnectionClosed, TimeoutError):
             pass  # the client has gone, or does not read
         finally:
             self._metrics.connections -= 1
@@ -247,75 +272,108 @@ class PolicyServer:
         """Answer the messages of one client, one after the other."""
         assert self._predictor is not None
         spec = self._predictor.spec
-        sessions = Sessions(spec)
-        conversation = self._protocol.conversation(spec)
+        client = _Client(connection, self._protocol.conversation(spec), Sessions(spec))
         greeting = self._protocol.greeting(spec)
         if greeting is not None:
             await self._send(connection, greeting)
         last = float("-inf")
-        total = 0.0
-        while True:
-            message = await self._or_stop(connection.recv())
-            if message is None:
-                await connection.close(GOING)
-                return
-            arrived = time.monotonic()
-            soon = last + 1 / self._limits.rate - arrived
-            if soon > 0:
-                await self._or_stop(asyncio.sleep(soon))
-            last = time.monotonic()
-            answer, failure = await self._answer(
-                connection, conversation, message, arrived, total, sessions
-            )
-            if answer is not None:
-                await self._send(connection, answer)
-            total = time.monotonic() - arrived
-            if failure is not None:
-                await connection.close(FAILED, failure or "the error is in the previous frame")
-                return
+        async with asyncio.TaskGroup() as beside:  # it waits for the call that runs
+            while (message := await self._or_stop(connection.recv())) is not None:
+                client.arrived = time.monotonic()
+                soon = last + 1 / self._limits.rate - client.arrived
+                if soon > 0:
+                    await self._or_stop(asyncio.sleep(soon))
+                last = time.monotonic()
+                call = await self._read(client, message)
+                if call is None:
+                    continue
+                answered = self._answer(client, call, client.arrived)
+                if call.beside:
+                    beside.create_task(answered)
+                else:
+                    await answered
+        await connection.close(GOING)
 
-    async def _answer(
-        self,
-        connection: ServerConnection,
-        conversation: Conversation,
-        message: str | bytes,
-        arrived: float,
-        last_total: float,
-        sessions: Sessions,
-    ) -> tuple[str | bytes | None, str | None]:
-        """The answer to a message, and the code of its error, "" for most; None to go on.
-
-        `last_total` is the time from the arrival of the last message until its answer was sent [s].
-        """
-        call: Call | None = None
+    async def _read(self, client: _Client, message: str | bytes) -> Call | None:
+        """Read a message, and send what answers it at once; returns the call that it needs."""
         try:
             if isinstance(message, str):
                 raise WireError("The message is text; it must be binary.")
-            read = _read(conversation, message)
-            if not isinstance(read, Call):
-                return read, None
-            call = read
-            request = await self._with_pixels(sessions.warm(call))
+            read = _read(client.conversation, message)
         except WireError as error:
             self._metrics.count("refused")
-            refused = error.call if isinstance(error, RefusedError) else call
-            ends = refused is None or not refused.goes_on
-            return conversation.error(refused, str(error)), "" if ends else None
+            refused = error.call if isinstance(error, RefusedError) else None
+            return await self._failed(client, refused, str(error))
+        call = read if isinstance(read, Call) else None
+        at_once = read.at_once if isinstance(read, Call) else read
+        if at_once is not None:
+            await self._sent(client, at_once, client.arrived)
+        return call
+
+    async def _answer(self, client: _Client, call: Call, arrived: float) -> None:
+        """Make a call, and those that follow from it, and send the answers.
+
+        `arrived` is the time of its message [s].
+        """
+        following: Call | None = call
+        async with client.turn:
+            while following is not None:
+                following = await self._answer_one(client, following, arrived)
+                arrived = client.arrived  # what follows is of the newest message
+
+    async def _answer_one(self, client: _Client, call: Call, arrived: float) -> Call | None:
+        """Make one call, and send its answer; returns the call that follows from it."""
+        last_total = client.total
+        try:
+            request = await self._with_pixels(client.sessions.warm(call))
+        except WireError as error:
+            self._metrics.count("refused")
+            return await self._failed(client, call, str(error))
         self._metrics.waiting += 1
         try:
-            answered = await self._predict(connection, conversation, call, request, arrived)
+            answered = await self._predict(client, call, request, arrived)
         finally:
             self._metrics.waiting -= 1
         response = answered.response
         if response.error is not None:
             self._metrics.count("failed")
-            code = None if call.goes_on else response.code
-            return conversation.error(call, response.error), code
-        sessions.keep(call, response)
-        now = time.monotonic()
-        timing = {"queue": answered.started - arrived, "infer": now - answered.started}
+            return await self._failed(client, call, response.error, response.code)
+        timing = {
+            "queue": answered.started - arrived,
+            "infer": time.monotonic() - answered.started,
+        }
         self._metrics.add(response, timing, answered.rows)
-        return conversation.answer(call, response, {**timing, "prev_total": last_total}), None
+        await self._wait_for_latency(arrived)
+        client.sessions.keep(call, response)
+        timing["prev_total"] = last_total
+        return await self._sent(client, client.conversation.answer(call, response, timing), arrived)
+
+    async def _sent(
+        self, client: _Client, answer: str | bytes | Call | None, arrived: float
+    ) -> Call | None:
+        """Send an answer; a call is returned instead."""
+        if isinstance(answer, Call):
+            return answer
+        if answer is not None:
+            await self._send(client.connection, answer)
+        client.total = time.monotonic() - arrived
+        return None
+
+    async def _failed(
+        self, client: _Client, call: Call | None, text: str, code: str = ""
+    ) -> Call | None:
+        """Send an error as `_sent` does; the connection ends, unless the call goes on."""
+        following = await self._sent(client, client.conversation.error(call, text), client.arrived)
+        if call is None or not call.goes_on:
+            reason = code or "the error is in the previous frame"
+            await client.connection.close(FAILED, reason)
+        return following
+
+    async def _wait_for_latency(self, arrived: float) -> None:
+        """Wait until an answer to a message that arrived at this time may be sent [s]."""
+        left = arrived + self._latency_s - time.monotonic()
+        if left > 0:
+            await self._or_stop(asyncio.sleep(left))
 
     async def _with_pixels(self, request: Request) -> Request:
         """The request with decoded images, a few at a time, beside the event loop."""
@@ -331,12 +389,7 @@ class PolicyServer:
         return replace(request, observation={**request.observation, **pixels})
 
     async def _predict(
-        self,
-        connection: ServerConnection,
-        conversation: Conversation,
-        call: Call,
-        request: Request,
-        arrived: float,
+        self, client: _Client, call: Call, request: Request, arrived: float
     ) -> Answered:
         """Run a call in the policy's thread."""
         deadline = None if call.deadline_s is None else arrived + call.deadline_s
@@ -347,14 +400,15 @@ class PolicyServer:
             put(parts.put_nowait, part)
 
         def left() -> bool:
-            return connection.state is not State.OPEN
+            return client.connection.state is not State.OPEN
 
         running = asyncio.ensure_future(
             self._thread.run(Job(request, deadline, early, left, kind_of(request)))
         )
         running.add_done_callback(lambda _: parts.put_nowait(None))
         while (part := await parts.get()) is not None:
-            await self._send(connection, conversation.answer(call, part, {}))
+            await self._wait_for_latency(arrived)
+            await self._sent(client, client.conversation.answer(call, part, {}), arrived)
         return running.result()
 
     async def _send(self, connection: ServerConnection, message: str | bytes) -> None:

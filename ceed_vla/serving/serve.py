@@ -59,6 +59,8 @@ class ServeConfig(Checked):
         max_batch: Requests of different clients that are decoded together at most, if they have the
             same decoding and steps; for CEED-VLA checkpoints with the engine eager.
         max_wait_ms: Time that the first of them waits for others [ms].
+        latency_ms: Time from the arrival of a request before which its chunk is not sent [ms], to
+            measure what latency costs.
     """
 
     policy_path: str
@@ -81,6 +83,7 @@ class ServeConfig(Checked):
     max_rate: float = ranged(200.0, "(0, 100000]")
     max_batch: int = ranged(1, "[1, 256]")
     max_wait_ms: float = ranged(2.0, "[0, 1000]")
+    latency_ms: float = ranged(0.0, "[0, 60000]")
 
 
 def serve(config: ServeConfig) -> str:
@@ -129,7 +132,7 @@ def serve(config: ServeConfig) -> str:
         return predictor
 
     async def main() -> None:
-        server = PolicyServer(load, protocol, limits, tls)
+        server = PolicyServer(load, protocol, limits, tls, 1e-3 * config.latency_ms)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.stop)
@@ -158,6 +161,7 @@ def _protocol(config: ServeConfig, declared: PolicySpec) -> WireProtocol:
         "server": f"ceed_vla {__version__}",
         "checkpoint_hash": _hash(config.policy_path),
         "settings_hash": _settings_hash(resolve_served(config.policy_path)),
+        "latency_ms": config.latency_ms,
     }
     lengths = {**declared.states, ACTION: declared.action_dim}
     protocol: WireProtocol = kind(keys, metadata, read_ranges(declared.checkpoint, lengths))

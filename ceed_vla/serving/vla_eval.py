@@ -3,6 +3,9 @@
 A message is a msgpack mapping of `type`, `payload`, `seq` and `timestamp`. The client says hello
 first. Then every observation gets the one action (A,) of its time step, or an error; both have the
 observation's `seq`. The start and the end of an episode get no answer.
+
+In a live episode the client's clock does not wait. It executes the newest action that has arrived
+at a tick, and holds if there is none; so an observation without a step gets no answer.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from ceed_vla.serving.arrays import WireError, packed, unpacked
 from ceed_vla.serving.contract import described
 from ceed_vla.serving.data_ranges import Range
 from ceed_vla.serving.encoded_images import FORMATS, EncodedImage
+from ceed_vla.serving.live_steps import LiveSteps
 from ceed_vla.serving.predictor_types import PolicySpec, Request, Response
 from ceed_vla.serving.protocols import Call, RefusedError
 from ceed_vla.texts import instruction_problem, short, shown
@@ -27,7 +32,8 @@ from ceed_vla.texts import instruction_problem, short, shown
 VERSION = 1  # of the protocol
 INSTRUCTION = "task_description"
 HELLO, OBSERVATION, ACTION, ERROR = "hello", "observation", "action", "error"
-EPISODE_EDGES = ("episode_start", "episode_end")
+EPISODE_START, EPISODE_END = "episode_start", "episode_end"
+LIVE = "live"  # mode of an episode
 _MISSING = object()
 IMAGE = "__image__"  # marks the mapping of an encoded image
 
@@ -67,11 +73,19 @@ class VlaEval:
         return VlaEvalConversation(self._keys, self._metadata, spec)
 
 
+@dataclass(frozen=True)
+class _Observed:
+    """An observation: its features, and the number of its message."""
+
+    features: Mapping[str, Any]
+    seq: int
+
+
 class VlaEvalConversation:
     """One connection, with the chunk that its client is executing.
 
-    The policy is called when all steps of a chunk are executed. A chunk starts warm from the last
-    one of its episode.
+    The policy is called when all steps of a chunk are executed; in a live episode it is called
+    while the chunk runs (`LiveSteps`). A chunk starts warm from the last one of its episode.
 
     Args:
         keys: Key of an observation -> the policy's feature.
@@ -86,8 +100,13 @@ class VlaEvalConversation:
         self._metadata = metadata
         self._spec = spec
         self._steps: deque[NDArray[np.float32]] = deque()  # (A,) each; those still to be executed
+        self._report: dict[str, Any] = {}  # how the chunk was decoded, until it is sent
         self._episode = 0
         self._instruction = ""  # of the chunk
+        self._live = False  # whether the episode is live
+        self._live_steps = LiveSteps(spec.chunk_steps, spec.n_action_steps)
+        self._running: Call | None = None  # of a live episode, which may have ended
+        self._waiting: _Observed | None = None  # newest one of the live episode, if unanswered
 
     def read(self, message: bytes) -> Call | bytes | None:
         kind, payload, seq = _envelope(message)
@@ -95,21 +114,29 @@ class VlaEvalConversation:
             return self._hello(payload, seq)
         if kind == OBSERVATION:
             return self._observed(payload, seq)
-        if kind in EPISODE_EDGES:
+        if kind in (EPISODE_START, EPISODE_END):
             self._forget()
+            self._live = kind == EPISODE_START and payload.get("mode") == LIVE
         return None
 
-    def answer(self, call: Call, response: Response, timing: Mapping[str, float]) -> bytes:
-        self._steps.extend(response.actions[: self._spec.n_action_steps])
-        payload = {
-            "actions": self._steps.popleft(),
+    def answer(
+        self, call: Call, response: Response, timing: Mapping[str, float]
+    ) -> bytes | Call | None:
+        if self._ended(call):
+            return self._waiting_call()
+        self._report = {
             "forwards": response.forwards,
             "exit_reason": response.exit_reason,
             "server_timing": {f"{name}_ms": 1e3 * seconds for name, seconds in timing.items()},
         }
-        return _message(ACTION, payload, call.echo["seq"])
+        if self._live:
+            return self._taken_over(response)
+        self._steps.extend(response.actions[: self._spec.n_action_steps])
+        return self._action(self._steps.popleft(), call.echo["seq"])
 
-    def error(self, call: Call | None, text: str) -> bytes:
+    def error(self, call: Call | None, text: str) -> bytes | Call | None:
+        if call is not None and self._ended(call):
+            return self._waiting_call()
         return _message(ERROR, {"error": text}, 0 if call is None else call.echo["seq"])
 
     def _hello(self, payload: Mapping[Any, Any], seq: int) -> bytes:
@@ -137,12 +164,19 @@ class VlaEvalConversation:
         }
         return _message(HELLO, answer, seq)
 
+    @property
+    def _session(self) -> str:
+        return f"episode {self._episode}"
+
     def _forget(self) -> None:
         """End chunk and warm start."""
         self._steps.clear()
+        self._report = {}
+        self._live_steps.restart()
+        self._waiting = None
         self._episode += 1
 
-    def _observed(self, payload: Mapping[Any, Any], seq: int) -> Call | bytes:
+    def _observed(self, payload: Mapping[Any, Any], seq: int) -> Call | bytes | None:
         """The next step of the chunk, or a call; a `RefusedError` leaves the connection open."""
         echo = {"seq": seq}
         try:
@@ -154,10 +188,70 @@ class VlaEvalConversation:
         if instruction != self._instruction:
             self._forget()
             self._instruction = instruction
+        if self._live:
+            return self._ticked(_Observed(observation, seq))
         if self._steps:
-            return _message(ACTION, {"actions": self._steps.popleft()}, seq)
-        session = f"episode {self._episode}"
-        return Call(Request(0, observation, instruction), session, echo=echo, goes_on=True)
+            return self._action(self._steps.popleft(), seq)
+        return Call(Request(0, observation, instruction), self._session, echo=echo, goes_on=True)
+
+    def _action(self, step: NDArray[np.float32], seq: int) -> bytes:
+        """A step (A,) as an answer; the first one of a chunk has its report."""
+        payload = {"actions": step, **self._report}
+        self._report = {}
+        return _message(ACTION, payload, seq)
+
+    def _ticked(self, observed: _Observed) -> Call | bytes | None:
+        """One tick of a live episode: its step, and a call if one is due and none runs."""
+        starts = self._running is None and self._live_steps.due
+        step = self._live_steps.take()
+        message = None if step is None else self._action(step, observed.seq)
+        self._waiting = observed if message is None else None
+        return self._live_call(observed, message) if starts else message
+
+    def _live_call(self, observed: _Observed, at_once: bytes | None = None) -> Call:
+        """A call with the newest observation, whose own step is sent `at_once`, if it has one."""
+        steps = self._live_steps.begin(answered=at_once is not None)
+        request = Request(
+            0,
+            observed.features,
+            self._instruction,
+            frozen_steps=steps.frozen_steps,
+            executed_steps=steps.executed_steps,
+        )
+        self._running = Call(
+            request,
+            self._session,
+            steps.shift_steps,
+            echo={"seq": observed.seq},
+            goes_on=True,
+            at_once=at_once,
+            beside=True,
+        )
+        return self._running
+
+    def _taken_over(self, response: Response) -> bytes | None:
+        """Continue with the chunk of a live call; its step, if the newest observation waits."""
+        waiting = self._waiting
+        self._waiting = None
+        step = self._live_steps.take_over(
+            response.actions,
+            freezes=response.tokens is not None,
+            waiting=waiting is not None,
+        )
+        if waiting is None or step is None:
+            return None
+        return self._action(step, waiting.seq)
+
+    def _ended(self, call: Call) -> bool:
+        """Note that a call is over; returns whether its episode is over, too."""
+        if call is not self._running:
+            return False
+        self._running = None
+        return call.session != self._session
+
+    def _waiting_call(self) -> Call | None:
+        """The call of a live episode that began while a call of an earlier one ran."""
+        return None if self._waiting is None else self._live_call(self._waiting)
 
     def _observation(self, payload: Mapping[Any, Any]) -> dict[str, Any]:
         """The policy's features; raises `WireError` for missing ones. Others are ignored."""
@@ -177,7 +271,7 @@ def _envelope(message: bytes) -> tuple[str, dict[Any, Any], int]:
     if not isinstance(value, dict):
         raise WireError(f"The message is {shown(value)}; it must be a mapping.")
     kind, payload, seq = value.get("type"), value.get("payload"), value.get("seq")
-    known = (HELLO, OBSERVATION, *EPISODE_EDGES, ERROR)
+    known = (HELLO, OBSERVATION, EPISODE_START, EPISODE_END, ERROR)
     if not isinstance(kind, str) or kind not in known:
         raise WireError(f"type is {shown(kind)}; it must be one of {', '.join(known)}.")
     if not isinstance(payload, dict):

@@ -25,6 +25,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.export.cached import cached_export
 from ceed_vla.serving.arrays import packed, unpacked
 from ceed_vla.serving.serve import ServeConfig, serve
+from tests.helpers.local_server import until
 from tests.helpers.serving_calls import http, wait_until_ready
 
 FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "observation.state"
@@ -102,10 +103,10 @@ def observed(edge: EdgePolicy, seed: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def decoded(edge: EdgePolicy, seed: int, previous: Any = None) -> Any:
+def decoded(edge: EdgePolicy, seed: int, previous: Any = None, **options: Any) -> Any:
     """What the policy itself makes of `observed`."""
     observation, _ = random_observation(edge.settings, seed)
-    return edge.decode(observation, instruction_of(edge), "ceed", previous=previous)
+    return edge.decode(observation, instruction_of(edge), "ceed", previous=previous, **options)
 
 
 def test_the_hello_describes_the_policy(harness: Any) -> None:
@@ -119,6 +120,7 @@ def test_the_hello_describes_the_policy(harness: Any) -> None:
     assert said["checkpoint"] == "student"
     assert said["actions"]["n_action_steps"] == EXECUTED
     assert said["observation"]["images/wrist"]["feature"] == WRIST
+    assert said["latency_ms"] == 0.0
     json.dumps(said)  # the harness does it
     assert re.fullmatch("[0-9a-f]{12}", said["checkpoint_hash"])
 
@@ -163,6 +165,30 @@ def test_a_new_episode_forgets_the_running_chunk(harness: Any, edge: EdgePolicy)
             connection.send(message(kind, {}))
             answer = ask(connection, "observation", observed(edge, 2))
             np.testing.assert_array_equal(answer["payload"]["actions"], second[0])
+
+
+def test_a_live_episode_continues_the_running_chunk(harness: Any, edge: EdgePolicy) -> None:
+    """The second chunk is decoded while steps of the first one are sent, which it continues."""
+    first = decoded(edge, 0, executed_steps=EXECUTED + 1)
+    observation, _ = random_observation(edge.settings, EXECUTED)
+    second = edge.decode_behind(
+        edge.prepare(observation, instruction_of(edge)),
+        frozen_steps=1,
+        executed_steps=EXECUTED,
+        previous=np.asarray(first.tokens),
+        shift_steps=EXECUTED,
+    )
+    wanted = [*first.actions[0][: EXECUTED + 1], *second.actions[0][1:EXECUTED]]
+    with greeted(harness) as connection:
+        connection.send(message("episode_start", {"task": {"name": "lift"}, "mode": "live"}))
+        before = counted(harness.port).get("ok", 0)
+        for tick, step in enumerate(wanted):
+            answer = ask(connection, "observation", observed(edge, tick), tick)["payload"]
+            np.testing.assert_array_equal(answer["actions"], step)
+            assert ("forwards" in answer) == (tick in (0, EXECUTED + 1))
+            if tick == EXECUTED:
+                until(lambda: counted(harness.port)["ok"] == before + 2)
+        connection.send(message("episode_end", {}))
 
 
 def test_images_and_states_of_other_forms(harness: Any, edge: EdgePolicy) -> None:

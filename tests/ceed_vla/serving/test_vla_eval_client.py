@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def port(serving: Callable[..., Any]) -> int:
 
 
 def harness(venv: Path, folder: Path, *arguments: str) -> str:
-    """What ``vla-eval`` prints, which must succeed."""
+    """What ``vla-eval`` prints and logs; it must succeed."""
     tools = Path(sys.executable).parent  # has uv
     environment = {
         **os.environ,
@@ -65,7 +66,7 @@ def harness(venv: Path, folder: Path, *arguments: str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def evaluated(venv: Path, folder: Path, port: int, **settings: Any) -> dict[str, Any]:
@@ -73,10 +74,11 @@ def evaluated(venv: Path, folder: Path, port: int, **settings: Any) -> dict[str,
     config = {"benchmarks": [{"benchmark": BENCHMARK, "name": "tabletop", **settings}]}
     (folder / "tabletop.yaml").write_text(json.dumps(config))
     url = f"ws://127.0.0.1:{port}"
-    harness(
+    printed = harness(
         venv, folder, "run", "--no-docker", "-c", "tabletop.yaml", "--server-url", url,
         "--output-dir", "results",
     )  # fmt: skip
+    print(*re.findall("stale=[0-9]+%", printed))  # of live episodes: ticks without a new action
     results: dict[str, Any] = json.loads((folder / "results/tabletop_aggregate.json").read_text())
     return results
 
@@ -93,9 +95,16 @@ def test_a_benchmark_is_evaluated(venv: Path, port: int, tmp_path: Path) -> None
         assert "Server error: {'error': \"0 of the 2 words of the" in episode["failure_detail"]
 
 
-def test_a_simulators_clock_goes_on(venv: Path, port: int, tmp_path: Path) -> None:
-    results = evaluated(venv, tmp_path, port, mode="live", hz=20, max_tasks=1)
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_simulators_clock_goes_on(venv: Path, port: int, tmp_path: Path, wait: bool) -> None:
+    """Episodes follow each other on one connection; no server is asked to be in time."""
+    settings = {"hz": 20, "wait_first_action": wait, "max_tasks": 1, "episodes_per_task": 3}
+    results = evaluated(
+        venv, tmp_path, port, mode="live", params={"steps": 40}, max_steps=80, **settings
+    )
     assert (results["mode"], results["mean_success"], results["num_errors"]) == ("live", 1.0, 0)
+    for episode in results["tasks"][0]["episodes"]:
+        assert episode["steps"] == 40
 
 
 def test_a_simulator_resets_for_long(venv: Path, port: int, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from vla_eval.benchmarks.base import StepBenchmark, StepResult
 
-STEPS = 10  # of an episode
+STEPS = 10  # of an episode by default
 TASKS = ("put the red cube in the bin", "sing loudly")  # the student does not know the second
 
 
@@ -19,6 +19,7 @@ class Tabletop(StepBenchmark):
         send_wrist_image: Whether to send the second camera; off by default, as in LIBERO.
         send_state: Whether to send the state; off by default, as in LIBERO.
         reset_seconds: Time for which a reset blocks the harness's event loop.
+        steps: Steps of an episode.
     """
 
     def __init__(
@@ -26,9 +27,11 @@ class Tabletop(StepBenchmark):
         send_wrist_image: bool = False,
         send_state: bool = False,
         reset_seconds: float = 0.0,
+        steps: int = STEPS,
     ) -> None:
         super().__init__()
         self._wrist, self._state, self._reset_seconds = send_wrist_image, send_state, reset_seconds
+        self._steps = steps
         self._step = 0
 
     def get_tasks(self) -> list[dict[str, Any]]:
@@ -43,7 +46,7 @@ class Tabletop(StepBenchmark):
         assert actions.shape == (7,)
         assert actions.dtype == np.float32
         self._step += 1
-        return StepResult(obs=None, reward=0.0, done=self._step == STEPS, info={})
+        return StepResult(obs=None, reward=0.0, done=self._step == self._steps, info={})
 
     def make_obs(self, raw_obs: None, task: dict[str, Any]) -> dict[str, Any]:
         image = np.full((96, 96, 3), self._step, np.uint8)
@@ -64,4 +67,4 @@ class Tabletop(StepBenchmark):
         return {"actions": np.zeros(7, np.float32)}
 
     def get_metadata(self) -> dict[str, Any]:
-        return {"max_steps": 2 * STEPS}
+        return {"max_steps": 2 * self._steps}

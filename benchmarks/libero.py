@@ -43,7 +43,7 @@ def main() -> None:
             name = f"ours, {quality}, " + ("every step" if every == 1 else f"every {every}th step")
             rows[name] = seen_every(env, every, action)
     rows["ours, no image"] = lambda: env.advance(action)
-    seconds = {name: 0.0 for name in rows}
+    seconds = dict.fromkeys(rows, 0.0)
     for _ in range(TURNS):
         for name, step in rows.items():
             step()  # its renderer becomes the current one

@@ -10,7 +10,9 @@ executes until the answer is there:
     next chunk                | 0 1 2 3 4 5 6 7 |    0 and 1 are frozen: steps 4 and 5 from before
                                     ^ observation 6 takes step 2
 
-A tick at which the robot holds takes no step.
+A tick at which the robot holds takes no step. While all answers arrive before the next observation,
+the observation that starts a call takes no step of the running chunk either: its own chunk has a
+newer one in time.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class CallSteps:
 class LiveSteps:
     """The steps of a live episode.
 
-    Of a tick, call `due` first, then `take`; then `begin` if a call starts with its observation.
+    Of a tick, call `due` first, then `take`, unless a call starts that is `prompt`; then `begin` if
+    a call starts with its observation.
 
     Args:
         chunk_steps: Steps ``m`` of a chunk.
@@ -71,6 +74,11 @@ class LiveSteps:
         """Whether the next observation should start a call."""
         return self._next >= min(self._replan_steps, len(self._actions))
 
+    @property
+    def prompt(self) -> bool:
+        """Whether answers arrive before the next observation."""
+        return max(self._delays) == 0
+
     def take(self) -> NDArray[np.float32] | None:
         """Take the next step (A,) of the running chunk for a tick; None if the robot holds."""
         self._ticks += 1
@@ -81,7 +89,8 @@ class LiveSteps:
         self._ticks = 0
         self._taken = int(answered)
         shift_steps = self._next - self._taken
-        expected = max(self._delays) + 1  # steps until the answer, if the chunk has so many
+        # steps until the answer, if a chunk has so many
+        expected = 0 if self.prompt else max(self._delays) + 1
         left = len(self._actions) - shift_steps
         frozen = min(expected, left) if self._freezes else 0
         # The call after this one is due after `replan_steps`, and takes as long as this one.

@@ -203,7 +203,7 @@ class VlaEvalConversation:
     def _ticked(self, observed: _Observed) -> Call | bytes | None:
         """One tick of a live episode: its step, and a call if one is due and none runs."""
         starts = self._running is None and self._live_steps.due
-        step = self._live_steps.take()
+        step = None if starts and self._live_steps.prompt else self._live_steps.take()
         message = None if step is None else self._action(step, observed.seq)
         self._waiting = observed if message is None else None
         return self._live_call(observed, message) if starts else message

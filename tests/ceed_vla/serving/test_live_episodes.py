@@ -81,17 +81,17 @@ HOLD = None
 # Delay in ticks -> actions, and of every call `Client.steps`.
 TIMELINES: dict[int, tuple[list[float | None], list[tuple[int, int, int]]]] = {
     0: (
-        [1.0, 1.1, 1.2, 1.3, 1.4, 2.1, 2.2, 2.3, 2.4, 3.1, 3.2, 3.3, 3.4],
-        [(0, 0, 5), (4, 1, 4), (4, 1, 4), (4, 1, 4)],
+        [1.0, 1.1, 1.2, 1.3, 2.0, 2.1, 2.2, 2.3, 3.0, 3.1, 3.2, 3.3],
+        [(0, 0, 4), (4, 0, 4), (4, 0, 4)],
     ),
     1: (
         [HOLD, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 2.2, 2.3, 2.4, 2.5, 3.2, 3.3],
-        [(0, 0, 5), (4, 2, 4), (4, 2, 4)],
+        [(0, 0, 4), (4, 2, 4), (4, 2, 4)],
     ),
     3: (
         [HOLD] * 3
         + [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 2.4, 2.5, 2.6, 2.7, 3.4],
-        [(0, 0, 5), (4, 4, 4), (4, 4, 4), (4, 4, 4)],
+        [(0, 0, 4), (4, 4, 4), (4, 4, 4), (4, 4, 4)],
     ),
     # The chunk ends two ticks before the next one arrives.
     6: (
@@ -101,7 +101,7 @@ TIMELINES: dict[int, tuple[list[float | None], list[tuple[int, int, int]]]] = {
         + [2.4, 2.5, 2.6, 2.7]
         + [HOLD] * 3
         + [3.3, 3.4],
-        [(0, 0, 5), (4, 4, 4), (5, 3, 5), (4, 4, 4)],
+        [(0, 0, 4), (4, 4, 4), (5, 3, 5), (4, 4, 4)],
     ),
 }  # fmt: skip
 
@@ -130,15 +130,15 @@ def test_no_step_is_skipped_or_doubled(delay: int) -> None:
 
 
 def test_a_delay_that_varies() -> None:
-    """The longest of the last calls is expected, so that no executed step is left to decode."""
+    """The longest of the last calls is expected: after a late answer, such steps are frozen."""
     client = Client(0).tick(6)
     client.delay = 2
     client.tick(5)  # its second tick starts a call
     client.delay = 0
     client.tick(80)
     frozen = [steps[1] for steps in client.steps]
-    assert frozen[:11] == [0, 1, 1] + [3] * 8
-    assert frozen[11:] == [1] * len(frozen[11:])
+    assert frozen[:11] == [0, 0, 0] + [3] * 8
+    assert frozen[11:] == [0] * len(frozen[11:])
     assert len(frozen) > 12
 
 
@@ -173,7 +173,7 @@ def test_an_answer_of_an_ended_episode_is_thrown_away() -> None:
     assert client.actions == [None] * 5
     assert client.calls[1].echo == {"seq": 4}
     assert client.calls[1].session != client.calls[0].session
-    assert client.steps[1] == (0, 0, 5)
+    assert client.steps[1] == (0, 0, 4)
     client.answer()
     assert client.actions == [None] * 4 + [2.0]
 
@@ -193,13 +193,14 @@ def test_after_an_error_the_next_observation_tries_again() -> None:
     client.tick()
     client.answer()
     client.tick(5)
-    assert client.actions == [None, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5]
+    assert client.actions == [None, 2.0, 2.1, 2.2, 2.3, None, 2.4]
     client.answer("out of memory")
-    client.tick(3)
-    assert client.actions[7:] == [2.6, 2.7, None]
-    assert client.steps[-1] == (6, 1, 4)
+    client.tick(3)  # the first one starts a call
+    assert client.actions[7:] == [None, 2.5, 2.6]
+    assert client.steps[-1] == (5, 0, 4)
     client.answer()
-    assert client.actions[7:] == [2.6, 2.7, 4.2]
+    client.tick()
+    assert client.actions[7:] == [None, 2.5, 2.6, 4.2]
 
 
 def test_a_new_instruction_ends_the_chunk() -> None:
@@ -207,7 +208,7 @@ def test_a_new_instruction_ends_the_chunk() -> None:
     client.answer()
     client.tick(5)  # the last one starts a call
     client.tick(2, "push")
-    assert client.actions == [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, None, None]
+    assert client.actions == [1.0, 1.1, 1.2, 1.3, None, 1.4, None, None]
     client.answer()
     assert client.calls[2].request.instruction == "push"
     assert client.steps[2][:2] == (0, 0)

@@ -18,6 +18,8 @@ from ceed_vla.fields import short
 _logger = logging.getLogger(__name__)
 
 PRETRAINED = ("teacher", "student", "student_all_tokens")
+# Wheels of weights of this project, whose names are those of their students.
+WHEELS = ("libero_object", "metaworld_mt10")
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TEMPLATE = "robot.yaml"  # the file of the robot that a checkpoint was trained with, if it has one
@@ -37,15 +39,23 @@ def pretrained_path(name: str) -> Path:
 
     In the package are "teacher" (autoregressive), "student" (consistency-distilled; it runs 8 of
     the 46 image tokens and words of its prefix), and "student_all_tokens", which runs all of them.
-    "metaworld/student" is the student of an installed wheel of weights, ceed_vla_metaworld, which
-    is not imported.
+    "libero_object/teacher" is the teacher of an installed wheel of weights, ceed_vla_libero_object,
+    which is not imported; "libero_object" and "metaworld_mt10" are the students of theirs.
     """
-    wheel, _, own = name.rpartition("/") if isinstance(name, str) else ("", "", "")
+    full = f"{name}/student" if name in WHEELS else name
+    wheel, _, own = full.rpartition("/") if isinstance(full, str) else ("", "", "")
     if own not in PRETRAINED or not (not wheel or wheel.isidentifier()):
         raise CheckpointError(
-            f"No shipped checkpoint is called {short(name)}; choose one of {', '.join(PRETRAINED)}."
+            f"No shipped checkpoint is called {short(name)}; choose one of "
+            f"{', '.join((*PRETRAINED, *WHEELS))}."
         )
     spec = find_spec(f"ceed_vla_{wheel}") if wheel else None
+    if wheel in WHEELS and (spec is None or spec.origin is None):
+        raise CheckpointError(
+            f"{name} is in a wheel of weights that is not installed. In a clone, build it with "
+            f"`python scripts/weights_wheel.py --name {wheel}`, then install dist/ceed_vla_{wheel}-"
+            "*.whl with pip."
+        )
     if wheel and (spec is None or spec.origin is None):
         raise CheckpointError(
             f"There is no folder {name}, and no wheel ceed_vla_{wheel} is installed."
@@ -68,7 +78,7 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
 
     Args:
         path: The folder, the one above its ``pretrained_model``, or a shipped name ("teacher",
-            "student", "metaworld/student" of a wheel of weights).
+            "student"; "libero_object", "libero_object/teacher" of a wheel of weights).
         files: Names of files that it must hold.
 
     Returns:
@@ -139,15 +149,14 @@ def unambiguous(text: str) -> str:
 
 
 def _may_be_shipped(path: str | Path) -> bool:
-    """Whether `path` has the form of a shipped name: "student" or "wheel/student".
+    """Whether `path` has the form of a shipped name: "student", "wheel/student" or a wheel's name.
 
     "./student" does not have it.
     """
     text = str(path)
     folder = Path(text)
     return (
-        folder.name in PRETRAINED
-        and len(folder.parts) <= 2
+        (text in WHEELS or (folder.name in PRETRAINED and len(folder.parts) <= 2))
         and not folder.is_absolute()
         and text.split("/")[0] not in (".", "..")
     )

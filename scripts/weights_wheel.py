@@ -1,11 +1,11 @@
 r"""Build a wheel of checkpoints, `ceed_vla_NAME`.
 
-Once it is installed, every command takes ``NAME/student`` as the name of a checkpoint:
+Once it is installed, every command takes ``NAME/student`` and ``NAME/teacher`` as names of
+checkpoints. Those in the folder `weights` need their name alone, which is also that of the student:
 
-    python scripts/weights_wheel.py --name metaworld --folder outputs/mt10 \
-        --card recipes/metaworld_mt10.md
-    pip install outputs/mt10/ceed_vla_metaworld-*.whl
-    ceed-vla eval --env.type=ceed_metaworld --policy.path metaworld/student
+    python scripts/weights_wheel.py --name libero_object
+    pip install dist/ceed_vla_libero_object-*.whl
+    ceed-vla eval --env.type=ceed_libero --policy.path libero_object
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class WheelConfig:
     """Contents of the wheel."""
 
     name: str  # name of the package without ceed_vla_
-    # folder of runs or checkpoints called teacher and student; the wheel is written into it
-    folder: Path
-    card: Path  # model card of the checkpoints
+    # folder of runs or checkpoints called teacher and student; by default weights/NAME
+    folder: Path | None = None
+    card: Path | None = None  # model card; by default README.md of the folder
+    output: Path = Path("dist")  # folder of the wheel
 
 
 def build(config: WheelConfig) -> Path:
@@ -58,19 +59,21 @@ def build(config: WheelConfig) -> Path:
         ConfigError: The name is invalid, or there is no model card.
         CheckpointError: There is no checkpoint.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9]*", config.name) or not config.card.is_file():
+    weights = config.folder or Path("weights") / config.name
+    card = config.card or weights / "README.md"
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", config.name) or not card.is_file():
         raise ConfigError(
-            f"--name {config.name!r} must be lower-case letters and digits, --card a file "
-            f"({config.card})."
+            f"--name {config.name!r} must be lower-case letters, digits and underscores, --card a "
+            f"file ({card})."
         )
-    ends = [config.folder / name / "checkpoints/final" for name in PRETRAINED]
+    ends = [weights / name / "checkpoints/final" for name in PRETRAINED]
     found = {
         end.parents[1].name: end if end.is_dir() else end.parents[1]
         for end in ends
         if end.parents[1].is_dir()
     }
     if not found:
-        raise CheckpointError(f"{config.folder} holds neither {' nor '.join(PRETRAINED)}.")
+        raise CheckpointError(f"{weights} holds neither {' nor '.join(PRETRAINED)}.")
     with tempfile.TemporaryDirectory() as temporary:
         package = Path(temporary) / f"ceed_vla_{config.name}"
         for name, folder in found.items():
@@ -79,11 +82,12 @@ def build(config: WheelConfig) -> Path:
             shutil.copytree(source, package / name)
             if not (package / name / MANIFEST).exists():
                 seal(package / name)
-        shutil.copy(config.card, package / "README.md")
+        shutil.copy(card, package / "README.md")
         (package / "__init__.py").write_text(f'"""Checkpoints: {", ".join(found)}."""\n')
         text = PROJECT.format(name=config.name, version=__version__, names=", ".join(found))
         (Path(temporary) / "pyproject.toml").write_text(text)
-        output = config.folder.resolve()
+        output = config.output.resolve()
+        output.mkdir(parents=True, exist_ok=True)
         with chdir(temporary):
             return output / build_meta.build_wheel(str(output))
 

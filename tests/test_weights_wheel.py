@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -30,8 +31,8 @@ def test_from_a_run_to_a_name(script: Any, tmp_path: Path, monkeypatch: pytest.M
     (final / "pretrained_model").symlink_to(ceed_vla.pretrained_path("student"))
     card = tmp_path / "card.md"
     card.write_text("# Card\n")
-    wheel = script.build(script.WheelConfig("ofatest", tmp_path / "run", card))
-    assert wheel.parent == tmp_path / "run"
+    wheel = script.build(script.WheelConfig("ofatest", tmp_path / "run", card, tmp_path / "out"))
+    assert wheel.parent == tmp_path / "out"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -47,10 +48,34 @@ def test_from_a_run_to_a_name(script: Any, tmp_path: Path, monkeypatch: pytest.M
         resolve_checkpoint("ofatest/teacher")
 
 
+# setuptools removes the class of an error, so another process cannot unpickle it
+@pytest.mark.filterwarnings("ignore")
+def test_the_name_of_a_wheel_is_that_of_its_student(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"scripts/weights_wheel.py --name libero_object"):
+        ceed_vla.load("libero_object")
+    folder = tmp_path / "weights" / "libero_object"
+    shutil.copytree(ceed_vla.pretrained_path("teacher"), folder / "student")
+    (folder / "README.md").write_text("# Card\n")
+    wheel = script.build(script.WheelConfig("libero_object"))
+    assert wheel.parent == tmp_path / "dist"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    found = tmp_path / "site" / "ceed_vla_libero_object" / "student"
+    assert resolve_checkpoint("libero_object") == found
+    assert resolve_checkpoint("libero_object/student") == found
+    assert ceed_vla.load("libero_object")[0].config.chunk_size == 8
+    (tmp_path / "libero_object").mkdir()  # no checkpoint: a warning, and the wheel's
+    assert resolve_checkpoint("libero_object") == found
+
+
 def test_nothing_to_build(script: Any, tmp_path: Path) -> None:
     (tmp_path / "card.md").touch()
     with pytest.raises(CheckpointError, match="neither teacher nor student"):
-        script.build(script.WheelConfig("x", tmp_path, tmp_path / "card.md"))
+        script.build(script.WheelConfig("x", tmp_path, tmp_path / "card.md", tmp_path))
     for name, card in (("../x", tmp_path / "card.md"), ("x", tmp_path / "none.md")):
         with pytest.raises(ConfigError, match="lower-case"):
-            script.build(script.WheelConfig(name, tmp_path, card))
+            script.build(script.WheelConfig(name, tmp_path, card, tmp_path))

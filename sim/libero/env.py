@@ -1,9 +1,9 @@
 """LIBERO's tasks as one environment, with rendering on demand and access for experts and recording.
 
-The simulation, the initial states, the step at which sensors are sampled and the success of a task
-are LIBERO's own, bit for bit. Three things differ from LeRobot's `LiberoEnv`: cameras are rendered
-only when somebody looks; images are upright, as LeRobot's processors turn them afterwards; and the
-simulation is reset without being built again, with the same result.
+Simulation, initial states, sampling of the sensors and success are LIBERO's own, bit for bit. Three
+things differ from LeRobot's `LiberoEnv`: cameras are rendered on demand; images are turned by 180
+degrees already, as LeRobot's processors do afterwards; and the simulation is reset without being
+rebuilt, with the same result.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class LiberoTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return photograph(
             f"{self._task} {self.quality}",
             scene.model,
-            scene.seen,
+            scene.sampled,
             CAMERAS[camera],
             self.image_size,
             effects=self.quality == "official",

@@ -1,7 +1,7 @@
-"""The scripted expert: grasps the object that the instruction names and puts it at the target.
+"""The scripted expert: grasps the object of the instruction and puts it at the target.
 
-It reads the simulator's state, and decides every step anew from what it sees there, so that it can
-take over from any state that a policy has reached.
+It reads the simulator's state and has no memory of earlier steps, so it can take over from any
+state that a policy has reached.
 """
 
 from __future__ import annotations

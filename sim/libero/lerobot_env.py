@@ -1,7 +1,7 @@
 """LIBERO as LeRobot's environment, rendered on demand: `--env.type=ceed_libero`.
 
-Observations, tasks, initial states and success are those of LeRobot's own `libero`, which stays as
-it is; images are upright already and the state is one vector, as LeRobot's processors make them.
+Observations, tasks, initial states and success are those of LeRobot's own `libero`, which is not
+changed. Images are turned already and the state is one vector, as LeRobot's processors return them.
 """
 
 from __future__ import annotations

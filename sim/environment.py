@@ -12,6 +12,8 @@ On the configuration:
     act(env) -> (A,)             expert action in the state of the unwrapped `env`; for `record`
     privileged: Privileged       the meaning of `privileged_state`; for the auxiliary target
     sides: tuple[str, str]       labels of the first camera's left and right border; for clips
+    most_envs: int               environments that fit into the memory of a process; default: any
+    evaluation_only: bool        nothing may be learned or chosen in it; default: False
 
 On the unwrapped environment:
 
@@ -144,6 +146,21 @@ def _has_tasks(config: EnvConfig) -> bool:
 def has_expert(config: EnvConfig) -> bool:
     """Whether the environment's configuration has an expert."""
     return callable(getattr(config, "act", None))
+
+
+def at_once(config: EnvConfig, wanted: int) -> int:
+    """Number of environments to run side by side in a process, of the `wanted` ones."""
+    return min(wanted, getattr(config, "most_envs", wanted))
+
+
+def check_open(config: EnvConfig, purpose: str) -> None:
+    """Raise `ConfigError` if nothing may be learned or chosen in the environment."""
+    if getattr(config, "evaluation_only", False):
+        raise ConfigError(
+            f"{purpose} with --env.type={config.type} as it is set would use the episodes of the "
+            "final evaluation. Set the field that makes it so; for ceed_libero it is "
+            "--env.states=sampled."
+        )
 
 
 def check_expert(config: EnvConfig, purpose: str) -> None:
@@ -336,7 +353,7 @@ class EnvPool(AbstractContextManager["EnvPool"]):
     """A fixed number of environments, created on first use and reused."""
 
     def __init__(self, size: int, config: EnvConfig, instruction: str = "") -> None:
-        self.size = size
+        self.size = at_once(config, size)
         self.config = config
         self._instruction = instruction
         self._envs: list[Environment] = []

@@ -25,6 +25,7 @@ from ceed_vla.sim.environment import (
     EnvPool,
     check_expert,
     check_features,
+    check_open,
     has_expert,
 )
 from ceed_vla.sim.episode_log import fingerprint
@@ -133,7 +134,8 @@ class ClosedLoopValidation:
         self.instruction = instruction
 
     def check(self, policy: CeedVLAConfig) -> None:
-        """Raise `ConfigError`, before training, if a policy's features do not fit."""
+        """Raise `ConfigError`, before training, if features or initial states do not fit."""
+        check_open(self.env, "Validation")
         check_features(policy, self.env)
 
     def __call__(self, policy: Path) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ceed_vla.fields import COUNTS, SEEDS, chosen, ranged
 from ceed_vla.sim.engines import ENGINES
-from ceed_vla.sim.environment import VALIDATION_SEED, check_choice
+from ceed_vla.sim.environment import VALIDATION_SEED, check_choice, check_open
 from ceed_vla.sim.settings import DrivenConfig
 from ceed_vla.workers import MOST
 
@@ -51,3 +51,4 @@ class TuneConfig(DrivenConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.seed, 2 * PLAY_OFF * self.episodes)
+        check_open(self.env, "Tuning")

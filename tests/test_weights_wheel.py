@@ -54,7 +54,7 @@ def test_the_name_of_a_wheel_is_that_of_its_student(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"scripts/weights_wheel.py --name libero_object"):
+    with pytest.raises(CheckpointError, match=r"weights_wheel.py --name libero_object"):
         ceed_vla.load("libero_object")
     folder = tmp_path / "weights" / "libero_object"
     shutil.copytree(ceed_vla.pretrained_path("teacher"), folder / "student")
@@ -76,6 +76,9 @@ def test_nothing_to_build(script: Any, tmp_path: Path) -> None:
     (tmp_path / "card.md").touch()
     with pytest.raises(CheckpointError, match="neither teacher nor student"):
         script.build(script.WheelConfig("x", tmp_path, tmp_path / "card.md", tmp_path))
-    for name, card in (("../x", tmp_path / "card.md"), ("x", tmp_path / "none.md")):
-        with pytest.raises(ConfigError, match="lower-case"):
+    for name, card, error in (
+        ("../x", tmp_path / "card.md", "lower-case"),
+        ("x", tmp_path / "none.md", "no model card"),
+    ):
+        with pytest.raises(ConfigError, match=error):
             script.build(script.WheelConfig(name, tmp_path, card, tmp_path))

@@ -107,6 +107,7 @@ class _Client:
         turn: Held while a call runs.
         arrived: Time on `time.monotonic`'s clock at which its last message arrived [s].
         total: Time from the arrival of a message until its answer was sent, of the last one [s].
+        ended: Whether an error has ended the connection.
     """
 
     connection: ServerConnection
@@ -115,6 +116,7 @@ class _Client:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     arrived: float = 0.0
     total: float = 0.0
+    ended: bool = False
 
 
 class PolicyServer:
@@ -285,13 +287,12 @@ class PolicyServer:
                     await self._or_stop(asyncio.sleep(soon))
                 last = time.monotonic()
                 call = await self._read(client, message)
-                if call is None:
-                    continue
-                answered = self._answer(client, call, client.arrived)
-                if call.beside:
-                    beside.create_task(answered)
-                else:
-                    await answered
+                if call is not None and call.beside:
+                    beside.create_task(self._answer(client, call, client.arrived))
+                elif call is not None:
+                    await self._answer(client, call, client.arrived)
+                if client.ended:
+                    return
         await connection.close(GOING)
 
     async def _read(self, client: _Client, message: str | bytes) -> Call | None:
@@ -365,6 +366,7 @@ class PolicyServer:
         """Send an error as `_sent` does; the connection ends, unless the call goes on."""
         following = await self._sent(client, client.conversation.error(call, text), client.arrived)
         if call is None or not call.goes_on:
+            client.ended = True
             reason = code or "the error is in the previous frame"
             await client.connection.close(FAILED, reason)
         return following

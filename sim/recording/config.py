@@ -14,7 +14,9 @@ from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
 from ceed_vla.sim.environment import (
     RECORDING_SEEDS,
     TAKEOVER_SEEDS,
+    at_once,
     check_expert,
+    check_open,
     flags,
     recorded_tasks,
 )
@@ -106,6 +108,8 @@ class RecordConfig:
             self.seed = TAKEOVER_SEEDS[0] if self.mode == "takeover" else RECORDING_SEEDS[0]
         if self.mode != "grounding":
             check_expert(self.env, f"mode {self.mode}")
+        check_open(self.env, "Recording")
+        self.batch = at_once(self.env, self.batch)
         self._check_seeds()
 
     def _check_seeds(self) -> None:

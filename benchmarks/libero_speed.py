@@ -1,6 +1,6 @@
 """Control steps per second in LIBERO, with and without images, beside LeRobot's environment.
 
-    python -m benchmarks.libero --steps 40
+    python -m benchmarks.libero_speed --steps 40
 
 Each row runs the same official episode, in turns with the others; images have 256 x 256 pixels and
 both cameras. "every 4th step" is a policy that executes four steps of each chunk.
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def seen_every(env: LiberoTasks, every: int, action: np.ndarray) -> Callable[[], object]:
-    """A step of `env` that looks at both cameras in every `every`th call."""
+    """A step of `env` that renders both cameras in every `every`th call."""
     count = 0
 
     def step() -> None:

@@ -1,7 +1,7 @@
 """vla-eval's LIBERO for live episodes, whose clock does not wait for the policy.
 
 vla-eval lets a benchmark say what a robot does at a tick without a new action; its own
-`LIBEROBenchmark` does not. With `PYTHONPATH=benchmarks` in vla-eval's environment, its
+`LIBEROBenchmark` does not. With `PYTHONPATH=benchmarks/harness` in vla-eval's environment, its
 configurations name this class as `libero_live:LiveLIBERO`.
 """
 

@@ -53,8 +53,8 @@ def pretrained_path(name: str) -> Path:
     if wheel in WHEELS and (spec is None or spec.origin is None):
         raise CheckpointError(
             f"{name} is in a wheel of weights that is not installed. scripts/weights_wheel.py "
-            f"--name {wheel} builds it in a clone, from the runs of the recipe in recipes/; install "
-            f"dist/ceed_vla_{wheel}-*.whl with pip."
+            f"--name {wheel} builds it in a clone, from the runs of its recipe; install dist/"
+            f"ceed_vla_{wheel}-*.whl with pip."
         )
     if wheel and (spec is None or spec.origin is None):
         raise CheckpointError(

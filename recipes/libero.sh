@@ -65,7 +65,7 @@ evaluate() { # name episodes [other flags]
   for half in 0 5; do
     tasks=$(seq -f libero_object/%g -s , "$half" $((half + 4)))
     ceed-vla eval --env.type=ceed_libero --env.task "$tasks" --policy.path "$out/$1/checkpoints/final" --episodes $(($2 / 2)) \
-      --seed 50000 --batch 1 --timing_chunks 0 --output_dir "$out/evaluate/$1_$half" --resume true "${@:3}" &
+      --seed 50000 --timing_chunks 0 --output_dir "$out/evaluate/$1_$half" --resume true "${@:3}" &
     jobs+=($!)
   done
   for half in "${jobs[@]}"; do wait "$half"; done

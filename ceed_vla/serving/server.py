@@ -119,6 +119,10 @@ class _Client:
     ended: bool = False
 
 
+class _EndedError(Exception):
+    """An error has ended a connection, and was sent."""
+
+
 class PolicyServer:
     """Serves one policy until `stop` is called.
 
@@ -252,8 +256,8 @@ class PolicyServer:
                 await self._calls(connection)
             else:
                 await connection.close(GOING)
-        except* (ConnectionClosed, TimeoutError):
-            pass  # the client has gone, or does not read
+        except* (ConnectionClosed, TimeoutError, _EndedError):
+            pass  # the client has gone, does not read, or has got the error that ends it
         finally:
             self._metrics.connections -= 1
 
@@ -292,7 +296,7 @@ class PolicyServer:
                 elif call is not None:
                     await self._answer(client, call, client.arrived)
                 if client.ended:
-                    return
+                    raise _EndedError  # cancels the call that runs
         await connection.close(GOING)
 
     async def _read(self, client: _Client, message: str | bytes) -> Call | None:

@@ -36,7 +36,7 @@ from ceed_vla.sim.render import release
 MOST_SCENES = (
     12  # simulations that a process keeps: 0.6 GB each with fast images, 0.9 with official ones
 )
-REACH = np.array([[-0.25, -0.35, 0.05], [0.2, 0.35, 0.35]])  # of `scatter`, from the ground [m]
+REACH = np.array([[-0.25, -0.35, 0.08], [0.2, 0.35, 0.38]])  # of `scatter`, from the ground [m]
 
 _kept: list[tuple[LiberoTasks, str]] = []  # every simulation of this process, oldest use first
 

@@ -45,14 +45,12 @@ from typing import Any
 import draccus
 import numpy as np
 import torch
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env
 from lerobot.envs.utils import (
     NEW_ROLLOUT_OPTION,
     close_envs,
     env_to_policy_features,
-    freeze_after_episode_end,
     preprocess_observation,
 )
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES
@@ -65,6 +63,7 @@ from ceed_vla.sim.seeds import RECORDING_SEEDS as RECORDING_SEEDS
 from ceed_vla.sim.seeds import TAKEOVER_SEEDS as TAKEOVER_SEEDS
 from ceed_vla.sim.seeds import VALIDATION_SEED as VALIDATION_SEED
 from ceed_vla.sim.seeds import check_choice as check_choice
+from ceed_vla.sim.suites import suites as suites
 
 logger = logging.getLogger(__name__)
 
@@ -93,27 +92,6 @@ class Privileged:
     scale: tuple[float, ...]
     named: int = 0
     positions: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
-def suites(
-    makers: dict[str, Any], n_envs: int, use_async_envs: bool
-) -> dict[str, dict[int, VectorEnv]]:
-    """Build {task: {0: vector env}} for LeRobot's tools, from the factory of each task.
-
-    LeRobot reports success per suite, so each task is a suite. Finished sub-environments are frozen
-    and cost nothing.
-    """
-    vector: Any = SyncVectorEnv
-    if use_async_envs and n_envs > 1:
-        vector = partial(AsyncVectorEnv, context="forkserver")
-    return {
-        task: {
-            0: vector(
-                [freeze_after_episode_end(make)] * n_envs, autoreset_mode=AutoresetMode.NEXT_STEP
-            )
-        }
-        for task, make in makers.items()
-    }
 
 
 def register_installed() -> None:

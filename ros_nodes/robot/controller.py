@@ -162,12 +162,12 @@ class PolicyController:
     def note_conflict(self, reason: str | None) -> None:
         """Record what else commands the arm or publishes its joints; None if nothing does.
 
-        A conflict disables motion, and motion stays disabled after the conflict, with its first
-        reason; where that lacks a node's name, with the next one.
+        A conflict disables motion, and motion stays disabled after the conflict. The first reason
+        is kept; if it lacks a node's name, the next one replaces it.
         """
         before = self._objections.conflict or ""
-        told = self._safety.forbidden or Hold("", "")
-        nameless = UNNAMED in before and told.detail == _conflict(before)
+        present = self._safety.forbidden or Hold("", "")
+        nameless = UNNAMED in before and present.detail == _conflict(before)
         if reason is not None and (nameless or self._safety.enabled or self._insists):
             self._forbid(_conflict(reason))
         self._objections.conflict = reason
@@ -175,7 +175,7 @@ class PolicyController:
     def interrupt(self, why: str) -> None:
         """Forbid motion until an operator allows it again; no effect if motion is not allowed."""
         if self._safety.enabled or self._insists:
-            self._forbid(_seen(why))
+            self._forbid(_with_remedy(why))
 
     def disable(self) -> None:
         """Hold once, then send nothing until `enable`."""
@@ -426,9 +426,9 @@ class PolicyController:
 
 def _conflict(reason: str) -> str:
     """Return why motion is disabled after a conflict."""
-    return _seen(f"there was a conflict: {reason}")
+    return _with_remedy(f"there was a conflict: {reason}")
 
 
-def _seen(why: str) -> str:
+def _with_remedy(why: str) -> str:
     """Return a reason for disabled motion together with its remedy."""
     return f"{why}; see where the arm is, then call ~/enable"

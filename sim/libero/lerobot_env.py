@@ -7,10 +7,8 @@ changed. Images are turned already and the state is one vector, as LeRobot's pro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
-import gymnasium
 from gymnasium.vector import VectorEnv
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
@@ -18,7 +16,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from numpy.typing import NDArray
 
 from ceed_vla.fields import check_fields, chosen, ranged
-from ceed_vla.sim.environment import Privileged, suites
+from ceed_vla.sim.environment import Privileged
 from ceed_vla.sim.libero import ENV_ID
 from ceed_vla.sim.libero.installation import check_installed
 from ceed_vla.sim.libero.tasks import (
@@ -32,6 +30,7 @@ from ceed_vla.sim.libero.tasks import (
     suite_of,
     tasks_of,
 )
+from ceed_vla.sim.suites import suite_per_task
 
 
 @EnvConfig.register_subclass("ceed_libero")
@@ -116,8 +115,4 @@ class CeedLiberoEnv(EnvConfig):
         self, n_envs: int, use_async_envs: bool = False
     ) -> dict[str, dict[int, VectorEnv]]:
         """One vector environment per task, for LeRobot's tools: {task: {0: env}}."""
-        make = partial(gymnasium.make, ENV_ID, disable_env_checker=True)
-        makers = {
-            task: partial(make, **{**self.gym_kwargs, "tasks": [task]}) for task in self.tasks()
-        }
-        return suites(makers, n_envs, use_async_envs)
+        return suite_per_task(self, n_envs, use_async_envs)

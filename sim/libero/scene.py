@@ -99,7 +99,7 @@ class Scene:
     def start(self, state: NDArray[np.float64], seed: int = 0) -> None:
         """Reset to an initial state (S,), and let it settle.
 
-        The seed determines the place of furniture, which is no part of a state.
+        A state does not contain the place of furniture; the seed determines it.
         """
         self._reset(seed, 0.0)
         self.observation = self._env.set_init_state(state)

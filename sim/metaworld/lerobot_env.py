@@ -7,11 +7,9 @@ Observations, tasks, success and seeds are those of LeRobot's own `metaworld`, w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-import gymnasium
 from gymnasium.vector import VectorEnv
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig, MetaworldEnv
@@ -19,9 +17,10 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged, short
-from ceed_vla.sim.environment import MIXED, Privileged, suites
+from ceed_vla.sim.environment import MIXED, Privileged
 from ceed_vla.sim.metaworld import ENV_ID, MAX_EPISODE_STEPS
 from ceed_vla.sim.metaworld.tasks import ALL_TASKS, LARGEST_IMAGE, PRIVILEGED_NAMES, TASKS
+from ceed_vla.sim.suites import suite_per_task
 
 
 @EnvConfig.register_subclass("ceed_metaworld")
@@ -95,8 +94,4 @@ class CeedMetaworldEnv(MetaworldEnv):
         self, n_envs: int, use_async_envs: bool = False
     ) -> dict[str, dict[int, VectorEnv]]:
         """One vector environment per task, for LeRobot's tools: {task: {0: env}}."""
-        make = partial(gymnasium.make, ENV_ID, disable_env_checker=True)
-        makers = {
-            task: partial(make, **{**self.gym_kwargs, "tasks": [task]}) for task in self.tasks()
-        }
-        return suites(makers, n_envs, use_async_envs)
+        return suite_per_task(self, n_envs, use_async_envs)

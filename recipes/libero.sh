@@ -4,9 +4,15 @@
 # again: every step resumes.
 #
 #   bash recipes/libero.sh [OUTPUT_FOLDER]
+#   bash recipes/libero.sh eval [FOLDER]    # only evaluate a teacher and a student, on one task, in minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
+if [ "${1:-}" = eval ]; then
+  weights=${2:-weights/libero_object}
+  exec ceed-vla eval --env.type=ceed_libero --env.task libero_object/0 --policy.path "$weights/student" \
+    --teacher.path "$weights/teacher" --decoders ceed --episodes 10 --seed 50000 --workers 2 --output_dir outputs/libero-pair
+fi
 out=${1:-outputs/libero}
 # Data, training and choices use initial states that are sampled anew, never the official ones.
 trap 'jobs -p | xargs -r kill 2>/dev/null || true' EXIT
@@ -59,16 +65,10 @@ for seed in ${SEEDS:-0 1 2}; do
   distill "$(student "$seed")" trajectories "$demos,$out/data/driven,$out/data/drift" "${STUDENT_STEPS:-1500}" --seed "$seed"
 done
 
-# 4. Evaluate on the official initial states, five tasks per process, whose images take 5 GB.
+# 4. Evaluate on the official initial states.
 evaluate() { # name episodes [other flags]
-  local half tasks jobs=()
-  for half in 0 5; do
-    tasks=$(seq -f libero_object/%g -s , "$half" $((half + 4)))
-    ceed-vla eval --env.type=ceed_libero --env.task "$tasks" --policy.path "$out/$1/checkpoints/final" --episodes $(($2 / 2)) \
-      --seed 50000 --timing_chunks 0 --output_dir "$out/evaluate/$1_$half" --resume true "${@:3}" &
-    jobs+=($!)
-  done
-  for half in "${jobs[@]}"; do wait "$half"; done
+  ceed-vla eval --env.type=ceed_libero --policy.path "$out/$1/checkpoints/final" --episodes "$2" --seed 50000 --workers 2 \
+    --timing_chunks 0 --output_dir "$out/evaluate/$1" --resume true "${@:3}"
 }
 evaluate student 500 --teacher.path "$teacher" --decoders ceed
 for seed in ${SEEDS:-0 1 2}; do

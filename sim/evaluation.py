@@ -10,7 +10,7 @@ from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.decoders import Row, parse_decoders, resolve_rows
 from ceed_vla.sim.engines import Engine, drives, open_engines
-from ceed_vla.sim.environment import Bundle, EnvPool, flags, joined, turns
+from ceed_vla.sim.environment import Bundle, EnvPool, at_once, flags, joined, turns
 from ceed_vla.sim.episode_log import Results, fingerprint
 from ceed_vla.sim.evaluation_config import EvalConfig
 from ceed_vla.sim.rollout import EpisodeResult, PolicyRunner, rollout
@@ -138,6 +138,9 @@ def identity_of(
 # ---- episodes ------------------------------------------------------------------------------------
 
 
+EPISODES_IN_A_ROW = 10  # of a task, where only one environment fits into a process
+
+
 def planned_episodes(config: EvalConfig) -> list[tuple[int, str]]:
     """(seed, task) of every episode."""
     tasks = turns(config.env)
@@ -145,8 +148,15 @@ def planned_episodes(config: EvalConfig) -> list[tuple[int, str]]:
 
 
 def shards(config: EvalConfig) -> list[list[tuple[int, str]]]:
-    """Shards of (seed, task); every decoder runs a shard before any runs the next one."""
+    """Shards of (seed, task); every decoder runs a shard before any runs the next one.
+
+    Where a process has room for one environment, which loads a task in seconds and keeps few, a
+    task has several episodes in a row.
+    """
     episodes = planned_episodes(config)
+    if at_once(config.env, 2) == 1:
+        round_of_all = EPISODES_IN_A_ROW * len(turns(config.env))
+        episodes.sort(key=lambda one: ((one[0] - config.seed) // round_of_all, one[1]))
     return [
         episodes[start : start + config.batch] for start in range(0, len(episodes), config.batch)
     ]

@@ -33,9 +33,9 @@ from ceed_vla.sim.libero.tasks import (
 )
 from ceed_vla.sim.render import release
 
-MOST_SCENES = (
-    12  # simulations that a process keeps: 0.6 GB each with fast images, 0.9 with official ones
-)
+# Simulations that a process keeps, by quality of the images: 0.6 GB each with fast ones, 0.9 with
+# official ones. Recordings cycle over the tasks; evaluations run several episodes of one in a row.
+MOST_SCENES = {"fast": 12, "official": 3}
 REACH = np.array([[-0.25, -0.35, 0.08], [0.2, 0.35, 0.38]])  # of `scatter`, from the ground [m]
 
 _kept: list[tuple[LiberoTasks, str]] = []  # every simulation of this process, oldest use first
@@ -191,7 +191,7 @@ class LiberoTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             _kept.remove(mine)
         else:
             for owner, oldest in [one for one in _kept if one[1] != one[0]._task]:
-                if len(_kept) >= MOST_SCENES:
+                if len(_kept) >= MOST_SCENES[self.quality]:
                     owner._drop(oldest)
             scene = Scene(suite_of(self._task), number_of(self._task))
             if self.quality == "fast":

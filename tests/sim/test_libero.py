@@ -16,6 +16,8 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError, SimulationError
 from ceed_vla.sim.calibrate import CalibrateConfig
 from ceed_vla.sim.environment import Environment, EnvPool, flags
+from ceed_vla.sim.evaluation import planned_episodes, shards
+from ceed_vla.sim.evaluation_config import EvalConfig
 from ceed_vla.sim.hooks import ClosedLoopValidation
 from ceed_vla.sim.libero import env as libero_env
 from ceed_vla.sim.libero import installation, set_up
@@ -26,6 +28,7 @@ from ceed_vla.sim.libero.scene import Scene
 from ceed_vla.sim.libero.tasks import HORIZONS, OFFICIAL_STATES, tasks_of
 from ceed_vla.sim.record import record
 from ceed_vla.sim.recording.config import RecordConfig
+from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.sim.tune_config import TuneConfig
 
 OBJECT = "libero_object"
@@ -254,7 +257,7 @@ def test_a_suite_without_an_expert_says_so() -> None:
 
 @pytest.mark.slow
 def test_simulations_that_run_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libero_env, "MOST_SCENES", 1)
+    monkeypatch.setattr(libero_env, "MOST_SCENES", {"fast": 1})
     monkeypatch.setattr(libero_env, "_kept", [])
     one = LiberoTasks([f"{OBJECT}/0", f"{OBJECT}/1"], quality="fast", image_size=32)
     other = LiberoTasks([f"{OBJECT}/2"], quality="fast", image_size=32)
@@ -280,3 +283,13 @@ def test_a_recording_has_the_names_of_its_values(tmp_path: Path) -> None:
     assert features["observation.state"]["names"][0] == "x"
     assert features["observation.images.image2"]["shape"] == [32, 32, 3]
     assert info["fps"] == 20
+
+
+def test_an_evaluation_runs_several_episodes_of_a_task_in_a_row() -> None:
+    env = CeedLiberoEnv(task="libero_object/0,libero_object/1,libero_object/2")
+    config = EvalConfig(CheckpointPath("student"), env=env, seed=50000, episodes=45)
+    episodes = [episode for shard in shards(config) for episode in shard]
+    assert sorted(episodes) == planned_episodes(config)  # all of them, with the same tasks
+    tasks = [int(task[-1]) for _, task in episodes]
+    assert tasks == [0] * 10 + [1] * 10 + [2] * 10 + [0] * 5 + [1] * 5 + [2] * 5
+    assert episodes[:3] == [(seed, f"{OBJECT}/0") for seed in (50000, 50003, 50006)]

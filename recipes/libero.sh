@@ -11,7 +11,7 @@ export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD
 if [ "${1:-}" = eval ]; then
   weights=${2:-weights/libero_object}
   exec ceed-vla eval --env.type=ceed_libero --env.task libero_object/0 --policy.path "$weights/student" \
-    --teacher.path "$weights/teacher" --decoders ceed --episodes 10 --seed 50000 --workers 2 --output_dir outputs/libero-pair
+    --teacher.path "$weights/teacher" --decoders only=teacher_ar,ceed --episodes 10 --seed 50000 --workers 2 --output_dir outputs/libero-pair
 fi
 out=${1:-outputs/libero}
 # Data, training and choices use initial states that are sampled anew, never the official ones.
@@ -70,7 +70,7 @@ evaluate() { # name episodes [other flags]
   ceed-vla eval --env.type=ceed_libero --policy.path "$out/$1/checkpoints/final" --episodes "$2" --seed 50000 --workers 2 \
     --timing_chunks 0 --output_dir "$out/evaluate/$1" --resume true "${@:3}"
 }
-evaluate student 500 --teacher.path "$teacher" --decoders ceed
+evaluate student 500 --teacher.path "$teacher" --decoders only=teacher_ar,ceed
 for seed in ${SEEDS:-0 1 2}; do
-  [ "$seed" = 0 ] || evaluate "$(student "$seed")" 100 --decoders ceed
+  [ "$seed" = 0 ] || evaluate "$(student "$seed")" 100 --decoders only=ceed
 done

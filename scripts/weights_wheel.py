@@ -10,6 +10,7 @@ checkpoints. Those in the folder `weights` need their name alone, which is also 
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import tempfile
@@ -35,9 +36,9 @@ version = "{version}"
 description = "Checkpoints of ceed_vla: {names}"
 license = "Apache-2.0"
 [tool.setuptools]
-packages = ["ceed_vla_{name}"]
+packages = [{packages}]
 [tool.setuptools.package-data]
-ceed_vla_{name} = ["**"]
+"*" = ["*"]
 """
 
 
@@ -88,12 +89,21 @@ def build(config: WheelConfig) -> Path:
                 seal(package / name)
         shutil.copy(card, package / "README.md")
         (package / "__init__.py").write_text(f'"""Checkpoints: {", ".join(found)}."""\n')
-        text = PROJECT.format(name=config.name, version=__version__, names=", ".join(found))
+        text = PROJECT.format(
+            name=config.name,
+            version=__version__,
+            names=", ".join(found),
+            packages=", ".join(f'"{".".join((package.name, *own))}"' for own in ((), *zip(found))),
+        )
         (Path(temporary) / "pyproject.toml").write_text(text)
         output = config.output.resolve()
         output.mkdir(parents=True, exist_ok=True)
-        with chdir(temporary):
-            return output / build_meta.build_wheel(str(output))
+        logging.disable(logging.WARNING)  # setuptools reports every file
+        try:
+            with chdir(temporary):
+                return output / build_meta.build_wheel(str(output))
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":

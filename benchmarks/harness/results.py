@@ -113,10 +113,9 @@ def read_run(folder: Path) -> tuple[Run, dict[str, Any]]:
 def table(runs: Sequence[Run], reference: Run | None) -> str:
     """Markdown table of the runs."""
     lines = [
-        "| run | mode | decoding | engine | latency | slow motion | success [95 %] | against "
-        "the reference, points [95 %] | steps, p50 | stale steps, mean | episodes with a late "
-        "step | errors |",
-        "|" + " -- |" * 12,
+        "| run | how | success [95 %] | against the reference, points [95 %] | steps, p50 "
+        "| stale steps, mean; episodes with a late step | errors |",
+        "|" + " -- |" * 7,
     ]
     for run in runs:
         entry = success_entry(run.solved.values())
@@ -132,18 +131,16 @@ def table(runs: Sequence[Run], reference: Run | None) -> str:
                 both["difference_points"], *both["ci95_points"], both["episodes"]
             )
         live = run.mode == "live"
+        how = [run.mode, run.decoding, run.engine]
+        if live:
+            how += [f"{run.latency_ms:g} ms", f"slower by {run.slower:g}"]
         cells = [
             run.name,
-            run.mode,
-            run.decoding,
-            run.engine,
-            f"{run.latency_ms:g} ms" if live else "",
-            f"{run.slower:g}" if live else "",
+            ", ".join(how),
             f"{entry['success']} of {entry['episodes']} [{low:.0f}, {high:.0f}]",
             paired,
             f"{np.median(run.steps):.0f}" if run.steps else "",
-            f"{np.mean(run.stale):.0f} %" if run.stale else "",
-            str(run.late) if live else "",
+            f"{np.mean(run.stale):.0f} %; {run.late}" if run.stale else "",
             str(run.errors),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -168,7 +168,7 @@ class EfficientNetConfig(CompactConfig):
 
 def convert(file: str, output: str) -> None:
     """Write the weights of a checkpoint of Lite0 with its batch norms in its convolutions."""
-    found = torch.load(file, weights_only=True, map_location="cpu")
+    found = torch.load(file, map_location="cpu", weights_only=True)
     tensors: dict[str, Tensor] = {}
 
     def fold(name: str, convolution: str, norm: str) -> None:

@@ -89,11 +89,12 @@ def build(config: WheelConfig) -> Path:
                 seal(package / name)
         shutil.copy(card, package / "README.md")
         (package / "__init__.py").write_text(f'"""Checkpoints: {", ".join(found)}."""\n')
+        packages = [package.name, *(f"{package.name}.{name}" for name in found)]
         text = PROJECT.format(
             name=config.name,
             version=__version__,
             names=", ".join(found),
-            packages=", ".join(f'"{".".join((package.name, *own))}"' for own in ((), *zip(found))),
+            packages=", ".join(f'"{name}"' for name in packages),
         )
         (Path(temporary) / "pyproject.toml").write_text(text)
         output = config.output.resolve()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -16,6 +18,17 @@ from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parents[1]
+COMMITTED = sorted(card.parent.name for card in (ROOT / "weights").glob("*/README.md"))
+# run in a folder outside the clone: load by name, and decode one chunk of an observation of zeros
+DECODE = """
+import sys, torch, ceed_vla
+for name in (sys.argv[1], sys.argv[1] + "/teacher"):
+    policy, pre, post = ceed_vla.load(name)
+    features = policy.config.input_features
+    frame = {key: torch.zeros(feature.shape) for key, feature in features.items()}
+    action = post(policy.predict_action_chunk(pre({**frame, "task": "pick up the milk"})))
+    print(name, tuple(action.shape), bool(action.isfinite().all()))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +83,35 @@ def test_the_name_of_a_wheel_is_that_of_its_student(
     assert ceed_vla.load("libero_object")[0].config.chunk_size == 8
     (tmp_path / "libero_object").mkdir()  # no checkpoint: a warning, and the wheel's
     assert resolve_checkpoint("libero_object") == found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_weights_are_found_by_name_outside_the_clone(
+    script: Any, name: str, tmp_path: Path
+) -> None:
+    folder = ROOT / "weights" / name
+    output, empty, site = tmp_path / "dist", tmp_path / "empty", tmp_path / "site"
+    wheel = script.build(script.WheelConfig(name, folder, output=output))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    empty.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", DECODE, name],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    shape = ceed_vla.load(folder / "student")[0].config
+    chunk = (1, shape.chunk_size, *shape.action_feature.shape)
+    assert done.stdout.splitlines() == [
+        f"{name} {chunk} True",
+        f"{name}/teacher {chunk} True",
+    ]
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert size < 30e6
 
 
 def test_nothing_to_build(script: Any, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD
 if [ "${1:-}" = eval ]; then
   weights=${2:-weights/libero_object}
   exec ceed-vla eval --env.type=ceed_libero --env.task libero_object/0 --policy.path "$weights/student" \
-    --teacher.path "$weights/teacher" --decoders only=teacher_ar,ceed --episodes 10 --seed 50000 --workers 2 --output_dir outputs/libero-pair
+    --teacher.path "$weights/teacher" --decoders only=teacher_ar,ceed --episodes 10 --seed 50000 --workers 2 --output_dir outputs/libero-pair \
+    --resume true
 fi
 out=${1:-outputs/libero}
 # Data, training and choices use initial states that are sampled anew, never the official ones.

@@ -1,7 +1,8 @@
 r"""Build a wheel of checkpoints, `ceed_vla_NAME`.
 
 Once it is installed, every command takes ``NAME/student`` and ``NAME/teacher`` as names of
-checkpoints. Those in the folder `weights` need their name alone, which is also that of the student:
+checkpoints. For a folder of `weights`, the command needs only its name, and ``NAME`` alone is the
+student:
 
     python scripts/weights_wheel.py --name libero_object
     pip install dist/ceed_vla_libero_object-*.whl

@@ -1,7 +1,8 @@
 r"""Table and plot of what `recipes/libero_harness.sh` measured with vla-eval.
 
-It copies each run's own result file, which it does not change otherwise, and plots the success of
-live episodes against the latency of a chunk:
+It copies each run's own result file, and plots the success of live episodes against the latency of
+a chunk. With `--own`, folders of `ceed-vla eval` on the same initial states, it compares them
+episode by episode, and plots the rows with delays:
 
     python -m benchmarks.harness.results --runs outputs/libero/harness --output docs/reports/libero
 """
@@ -9,11 +10,12 @@ live episodes against the latency of a chunk:
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+import sqlite3
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import draccus
 import matplotlib as mpl
@@ -22,13 +24,12 @@ from matplotlib.figure import Figure
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.paired import compare_paired
-from ceed_vla.sim.plots import GREY, INK, STYLE, VERMILLION, save_figure
+from ceed_vla.sim.plots import BLUE, GREY, INK, STYLE, VERMILLION, save_figure
 from ceed_vla.sim.success import success_entry
 
-EPISODE = re.compile(
-    r"Episode done: (?P<steps>\d+) steps .*stale=(?P<stale>\d+)%.*env\.step mean=[\d.]+ms "
-    r"max=(?P<slowest>[\d.]+)ms"
-)
+LATE = 1.05  # a tick is late if it takes so many of its periods; the clock never ends one early
+TASKS, STATES = 10, 50  # of libero_object; our seeds go through the tasks, then the states
+Key = tuple[str, int]  # instruction, number of the official initial state
 
 
 @dataclass
@@ -38,6 +39,8 @@ class ResultsConfig:
     runs: Path  # folder of the runs of recipes/libero_harness.sh
     output: Path  # folder of the copies and of the plot
     reference: str = ""  # name of the run to which others are compared, episode by episode
+    # folders of our own evaluation, separated by commas
+    own: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,129 +49,190 @@ class Run:
 
     Attributes:
         name: Its name.
-        mode: "sync" or "live".
-        decoding: Name of the decoding.
-        slower: Factor of the slow motion.
-        latency_ms: Least time of a chunk [ms], in the time of the robot.
-        engine: Engine that decoded.
-        solved: (task, number of the episode) -> whether it was solved.
+        options: Its arguments by name: mode, checkpoint, weights (a hash), decoding, episodes,
+            tasks, slower, latency_ms and engine.
+        solved: Whether an episode was solved.
         steps: Steps of the solved episodes.
         errors: Episodes that ended by an error; they count as failures.
-        stale: Steps of live episodes without a new action, in percent of an episode.
-        late: Episodes with a step that took longer than its period.
+        held: Ticks of a live episode without a new action, in percent of its steps.
+        late: Live episodes in which a tick took longer than its period.
+        actions: The actions of an episode.
     """
 
     name: str
-    mode: str
-    decoding: str
-    slower: float
-    latency_ms: float
-    engine: str
-    solved: dict[tuple[str, int], bool]
-    steps: list[int]
-    errors: int
-    stale: list[int]
-    late: int
+    options: Mapping[str, str]
+    solved: dict[Key, bool] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+    errors: int = 0
+    held: list[float] = field(default_factory=list)
+    late: int = 0
+    actions: dict[Key, list[list[float]]] = field(default_factory=dict)
+
+    @property
+    def live(self) -> bool:
+        return self.options["mode"] == "live"
+
+    @property
+    def latency_ms(self) -> float:
+        """Least time of a chunk [ms], in the time of the robot."""
+        return float(self.options["latency_ms"])
 
 
-def read_run(folder: Path) -> tuple[Run, dict[str, Any]]:
-    """Read a run and the result file that vla-eval exported.
+def result_file(folder: Path) -> Path | None:
+    """The file that vla-eval exported of a run, if it has finished."""
+    return next(iter(sorted(folder.glob("*_aggregate.json"))), None)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run of the recipe.
 
     Raises:
         ConfigError: The folder holds no finished run.
     """
-    exported = sorted(folder.glob("*_aggregate.json"))
-    if not exported or not (folder / "arguments").is_file():
+    exported, arguments = result_file(folder), folder / "arguments"
+    if exported is None or not arguments.is_file():
         raise ConfigError(f"{folder} holds no exported run of recipes/libero_harness.sh.")
-    result = json.loads(exported[0].read_text())
-    mode, _, decoding, _, slower, latency, engine = (folder / "arguments").read_text().split()
-    solved: dict[tuple[str, int], bool] = {}
-    steps, errors = [], 0
-    for task in result["tasks"]:
-        for episode in task["episodes"]:
-            success = bool(episode["metrics"].get("success"))
-            solved[task["task"], int(episode["episode_id"])] = success
-            errors += bool(episode.get("failure_reason"))
-            if success:
-                steps.append(int(episode["steps"]))
-    log = "".join(file.read_text() for file in sorted(folder.glob("shard*.log")))
-    live = [match.groupdict() for match in EPISODE.finditer(log)] if mode == "live" else []
-    period_ms = 1000 / 20 * float(slower)
-    run = Run(
-        name=folder.name,
-        mode=mode,
-        decoding=decoding,
-        slower=float(slower),
-        latency_ms=float(latency),
-        engine=engine,
-        solved=solved,
-        steps=steps,
-        errors=errors,
-        stale=[int(episode["stale"]) for episode in live],
-        late=sum(float(episode["slowest"]) > period_ms for episode in live),
+    options = dict(line.split(" ", 1) for line in arguments.read_text().splitlines())
+    result = json.loads(exported.read_text())
+    episodes = [(task["task"], episode) for task in result["tasks"] for episode in task["episodes"]]
+    planned = int(options["tasks"]) * int(options["episodes"])
+    if result.get("partial") or len(episodes) != planned:
+        raise ConfigError(
+            f"{folder} has {len(episodes)} of {planned} episodes; run the recipe again with the "
+            "same arguments."
+        )
+    period_ms = 1000 / 20 * float(options["slower"])
+    solved: dict[Key, bool] = {}
+    steps: list[int] = []
+    held: list[float] = []
+    errors = late = 0
+    for task, episode in episodes:
+        metrics = episode["metrics"]
+        solved[task, int(episode["episode_id"])] = bool(metrics["success"])
+        errors += bool(episode.get("failure_reason"))
+        if metrics["success"]:
+            steps.append(int(episode["steps"]))
+        if "holds" in metrics:
+            held.append(100 * metrics["holds"] / episode["steps"])
+            late += metrics["longest_tick_ms"] > LATE * period_ms
+    return Run(folder.name, options, solved, steps, errors, held, late, read_actions(folder))
+
+
+def read_actions(folder: Path) -> dict[Key, list[list[float]]]:
+    """The recorded actions (7,) of every step of a run's episodes."""
+    actions: dict[Key, list[list[float]]] = {}
+    for file in folder.glob("recording-*.sqlite"):
+        with closing(sqlite3.connect(file)) as database:
+            rows = database.execute(
+                "SELECT task_name, episode_id, fields FROM step_rows "
+                "JOIN episode_results USING (sid, eid) ORDER BY sid, eid, step_id"
+            )
+            for task, episode, fields in rows:
+                actions.setdefault((task, int(episode)), []).append(json.loads(fields)["action"])
+    return actions
+
+
+def read_own(folders: str) -> dict[str, dict[Key, bool]]:
+    """Success by row of our own evaluations on the official initial states.
+
+    Raises:
+        ConfigError: A folder holds none.
+    """
+    rows: dict[str, dict[Key, bool]] = {}
+    for folder in filter(None, folders.split(",")):
+        file = Path(folder) / "episodes.jsonl"
+        if not file.is_file():
+            raise ConfigError(f"--own: {folder} holds no evaluation.")
+        for line in file.read_text().splitlines()[1:]:
+            episode = json.loads(line)
+            key = episode["instruction"], episode["seed"] // TASKS % STATES
+            rows.setdefault(episode["decoder"], {})[key] = episode["success"]
+    return rows
+
+
+def against(solved: Mapping[Key, bool], others: Mapping[Key, bool]) -> str:
+    """The paired difference to other episodes with the same initial states, as text."""
+    common = sorted(solved.keys() & others.keys())
+    if not common:
+        return "no common episode"
+    both = compare_paired(
+        {index: solved[key] for index, key in enumerate(common)},
+        {index: others[key] for index, key in enumerate(common)},
     )
-    return run, result
+    return "{:+.1f} [{:+.1f}, {:+.1f}], {} episodes".format(
+        both["difference_points"], *both["ci95_points"], both["episodes"]
+    )
 
 
-def table(runs: Sequence[Run], reference: Run | None) -> str:
+def success_text(solved: Mapping[Key, bool]) -> str:
+    """Solved episodes with their 95 % interval."""
+    entry = success_entry(solved.values())
+    low, high = (100 * bound for bound in entry["success_ci95"])
+    return f"{entry['success']} of {entry['episodes']} [{low:.0f}, {high:.0f}]"
+
+
+def table(runs: Sequence[Run], reference: Run | None, own: Mapping[str, dict[Key, bool]]) -> str:
     """Markdown table of the runs."""
     lines = [
-        "| run | how | success [95 %] | against the reference, points [95 %] | steps, p50 "
-        "| stale steps, mean; episodes with a late step | errors |",
+        "| run | how | success [95 %] | against the reference, points [95 %] "
+        "| against our own evaluation | ticks that held, mean; late episodes | errors |",
         "|" + " -- |" * 7,
     ]
     for run in runs:
-        entry = success_entry(run.solved.values())
-        low, high = (100 * bound for bound in entry["success_ci95"])
+        how = [run.options[name] for name in ("mode", "decoding", "engine")]
+        if run.live:
+            how += [f"{run.latency_ms:g} ms", f"slower by {run.options['slower']}"]
         paired = ""
         if reference is not None and run is not reference:
-            numbers = {key: index for index, key in enumerate(sorted(reference.solved))}
-            both = compare_paired(
-                {numbers[key]: value for key, value in run.solved.items() if key in numbers},
-                {numbers[key]: value for key, value in reference.solved.items()},
-            )
-            paired = "{:+.1f} [{:+.1f}, {:+.1f}], {} episodes".format(
-                both["difference_points"], *both["ci95_points"], both["episodes"]
-            )
-        live = run.mode == "live"
-        how = [run.mode, run.decoding, run.engine]
-        if live:
-            how += [f"{run.latency_ms:g} ms", f"slower by {run.slower:g}"]
+            paired = against(run.solved, reference.solved)
+            common = run.actions.keys() & reference.actions.keys()
+            equal = sum(run.actions[key] == reference.actions[key] for key in common)
+            paired += f", {equal} with equal actions"
+        decoding = run.options["decoding"]
+        ours = own.get(decoding) or own.get(f"teacher_{decoding}")
         cells = [
             run.name,
             ", ".join(how),
-            f"{entry['success']} of {entry['episodes']} [{low:.0f}, {high:.0f}]",
+            success_text(run.solved),
             paired,
-            f"{np.median(run.steps):.0f}" if run.steps else "",
-            f"{np.mean(run.stale):.0f} %; {run.late}" if run.stale else "",
+            against(run.solved, ours) if ours and not run.live else "",
+            f"{np.mean(run.held):.0f} %; {run.late}" if run.live else "",
             str(run.errors),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def live_figure(runs: Sequence[Run]) -> Figure:
-    """Success of live episodes against the latency of a chunk."""
+def live_figure(runs: Sequence[Run], own: Mapping[str, dict[Key, bool]]) -> Figure:
+    """Success of live episodes against the latency of a chunk, and of our own with delays."""
+    curves: dict[str, list[tuple[float, dict[Key, bool]]]] = {}
+    for run in runs:
+        if run.live:
+            name = {"ceed": "early exit", "ar": "token by token"}.get(run.options["decoding"])
+            name = f"vla-eval, live: {name or run.options['decoding']}"
+            curves.setdefault(name, []).append((run.latency_ms, run.solved))
+    for row, solved in own.items():
+        decoder, _, delay = row.partition("@")
+        if decoder == "ceed":
+            milliseconds = float(delay.removesuffix("ms") or 0)
+            curves.setdefault("our own evaluation, delayed", []).append((milliseconds, solved))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, color, marker in (("ceed", VERMILLION, "o"), ("ar", GREY, "s")):
-        own = sorted(
-            (run for run in runs if run.mode == "live" and run.decoding == name),
-            key=lambda run: run.latency_ms,
-        )
-        if not own:
-            continue
-        entries = [success_entry(run.solved.values()) for run in own]
+    looks = ((VERMILLION, "o"), (GREY, "s"), (BLUE, "^"), (INK, "D"))
+    for (name, points), (color, marker) in zip(sorted(curves.items()), looks, strict=False):
+        points.sort(key=lambda point: point[0])
+        entries = [success_entry(solved.values()) for _, solved in points]
         rates = np.array([100 * entry["success_rate"] for entry in entries])
         bounds = np.array([[100 * bound for bound in entry["success_ci95"]] for entry in entries])
+        counts = sorted({entry["episodes"] for entry in entries})
         axes.errorbar(
-            [run.latency_ms for run in own],
+            [latency for latency, _ in points],
             rates,
             yerr=np.abs(bounds.T - rates),
             color=color,
             marker=marker,
             capsize=4,
-            label={"ceed": "early exit", "ar": "token by token"}[name],
+            label=f"{name} ({' or '.join(map(str, counts))} episodes a point)",
         )
     axes.set(
         xlabel="latency of a chunk [ms]; whiskers: 95 % Wilson intervals",
@@ -184,27 +248,26 @@ def live_figure(runs: Sequence[Run]) -> Figure:
 
 def main(config: ResultsConfig) -> None:
     """Copy the result files, print the table and draw the plot."""
-    found = [
-        read_run(file.parent)
-        for file in sorted(config.runs.glob("*/arguments"))
-        if list(file.parent.glob("*_aggregate.json"))
-    ]
-    if not found:
+    folders = [file.parent for file in sorted(config.runs.glob("*/arguments"))]
+    runs = [read_run(folder) for folder in folders if result_file(folder)]
+    if not runs:
         raise ConfigError(f"{config.runs} holds no finished run of recipes/libero_harness.sh.")
-    runs = [run for run, _ in found]
-    config.output.mkdir(parents=True, exist_ok=True)
-    for run, result in found:
-        (config.output / f"{run.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     reference = next((run for run in runs if run.name == config.reference), None)
     if config.reference and reference is None:
         raise ConfigError(
             f"--reference is {config.reference!r}; choose one of "
             f"{', '.join(run.name for run in runs)}."
         )
-    print(table(runs, reference))
-    if any(run.mode == "live" for run in runs):
+    own = read_own(config.own)
+    config.output.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        file = result_file(config.runs / run.name)
+        if file is not None:
+            shutil.copy(file, config.output / f"{run.name}.json")
+    print(table(runs, reference, own))
+    if any(run.live for run in runs):
         with mpl.rc_context(STYLE):
-            save_figure(live_figure(runs), config.output / "live.png")
+            save_figure(live_figure(runs, own), config.output / "live.png")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ executes until the answer is there:
     next chunk                | 0 1 2 3 4 5 6 7 |    0 and 1 are frozen: steps 4 and 5 from before
                                     ^ observation 6 takes step 2
 
-A tick at which the robot holds takes no step. While all answers arrive before the next observation,
-the observation that starts a call takes no step of the running chunk either: its own chunk has a
-newer one in time.
+A tick at which the robot holds takes no step. Where the running chunk has ended, the newest
+observation waits for the first step of the next one. That step may come too late for its tick: the
+next observation then says that the robot held, and gets the same step again.
+
+While every answer arrives before the next observation, the observation that starts a call waits for
+its own chunk and takes no step of the running one.
 """
 
 from __future__ import annotations
@@ -37,19 +40,20 @@ class CallSteps:
         shift_steps: Steps of the running chunk that were executed before the call's observation.
         frozen_steps: Steps behind these that will be executed until the answer arrives.
         executed_steps: Steps of the new chunk behind the frozen ones that will be executed until
-            the chunk after it arrives.
+            the chunk after it arrives; None while no answer is late, so that the policy decodes as
+            for a client that waits.
     """
 
     shift_steps: int
     frozen_steps: int
-    executed_steps: int
+    executed_steps: int | None
 
 
 class LiveSteps:
     """The steps of a live episode.
 
-    Of a tick, call `due` first, then `take`, unless a call starts that is `prompt`; then `begin` if
-    a call starts with its observation.
+    Of a tick, call `observe` and `due` first, then `take`, unless a call starts that is `prompt`;
+    then `begin` if a call starts with its observation.
 
     Args:
         chunk_steps: Steps ``m`` of a chunk.
@@ -68,6 +72,16 @@ class LiveSteps:
         self._freezes = False  # whether its steps can be frozen
         self._ticks = 0  # since the call's observation
         self._taken = 0  # steps since then, with that of the observation itself
+        self._sent = False  # whether the newest observation got a step
+
+    def observe(self, *, held: bool) -> None:
+        """Note a new observation, and whether the robot held in the tick before it."""
+        self._ticks += 1
+        if held and self._sent:  # the step came too late
+            self._next -= 1
+            self._taken -= 1
+            self._delays[-1] = max(self._delays[-1], 1)
+        self._sent = False
 
     @property
     def due(self) -> bool:
@@ -81,16 +95,21 @@ class LiveSteps:
 
     def take(self) -> NDArray[np.float32] | None:
         """Take the next step (A,) of the running chunk for a tick; None if the robot holds."""
-        self._ticks += 1
-        return self._step()
+        if self._next >= len(self._actions):
+            return None
+        self._next += 1
+        self._taken += 1
+        self._sent = True
+        return cast("NDArray[np.float32]", self._actions[self._next - 1])
 
     def begin(self, *, answered: bool) -> CallSteps:
         """Start a call with the newest observation, which was `answered` with a step or was not."""
         self._ticks = 0
         self._taken = int(answered)
         shift_steps = self._next - self._taken
-        # steps until the answer, if a chunk has so many
-        expected = 0 if self.prompt else max(self._delays) + 1
+        if self.prompt:
+            return CallSteps(shift_steps, 0, None)
+        expected = max(self._delays) + 1  # steps until the answer, if a chunk has so many
         left = len(self._actions) - shift_steps
         frozen = min(expected, left) if self._freezes else 0
         # The call after this one is due after `replan_steps`, and takes as long as this one.
@@ -113,11 +132,4 @@ class LiveSteps:
         self._delays.append(self._ticks)
         self._actions, self._freezes = actions, freezes
         self._next = self._taken
-        return self._step() if waiting else None
-
-    def _step(self) -> NDArray[np.float32] | None:
-        if self._next >= len(self._actions):
-            return None
-        self._next += 1
-        self._taken += 1
-        return cast("NDArray[np.float32]", self._actions[self._next - 1])
+        return self.take() if waiting else None

@@ -6,7 +6,8 @@ observation's `seq`. The start and the end of an episode get no answer.
 
 In a live episode the client's clock does not wait. It executes the newest action that has arrived
 at a tick, and holds if there is none; so an observation without a step gets no answer. One that
-got a step also gets an error if the call that it started fails.
+got a step also gets an error if the call that it started fails. An observation may say that the
+robot `held` in the tick before it: the step of the observation before came too late then.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ceed_vla.texts import instruction_problem, short, shown
 
 VERSION = 1  # of the protocol
 INSTRUCTION = "task_description"
+HELD = "held"  # optional, of an observation in a live episode
 HELLO, OBSERVATION, ACTION, ERROR = "hello", "observation", "action", "error"
 EPISODE_START, EPISODE_END = "episode_start", "episode_end"
 LIVE = "live"  # mode of an episode
@@ -55,7 +57,7 @@ class VlaEval:
             which has no arrays.
     """
 
-    options = (INSTRUCTION,)
+    options = (INSTRUCTION, HELD)
     ping_seconds = 1200.0
 
     def __init__(
@@ -182,6 +184,7 @@ class VlaEvalConversation:
         echo = {"seq": seq}
         try:
             instruction = _instruction(payload)
+            held = _held(payload)
             observation = self._observation(payload)
         except WireError as error:
             refused = Call(Request(0, {}, ""), echo=echo, goes_on=True)
@@ -190,6 +193,7 @@ class VlaEvalConversation:
             self._forget()
             self._instruction = instruction
         if self._live:
+            self._live_steps.observe(held=held)
             return self._ticked(_Observed(observation, seq))
         if self._steps:
             return self._action(self._steps.popleft(), seq)
@@ -295,6 +299,13 @@ def _instruction(payload: Mapping[Any, Any]) -> str:
     if problem:
         raise WireError(f"{INSTRUCTION} is {shown(instruction)}: {problem}.")
     return instruction
+
+
+def _held(payload: Mapping[Any, Any]) -> bool:
+    held = payload.get(HELD, False)
+    if type(held) is not bool:
+        raise WireError(f"{HELD} is {shown(held)}; it must be true or false.")
+    return held
 
 
 def _at(payload: Mapping[Any, Any], key: str) -> Any:

@@ -22,8 +22,8 @@ def message(kind: str, payload: Any, seq: int = 1) -> bytes:
     return packed({"type": kind, "payload": payload, "seq": seq, "timestamp": 0.0}, str)
 
 
-def observed(seq: int, instruction: str = "lift", state: Any = (0.0,)) -> bytes:
-    payload = {STATE: np.array(state), "task_description": instruction}
+def observed(seq: int, instruction: str = "lift", state: Any = (0.0,), held: Any = False) -> bytes:
+    payload = {STATE: np.array(state), "task_description": instruction, "held": held}
     return message("observation", payload, seq)
 
 

@@ -22,6 +22,7 @@ from ceed_vla.sim.libero.env import LiberoTasks
 from ceed_vla.sim.libero.expert import Expert
 from ceed_vla.sim.libero.installation import libero, official_states
 from ceed_vla.sim.libero.scene import Scene
+from ceed_vla.sim.libero.tasks import HORIZONS
 
 SUITE = "libero_object"
 TASKS = [f"{SUITE}/{number}" for number in range(10)]
@@ -44,11 +45,12 @@ def actions() -> dict[tuple[int, int], np.ndarray]:
         scene.start(official_states(SUITE, number)[index])
         expert, rng = Expert(scene), np.random.default_rng(index)
         taken: list[np.ndarray] = []
-        while not scene.solved():
+        while not scene.solved() and len(taken) < HORIZONS[SUITE]:
             action = rng.uniform(-1, 1, 7) if len(taken) < SEEN else expert.action()
             action[6] = np.sign(action[6])  # vla-eval knows no other fingers
             taken.append(action)
             scene.step(action)
+        assert scene.solved()
         found[number, index] = np.array(taken)
         scene.close()
     return found

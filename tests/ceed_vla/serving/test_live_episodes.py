@@ -69,29 +69,29 @@ class Client:
         self.actions[sent["seq"]] = round(float(sent["payload"]["actions"][0]), 1)
 
     @property
-    def steps(self) -> list[tuple[int, int, int]]:
+    def steps(self) -> list[tuple[int, int, int | None]]:
         """Executed steps before every call, frozen and executed ones of its chunk."""
         return [
-            (call.shift_steps or 0, call.request.frozen_steps, call.request.executed_steps or 0)
+            (call.shift_steps or 0, call.request.frozen_steps, call.request.executed_steps)
             for call in self.calls
         ]
 
 
 HOLD = None
 # Delay in ticks -> actions, and of every call `Client.steps`.
-TIMELINES: dict[int, tuple[list[float | None], list[tuple[int, int, int]]]] = {
+TIMELINES: dict[int, tuple[list[float | None], list[tuple[int, int, int | None]]]] = {
     0: (
         [1.0, 1.1, 1.2, 1.3, 2.0, 2.1, 2.2, 2.3, 3.0, 3.1, 3.2, 3.3],
-        [(0, 0, 4), (4, 0, 4), (4, 0, 4)],
+        [(0, 0, None), (4, 0, None), (4, 0, None)],
     ),
     1: (
         [HOLD, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 2.2, 2.3, 2.4, 2.5, 3.2, 3.3],
-        [(0, 0, 4), (4, 2, 4), (4, 2, 4)],
+        [(0, 0, None), (4, 2, 4), (4, 2, 4)],
     ),
     3: (
         [HOLD] * 3
         + [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 2.4, 2.5, 2.6, 2.7, 3.4],
-        [(0, 0, 4), (4, 4, 4), (4, 4, 4), (4, 4, 4)],
+        [(0, 0, None), (4, 4, 4), (4, 4, 4), (4, 4, 4)],
     ),
     # The chunk ends two ticks before the next one arrives.
     6: (
@@ -101,7 +101,7 @@ TIMELINES: dict[int, tuple[list[float | None], list[tuple[int, int, int]]]] = {
         + [2.4, 2.5, 2.6, 2.7]
         + [HOLD] * 3
         + [3.3, 3.4],
-        [(0, 0, 4), (4, 4, 4), (5, 3, 5), (4, 4, 4)],
+        [(0, 0, None), (4, 4, 4), (5, 3, 5), (4, 4, 4)],
     ),
 }  # fmt: skip
 
@@ -127,6 +127,87 @@ def test_no_step_is_skipped_or_doubled(delay: int) -> None:
     for place, action in enumerate(executed):
         number, step = divmod(round(10 * action), 10)
         assert begins[number] + step == place
+
+
+class Robot:
+    """A client whose ticks take time, as the harness's: it executes the newest action that it has
+    when a tick begins, reads messages when the environment's step is over, then observes.
+
+    Args:
+        delay: Whole ticks after that of its observation until an answer arrives.
+        late: Whether it arrives during the environment's step; else before the next tick.
+    """
+
+    def __init__(self, delay: int, *, late: bool) -> None:
+        self.delay, self.late = delay, late
+        self.conversation = VlaEvalConversation({STATE: STATE}, {"server": "test"}, SPEC)
+        self.sessions = Sessions(SPEC)
+        self.newest: float | None = None
+        self.executed: list[float | None] = []  # of each tick; None: it held
+        self.calls: list[Call] = []
+        self.left: int | None = None  # ticks until the answer
+        self.conversation.read(message("episode_start", LIVE))
+        self.observe(held=False)
+
+    def observe(self, *, held: bool) -> None:
+        self.take(self.conversation.read(observed(len(self.executed), held=held)))
+
+    def tick(self, count: int) -> None:
+        for _ in range(count):
+            self.arrive(late=False)
+            self.executed.append(self.newest)
+            held, self.newest = self.newest is None, None
+            self.arrive(late=True)
+            self.observe(held=held)
+
+    def arrive(self, *, late: bool) -> None:
+        if self.left is not None and late == self.late:
+            self.left -= 1
+            if self.left < 0:
+                self.left = None
+                response = Response(0, chunk(len(self.calls)), np.zeros(M, np.int64))
+                self.sessions.keep(self.calls[-1], response)
+                self.take(self.conversation.answer(self.calls[-1], response, {}))
+
+    def take(self, read: Call | bytes | None) -> None:
+        if isinstance(read, Call):
+            self.calls.append(read)
+            self.left = self.delay
+            read = read.at_once
+        if read is not None:
+            self.newest = round(float(unpacked(read)["payload"]["actions"][0]), 1)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("delay", [0, 1, 2, 3, 4, 5, 7, 20])
+def test_a_step_that_comes_too_late_for_its_tick_is_sent_again(delay: int, late: bool) -> None:
+    """All steps are executed once and in order, also if answers arrive during a step."""
+    robot = Robot(delay, late=late)
+    robot.tick(200)
+    executed = [action for action in robot.executed if action is not None]
+    assert len(executed) >= 25
+    begins: dict[int, int] = {}  # chunk -> steps that were executed before its observation
+    for number, call in enumerate(robot.calls, 1):
+        before = robot.executed[: call.echo["seq"]]
+        begins[number] = sum(action is not None for action in before)
+    for place, action in enumerate(executed):
+        number, step = divmod(round(10 * action), 10)
+        assert begins[number] + step == place
+
+
+def test_an_answer_that_is_late_once_is_expected_to_be_late_again() -> None:
+    robot = Robot(0, late=True)
+    robot.tick(12)
+    assert robot.executed == [None, 1.0, 1.1, 1.2, 1.3, 1.4, 2.1, 2.2, 2.3, 2.4, 3.1, 3.2]
+    assert [call.request.frozen_steps for call in robot.calls] == [0, 2, 2]
+    assert [call.request.executed_steps for call in robot.calls] == [None, 4, 4]
+
+
+@pytest.mark.parametrize("held", [1, "yes", None])
+def test_held_must_be_true_or_false(held: object) -> None:
+    client = Client(0).tick()
+    with pytest.raises(WireError, match=r"held is .*; it must be true or false"):
+        client.conversation.read(observed(1, held=held))
 
 
 def test_a_delay_that_varies() -> None:
@@ -173,7 +254,7 @@ def test_an_answer_of_an_ended_episode_is_thrown_away() -> None:
     assert client.actions == [None] * 5
     assert client.calls[1].echo == {"seq": 4}
     assert client.calls[1].session != client.calls[0].session
-    assert client.steps[1] == (0, 0, 4)
+    assert client.steps[1] == (0, 0, None)
     client.answer()
     assert client.actions == [None] * 4 + [2.0]
 
@@ -197,7 +278,7 @@ def test_after_an_error_the_next_observation_tries_again() -> None:
     client.answer("out of memory")
     client.tick(3)  # the first one starts a call
     assert client.actions[7:] == [None, 2.5, 2.6]
-    assert client.steps[-1] == (5, 0, 4)
+    assert client.steps[-1] == (5, 0, None)
     client.answer()
     client.tick()
     assert client.actions[7:] == [None, 2.5, 2.6, 4.2]

@@ -52,8 +52,9 @@ def pretrained_path(name: str) -> Path:
     spec = find_spec(f"ceed_vla_{wheel}") if wheel else None
     if wheel in WHEELS and (spec is None or spec.origin is None):
         raise CheckpointError(
-            f"{name} is in a wheel of weights that is not installed. In a clone, run `python "
-            f"scripts/weights_wheel.py --name {wheel}`, then `pip install "
+            f"{name} is in a wheel of weights that is not installed. In a clone, `python "
+            f"scripts/weights_wheel.py --name {wheel}` builds it from weights/{wheel}, or with "
+            f"--folder and --card from the runs of a recipe; then `pip install "
             f"dist/ceed_vla_{wheel}-*.whl`."
         )
     if wheel and (spec is None or spec.origin is None):

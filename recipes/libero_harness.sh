@@ -12,6 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 mode=$1 name=$2 checkpoint=$3 decoding=$4 episodes=$5 out=${6:-outputs/libero/harness}
 slower=1 latency=0 engine=${ENGINE:-eager} tasks=${TASKS:-10}
+[ "$mode" = sync ] || [ "$mode" = live ] || { echo "The mode is $mode; it must be sync or live." >&2 && exit 1; }
 if [ "$mode" = live ]; then
   slower=${SLOWER:-6} latency=${LATENCY_MS:-0}
   if [ "$slower" -lt 4 ]; then
@@ -50,12 +51,13 @@ fi
 
 # 2. The server.
 trap 'jobs -p | xargs -r kill 2>/dev/null || true' EXIT
+: >"$results/server.log" # without the address of an earlier server
 .venv/bin/ceed-vla serve --policy.path "$checkpoint" --protocol vla_eval --port 0 --decoding "$decoding" \
   --engine "$engine" --latency_ms "$least" --map \
   images/agentview=observation.images.image,images/wrist=observation.images.image2,states=observation.state \
   >"$results/server.log" 2>&1 &
 server=$!
-until url=$(grep -o 'ws://127.0.0.1:[0-9]*' "$results/server.log"); do
+until url=$(grep -o 'ws://127.0.0.1:[0-9]*' "$results/server.log") && curl -sf "${url/ws/http}/health" >/dev/null; do
   kill -0 $server || { tail -3 "$results/server.log" && exit 1; }
   sleep 1
 done

@@ -52,7 +52,6 @@ class Run:
         options: Its arguments by name: mode, checkpoint, weights (a hash), decoding, episodes,
             tasks, slower, latency_ms and engine.
         solved: Whether an episode was solved.
-        steps: Steps of the solved episodes.
         errors: Episodes that ended by an error; they count as failures.
         held: Ticks of a live episode without a new action, in percent of its steps.
         late: Live episodes in which a tick took longer than its period.
@@ -62,7 +61,6 @@ class Run:
     name: str
     options: Mapping[str, str]
     solved: dict[Key, bool] = field(default_factory=dict)
-    steps: list[int] = field(default_factory=list)
     errors: int = 0
     held: list[float] = field(default_factory=list)
     late: int = 0
@@ -103,19 +101,16 @@ def read_run(folder: Path) -> Run:
         )
     period_ms = 1000 / 20 * float(options["slower"])
     solved: dict[Key, bool] = {}
-    steps: list[int] = []
     held: list[float] = []
     errors = late = 0
     for task, episode in episodes:
         metrics = episode["metrics"]
         solved[task, int(episode["episode_id"])] = bool(metrics["success"])
         errors += bool(episode.get("failure_reason"))
-        if metrics["success"]:
-            steps.append(int(episode["steps"]))
         if "holds" in metrics:
             held.append(100 * metrics["holds"] / episode["steps"])
             late += metrics["longest_tick_ms"] > LATE * period_ms
-    return Run(folder.name, options, solved, steps, errors, held, late, read_actions(folder))
+    return Run(folder.name, options, solved, errors, held, late, read_actions(folder))
 
 
 def read_actions(folder: Path) -> dict[Key, list[list[float]]]:

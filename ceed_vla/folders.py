@@ -16,6 +16,7 @@ from ceed_vla.errors import CheckpointError
 from ceed_vla.fields import short
 
 _logger = logging.getLogger(__name__)
+_relocated: dict[str, Path] = {}  # in a worker of a cluster: where checkpoints are on its node
 
 PRETRAINED = ("teacher", "student", "student_all_tokens")
 # Wheels of weights of this project, whose names are those of their students.
@@ -71,6 +72,11 @@ def pretrained_path(name: str) -> Path:
     return path
 
 
+def relocate(path: str, folder: Path) -> None:
+    """Let the checkpoint `path` be the one in `folder`, in this process."""
+    _relocated[path] = folder
+
+
 def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
     """Find a checkpoint folder and check that it holds `files`.
 
@@ -92,6 +98,7 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
         raise CheckpointError(
             f"The checkpoint is {short(path)}; give a folder, or one of {', '.join(PRETRAINED)}."
         )
+    path = _relocated.get(str(path), path)
     folder = Path(path)
     try:
         if _may_be_shipped(path):

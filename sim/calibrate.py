@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,11 @@ from ceed_vla.sim.environment import (
     observation_batch,
     turns,
 )
-from ceed_vla.sim.rollout import Chunk, PolicyRunner, rollout
+from ceed_vla.sim.rollout import Chunk, EpisodeResult, PolicyRunner, rollout
 from ceed_vla.sim.settings import DrivenConfig
 from ceed_vla.sim.success import success_entry
 from ceed_vla.sim.timing import bare_parts, collect_observations, measure, percentiles
+from ceed_vla.workers import MOST, ClusterConfig, Workers, open_workers
 
 OFF = 0.05  # share of an action's range
 REPORT, AUDIT = "calibration.json", "audit.json"
@@ -72,6 +75,8 @@ class CalibrateConfig(DrivenConfig):
         episodes: Episodes per threshold.
         seed: First seed. Seeds from 40000 to 49999 are for choices.
         batch: Episodes that run in lock step.
+        workers: Processes that share the episodes.
+        cluster: Ray cluster that runs the episodes instead.
         executed_steps: Steps executed of each chunk; the policy's n_action_steps if None.
     """
 
@@ -83,6 +88,8 @@ class CalibrateConfig(DrivenConfig):
     episodes: int = ranged(200, COUNTS)
     seed: int = ranged(VALIDATION_SEED + 1000, SEEDS)
     batch: int = ranged(20, "[1, 1000]")
+    workers: int = ranged(1, MOST)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     executed_steps: int | None = ranged(None, "[1, 4096]")
 
     def __post_init__(self) -> None:
@@ -247,8 +254,19 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
         )
     config = replace(config, executed_steps=config.executed_steps or policy.config.n_action_steps)
     bundle = joined((policy, pre, post), config.env)
-    with EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool:
-        rows, chosen = _choose(config, bundle, pool)
+    with (
+        EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool,
+        open_workers(
+            config.workers,
+            config.cluster,
+            audited_runner,
+            config,
+            pool,
+            checkpoints=[config.policy.path],
+        ) as workers,
+    ):
+        workers.here = partial(audited, bundle, pool, config.executed_steps)
+        rows, chosen = _choose(config, bundle, pool, workers)
     report: dict[str, Any] = {
         "program": MADE_BY,
         "policy": {
@@ -281,7 +299,7 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
 
 
 def _choose(
-    config: CalibrateConfig, bundle: Bundle, pool: EnvPool
+    config: CalibrateConfig, bundle: Bundle, pool: EnvPool, workers: Workers
 ) -> tuple[list[Measured], dict[str, str]]:
     """Measure the candidates, and choose a decoder for every epsilon.
 
@@ -289,7 +307,7 @@ def _choose(
         All measurements, and by name (risk<E>) the passing decoder with the fewest layers.
     """
     if config.names:
-        return [measured(config, bundle, pool, name) for name in config.names], {}
+        return [measured(config, workers, name) for name in config.names], {}
     ladders = {
         **exit_ladders(),
         **decoder_ladders(sorted(getattr(bundle[0].backbone, "exits", {}))),
@@ -304,7 +322,7 @@ def _choose(
     for signal in config.signals:
         open_ = set(config.epsilons)
         for name in ladders[signal]:
-            rows.append(measured(config, bundle, pool, name))
+            rows.append(measured(config, workers, name))
             open_ = {epsilon for epsilon in open_ if p_value(rows[-1].risks, epsilon) <= level}
             for epsilon in open_:
                 proven[epsilon].append(rows[-1])
@@ -317,7 +335,7 @@ def _choose(
         for epsilon, rows in proven.items()
     }
     # For the report: the deadline that allows the forwards of each cap.
-    caps = [measured(config, bundle, pool, cap) for cap in CAPS]
+    caps = [measured(config, workers, cap) for cap in CAPS]
     runner = PolicyRunner(bundle, "jacobi_h", None, config.executed_steps)
     tasks = turns(config.env)
     observed = collect_observations(
@@ -338,13 +356,36 @@ def plain(value: float) -> str:
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
-def measured(config: CalibrateConfig, bundle: Bundle, pool: EnvPool, name: str) -> Measured:
+def audited_runner(
+    config: CalibrateConfig, pool: EnvPool
+) -> Callable[[tuple[str, Sequence[tuple[int, str]]]], Iterator[EpisodeResult]]:
+    """Make the function of a worker: (decoder, shard) -> results; see `audited`."""
+    bundle = joined(load(config.policy.given()), config.env)
+    return partial(audited, bundle, pool, config.executed_steps)
+
+
+def audited(
+    bundle: Bundle,
+    pool: EnvPool,
+    executed_steps: int | None,
+    item: tuple[str, Sequence[tuple[int, str]]],
+) -> Iterator[EpisodeResult]:
+    """Run a shard of (seed, task) with a decoder; see `AuditedRunner`."""
+    decoder, episodes = item
+    generator = torch.Generator().manual_seed(0)
+    return rollout(AuditedRunner(bundle, decoder, generator, executed_steps), pool, episodes)
+
+
+def measured(config: CalibrateConfig, workers: Workers, name: str) -> Measured:
     """Run episodes with the decoder `name`, and measure its risk."""
-    runner = AuditedRunner(bundle, name, torch.Generator().manual_seed(0), config.executed_steps)
     tasks = turns(config.env)
     episodes = [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]
+    found: dict[int, EpisodeResult] = {}  # by seed
     with tqdm(total=len(episodes), desc=name, unit="episode", dynamic_ncols=True) as bar:
-        results = rollout(runner, pool, episodes, lambda _: bar.update())
+        for _, result in workers.stream((name, one) for one in batched(episodes, config.batch)):
+            bar.update(result.seed not in found)
+            found[result.seed] = result
+    results = [found[seed] for seed, _ in episodes]
     risks = np.array(
         [np.mean([seconds["off"] for seconds in result.seconds]) for result in results]
     )

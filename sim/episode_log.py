@@ -35,6 +35,7 @@ _KINDS = {
     "instruction": str,
     "success": bool,
     "steps": int,
+    "tokens": str,
 }
 _KINDS |= {
     "forwards": list,
@@ -48,8 +49,10 @@ _LATER: dict[str, Any] = {
     "block_layers": [],
     "prefix_layers": [],
     "motion": {},
+    "tokens": "",
 }
 _ANEW = "start a new evaluation in another --output_dir."
+DIGEST = 12  # characters of an episode's `tokens`
 _LONGEST = 2**28  # largest episode file [bytes]
 _CHECK = ', "check": "'  # before the checksum at the end of a line
 
@@ -201,6 +204,7 @@ class EpisodeLog:
                 for count in found
             )
             and all(type(reason) is str and len(reason) < 100 for reason in reasons)
+            and len(episode.tokens) in (0, DIGEST)
             and all(type(value) is float and 0 <= value < 1e12 for value in episode.motion.values())
         )
         return episode if fits else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,8 @@ from ceed_vla.sim.evaluation_report import (
 from ceed_vla.sim.evaluation_timing import measure_latency
 from ceed_vla.sim.plots import PLOTS
 from ceed_vla.sim.report import console_table
-from ceed_vla.sim.rollout import EpisodeResult, rollout
 from ceed_vla.wording import counted
-from ceed_vla.workers import Workers
+from ceed_vla.workers import Workers, open_workers
 
 # The command table finds the two configurations here.
 __all__ = ["DemoConfig", "EvalConfig", "evaluate", "prepared"]
@@ -84,7 +82,9 @@ def evaluate(
     with (
         claimed_folder("output_dir", config.output_dir, own, (REPORT, EPISODES)) as folder,
         EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool,
-        Workers(config.workers, shard_runner, config, pool) as workers,
+        open_workers(
+            config.workers, config.cluster, shard_runner, config, pool, checkpoints=config.paths
+        ) as workers,
     ):
         if not config.resume:
             refuse_unfinished(folder, REPORT)
@@ -92,6 +92,7 @@ def evaluate(
         if added := added_rivals(config.decoders, has_teacher=bool(config.teacher.path)):
             console.print(_added_note(added), soft_wrap=True, highlight=False)
         run, log = prepared(config, pool, probes)
+        workers.here = run.run_shard  # with the models that are loaded already
         return _evaluate(run, log, folder, workers, console)
 
 
@@ -212,10 +213,10 @@ def _check_decoders(run: Evaluation) -> None:
     env.reset(seed, task)
     for row in run.rows:
         runner = run.runner(row)
-        if runner.alone and run.config.workers > 1:
+        if runner.alone and (run.config.workers > 1 or run.config.cluster.chosen):
             raise ConfigError(
                 f"{row.name} has a deadline, which needs an otherwise idle machine: set "
-                "--workers 1."
+                "--workers 1, and no --cluster.address."
             )
         runner.decode([env.observe()], [env.instruction], [None])
 
@@ -235,7 +236,7 @@ def _reused_episodes(run: Evaluation, log: EpisodeLog) -> Results:
 
 
 def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> None:
-    """Run the missing episodes, in this process or in `workers`.
+    """Let the workers run the missing episodes.
 
     Each episode is on disk before the next one is counted. Every decoder runs a shard of seeds
     before any runs the next shard, so that an early stop leaves comparable rows.
@@ -251,21 +252,14 @@ def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> Non
     finished = sum(map(len, run.results.values()))
     total = config.episodes * len(run.rows)
     with tqdm(total=total, initial=finished, unit="episode", dynamic_ncols=True) as bar:
-
-        def finish(name: str, episode: EpisodeResult) -> None:
-            log.append(name, episode)
-            run.results[name].append(episode)
-            bar.set_description(name, refresh=False)
+        for (row, _), episode in workers.stream(missing):
+            if episode.seed in done[row.name]:
+                continue  # it came again, because its worker was lost
+            done[row.name].add(episode.seed)
+            log.append(row.name, episode)
+            run.results[row.name].append(episode)
+            bar.set_description(row.name, refresh=False)
             bar.update()
-
-        if config.workers == 1:
-            for row, episodes in missing:
-                runner = run.runner(row)
-                rollout(runner, run.pool, episodes, partial(finish, row.name))
-            return
-        for name, results in workers.map(missing):
-            for episode in results:
-                finish(name, episode)
 
 
 def _write_clips(run: Evaluation, folder: Path) -> list[Path]:

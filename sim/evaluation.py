@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -49,6 +49,11 @@ class Evaluation:
     def runner(self, row: Row) -> PolicyRunner:
         """The runner of a row's episodes."""
         return driver_of(self.engines, row, self.bundles, self.executed_steps)
+
+    def run_shard(self, item: tuple[Row, list[tuple[int, str]]]) -> Iterator[EpisodeResult]:
+        """Run a shard of a row's episodes in this process."""
+        row, episodes = item
+        return rollout(self.runner(row), self.pool, episodes)
 
 
 def driver_of(
@@ -182,8 +187,8 @@ def whole_shards(config: EvalConfig, rows: Sequence[Row], results: Results) -> R
 
 def shard_runner(
     config: EvalConfig, pool: EnvPool
-) -> Callable[[tuple[Row, Any]], tuple[str, list[EpisodeResult]]]:
-    """Make the function of a worker process: (row, shard) -> (row's name, results).
+) -> Callable[[tuple[Row, Any]], Iterator[EpisodeResult]]:
+    """Make the function of a worker: (row, shard) -> results.
 
     See `Workers`.
     """
@@ -191,9 +196,8 @@ def shard_runner(
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
     engines = engines_of_run(config, bundles) if config.engine == "edge" else {}
 
-    def run(item: tuple[Row, list[tuple[int, str]]]) -> tuple[str, list[EpisodeResult]]:
+    def run(item: tuple[Row, list[tuple[int, str]]]) -> Iterator[EpisodeResult]:
         row, episodes = item
-        runner = driver_of(engines, row, bundles, executed)
-        return row.name, rollout(runner, pool, episodes)
+        return rollout(driver_of(engines, row, bundles, executed), pool, episodes)
 
     return run

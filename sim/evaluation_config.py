@@ -9,7 +9,7 @@ from ceed_vla.fields import SEEDS, chosen, ranged
 from ceed_vla.sim.engines import ENGINES
 from ceed_vla.sim.environment import EVALUATION_SEEDS
 from ceed_vla.sim.settings import CheckpointPath, DrivenConfig
-from ceed_vla.workers import MOST
+from ceed_vla.workers import MOST, ClusterConfig
 
 # former name of a flag -> current name
 MOVED = {
@@ -42,6 +42,7 @@ class EvalConfig(DrivenConfig):
             before any runs the next one.
         workers: Processes that share the shards, with one torch thread each; 1: this process only,
             with `threads`.
+        cluster: Ray cluster that runs the episodes instead.
         delay_ms: Decoding delays in the closed loop [ms], such as 0,100,200. Every decoder runs
             with each delay, as row NAME@100ms. A delay is rounded up to whole control steps; the
             robot meanwhile continues the previous chunk, and holds where it ends.
@@ -72,6 +73,7 @@ class EvalConfig(DrivenConfig):
     output_dir: str = "outputs/eval"
     batch: int = ranged(20, "[1, 1000]")
     workers: int = ranged(1, MOST)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     delay_ms: list[float] = ranged([0.0], "[0, 1e5]")
     delay: str = chosen("given", ("given", "measured"))
     executed_steps: int | None = ranged(None, "[1, 4096]")
@@ -81,6 +83,11 @@ class EvalConfig(DrivenConfig):
     device: str | None = None
     reuse: str = ""
     resume: bool = False
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the checkpoints."""
+        return [path for path in (self.policy.path, self.teacher.path) if path]
 
 
 @dataclass

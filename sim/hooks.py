@@ -36,7 +36,7 @@ from ceed_vla.sim.record import record, recorded_policy
 from ceed_vla.sim.recording.config import RecordConfig
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
-from ceed_vla.workers import Workers
+from ceed_vla.workers import ClusterConfig, open_workers
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +64,14 @@ class StudentSimulation:
         instruction: Instruction for the policy in it, if the environment has none or its words
             differ from those of the data.
         validate_episodes: Episodes per validation; 0: no validation.
+        cluster: Ray cluster that runs the episodes of validations and takeovers; otherwise two
+            processes of this machine do.
     """
 
     env: EnvConfig = field(default_factory=mixed_tabletop)
     instruction: str = ""
     validate_episodes: int = ranged(40, "[0, 10000]")
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the command's function besides the configuration."""
@@ -78,7 +81,9 @@ class StudentSimulation:
         """Return the validation with a decoder; None if validation is off."""
         validated = self.validate_episodes and self.env.type != "none"
         return (
-            ClosedLoopValidation(self.env, self.validate_episodes, decoding, self.instruction)
+            ClosedLoopValidation(
+                self.env, self.validate_episodes, decoding, self.instruction, self.cluster
+            )
             if validated
             else None
         )
@@ -95,7 +100,9 @@ class TeacherSimulation(StudentSimulation):
         recorder = None
         if self.rounds:
             episodes, seed = self.takeover_episodes, self.takeover_seed
-            recorder = TakeoverRecorder(self.env, episodes, seed, self.rounds, self.instruction)
+            recorder = TakeoverRecorder(
+                self.env, episodes, seed, self.rounds, self.instruction, self.cluster
+            )
         known = getattr(self.env, "privileged", None)
         located = partial(localisation, self.env, instruction=self.instruction)
         return {
@@ -126,12 +133,18 @@ class ClosedLoopValidation:
     """Measures success on validation seeds; a `ceed_vla.training.run.ClosedLoop`."""
 
     def __init__(
-        self, env: EnvConfig, episodes: int = 40, decoding: str = "ar", instruction: str = ""
+        self,
+        env: EnvConfig,
+        episodes: int = 40,
+        decoding: str = "ar",
+        instruction: str = "",
+        cluster: ClusterConfig | None = None,
     ) -> None:
         self.env = env
         self.episodes = episodes
         self.decoding = decoding
         self.instruction = instruction
+        self.cluster = cluster or ClusterConfig()
 
     def check(self, policy: CeedVLAConfig) -> None:
         """Raise `ConfigError`, before training, if features or initial states do not fit."""
@@ -149,21 +162,26 @@ class ClosedLoopValidation:
             batch=min(20, -(-self.episodes // PROCESSES)),
             instruction=self.instruction,
         )
-        outcomes: list[bool] = []
+        outcomes: dict[int, bool] = {}  # by seed
         with (
             tqdm(total=self.episodes, desc="validate", unit="episode", dynamic_ncols=True) as bar,
-            Workers(
-                PROCESSES, shard_runner, config, EnvPool(config.batch, self.env, self.instruction)
+            open_workers(
+                PROCESSES,
+                self.cluster,
+                shard_runner,
+                config,
+                EnvPool(config.batch, self.env, self.instruction),
+                checkpoints=config.paths,
             ) as workers,
         ):
             (row,) = resolve_rows(
                 [self.decoding], {"policy": CeedVLAConfig.read(resolve_checkpoint(policy))}
             )
-            for _, results in workers.map([(row, shard) for shard in shards(config)]):
-                outcomes += [episode.success for episode in results]
-                bar.update(len(results))
-                bar.set_postfix_str(f"{sum(outcomes)} solved")
-        return sum(outcomes), len(outcomes)
+            for _, episode in workers.stream([(row, shard) for shard in shards(config)]):
+                bar.update(episode.seed not in outcomes)
+                outcomes[episode.seed] = episode.success
+                bar.set_postfix_str(f"{sum(outcomes.values())} solved")
+        return sum(outcomes.values()), len(outcomes)
 
 
 class TakeoverRecorder:
@@ -175,13 +193,20 @@ class TakeoverRecorder:
         seed: Seed of the first attempt of round 0; every attempt has its own.
         rounds: Number of rounds.
         instruction: Instruction that overrides the environment's.
+        cluster: Ray cluster that runs the attempts; None: processes of this machine.
 
     Raises:
         ConfigError: The rounds need seeds outside the takeover range, or there is no expert.
     """
 
     def __init__(
-        self, env: EnvConfig, episodes: int, seed: int, rounds: int, instruction: str = ""
+        self,
+        env: EnvConfig,
+        episodes: int,
+        seed: int,
+        rounds: int,
+        instruction: str = "",
+        cluster: ClusterConfig | None = None,
     ) -> None:
         check_expert(env, f"--rounds {rounds} (takeovers)")
         low, high = TAKEOVER_SEEDS
@@ -194,6 +219,7 @@ class TakeoverRecorder:
         self.episodes = episodes
         self.seed = seed
         self.instruction = instruction
+        self.cluster = cluster or ClusterConfig()
 
     def __call__(self, policy: Path, index: int, folder: Path, minutes: float = 0.0) -> list[Path]:
         """Record round `index` with the checkpoint `policy` into a new root under `folder`.
@@ -219,6 +245,7 @@ class TakeoverRecorder:
             seed,
             resume=True,
             workers=PROCESSES,
+            cluster=self.cluster,
             instruction=self.instruction,
             policy_path=policy.resolve(),
             max_minutes=minutes,

@@ -38,7 +38,7 @@ from ceed_vla.sim.recording.roots import removed_while_empty
 from ceed_vla.sim.recording.takeover import takeover_attempts
 from ceed_vla.sim.rollout import PolicyRunner
 from ceed_vla.wording import counted
-from ceed_vla.workers import Workers
+from ceed_vla.workers import open_workers
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,14 @@ def _record(config: RecordConfig) -> RecordSummary:
         removed_while_empty(config.root),
         handled_by(),
         EnvPool(config.batch, config.env, config.instruction) as pool,
-        Workers(config.workers, unit_recorder, config, pool) as workers,
+        open_workers(
+            config.workers,
+            config.cluster,
+            unit_recorder,
+            config,
+            pool,
+            checkpoints=[str(config.policy_path)] if config.policy_path else [],
+        ) as workers,
     ):
         check_requirements(config, pool.env(0))
         features = frame_features(pool.env(0), config)

@@ -11,6 +11,7 @@ the exception: a batch shares one generator.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ class EpisodeResult:
     instruction: str = ""
     success: bool = False  # solved within the step limit
     steps: int = 0  # control steps done
+    tokens: str = ""  # digest of the tokens of all chunks
     # One entry per chunk in each of these lists, see `Chunk`.
     forwards: list[int] = field(default_factory=list)
     exit_reasons: list[str] = field(default_factory=list)
@@ -316,6 +318,7 @@ def execute(
     result.block_layers.append(chunk.block_layers)
     result.prefix_layers.append(chunk.prefix_layers)
     result.seconds.append(chunk.seconds)
+    result.tokens = _digest(result.tokens, chunk.tokens)
     # The arm holds if a chunk is malformed, or ends before the next one is ready.
     fresh: Any = [None] * runner.executed_steps if chunk.actions is None else chunk.actions
     before: list[Any] = [*episode.rest[: runner.delay]]
@@ -343,6 +346,12 @@ def execute(
     return moment
 
 
+def _digest(before: str, tokens: Tensor) -> str:
+    """Digest of the tokens (n,) of a chunk, after chunks with the digest `before`."""
+    digest = hashlib.sha256(before.encode() + tokens.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()[:12]
+
+
 def tokens_per_step(runner: PolicyRunner) -> int:
     """Tokens of a step; 0 if their number varies, so that no step can be frozen."""
     return getattr(runner.policy.tokenizer, "tokens_per_step", None) or 0
@@ -358,11 +367,8 @@ def drive(
 
 
 def rollout(
-    runner: PolicyRunner,
-    pool: EnvPool,
-    episodes: Iterable[tuple[int, str]],
-    on_episode: Callable[[EpisodeResult], None] = lambda result: None,
-) -> list[EpisodeResult]:
+    runner: PolicyRunner, pool: EnvPool, episodes: Iterable[tuple[int, str]]
+) -> Iterator[EpisodeResult]:
     """Run episodes side by side; when one ends, the next one takes its environment.
 
     With a deadline, only one episode runs at a time.
@@ -371,20 +377,16 @@ def rollout(
         runner: Runs the policy; its bundle is `joined` for the environments of `pool`.
         pool: Environments.
         episodes: (seed, task) of every episode.
-        on_episode: Called with the result of every episode as it ends.
 
-    Returns:
-        Results in the order of `episodes`.
+    Yields:
+        The result of every episode as it ends.
     """
-    results: list[EpisodeResult] = []
     waiting = iter(episodes)
 
     def begin(slot: int) -> Episode | None:
         """Start the next episode in the environment of a slot; None if all have started."""
         for seed, task in waiting:
-            episode = Episode.start(pool.env(slot), seed, task, pool.max_episode_steps)
-            results.append(episode.result)
-            return episode
+            return Episode.start(pool.env(slot), seed, task, pool.max_episode_steps)
         return None
 
     slots = [begin(slot) for slot in range(1 if runner.alone else pool.size)]
@@ -392,25 +394,24 @@ def rollout(
         replan(runner, list(active.values()))
         for episode in active.values():
             if episode.over:
-                on_episode(episode.result)
+                yield episode.result
         slots = [
             begin(i) if episode is not None and episode.over else episode
             for i, episode in enumerate(slots)
         ]
-    return results
 
 
 def episode_runner(
     policy: str, env: EnvConfig, instruction: str = ""
-) -> Callable[[tuple[Any, int | None, Any]], list[EpisodeResult]]:
-    """Make the function of a worker process: (decoding, executed steps, shard) -> results.
+) -> Callable[[tuple[Any, int | None, Any]], Iterator[EpisodeResult]]:
+    """Make the function of a worker: (decoding, executed steps, shard) -> results.
 
     See `Workers`; a shard is a sequence of (seed, task).
     """
     bundle = joined(load(policy), env)
     pool = EnvPool(SHARD, env, instruction)
 
-    def run(item: tuple[Any, int | None, Sequence[tuple[int, str]]]) -> list[EpisodeResult]:
+    def run(item: tuple[Any, int | None, Sequence[tuple[int, str]]]) -> Iterator[EpisodeResult]:
         decoding, executed_steps, episodes = item
         generator = torch.Generator().manual_seed(0)
         return rollout(PolicyRunner(bundle, decoding, generator, executed_steps), pool, episodes)

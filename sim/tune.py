@@ -40,7 +40,7 @@ from ceed_vla.sim.summary import hardware
 from ceed_vla.sim.tune_config import PLAY_OFF, TuneConfig
 from ceed_vla.sim.tune_plan import Plan, Trial
 from ceed_vla.sim.tune_search import Search
-from ceed_vla.workers import Workers
+from ceed_vla.workers import open_workers
 
 PLANS = "plans.json"
 
@@ -69,8 +69,14 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
     policy.requires_grad_(False)  # so that no weight is saved as trainable
     with (
         EnvPool(SHARD, config.env, config.instruction) as pool,
-        Workers(
-            config.workers, episode_runner, config.policy.path, config.env, config.instruction
+        open_workers(
+            config.workers,
+            config.cluster,
+            episode_runner,
+            config.policy.path,
+            config.env,
+            config.instruction,
+            checkpoints=[config.policy.path],
         ) as workers,
     ):
         search = Search(config, joined((policy, pre, post), config.env), pool, workers)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ceed_vla.fields import COUNTS, SEEDS, chosen, ranged
 from ceed_vla.sim.engines import ENGINES
 from ceed_vla.sim.environment import VALIDATION_SEED, check_choice, check_open
 from ceed_vla.sim.settings import DrivenConfig
-from ceed_vla.workers import MOST
+from ceed_vla.workers import MOST, ClusterConfig
 
 PLAY_OFF = 4  # times the episodes of a generation
 
@@ -34,6 +34,7 @@ class TuneConfig(DrivenConfig):
             be exported here, eager otherwise), or fastest (the fastest one of each plan, named in
             plans.json).
         workers: Processes that share the episodes; timing runs while they are idle.
+        cluster: Ray cluster that runs the episodes instead; timing stays on this machine.
     """
 
     output_dir: str = "outputs/tune"
@@ -47,6 +48,7 @@ class TuneConfig(DrivenConfig):
     search_seed: int = ranged(0, SEEDS)
     engine: str = chosen("eager", ENGINES)
     workers: int = ranged(1, MOST)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, ranged
 from ceed_vla.training.clipping import MOST_CLIPPED
 from ceed_vla.training.settings import SHARES, number_list
 from ceed_vla.training.shards import GUESSES
-from ceed_vla.workers import MOST
+from ceed_vla.workers import MOST, ClusterConfig
 
 
 @dataclass
@@ -36,6 +36,8 @@ class CollectConfig:
         num_shards: Processes that share the work; under torchrun or `accelerate launch` leave both
             out.
         workers: Processes that this one starts for its part.
+        cluster: Ray cluster that decodes instead; its nodes must see the datasets under the same
+            absolute paths.
         seed: Seed of episodes and guesses.
         threads: CPU threads; 0 leaves torch's default.
         max_clipped: Largest share of a dimension's actions far outside the policy's range.
@@ -55,6 +57,7 @@ class CollectConfig:
     shard_index: int = ranged(0, "[0, 1e6]")
     num_shards: int = ranged(1, "[1, 1e6]")
     workers: int = ranged(1, MOST)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     seed: int = ranged(0, SEEDS)
     threads: int = ranged(0, THREADS)
     max_clipped: float = ranged(MOST_CLIPPED, SHARES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,8 @@ def opened_inputs(config: CollectConfig) -> tuple[Any, Any, list[FrameStore]]:
 class Collector:
     """Decodes the frames of one work unit after another, in the order that "previous" guesses need.
 
-    `found` is the result of `opened_inputs`; if None, in a worker process (see `Workers`), it is
-    opened here. `advance` is called with each number of decoded frames.
+    `found` is the result of `opened_inputs`; if None, in a worker (see `Workers`), it is opened
+    here. `advance` is called with each number of decoded frames.
     """
 
     stores: list[FrameStore]
@@ -51,8 +51,8 @@ class Collector:
         self.n = self.policy.config.block_length
         self.malformed = 0  # chunks of the unit that is being decoded
 
-    def __call__(self, unit: WorkUnit) -> tuple[pa.Table, int]:
-        """Decode a unit; return its trajectories, and the number of its malformed chunks."""
+    def __call__(self, unit: WorkUnit) -> Iterator[tuple[pa.Table, int]]:
+        """Decode a unit; yield its trajectories, and the number of its malformed chunks."""
         root, _, frames = unit
         self.malformed = 0
         store = self.stores[root]
@@ -72,7 +72,7 @@ class Collector:
         table = pa.table(
             {key: pa.array([row[key] for row in rows], kind) for key, kind in SCHEMA.items()}
         )
-        return table, self.malformed
+        yield table, self.malformed
 
     def _decode(
         self,

@@ -33,7 +33,7 @@ from ceed_vla.training.clipping import check_clipping
 from ceed_vla.training.collect_config import CollectConfig, guess_shares
 from ceed_vla.training.collector import Collector, WorkUnit, opened_inputs
 from ceed_vla.training.mixture import check_fits
-from ceed_vla.training.settings import full_disk
+from ceed_vla.training.settings import full_disk, split_list
 from ceed_vla.training.shards import (
     GUESSES,
     META,
@@ -44,7 +44,7 @@ from ceed_vla.training.shards import (
     read_meta,
     read_shard,
 )
-from ceed_vla.workers import Workers
+from ceed_vla.workers import open_workers
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _collect(config: CollectConfig, output: Path) -> Path:
             read_shard(output / name, meta, frames)  # raises unless it is complete
     missing = [unit for unit in mine if unit[1] not in done]
     malformed = 0
-    alone = config.workers == 1
+    there = replace(config, roots=",".join(map(os.path.abspath, split_list(config.roots))))
     with (
         tqdm(
             total=sum(len(f) for _, _, f in mine),
@@ -99,16 +99,23 @@ def _collect(config: CollectConfig, output: Path) -> Path:
             unit="frame",
             dynamic_ncols=True,
         ) as bar,
-        Workers(
-            config.workers, Collector, config, *([inputs, bar.update] if alone else [])
+        open_workers(
+            config.workers, config.cluster, Collector, there, checkpoints=[config.policy_path]
         ) as workers,
     ):
-        bar.update(bar.total - sum(len(f) for _, _, f in missing))
-        for (_, name, frames), (table, unread) in zip(missing, workers.map(missing), strict=True):
+        # In this process, with what is open already; it also shows the frames within a unit.
+        workers.here = Collector(config, inputs, bar.update)
+        decoded = bar.total - sum(len(f) for _, _, f in missing)
+        bar.update(decoded)
+        for (_, name, frames), (table, unread) in workers.stream(missing):
+            if name in done:
+                continue  # it came again, because its worker was lost
+            done.add(name)
             with full_disk(output, advice), replacing(output / name) as temporary:
                 pq.write_table(table, temporary, compression="zstd")
             malformed += unread
-            bar.update(0 if alone else len(frames))
+            decoded += len(frames)
+            bar.update(max(0, decoded - bar.n))
     if malformed:
         logger.warning("%d of the teacher's chunks are malformed; they are stored.", malformed)
     return output

@@ -35,7 +35,7 @@ from ceed_vla.sim.rollout import (
     tokens_per_step,
 )
 from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
-from ceed_vla.workers import MOST, Workers
+from ceed_vla.workers import MOST, ClusterConfig, Workers, open_workers
 
 Decision = tuple[int, str, int]  # seed, task, number of chunks before the decision
 Outcome = tuple[str, int, str, bool, int]  # decoder, seed, task, solved, number of chunks
@@ -68,10 +68,12 @@ class SerialGroups:
     Attributes:
         env: Environment; must have ``snapshot`` and ``restore``.
         workers: Processes that share the episodes.
+        cluster: Ray cluster that runs the episodes instead.
     """
 
     env: EnvConfig
     workers: int = 2
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def outcomes(self, policy: str, decoders: Sequence[str], seeds: range) -> Iterator[Outcome]:
         """Yield the outcome of each decoder on each seed, shard by shard."""
@@ -85,21 +87,29 @@ class SerialGroups:
         with EnvPool(1, self.env) as pool:  # before the first episode
             pool.env(0).needs("reinforce", *NEEDED)
         episodes = [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)]
-        with Workers(self.workers, episode_runner, policy, self.env) as workers:
+        with self._opened(episode_runner, policy) as workers:
             runs = [(decoder, shard) for shard in batched(episodes, SHARD) for decoder in decoders]
             for (decoder, shard), found in zip(
                 runs, workers.map((d, None, s) for d, s in runs), strict=True
             ):
-                for result, (seed, task) in zip(found, shard, strict=True):
+                results = {result.seed: result for result in found}
+                for seed, task in shard:
+                    result = results[seed]
                     yield decoder, seed, task, result.success, len(result.forwards)
 
     def groups(
         self, policy: str, decoder: str, cap: int, decisions: Sequence[Decision]
     ) -> Iterator[Group]:
         """Yield the group of every decision that an episode driven by `decoder` reaches."""
-        with Workers(self.workers, group_runner, policy, self.env, decoder, cap) as workers:
+        with self._opened(group_runner, policy, decoder, cap) as workers:
             for found in workers.map(batched(decisions, SHARD)):
                 yield from found
+
+    def _opened(self, make: Any, policy: str, *more: Any) -> Workers:
+        """Workers of a policy in this environment."""
+        return open_workers(
+            self.workers, self.cluster, make, policy, self.env, *more, checkpoints=[policy]
+        )
 
 
 @dataclass
@@ -110,14 +120,16 @@ class ReinforceSimulation:
         env: Environment of the episodes; must have ``snapshot`` and the methods listed with it in
             `ceed_vla.sim.environment`.
         workers: Processes that share the episodes.
+        cluster: Ray cluster that runs the episodes instead.
     """
 
     env: EnvConfig = field(default_factory=mixed_tabletop)
     workers: int = ranged(2, MOST)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the command's function besides the configuration."""
-        return {"rollouts": SerialGroups(self.env, self.workers)}
+        return {"rollouts": SerialGroups(self.env, self.workers, self.cluster)}
 
 
 def group_runner(

@@ -21,13 +21,22 @@ from ceed_vla.sim.environment import (
     recorded_tasks,
 )
 from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
-from ceed_vla.workers import MOST
+from ceed_vla.workers import MOST, ClusterConfig
 
 MODES = ("clean", "perturb", "grounding", "takeover")
 STEPS = "[1, 1e6]"
 
 # Fields that a resumed run may change; all others decide what is recorded.
-_FREE = ("root", "episodes", "max_minutes", "resume", "commit_frames", "progress", "workers")
+_FREE = (
+    "root",
+    "episodes",
+    "max_minutes",
+    "resume",
+    "commit_frames",
+    "progress",
+    "workers",
+    "cluster",
+)
 
 
 @dataclass
@@ -59,6 +68,7 @@ class RecordConfig:
         executed_steps: Actions executed per chunk in mode takeover; None: the policy's own.
         batch: Environments driven in lock step in mode takeover.
         workers: Processes that share the attempts; the data do not depend on their number.
+        cluster: Ray cluster that makes the attempts instead; this machine writes the dataset.
         max_chunks: The policy drives 1 to `max_chunks` chunks before the expert takes over.
         takeover_steps: Control steps within which the expert must finish after the takeover.
         max_minutes: Time limit [min]; recorded episodes stay. 0: no limit.
@@ -88,6 +98,7 @@ class RecordConfig:
     executed_steps: int | None = ranged(None, "[1, 4096]")
     batch: int = ranged(16, "[1, 1000]")
     workers: int = ranged(1, MOST)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     max_chunks: int = ranged(15, STEPS)
     takeover_steps: int = ranged(60, STEPS)
     max_minutes: float = ranged(0.0, "[0, 1e6]")

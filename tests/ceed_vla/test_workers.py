@@ -1,47 +1,58 @@
-"""Processes that share work: ordered results, original errors, discovered packages, clean exit."""
+"""Processes that share work: every result, original errors, discovered packages, clean exit."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shared_work import make
 
-from ceed_vla import discovery, workers
-from ceed_vla.errors import CeedVLAError, TokenError
-from ceed_vla.workers import Workers
+from ceed_vla import discovery
+from ceed_vla.errors import CeedVLAError, ConfigError, TokenError
+from ceed_vla.workers import ClusterConfig, Workers, local, open_workers
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests need neither torch nor LeRobot."""
-    monkeypatch.setattr(workers, "PRELOADED", [])
+    monkeypatch.setattr(local, "PRELOADED", [])
+
+
+def opened(count: int, offset: int) -> Workers:
+    return open_workers(count, ClusterConfig(), make, offset)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_results_come_in_order_and_errors_as_they_are(count: int) -> None:
     before = set(multiprocessing.active_children())
-    with Workers(count, make, 100) as pool:
-        assert [value for value, _ in pool.map(range(12))] == list(range(100, 112))
-        assert [value for value, _ in pool.map([])] == []
+    with opened(count, 100) as pool:
+        assert [value for ((value, _),) in pool.map(range(12))] == list(range(100, 112))
+        assert list(pool.map([])) == []
         with pytest.raises(TokenError, match="item -1 is none"):
             list(pool.map([3, -1, 4]))
-        assert [value for value, _ in pool.map(iter([5]))] == [105]
+        assert [value for ((value, _),) in pool.map(iter([5]))] == [105]
+        assert sorted((item, value) for item, (value, _) in pool.stream([1, 0, 2])) == [
+            (0, 100),
+            (1, 101),
+            (2, 102),
+        ]
     assert set(multiprocessing.active_children()) <= before
 
 
 READING = """
 from shared_work import reader
-from ceed_vla import workers
+from ceed_vla.workers import ClusterConfig, local, open_workers
 if __name__ == "__main__":
-    workers.PRELOADED = []
-    with workers.Workers(2, reader) as pool:
-        print(list(pool.map([0])))
+    local.PRELOADED = []
+    with open_workers(2, ClusterConfig(), reader) as pool:
+        print(*pool.map([0]))
 """
 
 
@@ -63,44 +74,70 @@ def test_processes_import_what_was_discovered(
     (tmp_path / "package_of_a_user.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(discovery, "_discovered", {"package_of_a_user"})
-    with Workers(2, make, 0) as pool:
-        assert list(pool.map([1])) == [(1, True)]
+    with opened(2, 0) as pool:
+        assert list(pool.map([1])) == [[(1, True)]]
 
 
 def test_a_process_that_dies_is_an_error_and_nothing_is_left() -> None:
     before = set(multiprocessing.active_children())  # processes of other tests
-    with pytest.raises(CeedVLAError, match="died"), Workers(2, make, 0) as pool:
+    with pytest.raises(CeedVLAError, match=r"died.*Use fewer --workers"), opened(2, 0) as pool:
         list(pool.map([1, -2, 3]))
-    with pytest.raises(KeyboardInterrupt), Workers(2, make, 0) as pool:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), opened(2, 0) as pool:  # noqa: PT012
         next(pool.map(range(1000)))
         raise KeyboardInterrupt
+    with opened(2, 0) as pool:  # left in the middle of its work
+        next(pool.stream(range(1000)))
     left = set(multiprocessing.active_children()) - before
     for process in left:
         process.join(30)
     assert not any(process.is_alive() for process in left)
 
 
-def test_an_answer_that_a_dead_process_was_writing_holds_nothing_up() -> None:
-    with pytest.raises(KeyboardInterrupt), Workers(2, make, 0) as pool:  # noqa: PT012
-        next(pool.map(range(10)))
-        pool._pool._result_queue._wlock.acquire()  # as if it was killed while it wrote
-        began = time.monotonic()
-        raise KeyboardInterrupt
+def test_a_process_that_stops_answering_holds_nothing_up() -> None:
+    """It is stopped, as by a device that never returns, so it does not handle SIGTERM either."""
+    with pytest.raises(KeyboardInterrupt):  # noqa: SIM117, PT012
+        with opened(2, 0) as pool:
+            found = pool.stream(range(10**6))
+            next(found)
+            stopped: Any = pool._workers[0]  # type: ignore[attr-defined]
+            os.kill(stopped.process.pid, signal.SIGSTOP)
+            began = time.monotonic()
+            raise KeyboardInterrupt
+    assert not stopped.process.is_alive()
     assert time.monotonic() - began < 60
+
+
+def test_errors_that_cannot_be_sent_arrive_as_text() -> None:
+    with opened(2, 0) as pool, pytest.raises(CeedVLAError, match="UnsendableError: item -3"):
+        list(pool.map([-3]))
+
+
+def test_results_of_an_abandoned_iteration_are_not_mixed_with_the_next() -> None:
+    with opened(2, 0) as pool:
+        next(pool.stream(range(50, 60)))
+        assert [value for ((value, _),) in pool.map(range(6))] == list(range(6))
+
+
+@pytest.mark.parametrize("address", ["here", "host:", ":1", "host:port"])
+def test_addresses_of_clusters_are_checked(address: str) -> None:
+    with pytest.raises(ConfigError, match="must be local, auto or HOST:PORT"):
+        ClusterConfig(address)
+    with pytest.raises(ConfigError, match=r"Set --cluster\.address"):
+        ClusterConfig(workers=2)
 
 
 KILLED = """
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from shared_work import make, reader
-from ceed_vla import workers
-from ceed_vla.workers import Workers
-workers.PRELOADED = []
+from ceed_vla.workers import ClusterConfig, local, open_workers
+local.PRELOADED = []
 if __name__ == "__main__":
-    with Workers(2, make, 0) as workers:
+    with open_workers(2, ClusterConfig(), make, 0) as workers:
         found = workers.map(range(10**6))
         next(found)
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)

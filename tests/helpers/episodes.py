@@ -22,13 +22,17 @@ from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 def run_seeds(
     policy: Any, seeds: Iterable[int], env: EnvConfig, batch: int = 20, **options: Any
 ) -> list[EpisodeResult]:
-    """Run episodes of `seeds`, cycling the tasks; `options` are the runner's."""
+    """Run episodes of rising `seeds`, cycling the tasks; `options` are the runner's."""
     tasks = turns(env)
     with EnvPool(batch, env) as pool:
         runner = PolicyRunner(joined((policy, None, None), env), **options)
-        return rollout(
-            runner, pool, [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)]
-        )
+        episodes = [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)]
+        return in_order(rollout(runner, pool, episodes))
+
+
+def in_order(results: Iterable[EpisodeResult]) -> list[EpisodeResult]:
+    """Results by their seeds."""
+    return sorted(results, key=lambda result: result.seed)
 
 
 def short_evaluation(checkpoint: Path, folder: Path, **changes: Any) -> EvalConfig:

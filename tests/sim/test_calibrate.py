@@ -91,7 +91,7 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
     }
     asked: list[str] = []
 
-    def measured(config: Any, bundle: Any, pool: Any, name: str) -> Measured:
+    def measured(config: Any, workers: Any, name: str) -> Measured:
         asked.append(name)
         risk, forwards = risks.get(name, 0.5), 5.0 - 0.1 * len(asked)
         return Measured(name, np.full(400, risk), np.full(9, 1.0), np.full(9, forwards), [True] * 7)
@@ -113,7 +113,7 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
         None,
         None,
     )
-    rows, chosen = ceed_vla.sim.calibrate._choose(config, bundle, None)  # type: ignore[arg-type]
+    rows, chosen = ceed_vla.sim.calibrate._choose(config, bundle, None, None)  # type: ignore[arg-type]
     assert asked == [
         "conf0.9",
         "conf0.7",
@@ -128,8 +128,9 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
     assert len(rows) == len(asked)
     assert [row.deadline_ms for row in rows[-4:]] == [8.0] * 4  # one forward each here
     # it has no exits
+    unknown = replace(config, signals=["trust", "deer3"])
     with pytest.raises(ConfigError, match=r"trust, deer3; this policy has .*agree.*keep"):
-        ceed_vla.sim.calibrate._choose(replace(config, signals=["trust", "deer3"]), bundle, None)  # type: ignore[arg-type]
+        ceed_vla.sim.calibrate._choose(unknown, bundle, None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

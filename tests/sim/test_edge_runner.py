@@ -36,8 +36,8 @@ def test_episodes_are_torchs(export: EdgePolicy, delay: int) -> None:
     bundle = joined(load("student"), ENV)
     with EnvPool(2, ENV) as pool:
         episodes = [(40_000, "mixed"), (40_001, "mixed")]
-        theirs = rollout(PolicyRunner(bundle, "ceed", None, 4, delay), pool, episodes)
-        mine = rollout(EdgeRunner(export, bundle, "ceed", 4, delay), pool, episodes)
+        theirs = list(rollout(PolicyRunner(bundle, "ceed", None, 4, delay), pool, episodes))
+        mine = list(rollout(EdgeRunner(export, bundle, "ceed", 4, delay), pool, episodes))
     for one, other in zip(mine, theirs, strict=True):
         assert one.forwards == other.forwards
         assert one.exit_reasons == other.exit_reasons

@@ -163,11 +163,10 @@ def test_success_ends_an_episode_early() -> None:
                 self.actions[:, 0] = torch.from_numpy(env.expert_action())
                 return result
 
-        results = rollout(
-            PolicyRunner((Expert(), None, None), executed_steps=1), pool, [(11, "push_cube")]
-        )
-    assert results[0].success
-    assert results[0].steps == len(results[0].forwards) < 120
+        runner = PolicyRunner((Expert(), None, None), executed_steps=1)
+        (result,) = rollout(runner, pool, [(11, "push_cube")])
+    assert result.success
+    assert result.steps == len(result.forwards) < 120
 
 
 def test_a_malformed_chunk_holds_the_arm_and_the_episode_goes_on() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from episodes import in_order
 
 from ceed_vla import load
 from ceed_vla.axes.learned.rule import FEATURES, Group
@@ -150,7 +151,8 @@ def test_branches_go_on_as_an_episode_would() -> None:
     seeds = range(36_000, 36_006)
     bundle = joined(load("student"), env)
     with EnvPool(6, env) as pool:
-        alone = rollout(PolicyRunner(bundle, "cap1"), pool, [(seed, "push_cube") for seed in seeds])
+        runner = PolicyRunner(bundle, "cap1")
+        alone = in_order(rollout(runner, pool, [(seed, "push_cube") for seed in seeds]))
     groups = group_runner("student", env, "cap1", 2)([(seed, "push_cube", 1) for seed in seeds])
     assert len(groups) == 6
     ran = [group for group in groups if group.solved[0] is not None]

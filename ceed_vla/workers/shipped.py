@@ -1,0 +1,74 @@
+"""Checkpoints that are sent to the nodes of a cluster, once through its object store."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ceed_vla.folders import relocate, resolve_checkpoint
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The files of a checkpoint.
+
+    Attributes:
+        path: The path by which the command names it.
+        files: Contents by their path in its folder.
+        digest: Of both.
+    """
+
+    path: str
+    files: Mapping[str, bytes]
+    digest: str
+
+
+def read_checkpoint(path: str) -> Shipped:
+    """Read a checkpoint to be sent.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+    """
+    folder = resolve_checkpoint(path)
+    files = {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    digest = hashlib.sha256()
+    for name, contents in files.items():
+        digest.update(name.encode() + hashlib.sha256(contents).digest())
+    return Shipped(path, files, digest.hexdigest()[:16])
+
+
+def unpack(shipped: Shipped, job: str) -> None:
+    """Write a checkpoint to a folder of this node, and let its path lead there.
+
+    Workers of the same `job` on the same machine share the folder.
+    """
+    folder = folder_of(job) / shipped.digest
+    if not folder.exists():
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=folder.parent))
+        for name, contents in shipped.files.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_bytes(contents)
+        try:
+            new.rename(folder)
+        except OSError:  # another worker was faster
+            shutil.rmtree(new)
+    relocate(shipped.path, folder)
+
+
+def folder_of(job: str) -> Path:
+    """The folder of a job's checkpoints on this node."""
+    return Path(tempfile.gettempdir(), f"ceed_vla-{job}")
+
+
+def remove(job: str) -> None:
+    """Remove the folder of a job's checkpoints on this node."""
+    shutil.rmtree(folder_of(job), ignore_errors=True)

@@ -121,12 +121,10 @@ class EpisodeLog:
         Raises:
             ConfigError: `folder` has no evaluation, a damaged one, or one with other episodes.
         """
-        header = _values((_lines(folder / EPISODES) or [""])[0])
-        theirs = header.get("identity") if isinstance(header, dict) else None
-        if not isinstance(theirs, dict) or not isinstance(theirs.get("decoders"), dict):
-            raise ConfigError(
-                f"--reuse is {folder}, which has no {EPISODES}; set the folder of an evaluation."
-            )
+        try:
+            theirs = read_identity(folder)
+        except ConfigError as error:
+            raise ConfigError(f"--reuse: {error}") from error
         names = {*self.identity, "engine"}  # an engine is named only if it is an export
         alike = {name for name in names if theirs.get(name) == self.identity.get(name)}
         models = {"policy", "teacher"} & alike
@@ -208,6 +206,19 @@ class EpisodeLog:
             and all(type(value) is float and 0 <= value < 1e12 for value in episode.motion.values())
         )
         return episode if fits else None
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """The identity of the evaluation in a folder.
+
+    Raises:
+        ConfigError: It has no episode file, or one that does not identify its evaluation.
+    """
+    header = _values((_lines(folder / EPISODES) or [""])[0])
+    identity = header.get("identity") if isinstance(header, dict) else None
+    if not isinstance(identity, dict) or not isinstance(identity.get("decoders"), dict):
+        raise ConfigError(f"{folder} has no {EPISODES}; set the folder of an evaluation.")
+    return identity
 
 
 def refuse_unfinished(folder: Path, report: str) -> None:

@@ -21,15 +21,15 @@ from ceed_vla.sim.environment import EVALUATION_SEEDS, Bundle, EnvPool
 from ceed_vla.sim.episode_log import EPISODES, EpisodeLog, Results, refuse_unfinished
 from ceed_vla.sim.evaluation import (
     Evaluation,
+    batch_runner,
+    batches,
     decoder_names,
     engines_of_run,
     identity_of,
     load_bundles,
     planned_episodes,
     rows_of,
-    shard_runner,
-    shards,
-    whole_shards,
+    whole_batches,
 )
 from ceed_vla.sim.evaluation_config import DemoConfig, EvalConfig
 from ceed_vla.sim.evaluation_report import (
@@ -60,8 +60,8 @@ def evaluate(
 
     An interrupt is re-raised after a report of the finished episodes was written, marked
     ``"complete": false``. With `resume` these episodes are reused, and except for times the report
-    equals that of an uninterrupted evaluation. (The episodes of a shard share a source of random
-    guesses, so with random guesses only complete shards are reused.)
+    equals that of an uninterrupted evaluation. (The episodes of a batch share a source of random
+    guesses, so with random guesses only complete batches are reused.)
 
     Args:
         config: See `EvalConfig`.
@@ -83,7 +83,7 @@ def evaluate(
         claimed_folder("output_dir", config.output_dir, own, (REPORT, EPISODES)) as folder,
         EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool,
         open_workers(
-            config.workers, config.cluster, shard_runner, config, pool, checkpoints=config.paths
+            config.workers, config.cluster, batch_runner, config, pool, checkpoints=config.paths
         ) as workers,
     ):
         if not config.resume:
@@ -92,7 +92,7 @@ def evaluate(
         if added := added_rivals(config.decoders, has_teacher=bool(config.teacher.path)):
             console.print(_added_note(added), soft_wrap=True, highlight=False)
         run, log = prepared(config, pool, probes)
-        workers.here = run.run_shard  # with the models that are loaded already
+        workers.here = run.run_batch  # with the models that are loaded already
         return _evaluate(run, log, folder, workers, console)
 
 
@@ -178,7 +178,7 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
         dict(planned_episodes(config)),
         pool.max_episode_steps,
     )
-    run.results = whole_shards(config, run.rows, _reused_episodes(run, log))
+    run.results = whole_batches(config, run.rows, _reused_episodes(run, log))
     return run, log
 
 
@@ -238,19 +238,20 @@ def _reused_episodes(run: Evaluation, log: EpisodeLog) -> Results:
 def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> None:
     """Let the workers run the missing episodes.
 
-    Each episode is on disk before the next one is counted. Every decoder runs a shard of seeds
-    before any runs the next shard, so that an early stop leaves comparable rows.
+    Each episode is on disk before the next one is counted. Every decoder runs a batch of seeds
+    before any runs the next one, so that an early stop leaves comparable rows.
     """
     config = run.config
     done = {name: {episode.seed for episode in episodes} for name, episodes in run.results.items()}
+    own = batches(config)
     missing = [
         (row, episodes)
-        for shard in shards(config)
+        for batch in own
         for row in run.rows
-        if (episodes := [(seed, task) for seed, task in shard if seed not in done[row.name]])
+        if (episodes := [(seed, task) for seed, task in batch if seed not in done[row.name]])
     ]
     finished = sum(map(len, run.results.values()))
-    total = config.episodes * len(run.rows)
+    total = sum(map(len, own)) * len(run.rows)
     with tqdm(total=total, initial=finished, unit="episode", dynamic_ncols=True) as bar:
         for (row, _), episode in workers.stream(missing):
             if episode.seed in done[row.name]:

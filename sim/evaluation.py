@@ -1,4 +1,4 @@
-"""The parts of an evaluation: its models, its rows, and its episodes in shards."""
+"""The parts of an evaluation: its models, its rows, and its episodes in batches."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Evaluation:
         """The runner of a row's episodes."""
         return driver_of(self.engines, row, self.bundles, self.executed_steps)
 
-    def run_shard(self, item: tuple[Row, list[tuple[int, str]]]) -> Iterator[EpisodeResult]:
-        """Run a shard of a row's episodes in this process."""
+    def run_batch(self, item: tuple[Row, list[tuple[int, str]]]) -> Iterator[EpisodeResult]:
+        """Run a batch of a row's episodes in this process."""
         row, episodes = item
         return rollout(self.runner(row), self.pool, episodes)
 
@@ -126,6 +126,7 @@ def identity_of(
         "env": flags(config.env),
         **{name: getattr(config, name) for name in options},
         **({"engine": "edge"} if drives(engines) else {}),  # others run episodes with eager torch
+        **({"shard": [config.shard_index, config.num_shards]} if config.num_shards > 1 else {}),
         "device": str(bundles["policy"][0].config.device),
         "policy": fingerprint(config.policy.path),
         "teacher": fingerprint(config.teacher.path) if config.teacher.path else None,
@@ -152,43 +153,53 @@ def planned_episodes(config: EvalConfig) -> list[tuple[int, str]]:
     return [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]
 
 
-def shards(config: EvalConfig) -> list[list[tuple[int, str]]]:
-    """Shards of (seed, task); every decoder runs a shard before any runs the next one.
+def batches(config: EvalConfig) -> list[list[tuple[int, str]]]:
+    """Batches of (seed, task) of this run; every decoder runs a batch before any runs the next one.
 
     Where a process has room for one environment, which loads a task in seconds and keeps few, a
     task has several episodes in a row.
+
+    Raises:
+        ConfigError: There are fewer batches than shards.
     """
     episodes = planned_episodes(config)
     if at_once(config.env, 2) == 1:
         round_of_all = EPISODES_IN_A_ROW * len(turns(config.env))
         episodes.sort(key=lambda one: ((one[0] - config.seed) // round_of_all, one[1]))
-    return [
+    found = [
         episodes[start : start + config.batch] for start in range(0, len(episodes), config.batch)
     ]
+    if len(found) < config.num_shards:
+        raise ConfigError(
+            f"--num_shards is {config.num_shards}; {counted(config.episodes, 'episode')} in "
+            f"batches of {config.batch} can have at most {counted(len(found), 'shard')}. Lower "
+            "--num_shards or --batch."
+        )
+    return found[config.shard_index :: config.num_shards]
 
 
-def whole_shards(config: EvalConfig, rows: Sequence[Row], results: Results) -> Results:
-    """Drop the episodes of incomplete shards from rows with random guesses.
+def whole_batches(config: EvalConfig, rows: Sequence[Row], results: Results) -> Results:
+    """Drop the episodes of incomplete batches from rows with random guesses.
 
-    A shard has one source of random guesses, so it cannot be continued.
+    A batch has one source of random guesses, so it cannot be continued.
     """
     for row in rows:
         if row.decoding.guess == "random":
             done = {episode.seed for episode in results[row.name]}
             whole = {
                 seed
-                for shard in shards(config)
-                if done >= {s for s, _ in shard}
-                for seed, _ in shard
+                for batch in batches(config)
+                if done >= {s for s, _ in batch}
+                for seed, _ in batch
             }
             results[row.name] = [episode for episode in results[row.name] if episode.seed in whole]
     return results
 
 
-def shard_runner(
+def batch_runner(
     config: EvalConfig, pool: EnvPool
 ) -> Callable[[tuple[Row, Any]], Iterator[EpisodeResult]]:
-    """Make the function of a worker: (row, shard) -> results.
+    """Make the function of a worker: (row, batch) -> results.
 
     See `Workers`.
     """

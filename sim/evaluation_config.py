@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, chosen, ranged
 from ceed_vla.sim.engines import ENGINES
 from ceed_vla.sim.environment import EVALUATION_SEEDS
@@ -38,10 +39,13 @@ class EvalConfig(DrivenConfig):
             evaluation only.
         output_dir: Folder for the report, plots and clips. An earlier complete report of this
             command is replaced.
-        batch: Episodes that run in lock step; also the size of a shard. Every decoder runs a shard
-            before any runs the next one.
-        workers: Processes that share the shards, with one torch thread each; 1: this process only,
-            with `threads`.
+        batch: Episodes that run in lock step. Every decoder runs these before any runs the next
+            ones.
+        shard_index: The part of the episodes that this run takes, from 0, where several machines
+            share them; `ceed-vla merge` joins the output folders.
+        num_shards: Number of these parts.
+        workers: Processes that share the episodes, with one torch thread each; 1: this process
+            only, with `threads`.
         cluster: Ray cluster that runs the episodes instead.
         delay_ms: Decoding delays in the closed loop [ms], such as 0,100,200. Every decoder runs
             with each delay, as row NAME@100ms. A delay is rounded up to whole control steps; the
@@ -72,6 +76,8 @@ class EvalConfig(DrivenConfig):
     seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     output_dir: str = "outputs/eval"
     batch: int = ranged(20, "[1, 1000]")
+    shard_index: int = ranged(0, "[0, 99999]")
+    num_shards: int = ranged(1, "[1, 100000]")
     workers: int = ranged(1, MOST)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     delay_ms: list[float] = ranged([0.0], "[0, 1e5]")
@@ -83,6 +89,14 @@ class EvalConfig(DrivenConfig):
     device: str | None = None
     reuse: str = ""
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shard_index >= self.num_shards:
+            raise ConfigError(
+                f"--shard_index is {self.shard_index}; with --num_shards {self.num_shards} it must "
+                f"be in [0, {self.num_shards - 1}]."
+            )
 
     @property
     def paths(self) -> list[str]:

@@ -11,6 +11,7 @@ from ceed_vla.checkpoints import resolve_checkpoint, weights_hash
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY
 from ceed_vla.sim.decoders import Row
+from ceed_vla.sim.episode_log import Results
 from ceed_vla.sim.evaluation import Evaluation
 from ceed_vla.sim.plots import write_plots
 from ceed_vla.sim.report import markdown
@@ -32,6 +33,7 @@ def build_report(run: Evaluation, *, complete: bool) -> dict[str, Any]:
         "task": config.env.task,
         "split": getattr(config.env, "split", None),
         "seeds": {"first": config.seed, "count": config.episodes},
+        **({"shard": [config.shard_index, config.num_shards]} if config.num_shards > 1 else {}),
         "executed_steps": config.executed_steps,
         "fps": config.env.fps,
         "max_episode_steps": run.pool.max_episode_steps,
@@ -55,14 +57,24 @@ def _decoder_entry(run: Evaluation, row: Row) -> dict[str, Any]:
             run.bundles[row.model][0].tokenizer,
             run.executed_steps,
         )
-    entry |= {"delay_steps": row.delay, "delay_of": row.name.removesuffix(row.suffix)}
-    entry["paired"] = paired_entries(
-        row.name,
-        run.results,
-        (f"ar{row.suffix}", f"teacher_ar{row.suffix}", f"teacher_{row.name}"),
-    )
+    plain = row.name.removesuffix(row.suffix)
+    entry |= {"delay_steps": row.delay, "delay_of": plain}
+    entry["paired"] = paired_of(row.name, plain, run.results)
     entry["decoding"] = {**asdict(row.decoding), "exits": list(row.decoding.exits)}
     return entry
+
+
+def paired_of(name: str, delay_of: str, results: Results) -> dict[str, dict[str, Any]]:
+    """Compare a row, paired, with the autoregressive rows of its delay and with the teacher's row.
+
+    Args:
+        name: The row.
+        delay_of: The row without its delay.
+        results: Episodes by row.
+    """
+    suffix = name.removeprefix(delay_of)
+    references = (f"ar{suffix}", f"teacher_ar{suffix}", f"teacher_{name}")
+    return paired_entries(name, results, references)
 
 
 def _checkpoint_entry(path: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ from ceed_vla.sim.environment import (
     has_expert,
 )
 from ceed_vla.sim.episode_log import fingerprint
-from ceed_vla.sim.evaluation import shard_runner, shards
+from ceed_vla.sim.evaluation import batch_runner, batches
 from ceed_vla.sim.evaluation_config import EvalConfig
 from ceed_vla.sim.grounding import GroundingConfig, grounding
 from ceed_vla.sim.record import record, recorded_policy
@@ -168,7 +168,7 @@ class ClosedLoopValidation:
             open_workers(
                 PROCESSES,
                 self.cluster,
-                shard_runner,
+                batch_runner,
                 config,
                 EnvPool(config.batch, self.env, self.instruction),
                 checkpoints=config.paths,
@@ -177,7 +177,7 @@ class ClosedLoopValidation:
             (row,) = resolve_rows(
                 [self.decoding], {"policy": CeedVLAConfig.read(resolve_checkpoint(policy))}
             )
-            for _, episode in workers.stream([(row, shard) for shard in shards(config)]):
+            for _, episode in workers.stream([(row, batch) for batch in batches(config)]):
                 bar.update(episode.seed not in outcomes)
                 outcomes[episode.seed] = episode.success
                 bar.set_postfix_str(f"{sum(outcomes.values())} solved")

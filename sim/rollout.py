@@ -70,7 +70,6 @@ class EpisodeResult:
     instruction: str = ""
     success: bool = False  # solved within the step limit
     steps: int = 0  # control steps done
-    tokens: str = ""  # digest of the tokens of all chunks
     # One entry per chunk in each of these lists, see `Chunk`.
     forwards: list[int] = field(default_factory=list)
     exit_reasons: list[str] = field(default_factory=list)
@@ -79,6 +78,7 @@ class EpisodeResult:
     seconds: list[dict[str, float]] = field(default_factory=list)
     # Statistics of its motion, see `motion_of`; empty until the episode is over.
     motion: dict[str, float] = field(default_factory=dict)
+    tokens: str = ""  # digest of the tokens of all chunks
 
 
 def motion_of(actions: np.ndarray, increments: Sequence[int], fps: int) -> dict[str, float]:

@@ -21,6 +21,7 @@ from ceed_vla.sim.success import success_entry
 
 def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
     """Entry of one decoder: success overall and per task, forwards, layers and exit reasons."""
+    episodes = sorted(episodes, key=lambda episode: episode.seed)  # means to the last digit
     forwards = np.array([count for episode in episodes for count in episode.forwards])
     families = sorted({episode.task for episode in episodes})
     entry = success_entry(episode.success for episode in episodes)

@@ -46,8 +46,8 @@ class TrainConfig(RunConfig):
         named_terms: Leading terms of the auxiliary target that steps on demonstrations regress:
             those of the objects in the instruction; 0 for all. By default the environment's choice.
         weight_decay: Decoupled weight decay.
-        rounds: Takeover (DAgger) rounds in the first 3/4 of `steps`; by default 2 (with 10 or more
-            max_minutes: one, in a tenth of them), if there is an expert.
+        rounds: Takeover (DAgger) rounds in the first 3/4 of `steps`; by default 2. With
+            max_minutes, one in a tenth of 10 min or more if there is an expert, else none.
         takeover_episodes: Takeovers per round.
         takeover_seed: First seed of the takeovers' scenes; set a new one for a run that starts from
             the policy of another.

@@ -20,7 +20,8 @@ class Command:
     may: str = ""
     # printed after an interrupt: what is on disk; formatted with the configuration's fields
     kept: str = "nothing was written"
-    positional: str = ""  # the flag that a word without ``--`` sets
+    # the flag that a word without ``--`` sets; if it is a list, all words before the first flag
+    positional: str = ""
     # "field=flag ..." for flags with another name than their field, see `ceed_vla.cli.names`
     renamed: str = ""
     # Module and class that add a simulator's flags to the configuration; `arguments` of that class
@@ -122,6 +123,13 @@ COMMANDS = {
             "output_dir device threads resume"
         ),
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
+    ),
+    "merge": Command(
+        "join the shards of an evaluation that several machines shared",
+        "ceed_vla.sim.merge MergeConfig merge",
+        must="folders",
+        may="output_dir",
+        positional="folders",
     ),
     "bench": Command(
         "measure latency and success of a policy, its rivals and the floor, in one run",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
+from itertools import takewhile
 from typing import Any
 
 from ceed_vla.cli.help import default_of, flags_of
@@ -38,7 +39,8 @@ def parse_flags[T](
     defaults of the outer class. A switch without a value is true. A group with a path takes it as
     its value (`--trajectories FOLDER` is `--trajectories.path FOLDER`). If the name of a flag is
     reserved in Python, its field ends in an underscore. One word without ``--`` is the value of the
-    flag `positional`. `renamed` is that of `Names.of`.
+    flag `positional`; if that is a list, all words before the first flag are. `renamed` is that of
+    `Names.of`.
 
     Raises:
         UsageError: A flag is unknown, missing or repeated, or a value has another type.
@@ -104,6 +106,11 @@ def _read_words(
     values: dict[str, Any] = {}
     words = list(flags)
     seen: set[str] = set()
+    if positional and kinds[positional].startswith("LIST") and words and words[0][:2] != "--":
+        listed = list(takewhile(lambda word: not word.startswith("--"), words))
+        words = words[len(listed) :]
+        values[names.field(positional)] = listed
+        seen.add(positional)
     while words:
         word = words.pop(0)
         if positional and not word.startswith("--") and positional not in seen:

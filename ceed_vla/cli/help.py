@@ -109,7 +109,8 @@ def format_help(
         else [name for name in flags if flags[name][2] and name not in first]
     )
     rest = [name for name in flags if name not in (*first, *second)]
-    word = f"{positional.upper()} " if positional else ""
+    several = " ..." if positional and flags[positional][1].startswith("LIST") else ""
+    word = f"{positional.upper()}{several} " if positional else ""
     usage = f"usage: {program} {word}[--flag value | --flag=value ...] [--config_path FILE]"
     parts = [usage, "", page.introduction]
 

@@ -164,7 +164,7 @@ def test_the_teachers_rows_are_taken_from_an_earlier_report(
         ConfigError, match=r"first, an evaluation with other seed: its episodes cannot be reused"
     ):
         evaluate(options(checkpoint, tmp_path / "other", **changes, seed=50_010), quiet())
-    with pytest.raises(ConfigError, match=r"--reuse is .* which has no episodes"):
+    with pytest.raises(ConfigError, match=r"--reuse: .* has no episodes"):
         evaluate(
             options(checkpoint, tmp_path / "none", **{**changes, "reuse": str(tmp_path)}), quiet()
         )

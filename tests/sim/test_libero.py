@@ -16,7 +16,7 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError, SimulationError
 from ceed_vla.sim.calibrate import CalibrateConfig
 from ceed_vla.sim.environment import Environment, EnvPool, flags
-from ceed_vla.sim.evaluation import planned_episodes, shards
+from ceed_vla.sim.evaluation import batches, planned_episodes
 from ceed_vla.sim.evaluation_config import EvalConfig
 from ceed_vla.sim.hooks import ClosedLoopValidation
 from ceed_vla.sim.libero import env as libero_env
@@ -288,7 +288,7 @@ def test_a_recording_has_the_names_of_its_values(tmp_path: Path) -> None:
 def test_an_evaluation_runs_several_episodes_of_a_task_in_a_row() -> None:
     env = CeedLiberoEnv(task="libero_object/0,libero_object/1,libero_object/2")
     config = EvalConfig(CheckpointPath("student"), env=env, seed=50000, episodes=45)
-    episodes = [episode for shard in shards(config) for episode in shard]
+    episodes = [episode for shard in batches(config) for episode in shard]
     assert sorted(episodes) == planned_episodes(config)  # all of them, with the same tasks
     tasks = [int(task[-1]) for _, task in episodes]
     assert tasks == [0] * 10 + [1] * 10 + [2] * 10 + [0] * 5 + [1] * 5 + [2] * 5

@@ -8,7 +8,7 @@
 #   VENV              folder of the environment (.venv)
 #   PYTHON            interpreter to use instead of searching for one
 #   UV_TORCH_BACKEND  "cpu" installs the small build of torch, where its index can be reached
-#   CEED_VLA_INSTALL_GL=1  install missing GL libraries with apt-get (root only)
+#   CEED_VLA_INSTALL_GL=1  install missing GL libraries, and the browser of the tests, with apt-get (root only)
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -212,6 +212,17 @@ check_gl() {
     touch "$stamp"
 }
 
+# Tests of the report page need a browser; without it they are skipped.
+check_browser() {
+    ! command -v chromium >/dev/null || return 0
+    if [ "${CEED_VLA_INSTALL_GL:-}" = 1 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "installing chromium"
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null
+    else
+        say "chromium is not installed: tests of the report page will be skipped (Debian: apt-get install chromium)"
+    fi
+}
+
 # Lets LIBERO find its folders and its meshes in other programs too, such as LeRobot's own `libero`. With $1 = check it also
 # renders one task, once per environment.
 set_up_libero() {
@@ -239,6 +250,9 @@ main() {
     install_packages "$@"
     link_folders
     [ "$gl" = 0 ] || check_gl
+    case " $* " in
+    *" test "*) check_browser ;;
+    esac
     case "$gl $* " in
     "0 "*" libero "*) set_up_libero ;;
     *" libero "*) set_up_libero check ;;

@@ -23,6 +23,7 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.fields import chosen
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
+from ceed_vla.report.command import PAGE, write_page
 from ceed_vla.sim.bench_engines import engine_tables, floor_of
 from ceed_vla.sim.engines import ENGINES
 from ceed_vla.sim.episode_log import EPISODES
@@ -104,6 +105,7 @@ def _bench(config: BenchConfig, folder: Path) -> dict[str, Any]:
         save_figure(pareto(result), folder / PARETO)
     write_text(folder / BENCH, json.dumps(result, indent=2))
     write_text(folder / TABLE, markdown(result))
+    write_page([folder], folder / PAGE)  # with what `evaluate` does not know
     return result
 
 

@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from ceed_vla import invocation
 from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
 from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
@@ -278,6 +279,7 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
         "seeds": {"first": config.seed, "count": config.episodes},
         "env": flags(config.env),
         "executed_steps": config.executed_steps,
+        "command": invocation.command(),
         "chosen": chosen,
         "decoders": {row.name: row.entry(config.epsilons) for row in rows},
     }

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.outputs import claimed_folder, default_console
+from ceed_vla.report.command import PAGE, write_page
 from ceed_vla.sim.clips import record_clip
 from ceed_vla.sim.decoders import HONEST_RIVALS, ONLY, Row, added_rivals
 from ceed_vla.sim.engines import resolved
@@ -36,6 +37,7 @@ from ceed_vla.sim.evaluation_report import (
     MARKDOWN,
     REPORT,
     build_report,
+    shown_seed,
     write_json,
     write_report,
 )
@@ -78,7 +80,7 @@ def evaluate(
     """
     config = replace(config, engine=resolved(config.engine, config))
     clips = [f"clip_{name}.mp4" for name in decoder_names(config)] if config.clips else []
-    own = (EPISODES, REPORT, MARKDOWN, *PLOTS, *clips)
+    own = (EPISODES, REPORT, MARKDOWN, PAGE, *PLOTS, *clips)
     with (
         claimed_folder("output_dir", config.output_dir, own, (REPORT, EPISODES)) as folder,
         EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool,
@@ -135,6 +137,7 @@ def _evaluate(
             console.print(f"Stopped early; the partial report is in {files[1]}.")
     if config.clips:
         files += _write_clips(run, folder)
+    files.append(write_page([folder], folder / PAGE))
     console.print(console_table(report, console.width))
     console.print(
         "Written: " + ", ".join(str(file) for file in files), soft_wrap=True, highlight=False
@@ -265,14 +268,13 @@ def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> Non
 
 def _write_clips(run: Evaluation, folder: Path) -> list[Path]:
     """Write a clip per decoder, all of the first episode that the first decoder solved."""
-    first = sorted(run.results[run.rows[0].name], key=lambda episode: episode.seed)
-    shown = next((episode for episode in first if episode.success), first[0])
-    task = dict(planned_episodes(run.config))[shown.seed]
+    seed = shown_seed(run)
+    task = dict(planned_episodes(run.config))[seed]
     rows = [row for row in run.rows if not row.delay]
     files = []
     for row in tqdm(rows, desc="clips", unit="clip", dynamic_ncols=True):
         runner = run.runner(row)
         files.append(
-            record_clip(folder / f"clip_{row.name}.mp4", row, runner, run.pool, shown.seed, task)
+            record_clip(folder / f"clip_{row.name}.mp4", row, runner, run.pool, seed, task)
         )
     return files

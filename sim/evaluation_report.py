@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ceed_vla import invocation
 from ceed_vla.checkpoints import resolve_checkpoint, weights_hash
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY
@@ -43,9 +44,31 @@ def build_report(run: Evaluation, *, complete: bool) -> dict[str, Any]:
         "teacher": _checkpoint_entry(config.teacher.path) if config.teacher.path else None,
         "decoders": {row.name: _decoder_entry(run, row) for row in run.rows},
         "timing": run.timing,
+        **_clips_entry(run, complete),
+        "command": invocation.command(),
         "versions": versions(),
         "hardware": hardware(str(policy.config.device)),
     }
+
+
+def shown_seed(run: Evaluation) -> int:
+    """Seed of the episode in the clips: the first that the first decoder solved, else the first."""
+    episodes = sorted(run.results[run.rows[0].name], key=lambda episode: episode.seed)
+    return next((episode.seed for episode in episodes if episode.success), episodes[0].seed)
+
+
+def _clips_entry(run: Evaluation, complete: bool) -> dict[str, Any]:
+    """Which episode the clips show, and who solved it."""
+    if not (run.config.clips and complete):
+        return {}
+    seed = shown_seed(run)
+    solved = {
+        row.name: episode.success
+        for row in run.rows
+        for episode in run.results[row.name]
+        if episode.seed == seed
+    }
+    return {"clips": {"seed": seed, "solved": solved}}
 
 
 def _decoder_entry(run: Evaluation, row: Row) -> dict[str, Any]:

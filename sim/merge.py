@@ -12,10 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ceed_vla import invocation
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import Checked
 from ceed_vla.files import read_json
 from ceed_vla.outputs import claimed_folder, default_console
+from ceed_vla.report.command import PAGE, write_page
 from ceed_vla.sim.environment import MIXED
 from ceed_vla.sim.episode_log import EPISODES, EpisodeLog, Results, read_identity
 from ceed_vla.sim.evaluation_report import (
@@ -31,7 +33,7 @@ from ceed_vla.wording import numbered
 
 SHARD = "shard"  # key of [index, number of shards] in an identity and in a report
 # Keys of a report that may differ between shards.
-_OWN = (SHARD, "complete", "decoders", "timing", "hardware")
+_OWN = (SHARD, "complete", "decoders", "timing", "hardware", "clips", "command")
 
 
 @dataclass
@@ -84,7 +86,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     _check_equal(parts)
     _check_complete(parts)
     inputs = [part.folder for part in parts]
-    own = (EPISODES, REPORT, MARKDOWN, *PLOTS)
+    own = (EPISODES, REPORT, MARKDOWN, PAGE, *PLOTS)
     known_by = (REPORT, EPISODES)
     with claimed_folder("output_dir", config.output_dir, own, known_by, inputs=inputs) as out:
         out.mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         limit = parts[0].report["max_episode_steps"]
         EpisodeLog(out, parts[0].identity, {}, limit).start(results)
         report = _report(parts, results)
-        files = write_report(report, out)
+        files = [*write_report(report, out), write_page([out], out / PAGE)]
     console = default_console()
     console.print(console_table(report, console.width))
     console.print("Written: " + ", ".join(map(str, files)), soft_wrap=True, highlight=False)
@@ -191,4 +193,5 @@ def _report(parts: Sequence[Part], results: Results) -> dict[str, Any]:
         }
         for name, entry in timed["decoders"].items()
     }
-    return {name: value for name, value in timed.items() if name != SHARD} | {"decoders": decoders}
+    rest = {name: value for name, value in timed.items() if name not in (SHARD, "clips")}
+    return rest | {"decoders": decoders, "command": invocation.command()}

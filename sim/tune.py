@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ceed_vla import invocation
 from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
 from ceed_vla.errors import ConfigError
 from ceed_vla.files import write_text
@@ -117,6 +118,7 @@ def _report(
         "program": MADE_BY,
         "policy": {"path": config.policy.path, "sha256": weights_hash(config.policy.path)},
         "engine": config.engine,
+        "command": invocation.command(),
         "hardware": hardware(str(search.bundle[0].config.device)),
         "floor_ms": search.floor,
         "env": flags(config.env),

@@ -7,6 +7,7 @@ import os
 from contextlib import AbstractContextManager
 from typing import Any
 
+from ceed_vla import invocation
 from ceed_vla.data.files import is_whole
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import parse_json, read_bytes, read_json, strange, write_text
@@ -106,7 +107,8 @@ class RunFolder:
 
     def write_progress(self, progress: dict[str, Any]) -> None:
         """Write ``progress.json``, after which a run resumes from the state that it names."""
-        write_text(self.path / PROGRESS, json.dumps(progress))
+        values = {**progress, "command": invocation.command()}
+        write_text(self.path / PROGRESS, json.dumps(values))
 
     def read_progress(self, total: int) -> dict[str, Any]:
         """Read the result of `write_progress`; older runs stored neither processes nor `total`.

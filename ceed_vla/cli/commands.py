@@ -131,6 +131,13 @@ COMMANDS = {
         may="output_dir",
         positional="folders",
     ),
+    "report": Command(
+        "write one page that shows runs and compares them: verdict, tables, plots, clips",
+        "ceed_vla.report.command ReportConfig report",
+        must="runs",
+        may="output",
+        positional="runs",
+    ),
     "bench": Command(
         "measure latency and success of a policy, its rivals and the floor, in one run",
         "ceed_vla.sim.bench BenchConfig bench",

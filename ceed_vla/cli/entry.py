@@ -24,6 +24,7 @@ from ceed_vla.cli.help import Page, format_help, installed_environments
 from ceed_vla.cli.values import UsageError
 from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, is_failure
+from ceed_vla.invocation import invoked
 from ceed_vla.workers import prepare
 
 PROGRAM = "ceed-vla"
@@ -107,6 +108,7 @@ def overview() -> str:
 def run(name: str, command: Command, flags: Sequence[str]) -> int:
     """Run a command with its flags, report errors on stderr, and return the exit code."""
     program = f"{PROGRAM} {name}"
+    typed = [PROGRAM, name, *flags]
     config = None
     try:
         packages, flags = take_packages(flags)
@@ -125,7 +127,8 @@ def run(name: str, command: Command, flags: Sequence[str]) -> int:
         config = parse_flags(config_of(command), flags, command.positional, command.renamed)
         module, _, function = command.where.split()
         more = config.arguments() if command.simulator else {}
-        result = getattr(importlib.import_module(module), function)(config, **more)
+        with invoked(typed):
+            result = getattr(importlib.import_module(module), function)(config, **more)
         if not isinstance(result, dict | None):  # a dict is a report that is already printed
             print(result)
     except UsageError as error:

@@ -18,6 +18,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from rich.console import Console
 
 from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.report.command import write_page
 from ceed_vla.ros_nodes.demo.report import rest_after
 from ceed_vla.ros_nodes.demo.ros_demo import RosDemoConfig, ros_arguments, ros_demo
 from ceed_vla.ros_nodes.demo.session import Session
@@ -128,6 +129,9 @@ def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
     assert set(report["jitter_ms"]) == set(report["observation_to_command_ms"]) == {"p50", "p99"}
     assert set(report["decode_ms"]) == {"p50", "p95", "p99"}
     details = json.loads((tmp_path / "run" / "details.json").read_text())
+    page = write_page([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert "% of 2 episodes solved" in page
+    assert f"at {report['command_rate_hz']:.2f} commands a second" in page
     assert [episode["seed"] for episode in details["per_episode"]] == [50000, 50001]
     assert details["rest_after_kill_ms"] is not None
     assert details["commands"] > 300

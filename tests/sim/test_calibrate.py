@@ -17,6 +17,7 @@ import ceed_vla.sim.calibrate
 from ceed_vla import load
 from ceed_vla.cli.entry import main
 from ceed_vla.errors import ConfigError
+from ceed_vla.report.command import write_page
 from ceed_vla.sim.calibrate import (
     CalibrateConfig,
     Measured,
@@ -189,3 +190,7 @@ def test_from_the_shipped_student_to_a_checkpoint_with_names(tmp_path: Path) -> 
     assert found["decoders"]["cap1_mid"]["forwards_mean"] == 1
     assert found["decoders"]["cap1_mid"]["risk"] > 0
     assert not (tmp_path / "audit" / "checkpoint").exists()
+    page = write_page([folder, tmp_path / "audit"], tmp_path / "report.html").read_text()
+    assert "With probability 0.9, the risk stays below its bound: risk0.99 is " in page
+    assert "The risk of 2 decoders, measured; nothing was chosen." in page
+    assert "ceed-vla calibrate --policy.path=" in page

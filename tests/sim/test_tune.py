@@ -14,6 +14,7 @@ import ceed_vla.sim.tune_search
 from ceed_vla import load
 from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
+from ceed_vla.report.command import write_page
 from ceed_vla.sim.engines import Engine
 from ceed_vla.sim.evaluate import EvalConfig, evaluate
 from ceed_vla.sim.settings import CheckpointPath
@@ -206,6 +207,8 @@ def test_from_the_shipped_student_to_a_plan(tmp_path: Path) -> None:
     assert report["tried"] >= 8
     assert best["by_hand"]["episodes"] == 16
     assert report["floor_ms"] > 0
+    page = write_page([tmp_path / "tuned"], tmp_path / "report.html").read_text()
+    assert f"The best plan of each budget on fresh seeds: 100000 ms: {best['decoding']}." in page
     policy, _, _ = load(tmp_path / "tuned" / "checkpoint")
     assert policy.config.n_action_steps == best["executed_steps"]
     assert (

@@ -28,6 +28,8 @@ OUTSIDE_CI = (
     "how-to/choose-a-decoder.md",
     "how-to/learn-when-to-exit.md",
     "how-to/run-fewer-prefix-tokens.md",
+    "how-to/run-on-several-machines.md",
+    "how-to/show-results.md",
     "how-to/train-early-exit-layers.md",
 )
 RUN = (FIRST_POLICY, FIRST_ROBOT, LEROBOT, PIPELINE, *IN_CI, *OUTSIDE_CI)

@@ -34,7 +34,7 @@ ros-demo:
 	@$(VENV)/bin/ceed-vla ros-demo $(ARGS)
 
 test:
-	@scripts/setup.sh --gl test ros2 vlm metaworld libero export cluster
+	@scripts/setup.sh --gl test ros2 vlm metaworld libero export cluster viz
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint:

@@ -73,6 +73,8 @@ EXTRAS = {
     "export": ["onnx>=1.18,<2", ONNXRUNTIME, "onnxscript>=0.5,<1"],
     # Episodes on several machines: --cluster.address.
     "cluster": ["ray>=2.60,<2.61"],
+    # Recordings for Rerun's viewer: --rerun; the range is LeRobot's.
+    "viz": ["rerun-sdk>=0.24,<0.34"],
     # Meta-World's tasks, --env.type=ceed_metaworld; the next version wants a MuJoCo of its own.
     "metaworld": ["metaworld==3.0.0"],
     # LIBERO's tasks, --env.type=ceed_libero; the wheels with its meshes need none of each other.

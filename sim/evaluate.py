@@ -44,6 +44,9 @@ from ceed_vla.sim.evaluation_report import (
 from ceed_vla.sim.evaluation_timing import measure_latency
 from ceed_vla.sim.plots import PLOTS
 from ceed_vla.sim.report import console_table
+from ceed_vla.sim.rerun_episodes import log_episode
+from ceed_vla.sim.rollout import drive
+from ceed_vla.viz import RerunLog, check_rerun
 from ceed_vla.wording import counted
 from ceed_vla.workers import Workers, open_workers
 
@@ -79,6 +82,8 @@ def evaluate(
         SimulationError: The environment cannot be created.
     """
     config = replace(config, engine=resolved(config.engine, config))
+    if config.rerun:
+        check_rerun("rerun", config.rerun)
     clips = [f"clip_{name}.mp4" for name in decoder_names(config)] if config.clips else []
     own = (EPISODES, REPORT, MARKDOWN, PAGE, *PLOTS, *clips)
     with (
@@ -137,6 +142,8 @@ def _evaluate(
             console.print(f"Stopped early; the partial report is in {files[1]}.")
     if config.clips:
         files += _write_clips(run, folder)
+    if config.rerun:
+        files.append(_write_rerun(run))
     files.append(write_page([folder], folder / PAGE))
     console.print(console_table(report, console.width))
     console.print(
@@ -264,6 +271,20 @@ def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> Non
             run.results[row.name].append(episode)
             bar.set_description(row.name, refresh=False)
             bar.update()
+
+
+def _write_rerun(run: Evaluation) -> Path:
+    """Write the episode of the clips, with every decoder, for Rerun."""
+    seed = shown_seed(run)
+    task = dict(planned_episodes(run.config))[seed]
+    file = Path(run.config.rerun)
+    with RerunLog(file) as log:
+        for row in run.rows:
+            if not row.delay:
+                runner = run.runner(row)
+                episode = drive(runner, run.pool, seed, task)
+                log_episode(log, row.name, runner, episode, run.config.env.fps)
+    return file
 
 
 def _write_clips(run: Evaluation, folder: Path) -> list[Path]:

@@ -55,6 +55,9 @@ class EvalConfig(DrivenConfig):
             requires equal delays.
         executed_steps: Steps executed of each chunk; None: the policy's own.
         clips: Whether to write one clip per decoder.
+        rerun: File to write for Rerun's viewer, PATH.rrd: the episode of the clips with every
+            decoder, its images, states, chunks, Jacobi states, latencies and exits. Needs the extra
+            `viz`.
         timing_chunks: Chunks on which latency is measured; 0 skips it.
         engine: Engine in which latency is measured: eager; compiled (`ceed_vla.compiled.engine`;
             needs a C++ compiler and some minutes); edge (an export, which is made if it is
@@ -84,6 +87,7 @@ class EvalConfig(DrivenConfig):
     delay: str = chosen("given", ("given", "measured"))
     executed_steps: int | None = ranged(None, "[1, 4096]")
     clips: bool = True
+    rerun: str = ""
     timing_chunks: int = ranged(100, "[0, 100000]")
     engine: str = chosen("eager", ENGINES)
     device: str | None = None

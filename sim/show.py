@@ -30,8 +30,10 @@ from ceed_vla.sim.environment import (
 from ceed_vla.sim.evaluation import load_bundles
 from ceed_vla.sim.evaluation_config import MOVED
 from ceed_vla.sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure
+from ceed_vla.sim.rerun_episodes import log_episode
 from ceed_vla.sim.rollout import PolicyRunner, Replan, drive, stack_previous
 from ceed_vla.sim.settings import CheckpointPath, DrivenConfig
+from ceed_vla.viz import RerunLog, check_rerun
 
 UNKNOWN, WRONG, AHEAD, SETTLED = range(4)
 _COLORS = (FAINT, "#F0A46A", SKY, BLUE)
@@ -57,6 +59,8 @@ class ShowConfig(DrivenConfig):
             warm start.
         executed_steps: Steps executed of each chunk.
         device: Overrides the checkpoints' device.
+        rerun: File to write for Rerun's viewer, PATH.rrd: the episode up to this chunk. Needs the
+            extra `viz`.
     """
 
     moved: ClassVar[dict[str, str]] = MOVED
@@ -67,6 +71,7 @@ class ShowConfig(DrivenConfig):
     chunk: int = ranged(3, "[0, 10000]")
     executed_steps: int = ranged(4, "[1, 4096]")
     device: str | None = None
+    rerun: str = ""
 
 
 @dataclass
@@ -83,6 +88,8 @@ class Panel:
 def show(config: ShowConfig) -> Path:
     """Draw the tokens of one chunk over its forwards; return the PNG file."""
     path = claim_file("output", config.output, ".png")
+    if config.rerun:
+        check_rerun("rerun", config.rerun)
     config.limit_threads()
     bundles = load_bundles(config)
     policy = bundles["policy"][0].config
@@ -91,7 +98,11 @@ def show(config: ShowConfig) -> Path:
             bundles["policy"], policy.decoding, executed_steps=config.executed_steps
         )
         moments = drive(runner, pool, config.seed, turns(config.env)[0])
-        *_, replan = islice(moments, config.chunk + 1)  # the last one of a shorter episode
+        replans = list(islice(moments, config.chunk + 1))
+        replan = replans[-1]  # the last one of a shorter episode
+    if config.rerun:
+        with RerunLog(Path(config.rerun)) as log:
+            log_episode(log, "policy", runner, replans, config.env.fps)
     panels = build_panels(bundles, replan, policy.decoding, config.executed_steps)
     with mpl.rc_context(STYLE):
         figure = draw(

@@ -22,6 +22,7 @@ from ceed_vla.files import write_text
 from ceed_vla.folders import resolve_served
 from ceed_vla.outputs import claimed_folder, default_console
 from ceed_vla.ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
+from ceed_vla.ros_nodes.demo.rerun_bag import log_bag
 from ceed_vla.ros_nodes.demo.server import serving
 from ceed_vla.serving.predictor_types import ENGINES
 from ceed_vla.sim.recording.interrupts import handled_by
@@ -29,6 +30,7 @@ from ceed_vla.sim.seeds import EVALUATION_SEEDS
 from ceed_vla.sim.tabletop import MAX_EPISODE_STEPS
 from ceed_vla.sim.tabletop.env import CTRL_DT
 from ceed_vla.sim.tabletop.tasks import SPLITS, TASKS
+from ceed_vla.viz import check_rerun
 
 if TYPE_CHECKING:
     from ceed_vla.ros_nodes.demo.session import Session
@@ -75,6 +77,8 @@ class RosDemoConfig(Checked, prefix="--"):
         reaction: Whether to repeat every episode in simulated time with the object pushed aside
             during motion, to measure the time from the push to the first command that it changes.
         max_episode_steps: Control steps of 0.1 s after which an episode counts as failed.
+        rerun: File to write for Rerun's viewer, PATH.rrd, from the bag: images, joint states,
+            commands, diagnostics. Needs the extra `viz`.
         domain: ROS domain; -1 selects one by process, so that concurrent runs do not interfere.
     """
 
@@ -102,6 +106,7 @@ class RosDemoConfig(Checked, prefix="--"):
     camera_jitter_ms: float = ranged(0.0, "[0, 1000]")
     reaction: bool = False
     max_episode_steps: int = ranged(MAX_EPISODE_STEPS, "[1, 10000]")
+    rerun: str = ""
     domain: int = ranged(-1, "[-1, 101]")
 
 
@@ -116,6 +121,7 @@ REAL_TIME = (
     "inference_delay",
     "stream_seconds",
     "kill",
+    "rerun",
     "domain",
 )
 SIMULATED_TIME = ("rivals", "latencies_ms", "camera_rate", "camera_jitter_ms", "reaction")
@@ -138,6 +144,8 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         )
     if config.remote and config.inference_delay:
         raise ConfigError("--inference_delay is not used with --remote true; remove it.")
+    if config.rerun:
+        check_rerun("rerun", config.rerun)
     console = console or default_console()
     own = ("bag.mcap", "simulated_time.json")
     with claimed_folder("output_dir", config.output_dir, own, own, unmarked=UNMARKED) as folder:
@@ -201,11 +209,19 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
     report, details = build_report(
         asdict(config), episodes, spans, values, bag, f"/{interface.topic}", killed
     )
+    console.print(console_table(report, details))
+    written = _write(folder, report, details)
+    if config.rerun:
+        written.append(log_bag(bag, Path(config.rerun), f"/{interface.topic}"))
+    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
+    return report
+
+
+def _write(folder: Path, report: dict[str, Any], details: dict[str, Any]) -> list[Path]:
+    """Write the results; return the files to name, the bag among them."""
     for name, content in (("ros", report), ("details", details)):
         write_text(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
-    console.print(console_table(report, details))
-    console.print(f"Written: {folder / 'ros.json'}, {bag}", soft_wrap=True, highlight=False)
-    return report
+    return [folder / "ros.json", folder / "bag.mcap"]
 
 
 def free_domain() -> int:

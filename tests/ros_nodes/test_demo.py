@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rerun_files import entities_of
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
@@ -121,6 +122,7 @@ def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
         output_dir=str(tmp_path / "run"),
         stream_seconds=2.0,
         kill=True,
+        rerun=str(tmp_path / "run.rrd"),
     )
     with (tmp_path / "console.txt").open("w") as file:
         report = ros_demo(config, Console(file=file, width=100))
@@ -129,6 +131,9 @@ def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
     assert set(report["jitter_ms"]) == set(report["observation_to_command_ms"]) == {"p50", "p99"}
     assert set(report["decode_ms"]) == {"p50", "p95", "p99"}
     details = json.loads((tmp_path / "run" / "details.json").read_text())
+    logged = entities_of(tmp_path / "run.rrd")
+    assert {"/front/image_raw", "/wrist/image_raw", "/joint_states/position"} <= logged
+    assert {"/policy/instruction", "/diagnostics/decode_ms_p50"} <= logged
     page = write_page([tmp_path / "run"], tmp_path / "report.html").read_text()
     assert "% of 2 episodes solved" in page
     assert f"at {report['command_rate_hz']:.2f} commands a second" in page

@@ -1,0 +1,72 @@
+"""Episodes as recordings for Rerun: entities, Jacobi states, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ceed_vla import load, viz
+from ceed_vla.errors import ConfigError
+from ceed_vla.outputs import is_own
+from ceed_vla.sim.environment import EnvPool, joined
+from ceed_vla.sim.evaluate import evaluate
+from ceed_vla.sim.rerun_episodes import jacobi_states
+from ceed_vla.sim.rollout import PolicyRunner, drive
+from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
+from tests.helpers.evaluations import options, quiet, save_untrained
+
+pytest.importorskip("rerun", reason="needs the extra viz")
+SHOWN = ("front", "wrist", "state", "chunk", "forwards", "latency_ms", "exit")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_untrained(tmp_path_factory.mktemp("policy"))
+
+
+def test_an_evaluation_writes_the_episode_of_its_clips(checkpoint: Path, tmp_path: Path) -> None:
+    from tests.helpers.rerun_files import components_of, entities_of
+
+    file = tmp_path / "episode.rrd"
+    changes = {"decoders": "ar,ceed", "timing_chunks": 0, "clips": False, "delay_ms": [0.0, 150.0]}
+    for _ in range(2):  # the second run replaces its file
+        evaluate(options(checkpoint, tmp_path / "out", **changes, rerun=str(file)), quiet())
+    expected = {f"/{decoder}/{name}" for decoder in ("ar", "ceed") for name in SHOWN}
+    found = {entity for entity in entities_of(file) if not entity.startswith("/__")}
+    assert found == {*expected, "/ceed/jacobi_states"}
+    assert {"rerun.components.TensorData", "rerun.components.ImageBuffer"} <= components_of(file)
+    assert is_own(file)
+
+
+def test_the_states_are_those_of_the_decoded_chunk() -> None:
+    env = CeedTabletopEnv(task="push_cube", episode_length=12)
+    with EnvPool(1, env) as pool:
+        runner = PolicyRunner(joined(load("student"), env), "jacobi")
+        replans = list(drive(runner, pool, 40_000, "push_cube"))
+    assert len(replans) == 3
+    for replan in replans:
+        states = jacobi_states(runner, replan)
+        assert states.shape == (replan.chunk.forwards + 1, len(replan.chunk.tokens))
+        assert torch.equal(torch.from_numpy(states[-1]), replan.chunk.tokens)
+    assert not np.array_equal(states[0], states[-1])
+
+
+def test_files_and_missing_packages_are_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.rrd").write_text("mine")
+    with pytest.raises(ConfigError, match="did not make"):
+        viz.check_rerun("rerun", str(tmp_path / "mine.rrd"))
+    with pytest.raises(ConfigError, match=r"must end in \.rrd"):
+        viz.check_rerun("rerun", str(tmp_path / "episode.mp4"))
+
+    def missing(name: str) -> SimpleNamespace:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(viz.importlib, "import_module", missing)
+    with pytest.raises(ConfigError, match=r"--rerun needs Rerun .* 'ceed_vla\[viz\]'"):
+        viz.check_rerun("rerun", str(tmp_path / "episode.rrd"))

@@ -77,11 +77,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if not config.decoders:
         folder = resolve_checkpoint(config.policy.given())
         policy = CeedVLAConfig.read(folder)
-        usual = [
-            name
-            for name in usual_rows(policy)
-            if config.workers == 1 or not name.startswith("deadline")
-        ]
+        alone = config.workers == 1 and not config.cluster.chosen
+        usual = [name for name in usual_rows(policy) if alone or not name.startswith("deadline")]
         rows = [*usual, *policy.decodings]
         for axis in AXES.values():
             rows += axis.bench_rows(policy, folder)

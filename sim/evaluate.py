@@ -81,6 +81,7 @@ def evaluate(
         CheckpointError: A checkpoint cannot be loaded.
         SimulationError: The environment cannot be created.
     """
+    batches(config)  # which refuses too many shards
     config = replace(config, engine=resolved(config.engine, config))
     if config.rerun:
         check_rerun("rerun", config.rerun)
@@ -137,14 +138,14 @@ def _evaluate(
         complete = True
     finally:
         report = build_report(run, complete=complete)
-        files = write_report(report, folder)
+        files = [*write_report(report, folder), write_page([folder], folder / PAGE)]
         if not complete:
             console.print(f"Stopped early; the partial report is in {files[1]}.")
     if config.clips:
         files += _write_clips(run, folder)
     if config.rerun:
         files.append(_write_rerun(run))
-    files.append(write_page([folder], folder / PAGE))
+    write_page([folder], folder / PAGE)  # again, with the clips
     console.print(console_table(report, console.width))
     console.print(
         "Written: " + ", ".join(str(file) for file in files), soft_wrap=True, highlight=False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla import invocation
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, raised_as
 from ceed_vla.fields import Checked
 from ceed_vla.files import read_json
 from ceed_vla.outputs import claimed_folder, default_console
@@ -31,6 +31,7 @@ from ceed_vla.sim.report import console_table
 from ceed_vla.sim.summary import row_entry
 from ceed_vla.wording import numbered
 
+MOST_SHARDS = MOST_EPISODES = 100_000  # as `EvalConfig` allows
 SHARD = "shard"  # key of [index, number of shards] in an identity and in a report
 # Keys of a report that may differ between shards.
 _OWN = (SHARD, "complete", "decoders", "timing", "hardware", "clips", "command")
@@ -82,10 +83,14 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         ConfigError: A folder is not that of a shard, shards are missing, incomplete or given twice,
             or they differ in checkpoints, versions or settings.
     """
-    parts = sorted(map(_read, map(Path, config.folders)), key=lambda part: part.index)
+    parts = sorted(map(_read_checked, map(Path, config.folders)), key=lambda part: part.index)
     _check_equal(parts)
     _check_complete(parts)
     inputs = [part.folder for part in parts]
+    if Path(config.output_dir).resolve() in [folder.resolve() for folder in inputs]:
+        raise ConfigError(
+            f"--output_dir is {config.output_dir}, which is a shard; name another folder."
+        )
     own = (EPISODES, REPORT, MARKDOWN, PAGE, *PLOTS)
     known_by = (REPORT, EPISODES)
     with claimed_folder("output_dir", config.output_dir, own, known_by, inputs=inputs) as out:
@@ -99,6 +104,12 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     console.print(console_table(report, console.width))
     console.print("Written: " + ", ".join(map(str, files)), soft_wrap=True, highlight=False)
     return report
+
+
+def _read_checked(folder: Path) -> Part:
+    """As `_read`; a damaged report is one error."""
+    with raised_as(ConfigError, f"{folder} holds a damaged report", "run this shard again"):
+        return _read(folder)
 
 
 def _read(folder: Path) -> Part:
@@ -115,7 +126,11 @@ def _read(folder: Path) -> Part:
         raise ConfigError(
             f"{folder}, shard {shard[0]} of {shard[1]}, is not complete; continue it with --resume."
         )
-    seeds = report.get("seeds", {})
+    seeds = report["seeds"]
+    if not (0 <= shard[0] < shard[1] <= MOST_SHARDS and 0 < seeds["count"] <= MOST_EPISODES):
+        raise ConfigError(f"{folder} has shard {shard} of {seeds}; restore its files.")
+    if set(report["decoders"]) != set(identity["decoders"]) or "timing" not in report:
+        raise ConfigError(f"{folder} has a report of other decoders; run this shard again.")
     known = dict.fromkeys(range(seeds["first"], seeds["first"] + seeds["count"]), MIXED)
     log = EpisodeLog(folder, {**identity, SHARD: shard}, known, report["max_episode_steps"])
     return Part(folder, shard[0], shard[1], identity, report, log.read())

@@ -253,7 +253,8 @@ def _conditions(report: Mapping[str, Any]) -> str:
     split = f", split {report['split']}" if report["split"] else ""
     lines = [
         (
-            f"- Task {report['task']}{split}, {episodes} per decoder, {_seed_range(report)}; "
+            f"- Task {report['task']}{split}, {episodes} per decoder, {_seed_range(report)}"
+            f"{_shard(report)}; "
             f"{report['executed_steps']} of {report['chunk_size']} steps of a chunk are executed "
             "before the next one."
         ),
@@ -274,6 +275,11 @@ def _conditions(report: Mapping[str, Any]) -> str:
             "from its own previous chunk."
         )
     return "\n".join(lines)
+
+
+def _shard(report: Mapping[str, Any]) -> str:
+    """Which part of these episodes a report has, if not all."""
+    return "" if "shard" not in report else " (shard {} of {} alone)".format(*report["shard"])
 
 
 def _seed_range(report: Mapping[str, Any]) -> str:

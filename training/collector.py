@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ceed_vla.checkpoints import load
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.decoding import DecodingConfig
+from ceed_vla.errors import DatasetError
 from ceed_vla.training.collect_config import CollectConfig, guess_shares
 from ceed_vla.training.settings import split_list
 from ceed_vla.training.shards import GUESSES, SCHEMA
@@ -35,18 +36,29 @@ class Collector:
     """Decodes the frames of one work unit after another, in the order that "previous" guesses need.
 
     `found` is the result of `opened_inputs`; if None, in a worker (see `Workers`), it is opened
-    here. `advance` is called with each number of decoded frames.
+    here. `advance` is called with each number of decoded frames. `digests` are those that the
+    datasets must have, if given.
     """
 
     stores: list[FrameStore]
 
     def __init__(
-        self, config: CollectConfig, found: Any = None, advance: Callable[[int], Any] = int
+        self,
+        config: CollectConfig,
+        found: Any = None,
+        advance: Callable[[int], Any] = int,
+        digests: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.shares = guess_shares(config.guesses)
         self.advance = advance
         self.policy, self.pre, self.stores = found or opened_inputs(config)
+        for store, digest in zip(self.stores, digests, strict=False):
+            if store.digest != digest:
+                raise DatasetError(
+                    f"{store.root} has other frames on this machine than where the command runs; "
+                    "copy the dataset again."
+                )
         self.steps = self.policy.config.n_action_steps
         self.n = self.policy.config.block_length
         self.malformed = 0  # chunks of the unit that is being decoded

@@ -100,7 +100,14 @@ def _collect(config: CollectConfig, output: Path) -> Path:
             dynamic_ncols=True,
         ) as bar,
         open_workers(
-            config.workers, config.cluster, Collector, there, checkpoints=[config.policy_path]
+            config.workers,
+            config.cluster,
+            Collector,
+            there,
+            None,
+            int,
+            [store.digest for store in stores],
+            checkpoints=[config.policy_path],
         ) as workers,
     ):
         # In this process, with what is open already; it also shows the frames within a unit.

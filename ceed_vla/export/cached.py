@@ -115,7 +115,7 @@ def cached_export(
     if not (folder / EXPORT).is_file():
         _check_packages(checkpoint)
         try:
-            _export_once(checkpoint, folder, discover_packages)
+            _export_once(source, folder, discover_packages)
             _remove_oldest(folder.parent)
         except ConfigError as error:
             if str(error).lower().endswith(REFUSAL):
@@ -146,7 +146,7 @@ def _check_packages(checkpoint: str | Path) -> None:
         )
 
 
-def _export_once(checkpoint: str | Path, folder: Path, discover_packages: str) -> None:
+def _export_once(checkpoint: Path, folder: Path, discover_packages: str) -> None:
     """Export a checkpoint, unless another process does so first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:

@@ -52,7 +52,7 @@ def write_page(folders: Sequence[Path], file: Path) -> Path:
     names = _names(folders)
     html = page([read_run(folder, name) for folder, name in zip(folders, names, strict=True)])
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, html)
+    write_text(file, html.encode("utf-8", errors="replace").decode("utf-8"))
     return file
 
 

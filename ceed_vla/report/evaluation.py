@@ -6,6 +6,8 @@ import base64
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ceed_vla.errors import ConfigError
+from ceed_vla.files import read_bytes
 from ceed_vla.report.html import Markup, element
 from ceed_vla.report.plots import PALETTE, Plot, axis, interval_bars, label, log_axis
 from ceed_vla.report.runs import Run
@@ -23,7 +25,7 @@ COLUMNS = (
     "tokens = AR",
 )
 PAIRED = ("decoder", "against", "points [95 %]", "only this : only the other", "sign test p")
-MOST_CLIPS = 24 * 2**20  # of all clips of a page [bytes]; others are named
+MOST_CLIPS = 24 * 2**20  # of all clips of a run [bytes]; others are named
 
 
 def show(run: Run) -> Shown:
@@ -113,14 +115,11 @@ def pareto(runs: Sequence[Run]) -> Plot:
         shown = {
             name: entry
             for name, entry in run.values["decoders"].items()
-            if entry["episodes"] and ("total_ms" if timed else "forwards_mean") in entry
+            if entry["episodes"] and _pareto_cost(entry, timed) > 0
         }
         rates = [100 * entry["success_rate"] for entry in shown.values()]
         ends = [[100 * end for end in entry["success_ci95"]] for entry in shown.values()]
-        cost = [
-            entry["total_ms"]["p50"] if timed else entry["forwards_mean"]
-            for entry in shown.values()
-        ]
+        cost = [_pareto_cost(entry, timed) for entry in shown.values()]
         costs += cost
         traces.append(
             {
@@ -143,6 +142,12 @@ def pareto(runs: Sequence[Run]) -> Plot:
         "showlegend": len(runs) > 1,
     }
     return Plot(f"Success against {unit}", traces, layout, height=420)
+
+
+def _pareto_cost(entry: Mapping[str, Any], timed: bool) -> float:
+    """Latency [ms] or forwards of a decoder; 0 if unknown."""
+    cost = entry.get("total_ms", {}).get("p50", 0) if timed else entry.get("forwards_mean", 0)
+    return float(cost)
 
 
 def success_plot(rows: Mapping[str, Any]) -> Plot:
@@ -242,30 +247,25 @@ def _paired(rows: Mapping[str, Any]) -> Iterator[list[str | Cell]]:
 
 
 def _clips(run: Run) -> Iterator[Markup]:
-    """The clips of a run, failures first."""
+    """The clips that the report of a run lists, failures first."""
     solved = run.values.get("clips", {}).get("solved", {})
     left = MOST_CLIPS
-    files = sorted(
-        run.folder.glob("clip_*.mp4"),
-        key=lambda file: (solved.get(_decoder_of(file.stem), True), file.name),
-    )
-    for file in files:
-        name = _decoder_of(file.stem)
-        outcome = {True: "solved", False: "not solved"}.get(solved.get(name), "")
-        caption = element("figcaption", f"{name}: {outcome}" if outcome else name)
-        left -= file.stat().st_size
-        if left < 0:
+    for name, success in sorted(solved.items(), key=lambda item: item[1]):
+        file = run.folder / f"clip_{name}.mp4"
+        if "/" in name or not file.is_file() or file.is_symlink():
+            continue
+        caption = element("figcaption", f"{name}: {'solved' if success else 'not solved'}")
+        size = file.stat().st_size
+        if size > left:
             yield element("figure", element("p", f"{file.name} is too large for a page."), caption)
             continue
-        source = f"data:video/mp4;base64,{base64.b64encode(file.read_bytes()).decode()}"
+        left -= size
+        contents = read_bytes(file, ConfigError, most=MOST_CLIPS)
+        source = f"data:video/mp4;base64,{base64.b64encode(contents).decode()}"
         video = element(
             "video", src=source, controls="", loop="", muted="", playsinline="", preload="metadata"
         )
         yield element("figure", video, caption, class_="clip")
-
-
-def _decoder_of(stem: str) -> str:
-    return stem.removeprefix("clip_")
 
 
 def _settings(report: Mapping[str, Any]) -> Markup:
@@ -281,6 +281,7 @@ def _settings(report: Mapping[str, Any]) -> Markup:
     shown = {
         "environment": f"{report['env']}, task {report['task']}",
         "episodes": f"{count} a decoder, seeds {first} to {first + count - 1}",
+        "shard": "{} of {}".format(*report["shard"]) if "shard" in report else "",
         "checkpoints": ", ".join(checkpoints),
         "executed steps": f"{report['executed_steps']} of {report['chunk_size']}",
         "control rate": f"{report['fps']} Hz",

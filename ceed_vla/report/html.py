@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,7 +45,17 @@ def script(source: str) -> Markup:
     return Markup(f"<script>{source.replace('</script', '<\\/script')}</script>")
 
 
+def _finite(values: Any) -> Any:
+    """The values with None in place of NaN and infinity, which JSON lacks."""
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
 def data(identifier: str, values: Any) -> Markup:
-    """Values for scripts, as JSON in which no tag can begin."""
-    safe = json.dumps(values).replace("<", "\\u003c").replace(">", "\\u003e")
+    """Values for scripts, as JSON in which no tag can begin; NaN and infinity are null."""
+    text_of = json.dumps(_finite(values), allow_nan=False)
+    safe = text_of.replace("<", "\\u003c").replace(">", "\\u003e")
     return Markup(f'<script type="application/json" id="{text(identifier)}">{safe}</script>')

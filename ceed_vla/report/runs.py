@@ -10,7 +10,7 @@ from typing import Any
 from ceed_vla.errors import ConfigError
 from ceed_vla.files import parse_json, read_bytes, read_json
 
-# The file that shows the kind of a run; the first one that exists counts.
+# The file that shows the kind of a run; of several, the one that was written last.
 KINDS = {
     "bench.json": "bench",
     "report.json": "eval",
@@ -46,12 +46,13 @@ def read_run(folder: Path, name: str) -> Run:
     Raises:
         ConfigError: The folder holds no run that can be shown, or a file of it is damaged.
     """
-    found = next((file for file in KINDS if (folder / file).is_file()), None)
-    if found is None:
+    present = [file for file in KINDS if (folder / file).is_file()]
+    if not present:
         raise ConfigError(
             f"{folder} has none of {', '.join(KINDS)}; name output folders of eval, bench, "
             "calibrate, tune, train, distill or ros-demo."
         )
+    found = max(present, key=lambda file: (folder / file).stat().st_mtime_ns)
     if found == "log.jsonl":
         lines = _lines(folder / found)
         distilled = any("consistency_loss" in line for line in lines)
@@ -67,7 +68,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a training log; an incomplete last one is left out."""
-    lines = read_bytes(file, most=MOST_LOG).decode(errors="replace").splitlines()
+    lines = read_bytes(file, ConfigError, most=MOST_LOG).decode(errors="replace").splitlines()
     found = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -58,6 +58,7 @@ class RayCrew:
         self._work = _Work(_python_path(), discovered(), work)
         self._shipped = [self._ray.put(one) for one in shipped]
         self._placed: dict[_RayWorker, Node] = {}
+        self._used: set[str] = set()  # nodes that ever had a worker
 
     def open(self) -> Sequence[Worker]:
         nodes = self._nodes.fitting()
@@ -96,15 +97,19 @@ class RayCrew:
         return self._place(free[0]) if free else None
 
     def close(self, workers: Sequence[_RayWorker], *, at_once: bool) -> None:
-        for worker in workers:
-            worker.end()
-        if self._shipped:
-            clean = self._ray.remote(num_cpus=0)(remove)
-            cleaned = [
-                clean.options(scheduling_strategy=self._nodes.only_on(name)).remote(self._job)
-                for name in {node.id for node in self._placed.values()}
-            ]
-            self._ray.wait(cleaned, num_returns=len(cleaned), timeout=CLEAN_S)
+        """End the workers, and remove what was sent to their nodes; errors are logged."""
+        try:
+            for worker in workers:
+                worker.end()
+            if self._shipped:
+                clean = self._ray.remote(num_cpus=0)(remove)
+                cleaned = [
+                    clean.options(scheduling_strategy=self._nodes.only_on(name)).remote(self._job)
+                    for name in self._used
+                ]
+                self._ray.wait(cleaned, num_returns=len(cleaned), timeout=CLEAN_S)
+        except self._ray.exceptions.RayError as error:
+            logger.warning("The cluster did not end cleanly: %s", error)
 
     def _place(self, node: Node) -> _RayWorker:
         """Start a worker on a node."""
@@ -113,6 +118,7 @@ class RayCrew:
         )
         worker = _RayWorker(self._ray, actor.remote(self._job, self._work, *self._shipped))
         self._placed[worker] = node
+        self._used.add(node.id)
         return worker
 
 
@@ -128,8 +134,9 @@ class _RayWorker:
     def __init__(self, ray: Any, actor: Any) -> None:
         self._ray = ray
         self._actor = actor
-        actor.make.remote()
         self.pending: Any = None  # the results of the current item, as they are ready
+        self._alive = actor.alive.remote()
+        actor.make.remote()
 
     def start(self, item: Any) -> None:
         self.pending = self._actor.run.options(num_returns="streaming").remote(item)
@@ -146,6 +153,10 @@ class _RayWorker:
         except errors.RayError as error:
             line = str(error).strip().splitlines()[0]
             return Lost(f"Ray: {type(error).__name__}: {line}")
+
+    def running(self) -> bool:
+        ready, _ = self._ray.wait([self._alive], timeout=0)
+        return bool(ready)
 
     def end(self) -> None:
         self._ray.kill(self._actor)
@@ -180,6 +191,9 @@ class _Actor:
         self._work = work
         self._shipped = shipped
         self._function: Function = _without_function
+
+    def alive(self) -> None:
+        """Answer that the worker has a processor."""
 
     def make(self) -> None:
         """Make the function; if that fails, the first item raises the error."""

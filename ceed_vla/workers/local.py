@@ -16,11 +16,12 @@ from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from multiprocessing import connection, forkserver
+from multiprocessing.reduction import ForkingPickler
 from threading import Thread
 from typing import Any, NoReturn
 
 from ceed_vla.discovery import discover, discovered
-from ceed_vla.errors import CeedVLAError
+from ceed_vla.errors import CeedVLAError, is_failure
 from ceed_vla.workers.interface import Make
 from ceed_vla.workers.schedule import Finished, Lost, Message, Raised, Result, Worker
 
@@ -94,6 +95,9 @@ class _Process:
             return Lost("A worker's process died: out of memory, or killed.")
         return message
 
+    def running(self) -> bool:
+        return True
+
     def ask_to_end(self, at_once: bool) -> None:
         """Let it end after its item, or by a signal."""
         if at_once:
@@ -122,7 +126,9 @@ def _serve(pipe: Any, packages: list[str], make: Make, arguments: tuple[Any, ...
         try:
             for result in function(received[0]):
                 pipe.send(Result(result))
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             pipe.send(Raised(_portable(error)))
         else:
             pipe.send(Finished())
@@ -133,14 +139,15 @@ def fail(error: Exception, item: Any) -> NoReturn:
     raise error
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: BaseException) -> Exception:
     """The error, if another process can read it; otherwise one with its text."""
     error.add_note("".join(traceback.format_tb(error.__traceback__)))
     try:
-        deepcopy(error)  # fails where pickle does
+        ForkingPickler.dumps(error)
+        deepcopy(error)  # fails where pickle cannot restore it
     except Exception:
         return CeedVLAError(f"{type(error).__name__}: {error}")
-    return error
+    return error if isinstance(error, Exception) else CeedVLAError(str(error))
 
 
 def begin(packages: Sequence[str]) -> None:

@@ -15,8 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = "ceed_vla"
-# Their versions decide what a policy and a simulator compute.
-OTHERS = ("torch", "transformers", "lerobot", "mujoco", "numpy")
+NONE = "none"  # the version of a package that is not installed
+# Their versions decide what a policy and a simulator compute, where they are installed.
+OTHERS = (
+    *("torch", "transformers", "lerobot", "mujoco", "numpy", "gymnasium"),
+    *("onnxruntime", "metaworld", "hf-libero", "robosuite"),
+)
 
 
 def facts() -> dict[str, str]:
@@ -26,7 +30,7 @@ def facts() -> dict[str, str]:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none"
+            found[name] = NONE
     try:
         importlib.import_module("mujoco")
     except Exception as error:  # a library of the system may be missing
@@ -38,7 +42,7 @@ def _own_version() -> str:
     """Version of this package, and a digest of its code."""
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        return "none"
+        return NONE
     folder = Path(spec.origin).parent
     digest = hashlib.sha256()
     # In a clone, some packages are linked folders.

@@ -215,7 +215,7 @@ class Nodes:
         if differences := [
             f"{key} {theirs.get(key, 'none')} instead of {value}"
             for key, value in self._own.items()
-            if theirs.get(key) != value
+            if value != node_facts.NONE and theirs.get(key) != value
         ]:
             logger.warning(
                 "Node %s is not used: it has %s. Install what this machine has.",

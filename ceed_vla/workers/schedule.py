@@ -16,6 +16,7 @@ from ceed_vla.errors import CeedVLAError
 from ceed_vla.workers.interface import Workers
 
 MOST_TRIES = 3  # workers that may be lost with the same item
+LEAST_WAIT_S = 2.0  # for messages, before a silent worker counts as hanging [s]
 AHEAD = 2  # items per worker that may be complete before the first one that is not, in `map`
 
 
@@ -60,6 +61,9 @@ class Worker(Protocol):
 
     def receive(self) -> Message:
         """Return its next message, after `Crew.wait` returned the worker."""
+
+    def running(self) -> bool:
+        """Whether it has begun to run; a cluster may let it wait for a processor."""
 
     def end(self) -> None:
         """End it, whatever it does."""
@@ -195,54 +199,65 @@ class Scheduled(Workers):
             worker.start(job.item)
 
     def _heard(self, backlog: _Backlog) -> Iterator[tuple[_Job, Result | Finished | Lost]]:
-        """Wait for messages; yield those of wanted jobs, after idle workers have new items."""
+        """Wait for messages; yield those of wanted jobs, after idle workers have new items.
+
+        An error is raised only after what other workers sent at the same time.
+        """
         found: list[tuple[_Job, Result | Finished | Lost]] = []
+        error: Exception | None = None
         for worker, message in self._receive():
             job = self._busy[worker]
             job.heard = time.monotonic()
             if not isinstance(message, Result):
                 del self._busy[worker]
             if isinstance(message, Lost):
-                self._replace(worker, message.reason)
-                if job.wanted:
-                    job.tries += 1
-                    if job.tries == MOST_TRIES:
-                        raise CeedVLAError(
-                            f"The same work ended {MOST_TRIES} workers. {message.reason}"
-                        )
-                    backlog.again.append(job)
+                try:
+                    self._lose(worker, job, message.reason, backlog)
+                except CeedVLAError as ended:
+                    error = error or ended
+            if not job.wanted:
+                continue
             if isinstance(message, Raised):
-                if job.wanted:
-                    raise message.error
-            elif job.wanted:
+                error = error or message.error
+            else:
                 found.append((job, message))
-        self._start_idle(backlog)
+        if error is None:
+            self._start_idle(backlog)
         yield from found
+        if error is not None:
+            raise error
+
+    def _lose(self, worker: Worker, job: _Job, reason: str, backlog: _Backlog) -> None:
+        """Replace a lost worker, and give its item to another one."""
+        self._workers.remove(worker)
+        if job.wanted:
+            job.tries += 1
+            if job.tries == MOST_TRIES:
+                raise CeedVLAError(f"The same work ended {MOST_TRIES} workers. {reason}")
+            backlog.again.append(job)
+        replacement = self._crew.replace(worker, reason)
+        if replacement is not None:
+            self._workers.append(replacement)
+        if not self._workers:
+            raise CeedVLAError(f"No worker is left. {reason}")
 
     def _receive(self) -> Iterator[tuple[Worker, Message]]:
         """Wait for messages, or until a worker has been silent for too long."""
         timeout = None
         if self._timeout is not None:
             oldest = min(job.heard for job in self._busy.values())
-            timeout = max(0.0, oldest + self._timeout - time.monotonic())
+            timeout = max(LEAST_WAIT_S, oldest + self._timeout - time.monotonic())
         for worker in self._crew.wait(list(self._busy), timeout):
             yield worker, worker.receive()
         if self._timeout is None:
             return
         now = time.monotonic()
         for worker, job in list(self._busy.items()):
+            if not worker.running():
+                job.heard = now
             if now - job.heard > self._timeout:
                 worker.end()
                 yield worker, Lost(f"It sent nothing for {self._timeout:g} s.")
-
-    def _replace(self, lost: Worker, reason: str) -> None:
-        """Replace a lost worker, if possible."""
-        self._workers.remove(lost)
-        replacement = self._crew.replace(lost, reason)
-        if replacement is not None:
-            self._workers.append(replacement)
-        if not self._workers:
-            raise CeedVLAError(f"No worker is left. {reason}")
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self._crew.close(self._workers, at_once=kind is not None or bool(self._busy))

@@ -48,11 +48,19 @@ def _log(log: RerunLog, topic: str, message: Any, commands: str) -> None:
         for status in message.status:
             values = {pair.key: pair.value for pair in status.values}
             for name in MEASURED:
-                if name in values:
-                    log.scalars(f"{topic}/{name}", [float(values[name])])
-            log.text(f"{topic}/{status.name}", status.message)
+                if (number := _number(values.get(name, ""))) is not None:
+                    log.scalars(f"{topic}/{name}", [number])
+            log.text(f"{topic}/{status.name.partition(':')[0]}", status.message)
     else:
         log.text(topic, str(message.data))
+
+
+def _number(text: str) -> float | None:
+    """The number that a value of the diagnostics states; None if it is not known yet."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def commanded(message: Any) -> list[float]:

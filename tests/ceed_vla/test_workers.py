@@ -16,7 +16,8 @@ from shared_work import make
 
 from ceed_vla import discovery
 from ceed_vla.errors import CeedVLAError, ConfigError, TokenError
-from ceed_vla.workers import ClusterConfig, Workers, local, open_workers
+from ceed_vla.workers import ClusterConfig, Workers, local, open_workers, schedule
+from ceed_vla.workers.schedule import Finished, Lost, Raised, Result, Scheduled
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +117,65 @@ def test_results_of_an_abandoned_iteration_are_not_mixed_with_the_next() -> None
     with opened(2, 0) as pool:
         next(pool.stream(range(50, 60)))
         assert [value for ((value, _),) in pool.map(range(6))] == list(range(6))
+
+
+class TwoAtOnce:
+    """A crew of two workers whose messages come in the same round, or never."""
+
+    def __init__(self, *messages: list[Any]) -> None:
+        self.workers = [Scripted(own) for own in messages]
+
+    def open(self) -> list[Any]:
+        return list(self.workers)
+
+    def wait(self, busy: list[Any], timeout: float | None) -> list[Any]:
+        return [worker for worker in busy if worker.messages]
+
+    def replace(self, lost: Any, reason: str) -> Any:
+        return None
+
+    def close(self, workers: list[Any], *, at_once: bool) -> None:
+        """Nothing runs."""
+
+
+class Scripted:
+    def __init__(self, messages: list[Any]) -> None:
+        self.messages = messages
+        self.ended = False
+
+    def start(self, item: Any) -> None:
+        """It answers what it was told to."""
+
+    def receive(self) -> Any:
+        return self.messages.pop(0)
+
+    def running(self) -> bool:
+        return True
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_an_error_comes_after_the_results_of_the_same_round() -> None:
+    crew = TwoAtOnce([Lost("gone")], [Lost("gone, too")])
+    with Scheduled(crew) as pool, pytest.raises(CeedVLAError, match="No worker is left"):
+        list(pool.stream("ab"))
+    crew = TwoAtOnce([Raised(TokenError("wrong"))], [Result("kept")])
+    kept = []
+    with Scheduled(crew) as pool, pytest.raises(TokenError):  # noqa: PT012
+        for _, result in pool.stream("ab"):
+            kept.append(result)
+    assert kept == ["kept"]
+
+
+def test_a_silent_worker_is_ended_and_its_item_goes_to_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(schedule, "LEAST_WAIT_S", 0.0)
+    crew = TwoAtOnce([], [Finished(), Result("second"), Finished()])
+    with Scheduled(crew, timeout_s=0.01) as pool:
+        assert list(pool.map("ab")) == [["second"], []]
+    assert [worker.ended for worker in crew.workers] == [True, False]
 
 
 @pytest.mark.parametrize("address", ["here", "host:", ":1", "host:port"])

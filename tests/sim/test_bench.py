@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import ceed_vla.sim.bench
 from ceed_vla import CeedVLAPolicy, load
 from ceed_vla.axes import AXES
 from ceed_vla.backbones.compact.config import CompactConfig
@@ -44,6 +45,7 @@ from ceed_vla.sim.plots import GREY, INK
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 from ceed_vla.tokens.fast import FastTokensConfig
+from ceed_vla.workers import ClusterConfig
 from tests.helpers.tabletop import tabletop_config
 
 needs_depth = pytest.mark.skipif("depth" not in AXES, reason="the axis of depth was deleted")
@@ -303,3 +305,22 @@ def test_the_usual_rows_are_those_that_a_policy_can() -> None:
             assert policy.decode(batch, name).tokens.shape == (1, policy.config.block_length)
     with pytest.raises(ConfigError):
         policy.decode(batch, "conf0.2_cap2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "alone"),
+    [({}, True), ({"workers": 2}, False), ({"cluster": ClusterConfig("local")}, False)],
+)
+def test_rows_with_a_deadline_need_a_machine_of_their_own(
+    changes: dict[str, Any], alone: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chosen: list[str] = []
+
+    def noted(config: BenchConfig, folder: Path) -> dict[str, Any]:
+        chosen.extend(config.decoders.split(","))
+        return {}
+
+    monkeypatch.setattr(ceed_vla.sim.bench, "_bench", noted)
+    bench(BenchConfig(CheckpointPath("student"), output_dir=str(tmp_path / "out"), **changes))
+    assert any(name.startswith("deadline") for name in chosen) == alone
+    assert "ceed" in chosen

@@ -135,7 +135,7 @@ def test_evaluation_from_options_to_files(checkpoint: Path, tmp_path: Path) -> N
     files = {path.name for path in tmp_path.iterdir()}
     plots = {"success.png", "latency.png", "forwards.png"}
     clips = {f"clip_{name}.mp4" for name in rows}
-    assert files == {"report.json", "report.md", "episodes.jsonl", *plots, *clips}
+    assert files == {"report.json", "report.md", "report.html", "episodes.jsonl", *plots, *clips}
     assert all(is_own(tmp_path / name) for name in files)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert report["complete"]

@@ -107,6 +107,11 @@ def test_what_cannot_be_merged_is_refused(
     evaluate(options(checkpoint, whole, **{**CHANGES, "episodes": 1}), quiet())
     refused([whole], "is an evaluation without shards")
     refused([tmp_path / "none"], r"has no episodes\.jsonl")
+    damaged = changed("damaged", seeds=None)
+    refused([shards[0], damaged, shards[2]], "holds a damaged report")
+    refused([shards[0], changed("less", decoders={}), shards[2]], "a report of other decoders")
+    with pytest.raises(ConfigError, match="which is a shard; name another folder"):
+        merged(shards, shards[0])
     with pytest.raises(ConfigError, match="--folders is empty"):
         MergeConfig()
 
@@ -121,5 +126,7 @@ def test_what_cannot_be_merged_is_refused(
 def test_parts_that_cannot_be(
     checkpoint: Path, tmp_path: Path, part: dict[str, int], message: str
 ) -> None:
+    changes = {**CHANGES, "decoders": "ar"}
     with pytest.raises(ConfigError, match=message):
-        evaluate(options(checkpoint, tmp_path / "out", **CHANGES, **part), quiet())
+        evaluate(options(checkpoint, tmp_path / "out", **changes, **part), quiet())
+    assert not (tmp_path / "out").exists()

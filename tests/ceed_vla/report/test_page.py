@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +81,43 @@ def test_several_runs_are_compared_under_names_that_tell_them_apart(
     for name in ("one/eval", "two/eval", f"{tmp_path.name}/training"):
         assert f"<td>{name}</td>" in page
     assert "10 steps; at the end validation success 0.5, loss 1.25." in page
+
+
+def test_numbers_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1.5}\n')
+    page = write_page([tmp_path / "run"], tmp_path / "page.html").read_text()
+    plots = re.search(r'<script type="application/json" id="plots">(.*?)</script>', page)
+    assert plots is not None
+    assert json.loads(plots[1], parse_constant=pytest.fail)[0]["traces"][0]["y"] == [None, 1.5]
+
+
+def test_clips_are_those_of_the_report_with_failures_first(
+    evaluation: dict[str, Any], tmp_path: Path
+) -> None:
+    solved = {"teacher_ar": True, "ceed": False, "linked": True, "../up": True}
+    clips = {"clips": {"seed": 50_000, "solved": solved}}
+    folder = written(tmp_path / "run", {**evaluation, **clips})
+    for name in ("teacher_ar", "ceed", "earlier"):
+        (folder / f"clip_{name}.mp4").write_bytes(f"clip of {name}".encode())
+    (tmp_path / "secret").write_text("secret")
+    (folder / "clip_linked.mp4").symlink_to(tmp_path / "secret")
+    page = write_page([folder], tmp_path / "page.html").read_text()
+    captions = re.findall(r"<figcaption>([^<]*solved)</figcaption>", page)
+    assert captions == ["ceed: not solved", "teacher_ar: solved"]
+    sources = re.findall(r"data:video/mp4;base64,([\w=+/]+)", page)
+    assert [base64.b64decode(one) for one in sources] == [b"clip of ceed", b"clip of teacher_ar"]
+
+
+def test_of_several_reports_in_a_folder_the_last_one_counts(
+    evaluation: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = written(tmp_path / "run", evaluation, "bench.json")
+    os.utime(folder / "bench.json", (1, 1))
+    (folder / "report.json").write_text(json.dumps({**evaluation, "complete": False}))
+    page = write_page([folder], tmp_path / "page.html").read_text()
+    assert "<h1>eval: run</h1>" in page
+    assert "Partial, the run was interrupted" in page
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ slower=1 latency=0 engine=${ENGINE:-eager} tasks=${TASKS:-10}
 [ "$mode" = sync ] || [ "$mode" = live ] || { echo "The mode is $mode; it must be sync or live." >&2 && exit 1; }
 if [ "$mode" = live ]; then
   slower=${SLOWER:-6} latency=${LATENCY_MS:-0}
-  if [ "$slower" -lt 4 ]; then
-    echo "SLOWER is $slower; it must be at least 4, because a rendered step takes longer than 50 ms." >&2
+  if ! [[ $slower =~ ^[0-9]+$ ]] || [ "$slower" -lt 4 ]; then
+    echo "SLOWER is $slower; it must be a whole number of at least 4, because a rendered step takes longer than 50 ms." >&2
     exit 1
   fi
 fi

@@ -209,7 +209,8 @@ class _Actor:
 
     def run(self, item: Any) -> Iterator[Any]:
         """Process an item."""
-        yield from self._function(item)
+        for result in self._function(item):  # noqa: UP028 (Ray sends values into generators)
+            yield result
 
 
 def _without_function(item: Any) -> NoReturn:

@@ -11,19 +11,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import CeedVLAError, TokenError
 from ceed_vla.workers import ClusterConfig, open_workers
 
-ITEMS = ["killed", "hanging", *range(40)]
+ITEMS = ["killed", "hanging", "listed", *range(40)]
 SILENCE_S = 6.0  # after which a worker counts as hanging [s]
 
 
-def make(folder: str) -> Callable[[Any], Iterator[tuple[Any, int]]]:
-    """Return the function of a worker; it yields two results per item."""
+def make(folder: str) -> Callable[[Any], Iterable[tuple[Any, int]]]:
+    """Return the function of a worker: two results per item, yielded or in a list."""
     marks = Path(folder)
 
     def run(item: Any) -> Iterator[tuple[Any, int]]:
@@ -42,7 +42,7 @@ def make(folder: str) -> Callable[[Any], Iterator[tuple[Any, int]]]:
             print(os.environ.get("NODE", ""), file=file)
         yield item, 1
 
-    return run
+    return lambda item: list(run(item)) if item == "listed" else run(item)
 
 
 def main(address: str, folder: str) -> str:

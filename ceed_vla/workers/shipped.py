@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from ceed_vla.folders import relocate, resolve_checkpoint
+
+HELD = ".held"  # suffix of the file that every worker of a job locks while it lives
+_held: dict[str, IO[str]] = {}  # by job
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,13 @@ def read_checkpoint(path: str) -> Shipped:
 def unpack(shipped: Shipped, job: str) -> None:
     """Write a checkpoint to a folder of this node, and let its path lead there.
 
-    Workers of the same `job` on the same machine share the folder.
+    Workers of the same `job` on the same machine share the folder. The folders of jobs that were
+    killed, and so could not remove them, are removed.
     """
+    _hold(job)
     folder = folder_of(job) / shipped.digest
     if not folder.exists():
+        remove_abandoned()
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=folder.parent))
         for name, contents in shipped.files.items():
@@ -72,3 +80,23 @@ def folder_of(job: str) -> Path:
 def remove(job: str) -> None:
     """Remove the folder of a job's checkpoints on this node."""
     shutil.rmtree(folder_of(job), ignore_errors=True)
+    folder_of(job).with_suffix(HELD).unlink(missing_ok=True)
+
+
+def remove_abandoned() -> None:
+    """Remove the folders of jobs of which no process is left on this node."""
+    for path in Path(tempfile.gettempdir()).glob(f"ceed_vla-*{HELD}"):
+        try:
+            with path.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(path.stem.removeprefix("ceed_vla-"))
+        except OSError:  # a process holds it, or another one was faster
+            continue
+
+
+def _hold(job: str) -> None:
+    """Mark the job as alive until this process ends."""
+    if job not in _held:
+        file = folder_of(job).with_suffix(HELD).open("a")
+        fcntl.flock(file, fcntl.LOCK_SH)
+        _held[job] = file

@@ -56,9 +56,12 @@ WITH_WHEELS = (  # elsewhere ROS comes from apt
     "platform_machine == 'x86_64' and sys_platform == 'linux'"
 )
 ONNXRUNTIME = "onnxruntime>=1.22,<2"
+ROSBAGS = "rosbags>=0.10,<1"
 EXTRAS = {
     # The policy and simulation nodes. On a robot rclpy and the messages are the distribution's.
     "ros2": [*(f"{wheel}; {WITH_WHEELS}" for wheel in ROS_WHEELS), "mcap-ros2-support>=0.5.5,<1"],
+    # Data sets from bags, without ROS: `ceed-vla bag-to-dataset`.
+    "bags": [ROSBAGS],
     # Checkpoints of other families (OpenVLA, image-text-to-text models, pi0-FAST) and LoRA.
     "vlm": [
         "num2words>=0.5.14,<0.6",
@@ -98,7 +101,7 @@ EXTRAS = {
         "pytest-rerunfailures>=16",
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
-        "rosbags>=0.10",
+        ROSBAGS,
         "rosless>=0.5",
     ],
     "lint": ["mypy>=1.16", "mdformat-gfm>=1,<2", "pre-commit>=4.2", "ruff>=0.12"],
@@ -200,6 +203,7 @@ setup(
         "console_scripts": [
             "ceed-vla = ceed_vla.cli.entry:main",
             "policy_node = ceed_vla.ros_nodes.robot.policy_node:main",
+            "record_node = ceed_vla.ros_nodes.record.record_node:main",
             "sim_node = ceed_vla.ros_nodes.simulated.sim_node:main",
         ]
     },

@@ -23,6 +23,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "training": {SIM, NODES, "benchmarks", "rclpy", "mujoco"},
     "sim": {TRAINING, NODES, "benchmarks", "rclpy"},
     "ros_nodes/robot": {TRAINING, SIM, f"{NODES}.simulated", f"{NODES}.demo", "benchmarks"},
+    "ros_nodes/record": {TRAINING, SIM, f"{NODES}.simulated", f"{NODES}.demo", "benchmarks"},
     "ros_nodes/simulated": {TRAINING, f"{NODES}.demo", "benchmarks"},
     "ros_nodes/demo": {TRAINING, "benchmarks"},
     "benchmarks": {NODES},

@@ -190,6 +190,14 @@ COMMANDS = {
         may="file checkpoint",
         positional="file",
     ),
+    "bag-to-dataset": Command(
+        "make a LeRobot dataset from a bag of a robot's topics",
+        "ceed_vla.ros_nodes.record.bag_to_dataset BagConfig bag_to_dataset",
+        must="bag root",
+        may="robot instruction format resume",
+        kept="complete episodes are in {root}; convert again into another root",
+        positional="bag",
+    ),
     "convert": Command(
         "make a checkpoint from a published model (OpenVLA, pi0-FAST)",
         "ceed_vla.convert ConvertConfig convert",

@@ -1,7 +1,7 @@
 """Commit points of a growing dataset: every file belongs to the last commit or can be undone.
 
-`recording.json` is replaced atomically at the end of every commit and names all parquet files. A
-commit starts with a copy of the few files in `meta/` that it rewrites, and a list of the parquet
+`recording.json` is replaced atomically at the end of every commit and names all parquet files and
+videos. A commit starts with a copy of the few files in `meta/` that it rewrites, and a list of the
 files that it adds. Undoing it only renames and deletes these, which also works on a full disk.
 """
 
@@ -22,7 +22,10 @@ from ceed_vla.files import read_json, settle, strange, write_text
 PROGRESS_FILE = "recording.json"
 WORK_FOLDER = ".recording"
 _META_FILES = ("info.json", "stats.json", "tasks.parquet")
-_EPISODE_FILE = re.compile(r"(data|meta/episodes)/chunk-\d{3,}/file-\d{3,}\.parquet")
+_EPISODE_FILE = re.compile(
+    r"(data|meta/episodes)/chunk-\d{3,}/file-\d{3,}\.parquet"
+    r"|videos/[\w.]+/chunk-\d{3,}/file-\d{3,}\.mp4"
+)
 
 
 def is_recording(root: Path) -> bool:
@@ -52,7 +55,7 @@ def meta_files(folder: Path) -> list[Path]:
 def write_progress(
     root: Path, total_episodes: int, files: Sequence[str], progress: Mapping[str, Any]
 ) -> None:
-    """End a commit: the parquet `files` and all of `meta/` become valid, the copies invalid."""
+    """End a commit: the `files` and all of `meta/` become valid, the copies invalid."""
     record = {"total_episodes": total_episodes, "files": sorted(files), "progress": dict(progress)}
     write_text(root / PROGRESS_FILE, json.dumps(record, indent=1))
     _marker(root).unlink(missing_ok=True)
@@ -80,11 +83,11 @@ def undo_incomplete_commit(root: Path) -> list[str]:
     Only files that the incomplete commit added are deleted.
 
     Returns:
-        The parquet files of the last commit.
+        The files of the last commit.
 
     Raises:
-        DatasetError: `root` holds other files, links or damaged bookkeeping, or lacks parquet
-            files, so that it is not a recording of ours.
+        DatasetError: `root` holds other files, links or damaged bookkeeping, or lacks files, so
+            that it is not a recording of ours.
     """
     if links := sorted(str(path.relative_to(root)) for path in strange(root)):
         raise DatasetError(
@@ -99,7 +102,7 @@ def undo_incomplete_commit(root: Path) -> list[str]:
     added = set(marker["adding"]) - set(known) if incomplete else set()
     stored = [
         path
-        for folder in ("data", "meta/episodes")
+        for folder in ("data", "meta/episodes", "videos")
         for path in (root / folder).rglob("*")
         if path.is_file()
     ]

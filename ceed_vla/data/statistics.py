@@ -37,21 +37,40 @@ def image_statistics(images: np.ndarray, max_frames: int = 100) -> Statistics:
     picked = np.unique(
         np.linspace(0, len(images) - 1, min(len(images), max_frames)).round().astype(int)
     )
-    pixels = images[picked].reshape(-1, 3)
-    # (3, 256)
-    counts = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)])
-    levels = np.arange(256) / 255.0
-    total = counts.sum(axis=1)
-    mean = counts @ levels / total
-    cumulative = counts.cumsum(axis=1)
-    stats: Statistics = {
-        "min": levels[(counts > 0).argmax(axis=1)],
-        "max": levels[255 - (counts[:, ::-1] > 0).argmax(axis=1)],
-        "mean": mean,
-        "std": np.sqrt(np.maximum(counts @ levels**2 / total - mean**2, 0.0)),
-    }
-    for name, q in QUANTILES.items():
-        stats[name] = levels[(cumulative >= q * total[:, None]).argmax(axis=1)]
-    stats = {name: value.reshape(3, 1, 1) for name, value in stats.items()}
-    stats["count"] = np.array([len(picked)])
-    return stats
+    counts = PixelCounts()
+    counts.add(images[picked])
+    return counts.statistics()
+
+
+class PixelCounts:
+    """Counts the pixels of images that come one after the other."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((3, 256), dtype=np.int64)
+        self._images = 0
+
+    def add(self, images: np.ndarray) -> None:
+        """Count the pixels of uint8 images (T, H, W, 3)."""
+        pixels = images.reshape(-1, 3)
+        for channel in range(3):
+            self._counts[channel] += np.bincount(pixels[:, channel], minlength=256)
+        self._images += len(images)
+
+    def statistics(self) -> Statistics:
+        """Statistics as of `image_statistics`, of all images so far, at least one."""
+        counts = self._counts
+        levels = np.arange(256) / 255.0
+        total = counts.sum(axis=1)
+        mean = counts @ levels / total
+        cumulative = counts.cumsum(axis=1)
+        stats: Statistics = {
+            "min": levels[(counts > 0).argmax(axis=1)],
+            "max": levels[255 - (counts[:, ::-1] > 0).argmax(axis=1)],
+            "mean": mean,
+            "std": np.sqrt(np.maximum(counts @ levels**2 / total - mean**2, 0.0)),
+        }
+        for name, q in QUANTILES.items():
+            stats[name] = levels[(cumulative >= q * total[:, None]).argmax(axis=1)]
+        stats = {name: value.reshape(3, 1, 1) for name, value in stats.items()}
+        stats["count"] = np.array([self._images])
+        return stats

@@ -2,8 +2,8 @@
 
 Images are encoded in memory. `LeRobotDataset.add_frame` and `save_episode` write temporary PNG
 files instead, which takes longer than rendering, and only log a file that cannot be written (full
-disk). Episodes go to a pending parquet file outside `data/`; `commit()` makes them part of the
-dataset (`commits.py`).
+disk). Episodes go to a pending parquet file outside `data/`, their videos to files beside it;
+`commit()` makes them part of the dataset (`commits.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,20 @@ from lerobot.datasets.compute_stats import aggregate_stats
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.feature_utils import get_hf_features_from_features
 from lerobot.datasets.io_utils import load_info, load_stats, write_info, write_stats, write_tasks
-from lerobot.datasets.utils import DEFAULT_CHUNK_SIZE, DEFAULT_DATA_PATH, DEFAULT_EPISODES_PATH
+from lerobot.datasets.utils import (
+    DEFAULT_CHUNK_SIZE,
+    DEFAULT_DATA_PATH,
+    DEFAULT_EPISODES_PATH,
+    DEFAULT_VIDEO_PATH,
+)
+from lerobot.datasets.video_utils import get_video_info
 from lerobot.utils.constants import DEFAULT_FEATURES
 from lerobot.utils.utils import flatten_dict
 
 from ceed_vla.data import commits
 from ceed_vla.data.files import read_tasks
 from ceed_vla.data.statistics import Statistics, image_statistics, vector_statistics
+from ceed_vla.data.videos import EncodedVideo
 from ceed_vla.errors import DatasetError, raised_as
 from ceed_vla.files import settle
 
@@ -44,7 +52,8 @@ Frame = dict[str, Any]
 class DatasetWriter:
     """Appends episodes to one dataset, which is new or continued from its last commit.
 
-    `features` are LeRobot's without the default ones: image, float32 and int64 columns.
+    `features` are LeRobot's without the default ones: image, video, float32, int64 and bool
+    columns. Every video has a file of its own for each episode.
 
     Raises:
         DatasetError: `root` holds other files, or a dataset with other features.
@@ -73,7 +82,7 @@ class DatasetWriter:
                 features=self._features,
                 robot_type=robot_type,
                 root=root,
-                use_videos=False,
+                use_videos=bool(_of_type(self._features, "video")),
             )
             commits.write_progress(root, 0, [], {})
         self._load()
@@ -82,6 +91,7 @@ class DatasetWriter:
         """Read the last commit; pending episodes are dropped."""
         self._files = commits.undo_incomplete_commit(self.root)
         self._pending_file.unlink(missing_ok=True)
+        shutil.rmtree(self.work_folder, ignore_errors=True)
         remedy = "Copy it again, or record into a new root."
         with raised_as(
             DatasetError,
@@ -161,14 +171,18 @@ class DatasetWriter:
             )
 
     def _start_batch(self) -> None:
-        # (length, tasks, statistics)
-        self._pending: list[tuple[int, list[str], dict[str, Statistics]]] = []
+        self._pending: list[_Episode] = []
         self.pending_frames = 0
         self._parquet: pq.ParquetWriter | None = None
 
     @property
     def _pending_file(self) -> Path:
         return self.root / commits.WORK_FOLDER / "pending.parquet"
+
+    @property
+    def work_folder(self) -> Path:
+        """Folder for files of pending episodes, such as videos; cleared when the writer opens."""
+        return self.root / commits.WORK_FOLDER / "videos"
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -189,8 +203,11 @@ class DatasetWriter:
         """Whether the disk has room for a commit and some more episodes."""
         return shutil.disk_usage(self.root).free >= _FREE_SPACE
 
-    def add_episode(self, frames: Sequence[Frame]) -> None:
-        """Append one episode to the pending file: every feature and the `task` of each frame.
+    def add_episode(
+        self, frames: Sequence[Frame], videos: Mapping[str, EncodedVideo] | None = None
+    ) -> None:
+        """Append one episode to the pending file: the `task` and every feature of each frame,
+        except those of `videos`, whose files lie in `work_folder`.
 
         After an `OSError`, `rollback()` returns to the last commit.
 
@@ -200,6 +217,8 @@ class DatasetWriter:
         """
         if not frames:
             raise DatasetError("an episode needs at least one frame")
+        videos = dict(videos or {})
+        self._check_videos(videos, len(frames))
         columns = self._stack(frames)
         steps = np.arange(len(frames))
         tasks = [frame["task"] for frame in frames]
@@ -216,14 +235,14 @@ class DatasetWriter:
         statistics = {
             name: (vector_statistics if name in plain else image_statistics)(values)
             for name, values in columns.items()
-        }
+        } | {name: video.statistics for name, video in videos.items()}
         if self._parquet is None:
             self._pending_file.parent.mkdir(exist_ok=True)
             self._parquet = pq.ParquetWriter(
                 self._pending_file, schema=self._schema, compression="snappy", use_dictionary=plain
             )
         self._parquet.write_table(self._table(columns))
-        self._pending.append((len(frames), list(dict.fromkeys(tasks)), statistics))
+        self._pending.append(_Episode(len(frames), list(dict.fromkeys(tasks)), statistics, videos))
         self.pending_frames += len(frames)
 
     def commit(self, progress: Mapping[str, Any]) -> None:
@@ -238,12 +257,17 @@ class DatasetWriter:
             chunk, file = divmod(self._batches, DEFAULT_CHUNK_SIZE)
             places = (DEFAULT_DATA_PATH, DEFAULT_EPISODES_PATH)
             adding = [place.format(chunk_index=chunk, file_index=file) for place in places]
+            tables = list(adding)
+            moves = self._video_moves()
+            adding += [name for _, name in moves]
             commits.begin_commit(self.root, self._info.total_episodes, adding)
             self._parquet.close()
             for name in adding:
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self._pending_file, self.root / adding[0])
-            self._write_metadata(chunk, file, self.root / adding[1])
+            os.replace(self._pending_file, self.root / tables[0])
+            for video, name in moves:
+                os.replace(video.path, self.root / name)
+            self._write_metadata(chunk, file, self.root / tables[1])
             settle(*(self.root / name for name in adding), *commits.meta_files(self.root / "meta"))
             self._files += adding
             self._batches += 1
@@ -260,26 +284,30 @@ class DatasetWriter:
     def _write_metadata(self, chunk: int, file: int, episodes: Path) -> None:
         """Add the pending episodes, stored in data file (chunk, file), to `meta/`."""
         info, rows = self._info, []
-        for length, tasks, statistics in self._pending:
+        for episode in self._pending:
             row = {
                 "episode_index": info.total_episodes,
-                "tasks": tasks,
-                "length": length,
+                "tasks": episode.tasks,
+                "length": episode.length,
                 "data/chunk_index": chunk,
                 "data/file_index": file,
                 "dataset_from_index": info.total_frames,
-                "dataset_to_index": info.total_frames + length,
+                "dataset_to_index": info.total_frames + episode.length,
                 "meta/episodes/chunk_index": chunk,
                 "meta/episodes/file_index": file,
             }
-            flat = flatten_dict({"stats": statistics})
+            for name in episode.videos:
+                number = divmod(info.total_episodes, DEFAULT_CHUNK_SIZE)
+                row |= _video_place(name, number, episode.length / info.fps)
+                self._describe(name)
+            flat = flatten_dict({"stats": episode.statistics})
             rows.append(row | {name: value.tolist() for name, value in flat.items()})
             info.total_episodes += 1
-            info.total_frames += length
+            info.total_frames += episode.length
         info.total_tasks = len(self._task_ids)
         info.splits = {"train": f"0:{info.total_episodes}"}
         known = [] if self._stats is None else [self._stats]
-        self._stats = aggregate_stats([*known, *(statistics for _, _, statistics in self._pending)])
+        self._stats = aggregate_stats([*known, *(episode.statistics for episode in self._pending)])
 
         pq.write_table(pa.Table.from_pylist(rows), episodes, compression="snappy")
         index = pd.Index(list(self._task_ids), name="task")
@@ -287,16 +315,47 @@ class DatasetWriter:
         write_stats(self._stats, self.root)
         write_info(info, self.root)
 
+    def _video_moves(self) -> list[tuple[EncodedVideo, str]]:
+        """The pending videos, each with its name in the dataset."""
+        moves = []
+        for index, episode in enumerate(self._pending, self._info.total_episodes):
+            chunk, file = divmod(index, DEFAULT_CHUNK_SIZE)
+            for name, video in episode.videos.items():
+                place = DEFAULT_VIDEO_PATH.format(
+                    video_key=name, chunk_index=chunk, file_index=file
+                )
+                moves.append((video, place))
+        return moves
+
+    def _describe(self, name: str) -> None:
+        """Add what readers need to know of the first video of a camera to `info.json`."""
+        feature = self._info.features[name]
+        if not feature.get("info"):
+            first = DEFAULT_VIDEO_PATH.format(video_key=name, chunk_index=0, file_index=0)
+            feature["info"] = get_video_info(self.root / first)
+
+    def _check_videos(self, videos: Mapping[str, EncodedVideo], frames: int) -> None:
+        """Raise `DatasetError` unless there is a whole video of every camera."""
+        wanted = _of_type(self._features, "video")
+        if set(videos) != set(wanted):
+            raise DatasetError(f"an episode has videos {sorted(videos)}; give {sorted(wanted)}")
+        for name, video in videos.items():
+            if video.frames != frames:
+                raise DatasetError(f"{name} has {video.frames} images for {frames} frames")
+
     def _stack(self, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
         """Check and stack the caller's features: name -> (T, ...)."""
-        names = {*self._features, "task"}
+        plain = {
+            name: feature for name, feature in self._features.items() if feature["dtype"] != "video"
+        }
+        names = {*plain, "task"}
         columns = {}
         for frame in frames:
             if set(frame) != names or not frame["task"]:
                 raise DatasetError(
                     f"a frame has {sorted(frame)}; this dataset stores {sorted(names)}"
                 )
-        for name, feature in self._features.items():
+        for name, feature in plain.items():
             shape = tuple(feature["shape"])
             dtype = np.dtype("uint8" if feature["dtype"] == "image" else feature["dtype"])
             for value in (frame[name] for frame in frames):
@@ -324,6 +383,37 @@ class DatasetWriter:
                     list(values) if pa.types.is_fixed_size_list(field.type) else values.reshape(-1)
                 )
         return pa.Table.from_pydict(cells, schema=self._schema)
+
+
+@dataclass(frozen=True)
+class _Episode:
+    """A pending episode.
+
+    Attributes:
+        length: Its frames.
+        tasks: Its instructions.
+        statistics: Of every feature.
+        videos: By feature.
+    """
+
+    length: int
+    tasks: list[str]
+    statistics: dict[str, Statistics]
+    videos: dict[str, EncodedVideo]
+
+
+def _of_type(features: Mapping[str, Mapping], dtype: str) -> list[str]:
+    return [name for name, feature in features.items() if feature["dtype"] == dtype]
+
+
+def _video_place(name: str, number: tuple[int, int], seconds: float) -> dict[str, Any]:
+    """LeRobot's columns of an episode for its video, which has a file of its own."""
+    return {
+        f"videos/{name}/chunk_index": number[0],
+        f"videos/{name}/file_index": number[1],
+        f"videos/{name}/from_timestamp": 0.0,
+        f"videos/{name}/to_timestamp": seconds,
+    }
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from rclpy.clock import Clock
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 
 from ceed_vla.errors import NodeError
-from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup
 
 LOAD_TIMEOUT = 900.0  # billions of weights from a slow disk, compiling, or a server's start [s]
 _LOOK = 0.05  # time between two checks whether the policy is loaded [s]
 _AGAIN = 1.0  # time between two attempts to reach a server [s]
+
+
+class Loads(Protocol):
+    """What a configured node waits for before it is activated."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is loaded."""
+
+    failed: str | None  # why it never will be; None if it may
 
 
 class Autostart:
@@ -25,7 +34,7 @@ class Autostart:
     Args:
         node: The node.
         clock: Steady clock.
-        setup: Returns the node's parts; None if it is not configured.
+        worker: Returns what the node loads; None if the node is not configured.
         failure: Returns why the last transition failed, and whether the server is absent.
 
     Attributes:
@@ -36,11 +45,11 @@ class Autostart:
         self,
         node: LifecycleNode,
         clock: Clock,
-        setup: Callable[[], PolicySetup | None],
+        worker: Callable[[], Loads | None],
         failure: Callable[[], tuple[str, bool]],
     ) -> None:
         self.running = False
-        self._node, self._setup, self._failure = node, setup, failure
+        self._node, self._worker, self._failure = node, worker, failure
         self._configured = False
         self._begun = time.monotonic()
         self._tried = -_AGAIN  # steady time of the last attempt to configure [s]
@@ -50,18 +59,18 @@ class Autostart:
     def _look(self) -> None:
         self.running = True
         machine: Any = self._node._state_machine  # rclpy has no other access to the state
-        setup = self._setup()
+        worker = self._worker()
         if not self._configured and machine.current_state[1] == "unconfigured":
             self._configure()
-        elif setup is None or not self._configured or machine.current_state[1] != "inactive":
+        elif worker is None or not self._configured or machine.current_state[1] != "inactive":
             self._end()  # a lifecycle manager has taken over
-        elif setup.worker.failed is not None:
-            raise NodeError(f"configure failed: {setup.worker.failed}")
-        elif setup.worker.ready:
+        elif worker.failed is not None:
+            raise NodeError(f"configure failed: {worker.failed}")
+        elif worker.ready:
             self._must_succeed(self._node.trigger_activate())
             self._end()
         elif time.monotonic() - self._begun > LOAD_TIMEOUT:
-            late = f"the policy was not ready after {LOAD_TIMEOUT:g} s; is the machine busy?"
+            late = f"it was not ready after {LOAD_TIMEOUT:g} s; is the machine busy?"
             raise NodeError(f"configure failed: {late}")
 
     def _configure(self) -> None:

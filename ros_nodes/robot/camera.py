@@ -13,7 +13,7 @@ from ceed_vla.ros_nodes.robot.images import (
     read_compressed,
     read_image,
 )
-from ceed_vla.ros_nodes.robot.robot_file import ImageSource
+from ceed_vla.ros_nodes.robot.robot_config import ImageSource
 
 CALM = 1.0  # time without a bad image after which an alternating camera is usable again [s]
 _LOOKED_BACK = 30  # images whose verdicts are counted

@@ -26,7 +26,8 @@ from ceed_vla.ros_nodes.robot.observations import Observations
 from ceed_vla.ros_nodes.robot.parameters import defaults
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.review import feature_lengths, review
-from ceed_vla.ros_nodes.robot.robot_file import RobotConfig, load_robot_config
+from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 from ceed_vla.ros_nodes.robot.safety import SafetyLimits
 from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 from ceed_vla.serving.data_ranges import ACTION, Range, read_ranges

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ceed_vla.kinematics import Array
-from ceed_vla.ros_nodes.robot.robot_file import RobotConfig
+from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
 from ceed_vla.texts import short
 
 PROBLEM, WARNING = "problem", "warning"

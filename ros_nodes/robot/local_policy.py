@@ -9,8 +9,6 @@ for debuggers, and for machines without memory for a second process.
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.ros_nodes.robot.child_process import end_child, start_child
 from ceed_vla.ros_nodes.robot.inference import PolicyDied, RunsPolicy, reason
 from ceed_vla.serving.data_ranges import Range, read_ranges
 from ceed_vla.serving.predictor import (
@@ -109,21 +108,10 @@ class _OwnProcess(_Local):
         self._stopped = False
 
     def load(self) -> PolicySpec:
-        self._pipe, theirs = multiprocessing.Pipe()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        if self._python:
-            environment = dict(os.environ)
-            # ROS's wheels set both only for this Python
-            if environment.pop("_ROS_WHEELS_BOOTSTRAP_COMPLETE", None):
-                environment.pop("LD_LIBRARY_PATH", None)
-        command = [self._python or sys.executable, "-m", __name__, str(theirs.fileno())]
         with self._lock:
             if self._stopped:
                 raise CheckpointError("The worker was closed while it was starting.")
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment
-            )
-        theirs.close()  # otherwise the pipe would stay open after the child's end
+            self._process, self._pipe = start_child(__name__, self._python)
         spec: PolicySpec | str = self._ask(self._settings)
         if isinstance(spec, str):
             raise CheckpointError(spec)
@@ -140,12 +128,7 @@ class _OwnProcess(_Local):
             self._stopped = True
         if self._process is None:
             return
-        self._process.terminate()
-        try:
-            self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_child(self._process, timeout_s)
 
     def _ask(self, question: Any, early: Callable[[Response], None] = lambda _: None) -> Any:
         """Return the child's answer; parts of it go to `early`."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import ArmKinematics, Array, CommandedPose, PoseLimits
-from ceed_vla.ros_nodes.robot.robot_file import RobotConfig
+from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
 
 type Bound = Array | float  # of every joint [rad]
 INF = np.inf

@@ -21,19 +21,15 @@ from ceed_vla.ros_nodes.robot.joint_table import JointTable
 from ceed_vla.ros_nodes.robot.messages import seconds
 from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.pose_trust import by_name
-from ceed_vla.ros_nodes.robot.robot_file import POSE_COMPONENTS, RobotConfig
+from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
 from ceed_vla.ros_nodes.robot.safety import JOINT_STATES, SYNCHRONIZE, Hold
+from ceed_vla.ros_nodes.robot.state_vector import measured_fields, state_vector
 
 if TYPE_CHECKING:
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
 MOVED = 0.05  # joint motion after which a camera's image must have changed [rad]
 AT_ONCE = 0.1  # largest gap between the stamps of an image and of the pose it shows [s]
-_MEASURED = {
-    "joint_positions": "position",
-    "joint_velocities": "velocity",
-    "joint_efforts": "effort",
-}
 
 
 @dataclass
@@ -82,10 +78,8 @@ class Observations:
                 )
         self.cameras = [Camera(images[feature], shape) for feature, shape in cameras.items()]
         self._features = tuple(states)
-        # Component of a state -> field of the joint state that it needs. Only these fields are
-        # read: some drivers send NaN as velocities.
-        parts = {"joint_positions", *(part for feature in states for part in robot.states[feature])}
-        self._measured = {part: values for part, values in _MEASURED.items() if part in parts}
+        # Only these fields are read: some drivers send NaN as velocities.
+        self._measured = measured_fields(robot, states)
         self.table = JointTable(
             (*robot.arm.joints, *(robot.gripper.joints if robot.gripper else ()))
         )
@@ -253,25 +247,9 @@ class Observations:
                 camera.judge(seen.problems[feature], blank=feature in seen.blank)
 
     def _state(self, feature: str, motion: Motion) -> NDArray[np.float32]:
-        parts = self._robot.states[feature]
-        units = self._robot.arm.units
-        gripper = self._robot.gripper
-        positions = self._joints["joint_positions"]
-        values: dict[str, Any] = {
-            **self._joints,
-            **motion.commanded,
-            "joint_positions": units.theirs(positions),
-        }
-        if "joint_velocities" in values:
-            values["joint_velocities"] = values["joint_velocities"] / units.scale
-        if "joint_efforts" in values:  # [N m]; the unit of angles changes only the sign
-            values["joint_efforts"] = values["joint_efforts"] * np.sign(units.scale)
-        if gripper is not None and self.opening is not None:
-            values["finger_opening"] = gripper.policy.theirs(self.opening)
-        if self._model is not None and set(POSE_COMPONENTS) & set(parts):
-            values["tcp_position"], matrix = self._model.pose(positions)
-            values["tcp_quaternion"] = self._model.quaternion(matrix)
-        return np.concatenate([np.atleast_1d(values[part]) for part in parts]).astype(np.float32)
+        return state_vector(
+            self._robot, self._model, feature, self._joints, self.opening, motion.commanded
+        )
 
 
 def _check(robot: RobotConfig, wanted: Iterable[str], have: Mapping[str, Any], key: str) -> None:

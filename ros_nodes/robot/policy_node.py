@@ -103,7 +103,10 @@ class PolicyNode(LifecycleNode):
         )
         if self.get_parameter("autostart").value:
             self._autostart = Autostart(
-                self, self._steady, lambda: self._setup, lambda: (self._failure, self._absent)
+                self,
+                self._steady,
+                lambda: None if self._setup is None else self._setup.worker,
+                lambda: (self._failure, self._absent),
             )
         self.show_state()
 

@@ -26,7 +26,8 @@ from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.policy_stream import PolicyStream
 from ceed_vla.ros_nodes.robot.pose_trust import PHYSICAL_VELOCITY
 from ceed_vla.ros_nodes.robot.review import feature_lengths, review
-from ceed_vla.ros_nodes.robot.robot_file import RobotConfig, load_robot_config, with_topics
+from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, with_topics
 from ceed_vla.ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
 from ceed_vla.ros_nodes.robot.step_grid import StepGrid
 from ceed_vla.serving.data_ranges import Range

@@ -23,7 +23,7 @@ from ceed_vla.ros_nodes.robot.review_data import (
     action_findings,
     state_findings,
 )
-from ceed_vla.ros_nodes.robot.robot_file import Gripper, RobotConfig
+from ceed_vla.ros_nodes.robot.robot_config import Gripper, RobotConfig
 from ceed_vla.serving.data_ranges import ACTION, Range
 from ceed_vla.serving.predictor_types import PolicySpec
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ceed_vla.ros_nodes.robot.findings import PROBLEM, WARNING, Finding
-from ceed_vla.ros_nodes.robot.robot_file import RobotConfig
+from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
 from ceed_vla.serving.predictor_types import PolicySpec
 from ceed_vla.texts import short
 

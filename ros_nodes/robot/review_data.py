@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.findings import PROBLEM, WARNING, Finding, worst
-from ceed_vla.ros_nodes.robot.robot_file import Gripper, RobotConfig
+from ceed_vla.ros_nodes.robot.robot_config import Gripper, RobotConfig
 from ceed_vla.serving.data_ranges import ACTION, Range
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from rclpy.clock import Clock
 from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.topic_endpoint_info import TopicEndpointInfo
+from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
@@ -49,7 +50,8 @@ class Streaming:
 
     Ticks are timed by the clock `steady`, or by simulated time with use_sim_time. `told` is called
     after every tick. A dry run sends nothing to the arm: ``~/preview_command`` has the commands
-    instead, and ``~/planned`` the rest of every chunk that takes over.
+    instead, and ``~/planned`` the rest of every chunk that takes over. ``~/commanded`` has every
+    command that is sent, for recordings.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Streaming:
             self._publishers.append(
                 node.create_publisher(Float64MultiArray, gripper.topic, COMMAND)
             )
+        self._commanded = node.create_publisher(JointState, "~/commanded", COMMAND)
         self._gripped: tuple[float, float] | None = None  # last opening [m], and when [s]
         self._ticked = time.monotonic()  # time of the last tick [s]
         self._last: Decision | None = None
@@ -91,7 +94,7 @@ class Streaming:
         self._node.destroy_timer(self._ticks)
         self._node.destroy_timer(self._looks)
         self._send(self._setup.controller.end(clock_time(self._node)))
-        for publisher in self._publishers:
+        for publisher in (*self._publishers, self._commanded):
             self._node.destroy_publisher(publisher)
 
     def _tick(self) -> None:
@@ -129,8 +132,25 @@ class Streaming:
         self._last = decision
         if message is not None:
             self._commands.publish(message)
-            if decision is not None and decision.gripper is not None and not self._dry:
-                self._grip(decision.gripper, self.now())
+            if decision is not None and not self._dry:
+                self._tell(decision)
+                if decision.gripper is not None:
+                    self._grip(decision.gripper, self.now())
+
+    def _tell(self, decision: Decision) -> None:
+        """Publish what is commanded: arm joints [rad], and the gripper's opening [m] if there is
+        one; the frame says by whom.
+        """
+        assert decision.positions is not None
+        names = list(self._setup.arm.joints)
+        positions = decision.positions.tolist()
+        if decision.gripper is not None:
+            names.append("gripper")
+            positions.append(decision.gripper)
+        message = JointState(name=names, position=positions)
+        message.header.stamp = self._node.get_clock().now().to_msg()
+        message.header.frame_id = "policy" if decision.hold is None else "hold"
+        self._commanded.publish(message)
 
     def _grip(self, opening: float, now: float) -> None:
         """Send the gripper's opening [m], unless it was sent just before."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ceed_vla.ros_nodes.demo.bag import type_name
+from ceed_vla.ros_nodes.record.parameters import RECORD_PARAMETERS
 from ceed_vla.ros_nodes.robot.parameters import LIVE, SETUP, START, Table
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
@@ -22,11 +23,12 @@ HOLDS_PAGE = REFERENCE / "holds.md"  # hold codes and diagnostics keys, not gene
 # Page -> the markers of its generated tables.
 PAGES = {
     REFERENCE / "policy-node.md": ("policy topics", "policy parameters"),
+    REFERENCE / "record-node.md": ("record topics", "record parameters"),
     REFERENCE / "sim-node.md": ("sim topics", "sim parameters"),
 }
 IN, OUT, SERVICE = "in", "out", "service"
 DRY = ("policy/preview_command", "policy/planned")  # with dry_run only
-OF_POLICY = ("policy/state", *DRY)
+OF_POLICY = ("policy/state", "policy/commanded", *DRY)
 _TYPES = {"raw": "sensor_msgs/msg/Image", "compressed": "sensor_msgs/msg/CompressedImage"}
 _WHEN = {START: "start only (read-only)", SETUP: "while unconfigured", LIVE: "any time"}
 
@@ -65,6 +67,12 @@ def policy_topics() -> list[Row]:
             "std_msgs/msg/String",
             "the state and its reason, at every change; latched",
         ),
+        (
+            "policy/commanded",
+            OUT,
+            "sensor_msgs/msg/JointState",
+            "every command that is sent: arm joints, and the opening as `gripper`; for recordings",
+        ),
         ("policy/preview_command", OUT, "type of the command", "replaces commands with `dry_run`"),
         (
             "policy/planned",
@@ -88,6 +96,39 @@ def policy_topics() -> list[Row]:
         ),
         (
             "policy/change_state",
+            SERVICE,
+            "lifecycle_msgs/srv/ChangeState",
+            "lifecycle transitions: configure, activate, ...",
+        ),
+    ]
+
+
+def record_topics() -> list[Row]:
+    """The same rows for the record node."""
+    robot = load_robot_config()
+    inputs = [*(image.topic for image in robot.images), robot.joint_states]
+    return [
+        *(row for row in policy_topics() if row[0] in inputs and row[1] == IN),
+        (
+            robot.commands.topic,
+            IN,
+            "sensor_msgs/msg/JointState",
+            "what the arm is commanded; `commands` of the robot file",
+        ),
+        ("record/instruction", IN, "std_msgs/msg/String", "task of the next episode; latched"),
+        ("record/state", OUT, "std_msgs/msg/String", "the state, at every change; latched"),
+        ("record/episode", OUT, "std_msgs/msg/String", "begin and end of every episode; latched"),
+        ("diagnostics", OUT, "diagnostic_msgs/msg/DiagnosticArray", "once a second"),
+        ("record/start", SERVICE, "std_srvs/srv/Trigger", "begin an episode"),
+        (
+            "record/stop",
+            SERVICE,
+            "std_srvs/srv/SetBool",
+            "end the episode and store it, as a success (true) or a failure (false)",
+        ),
+        ("record/discard", SERVICE, "std_srvs/srv/Trigger", "drop the episode"),
+        (
+            "record/change_state",
             SERVICE,
             "lifecycle_msgs/srv/ChangeState",
             "lifecycle transitions: configure, activate, ...",
@@ -145,6 +186,8 @@ def tables() -> dict[str, str]:
     return {
         "policy topics": _table(topic, policy_topics()),
         "policy parameters": _table(parameter, parameter_rows(POLICY_PARAMETERS)),
+        "record topics": _table(topic, record_topics()),
+        "record parameters": _table(parameter, parameter_rows(RECORD_PARAMETERS)),
         "sim topics": _table(topic, sim_topics()),
         "sim parameters": _table(parameter, parameter_rows(SIM_PARAMETERS)),
     }

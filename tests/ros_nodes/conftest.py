@@ -51,7 +51,12 @@ class Graph:
             "ROS_LOG_DIR": str(self.folder / "log"),
             "PYTHONPATH": f"{ROOT}{os.pathsep}{self.folder}",
         }
-        module = {"p": "robot.policy_node", "s": "simulated.sim_node"}[name[0]]
+        modules = {
+            "p": "robot.policy_node",
+            "r": "record.record_node",
+            "s": "simulated.sim_node",
+        }
+        module = modules[name[0]]
         with (self.folder / f"{name}.txt").open("ab") as output:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", f"ceed_vla.ros_nodes.{module}", "--ros-args", *arguments],

@@ -21,7 +21,7 @@ from ceed_vla.ros_nodes.robot.messages import array_to_image
 from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.observations import Observations
 from ceed_vla.ros_nodes.robot.policy_stream import PolicyStream
-from ceed_vla.ros_nodes.robot.robot_file import Action, Arm, ImageSource, Limits, RobotConfig
+from ceed_vla.ros_nodes.robot.robot_config import Action, Arm, ImageSource, Limits, RobotConfig
 from ceed_vla.ros_nodes.robot.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
 from ceed_vla.ros_nodes.robot.step_grid import SLEW, StepGrid
 from ceed_vla.serving.predictor import PolicySpec, Request, Response

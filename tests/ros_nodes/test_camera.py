@@ -19,7 +19,7 @@ from ceed_vla.ros_nodes.robot.camera import CALM, Camera
 from ceed_vla.ros_nodes.robot.images import decode
 from ceed_vla.ros_nodes.robot.inference import decoded
 from ceed_vla.ros_nodes.robot.messages import array_to_image
-from ceed_vla.ros_nodes.robot.robot_file import ImageSource
+from ceed_vla.ros_nodes.robot.robot_config import ImageSource
 from ceed_vla.serving.predictor import BAD_IMAGE, Request, Response
 from tests.ros_nodes.loop import FEATURE, Loop, stamp
 

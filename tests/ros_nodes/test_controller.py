@@ -22,7 +22,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.chunk_stream import Target
 from ceed_vla.ros_nodes.robot.diagnostics import ClampWatch
 from ceed_vla.ros_nodes.robot.messages import array_to_image
-from ceed_vla.ros_nodes.robot.robot_file import Action
+from ceed_vla.ros_nodes.robot.robot_config import Action
 from ceed_vla.ros_nodes.robot.step_grid import SLEW, StepGrid
 from tests.ros_nodes.loop import CLIMB, DT, EVEN, PIXELS, RATE, H, Loop, robot, stamp
 

@@ -18,7 +18,7 @@ from sensor_msgs.msg import JointState
 
 from ceed_vla.ros_nodes.robot.messages import array_to_image
 from ceed_vla.ros_nodes.robot.observations import Observations
-from ceed_vla.ros_nodes.robot.robot_file import ImageSource
+from ceed_vla.ros_nodes.robot.robot_config import ImageSource
 from tests.ros_nodes.loop import JOINTS, Loop, robot, stamp
 
 

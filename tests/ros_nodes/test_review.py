@@ -22,13 +22,8 @@ from ceed_vla.folders import pretrained_path
 from ceed_vla.ros_nodes.robot.findings import PROBLEM, WARNING, Finding, explained, verdict
 from ceed_vla.ros_nodes.robot.policy_setup import arm_model, physical_velocity
 from ceed_vla.ros_nodes.robot.review import feature_lengths, review
-from ceed_vla.ros_nodes.robot.robot_file import (
-    Action,
-    Linear,
-    RobotConfig,
-    load_robot_config,
-    packaged_config,
-)
+from ceed_vla.ros_nodes.robot.robot_config import Action, Linear, RobotConfig
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
 from ceed_vla.serving.data_ranges import ACTION, Range, read_ranges
 from ceed_vla.serving.predictor_types import PolicySpec
 

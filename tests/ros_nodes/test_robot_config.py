@@ -14,7 +14,8 @@ import yaml
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES
-from ceed_vla.ros_nodes.robot.robot_file import COMPONENTS, load_robot_config, packaged_config
+from ceed_vla.ros_nodes.robot.robot_config import COMPONENTS
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
 from ceed_vla.sim.tabletop import arm, env, scene
 from tests.helpers.robot_yaml import CONFIG, write
 

@@ -24,7 +24,8 @@ from ceed_vla.ros_nodes.robot.messages import array_to_image
 from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.observations import Observations
 from ceed_vla.ros_nodes.robot.policy_setup import check_fit
-from ceed_vla.ros_nodes.robot.robot_file import Arm, load_robot_config
+from ceed_vla.ros_nodes.robot.robot_config import Arm
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 from ceed_vla.serving.predictor import PolicySpec
 from tests.helpers.robot_yaml import CONFIG, write
 

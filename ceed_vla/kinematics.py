@@ -6,7 +6,7 @@ Orientations are rotation matrices (3, 3), or roll, pitch, yaw with ``Rz(yaw) Ry
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +100,28 @@ class PoseLimits:
     workspace_high: Array  # (3,) [m]
     max_tilt: float  # largest commanded |roll| and |pitch|, less than pi/2 [rad]
     max_yaw: float  # largest commanded |yaw| [rad]
+
+    def widened(self, pose: CommandedPose, within: PoseLimits | None = None) -> PoseLimits:
+        """Return these limits, widened to include a commanded `pose` outside them.
+
+        The pose may stay or come back inside; the limits are not widened beyond those `within`.
+        """
+        low = pose.position
+        high = pose.position
+        tilt = float(np.abs(pose.rpy[:2]).max())
+        yaw = float(abs(pose.rpy[2]))
+        if within is not None:
+            low = np.maximum(low, within.workspace_low)
+            high = np.minimum(high, within.workspace_high)
+            tilt = min(tilt, within.max_tilt)
+            yaw = min(yaw, within.max_yaw)
+        return replace(
+            self,
+            workspace_low=np.minimum(self.workspace_low, low),
+            workspace_high=np.maximum(self.workspace_high, high),
+            max_tilt=max(self.max_tilt, tilt),
+            max_yaw=max(self.max_yaw, yaw),
+        )
 
 
 class CommandedPose:

@@ -87,7 +87,7 @@ class Session:
             "/policy/instruction": (String, LATCHED),
             "/sim/success": (Bool, LATCHED),
             "/diagnostics": (DiagnosticArray, command),
-            f"/{interface.topic}": (interface.message_type, command),
+            f"/{interface.topic}": (interface.message_class, command),
         }
         for name, (kind, qos) in topics.items():
             record(self._node, self.bag, name, kind, qos)

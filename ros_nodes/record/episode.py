@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
 COMMANDED = "commands"
-PERSON = "person"  # `Commanded.source` of an intervention
+PERSON = "person"  # `Commanded.source` of an intervention: `Charge.PERSON`
 
 
 @dataclass(frozen=True)

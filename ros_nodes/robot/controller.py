@@ -19,10 +19,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from ceed_vla.kinematics import Array
+from ceed_vla.ros_nodes.robot.controller_guides import Guides
 from ceed_vla.ros_nodes.robot.controller_objections import Objections
 from ceed_vla.ros_nodes.robot.controller_pose import PoseWatch
 from ceed_vla.ros_nodes.robot.controller_states import ControllerState, Event, StateMachine
 from ceed_vla.ros_nodes.robot.controller_steps import FIRST_CHUNK, Blend, StepRunner
+from ceed_vla.ros_nodes.robot.intervention.person import Charge, Person
 from ceed_vla.ros_nodes.robot.loop_statistics import LoopStatistics
 from ceed_vla.ros_nodes.robot.mode import WAITING, Mode, State
 from ceed_vla.ros_nodes.robot.motion import HomeMove, Motion
@@ -31,7 +33,6 @@ from ceed_vla.ros_nodes.robot.outage import RESUME_WITHIN, Outage
 from ceed_vla.ros_nodes.robot.policy_stream import PolicyStream
 from ceed_vla.ros_nodes.robot.safety import (
     JOINT_STATES,
-    MAX_DT,
     MOVED,
     NOT_ENABLED,
     Decision,
@@ -69,6 +70,7 @@ class PolicyController:
         stream: PolicyStream,
         blend_in: float,
         resume_within: float = RESUME_WITHIN,
+        person: Person | None = None,
     ) -> None:
         self.stream = stream
         self.machine = StateMachine()
@@ -80,7 +82,7 @@ class PolicyController:
         self._safety = safety
         self._steps = StepRunner(motion, stream, Blend(blend_in, motion.joints))
         self._pose = PoseWatch()
-        self._home: HomeMove | None = None  # the move that `enable` requested
+        self._guides = Guides(safety, person)
         self._insists = False  # whether every tick tries `enable` again
         self._objections = Objections(observations, stream)
         self._clock_fault: Hold | None = None
@@ -113,14 +115,14 @@ class PolicyController:
         """
         refused = self._refusal(now, home)
         self._insists = insist and refused is not None and refused.code not in NOT_BY_WAITING
-        self._home = None
+        self._guides.forget()
         if refused is not None:
             self.hold = refused
             self._safety.disable()
             self._steps.drop()
             return refused
         if home:
-            self._home = HomeMove(np.array(home), HOME_SPEED)
+            self._guides.home = HomeMove(np.array(home), HOME_SPEED)
         self._observations.look_anew()
         self._start_here(now, resumed=False)
         if self.machine.commanding:
@@ -155,9 +157,16 @@ class PolicyController:
             return State(Mode.DISABLED, "conflict", conflict)
         if forbidden is not None and not self._insists:
             hold = forbidden
-        elif self.stream.broken is not None and self._home is None:
+        elif self.stream.broken is not None and self._guides.event is None:
             hold = self._objections.first()
+        if hold is None and self._guides.charge is Charge.PERSON:
+            return State(Mode.GUIDED, detail="a person commands the arm")
         return State.of(hold)
+
+    @property
+    def charge(self) -> Charge:
+        """Who is in charge: the policy, or a person."""
+        return self._guides.charge
 
     def note_conflict(self, reason: str | None) -> None:
         """Record what else commands the arm or publishes its joints; None if nothing does.
@@ -183,7 +192,7 @@ class PolicyController:
 
     def _forbid(self, why: str) -> None:
         self._insists = False
-        self._home = None
+        self._guides.forget()
         self.outage.forget()
         self._safety.disable(why)
         self._steps.drop()
@@ -237,7 +246,9 @@ class PolicyController:
         if not self._may_command(clock, known=known, regained=regained):
             self.hold = self._silent_hold(clock, hold)
             return None
-        return self._command(now, dt, clock, hold)
+        if self._guides.update(now):
+            self._change_charge()
+        return self._command(now, dt, clock, self._guides.hold or hold)
 
     def after_tick(self, now: float) -> None:
         """Do the slow work that can follow the command: the next step and the chunk request."""
@@ -338,6 +349,7 @@ class PolicyController:
         valid.
         """
         self._steps.drop()
+        self._guides.restart()
         self.statistics.paused()
         measured = self._safety.measured
         assert measured is not None
@@ -373,9 +385,11 @@ class PolicyController:
 
     def _command(self, now: float, dt: float, clock: float, hold: Hold | None) -> Decision | None:
         """Return the command of this tick, and change the state."""
-        home = self._home
-        if home is not None:
-            decision = self._command_home(dt, clock, home)
+        event = self._guides.event
+        if event is not None:
+            decision = self._guides.command(dt, self.ages(clock))
+            if self._guides.arrived(decision):
+                self.disable()
         else:
             decision = self._steps.command(self._safety, hold, dt, clock, self.ages(clock))
         self.hold = self._cause(decision.hold)
@@ -384,26 +398,22 @@ class PolicyController:
             return None
         if self.hold is None:
             self._pose.forget_hold()
-            self.machine.take(Event.ACTION if home is None else Event.HOME)
+            self.machine.take(event or Event.ACTION)
         else:
             self._pose.note_hold(self._safety.measured)
             self.machine.take(Event.NO_CHUNK if self.hold.code == WAITING else Event.FAULT)
         self.statistics.sent(now, decision.positions, self._steps.take_seam())
         return decision
 
-    def _command_home(self, dt: float, clock: float, home: HomeMove) -> Decision:
-        """Return one command of the move home, for which images do not matter."""
+    def _change_charge(self) -> None:
+        """Drop the policy's chunks, because a person took over, gave back, or is lost."""
+        self._steps.drop()
         last = self._safety.last_command
         assert last is not None
-        dt = min(dt, MAX_DT)
-        wanted = home.command(last, dt, self._safety.limits.max_acceleration)
-        measured = self.ages(clock)
-        ages = {**dict.fromkeys(measured, 0.0), JOINT_STATES: measured[JOINT_STATES]}
-        decision = self._safety.command(wanted, None, dt=dt, ages=ages, hold=None)
-        sent = decision.positions
-        if sent is not None and decision.hold is None and home.reached_by(sent):
-            self.disable()
-        return decision
+        self._steps.blend.restart(last)
+        self._motion.grip(self._safety.last_opening)
+        if self.machine.state is ControllerState.GUIDED and self.charge is Charge.POLICY:
+            self.machine.take(Event.RELEASE)
 
     # ---- reasons of holds ------------------------------------------------------------------------
 

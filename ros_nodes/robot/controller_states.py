@@ -47,10 +47,11 @@ class ControllerState(Worded):
     )
     MOVING = ("moving", "Commands follow the policy's steps.")
     HOMING = ("homing", "Commands lead slowly to `arm.home`, without the policy.")
+    GUIDED = ("guided", "Commands follow a person's device, without the policy.")
     HOLDING = (
         "holding",
-        "Commands repeat the last one, because an input, the pose, the instruction or the policy "
-        "is at fault, or the running chunk has ended.",
+        "Commands repeat the last one, because an input, the pose, the instruction, the policy or "
+        "a person's device is at fault, or the running chunk has ended.",
     )
     STOPPED = ("stopped", "The emergency stop is latched. No command is sent.")
 
@@ -74,6 +75,8 @@ class Event(Worded):
     RESUME = ("resume", f"the pose is trusted again, after at most {BLIND_HOLD:g} s")
     ENABLE = ("enable", "`~/enable` or `~/go_home` is accepted while commands are sent")
     HOME = ("home", "`~/go_home` was accepted, and nothing is at fault")
+    PERSON = ("person", "a person takes over, and the pose is not at fault")
+    RELEASE = ("release", "the person gives back to the policy")
     ACTION = ("action", "the running step has an action, and nothing is at fault")
     NO_CHUNK = (
         "no chunk",
@@ -81,8 +84,8 @@ class Event(Worded):
     )
     FAULT = (
         "fault",
-        "an input, the pose, the instruction or the policy is at fault, or the running chunk has "
-        "ended",
+        "an input, the pose, the instruction, the policy or a person's device is at fault, or the "
+        "running chunk has ended",
     )
 
 
@@ -101,6 +104,7 @@ COMMANDING = (
     ControllerState.WAITING,
     ControllerState.MOVING,
     ControllerState.HOMING,
+    ControllerState.GUIDED,
     ControllerState.HOLDING,
 )
 
@@ -113,7 +117,7 @@ def _rows(
 
 
 _SILENT, _STOPPED = (ControllerState.SILENT,), (ControllerState.STOPPED,)
-_WAITING, _MOVING, _HOMING, _HOLDING = ((state,) for state in COMMANDING)
+_WAITING, _MOVING, _HOMING, _GUIDED, _HOLDING = ((state,) for state in COMMANDING)
 _LAST_ONCE_MORE = "drop all chunks and send the last command once more"
 
 TRANSITIONS: tuple[Transition, ...] = (
@@ -135,7 +139,19 @@ TRANSITIONS: tuple[Transition, ...] = (
     ),
     *_rows(_WAITING, Event.HOME, ControllerState.HOMING, "send the first command of the move home"),
     *_rows(
-        _WAITING + _MOVING + _HOMING,
+        _WAITING + _MOVING + _HOMING + _HOLDING,
+        Event.PERSON,
+        ControllerState.GUIDED,
+        "drop all chunks and follow the person from the last command on",
+    ),
+    *_rows(
+        _GUIDED,
+        Event.RELEASE,
+        ControllerState.WAITING,
+        "begin at the last command without a chunk, and blend in from there",
+    ),
+    *_rows(
+        _WAITING + _MOVING + _HOMING + _GUIDED,
         Event.FAULT,
         ControllerState.HOLDING,
         "repeat the last command; drop all chunks, unless the chunk has only ended",
@@ -153,7 +169,7 @@ TRANSITIONS: tuple[Transition, ...] = (
         "begin at the measured pose without a chunk; leave the gripper as commanded",
     ),
     *_rows(
-        _MOVING + _HOMING + _HOLDING,
+        _MOVING + _HOMING + _GUIDED + _HOLDING,
         Event.ENABLE,
         ControllerState.WAITING,
         "drop all chunks; blend in from the last command if the arm moves, else the measured pose",

@@ -25,6 +25,7 @@ class Mode(StrEnum):
     DISABLED = "disabled"  # motion is not allowed until ~/enable
     WAITING = "waiting"  # enabled; the policy's first chunk has not arrived
     MOVING = "moving"
+    GUIDED = "guided"  # a person commands the arm
     HOLDING = "holding"  # enabled, but an objection holds the arm
     STOPPED = "stopped"  # by ~/estop, until ~/reset
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.kinematics import ArmKinematics, Array, CommandedPose, PoseLimits
+from ceed_vla.kinematics import ArmKinematics, Array, CommandedPose
 from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
 
 type Bound = Array | float  # of every joint [rad]
@@ -85,34 +85,17 @@ class Motion:
     def resume(self, joints: Array) -> None:
         """Continue from joints (J,) [rad] at which the arm held; the gripper's command stays."""
         self.joints = np.array(joints, dtype=np.float64)
-        if self._pose is not None and self._model is not None:
-            self._pose.reset(*self._model.pose(self.joints))
-            self._pose.limits = self._fence(self._pose)
-
-    def _fence(self, pose: CommandedPose, old: PoseLimits | None = None) -> PoseLimits:
-        """Return the robot's limits, widened to include a commanded `pose` outside them.
-
-        The pose may stay or come back inside; with `old` limits, they are never widened beyond
-        those.
-        """
         limits = self._robot.action.pose
-        low = pose.position
-        high = pose.position
-        tilt = float(np.abs(pose.rpy[:2]).max())
-        yaw = float(abs(pose.rpy[2]))
-        assert limits is not None
-        if old is not None:
-            low = np.maximum(low, old.workspace_low)
-            high = np.minimum(high, old.workspace_high)
-            tilt = min(tilt, old.max_tilt)
-            yaw = min(yaw, old.max_yaw)
-        return replace(
-            limits,
-            workspace_low=np.minimum(limits.workspace_low, low),
-            workspace_high=np.maximum(limits.workspace_high, high),
-            max_tilt=max(limits.max_tilt, tilt),
-            max_yaw=max(limits.max_yaw, yaw),
-        )
+        if self._pose is not None and self._model is not None and limits is not None:
+            self._pose.reset(*self._model.pose(self.joints))
+            self._pose.limits = limits.widened(self._pose)
+
+    def grip(self, opening: float | None) -> None:
+        """Continue from an opening [m] that was commanded otherwise; None: from the own one."""
+        gripper = self._robot.gripper
+        if gripper is not None and opening is not None:
+            self.gripper = opening
+            self._open = opening > 0.5 * (gripper.closed + gripper.open)
 
     def copy(self) -> Motion:
         """Return a copy of the state, to advance independently or to pass to `restore`."""
@@ -157,7 +140,8 @@ class Motion:
             else:
                 self.gripper = min(max(gripper.policy.ours(value), gripper.closed), gripper.open)
             self._open = self.gripper > 0.5 * (gripper.closed + gripper.open)
-        if self._pose is not None:
+        limits = self._robot.action.pose
+        if self._pose is not None and limits is not None:
             assert self._model is not None  # `robot_file` validates it
             self._pose.advance(np.clip(action, -1.0, 1.0))
             start = self.joints if base is None else base
@@ -166,7 +150,7 @@ class Motion:
             share = min(1.0, float(np.min(reach / np.maximum(np.abs(way), 1e-12))))
             self.joints = np.clip(start + share * way, low, high)
             self._pose.follow(*self._model.pose(self.joints))
-            self._pose.limits = self._fence(self._pose, self._pose.limits)
+            self._pose.limits = limits.widened(self._pose, self._pose.limits)
         elif self._robot.action.kind == "joint_position":
             self.joints = self._robot.arm.units.ours(action)
         else:

@@ -44,6 +44,7 @@ from ceed_vla.ros_nodes.robot.diagnostics import (
     running_values,
     status_message,
 )
+from ceed_vla.ros_nodes.robot.intervention.topics import intervention_inputs
 from ceed_vla.ros_nodes.robot.mode import LOADING, Mode, State
 from ceed_vla.ros_nodes.robot.observations import Camera
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
@@ -135,6 +136,7 @@ class PolicyNode(LifecycleNode):
         take_joints: Any = self._on_joint_states
         states = setup.robot.joint_states
         self._inputs = [self.create_subscription(JointState, states, take_joints, JOINT_STATES)]
+        self._inputs += intervention_inputs(self, setup.robot, setup.person)
         keep_memory()
         for camera in setup.observations.cameras:
             kind = CompressedImage if camera.source.transport == "compressed" else Image
@@ -367,6 +369,9 @@ class PolicyNode(LifecycleNode):
         if setup is not None and self._active is not None:
             values |= running_values(setup.controller, setup.safety, self._active.now())
             clamps = self._clamp_watch.look(setup.controller.statistics.ticks, setup.safety)
+        if setup is not None and setup.person is not None:
+            values["intervention"] = setup.person.refused or setup.person.charge
+            values |= {f"intervention.{name}": n for name, n in setup.person.counts.items()}
         warning = f"all pixels of {', '.join(blank)} are equal" if blank else clamps
         warning = "; ".join(self._image_warnings) or warning
         self._image_warnings.clear()

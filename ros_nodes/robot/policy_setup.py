@@ -17,6 +17,8 @@ from ceed_vla.ros_nodes.robot.controller import PolicyController
 from ceed_vla.ros_nodes.robot.findings import explained, split
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker, RunsPolicy
 from ceed_vla.ros_nodes.robot.interfaces.base import ActionInterface, CommandedArm
+from ceed_vla.ros_nodes.robot.intervention.guides import Guide, LeaderGuide, TwistGuide
+from ceed_vla.ros_nodes.robot.intervention.person import Person
 from ceed_vla.ros_nodes.robot.joint_sources import JointSources
 from ceed_vla.ros_nodes.robot.local_policy import local_policy
 from ceed_vla.ros_nodes.robot.motion import Motion
@@ -55,6 +57,7 @@ class PolicySetup:
     sources: JointSources
     safety: SafetyFilter
     controller: PolicyController
+    person: Person | None = None
     warnings: tuple[str, ...] = ()  # of the review: unusual values in the robot's file
 
 
@@ -170,13 +173,43 @@ def _checked_setup(
     stream = PolicyStream(
         observations, motion, worker, grid, replan_steps=replan_steps, instruction=instruction
     )
-    resume = values["resume_within"]
-    controller = PolicyController(observations, motion, safety, stream, values["blend_in"], resume)
+    person = make_person(robot, model, limits)
+    controller = PolicyController(
+        observations,
+        motion,
+        safety,
+        stream,
+        values["blend_in"],
+        values["resume_within"],
+        person=person,
+    )
     worker.begin()
     sources = JointSources(observations.table.wanted)
     return PolicySetup(
-        robot, interface, arm, worker, observations, sources, safety, controller, tuple(warnings)
+        robot,
+        interface,
+        arm,
+        worker,
+        observations,
+        sources,
+        safety,
+        controller,
+        person,
+        tuple(warnings),
     )
+
+
+def make_person(robot: RobotConfig, model: ModelArm | None, limits: SafetyLimits) -> Person | None:
+    """Return who may take over from the policy; None if the robot's file names no device."""
+    if robot.intervention is None:
+        return None
+    guide: Guide
+    if robot.intervention.device.moves_tcp:
+        assert model is not None  # `robot_file` validates it
+        guide = TwistGuide(model, robot.action.pose)
+    else:
+        guide = LeaderGuide(robot.arm.joints, limits.max_step, limits.max_acceleration)
+    return Person(guide, robot.intervention.patience)
 
 
 def arm_model(robot: RobotConfig) -> ModelArm | None:

@@ -12,6 +12,8 @@ import numpy as np
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import PoseLimits
 from ceed_vla.ros_nodes.robot.interfaces.base import ActionInterface
+from ceed_vla.ros_nodes.robot.intervention.base import Device
+from ceed_vla.ros_nodes.robot.intervention.patience import Patience
 
 POSE_COMPONENTS = ("tcp_position", "tcp_quaternion")
 COMMAND_COMPONENTS = ("commanded_position", "commanded_yaw_cos_sin")
@@ -153,6 +155,16 @@ class CommandSource:
 
 
 @dataclass(frozen=True)
+class Intervention:
+    """How a person takes over from the policy."""
+
+    device: Device
+    patience: Patience
+    # topic of std_msgs/Bool: whether the button that takes over is pressed; "" without one
+    button_topic: str = ""
+
+
+@dataclass(frozen=True)
 class RobotConfig:
     """A robot's file: the topics and limits that a policy needs."""
 
@@ -168,6 +180,7 @@ class RobotConfig:
     interfaces: dict[str, ActionInterface]  # by name
     allow: tuple[str, ...] = ()  # of `ALLOWABLE`
     commands: CommandSource = CommandSource()
+    intervention: Intervention | None = None
 
     @property
     def action_dim(self) -> int:

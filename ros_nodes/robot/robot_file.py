@@ -16,6 +16,8 @@ import numpy as np
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import PoseLimits
 from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES, ActionInterface
+from ceed_vla.ros_nodes.robot.intervention.base import DEVICES, Body
+from ceed_vla.ros_nodes.robot.intervention.patience import Patience
 from ceed_vla.ros_nodes.robot.robot_config import (
     COMMAND_COMPONENTS,
     COMPONENTS,
@@ -25,6 +27,7 @@ from ceed_vla.ros_nodes.robot.robot_config import (
     CommandSource,
     Gripper,
     ImageSource,
+    Intervention,
     Limits,
     Linear,
     RobotConfig,
@@ -70,18 +73,24 @@ def load_robot_config(path: str | Path = "") -> RobotConfig:
     fields = Fields.read(file)
     arm = _arm(fields.child("arm"))
     states = fields.child("state", optional=True)
+    gripper = _gripper(fields.child("gripper")) if "gripper" in fields else None
     config = RobotConfig(
         source=file,
         images=_images(fields.child("images", optional=True)),
         joint_states=fields.child("joint_states").topic("topic"),
         states={feature: states.texts(feature, tuple(COMPONENTS)) for feature in states},
         arm=arm,
-        gripper=_gripper(fields.child("gripper")) if "gripper" in fields else None,
+        gripper=gripper,
         action=_action(fields.child("action")),
         limits=_limits(fields.child("limits"), len(arm.joints)),
         interfaces=_interfaces(fields.child("interfaces")),
         allow=fields.texts("allow", ALLOWABLE, default=()),
         commands=_commands(fields.child("commands", optional=True), arm.joints),
+        intervention=(
+            _intervention(fields.child("intervention"), arm, gripper)
+            if "intervention" in fields
+            else None
+        ),
     )
     fields.finish()
     _check(config, fields)
@@ -255,6 +264,23 @@ def _commands(fields: Fields, joints: tuple[str, ...]) -> CommandSource:
             "joints", f"names {len(source.joints)} joints; the arm has {len(joints)}"
         )
     return source
+
+
+def _intervention(fields: Fields, arm: Arm, gripper: Gripper | None) -> Intervention:
+    kind = fields.text("kind", choices=tuple(DEVICES))
+    body = Body(arm.joints)
+    if gripper is not None:
+        body = Body(arm.joints, gripper.closed, gripper.open, gripper.measured.ours)
+    device = DEVICES[kind](fields, body)
+    if device.moves_tcp and arm.model is None:
+        raise fields.error("kind", f"is {kind}, which needs arm.model")
+    topic = fields.topic("button_topic") if "button_topic" in fields else ""
+    patience = Patience(
+        timeout=fields.number("timeout", 0.02, 5.0, default=0.25),
+        release=fields.number("release", 0.0, 10.0, default=0.5),
+        by_button=bool(topic) or "button" in fields,
+    )
+    return Intervention(device, patience, topic)
 
 
 def _interfaces(fields: Fields) -> dict[str, ActionInterface]:

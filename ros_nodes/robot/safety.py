@@ -115,6 +115,11 @@ class SafetyFilter:
         """Last command (J,) [rad]; None before the first one."""
         return None if self._last is None else self._last.copy()
 
+    @property
+    def last_opening(self) -> float | None:
+        """Last commanded opening of the gripper [m]; None before the first one."""
+        return self._gripper
+
     def measure(
         self, names: Sequence[str], positions: Sequence[float], stamps: float | Sequence[float]
     ) -> Hold | None:

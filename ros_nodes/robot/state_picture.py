@@ -40,7 +40,7 @@ forbids motion shows before the tick that acts on it."""
 type Point = tuple[float, float]  # x to the right and y down [px]
 
 WIDTH = 940.0
-HEIGHT = 500.0
+HEIGHT = 690.0
 NODE: Point = (120.0, 56.0)  # width and height of a state
 CENTERS: dict[ControllerState, Point] = {
     ControllerState.SILENT: (90.0, 120.0),
@@ -49,8 +49,9 @@ CENTERS: dict[ControllerState, Point] = {
     ControllerState.MOVING: (830.0, 120.0),
     ControllerState.HOMING: (430.0, 395.0),
     ControllerState.HOLDING: (830.0, 395.0),
+    ControllerState.GUIDED: (640.0, 560.0),
 }
-GROUP = (330.0, 20.0, 930.0, 480.0)  # left, top, right and bottom of the frame around `COMMANDING`
+GROUP = (330.0, 20.0, 930.0, 670.0)  # left, top, right and bottom of the frame around `COMMANDING`
 GAP = 9.0  # between an arrow and the line between two centers: there may be one each way
 LINE = 17.0  # height of a line of text
 FILL = {ControllerState.SILENT: "#eeeeee", ControllerState.STOPPED: "#f9d6d5"}
@@ -82,7 +83,7 @@ def picture() -> str:
         'stroke-dasharray="6 4"/>',
         _text((right - 14.0, top + 22.0), "a command every tick", "end", "#666666"),
     ]
-    arrows = [*_leaving_group(), *_between_states()]
+    arrows = [*_leaving_group(), *_from_all(), *_between_states()]
     parts += [_line(arrow) for arrow in arrows]
     parts += [_node(state) for state in ControllerState]
     parts += [_label(arrow) for arrow in arrows]
@@ -153,6 +154,27 @@ def _leaves_group(row: Transition) -> bool:
     return row.state in COMMANDING and row.next not in COMMANDING
 
 
+def _from_all_others(row: Transition) -> bool:
+    """Whether every other state inside leads to this one by the same event."""
+    before = {other.state for other in TRANSITIONS if other.event is row.event}
+    return before == {state for state in COMMANDING if state is not row.next}
+
+
+def _from_all() -> list[Arrow]:
+    """An arrow from the frame to each state inside, for the events that all others have."""
+    events = {row.event: row.next for row in TRANSITIONS if _from_all_others(row)}
+    arrows = []
+    for event, state in events.items():
+        if state not in COMMANDING:
+            continue
+        x, y = CENTERS[state]
+        upper = y < HEIGHT / 2
+        edge = GROUP[1] if upper else GROUP[3]
+        border = y - NODE[1] / 2 if upper else y + NODE[1] / 2
+        arrows.append(Arrow((x, edge), (x, border), (event, "(all others)")))
+    return arrows
+
+
 def _leaving_group() -> list[Arrow]:
     """An arrow from the frame to each state outside, for the events of the states inside."""
     events: dict[ControllerState, dict[Event, list[ControllerState]]] = {}
@@ -175,7 +197,7 @@ def _between_states() -> list[Arrow]:
     """The arrows from state to state."""
     events: dict[tuple[ControllerState, ControllerState], list[str]] = {}
     for row in TRANSITIONS:
-        if not _leaves_group(row):
+        if not _leaves_group(row) and not _from_all_others(row):
             events.setdefault((row.state, row.next), []).append(row.event)
     both_ways = {pair for pair in events if pair[::-1] in events or pair[0] not in COMMANDING}
     return [

@@ -65,7 +65,7 @@ class Streaming:
         interface = setup.interface
         gripper = setup.robot.gripper
         topic = "~/preview_command" if self._dry else interface.topic
-        self._commands = node.create_publisher(interface.message_type, topic, COMMAND)
+        self._commands = node.create_publisher(interface.message_class, topic, COMMAND)
         self._publishers = [self._commands]
         self._planned = None
         self._shown = 0  # the last chunk on ~/planned
@@ -149,7 +149,8 @@ class Streaming:
             positions.append(decision.gripper)
         message = JointState(name=names, position=positions)
         message.header.stamp = self._node.get_clock().now().to_msg()
-        message.header.frame_id = "policy" if decision.hold is None else "hold"
+        charge = self._setup.controller.charge
+        message.header.frame_id = str(charge) if decision.hold is None else "hold"
         self._commanded.publish(message)
 
     def _grip(self, opening: float, now: float) -> None:

@@ -51,7 +51,7 @@ def policy_topics() -> list[Row]:
         (robot.joint_states, IN, "sensor_msgs/msg/JointState", "joints, matched by name"),
         ("policy/instruction", IN, "std_msgs/msg/String", "task for the policy; latched"),
         *(
-            (one.topic, OUT, type_name(one.message_type), f"{said} `{name}`")
+            (one.topic, OUT, type_name(one.message_class), f"{said} `{name}`")
             for name, one in robot.interfaces.items()
         ),
         (

@@ -17,6 +17,10 @@ from rclpy.serialization import serialize_message
 from sensor_msgs.msg import Image, JointState
 
 from ceed_vla.ros_nodes.robot.controller import PolicyController
+from ceed_vla.ros_nodes.robot.intervention.base import Wish
+from ceed_vla.ros_nodes.robot.intervention.guides import LeaderGuide
+from ceed_vla.ros_nodes.robot.intervention.patience import Patience
+from ceed_vla.ros_nodes.robot.intervention.person import Person
 from ceed_vla.ros_nodes.robot.messages import array_to_image
 from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.observations import Observations
@@ -116,6 +120,8 @@ class Loop:
         cameras: Whether images arrive.
         states: Whether joint states arrive.
         alive: Whether the images change.
+        leader: Positions (2,) of a leader arm; None while it sends nothing.
+        hand: Whether a person holds the leader arm.
         late: Tick -> its delay [s].
     """
 
@@ -151,9 +157,13 @@ class Loop:
         self.stream = PolicyStream(
             self.observations, motion, worker, grid, replan_steps=replan_steps, instruction="climb"
         )
+        guide = LeaderGuide(JOINTS, np.full(len(JOINTS), step), None)
+        self.person = Person(guide, Patience(timeout=0.2, release=0.1, by_button=False))
         self.controller = PolicyController(
-            self.observations, motion, self.safety, self.stream, blend_in
+            self.observations, motion, self.safety, self.stream, blend_in, person=self.person
         )
+        self.leader: np.ndarray | None = None
+        self.hand = False
         self.sent: list[tuple[float, Decision | None]] = []
         self.position = np.zeros(2)
         self.follows = True  # whether commands move the arm
@@ -189,6 +199,8 @@ class Loop:
 
     def _tick(self) -> None:
         self._joints()
+        if self.leader is not None:
+            self.person.take(Wish(self.hand, joints=self.leader), self.now)
         decision = self.controller.tick(self.now, self.now)
         self.sent.append((self.now, decision))
         if decision is not None and decision.positions is not None and self.follows:

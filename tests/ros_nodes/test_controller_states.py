@@ -38,6 +38,7 @@ SHOWN = {
     ControllerState.WAITING: {"waiting"},
     ControllerState.MOVING: {"moving"},
     ControllerState.HOMING: {"moving", "disabled"},  # the command that reaches home disables
+    ControllerState.GUIDED: {"guided"},
     ControllerState.HOLDING: {"holding"},
     ControllerState.STOPPED: {"stopped"},
 }
@@ -121,6 +122,12 @@ def homing() -> Loop:
     return loop
 
 
+def guided() -> Loop:
+    loop = moving()
+    take_over(loop)
+    return loop
+
+
 def holding() -> Loop:
     loop = moving()
     loop.cameras = False
@@ -160,6 +167,7 @@ REACH: dict[ControllerState, Callable[[], Loop]] = {
     ControllerState.WAITING: waiting,
     ControllerState.MOVING: moving,
     ControllerState.HOMING: homing,
+    ControllerState.GUIDED: guided,
     ControllerState.HOLDING: holding,
 }
 # Events that need another history than their state usually has.
@@ -238,6 +246,18 @@ def fail(loop: Loop) -> None:
     loop.run(0.5)
 
 
+def take_over(loop: Loop) -> None:
+    """Let a person take over with an aligned leader arm."""
+    loop.leader = loop.position.copy()
+    loop.hand = True
+    loop.run(0.05)
+
+
+def let_go(loop: Loop) -> None:
+    loop.hand = False
+    loop.run(0.3)
+
+
 CAUSE: dict[Event, Callable[[Loop], None]] = {
     Event.ESTOP: estop,
     Event.RESET: reset,
@@ -248,6 +268,8 @@ CAUSE: dict[Event, Callable[[Loop], None]] = {
     Event.RESUME: resume,
     Event.ENABLE: allow,
     Event.HOME: go_home,
+    Event.PERSON: take_over,
+    Event.RELEASE: let_go,
     Event.ACTION: wait_for_answers,
     Event.NO_CHUNK: lose_the_chunk,
     Event.FAULT: fail,
@@ -282,7 +304,8 @@ class Watched(Loop):
             if state in COMMANDING:
                 assert decision is not None
                 assert (decision.hold is None) == (
-                    state in (ControllerState.MOVING, ControllerState.HOMING)
+                    state
+                    in (ControllerState.MOVING, ControllerState.HOMING, ControllerState.GUIDED)
                 )
             else:  # nothing, or the last command once more
                 assert decision is None or decision.hold is not None
@@ -317,6 +340,10 @@ OPERATE: dict[str, Callable[[Watched], object]] = {
     "instruction": lambda loop: loop.stream.instruct("climb"),
     "hand": lambda loop: by_hand(loop),
     "clock": lambda loop: loop.jump(0.5),
+    "take over": take_over,
+    "let go": let_go,
+    "leader away": lambda loop: setattr(loop, "leader", np.array([4.0, 4.0])),
+    "leader silent": lambda loop: setattr(loop, "leader", None),
 }
 
 

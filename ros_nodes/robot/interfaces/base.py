@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from builtin_interfaces.msg import Time
-
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import Array
+from ceed_vla.ros_nodes.robot.ros_types import message_class
 from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 
 if TYPE_CHECKING:  # a robot that is commanded in joint positions needs no model
+    from builtin_interfaces.msg import Time
+
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
 INTERFACES: dict[str, type[ActionInterface]] = {}
@@ -46,13 +47,19 @@ class ActionInterface(ABC):
     interface reads is refused.
     """
 
-    message_type: ClassVar[Any]
+    message_type: ClassVar[Any]  # class, or name such as "std_msgs/msg/Float64MultiArray"
     needs_model: ClassVar[bool] = False  # whether it requires `CommandedArm.model`
     # False if only the TCP is commanded: the arm's posture may then differ
     commands_joints: ClassVar[bool] = True
 
     def __init__(self, settings: Fields) -> None:
         self.topic = settings.topic("topic")
+
+    @property
+    def message_class(self) -> Any:
+        """The class of the messages."""
+        kind = self.message_type
+        return message_class(kind) if isinstance(kind, str) else kind
 
     @abstractmethod
     def message(self, command: Command, arm: CommandedArm) -> Any:

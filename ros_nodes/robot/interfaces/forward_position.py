@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from std_msgs.msg import Float64MultiArray
+from typing import Any
 
 from ceed_vla.ros_nodes.robot.interfaces.base import (
     ActionInterface,
@@ -16,7 +16,7 @@ from ceed_vla.ros_nodes.robot.interfaces.base import (
 class ForwardPosition(ActionInterface):
     """Sends the positions, in the controller's fixed order of joints."""
 
-    message_type = Float64MultiArray
+    message_type = "std_msgs/msg/Float64MultiArray"
 
-    def message(self, command: Command, arm: CommandedArm) -> Float64MultiArray:
-        return Float64MultiArray(data=command.positions.tolist())
+    def message(self, command: Command, arm: CommandedArm) -> Any:
+        return self.message_class(data=command.positions.tolist())

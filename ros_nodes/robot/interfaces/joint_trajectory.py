@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from rclpy.duration import Duration
-from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.interfaces.base import (
@@ -13,6 +13,7 @@ from ceed_vla.ros_nodes.robot.interfaces.base import (
     CommandedArm,
     register_interface,
 )
+from ceed_vla.ros_nodes.robot.ros_types import message_class
 from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 
 
@@ -24,13 +25,13 @@ class JointTrajectories(ActionInterface):
     measured position. Stamp 0 starts a trajectory on arrival; each replaces the previous one.
     """
 
-    message_type = JointTrajectory
+    message_type = "trajectory_msgs/msg/JointTrajectory"
 
     def __init__(self, settings: Fields) -> None:
         super().__init__(settings)
         self._stop_time = settings.number("stop_time", 0.01, 1.0, default=0.1)  # [s]
 
-    def message(self, command: Command, arm: CommandedArm) -> JointTrajectory:
+    def message(self, command: Command, arm: CommandedArm) -> Any:
         at = command.positions
         time = self._stop_time
         low = np.minimum(np.maximum(arm.low, command.measured - arm.step), at)
@@ -42,11 +43,12 @@ class JointTrajectories(ActionInterface):
             _point(arm.period, at, speeds),
             _point(arm.period + self._stop_time, stop, np.zeros_like(stop)),
         ]
-        return JointTrajectory(joint_names=list(arm.joints), points=points)
+        return self.message_class(joint_names=list(arm.joints), points=points)
 
 
-def _point(after: float, positions: Array, velocities: Array) -> JointTrajectoryPoint:
-    time = Duration(nanoseconds=round(1e9 * after)).to_msg()
-    return JointTrajectoryPoint(
+def _point(after: float, positions: Array, velocities: Array) -> Any:
+    seconds, nanoseconds = divmod(round(1e9 * after), 10**9)
+    time = message_class("builtin_interfaces/msg/Duration")(sec=seconds, nanosec=nanoseconds)
+    return message_class("trajectory_msgs/msg/JointTrajectoryPoint")(
         positions=positions.tolist(), velocities=velocities.tolist(), time_from_start=time
     )

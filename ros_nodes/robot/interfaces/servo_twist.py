@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from geometry_msgs.msg import TwistStamped
 
 from ceed_vla.kinematics import Array, turn_vector
 from ceed_vla.ros_nodes.robot.interfaces.base import (
@@ -23,7 +24,7 @@ class ServoTwists(ActionInterface):
     added.
     """
 
-    message_type = TwistStamped
+    message_type = "geometry_msgs/msg/TwistStamped"
     needs_model = True
     commands_joints = False
 
@@ -34,8 +35,8 @@ class ServoTwists(ActionInterface):
         self._max_linear = settings.number("max_linear", 1e-3, 5.0, default=1.0)  # [m/s]
         self._max_angular = settings.number("max_angular", 1e-3, 10.0, default=3.0)  # [rad/s]
 
-    def message(self, command: Command, arm: CommandedArm) -> TwistStamped:
-        message = TwistStamped()
+    def message(self, command: Command, arm: CommandedArm) -> Any:
+        message = self.message_class()
         message.header.stamp, message.header.frame_id = command.stamp, self._frame
         if command.velocities.any():
             twist = message.twist

@@ -1,0 +1,96 @@
+"""Commands from what a person wants. Free of ROS and of clocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from ceed_vla.kinematics import ArmKinematics, Array, CommandedPose, PoseLimits
+from ceed_vla.ros_nodes.robot.intervention.base import Wish
+from ceed_vla.ros_nodes.robot.motion import toward
+
+_ANYWHERE = 1e3  # limits of the commanded position without a workspace [m]
+_TURNED = np.pi  # and of its orientation [rad]
+_CATCH_UP = 2.0  # speed with which the arm follows a leader [rad/s]; the safety filter limits more
+
+
+class Guide(Protocol):
+    """Makes commands while the policy is not in charge."""
+
+    def begin(self, last: Array) -> None:
+        """Begin at the last command (J,) [rad]."""
+
+    def misaligned(self, wish: Wish, last: Array) -> str:
+        """Why the person cannot take over at the last command (J,) [rad]; "" if they can."""
+
+    def command(self, wish: Wish, last: Array, dt: float) -> Array:
+        """Return the command (J,) [rad] that follows the `last` one after `dt` [s]."""
+
+
+class TwistGuide:
+    """Moves the TCP by the person's velocities, within the robot's workspace.
+
+    Args:
+        model: The arm's kinematics.
+        limits: Of the commanded pose; None: only the joints are limited.
+    """
+
+    def __init__(self, model: ArmKinematics, limits: PoseLimits | None) -> None:
+        self._model = model
+        far = _ANYWHERE * np.ones(3)
+        anywhere = PoseLimits(1.0, 1.0, -far, far, _TURNED, _TURNED)
+        self._limits = replace(limits or anywhere, position_scale=1.0, rotation_scale=1.0)
+        self._pose = CommandedPose(self._limits, np.zeros(3))
+
+    def begin(self, last: Array) -> None:
+        self._pose = CommandedPose(self._limits, np.zeros(3))
+        self._pose.reset(*self._model.pose(last))
+        self._pose.limits = self._limits.widened(self._pose)
+
+    def misaligned(self, wish: Wish, last: Array) -> str:
+        return ""
+
+    def command(self, wish: Wish, last: Array, dt: float) -> Array:
+        assert wish.twist is not None
+        if not wish.twist.any():
+            return last
+        self._pose.advance(wish.twist * dt)
+        joints = self._model.solve(last, self._pose.position, self._pose.matrix)
+        self._pose.follow(*self._model.pose(joints))
+        return joints
+
+
+class LeaderGuide:
+    """Follows the joints of a leader arm.
+
+    Args:
+        joints: Names (J,).
+        max_step: Largest distance of the leader from the last command (J,) [rad].
+        braking: Acceleration limit (J,) [rad/s^2]; None without one.
+    """
+
+    def __init__(self, joints: tuple[str, ...], max_step: Array, braking: Array | None) -> None:
+        self._joints = joints
+        self._max_step = max_step
+        self._braking = braking
+
+    def begin(self, last: Array) -> None:
+        """Nothing to prepare: the leader is aligned."""
+
+    def misaligned(self, wish: Wish, last: Array) -> str:
+        assert wish.joints is not None
+        far = np.abs(wish.joints - last) - self._max_step
+        worst = int(np.argmax(far))
+        if far[worst] <= 0.0:
+            return ""
+        away = abs(float(wish.joints[worst] - last[worst]))
+        return (
+            f"the leader's {self._joints[worst]} is {away:.2f} rad from the arm; at most "
+            f"{self._max_step[worst]:.2f} (limits.step): align it"
+        )
+
+    def command(self, wish: Wish, last: Array, dt: float) -> Array:
+        assert wish.joints is not None
+        return toward(last, wish.joints, _CATCH_UP, dt, self._braking)

@@ -1,0 +1,18 @@
+"""Message classes by name, imported when they are needed: robot files are read without ROS, too."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+
+@cache
+def message_class(name: str) -> Any:
+    """The class of a message type, such as "std_msgs/msg/String".
+
+    Raises:
+        ImportError: ROS 2, or the package of the message, is not installed.
+    """
+    package, kind, message = name.split("/")
+    return getattr(importlib.import_module(f"{package}.{kind}"), message)

@@ -61,6 +61,8 @@ class DistillConfig(RunConfig):
         omega: Weight of the anchoring term.
         delta_quantile: "paper": quantile of the observed distance between teacher and
             demonstration, beyond which demonstrations replace the teacher's labels.
+        intervention_weight: Share of a batch from frames in which a person intervened, if there are
+            any; 0: as their number.
         guesses: "online": shares of previous, mid and random guesses, as in inference.
         max_updates: "online": most Jacobi updates of the guess by the student.
         curriculum: "online": which states are drawn: "uniform", or "spread", by how much the
@@ -82,6 +84,7 @@ class DistillConfig(RunConfig):
     states: str = chosen("online", ("online", "stored"))
     omega: float = ranged(3.0, "[0, 1e6]")
     delta_quantile: float = ranged(0.95, "(0, 1]")
+    intervention_weight: float = ranged(0.0, "[0, 1)")
     guesses: str = "0.7,0.2,0.1"
     max_updates: int = ranged(2, "[0, 1000]")
     curriculum: str = chosen("uniform", ("uniform", "spread"))
@@ -195,7 +198,14 @@ class DistillRun(Run):
 
     def _data(self, student: Any, pre: Any) -> DistillData:
         config, chosen = self.config, self.config.trajectories
-        names = ("eval_frames", "held_out", "delta_quantile", "streaming", "seed")
+        names = (
+            "eval_frames",
+            "held_out",
+            "delta_quantile",
+            "intervention_weight",
+            "streaming",
+            "seed",
+        )
         sizes = {name: getattr(config, name) for name in names}
         stored = config.states == "stored"
         if chosen.online:

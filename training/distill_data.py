@@ -77,6 +77,8 @@ class DistillData:
         held_out: Share of the episodes that are held out.
         delta_quantile: Share of the other frames whose distance between teacher and demonstration
             is accepted.
+        intervention_weight: Share of a batch from frames in which a person intervened; 0: as their
+            number.
         streaming: Which datasets are streamed.
         seed: Seed of the order in which streamed data are read.
 
@@ -93,6 +95,7 @@ class DistillData:
         eval_frames: int = 0,
         held_out: float = SHARE,
         delta_quantile: float = 1.0,
+        intervention_weight: float = 0.0,
         streaming: StreamingConfig | None = None,
         seed: int = 0,
     ) -> None:
@@ -101,6 +104,7 @@ class DistillData:
         self.delta_quantile = delta_quantile
         self.seed = seed
         self.held_out_share = held_out
+        self.intervention_weight = intervention_weight
         self.stores = [open_dataset(root, streaming=streaming) for root in split_list(roots)]
         if not self.stores:
             raise ConfigError("No data: set --roots to one or more recorded folders.")
@@ -114,6 +118,8 @@ class DistillData:
             [np.full(len(store), index) for index, store in enumerate(self.stores)]
         )
         self.frame = np.concatenate([np.arange(len(store)) for store in self.stores])
+        # whether the action is to be imitated (N,); the teacher's targets are for all frames
+        self.shown = np.concatenate([store.shown for store in self.stores])
         # distance beyond which the demonstration replaces the teacher's block
         self.delta_max = float("inf")
 
@@ -140,19 +146,41 @@ class DistillData:
                 "lower it."
             )
         self.spans = row_spans(self.stores, self.root, self.frame, self.rows, self.seed)
+        self.odds = self._odds()
+
+    def _odds(self) -> NDArray[np.float64] | None:
+        """Probability of each of `rows`; None if all are equal."""
+        corrected = np.array([store.corrected for store in self.stores])[self.root]
+        chosen = (corrected & self.shown[self._place(np.arange(len(self.root)))])[self.rows]
+        share = self.intervention_weight
+        if not share or not chosen.any() or chosen.all():
+            return None
+        if self.spans:
+            raise ConfigError(
+                f"intervention_weight is {share}, and the images are streamed, whose order is "
+                "fixed; set it to 0, or streaming.above_gb higher."
+            )
+        return np.where(chosen, share / chosen.sum(), (1 - share) / (~chosen).sum())
+
+    def _place(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Places of rows among the frames of all datasets."""
+        begins = np.cumsum([0, *(len(store) for store in self.stores)])[:-1]
+        found: NDArray[np.int64] = begins[self.root[rows]] + self.frame[rows]
+        return found
 
     def _in_held_out_episodes(self) -> NDArray[np.bool_]:
         """Which rows (N,) are frames of held-out episodes."""
         masks = [held_out_frames(store, self.held_out_share) for store in self.stores]
-        begins = np.cumsum([0, *(len(mask) for mask in masks)])[:-1]
-        found: NDArray[np.bool_] = np.concatenate(masks)[begins[self.root] + self.frame]
+        found: NDArray[np.bool_] = np.concatenate(masks)[self._place(np.arange(len(self.root)))]
         return found
 
     def draw(self, size: int, random: np.random.Generator, step: int) -> NDArray[np.int64]:
         """Draw the rows of a step's batch, grouped by dataset."""
         spans = self.spans
         rows = (
-            spans.draw(random, size, step * size) if spans else random.choice(self.rows, size=size)
+            spans.draw(random, size, step * size)
+            if spans
+            else random.choice(self.rows, size=size, p=self.odds)
         )
         return self._by_store(rows)
 
@@ -195,6 +223,8 @@ class DistillData:
         fixed = found["fixed_point"]
         demonstration = self.policy.tokenizer.encode(batch["action"])
         distance = self.distance(fixed, batch)
+        shown = torch.from_numpy(self.shown[self._place(rows)]).to(distance.device)
+        distance = torch.where(shown, distance, 0.0)  # keep the teacher's label
         labels, replaced = mixed_labels(fixed, demonstration, distance, self.delta_max)
         valid = self.policy.tokenizer.weight(labels, batch["action_is_pad"]).bool()  # (B, n)
         live = self.policy.tokenizer.weight(fixed)
@@ -273,7 +303,9 @@ class StoredData(DistillData):
             )
         self.root, self.frame = self.trajectories.root, self.trajectories.frame
         self.split()
-        self.delta_max = float(np.quantile(self.distances(self.rows), self.delta_quantile))
+        shown = self.rows[self.shown[self._place(self.rows)]]
+        if len(shown):
+            self.delta_max = float(np.quantile(self.distances(shown), self.delta_quantile))
 
     def distances(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """`distance` (N,) of many rows, from their actions alone."""
@@ -340,11 +372,13 @@ class OnlineData(DistillData):
         self.episode = np.concatenate([s.episode for s in self.stores])
         self.split()
         distances = []
-        sample = self._by_store(self.rows[: 4 * self.eval_frames])
-        for part in np.split(sample, range(DECODED, len(sample), DECODED)):
+        shown = self.rows[self.shown[self._place(self.rows)]]
+        sample = self._by_store(shown[: 4 * self.eval_frames])
+        for part in np.split(sample, range(DECODED, len(sample), DECODED)) if len(sample) else ():
             observation = self.observations(part)
             distances.append(self.distance(decode(observation, None)[0], observation).cpu())
-        self.delta_max = float(torch.cat(distances).quantile(self.delta_quantile))
+        if len(sample):
+            self.delta_max = float(torch.cat(distances).quantile(self.delta_quantile))
 
     def fixed_points(
         self, rows: NDArray[np.int64], observation: dict[str, Any], draw: StateDraw | None

@@ -160,6 +160,8 @@ def _print_contents(console: Console, report: dict[str, Any], store: FrameStore)
         f"s); {'cameras' if len(store.images) > 1 else 'camera'} {cameras or 'none'}; "
         f"{counted(len(store.tasks), 'instruction')}, {such}{store.tasks[0]!r}",
     )
+    if str(store.usable or ""):
+        _say(console, f"{store.usable}.")
     if store.ignored:
         _say(console, f"Ignored by training: {', '.join(store.ignored)}")
 

@@ -37,6 +37,7 @@ def without_episodes(store: FrameStore, episodes: Sequence[int]) -> FrameStore:
         task=store.task[keep],
         episode=episode,
         episode_end=np.searchsorted(episode, episode, side="right"),
+        usable=None,
     )
 
 

@@ -47,12 +47,12 @@ class Mixture:
         self.stores = list(stores)
         self.seed = seed
         self.chunk_size = chunk_size
-        shares = np.asarray(weights if weights else [len(s) for s in stores], dtype=np.float64)
+        shares = np.asarray(weights if weights else [s.shown.sum() for s in stores], np.float64)
         self.shares = shares / shares.sum()
         pairs = zip(stores, self.shares.tolist(), strict=True)
         left_out = held_out if held_out is not None else [0.0] * len(stores)
         self.rows = [
-            np.flatnonzero(~held_out_frames(store, part))
+            np.flatnonzero(~held_out_frames(store, part) & store.shown)
             for store, part in zip(stores, left_out, strict=True)
         ]
         self.spans = [
@@ -78,6 +78,19 @@ class Mixture:
             if len(frames):
                 parts.append(store.batch(frames, self.chunk_size))
         return join_batches(parts)
+
+
+def shared_weights(stores: Sequence[FrameStore], interventions: float) -> list[float]:
+    """Shares of datasets in proportion to their frames; those of a person's interventions together
+    have the share `interventions`, if there are others too.
+    """
+    weights = [float(store.shown.sum()) for store in stores]
+    corrected = sum(w for w, store in zip(weights, stores, strict=True) if store.corrected)
+    others = sum(weights) - corrected
+    if not corrected or not others:
+        return weights
+    factor = interventions / (1 - interventions) * others / corrected
+    return [w * factor if s.corrected else w for w, s in zip(weights, stores, strict=True)]
 
 
 def _edges(store: FrameStore, rows: NDArray[np.int64]) -> NDArray[np.int64]:

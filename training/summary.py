@@ -74,7 +74,7 @@ def find_held_out(stores: Sequence[FrameStore], share: float) -> HeldOut:
     """Draw up to `MOST_FRAMES` frames of the held-out episodes; every call draws the same ones."""
     found, episodes = [], 0
     for store in stores:
-        frames = np.flatnonzero(held_out_frames(store, share))
+        frames = np.flatnonzero(held_out_frames(store, share) & store.shown)
         episodes += len(np.unique(store.episode[frames]))
         most = max(1, MOST_FRAMES // len(stores))
         if len(frames) > most:

@@ -37,7 +37,7 @@ from ceed_vla.training.budget import (
 )
 from ceed_vla.training.clipping import check_clipping
 from ceed_vla.training.defaults import Privileged, describe, named_terms
-from ceed_vla.training.mixture import Mixture, check_fits
+from ceed_vla.training.mixture import Mixture, check_fits, shared_weights
 from ceed_vla.training.run import ClosedLoop, Run
 from ceed_vla.training.run_config import ANY_NUMBER
 from ceed_vla.training.run_folder import TAKEOVER
@@ -136,6 +136,9 @@ class TeacherRun(Run):
             open_dataset(root, decode=False) for root in split_list(config.grounding_roots)
         ]
         check_demonstrations(self.demonstrations)
+        for store in self.demonstrations:
+            if str(store.usable or ""):
+                logger.info("%s: %s.", store.root, store.usable)
         if (config.grounding_steps != 0 or config.grounding_batch) and not self.grounding:
             logger.warning("No --grounding_roots: training without grounding frames.")
         if self.grounding and config.grounding_batch:
@@ -227,10 +230,10 @@ class TeacherRun(Run):
 
     def _mixture(self) -> Mixture:
         config = self.config
-        weights = number_list(config.root_weights, "root_weights") or [
-            float(len(s)) for s in self.demonstrations
-        ]
         stores = list(self.demonstrations)
+        weights = number_list(config.root_weights, "root_weights")
+        if not weights:
+            weights = shared_weights(stores, config.intervention_weight)
         roots = [root for of_round in self.takeovers for root in of_round]
         if roots:
             with self.accelerator.main_process_first():

@@ -52,6 +52,8 @@ class TrainConfig(RunConfig):
         takeover_seed: First seed of the takeovers' scenes; set a new one for a run that starts from
             the policy of another.
         takeover_weight: Share of a batch that comes from takeover data, if there are any.
+        intervention_weight: Share of the frames from `roots` in which a person intervened, if there
+            are any; `root_weights` replaces it.
     """
 
     roots: str = ""
@@ -73,6 +75,7 @@ class TrainConfig(RunConfig):
     takeover_episodes: int = ranged(600, "[1, 1e6]")
     takeover_seed: int = ranged(30_000, SEEDS)
     takeover_weight: float = ranged(0.4, "[0, 1)")
+    intervention_weight: float = ranged(0.4, "[0, 1)")
 
     def __post_init__(self) -> None:
         super().__post_init__()

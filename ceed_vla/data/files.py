@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ceed_vla.data.broken_values import check_finite
 from ceed_vla.data.parquet import MOST, Budget, open_parquet, read_table
+from ceed_vla.data.usable import FLAGS
 from ceed_vla.errors import DatasetError, raised_as
 from ceed_vla.files import plain_name, read_json, regular
 
@@ -55,6 +56,7 @@ class Info:
     cameras: dict[str, tuple[int, int, int]]  # camera feature -> (H, W, 3)
     videos: tuple[str, ...]  # cameras that are stored as videos
     names: str  # all features
+    flags: tuple[str, ...]  # columns of `usable.FLAGS` that exist
     labels: dict[str, list[Any]]  # names of the dimensions of vectors, if they are a list
     ignored: tuple[str, ...]  # features that training leaves out, with dtype and shape
     arrays: tuple[str, ...]  # features with two or more dimensions, images excluded
@@ -123,7 +125,8 @@ def read_info(root: Path) -> Info:
         )
     images = {name: f for name, f in features.items() if f["dtype"] in ("image", "video")}
     cameras = {name: f for name, f in images.items() if not _is_depth_map(f)}
-    used = (*cameras, *vectors, *BOOKKEEPING)
+    flags = tuple(name for name in FLAGS if _is_flag(features.get(name)))
+    used = (*cameras, *vectors, *flags, *BOOKKEEPING)
     ignored = {name: feature for name, feature in features.items() if name not in used}
     return Info(
         root=root,
@@ -134,6 +137,7 @@ def read_info(root: Path) -> Info:
         cameras={name: _image_shape(file, name, feature) for name, feature in cameras.items()},
         videos=tuple(name for name, feature in cameras.items() if feature["dtype"] == "video"),
         names=", ".join(features)[:500],
+        flags=flags,
         labels={
             name: feature["names"]
             for name, feature in vectors.items()
@@ -144,6 +148,10 @@ def read_info(root: Path) -> Info:
             name for name, f in ignored.items() if name not in images and len(f["shape"]) > 1
         ),
     )
+
+
+def _is_flag(feature: dict[str, Any] | None) -> bool:
+    return feature is not None and feature["dtype"] == "bool" and feature["shape"] == [1]
 
 
 def _is_depth_map(feature: dict[str, Any]) -> bool:
@@ -193,14 +201,16 @@ def read_rows(
         finite: Whether NaN, infinite and very large values are errors; else they are returned.
 
     Returns:
-        ``episode_index``, ``task_index`` and ``timestamp`` (N,), and `vectors` (N, D) float32.
+        ``episode_index``, ``task_index`` and ``timestamp`` (N,), `vectors` (N, D) float32, and the
+        flags of `info` (N,) bool.
 
     Raises:
         DatasetError: The files are damaged or do not match ``meta/info.json``.
     """
     root, remedy = info.root, "the recording was not finalised, or copy it again"
     shapes = {"index": (), "episode_index": (), "task_index": (), "timestamp": ()}
-    wanted = {**shapes, **{name: info.vectors[name] for name in vectors}}
+    flags = dict.fromkeys(info.flags, ())
+    wanted = {**shapes, **{name: info.vectors[name] for name in vectors}, **flags}
     files = data_files(root)
     with readable(f"{root}: a data file", remedy):
         # Open one file at a time: systems limit open files to about a thousand.
@@ -216,7 +226,8 @@ def read_rows(
             name: pa.chunked_array([c for t in tables for c in t[name].chunks]) for name in wanted
         }
     arrays = {
-        name: numbers(columns[name], shape, f"{root}: {name}") for name, shape in wanted.items()
+        name: (booleans if name in flags else numbers)(columns[name], shape, f"{root}: {name}")
+        for name, shape in wanted.items()
     }
     for name in ("index", "episode_index", "task_index"):
         if arrays[name].dtype.kind not in "iu":
@@ -257,6 +268,16 @@ def _check_times(times: NDArray[np.float64], same: NDArray[np.bool_], info: Info
             f"on; at fps = {info.fps:g} frames are {1 / info.fps:.4g} s apart. Record it again, or "
             "correct fps."
         )
+
+
+def booleans(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArray[Any]:
+    """Convert a column of truth values to an array (N,), as `numbers`."""
+    values = column.combine_chunks()
+    while isinstance(values, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        values = values.flatten()
+    if values.null_count or not pa.types.is_boolean(values.type) or len(values) != len(column):
+        raise DatasetError(f"{what} is {values.type}; it must be one truth value in each frame.")
+    return np.asarray(values.to_numpy(zero_copy_only=False), dtype=bool)
 
 
 def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArray[Any]:

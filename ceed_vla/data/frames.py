@@ -18,6 +18,7 @@ from ceed_vla.data.files import ACTION, ENVIRONMENT, STATE, Info, read_info, rea
 from ceed_vla.data.frame_cache import read_images
 from ceed_vla.data.frame_stream import StreamedImages, StreamingConfig
 from ceed_vla.data.images import SPAN, ImageReader, span_edges
+from ceed_vla.data.usable import INTERVENTION, SUCCESS, Usable, usable_frames
 from ceed_vla.errors import DatasetError
 from ceed_vla.fields import short
 
@@ -42,11 +43,22 @@ class FrameStore:
     fps: float  # frames a second [Hz]
     # Names of the dimensions of state and actions, if the dataset lists them
     labels: dict[str, list[Any]] = field(default_factory=dict)
+    usable: Usable | None = None  # frames whose actions are to be imitated; None: all
     # Features that training leaves out, such as "observation.depth float32 (96, 128)"
     ignored: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.state)
+
+    @property
+    def shown(self) -> NDArray[np.bool_]:
+        """Whether the action of each frame (N,) is to be imitated."""
+        return np.ones(len(self), dtype=bool) if self.usable is None else self.usable.frames
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the frames to imitate are a person's interventions."""
+        return self.usable is not None and self.usable.interventions
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -204,6 +216,7 @@ def open_dataset(
         name: np.broadcast_to(np.uint8(0), (info.frames, *shape))
         for name, shape in info.cameras.items()
     }
+    usable = usable_frames(episode, rows.get(INTERVENTION), rows.get(SUCCESS))
     return FrameStore(
         root=info.root,
         tasks=read_tasks(info.root, task),
@@ -217,7 +230,8 @@ def open_dataset(
         environment_state=rows.get(ENVIRONMENT),
         task=task,
         episode=episode,
-        episode_end=np.searchsorted(episode, episode, side="right"),
+        episode_end=usable.end,
+        usable=usable,
         fps=info.fps,
         labels=info.labels,
         ignored=list(info.ignored),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,14 +60,8 @@ class Handovers:
         self.mouse = Mouse(graph)
         self.status = Status(graph)
         graph.start("s", "-p", "seed:=2")
-        graph.start(
-            "p",
-            *(
-                w
-                for p in (f"robot_config:={file}", "autostart:=true", "engine:=eager")
-                for w in ("-p", p)
-            ),
-        )
+        self.parameters = ["-p", f"robot_config:={file}", "-p", "autostart:=true"]
+        graph.start("p", *self.parameters, "-p", "engine:=eager")
         self.status.state("moving")
 
     def _hear(self, message: JointState) -> None:

@@ -1,0 +1,111 @@
+"""Failures are not imitated, and of a dataset with interventions only those are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ceed_vla.data.frames import FrameStore, open_dataset
+from ceed_vla.data.usable import usable_frames
+from ceed_vla.data.writer import DatasetWriter
+from ceed_vla.training.inspection import InspectConfig, inspect
+from ceed_vla.training.mixture import Mixture, shared_weights
+
+FLAG = {"dtype": "bool", "shape": (1,), "names": None}
+FEATURES = {
+    "observation.images.front": {
+        "dtype": "image",
+        "shape": (8, 8, 3),
+        "names": ["height", "width", "channels"],
+    },
+    "observation.state": {"dtype": "float32", "shape": (2,), "names": None},
+    "action": {"dtype": "float32", "shape": (2,), "names": None},
+    "intervention": FLAG,
+    "next.success": FLAG,
+}
+
+
+def recording(root: Path, *episodes: tuple[str, bool]) -> FrameStore:
+    """A dataset; of each episode a letter per frame, "p" for a person, and whether it succeeds."""
+    writer = DatasetWriter(root, repo_id="local/x", fps=10, features=FEATURES, robot_type="arm")
+    place = 0
+    for who, success in episodes:
+        frames: list[dict[str, Any]] = []
+        for index, letter in enumerate(who):
+            frames.append(
+                {
+                    "observation.images.front": np.full((8, 8, 3), place, np.uint8),
+                    "observation.state": np.array([place, 0.1 * place], np.float32),
+                    "action": np.array([place, -place], np.float32),
+                    "intervention": np.array([letter == "p"]),
+                    "next.success": np.array([success and index == len(who) - 1]),
+                    "task": "wipe the table",
+                }
+            )
+            place += 1
+        writer.add_episode(frames)
+    writer.commit({})
+    return open_dataset(root)
+
+
+def test_frames_and_ends_of_runs() -> None:
+    episode = np.array([0] * 6 + [1] * 4)
+    person = np.array([0, 1, 1, 0, 1, 1, 1, 0, 0, 1], dtype=bool)
+    found = usable_frames(episode, person, np.zeros(10, dtype=bool))
+    assert found.interventions
+    assert found.failures == 0  # nobody set that flag
+    np.testing.assert_array_equal(found.frames, person)
+    assert found.end[person].tolist() == [3, 3, 6, 6, 7, 10]
+    success = np.array([0] * 5 + [1] + [0] * 4, dtype=bool)
+    found = usable_frames(episode, None, success)
+    assert found.frames.tolist() == [True] * 6 + [False] * 4
+    assert found.end.tolist() == [6] * 6 + [10] * 4
+    assert str(found) == "6 of 10 frames are imitated: 1 episode failed"
+    assert str(usable_frames(episode, None, None)) == ""
+
+
+def test_chunks_end_where_the_person_gives_back(tmp_path: Path) -> None:
+    store = recording(tmp_path / "data", ("..ppp...pp", True), ("pp........", False))
+    assert store.corrected
+    action, pad = store.chunks(np.array([3, 9, 10]), 4)
+    assert action[:, :, 0].tolist() == [[3, 4, 4, 4], [9, 9, 9, 9], [10, 11, 11, 11]]
+    assert pad.tolist() == [
+        [False, False, True, True],
+        [False, True, True, True],
+        [False, False, True, True],
+    ]
+
+
+def drawn(mixture: Mixture) -> np.ndarray:
+    batches = [mixture.draw(64, step) for step in range(20)]
+    return np.concatenate([batch["action"][:, 0, 0].numpy() for batch in batches])
+
+
+def test_batches_have_the_frames_to_imitate_in_their_shares(tmp_path: Path) -> None:
+    demonstrations = recording(tmp_path / "demos", ("." * 30, True), ("." * 30, False))
+    corrections = recording(tmp_path / "corrections", ("." * 50 + "pp", True))
+    stores = [demonstrations, corrections]
+    assert shared_weights(stores, 0.25) == pytest.approx([30, 10])
+    assert shared_weights([demonstrations], 0.25) == [30]
+    assert shared_weights([corrections], 0.25) == [2]
+    seen = drawn(Mixture(stores, shared_weights(stores, 0.25), 0, 4))
+    values, counts = np.unique(seen, return_counts=True)
+    assert values.tolist() == [*range(30), 50, 51]
+    assert counts[-2:].sum() / counts.sum() == pytest.approx(0.25, abs=0.04)
+
+
+def test_a_flag_that_is_never_set_is_ignored(tmp_path: Path) -> None:
+    store = recording(tmp_path / "data", ("." * 20, False), ("." * 20, False))
+    assert store.shown.all()
+    assert str(store.usable) == ""
+
+
+def test_inspect_says_what_is_imitated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recording(tmp_path / "data", ("." * 20, False), ("." * 20, True))
+    inspect(InspectConfig(str(tmp_path / "data"), str(tmp_path / "shown.png"), minutes=0))
+    shown = capsys.readouterr().out
+    assert "20 of 40 frames are imitated: 1 episode failed." in shown
+    assert "Ignored by training" not in shown

@@ -103,6 +103,7 @@ EXTRAS = {
         "pytest-xdist>=3.8",
         ROSBAGS,
         "rosless>=0.5",
+        f"ros-test-msgs>=2,<3; {WITH_WHEELS}",  # an action type
     ],
     "lint": ["mypy>=1.16", "mdformat-gfm>=1,<2", "pre-commit>=4.2", "ruff>=0.12"],
 }
@@ -203,6 +204,7 @@ setup(
         "console_scripts": [
             "ceed-vla = ceed_vla.cli.entry:main",
             "policy_node = ceed_vla.ros_nodes.robot.policy_node:main",
+            "gripper_relay = ceed_vla.ros_nodes.robot.gripper_relay:main",
             "record_node = ceed_vla.ros_nodes.record.record_node:main",
             "sim_node = ceed_vla.ros_nodes.simulated.sim_node:main",
         ]

@@ -184,6 +184,14 @@ COMMANDS = {
         ),
         kept="the bag and the nodes' output so far are in {output_dir}",
     ),
+    "run": Command(
+        "give a running policy node a task with a time limit, and wait for its result",
+        "ceed_vla.ros_nodes.robot.run_task RunTaskConfig run_task",
+        must="instruction",
+        may="time_limit node wait",
+        kept="the task was cancelled",
+        positional="instruction",
+    ),
     "robot-check": Command(
         "check offline whether a robot file and a checkpoint match",
         "ceed_vla.ros_nodes.robot.check RobotCheckConfig robot_check",

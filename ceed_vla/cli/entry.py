@@ -96,7 +96,7 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
 
 def overview() -> str:
     """The text of `ceed-vla --help`."""
-    rows = "\n".join(f"  {name:<13}{command.summary}" for name, command in COMMANDS.items())
+    rows = "\n".join(f"  {name:<16}{command.summary}" for name, command in COMMANDS.items())
     return (
         f"usage: {PROGRAM} <command> [--flag value ...]\n\nVision-language-action policies that "
         f"decode their action tokens in parallel.\n\ncommands:\n{rows}\n\n{PROGRAM} <command> "

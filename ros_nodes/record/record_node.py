@@ -19,7 +19,7 @@ from ceed_vla.ros_nodes.robot.messages import COMMAND, JOINT_STATES, LATCHED, cl
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.clock import Clock, ClockType
-from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image, JointState
@@ -36,6 +36,7 @@ from ceed_vla.ros_nodes.record.worker import RecordWorker
 from ceed_vla.ros_nodes.robot import parameters
 from ceed_vla.ros_nodes.robot.autostart import Autostart
 from ceed_vla.ros_nodes.robot.diagnostics import status_message
+from ceed_vla.ros_nodes.robot.lifecycle import SafeLifecycleNode
 from ceed_vla.ros_nodes.robot.policy_setup import arm_model
 from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, with_topics
@@ -59,7 +60,7 @@ class RecordSetup:
     claims: ExitStack  # of the folder
 
 
-class RecordNode(LifecycleNode):
+class RecordNode(SafeLifecycleNode):
     """The record node; see the module. `ConfigError`: A parameter has an invalid value."""
 
     def __init__(self, **node_options: Any) -> None:
@@ -283,8 +284,11 @@ class RecordNode(LifecycleNode):
             return
         self._told = state
         self._states.publish(String(data=state))
-        bad = self._setup is not None and self._setup.recorder.phase in (Phase.ENDED, Phase.FAILED)
-        (self.get_logger().warning if bad else self.get_logger().info)(f"State: {state}")
+        bad = (Phase.ENDED, Phase.FAILED)
+        if self._setup is not None and self._setup.recorder.phase in bad:
+            self.get_logger().warning(f"State: {state}")
+        else:
+            self.get_logger().info(f"State: {state}")
 
     def _publish_diagnostics(self) -> None:
         values: dict[str, Any] = {"state": self._state()}

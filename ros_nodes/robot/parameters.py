@@ -66,8 +66,10 @@ class NodeParameter:
             additional_constraints=self.allowed,
             read_only=self.when == START,
             dynamic_typing=True,
-            integer_range=[IntegerRange(**ends)] if kind is int else [],
-            floating_point_range=[FloatingPointRange(**ends)] if kind is float else [],
+            integer_range=[IntegerRange(**ends)] if kind is int and any(self.within) else [],
+            floating_point_range=(
+                [FloatingPointRange(**ends)] if kind is float and any(self.within) else []
+            ),
         )
 
     def problem(self, value: Any) -> str | None:

@@ -26,9 +26,8 @@ from ceed_vla.ros_nodes.robot.messages import (
 )
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
-from lifecycle_msgs.srv import ChangeState
 from rclpy.clock import Clock, ClockType
-from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
@@ -45,6 +44,7 @@ from ceed_vla.ros_nodes.robot.diagnostics import (
     status_message,
 )
 from ceed_vla.ros_nodes.robot.intervention.topics import intervention_inputs
+from ceed_vla.ros_nodes.robot.lifecycle import SafeLifecycleNode
 from ceed_vla.ros_nodes.robot.mode import LOADING, Mode, State
 from ceed_vla.ros_nodes.robot.observations import Camera
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
@@ -54,13 +54,14 @@ from ceed_vla.ros_nodes.robot.safety import NOT_ENABLED, Hold
 from ceed_vla.ros_nodes.robot.spinning import keep_memory, raise_priority, run
 from ceed_vla.ros_nodes.robot.step_grid import SLEW
 from ceed_vla.ros_nodes.robot.streaming import Streaming
+from ceed_vla.ros_nodes.robot.tasks.topics import NodeControls, TaskTopics
 from ceed_vla.serving.faults import LOST, SILENT
-from ceed_vla.texts import instruction_problem, short, shown
+from ceed_vla.texts import instruction_problem, short
 
 LONGEST_FAILURE = 500  # characters: the value, the rule and the remedy
 
 
-class PolicyNode(LifecycleNode):
+class PolicyNode(SafeLifecycleNode):
     """The policy node; see the module. `ConfigError`: A parameter has an invalid value."""
 
     def __init__(self, **node_options: Any) -> None:
@@ -98,6 +99,8 @@ class PolicyNode(LifecycleNode):
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetBool, "~/enable", self._on_enable)
         self.create_service(Trigger, "~/go_home", self._on_go_home)
+        controls = NodeControls(self._state, self._begin_task, self._end_task)
+        self._tasks = TaskTopics(self, self._steady, controls)
         self.get_logger().info(
             f"ROS domain {self.context.get_domain_id()}, discovery range "
             f"{os.environ.get('ROS_AUTOMATIC_DISCOVERY_RANGE') or 'not set, which is SUBNET'}"
@@ -194,30 +197,6 @@ class PolicyNode(LifecycleNode):
     def destroy_node(self) -> None:
         self._release()
         super().destroy_node()
-
-    # rclpy has no hook for this: an impossible transition raises RCLError in its service, which
-    # would end the node.
-    def _LifecycleNodeMixin__on_change_state(  # noqa: N802 - overrides rclpy's private method
-        self, request: ChangeState.Request, response: ChangeState.Response
-    ) -> ChangeState.Response:
-        """Handle ~/change_state; refuse a transition that the present state does not have."""
-        wanted = request.transition.label or request.transition.id
-        possible = {
-            label: number for number, label, *_ in self._state_machine.available_transitions
-        }
-        if wanted not in possible and wanted not in possible.values():
-            current = self._state_machine.current_state[1]
-            self.get_logger().warning(
-                f"Refused the lifecycle transition {shown(wanted)}: the node is {current}; it can "
-                f"{', '.join(f'{label} ({number})' for label, number in sorted(possible.items()))}."
-            )
-            response.success = False
-            return response
-        inherited: Any = super()
-        answer: ChangeState.Response = inherited._LifecycleNodeMixin__on_change_state(
-            request, response
-        )
-        return answer
 
     @property
     def _starting(self) -> bool:
@@ -331,6 +310,20 @@ class PolicyNode(LifecycleNode):
         controller.disable()
         return self._answer(response, True)
 
+    def _begin_task(self, instruction: str) -> str:
+        """Give the policy an instruction and allow motion; return why that is refused, or ""."""
+        if self._setup is None or self._active is None:
+            return f"the node is {self._state().mode}; configure and activate it first"
+        self.set_parameters([Parameter("instruction", value=instruction)])
+        refused = self._setup.controller.enable(clock_time(self))
+        self.show_state()
+        return "" if refused is None else f"{refused.code}: {refused.detail}"
+
+    def _end_task(self) -> None:
+        if self._setup is not None:
+            self._setup.controller.disable()
+            self.show_state()
+
     def _on_go_home(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self._setup is None or self._active is None:
             return self._answer(response, False)
@@ -384,6 +377,7 @@ class PolicyNode(LifecycleNode):
         if values["dry_run"]:
             message = f"dry run, nothing is sent to the arm: {message}"
         values["scheduling"] = self._scheduling
+        values |= self._tasks.values
         hardware = self.get_parameter("robot_config").value or "tabletop"
         level = level_of(state, warn=bool(warning))
         name = f"{self.get_fully_qualified_name()}: policy"

@@ -5,6 +5,7 @@ import shutil
 from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES
 from ceed_vla.ros_nodes.robot.outage import RESUME_WITHIN
 from ceed_vla.ros_nodes.robot.parameters import LIVE, START, NodeParameter
+from ceed_vla.ros_nodes.robot.tasks.runner import MOST_QUEUED
 from ceed_vla.serving.predictor import ENGINES
 from ceed_vla.texts import LONGEST_INSTRUCTION, instruction_problem, shown
 
@@ -56,6 +57,20 @@ POLICY_PARAMETERS = (
         "start_enabled",
         True,
         "Enable motion on activation; false: motion starts only after a call of ~/enable.",
+    ),
+    NodeParameter(
+        "task_queue",
+        0,
+        "Tasks that may wait while another runs; with 0, a second task is refused.",
+        START,
+        (0, MOST_QUEUED),
+    ),
+    NodeParameter(
+        "success_topic",
+        "",
+        "Topic of std_msgs/Bool that is true when the task is solved, such as sim/success; empty: "
+        "tasks end by time limit or cancellation.",
+        START,
     ),
     NodeParameter(
         "dry_run",

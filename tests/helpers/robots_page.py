@@ -28,7 +28,13 @@ PAGES = {
 }
 IN, OUT, SERVICE = "in", "out", "service"
 DRY = ("policy/preview_command", "policy/planned")  # with dry_run only
-OF_POLICY = ("policy/state", "policy/commanded", *DRY)
+OF_POLICY = (
+    "policy/state",
+    "policy/commanded",
+    "policy/task",
+    "policy/task_result",
+    *DRY,
+)
 _TYPES = {"raw": "sensor_msgs/msg/Image", "compressed": "sensor_msgs/msg/CompressedImage"}
 _WHEN = {START: "start only (read-only)", SETUP: "while unconfigured", LIVE: "any time"}
 
@@ -79,6 +85,24 @@ def policy_topics() -> list[Row]:
             OUT,
             "trajectory_msgs/msg/JointTrajectory",
             "every chunk when it takes over, with `dry_run`",
+        ),
+        (
+            "policy/task",
+            IN,
+            "std_msgs/msg/String",
+            "a task: an instruction, or JSON with `instruction`, `time_limit` [s] and `id`",
+        ),
+        (
+            "policy/task_result",
+            OUT,
+            "std_msgs/msg/String",
+            "JSON with `id`, `instruction`, `outcome`, `reason` and `seconds` of every task; latched",
+        ),
+        (
+            "policy/cancel_task",
+            SERVICE,
+            "std_srvs/srv/Trigger",
+            "cancel the task that runs and those that wait",
         ),
         ("policy/estop", SERVICE, "std_srvs/srv/Trigger", "stop; latched until `policy/reset`"),
         (

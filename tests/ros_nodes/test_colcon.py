@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COLCON = os.environ.get("COLCON") or shutil.which("colcon")
-EXECUTABLES = ("ceed-vla", "policy_node", "sim_node")
+EXECUTABLES = ("ceed-vla", "gripper_relay", "policy_node", "record_node", "sim_node")
 
 pytestmark = [
     pytest.mark.external,

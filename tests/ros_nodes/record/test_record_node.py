@@ -169,5 +169,7 @@ def test_a_recorder_that_is_killed_keeps_earlier_episodes(led: Any, tmp_path: Pa
     assert again.state == "idle: 1 episode stored"
     again.start()
     led.spin(1.0)
+    led.stop("s", signal.SIGKILL)
+    assert "sent nothing for" in again.wait("ended")
     again.stop()
     assert len(open_dataset(root)) > stored

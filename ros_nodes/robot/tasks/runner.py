@@ -1,0 +1,218 @@
+"""Runs one task after the other, with a result for each. Free of ROS and of clocks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.ros_nodes.robot.mode import Mode, State
+from ceed_vla.texts import instruction_problem, short, shown
+
+LONGEST = 86_400.0  # largest time limit [s]
+MOST_QUEUED = 8
+# In these states the arm does not move, and does not move again by itself.
+ENDED = (Mode.UNCONFIGURED, Mode.INACTIVE, Mode.DISABLED, Mode.STOPPED)
+
+
+class Outcome(StrEnum):
+    """How a task ended."""
+
+    SUCCESS = "success"  # the topic of the parameter success_topic said so
+    TIME_LIMIT = "time_limit"
+    CANCELLED = "cancelled"
+    FAILED = "failed"  # motion was forbidden: an outage, a stop, a conflict, an operator
+    REFUSED = "refused"  # it did not start
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to do, and for how long.
+
+    Attributes:
+        id: Chosen by who asks; the result has it.
+        instruction: For the policy.
+        time_limit: Longest time [s]; 0: none.
+    """
+
+    id: str
+    instruction: str
+    time_limit: float = 0.0
+
+    def __post_init__(self) -> None:
+        problem = instruction_problem(self.instruction)
+        if not self.instruction.strip():
+            problem = "it is empty"
+        if problem:
+            raise ConfigError(f"The task's instruction is invalid: {problem}.")
+        if not 0.0 <= self.time_limit <= LONGEST:  # NaN, too
+            raise ConfigError(
+                f"The task's time_limit is {self.time_limit}; it must lie in [0, {LONGEST:g}] s."
+            )
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """How a task ended.
+
+    Attributes:
+        id: Of the task.
+        instruction: Of the task.
+        outcome: One of `Outcome`.
+        reason: In words.
+        seconds: Time since its start [s].
+    """
+
+    id: str
+    instruction: str
+    outcome: str
+    reason: str
+    seconds: float
+
+    def json(self) -> str:
+        """The result as a JSON object."""
+        return json.dumps(asdict(self))
+
+
+class Controls(Protocol):
+    """What a task does with the robot."""
+
+    @property
+    def state(self) -> State:
+        """The present state."""
+
+    def begin(self, instruction: str) -> str:
+        """Give the policy an instruction and allow motion; return why that is refused, or ""."""
+
+    def end(self) -> None:
+        """Forbid motion: the arm holds at the next command."""
+
+
+class TaskRunner:
+    """Runs tasks.
+
+    Args:
+        controls: The robot.
+        queued: Number of tasks that may wait; 0: a second task is refused.
+
+    Attributes:
+        task: The task that runs; None if none does.
+    """
+
+    def __init__(self, controls: Controls, queued: int) -> None:
+        self.task: Task | None = None
+        self._controls = controls
+        self._queued = queued
+        self._waiting: deque[Task] = deque()
+        self._began = -math.inf
+        self._results: deque[TaskResult] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """Number of tasks that wait."""
+        return len(self._waiting)
+
+    def elapsed(self, now: float) -> float:
+        """Time since the start of the task that runs [s]; 0 without one."""
+        return 0.0 if self.task is None else now - self._began
+
+    def submit(self, task: Task, now: float) -> bool:
+        """Start a task at the time `now` [s], or let it wait; if neither, it has a result at once.
+
+        Returns:
+            Whether it runs or waits.
+        """
+        if self.task is None:
+            return self._start(task, now)
+        if len(self._waiting) >= self._queued:
+            busy = f"the task {shown(short(self.task.instruction, 80))} runs"
+            if self._waiting:
+                busy += f", and {len(self._waiting)} wait"
+            self._finish(task, Outcome.REFUSED, busy, 0.0)
+            return False
+        self._waiting.append(task)
+        return True
+
+    def cancel(self, now: float, id: str = "") -> int:
+        """Cancel a task, or all; return how many were cancelled."""
+        chosen = [task for task in self._waiting if id in ("", task.id)]
+        for task in chosen:
+            self._waiting.remove(task)
+            self._finish(task, Outcome.CANCELLED, "it was cancelled while it waited", 0.0)
+        if self.task is not None and id in ("", self.task.id):
+            self._end(Outcome.CANCELLED, "it was cancelled", now)
+            return len(chosen) + 1
+        return len(chosen)
+
+    def solved(self, now: float) -> None:
+        """Record that the task that runs is solved."""
+        if self.task is not None:
+            self._end(Outcome.SUCCESS, "it is solved", now)
+
+    def advance(self, now: float) -> Iterator[TaskResult]:
+        """End the task if its time is over or motion was forbidden, start the next one, and yield
+        the results since the last call.
+        """
+        task = self.task
+        if task is not None:
+            state = self._controls.state
+            if task.time_limit and now - self._began >= task.time_limit:
+                self._end(Outcome.TIME_LIMIT, f"its {task.time_limit:g} s are over", now)
+            elif state.mode in ENDED:
+                self._end(Outcome.FAILED, str(state), now)
+        while self.task is None and self._waiting:
+            self._start(self._waiting.popleft(), now)
+        while self._results:
+            yield self._results.popleft()
+
+    def _start(self, task: Task, now: float) -> bool:
+        refused = self._controls.begin(task.instruction)
+        if refused:
+            self._finish(task, Outcome.REFUSED, refused, 0.0)
+            return False
+        self.task = task
+        self._began = now
+        return True
+
+    def _end(self, outcome: Outcome, reason: str, now: float) -> None:
+        """End the task that runs, and hold the arm."""
+        assert self.task is not None
+        self._controls.end()
+        self._finish(self.task, outcome, reason, now - self._began)
+        self.task = None
+
+    def _finish(self, task: Task, outcome: Outcome, reason: str, seconds: float) -> None:
+        self._results.append(
+            TaskResult(task.id, task.instruction, outcome, short(reason, 500), round(seconds, 3))
+        )
+
+
+def read_task(text: str) -> Task:
+    """Return the task of a message on ``~/task``: an instruction, or a JSON object with
+    ``instruction`` and optionally ``time_limit`` [s] and ``id``.
+
+    `ConfigError`: It is neither.
+    """
+    if not text.lstrip().startswith("{"):
+        return Task("", text)
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"The task {shown(text)} is no JSON ({error}).") from error
+    unknown = sorted(set(fields) - {"id", "instruction", "time_limit"})
+    if unknown:
+        raise ConfigError(
+            f"The task has {shown(unknown[0])}; a task has id, instruction and time_limit."
+        )
+    limit = fields.get("time_limit", 0.0)
+    texts = (fields.get("instruction"), fields.get("id", ""))
+    if not all(isinstance(one, str) for one in texts):
+        raise ConfigError("The task's instruction and id must be strings.")
+    if isinstance(limit, bool) or not isinstance(limit, int | float):
+        raise ConfigError(f"The task's time_limit is {shown(limit)}; give a number of seconds.")
+    return Task(str(texts[1]), str(texts[0]), float(limit))

@@ -1,0 +1,122 @@
+"""Tasks: one runs at a time, and each has one result."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.ros_nodes.robot.mode import Mode, State
+from ceed_vla.ros_nodes.robot.tasks.runner import Task, TaskResult, TaskRunner, read_task
+
+
+class Robot:
+    """Records what tasks do with it."""
+
+    def __init__(self) -> None:
+        self.state = State(Mode.DISABLED)
+        self.refuses = ""
+        self.instructions: list[str] = []
+
+    def begin(self, instruction: str) -> str:
+        if not self.refuses:
+            self.instructions.append(instruction)
+            self.state = State(Mode.WAITING)
+        return self.refuses
+
+    def end(self) -> None:
+        self.state = State(Mode.DISABLED)
+
+
+@pytest.fixture
+def robot() -> Robot:
+    return Robot()
+
+
+def ended(runner: TaskRunner, now: float) -> list[tuple[str, str, float]]:
+    return [(one.id, one.outcome, one.seconds) for one in runner.advance(now)]
+
+
+def test_a_task_ends_after_its_time(robot: Robot) -> None:
+    runner = TaskRunner(robot, 0)
+    assert runner.submit(Task("a", "wipe", 3.0), 10.0)
+    assert ended(runner, 12.9) == []
+    assert runner.elapsed(12.9) == pytest.approx(2.9)
+    (result,) = runner.advance(13.05)
+    assert result == TaskResult("a", "wipe", "time_limit", "its 3 s are over", 3.05)
+    assert json.loads(result.json())["outcome"] == "time_limit"
+    assert robot.state.mode is Mode.DISABLED
+    assert runner.task is None
+
+
+def test_a_task_is_cancelled_or_solved(robot: Robot) -> None:
+    runner = TaskRunner(robot, 0)
+    runner.submit(Task("a", "wipe"), 0.0)
+    assert runner.cancel(1.0, "other") == 0
+    assert runner.cancel(1.0) == 1
+    assert robot.state.mode is Mode.DISABLED
+    assert ended(runner, 1.0) == [("a", "cancelled", 1.0)]
+    assert runner.cancel(2.0) == 0
+    runner.submit(Task("b", "wipe"), 2.0)
+    runner.solved(5.0)
+    runner.solved(5.1)
+    assert ended(runner, 5.2) == [("b", "success", 3.0)]
+
+
+@pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.DISABLED, Mode.INACTIVE, Mode.UNCONFIGURED])
+def test_a_task_fails_if_motion_is_forbidden(robot: Robot, mode: Mode) -> None:
+    runner = TaskRunner(robot, 0)
+    runner.submit(Task("a", "wipe"), 0.0)
+    for harmless in (Mode.HOLDING, Mode.GUIDED, Mode.MOVING, Mode.WAITING):
+        robot.state = State(harmless)
+        assert ended(runner, 1.0) == []
+    robot.state = State(mode, "estop", "requested")
+    (result,) = runner.advance(2.0)
+    assert (result.outcome, result.reason) == ("failed", str(State(mode, "estop", "requested")))
+
+
+def test_a_second_task_is_refused_or_waits(robot: Robot) -> None:
+    runner = TaskRunner(robot, 0)
+    runner.submit(Task("a", "wipe"), 0.0)
+    assert not runner.submit(Task("b", "cook"), 1.0)
+    (result,) = runner.advance(1.0)
+    assert (result.id, result.outcome) == ("b", "refused")
+    assert result.reason == "the task 'wipe' runs"
+    queueing = TaskRunner(robot, 2)
+    assert [queueing.submit(Task(id, f"do {id}", 1.0), 0.0) for id in "abcd"] == [1, 1, 1, 0]
+    assert queueing.waiting == 2
+    assert ended(queueing, 0.0) == [("d", "refused", 0.0)]
+    assert queueing.cancel(0.5, "c") == 1
+    assert ended(queueing, 1.0) == [("c", "cancelled", 0.0), ("a", "time_limit", 1.0)]
+    assert queueing.task == Task("b", "do b", 1.0)
+    assert ended(queueing, 2.5) == [("b", "time_limit", 1.5)]
+    assert robot.instructions[-2:] == ["do a", "do b"]
+
+
+def test_a_robot_that_cannot_move_refuses(robot: Robot) -> None:
+    robot.refuses = "estop: the emergency stop is latched (disabled)"
+    runner = TaskRunner(robot, 3)
+    assert not runner.submit(Task("a", "wipe"), 0.0)
+    (result,) = runner.advance(0.0)
+    assert (result.outcome, result.reason) == ("refused", robot.refuses)
+
+
+def test_messages() -> None:
+    assert read_task("put the cube in the bin") == Task("", "put the cube in the bin")
+    text = '{"instruction": "wipe", "time_limit": 30, "id": "7"}'
+    assert read_task(text) == Task("7", "wipe", 30.0)
+    for wrong, message in (
+        ("", "it is empty"),
+        ("{", "is no JSON"),
+        ('{"instruction": "wipe", "limit": 3}', "has 'limit'; a task has id, instruction"),
+        ('{"time_limit": 3}', "must be strings"),
+        ('{"instruction": "wipe", "time_limit": -1}', r"must lie in \[0, 86400\] s"),
+        ('{"instruction": "wipe", "time_limit": "3"}', "give a number of seconds"),
+        ('{"instruction": "wipe", "time_limit": NaN}', r"must lie in \[0, 86400\] s"),
+        ("x" * 501, "instruction is invalid"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_task(wrong)

@@ -30,7 +30,7 @@ class BagMessage:
 
     Attributes:
         kind: What it is: `IMAGE`, `JOINTS`, `COMMANDS`, `EVENT` or `INSTRUCTION`.
-        feature: Of an image.
+        feature: Of an image; the prefix of joint states.
         arrived: When the bag's recorder received it [s].
         data: Serialized, for an image; otherwise the message.
     """
@@ -42,9 +42,9 @@ class BagMessage:
 
 
 def topics_of(robot: RobotConfig, namespace: str) -> dict[str, tuple[str, str]]:
-    """Full name of a topic -> kind and feature, for a robot in a namespace."""
+    """Full name of a topic -> kind and feature (`BagMessage`), for a robot in a namespace."""
     wanted = {image.topic: (IMAGE, image.feature) for image in robot.images}
-    wanted[robot.joint_states] = (JOINTS, "")
+    wanted |= {topic: (JOINTS, prefix) for topic, prefix in robot.joint_topics.items()}
     wanted[robot.commands.topic] = (COMMANDS, "")
     wanted[EVENTS] = (EVENT, "")
     wanted[INSTRUCTIONS] = (INSTRUCTION, "")

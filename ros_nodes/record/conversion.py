@@ -115,7 +115,7 @@ class Conversion:
             if self._whole and not self._instruction:
                 self._task = str(message.data.data)
         else:
-            self.rows.take_joints(message.data)
+            self.rows.take_joints(message.data, message.feature)
 
     def _take_event(self, text: str) -> None:
         """Take an event of the record node, see `Recorder`."""

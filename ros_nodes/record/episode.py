@@ -98,10 +98,12 @@ class EpisodeRows:
         else:
             self._put(name, image.stamp, image)
 
-    def take_joints(self, message: Any) -> None:
-        """Take a sensor_msgs/JointState with some of the robot's joints."""
+    def take_joints(self, message: Any, prefix: str = "") -> None:
+        """Take a sensor_msgs/JointState with some of the robot's joints; `prefix` is that of the
+        topic, see `RobotConfig.joint_topics`.
+        """
         stamp = _seconds(message)
-        names = list(message.name)
+        names = [prefix + name for name in message.name]
         columns = {field: getattr(message, field) for field in self._fields.values()}
         for name in self._joints:
             if name not in names:

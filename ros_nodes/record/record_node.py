@@ -182,11 +182,11 @@ class RecordNode(SafeLifecycleNode):
             self._inputs.append(
                 self.create_subscription(message, image.topic, take_image, IMAGES, raw=True)
             )
-        self._inputs.append(
-            self.create_subscription(
-                JointState, robot.joint_states, setup.rows.take_joints, JOINT_STATES
+        for topic, prefix in robot.joint_topics.items():
+            take_joints: Any = partial(setup.rows.take_joints, prefix=prefix)
+            self._inputs.append(
+                self.create_subscription(JointState, topic, take_joints, JOINT_STATES)
             )
-        )
         commands = robot.commands
         kind: Any = JointState
         take: Any = setup.rows.take_commands

@@ -80,7 +80,7 @@ class GripperRelay(Node):
         self._sent: float | None = None  # opening of the last goal [m]
         try:
             self._type = message_class(values["action_type"])
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, ValueError) as error:
             raise ConfigError(
                 f"The action type {values['action_type']} is not installed ({error}); install its "
                 "package, for example ros-jazzy-control-msgs."

@@ -12,7 +12,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -135,10 +135,13 @@ class PolicyNode(SafeLifecycleNode):
             self.get_logger().warning(warning)
         if self._stopped_early is not None:
             setup.controller.estop(self._stopped_early)
-        # rclpy passes the message's information too, but its types do not declare that
-        take_joints: Any = self._on_joint_states
-        states = setup.robot.joint_states
-        self._inputs = [self.create_subscription(JointState, states, take_joints, JOINT_STATES)]
+        self._inputs = []
+        for topic, prefix in setup.robot.joint_topics.items():
+            # rclpy passes the message's information too, but its types do not declare that
+            take_joints: Any = self._take_joint_states(prefix)
+            self._inputs.append(
+                self.create_subscription(JointState, topic, take_joints, JOINT_STATES)
+            )
         self._inputs += intervention_inputs(self, setup.robot, setup.person)
         keep_memory()
         for camera in setup.observations.cameras:
@@ -228,6 +231,16 @@ class PolicyNode(SafeLifecycleNode):
             self._setup = None
 
     # ---- inputs ----------------------------------------------------------------------------------
+
+    def _take_joint_states(self, prefix: str) -> Callable[[JointState, Mapping[str, Any]], None]:
+        """Return the callback of joint states whose names get a prefix."""
+
+        def take(message: JointState, information: Mapping[str, Any]) -> None:
+            if prefix:
+                message.name = [prefix + name for name in message.name]
+            self._on_joint_states(message, information)
+
+        return take
 
     def _on_joint_states(self, message: JointState, information: Mapping[str, Any]) -> None:
         assert self._setup is not None

@@ -5,8 +5,8 @@ free of ROS nodes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +59,29 @@ class PolicySetup:
     controller: PolicyController
     person: Person | None = None
     warnings: tuple[str, ...] = ()  # of the review: unusual values in the robot's file
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[slice, CommandedArm]]:
+        """Group of joints -> its place among all, and its arm; see `Arm.parts`."""
+        whole = self.arm
+        return {
+            name: (
+                part,
+                replace(
+                    whole,
+                    joints=self._own_names(name, part),
+                    low=whole.low[part],
+                    high=whole.high[part],
+                    step=whole.step[part],
+                ),
+            )
+            for name, part in self.robot.arm.parts.items()
+        }
+
+    def _own_names(self, group: str, part: slice) -> tuple[str, ...]:
+        """Names of a group's joints in its messages."""
+        known = {one.name: one.joints for one in self.robot.arm.groups}
+        return known.get(group, self.arm.joints[part])
 
 
 def make_setup(

@@ -64,6 +64,23 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Group:
+    """One of several arms that a policy drives together.
+
+    Its joints are named ``GROUP_JOINT`` here, because arms of one type name their joints alike.
+    """
+
+    name: str
+    joints: tuple[str, ...]  # as its messages name them
+    joint_states: str  # topic of sensor_msgs/JointState
+
+    @property
+    def prefix(self) -> str:
+        """What precedes the names of its messages here."""
+        return f"{self.name}_"
+
+
+@dataclass(frozen=True)
 class Arm:
     """The arm's model."""
 
@@ -78,6 +95,19 @@ class Arm:
     sign: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     offset: tuple[float, ...] = ()  # [rad]
+    groups: tuple[Group, ...] = ()  # empty for one arm
+
+    @property
+    def parts(self) -> dict[str, slice]:
+        """Group -> its place among the joints; one part "" for one arm."""
+        if not self.groups:
+            return {"": slice(0, len(self.joints))}
+        found = {}
+        begin = 0
+        for group in self.groups:
+            found[group.name] = slice(begin, begin + len(group.joints))
+            begin += len(group.joints)
+        return found
 
     @property
     def units(self) -> Linear:
@@ -181,6 +211,13 @@ class RobotConfig:
     allow: tuple[str, ...] = ()  # of `ALLOWABLE`
     commands: CommandSource = CommandSource()
     intervention: Intervention | None = None
+
+    @property
+    def joint_topics(self) -> dict[str, str]:
+        """Topic of joint states -> what precedes the names of its joints here."""
+        if self.arm.groups:
+            return {group.joint_states: group.prefix for group in self.arm.groups}
+        return {self.joint_states: ""}
 
     @property
     def action_dim(self) -> int:

@@ -26,6 +26,7 @@ from ceed_vla.ros_nodes.robot.robot_config import (
     Arm,
     CommandSource,
     Gripper,
+    Group,
     ImageSource,
     Intervention,
     Limits,
@@ -77,7 +78,11 @@ def load_robot_config(path: str | Path = "") -> RobotConfig:
     config = RobotConfig(
         source=file,
         images=_images(fields.child("images", optional=True)),
-        joint_states=fields.child("joint_states").topic("topic"),
+        joint_states=(
+            arm.groups[0].joint_states
+            if arm.groups
+            else fields.child("joint_states").topic("topic")
+        ),
         states={feature: states.texts(feature, tuple(COMPONENTS)) for feature in states},
         arm=arm,
         gripper=gripper,
@@ -147,8 +152,27 @@ def _images(fields: Fields) -> tuple[ImageSource, ...]:
     return tuple(sources)
 
 
+def _groups(fields: Fields) -> tuple[Group, ...]:
+    """Several arms; see `Group`."""
+    for key in ("joints", "model"):
+        if key in fields:
+            raise fields.error(key, "and groups exclude each other; groups name the joints")
+    groups = []
+    for name, settings in fields.child("groups").children():
+        joints = settings.texts("joints")
+        if not joints or not name.isidentifier():
+            raise settings.error("joints", "is empty, or the group's name is no word")
+        groups.append(Group(name, joints, settings.topic("joint_states")))
+    topics = [group.joint_states for group in groups]
+    if len(groups) < 2 or len(set(topics)) < len(topics):
+        raise fields.error("groups", "needs two or more arms, each with its own joint_states")
+    return tuple(groups)
+
+
 def _arm(fields: Fields) -> Arm:
-    joints = fields.texts("joints")
+    groups = _groups(fields) if "groups" in fields else ()
+    joints = tuple(f"{group.prefix}{name}" for group in groups for name in group.joints)
+    joints = joints or fields.texts("joints")
     if not joints:
         raise fields.error("joints", "is empty; name the arm's joints")
     model: Path | None = None
@@ -176,7 +200,8 @@ def _arm(fields: Fields) -> Arm:
             "unit", "and scale exclude each other; scale is radians per unit of the policy"
         )
     unit = fields.text("unit", "rad", ("rad", "deg"))
-    return Arm(model, tcp, joints, home, unit, sign, scale, each("offset", low=-100.0, high=100.0))
+    offset = each("offset", low=-100.0, high=100.0)
+    return Arm(model, tcp, joints, home, unit, sign, scale, offset, groups)
 
 
 def _gripper(fields: Fields) -> Gripper:
@@ -308,6 +333,7 @@ def _check(config: RobotConfig, fields: Fields) -> None:
         raise fields.error(
             "state", f"has {', '.join(COMMAND_COMPONENTS)}, which only ee_delta actions have"
         )
+    _check_groups(config, fields)
     if config.gripper is None and components & {"finger_opening", "commanded_gripper"}:
         raise fields.error("gripper", "is missing; finger_opening and commanded_gripper need it")
     if config.gripper is not None and not config.gripper.joints and "finger_opening" in components:
@@ -316,6 +342,21 @@ def _check(config: RobotConfig, fields: Fields) -> None:
     shared = set(config.gripper.joints) & set(config.arm.joints) if config.gripper else set()
     if shared:
         raise fields.error("gripper.joints", f"repeats the arm's {', '.join(sorted(shared))}")
+
+
+def _check_groups(config: RobotConfig, fields: Fields) -> None:
+    """Validate what several arms change: a command topic for each, and grippers as joints."""
+    wanted = set(config.arm.parts)
+    for name, interface in config.interfaces.items():
+        if set(interface.topics) != wanted:
+            need = (
+                f"one topic for each of {', '.join(sorted(wanted))}" if wanted != {""} else "a name"
+            )
+            raise fields.error(f"interfaces.{name}.topic", f"needs {need}")
+    if config.arm.groups and config.gripper is not None:
+        raise fields.error(
+            "gripper", "is one gripper, and there are several arms; name grippers as their joints"
+        )
 
 
 def _check_inverses(config: RobotConfig, fields: Fields) -> None:

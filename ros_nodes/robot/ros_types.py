@@ -15,4 +15,7 @@ def message_class(name: str) -> Any:
         ImportError: ROS 2, or the package of the message, is not installed.
     """
     package, kind, message = name.split("/")
-    return getattr(importlib.import_module(f"{package}.{kind}"), message)
+    module = importlib.import_module(f"{package}.{kind}")
+    if not hasattr(module, message):  # a folder of this name that is no built package
+        raise ImportError(f"{module.__name__} has no {message}")
+    return getattr(module, message)

@@ -30,10 +30,14 @@ GRIPPER_PERIOD = 0.1  # time after which an unchanged gripper command is repeate
 
 
 def command_message(
-    setup: PolicySetup, decision: Decision | None, last: Decision | None, stamp: Time
+    setup: PolicySetup,
+    decision: Decision | None,
+    last: Decision | None,
+    stamp: Time,
+    group: str = "",
 ) -> Any | None:
-    """Return the message to the arm's controller for a decision that follows the `last` one; None
-    to send nothing.
+    """Return the message to an arm's controller for a decision that follows the `last` one; None to
+    send nothing. `group` is the arm, if there are several.
     """
     measured = setup.safety.measured
     if decision is None or decision.positions is None or measured is None:
@@ -42,7 +46,9 @@ def command_message(
     if last is not None and last.positions is not None and decision.hold is None:
         limit = setup.safety.limits.max_velocity  # a late command follows by a longer step
         speeds = np.clip((decision.positions - last.positions) / setup.arm.period, -limit, limit)
-    return setup.interface.message(Command(decision.positions, speeds, measured, stamp), setup.arm)
+    part, arm = setup.parts[group]
+    command = Command(decision.positions[part], speeds[part], measured[part], stamp)
+    return setup.interface.message(command, arm)
 
 
 class Streaming:
@@ -64,9 +70,14 @@ class Streaming:
         self._simulated = node.get_parameter("use_sim_time").value
         interface = setup.interface
         gripper = setup.robot.gripper
-        topic = "~/preview_command" if self._dry else interface.topic
-        self._commands = node.create_publisher(interface.message_class, topic, COMMAND)
-        self._publishers = [self._commands]
+        # by group of joints, "" without groups
+        self._commands = {
+            group: node.create_publisher(
+                interface.message_class, self._topic(group, topic), COMMAND
+            )
+            for group, topic in interface.topics.items()
+        }
+        self._publishers = list(self._commands.values())
         self._planned = None
         self._shown = 0  # the last chunk on ~/planned
         if self._dry:
@@ -84,6 +95,12 @@ class Streaming:
         self._paced = time.monotonic(), self.now()  # time of the last check for other commanders
         self._ticks = node.create_timer(setup.arm.period, self._tick, clock=clock)
         self._looks = node.create_timer(CONFLICT_PERIOD, self._look_for_others, clock=steady)
+
+    def _topic(self, group: str, topic: str) -> str:
+        """Topic of the commands of a group, whose controller has `topic`."""
+        if not self._dry:
+            return topic
+        return f"~/preview_command_{group}" if group else "~/preview_command"
 
     def now(self) -> float:
         """Time of the step grid [s]: steady, or the simulation's."""
@@ -126,16 +143,18 @@ class Streaming:
         self._planned.publish(message)
 
     def _send(self, decision: Decision | None) -> None:
-        message = command_message(
-            self._setup, decision, self._last, self._node.get_clock().now().to_msg()
-        )
+        stamp = self._node.get_clock().now().to_msg()
+        sent = False
+        for group, publisher in self._commands.items():
+            message = command_message(self._setup, decision, self._last, stamp, group)
+            if message is not None:
+                publisher.publish(message)
+                sent = True
         self._last = decision
-        if message is not None:
-            self._commands.publish(message)
-            if decision is not None and not self._dry:
-                self._tell(decision)
-                if decision.gripper is not None:
-                    self._grip(decision.gripper, self.now())
+        if sent and decision is not None and not self._dry:
+            self._tell(decision)
+            if decision.gripper is not None:
+                self._grip(decision.gripper, self.now())
 
     def _tell(self, decision: Decision) -> None:
         """Publish what is commanded: arm joints [rad], and the gripper's opening [m] if there is
@@ -194,17 +213,18 @@ class Streaming:
 
     def _other_drivers(self) -> str | None:
         """Return which joints have several publishers, and which nodes these may be."""
-        topic = self._node.resolve_topic_name(self._setup.robot.joint_states)
-        if self._node.count_publishers(topic) < 2:  # takes a tenth of the time to read their names
-            return None
-        nodes = self._publishers_of(topic)
-        shared = self._setup.sources.shared(len(nodes), time.monotonic())
-        if not shared:
-            return None
-        return (
-            f"{len(nodes)} publishers of {topic} send {', '.join(shared)}: the candidates are "
-            f"{', '.join(sorted(set(nodes)))}; end one of them"
-        )
+        for name in self._setup.robot.joint_topics:
+            topic = self._node.resolve_topic_name(name)
+            if self._node.count_publishers(topic) < 2:  # a tenth of the time to read their names
+                continue
+            nodes = self._publishers_of(topic)
+            shared = self._setup.sources.shared(len(nodes), time.monotonic())
+            if shared:
+                return (
+                    f"{len(nodes)} publishers of {topic} send {', '.join(shared)}: the candidates "
+                    f"are {', '.join(sorted(set(nodes)))}; end one of them"
+                )
+        return None
 
     def _publishers_of(self, topic: str) -> list[str]:
         """Return the full names of the nodes that publish on a topic, one per publisher."""

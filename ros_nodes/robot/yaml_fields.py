@@ -98,6 +98,13 @@ class Fields:
             )
         return value
 
+    def topics(self, key: str) -> dict[str, str]:
+        """Return a topic as {"": topic}, or a mapping of names to topics."""
+        if not isinstance(self._values.get(key), dict):
+            return {"": self.topic(key)}
+        child = self.child(key)
+        return {name: child.topic(name) for name in child}
+
     def texts(
         self, key: str, choices: Sequence[str] = (), default: tuple[str, ...] = _MISSING
     ) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def policy_topics() -> list[Row]:
             "policy/task_result",
             OUT,
             "std_msgs/msg/String",
-            "JSON with `id`, `instruction`, `outcome`, `reason` and `seconds` of every task; latched",
+            "JSON with `id`, `outcome`, `reason` and `seconds` of every task; latched",
         ),
         (
             "policy/cancel_task",

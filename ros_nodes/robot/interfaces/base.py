@@ -53,7 +53,8 @@ class ActionInterface(ABC):
     commands_joints: ClassVar[bool] = True
 
     def __init__(self, settings: Fields) -> None:
-        self.topic = settings.topic("topic")
+        self.topics = settings.topics("topic")  # by group of joints; "" without groups
+        self.topic = next(iter(self.topics.values()), "")
 
     @property
     def message_class(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ COLUMNS = (
     "tokens = AR",
 )
 PAIRED = ("decoder", "against", "points [95 %]", "only this : only the other", "sign test p")
+LETTER = 0.019  # width of a letter in a plot on a phone, as a share of the axis
+LINE = 5.0  # height of a line of text [percentage points]
 MOST_CLIPS = 24 * 2**20  # of all clips of a run [bytes]; others are named
 
 
@@ -128,11 +131,12 @@ def pareto(runs: Sequence[Run]) -> Plot:
                 "name": label(run.name),
                 "x": cost,
                 "y": rates,
-                "text": [label(name) for name in shown],
+                "text": readable_labels([label(name) for name in shown], cost, rates),
+                "customdata": [label(name) for name in shown],
                 "textposition": "top center",
                 "error_y": interval_bars(rates, ends),
                 "marker": {"size": 10, "color": PALETTE[index % len(PALETTE)]},
-                "hovertemplate": "%{text}: %{y:.1f} %, %{x:.2f}<extra></extra>",
+                "hovertemplate": "%{customdata}: %{y:.1f} %, %{x:.2f}<extra></extra>",
             }
         )
     unit = "latency of a chunk, p50 [ms]" if timed else "forwards of a chunk"
@@ -142,6 +146,30 @@ def pareto(runs: Sequence[Run]) -> Plot:
         "showlegend": len(runs) > 1,
     }
     return Plot(f"Success against {unit}", traces, layout, height=420)
+
+
+def readable_labels(
+    names: Sequence[str], costs: Sequence[float], rates: Sequence[float]
+) -> list[str]:
+    """The names of points that have room for them, "" for the others; best points first.
+
+    Args:
+        names: Of the points.
+        costs: On a logarithmic axis, all above 0.
+        rates: [%].
+    """
+    span = max(math.log(max(costs) / min(costs)), 1e-9) if costs else 1.0
+    order = sorted(range(len(names)), key=lambda i: (-rates[i], costs[i]))
+    chosen: dict[int, tuple[float, float, float]] = {}
+    for index in order:
+        place = math.log(costs[index]) / span
+        half = 0.5 * LETTER * len(names[index])
+        if all(
+            abs(place - x) > half + other or abs(rates[index] - y) > LINE
+            for x, y, other in chosen.values()
+        ):
+            chosen[index] = (place, rates[index], half)
+    return [name if index in chosen else "" for index, name in enumerate(names)]
 
 
 def _pareto_cost(entry: Mapping[str, Any], timed: bool) -> float:

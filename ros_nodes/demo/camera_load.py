@@ -143,10 +143,12 @@ class Arm:
     Attributes:
         sent: Times of sending of the commands [ns].
         policy: Newest diagnostics of the policy node.
+        node: The node.
     """
 
     sent: list[int] = field(default_factory=list)
     policy: dict[str, str] = field(default_factory=dict)
+    node: Any = None
 
     def __post_init__(self) -> None:
         import rclpy
@@ -171,15 +173,15 @@ class Arm:
         self._moved = time.time_ns()
         self._message = JointState
         rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
-        self._node = rclpy.create_node("arm")
+        self.node = rclpy.create_node("arm")
         self._executor = SingleThreadedExecutor()
-        self._executor.add_node(self._node)
-        self._states = self._node.create_publisher(JointState, "/joint_states", JOINT_STATES)
-        self._node.create_timer(_STATES, self._publish)
+        self._executor.add_node(self.node)
+        self._states = self.node.create_publisher(JointState, "/joint_states", JOINT_STATES)
+        self.node.create_timer(_STATES, self._publish)
         follow: Callable[..., None] = self._follow  # rclpy passes the message's information too
         queued = QoSProfile(depth=_QUEUED)  # a command lost here must not count as a missed tick
-        self._node.create_subscription(Float64MultiArray, COMMANDS, follow, queued)
-        self._node.create_subscription(DiagnosticArray, "/diagnostics", self._diagnosed, COMMAND)
+        self.node.create_subscription(Float64MultiArray, COMMANDS, follow, queued)
+        self.node.create_subscription(DiagnosticArray, "/diagnostics", self._diagnosed, COMMAND)
 
     def _publish(self) -> None:
         now = time.time_ns()
@@ -219,7 +221,7 @@ class Arm:
         import rclpy
 
         self._executor.shutdown()
-        self._node.destroy_node()
+        self.node.destroy_node()
         rclpy.try_shutdown()
 
 

@@ -41,6 +41,10 @@ class Series:
         place = bisect.bisect_left(self.stamps, time)
         return self.stamps[place] if place < len(self.stamps) else None
 
+    def after(self, time: float) -> list[float]:
+        """Stamps of the samples from `time` on."""
+        return self.stamps[bisect.bisect_left(self.stamps, time) :]
+
     def reaches(self, time: float) -> bool:
         """Whether no sample with a stamp up to `time` is to be expected any more."""
         return bool(self.stamps) and self.stamps[-1] > time + _ROUNDING
@@ -191,14 +195,24 @@ class FrameSampler:
         return self._time(self.frames + 1) > self._end + _ROUNDING
 
     def _begin(self) -> bool:
-        """Find the time of the first frame; return False if an input has no fresh sample yet."""
+        """Find the time of the first frame; return False if an input has no fresh sample yet.
+
+        It lies in the middle between two samples of the first of the inputs that are counted, so
+        that a camera with the rate of the frames has one image for each, in spite of its jitter.
+        """
         if math.isnan(self._asked):
             return False
         firsts = [series.first(self._asked - self._longest_gap) for series in self._series.values()]
         known = [first for first in firsts if first is not None]
         if len(known) < len(firsts):
             return False
-        self._start = max(self._asked, *known)
+        start = max(self._asked, *known)
+        for name in self._counted[:1]:
+            samples = self._series[name].after(start)[:2]
+            if len(samples) < 2:
+                return False
+            start = samples[0] + 0.5 * min(samples[1] - samples[0], self._period)
+        self._start = start
         return True
 
     def _time(self, frame: int) -> float:

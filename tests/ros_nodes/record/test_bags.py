@@ -105,8 +105,9 @@ def test_a_bag_without_events_is_one_episode_in_both_formats(tmp_path: Path, rob
     assert one.tasks == ["wipe the table"]
     # At 10 Hz from the first message of every input on; the action is where the leader is next.
     assert one.action is not None
-    np.testing.assert_allclose(one.state[:, 0], 0.1 * np.arange(39), atol=0.021)
-    np.testing.assert_allclose(one.action[:, 0], 0.1 * (np.arange(39) + 1), atol=0.021)
+    begin = 1 / 30 + 0.5 / 30
+    np.testing.assert_allclose(one.state[:, 0], begin + 0.1 * np.arange(39), atol=0.021)
+    np.testing.assert_allclose(one.action[:, 0], begin + 0.1 * np.arange(1, 40), atol=0.021)
     file = next((tmp_path / "MCAP").glob("*.mcap"))
     assert convert(file, robot, "../of_file", instruction="wipe the table").frames == 39
 
@@ -125,10 +126,10 @@ def test_events_of_the_record_node_say_what_is_an_episode(
         event(1007.0, event="start", time=1007.0, instruction="four"),
     ]
     summary = convert(write(tmp_path / "bag", found), robot)
-    assert (summary.episodes, summary.frames) == (2, 14 + 10)
+    assert (summary.episodes, summary.frames) == (2, 14 + 9)
     data = open_dataset(tmp_path / "data")
     assert [data.tasks[i] for i in data.task[[0, 14]]] == ["one", "three"]
-    np.testing.assert_allclose(data.state[0, 0], 0.52, atol=0.021)
+    np.testing.assert_allclose(data.state[0, 0], 0.533 + 0.017, atol=0.021)
     shown = capsys.readouterr().out
     for text in ("discarded", "failure", "the bag ends before the episode"):
         assert text in shown
@@ -188,4 +189,4 @@ def test_damage_in_the_middle_keeps_what_was_before(tmp_path: Path, robot: str) 
     bag = write(tmp_path / "bag", found)
     with pytest.raises(DatasetError, match=r"is none of the record node.*1 episode of the bag"):
         convert(bag, robot)
-    assert len(open_dataset(tmp_path / "data")) == 15
+    assert len(open_dataset(tmp_path / "data")) == 14

@@ -105,7 +105,7 @@ def test_an_episode_from_start_to_stored(bench: Bench) -> None:
     stopped = bench.now
     assert recorder.stop(bench.now, success=True).accepted
     bench.run(0.5)
-    assert bench.worker.kinds == [ROW] * 10 + [END]
+    assert bench.worker.kinds == [ROW] * 9 + [END]
     row = bench.worker.requests[0].row
     assert row is not None
     assert row.values["observation.state"].tolist() == pytest.approx([0.1, 0.2])

@@ -46,6 +46,7 @@ class Session:
         interface: Action interface of the policy node, whose commands are recorded.
         policy_arguments: Further ``--ros-args`` of the policy node.
         sim_arguments: Further ``--ros-args`` of the simulated robot.
+        bag: Whether their messages are recorded in a bag.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Session:
         interface: ActionInterface,
         policy_arguments: list[str],
         sim_arguments: list[str],
+        *,
+        bag: bool = True,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # rclpy.init reads this, here and in the child processes
@@ -67,16 +70,16 @@ class Session:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._context = Context()
         rclpy.init(args=[], context=self._context, domain_id=domain)
-        self._node = rclpy.create_node("demo", context=self._context)
+        self.node = rclpy.create_node("demo", context=self._context)
         self._executor = SingleThreadedExecutor(context=self._context)
-        self._executor.add_node(self._node)
+        self._executor.add_node(self.node)
         self.bag = BagWriter(folder / "bag.mcap")
-        self._subscribe(interface)
-        self._start("sim", "ceed_vla.ros_nodes.simulated.sim_node", sim_arguments)
+        self._subscribe(interface, bag=bag)
+        self.start("sim", "ceed_vla.ros_nodes.simulated.sim_node", sim_arguments)
         arguments = ["-p", "autostart:=true", "-p", "start_enabled:=false", *policy_arguments]
-        self._start("policy", "ceed_vla.ros_nodes.robot.policy_node", arguments)
+        self.start("policy", "ceed_vla.ros_nodes.robot.policy_node", arguments)
 
-    def _subscribe(self, interface: ActionInterface) -> None:
+    def _subscribe(self, interface: ActionInterface, *, bag: bool) -> None:
         sensor = QoSProfile(depth=_QUEUED, reliability=ReliabilityPolicy.BEST_EFFORT)
         command = QoSProfile(depth=_QUEUED)
         topics = {
@@ -89,11 +92,11 @@ class Session:
             "/diagnostics": (DiagnosticArray, command),
             f"/{interface.topic}": (interface.message_class, command),
         }
-        for name, (kind, qos) in topics.items():
-            record(self._node, self.bag, name, kind, qos)
-        self._node.create_subscription(Bool, "/sim/success", self._on_success, LATCHED)
-        self._node.create_subscription(JointState, "/joint_states", self._on_joint_states, COMMAND)
-        self._node.create_subscription(
+        for name, (kind, qos) in topics.items() if bag else ():
+            record(self.node, self.bag, name, kind, qos)
+        self.node.create_subscription(Bool, "/sim/success", self._on_success, LATCHED)
+        self.node.create_subscription(JointState, "/joint_states", self._on_joint_states, COMMAND)
+        self.node.create_subscription(
             DiagnosticArray, "/diagnostics", self._on_diagnostics, COMMAND
         )
 
@@ -107,7 +110,8 @@ class Session:
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         self.policy = status_values(message, "action_interface") or self.policy
 
-    def _start(self, name: str, module: str, arguments: list[str]) -> None:
+    def start(self, name: str, module: str, arguments: list[str]) -> None:
+        """Start another node, which ends with the others."""
         with (self._folder / f"{name}.log").open("wb") as output:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, "-m", module, "--ros-args", *arguments],
@@ -128,11 +132,11 @@ class Session:
         """Enable the policy's motion, or disable it."""
         end = time.monotonic() + CALL_TIMEOUT
         request = SetBool.Request(data=on)
-        response = self._call("/policy/enable", SetBool, request)
+        response = self.call("/policy/enable", SetBool, request)
         passing = ("stale", "unsettled_pose")  # transient: on a busy machine, after a new episode
         while response.message.startswith(passing) and time.monotonic() < end:
             self.spin(0.1)
-            response = self._call("/policy/enable", SetBool, request)
+            response = self.call("/policy/enable", SetBool, request)
         if not response.success:
             raise NodeError(
                 f"The policy node does not {'enable' if on else 'disable'}: {response.message}"
@@ -144,16 +148,16 @@ class Session:
         request = SetParameters.Request(
             parameters=[parameter.to_parameter_msg() for parameter in parameters]
         )
-        for result in self._call("/sim/set_parameters", SetParameters, request).results:
+        for result in self.call("/sim/set_parameters", SetParameters, request).results:
             if not result.successful:
                 raise NodeError(f"The simulation refuses the episode: {result.reason}")
         self.solved = False
-        response = self._call("/sim/reset_episode", Trigger, Trigger.Request())
+        response = self.call("/sim/reset_episode", Trigger, Trigger.Request())
         if not response.success:
             raise NodeError(f"The simulation does not reset: {response.message}")
         # The arm jumps to its new pose, which the policy node accepts only from an operator.
         self.spin(SETTLE)
-        self._call("/policy/reset", Trigger, Trigger.Request())
+        self.call("/policy/reset", Trigger, Trigger.Request())
         return str(response.message)
 
     def spin(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
@@ -190,18 +194,19 @@ class Session:
         self.bag.close()
         if self._context.ok():
             self._executor.shutdown()
-            self._node.destroy_node()
+            self.node.destroy_node()
             rclpy.try_shutdown(context=self._context)
 
-    def _call(self, service: str, kind: Any, request: Any) -> Any:
-        client = self._node.create_client(kind, service)
+    def call(self, service: str, kind: Any, request: Any) -> Any:
+        """Call a service, and return its response."""
+        client = self.node.create_client(kind, service)
         try:
             self._wait(client.service_is_ready, f"service {service}", CALL_TIMEOUT)
             future = client.call_async(request)
             self._wait(future.done, f"answer of {service}", CALL_TIMEOUT)
             return future.result()
         finally:
-            self._node.destroy_client(client)
+            self.node.destroy_client(client)
 
     def _wait(self, until: Callable[[], bool], what: str, timeout: float) -> None:
         if not self.spin(timeout, until):

@@ -38,6 +38,13 @@ SIM_PARAMETERS = (
         "publish_instruction", True, "Publish the episode's instruction for the policy node.", LIVE
     ),
     NodeParameter(
+        "publish_expert",
+        False,
+        "Publish what a scripted expert would do now on ~/expert (sensor_msgs/Joy, 50 Hz): six "
+        "axes of an action, and the buttons 0 to open and 1 to close.",
+        START,
+    ),
+    NodeParameter(
         "publish_clock",
         False,
         "Publish /clock and stamp messages with it; other nodes need use_sim_time.",

@@ -4,6 +4,7 @@ Free of ROS.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mujoco
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ceed_vla.errors import SimulationError
+from ceed_vla.kinematics import matrix_rpy
 from ceed_vla.ros_nodes.simulated.controllers import (
     Array,
     Controller,
@@ -19,7 +21,7 @@ from ceed_vla.ros_nodes.simulated.controllers import (
     Trajectory,
     finite,
 )
-from ceed_vla.sim.tabletop import arm
+from ceed_vla.sim.tabletop import arm, expert
 from ceed_vla.sim.tabletop.env import TabletopEnv
 from ceed_vla.sim.tabletop.scene import CAMERAS, FINGER_STROKE, SIM_DT
 
@@ -75,6 +77,17 @@ class SimRobot:
         """Whether the instruction is fulfilled now."""
         mujoco.mj_forward(self._env.scene.model, self._env.data)
         return self._env.is_success()
+
+    def expert_action(self) -> Array:
+        """Action (7,) in [-1, 1] of the scripted expert, which knows the scene: it leads on from
+        the present set-point.
+        """
+        mujoco.mj_forward(self._env.scene.model, self._env.data)
+        position, matrix = self._arm.pose(self._joints)
+        now = replace(
+            self._env.situation(), command_position=position, command_rpy=matrix_rpy(matrix)
+        )
+        return expert.expert_action(self._env.command, now).astype(np.float64)
 
     @property
     def positions(self) -> Array:

@@ -36,7 +36,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.time import Time
 from rosgraph_msgs.msg import Clock as ClockMessage
-from sensor_msgs.msg import Image, JointState
+from sensor_msgs.msg import Image, JointState, Joy
 from std_msgs.msg import Bool, Float64MultiArray, Header, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
@@ -51,6 +51,7 @@ from ceed_vla.ros_nodes.robot.spinning import run
 from ceed_vla.sim.tabletop.scene import CAMERAS
 
 JOINT_STATE_RATE = 100.0  # [Hz]
+EXPERT_RATE = 50.0  # [Hz]
 REFUSAL_SHOWN = 5.0  # time for which diagnostics warn of a refused command [s]
 MAX_LAG = 0.25  # longest time caught up after a stall; the rest is skipped, or the arm leaps [s]
 
@@ -92,6 +93,11 @@ class SimNode(Node):
             self._camera_period, self._on_camera_time, clock=steady
         )
         self.create_timer(1.0, self._publish_diagnostics, clock=steady)
+        if values["publish_expert"]:
+            self._expert = self.create_publisher(Joy, "~/expert", COMMAND)
+            self.create_timer(
+                1.0 / (EXPERT_RATE * self._factor), self._publish_expert, clock=steady
+            )
         self.add_on_set_parameters_callback(
             partial(parameters.refusal, SIM_PARAMETERS, configured=True)
         )
@@ -210,6 +216,14 @@ class SimNode(Node):
             self._images[name].publish(
                 array_to_image(pixels, stamp, f"{name}_camera_optical_frame")
             )
+
+    def _publish_expert(self) -> None:
+        """Publish what the scripted expert would do now."""
+        action = self._robot.expert_action()
+        opens = int(action[6] > 0.0)
+        message = Joy(axes=action[:6].tolist(), buttons=[opens, 1 - opens])
+        message.header.stamp = self._now().to_msg()
+        self._expert.publish(message)
 
     def _publish_diagnostics(self) -> None:
         kinds = (Float64MultiArray, JointTrajectory, TwistStamped)

@@ -183,6 +183,7 @@ def sim_topics() -> list[Row]:
             if way in mirrored and name not in ("diagnostics", *OF_POLICY)
         ),
         ("sim/success", OUT, "std_msgs/msg/Bool", "true when the episode is solved; latched"),
+        ("sim/expert", OUT, "sensor_msgs/msg/Joy", "with `publish_expert`: a scripted person"),
         ("clock", OUT, "rosgraph_msgs/msg/Clock", "with `publish_clock`"),
         ("diagnostics", OUT, "diagnostic_msgs/msg/DiagnosticArray", "once a second"),
         (

@@ -24,7 +24,7 @@ WORK_FOLDER = ".recording"
 _META_FILES = ("info.json", "stats.json", "tasks.parquet")
 _EPISODE_FILE = re.compile(
     r"(data|meta/episodes)/chunk-\d{3,}/file-\d{3,}\.parquet"
-    r"|videos/[\w.]+/chunk-\d{3,}/file-\d{3,}\.mp4"
+    r"|videos/[\w.-]+/chunk-\d{3,}/file-\d{3,}\.mp4"
 )
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -40,19 +42,26 @@ def main(number: int) -> None:
     pipe = Connection(number)
     try:
         plan = pipe.recv()
+        from ceed_vla.outputs import owned_folder
         from ceed_vla.ros_nodes.record.store import EpisodeStore
 
-        store = EpisodeStore(plan)
+        # The process that writes is the folder's owner, also if the node is killed.
+        with owned_folder("root", str(plan.root)):
+            _serve(pipe, EpisodeStore(plan))
     except EOFError:
         return
     except Exception as error:
-        pipe.send(Reply(FAILED, error=_reason(error)))
-        return
-    pipe.send(Reply(READY, store.episodes, store.frames))
+        with suppress(OSError):  # the parent may have ended
+            pipe.send(Reply(FAILED, error=_reason(error)))
+
+
+def _serve(pipe: Connection, store: EpisodeStore) -> None:
+    """Serve requests until the parent ends."""
+    pipe.send(Reply(READY, 0, store.episodes, store.frames))
     failed = False
     try:
         while (request := pipe.recv()).kind != CLOSE:
-            reply = _served(store, request, failed=failed)
+            reply = replace(_served(store, request, failed=failed), episode=request.episode)
             failed = reply.kind == FAILED
             pipe.send(reply)
     except (EOFError, OSError):
@@ -63,7 +72,7 @@ def main(number: int) -> None:
 def _served(store: EpisodeStore, request: Request, *, failed: bool) -> Reply:
     """Serve a request; `failed` is whether the present episode is lost already."""
     if failed and request.kind != DISCARD:
-        return Reply(FAILED, store.episodes, store.frames)
+        return Reply(FAILED, 0, store.episodes, store.frames)
     damaged = store.damaged
     try:
         if request.kind == ROW:
@@ -72,12 +81,12 @@ def _served(store: EpisodeStore, request: Request, *, failed: bool) -> Reply:
             return Reply(WRITTEN)
         if request.kind == END:
             store.end(success=request.success)
-            return Reply(STORED, store.episodes, store.frames, damaged)
+            return Reply(STORED, 0, store.episodes, store.frames, damaged)
         store.discard()
-        return Reply(DISCARDED, store.episodes, store.frames, damaged)
+        return Reply(DISCARDED, 0, store.episodes, store.frames, damaged)
     except Exception as error:
         store.discard()
-        return Reply(FAILED, store.episodes, store.frames, error=_reason(error))
+        return Reply(FAILED, 0, store.episodes, store.frames, error=_reason(error))
 
 
 def _reason(error: Exception) -> str:

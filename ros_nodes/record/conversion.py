@@ -123,6 +123,7 @@ class Conversion:
             event = json.loads(text)
             kind = event["event"]
             if kind == START:
+                self._advance(math.inf)  # a stopped episode is complete
                 self._drop()
                 self._begin(float(event["time"]), str(event["instruction"]))
             elif kind == STOP and self._running:
@@ -174,6 +175,7 @@ class Conversion:
         damaged = self._store.damaged
         if not rows.frames and outcome in (SUCCESS, FAILURE):
             outcome = EMPTY
+        rows.finish()
         if outcome in (SUCCESS, FAILURE):
             self._store.end(success=outcome == SUCCESS)
         else:

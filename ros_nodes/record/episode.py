@@ -16,7 +16,7 @@ from ceed_vla.errors import ObservationError
 from ceed_vla.ros_nodes.record.commanded import ActionMaker, Commanded
 from ceed_vla.ros_nodes.record.sampling import Frame, FrameSampler, Losses
 from ceed_vla.ros_nodes.robot.images import CameraImage, read_compressed, read_image
-from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
+from ceed_vla.ros_nodes.robot.robot_config import CommandSource, RobotConfig
 from ceed_vla.ros_nodes.robot.state_vector import measured_fields, state_vector
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ class EpisodeRows:
         longest_gap: See `FrameSampler`.
 
     Attributes:
-        clock: Newest stamp of any message [s].
         faults: Input -> why its last message was not used.
         bad: Input -> number of messages that were not used.
     """
@@ -74,7 +73,7 @@ class EpisodeRows:
             for image in robot.images
         }
         self._names = {image.feature: image.name for image in robot.images}
-        self.clock = -math.inf
+        self._newest: dict[str, float] = {}  # input -> its newest stamp [s]
         self.faults: dict[str, str] = {}
         self.bad: dict[str, int] = {}
         self._sampler = FrameSampler(
@@ -140,6 +139,7 @@ class EpisodeRows:
     def _take_commanded(self, named: Mapping[str, float], stamp: float, who: str) -> None:
         wanted = self._robot.commands.joints
         missing = [name for name in wanted if name not in named]
+        missing += self._missing_gripper(named)
         joints = np.array([named.get(name, math.nan) for name in wanted])
         opening = self._opening(named)
         if missing:
@@ -148,6 +148,18 @@ class EpisodeRows:
             self._refuse(COMMANDED, "its positions are not finite")
         else:
             self._put(COMMANDED, stamp, Commanded(joints, opening, who))
+
+    def _missing_gripper(self, named: Mapping[str, float]) -> list[str]:
+        """What a command lacks to say what the gripper does."""
+        gripper = self._robot.gripper
+        source = self._robot.commands
+        if gripper is None or gripper.action == "none":
+            return []
+        if source.gripper:
+            return [name for name in source.gripper if name not in named]
+        if source.topic == CommandSource().topic:  # the node's, before its first gripper command
+            return []
+        return [] if "gripper" in named else ["gripper (see commands.gripper)"]
 
     def _opening(self, named: Mapping[str, float]) -> float | None:
         """The gripper's opening in a command [m]; None without one."""
@@ -163,8 +175,16 @@ class EpisodeRows:
         return None if value is None else float(value)
 
     def _put(self, name: str, stamp: float, value: Any) -> None:
-        self.clock = max(self.clock, stamp)
+        self._newest[name] = max(self._newest.get(name, -math.inf), stamp)
         self._sampler.put(name, stamp, value)
+
+    @property
+    def clock(self) -> float:
+        """The messages' time [s]: the second newest stamp of all inputs, because the newest may be
+        of a driver with another clock.
+        """
+        stamps = sorted(self._newest.values())
+        return stamps[-2] if len(stamps) > 1 else -math.inf
 
     def _refuse(self, name: str, why: str) -> None:
         self.faults[name] = why
@@ -180,6 +200,10 @@ class EpisodeRows:
     def stop(self, time: float) -> None:
         """End the episode at a time of the messages' clock [s]."""
         self._sampler.stop(time)
+
+    def finish(self) -> None:
+        """Make no more rows until `start`."""
+        self._sampler.finish()
 
     def done(self, now: float) -> bool:
         """Whether the episode has no more rows at the time `now` [s]."""

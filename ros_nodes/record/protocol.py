@@ -17,12 +17,14 @@ class Request:
     Attributes:
         kind: `ROW` appends a row, `END` stores the episode, `DISCARD` drops it, `CLOSE` ends the
             process.
+        episode: Number of the episode, as the node counts.
         row: The row to append.
         task: Its instruction.
         success: Whether the episode was solved.
     """
 
     kind: str
+    episode: int = 0
     row: Row | None = None
     task: str = ""
     success: bool = False
@@ -35,6 +37,7 @@ class Reply:
     Attributes:
         kind: `READY` after the start, `WRITTEN` for a row, `STORED` or `DISCARDED` for an episode,
             `FAILED` if the episode is lost; later rows of it are ignored.
+        episode: That of the request.
         episodes: Stored episodes.
         frames: Stored frames.
         damaged: Images of the episode that could not be decoded.
@@ -42,6 +45,7 @@ class Reply:
     """
 
     kind: str
+    episode: int = 0
     episodes: int = 0
     frames: int = 0
     damaged: int = 0

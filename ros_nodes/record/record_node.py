@@ -9,7 +9,6 @@ from __future__ import annotations  # noqa: I001
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
 from ceed_vla.errors import CeedVLAError, ConfigError, NodeError
-from ceed_vla.outputs import owned_folder
 from ceed_vla.ros_nodes.record.episode import EpisodeRows
 from ceed_vla.ros_nodes.record.parameters import RECORD_PARAMETERS
 from ceed_vla.ros_nodes.record.plan import make_plan
@@ -57,7 +55,6 @@ class RecordSetup:
     rows: EpisodeRows
     worker: RecordWorker
     recorder: Recorder
-    claims: ExitStack  # of the folder
 
 
 class RecordNode(SafeLifecycleNode):
@@ -102,13 +99,11 @@ class RecordNode(SafeLifecycleNode):
     # ---- lifecycle -------------------------------------------------------------------------------
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Claim the folder and start the process that stores; fail, and log why not."""
+        """Start the process that stores; fail, and log why not."""
         self._failure = ""
-        claims = ExitStack()
         try:
-            self._setup = self._make_setup(claims)
+            self._setup = self._make_setup()
         except Exception as error:  # mujoco raises many types for a model's file
-            claims.close()
             return self._fail("configure", error)
         keep_memory()
         self._subscribe(self._setup)
@@ -150,7 +145,7 @@ class RecordNode(SafeLifecycleNode):
         self._release()
         super().destroy_node()
 
-    def _make_setup(self, claims: ExitStack) -> RecordSetup:
+    def _make_setup(self) -> RecordSetup:
         values = parameters.values(self, RECORD_PARAMETERS)
         robot = with_topics(load_robot_config(values["robot_config"]), values["topics"])
         if not values["root"]:
@@ -158,7 +153,6 @@ class RecordNode(SafeLifecycleNode):
         spec = declared_spec(values["checkpoint"]) if values["checkpoint"] else None
         root = Path(values["root"]).expanduser()
         plan = make_plan(robot, spec, root=root, format=values["format"], resume=values["resume"])
-        claims.enter_context(owned_folder("root", str(root)))
         rows = EpisodeRows(
             robot,
             arm_model(robot),
@@ -170,7 +164,7 @@ class RecordNode(SafeLifecycleNode):
         recorder = Recorder(
             rows, worker, memory, lambda text: self._events.publish(String(data=text))
         )
-        return RecordSetup(robot, rows, worker, recorder, claims)
+        return RecordSetup(robot, rows, worker, recorder)
 
     def _subscribe(self, setup: RecordSetup) -> None:
         """Subscribe to the robot's topics."""
@@ -193,7 +187,7 @@ class RecordNode(SafeLifecycleNode):
         if commands.by_arrival:
             kind = Float64MultiArray
             take = self._on_positions
-        self._inputs.append(self.create_subscription(kind, commands.topic, take, COMMAND))
+        self._inputs.append(self.create_subscription(kind, commands.topic, take, JOINT_STATES))
 
     def _tell(self, event: str) -> None:
         self._events.publish(String(data=event))
@@ -213,8 +207,8 @@ class RecordNode(SafeLifecycleNode):
             self.destroy_subscription(subscription)
         self._inputs.clear()
         if self._setup is not None:
+            self._setup.recorder.finish()
             self._setup.worker.close()
-            self._setup.claims.close()
             self._setup = None
 
     # ---- inputs ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -91,6 +92,7 @@ class Recorder:
         self._memory = memory
         self._tell = tell
         self._task = ""
+        self._number = 0  # of the episode, for requests
         self._success: bool | None = None  # after `stop`
 
     # ---- operators -------------------------------------------------------------------------------
@@ -104,6 +106,7 @@ class Recorder:
             why = problem or "publish one on ~/instruction or set the parameter instruction"
             return Answer(False, f"There is no instruction: {why}.")
         self._task = self.instruction
+        self._number += 1
         self.rows.start(now)
         silent = self.rows.silent(now - 1.0)
         wait = f"; it begins when {', '.join(silent)} send" if silent else ""
@@ -149,21 +152,33 @@ class Recorder:
 
     def _pass_on(self, now: float) -> None:
         for row in self.rows.rows(now):
-            self._worker.request(Request(ROW, row, self._task))
+            self._worker.request(Request(ROW, self._number, row, self._task))
         if self.phase is Phase.STORING:
             if self.rows.done(now):
-                success = bool(self._success)
-                self._success = None
-                if not self.rows.frames:
-                    self._drop("nothing is stored: the episode has no frame")
-                else:
-                    self._worker.request(Request(END, success=success))
+                self._store()
         elif self.rows.gap:
             self._enter(Phase.ENDED, f"{self.rows.gap}; call ~/stop to keep what was before")
         elif self._worker.waiting > self._memory:
             waiting = f"{self._worker.waiting / 1e6:.0f} MB of images wait to be stored"
             self.rows.stop(now)
             self._enter(Phase.ENDED, f"{waiting}: this computer is too slow; call ~/stop")
+
+    def finish(self) -> None:
+        """Store an episode that was stopped with the rows there are, because the node ends."""
+        if self.phase is Phase.STORING and not self._ending:
+            for row in self.rows.rows(math.inf):
+                self._worker.request(Request(ROW, self._number, row, self._task))
+            self._store()
+
+    def _store(self) -> None:
+        """Let the worker store the episode."""
+        success = bool(self._success)
+        self._success = None
+        if not self.rows.frames:
+            self._drop("nothing is stored: the episode has no frame")
+            return
+        self._worker.request(Request(END, self._number, success=success))
+        self.rows.finish()
 
     def _take(self, reply: Reply) -> None:
         """Take a reply of the worker."""
@@ -172,6 +187,8 @@ class Recorder:
         self.frames = reply.frames
         if reply.kind == READY:
             self._enter(Phase.IDLE, f"{counted(self.episodes, 'episode')} stored")
+        elif reply.episode != self._number:
+            return  # of an episode that was dropped before
         elif reply.kind == STORED:
             text = f"stored episode {self.episodes - 1}: {counted(self.frames - before, 'frame')}"
             damaged = f"; {reply.damaged} damaged images" if reply.damaged else ""
@@ -179,12 +196,14 @@ class Recorder:
             self._enter(Phase.IDLE, text + damaged + losses)
         elif reply.kind == FAILED and self._worker.ready:
             self._success = None
-            self._drop(f"the episode is lost: {reply.error}")
+            if self.phase is not Phase.IDLE:
+                self._report({"event": DROP})
+                self._drop(f"the episode is lost: {reply.error}")
 
     def _drop(self, why: str) -> None:
         """End the episode without storing it."""
-        self.rows.stop(-1.0)
-        self._worker.request(Request(DISCARD))
+        self.rows.finish()
+        self._worker.request(Request(DISCARD, self._number))
         self._enter(Phase.IDLE, why)
 
     def _enter(self, phase: Phase, detail: str) -> None:

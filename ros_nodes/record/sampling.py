@@ -173,8 +173,13 @@ class FrameSampler:
             used = self._last.get(name, -math.inf)
             self.losses.late[name] += stamp > used
         self._series[name].put(stamp, value)
-        if self._start is None:
+        if self._start is None or self.gap:
             self._series[name].drop_before(stamp - KEPT)
+
+    def finish(self) -> None:
+        """Make no more frames until `start`; only recent samples are kept from now on."""
+        self._start = None
+        self._asked = math.nan
 
     def ready(self, now: float) -> Iterator[Frame]:
         """Yield the frames that are complete at the time `now`; `math.inf`: all."""

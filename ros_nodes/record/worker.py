@@ -5,6 +5,8 @@ from __future__ import annotations
 import queue
 import subprocess
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -38,7 +40,9 @@ class RecordWorker:
         self._closed = False
         self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
-        self._sizes: queue.SimpleQueue[int] = queue.SimpleQueue()  # of rows that are not stored
+        self._lock = threading.Lock()
+        self._sizes: deque[int] = deque()  # of rows that are not stored
+        self._replied = time.monotonic()  # time of the last reply [s]
         self._process, self._pipe = start_child(CHILD, python)
         self._pipe.send(plan)
         for target in (self._send, self._receive):
@@ -48,8 +52,9 @@ class RecordWorker:
         """Send a request."""
         if request.kind == ROW and request.row is not None:
             size = row_size(request.row)
-            self._sizes.put(size)
-            self.waiting += size
+            with self._lock:
+                self._sizes.append(size)
+                self.waiting += size
         self._requests.put(request)
 
     def poll(self) -> Reply | None:
@@ -66,17 +71,19 @@ class RecordWorker:
             if reply.kind != WRITTEN and (reply.kind != FAILED or reply.error):
                 return reply
 
-    def close(self, timeout_s: float = 20.0) -> None:
+    def close(self, silence_s: float = 20.0) -> None:
         """End the process after all requests; an episode without `END` is lost.
 
-        May be called twice.
+        A process that does not reply for `silence_s` [s] is killed. May be called twice.
         """
         if self._closed:
             return
         self._closed = True
         self._requests.put(Request(CLOSE))
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout_s)
+        self._replied = time.monotonic()
+        while self._process.poll() is None and time.monotonic() - self._replied < silence_s:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.1)
         end_child(self._process, timeout_s=0.0)
 
     def _send(self) -> None:
@@ -90,7 +97,7 @@ class RecordWorker:
                 return
 
     def _receive(self) -> None:
-        while not self._closed:
+        while True:  # also while closing: a full pipe would stop the process
             try:
                 reply: Reply = self._pipe.recv()
             except (EOFError, OSError):
@@ -98,10 +105,12 @@ class RecordWorker:
                     self.failed = self.failed or f"The process that stores ended ({self._code()})."
                     self._notify()
                 return
-            if reply.kind in (WRITTEN, FAILED) and not self._sizes.empty():
-                self.waiting -= self._sizes.get()
+            self._replied = time.monotonic()
+            with self._lock:
+                if reply.kind in (WRITTEN, FAILED) and self._sizes:
+                    self.waiting -= self._sizes.popleft()
             self._replies.put(reply)
-            if reply.kind != WRITTEN:
+            if reply.kind != WRITTEN and not self._closed:
                 self._notify()
 
     def _code(self) -> str:

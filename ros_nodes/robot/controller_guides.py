@@ -53,9 +53,9 @@ class Guides:
             self._person.forget()
 
     def restart(self) -> None:
-        """Let a person take over anew, because motion begins from the measured pose."""
+        """Begin from the measured pose: a person in charge must take over anew."""
         if self._person is not None:
-            self._person.forget()
+            self._person.restart()
 
     def update(self, now: float) -> bool:
         """Let the person take over or give back, at steady time `now` [s]; return whether who is in
@@ -81,7 +81,7 @@ class Guides:
         gripper = None
         if self.charge is Charge.PERSON and self._person is not None:
             wanted = self._person.command(last, dt)
-            gripper = self._person.opening
+            gripper = self._person.opening(self._safety.last_opening)
         else:
             assert self.home is not None
             wanted = self.home.command(last, dt, self._safety.limits.max_acceleration)

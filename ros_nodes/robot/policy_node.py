@@ -50,10 +50,11 @@ from ceed_vla.ros_nodes.robot.observations import Camera
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup, make_setup
 from ceed_vla.ros_nodes.robot.safety import JOINT_STATES as JOINT_STATES_INPUT
-from ceed_vla.ros_nodes.robot.safety import NOT_ENABLED, Hold
+from ceed_vla.ros_nodes.robot.safety import NOT_ENABLED, UNSETTLED, Hold
 from ceed_vla.ros_nodes.robot.spinning import keep_memory, raise_priority, run
 from ceed_vla.ros_nodes.robot.step_grid import SLEW
 from ceed_vla.ros_nodes.robot.streaming import Streaming
+from ceed_vla.ros_nodes.robot.tasks.runner import Refusal
 from ceed_vla.ros_nodes.robot.tasks.topics import NodeControls, TaskTopics
 from ceed_vla.serving.faults import LOST, SILENT
 from ceed_vla.texts import instruction_problem, short
@@ -142,7 +143,7 @@ class PolicyNode(SafeLifecycleNode):
             self._inputs.append(
                 self.create_subscription(JointState, topic, take_joints, JOINT_STATES)
             )
-        self._inputs += intervention_inputs(self, setup.robot, setup.person)
+        self._inputs += intervention_inputs(self, setup.robot, setup.person, self._now)
         keep_memory()
         for camera in setup.observations.cameras:
             kind = CompressedImage if camera.source.transport == "compressed" else Image
@@ -323,14 +324,21 @@ class PolicyNode(SafeLifecycleNode):
         controller.disable()
         return self._answer(response, True)
 
-    def _begin_task(self, instruction: str) -> str:
-        """Give the policy an instruction and allow motion; return why that is refused, or ""."""
+    def _now(self) -> float:
+        """Time of the controller's ticks [s]: steady, or the simulation's."""
+        simulated = self.get_parameter("use_sim_time").value
+        return clock_time(self) if simulated else time.monotonic()
+
+    def _begin_task(self, instruction: str) -> Refusal | None:
+        """Give the policy an instruction and allow motion; return why that is refused."""
         if self._setup is None or self._active is None:
-            return f"the node is {self._state().mode}; configure and activate it first"
+            return Refusal(f"the node is {self._state().mode}; configure and activate it first")
         self.set_parameters([Parameter("instruction", value=instruction)])
         refused = self._setup.controller.enable(clock_time(self))
         self.show_state()
-        return "" if refused is None else f"{refused.code}: {refused.detail}"
+        if refused is None:
+            return None
+        return Refusal(f"{refused.code}: {refused.detail}", refused.code in ("stale", UNSETTLED))
 
     def _end_task(self) -> None:
         if self._setup is not None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 
 
+GRIP_SHARE = 0.15  # of the gripper's way: how near a leader's gripper must be to be followed
 # Parameters of a policy on this computer, and of one on a server.
 OF_HERE = ("device", "engine", "inference_mode", "inference_python", "inference_delay")
 OF_SERVER = ("inference_key_file", "inference_ca_file")
@@ -231,7 +232,9 @@ def make_person(robot: RobotConfig, model: ModelArm | None, limits: SafetyLimits
         assert model is not None  # `robot_file` validates it
         guide = TwistGuide(model, robot.action.pose)
     else:
-        guide = LeaderGuide(robot.arm.joints, limits.max_step, limits.max_acceleration)
+        gripper = robot.gripper
+        tolerance = GRIP_SHARE * (gripper.open - gripper.closed) if gripper else 0.0
+        guide = LeaderGuide(robot.arm.joints, limits.max_step, limits.max_acceleration, tolerance)
     return Person(guide, robot.intervention.patience)
 
 

@@ -14,7 +14,7 @@ from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import Checked, ranged
 from ceed_vla.texts import instruction_problem
 
-_GRACE = 5.0  # time after the limit within which the node must report [s]
+_GRACE = 5.0  # time within which the node must report a cancellation, or be found again [s]
 _POLL = 0.1  # time between two looks at an interrupt [s]
 
 
@@ -81,7 +81,6 @@ class _Client:
 
     def __init__(self, node: Any, config: RunTaskConfig) -> None:
         from std_msgs.msg import String
-        from std_srvs.srv import Trigger
 
         from ceed_vla.ros_nodes.robot.messages import COMMAND, LATCHED
         from ceed_vla.ros_nodes.robot.tasks.topics import RESULTS
@@ -95,8 +94,6 @@ class _Client:
         self._tasks = node.create_publisher(String, f"{name}/task", COMMAND)
         node.create_subscription(String, f"{name}/task_result", self._on_result, RESULTS)
         node.create_subscription(String, f"{name}/state", self._on_state, LATCHED)
-        self._cancel = node.create_client(Trigger, f"{name}/cancel_task")
-        self._trigger = Trigger
 
     def run(self) -> TaskEnd:
         """Run the task; returns its result."""
@@ -107,16 +104,23 @@ class _Client:
             "time_limit": self._config.time_limit,
         }
         self._tasks.publish(self._message(data=json.dumps(fields)))
-        limit = self._config.time_limit + _GRACE if self._config.time_limit else math.inf
-        self._wait(limit)
+        try:
+            self._wait()
+        finally:
+            if self._end is None:  # nobody waits for it any more
+                self._cancel()
         if self._end is None:
-            raise NodeError(f"{self._config.node} has not reported a result after {limit:.0f} s.")
+            raise NodeError(f"{self._config.node} does not report the task's end.")
         return self._end
+
+    def _cancel(self) -> None:
+        self._tasks.publish(self._message(data=json.dumps({"cancel": self._id})))
+        self._spin(_POLL)
 
     def _find(self) -> None:
         """Wait for the node."""
         end = time.monotonic() + self._config.wait
-        while not (self._tasks.get_subscription_count() and self._cancel.service_is_ready()):
+        while not self._tasks.get_subscription_count():
             if time.monotonic() > end:
                 raise NodeError(
                     f"There is no policy node {self._config.node} after {self._config.wait:g} s; "
@@ -124,22 +128,27 @@ class _Client:
                 )
             self._spin(_POLL)
 
-    def _wait(self, limit: float) -> None:
+    def _wait(self) -> None:
         """Wait for the result; an interrupt cancels the task."""
         interrupts: list[int] = []
-        before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-        end = time.monotonic() + limit
-        told = False
+        caught = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(one, lambda number, _: interrupts.append(number)) for one in caught]
+        end = math.inf
+        seen = time.monotonic()
         try:
             while self._end is None and time.monotonic() < end:
                 self._spin(_POLL)
-                if interrupts and not told:
-                    told = True
+                if self._tasks.get_subscription_count():
+                    seen = time.monotonic()
+                elif time.monotonic() - seen > _GRACE:
+                    raise NodeError(f"The policy node {self._config.node} has ended.")
+                if interrupts and end == math.inf:
                     end = time.monotonic() + _GRACE
                     print("cancelling")
-                    self._cancel.call_async(self._trigger.Request())
+                    self._cancel()
         finally:
-            signal.signal(signal.SIGINT, before)
+            for one, handler in zip(caught, before, strict=True):
+                signal.signal(one, handler)
 
     def _spin(self, seconds: float) -> None:
         import rclpy

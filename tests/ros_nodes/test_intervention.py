@@ -223,6 +223,25 @@ def test_a_device_that_is_lost_never_gives_back_to_the_policy(loss: str) -> None
     assert cell.person.counts == {"taken": 1, "lost": 2}
 
 
+def test_a_good_message_does_not_hide_a_bad_one_before_it() -> None:
+    cell = Cell()
+    cell.run(0.1, active=True)
+    cell.person.refuse("The axes are [nan]; they must be finite.")
+    assert cell.run(0.01, active=True) is Charge.NOBODY
+
+
+def test_a_leaders_gripper_is_followed_once_it_was_near() -> None:
+    guide = LeaderGuide(JOINTS, np.ones(2), None, grip_tolerance=0.01)
+    person = Person(guide, Patience(timeout=0.2, release=0.3, by_button=False))
+    openings = []
+    for index, opening in enumerate((0.08, 0.06, 0.035, 0.05)):
+        now = 1.0 + 0.01 * index
+        person.take(Wish(True, joints=np.zeros(2), opening=opening), now)
+        person.update(now, np.zeros(2))
+        openings.append(person.opening(0.03))
+    assert openings == [None, None, 0.035, 0.05]
+
+
 def test_nobody_is_in_charge_of_an_arm_that_is_not_commanded() -> None:
     cell = Cell()
     cell.last = None
@@ -300,6 +319,56 @@ def test_the_controller_holds_when_the_device_is_lost(fault: str) -> None:
     loop.hand = False
     loop.run(1.0)
     assert loop.controller.state.mode == "moving"
+
+
+def test_a_lost_device_and_a_lost_pose_do_not_return_to_the_policy() -> None:
+    loop = Loop(step=0.3)
+    loop.run(2.0)
+    loop.leader = loop.position.copy()
+    loop.hand = True
+    loop.run(0.5)
+    loop.leader = None
+    loop.run(0.5)
+    assert loop.controller.charge is Charge.NOBODY
+    loop.states = False
+    loop.run(0.5)
+    loop.states = True
+    held = loop.position.copy()
+    loop.run(2.0)
+    assert loop.controller.charge is Charge.NOBODY
+    np.testing.assert_array_equal(loop.position, held)
+
+
+def test_a_person_takes_over_anew_after_the_pose_was_lost() -> None:
+    loop = Loop(step=0.3)
+    loop.run(1.0)
+    loop.leader = loop.position.copy()
+    loop.hand = True
+    loop.run(0.5)
+    loop.states = False
+    loop.run(0.5)
+    assert loop.controller.state.mode == "holding"
+    loop.states = True
+    loop.leader = loop.position + 0.1
+    begun = len(loop.sent)
+    loop.run(1.0)
+    assert loop.controller.charge is Charge.PERSON
+    assert loop.person.counts["taken"] == 1
+    np.testing.assert_allclose(loop.position, loop.leader)
+    assert np.abs(np.diff(loop.path[begun:], axis=0)).max() < 0.02
+
+
+def test_twists_do_not_run_ahead_of_a_blocked_arm() -> None:
+    model = arm_model(TABLETOP)
+    assert model is not None
+    guide = TwistGuide(model, TABLETOP.action.pose)
+    last = np.array(TABLETOP.arm.home)
+    guide.begin(last)
+    for _ in range(100):  # the filter lets no command through
+        guide.command(Wish(True, twist=np.array([0.25, 0, 0, 0, 0, 0.0])), last, 0.01)
+    back = guide.command(Wish(True, twist=np.array([-0.02, 0, 0, 0, 0, 0.0])), last, 0.01)
+    moved = model.pose(back)[0] - model.pose(last)[0]
+    np.testing.assert_allclose(moved, [-0.0002, 0.0, 0.0], atol=1e-4)
 
 
 def test_the_person_does_not_need_the_policy_or_images() -> None:

@@ -21,7 +21,13 @@ from std_srvs.srv import Trigger
 from ceed_vla.ros_nodes.robot.messages import COMMAND
 from ceed_vla.ros_nodes.robot.mode import Mode, State
 from ceed_vla.ros_nodes.robot.tasks.action import TaskAction
-from ceed_vla.ros_nodes.robot.tasks.runner import Outcome, Task, TaskResult, TaskRunner
+from ceed_vla.ros_nodes.robot.tasks.runner import (
+    Outcome,
+    Refusal,
+    Task,
+    TaskResult,
+    TaskRunner,
+)
 from ceed_vla.ros_nodes.robot.tasks.topics import RESULTS
 from tests.ros_nodes.conftest import ROOT, Status
 
@@ -119,8 +125,8 @@ class Free:
 
     state = State(Mode.MOVING)
 
-    def begin(self, instruction: str) -> str:
-        return ""
+    def begin(self, instruction: str) -> Refusal | None:
+        return None
 
     def end(self) -> None:
         """Nothing holds it."""

@@ -10,7 +10,13 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.mode import Mode, State
-from ceed_vla.ros_nodes.robot.tasks.runner import Task, TaskResult, TaskRunner, read_task
+from ceed_vla.ros_nodes.robot.tasks.runner import (
+    Refusal,
+    Task,
+    TaskResult,
+    TaskRunner,
+    read_task,
+)
 
 
 class Robot:
@@ -19,13 +25,15 @@ class Robot:
     def __init__(self) -> None:
         self.state = State(Mode.DISABLED)
         self.refuses = ""
+        self.passing = False
         self.instructions: list[str] = []
 
-    def begin(self, instruction: str) -> str:
-        if not self.refuses:
-            self.instructions.append(instruction)
-            self.state = State(Mode.WAITING)
-        return self.refuses
+    def begin(self, instruction: str) -> Refusal | None:
+        if self.refuses:
+            return Refusal(self.refuses, self.passing)
+        self.instructions.append(instruction)
+        self.state = State(Mode.WAITING)
+        return None
 
     def end(self) -> None:
         self.state = State(Mode.DISABLED)
@@ -91,9 +99,42 @@ def test_a_second_task_is_refused_or_waits(robot: Robot) -> None:
     assert ended(queueing, 0.0) == [("d", "refused", 0.0)]
     assert queueing.cancel(0.5, "c") == 1
     assert ended(queueing, 1.0) == [("c", "cancelled", 0.0), ("a", "time_limit", 1.0)]
+    assert queueing.task is None  # the arm comes to rest
+    assert ended(queueing, 1.6) == []
     assert queueing.task == Task("b", "do b", 1.0)
-    assert ended(queueing, 2.5) == [("b", "time_limit", 1.5)]
+    assert ended(queueing, 2.6) == [("b", "time_limit", 1.0)]
     assert robot.instructions[-2:] == ["do a", "do b"]
+
+
+def test_a_failure_ends_the_tasks_that_wait(robot: Robot) -> None:
+    runner = TaskRunner(robot, 2)
+    for id in "abc":
+        runner.submit(Task(id, f"do {id}"), 0.0)
+    robot.state = State(Mode.DISABLED)
+    assert ended(runner, 1.0) == [
+        ("a", "failed", 1.0),
+        ("b", "cancelled", 0.0),
+        ("c", "cancelled", 0.0),
+    ]
+    assert ended(runner, 9.0) == []
+    assert robot.instructions == ["do a"]
+
+
+def test_a_task_waits_for_the_arm_to_settle(robot: Robot) -> None:
+    runner = TaskRunner(robot, 0)
+    robot.refuses = "unsettled_pose: it jumps"
+    robot.passing = True
+    assert runner.submit(Task("a", "wipe"), 0.0)
+    assert not runner.submit(Task("b", "wipe"), 0.0)
+    assert ended(runner, 1.0) == [("b", "refused", 0.0)]
+    robot.refuses = ""
+    assert ended(runner, 2.0) == []
+    assert runner.task == Task("a", "wipe")
+    runner.cancel(3.0)
+    robot.refuses = "unsettled_pose: it jumps"
+    runner.submit(Task("c", "wipe"), 3.0)
+    assert ended(runner, 4.0) == [("a", "cancelled", 1.0)]
+    assert ended(runner, 8.1) == [("c", "refused", 0.0)]
 
 
 def test_a_robot_that_cannot_move_refuses(robot: Robot) -> None:
@@ -117,6 +158,9 @@ def test_messages() -> None:
         ('{"instruction": "wipe", "time_limit": "3"}', "give a number of seconds"),
         ('{"instruction": "wipe", "time_limit": NaN}', r"must lie in \[0, 86400\] s"),
         ("x" * 501, "instruction is invalid"),
+        ("x" * 10_001, "has 10001 characters"),
+        ('{"instruction": "wipe", "time_limit": 1' + "0" * 400 + "}", "give a number of seconds"),
+        ('{"a":' + "[" * 5000, "is no JSON"),
     ):
         with pytest.raises(ConfigError, match=message):
             read_task(wrong)

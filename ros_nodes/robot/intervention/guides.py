@@ -13,11 +13,22 @@ from ceed_vla.ros_nodes.robot.motion import toward
 
 _ANYWHERE = 1e3  # limits of the commanded position without a workspace [m]
 _TURNED = np.pi  # and of its orientation [rad]
-_CATCH_UP = 2.0  # speed with which the arm follows a leader [rad/s]; the safety filter limits more
+# Speeds with which the arm follows a leader [rad/s]: just after the person took over, and once it
+# has caught up; the safety filter limits more.
+_FIRST_SPEED, _FULL_SPEED = 0.2, 3.0
+_RAMP = 0.5  # time from the one speed to the other [s]
+_SAME = 1e-6  # difference of two commands that is rounding [rad]
 
 
 class Guide(Protocol):
-    """Makes commands while the policy is not in charge."""
+    """Makes commands while the policy is not in charge.
+
+    Attributes:
+        grip_tolerance: Distance from the last opening within which a device's opening is followed
+            [m].
+    """
+
+    grip_tolerance: float
 
     def begin(self, last: Array) -> None:
         """Begin at the last command (J,) [rad]."""
@@ -43,11 +54,13 @@ class TwistGuide:
         anywhere = PoseLimits(1.0, 1.0, -far, far, _TURNED, _TURNED)
         self._limits = replace(limits or anywhere, position_scale=1.0, rotation_scale=1.0)
         self._pose = CommandedPose(self._limits, np.zeros(3))
+        self._requested: Array | None = None  # (J,) [rad], the last command before the filter
+        self.grip_tolerance = np.inf  # buttons say what the person wants
 
     def begin(self, last: Array) -> None:
-        self._pose = CommandedPose(self._limits, np.zeros(3))
         self._pose.reset(*self._model.pose(last))
         self._pose.limits = self._limits.widened(self._pose)
+        self._requested = last
 
     def misaligned(self, wish: Wish, last: Array) -> str:
         return ""
@@ -56,9 +69,14 @@ class TwistGuide:
         assert wish.twist is not None
         if not wish.twist.any():
             return last
+        if self._requested is None or np.abs(self._requested - last).max() > _SAME:
+            # The filter changed the command, for example because the arm is blocked: begin there,
+            # or the pose would run ahead of the arm.
+            self.begin(last)
         self._pose.advance(wish.twist * dt)
         joints = self._model.solve(last, self._pose.position, self._pose.matrix)
         self._pose.follow(*self._model.pose(joints))
+        self._requested = joints
         return joints
 
 
@@ -69,15 +87,24 @@ class LeaderGuide:
         joints: Names (J,).
         max_step: Largest distance of the leader from the last command (J,) [rad].
         braking: Acceleration limit (J,) [rad/s^2]; None without one.
+        grip_tolerance: See `Guide`.
     """
 
-    def __init__(self, joints: tuple[str, ...], max_step: Array, braking: Array | None) -> None:
+    def __init__(
+        self,
+        joints: tuple[str, ...],
+        max_step: Array,
+        braking: Array | None,
+        grip_tolerance: float = 0.0,
+    ) -> None:
+        self.grip_tolerance = grip_tolerance
+        self._speed = _FIRST_SPEED
         self._joints = joints
         self._max_step = max_step
         self._braking = braking
 
     def begin(self, last: Array) -> None:
-        """Nothing to prepare: the leader is aligned."""
+        self._speed = _FIRST_SPEED
 
     def misaligned(self, wish: Wish, last: Array) -> str:
         assert wish.joints is not None
@@ -93,4 +120,5 @@ class LeaderGuide:
 
     def command(self, wish: Wish, last: Array, dt: float) -> Array:
         assert wish.joints is not None
-        return toward(last, wish.joints, _CATCH_UP, dt, self._braking)
+        self._speed = min(self._speed + (_FULL_SPEED - _FIRST_SPEED) * dt / _RAMP, _FULL_SPEED)
+        return toward(last, wish.joints, self._speed, dt, self._braking)

@@ -2,7 +2,8 @@
 
 A person takes over by moving the device more than its threshold, or by holding a button, and gives
 back by letting go. A device that goes silent, sends values that are not finite, or leads too far
-away while it is in charge holds the arm; only the person, or an operator's `~/enable`, ends that.
+away while it is in charge holds the arm, and so does an arm whose pose was lost meanwhile; only the
+person, or an operator's `~/enable`, ends that.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Person:
         self._moved = -1e9  # steady time at which the device was last moved [s]
         self._fault = ""  # of the newest message
         self._why = ""  # the device was lost
+        self._grips = False  # whether the gripper follows the device
 
     # ---- messages --------------------------------------------------------------------------------
 
@@ -60,7 +62,6 @@ class Person:
         """Take what the person wants, at steady time `now` [s]."""
         self._wish = wish
         self._arrived = now
-        self._fault = ""
         if wish.active:
             self._moved = now
         if wish.button is not None:
@@ -86,10 +87,10 @@ class Person:
         """
         before = self.charge
         if last is None:
-            self.forget()
-            return before is not self.charge
+            return False
         wants = self._wants(now)
         lost = self._lost(now, last)
+        self._fault = ""  # a good message after it does not hide it before this tick
         if self.charge is Charge.PERSON:
             if lost:
                 self.charge = Charge.NOBODY
@@ -100,6 +101,7 @@ class Person:
         elif wants and not lost:
             self.charge = Charge.PERSON
             self._guide.begin(last)
+            self._grips = False
             self.counts["taken"] += before is Charge.POLICY
         if lost and self.charge is Charge.NOBODY:
             self._moved = -1e9  # only motion after the fault takes over again
@@ -113,10 +115,18 @@ class Person:
         assert self._wish is not None
         return self._guide.command(self._wish, last, dt)
 
-    @property
-    def opening(self) -> float | None:
-        """Opening of the gripper that the person wants [m]; None to leave it."""
-        return None if self._wish is None else self._wish.opening
+    def opening(self, last: float | None) -> float | None:
+        """Opening of the gripper that the person wants [m]; None to leave it at the `last` one.
+
+        A leader's gripper is followed only once it has been near the last opening, so that taking
+        over does not drop what the robot holds.
+        """
+        wanted = None if self._wish is None else self._wish.opening
+        if wanted is None:
+            return None
+        near = last is None or abs(wanted - last) <= self._guide.grip_tolerance
+        self._grips = self._grips or near
+        return wanted if self._grips else None
 
     @property
     def hold(self) -> Hold | None:
@@ -126,8 +136,15 @@ class Person:
         remedy = "take over again, or call ~/enable to return to the policy"
         return Hold(INTERVENTION, f"{self._why} while the person was in charge; {remedy}")
 
+    def restart(self) -> None:
+        """Hold for the person to take over anew, because the arm may have moved meanwhile."""
+        if self.charge is Charge.PERSON:
+            self.charge = Charge.NOBODY
+            self._why = "the arm's pose was unknown"
+            self._moved = -1e9
+
     def forget(self) -> None:
-        """Return to the policy, because an operator decided so or motion ended."""
+        """Return to the policy, because an operator decided so."""
         self.charge = Charge.POLICY
         self._moved = -1e9
         self._pressed = False

@@ -112,8 +112,12 @@ class TaskAction:
         id = _id_of(handle)
         future = Future()
         self._goals[id] = (handle, future)
-        self._submit(self._fields.task(handle.request, id))
-        result: TaskResult = await future
+        task = self._fields.task(handle.request, id)
+        if handle.is_cancel_requested:  # before it began
+            result = TaskResult(id, task.instruction, Outcome.CANCELLED, "it was cancelled", 0.0)
+        else:
+            self._submit(task)
+            result = await future
         del self._goals[id]
         if handle.is_cancel_requested:
             handle.canceled()

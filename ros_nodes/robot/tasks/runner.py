@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.mode import Mode, State
@@ -16,6 +16,10 @@ from ceed_vla.texts import instruction_problem, short, shown
 
 LONGEST = 86_400.0  # largest time limit [s]
 MOST_QUEUED = 8
+MOST_TEXT = 10_000  # characters of a message on ~/task
+# Time after a task in which no other begins [s]: the hold was sent, and the arm is at rest.
+PAUSE = 0.5
+PATIENCE = 5.0  # time for which a task waits for fresh and settled inputs [s]
 # In these states the arm does not move, and does not move again by itself.
 ENDED = (Mode.UNCONFIGURED, Mode.INACTIVE, Mode.DISABLED, Mode.STOPPED)
 
@@ -79,6 +83,19 @@ class TaskResult:
         return json.dumps(asdict(self))
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a task does not begin.
+
+    Attributes:
+        reason: In words.
+        passing: Whether it may begin a little later.
+    """
+
+    reason: str
+    passing: bool = False
+
+
 class Controls(Protocol):
     """What a task does with the robot."""
 
@@ -86,8 +103,8 @@ class Controls(Protocol):
     def state(self) -> State:
         """The present state."""
 
-    def begin(self, instruction: str) -> str:
-        """Give the policy an instruction and allow motion; return why that is refused, or ""."""
+    def begin(self, instruction: str) -> Refusal | None:
+        """Give the policy an instruction and allow motion; return why that is refused."""
 
     def end(self) -> None:
         """Forbid motion: the arm holds at the next command."""
@@ -108,8 +125,9 @@ class TaskRunner:
         self.task: Task | None = None
         self._controls = controls
         self._queued = queued
-        self._waiting: deque[Task] = deque()
+        self._waiting: deque[tuple[Task, float]] = deque()  # with the time of their arrival [s]
         self._began = -math.inf
+        self._ended = -math.inf  # time of the last task's end [s]
         self._results: deque[TaskResult] = deque()
 
     @property
@@ -127,23 +145,24 @@ class TaskRunner:
         Returns:
             Whether it runs or waits.
         """
-        if self.task is None:
-            return self._start(task, now)
-        if len(self._waiting) >= self._queued:
-            busy = f"the task {shown(short(self.task.instruction, 80))} runs"
-            if self._waiting:
+        free = self.task is None and not self._waiting
+        if not free and len(self._waiting) >= self._queued:
+            first = self.task or self._waiting[0][0]
+            busy = f"the task {shown(short(first.instruction, 80))} runs"
+            if self._waiting and self.task is not None:
                 busy += f", and {len(self._waiting)} wait"
             self._finish(task, Outcome.REFUSED, busy, 0.0)
             return False
-        self._waiting.append(task)
-        return True
+        self._waiting.append((task, now))
+        self._start_next(now)
+        return self.task is task or (task, now) in self._waiting
 
     def cancel(self, now: float, id: str = "") -> int:
         """Cancel a task, or all; return how many were cancelled."""
-        chosen = [task for task in self._waiting if id in ("", task.id)]
-        for task in chosen:
-            self._waiting.remove(task)
-            self._finish(task, Outcome.CANCELLED, "it was cancelled while it waited", 0.0)
+        chosen = [one for one in self._waiting if id in ("", one[0].id)]
+        for one in chosen:
+            self._waiting.remove(one)
+            self._finish(one[0], Outcome.CANCELLED, "it was cancelled while it waited", 0.0)
         if self.task is not None and id in ("", self.task.id):
             self._end(Outcome.CANCELLED, "it was cancelled", now)
             return len(chosen) + 1
@@ -165,19 +184,23 @@ class TaskRunner:
                 self._end(Outcome.TIME_LIMIT, f"its {task.time_limit:g} s are over", now)
             elif state.mode in ENDED:
                 self._end(Outcome.FAILED, str(state), now)
-        while self.task is None and self._waiting:
-            self._start(self._waiting.popleft(), now)
+        self._start_next(now)
         while self._results:
             yield self._results.popleft()
 
-    def _start(self, task: Task, now: float) -> bool:
-        refused = self._controls.begin(task.instruction)
-        if refused:
-            self._finish(task, Outcome.REFUSED, refused, 0.0)
-            return False
-        self.task = task
-        self._began = now
-        return True
+    def _start_next(self, now: float) -> None:
+        """Start the next task that waits, if the robot can begin one now."""
+        while self.task is None and self._waiting and now - self._ended >= PAUSE:
+            task, arrived = self._waiting[0]
+            refused = self._controls.begin(task.instruction)
+            if refused is not None and refused.passing and now - arrived < PATIENCE:
+                return
+            self._waiting.popleft()
+            if refused is not None:
+                self._finish(task, Outcome.REFUSED, refused.reason, 0.0)
+                continue
+            self.task = task
+            self._began = now
 
     def _end(self, outcome: Outcome, reason: str, now: float) -> None:
         """End the task that runs, and hold the arm."""
@@ -185,6 +208,11 @@ class TaskRunner:
         self._controls.end()
         self._finish(self.task, outcome, reason, now - self._began)
         self.task = None
+        self._ended = now
+        if outcome is Outcome.FAILED:  # an operator must see to it before the next one
+            for task, _ in self._waiting:
+                self._finish(task, Outcome.CANCELLED, "the task before it failed", 0.0)
+            self._waiting.clear()
 
     def _finish(self, task: Task, outcome: Outcome, reason: str, seconds: float) -> None:
         self._results.append(
@@ -198,12 +226,9 @@ def read_task(text: str) -> Task:
 
     `ConfigError`: It is neither.
     """
-    if not text.lstrip().startswith("{"):
+    fields = read_fields(text)
+    if fields is None:
         return Task("", text)
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"The task {shown(text)} is no JSON ({error}).") from error
     unknown = sorted(set(fields) - {"id", "instruction", "time_limit"})
     if unknown:
         raise ConfigError(
@@ -213,6 +238,23 @@ def read_task(text: str) -> Task:
     texts = (fields.get("instruction"), fields.get("id", ""))
     if not all(isinstance(one, str) for one in texts):
         raise ConfigError("The task's instruction and id must be strings.")
-    if isinstance(limit, bool) or not isinstance(limit, int | float):
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or abs(limit) > 1e9:
         raise ConfigError(f"The task's time_limit is {shown(limit)}; give a number of seconds.")
     return Task(str(texts[1]), str(texts[0]), float(limit))
+
+
+def read_fields(text: str) -> dict[str, Any] | None:
+    """Return the fields of a JSON object; None if the text is an instruction.
+
+    `ConfigError`: It is too long, or begins like an object and is none.
+    """
+    if len(text) > MOST_TEXT:
+        raise ConfigError(f"The task has {len(text)} characters; at most {MOST_TEXT} are read.")
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"The task {shown(text)} is no JSON ({short(error)}).") from error
+    assert isinstance(fields, dict)  # it begins with a brace
+    return fields

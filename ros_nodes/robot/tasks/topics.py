@@ -13,16 +13,18 @@ from std_msgs.msg import Bool, String
 from std_srvs.srv import Trigger
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.ros_nodes.robot.messages import COMMAND, LATCHED, clock_time
+from ceed_vla.ros_nodes.robot.messages import COMMAND, JOINT_STATES, clock_time
 from ceed_vla.ros_nodes.robot.mode import State
 from ceed_vla.ros_nodes.robot.ros_types import message_class
 from ceed_vla.ros_nodes.robot.tasks.action import RUN_POLICY, RunPolicyFields, TaskAction
 from ceed_vla.ros_nodes.robot.tasks.runner import (
     Controls,
     Outcome,
+    Refusal,
     Task,
     TaskResult,
     TaskRunner,
+    read_fields,
     read_task,
 )
 
@@ -50,8 +52,9 @@ class TaskTopics:
         node.create_subscription(String, "~/task", self._on_task, COMMAND)
         node.create_service(Trigger, "~/cancel_task", self._on_cancel)
         solved = node.get_parameter("success_topic").value
-        if solved:
-            node.create_subscription(Bool, solved, self._on_solved, LATCHED)
+        self._solved = False  # the last value on that topic
+        if solved:  # also from publishers that do not latch
+            node.create_subscription(Bool, solved, self._on_solved, JOINT_STATES)
         node.create_timer(PERIOD, self.advance, clock=steady)
         self._action = self._make_action()
 
@@ -61,13 +64,18 @@ class TaskTopics:
         task = self._runner.task
         return {
             "task": "" if task is None else task.instruction,
-            "task_seconds": self._runner.elapsed(clock_time(self._node)),
+            "task_seconds": self._runner.elapsed(self._now()),
             "tasks_waiting": self._runner.waiting,
         }
 
+    def _now(self) -> float:
+        """Time that limits count [s]: steady, or the simulation's."""
+        simulated = self._node.get_parameter("use_sim_time").value
+        return clock_time(self._node) if simulated else time.monotonic()
+
     def advance(self) -> None:
         """End tasks that are over, and publish their results."""
-        now = clock_time(self._node)
+        now = self._now()
         for result in self._runner.advance(now):
             self._publish(result)
         task = self._runner.task
@@ -86,18 +94,22 @@ class TaskTopics:
 
     def submit(self, task: Task) -> bool:
         """Start a task or let it wait; return whether it does."""
-        taken = self._runner.submit(task, clock_time(self._node))
+        taken = self._runner.submit(task, self._now())
         self.advance()
         return taken
 
     def cancel(self, id: str) -> int:
         """Cancel a task, or all with ""; return how many were."""
-        count = self._runner.cancel(clock_time(self._node), id)
+        count = self._runner.cancel(self._now(), id)
         self.advance()
         return count
 
     def _on_task(self, message: String) -> None:
         try:
+            fields = read_fields(message.data) or {}
+            if set(fields) == {"cancel"}:
+                self.cancel(str(fields["cancel"]) or "-")
+                return
             task = read_task(message.data)
         except ConfigError as error:
             self._publish(TaskResult("", "", Outcome.REFUSED, str(error), 0.0))
@@ -111,8 +123,10 @@ class TaskTopics:
         return response
 
     def _on_solved(self, message: Bool) -> None:
-        if message.data:
-            self._runner.solved(clock_time(self._node))
+        solved = message.data and not self._solved  # a publisher may repeat the old task's value
+        self._solved = message.data
+        if solved:
+            self._runner.solved(self._now())
             self.advance()
 
     def _publish(self, result: TaskResult) -> None:
@@ -131,12 +145,15 @@ class NodeControls:
 
     Args:
         state: Returns its state.
-        begin: Gives the policy an instruction and allows motion; returns why not, or "".
+        begin: Gives the policy an instruction and allows motion; returns why not.
         end: Forbids motion.
     """
 
     def __init__(
-        self, state: Callable[[], State], begin: Callable[[str], str], end: Callable[[], None]
+        self,
+        state: Callable[[], State],
+        begin: Callable[[str], Refusal | None],
+        end: Callable[[], None],
     ) -> None:
         self._state = state
         self.begin = begin

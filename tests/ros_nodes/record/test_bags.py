@@ -142,6 +142,14 @@ def test_a_gap_begins_a_new_episode(tmp_path: Path, robot: str) -> None:
     assert 40 <= summary.frames <= 50
 
 
+def test_a_clock_in_the_future_ends_no_episode(tmp_path: Path, robot: str) -> None:
+    found = robot_run(4.0)
+    found.append((1002.0, "/leader/joint_states", JOINTS, joints(1500.0, ["leader_a", "leader_b"])))
+    summary = convert(write(tmp_path / "bag", found), robot, instruction="wipe the table")
+    assert summary.episodes == 1
+    assert summary.frames in (39, 40)  # frames need not wait for the next command
+
+
 def refused(bag: Path, robot: str, expected: str, **settings: Any) -> None:
     kind: type[CeedVLAError] = DatasetError
     if "instruction" not in settings:

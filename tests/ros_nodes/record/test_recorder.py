@@ -42,7 +42,7 @@ class Worker:
         self.failed: str | None = None
         self.waiting = 0
         self.requests: list[Request] = []
-        self.replies = [Reply(READY, 2, 50)]
+        self.replies = [Reply(READY, 0, 2, 50)]
 
     def request(self, request: Request) -> None:
         self.requests.append(request)
@@ -113,7 +113,7 @@ def test_an_episode_from_start_to_stored(bench: Bench) -> None:
     assert bench.worker.requests[0].task == "pick it up"
     assert bench.worker.requests[-1].success
     assert recorder.phase is Phase.STORING
-    bench.worker.replies.append(Reply(STORED, 3, 60, damaged=1))
+    bench.worker.replies.append(Reply(STORED, 1, 3, 60, damaged=1))
     bench.run(0.1)
     assert str(recorder) == "idle: stored episode 2: 10 frames; 1 damaged images"
     assert bench.events == [
@@ -160,7 +160,7 @@ def test_a_silent_input_ends_the_episode_which_may_still_be_stored(bench: Bench)
     assert len(bench.worker.requests) == rows
     assert bench.recorder.stop(bench.now, success=False).accepted
     bench.run(0.1)
-    assert bench.worker.requests[-1] == Request(END, success=False)
+    assert bench.worker.requests[-1] == Request(END, 1, success=False)
 
 
 def test_a_slow_disk_ends_the_episode(bench: Bench) -> None:
@@ -174,11 +174,40 @@ def test_a_slow_disk_ends_the_episode(bench: Bench) -> None:
 def test_an_episode_that_cannot_be_stored_is_lost_alone(bench: Bench) -> None:
     bench.recorder.start(bench.now)
     bench.run(0.5)
-    bench.worker.replies.append(Reply(FAILED, 2, 50, error="The disk is nearly full."))
+    bench.worker.replies.append(Reply(FAILED, 1, 2, 50, error="The disk is nearly full."))
     bench.run(0.1)
     assert str(bench.recorder) == "idle: the episode is lost: The disk is nearly full."
     assert bench.worker.requests[-1].kind == DISCARD
+    assert bench.events[-1] == {"event": "discard"}
     assert bench.recorder.start(bench.now).accepted
+    bench.worker.replies.append(Reply(FAILED, 1, 2, 50, error="The disk is nearly full."))
+    bench.run(0.1)
+    assert bench.recorder.phase is Phase.RECORDING  # a reply about the episode before
+
+
+def test_a_stopped_episode_is_stored_although_the_node_ends(bench: Bench) -> None:
+    bench.recorder.start(bench.now)
+    bench.run(1.0)
+    bench.recorder.stop(bench.now, success=True)
+    bench.recorder.finish()
+    assert bench.worker.kinds == [ROW] * 9 + [END]
+    bench.recorder.finish()
+    assert bench.worker.kinds[-1] == END
+
+
+def test_memory_does_not_grow_between_episodes(bench: Bench) -> None:
+    for _ in range(2):
+        bench.recorder.start(bench.now)
+        bench.run(0.5)
+        bench.recorder.discard()
+        bench.run(30.0)
+        series = bench.recorder.rows._sampler._series.values()
+        assert max(len(one.stamps) for one in series) < 200
+    bench.recorder.start(bench.now)
+    bench.run(0.5)
+    bench.run(30.0, camera=False)
+    assert bench.recorder.phase is Phase.ENDED
+    assert max(len(one.stamps) for one in series) < 200
 
 
 def test_the_end_of_the_process_that_stores_is_final(bench: Bench) -> None:

@@ -224,11 +224,13 @@ class DistillData:
         demonstration = self.policy.tokenizer.encode(batch["action"])
         distance = self.distance(fixed, batch)
         shown = torch.from_numpy(self.shown[self._place(rows)]).to(distance.device)
+        unlabelled = ~shown & distance.isinf()  # neither a whole chunk nor a demonstration
         distance = torch.where(shown, distance, 0.0)  # keep the teacher's label
         labels, replaced = mixed_labels(fixed, demonstration, distance, self.delta_max)
         valid = self.policy.tokenizer.weight(labels, batch["action_is_pad"]).bool()  # (B, n)
         live = self.policy.tokenizer.weight(fixed)
         weight = torch.where(replaced[:, None], valid, live.bool()).float()
+        weight = weight.masked_fill(unlabelled[:, None], 0.0)
         return {
             **batch,
             **found,

@@ -44,6 +44,7 @@ class Mixture:
         held_out: Sequence[float] | None = None,
     ) -> None:
         check_compatible(stores)
+        check_shown(stores)
         self.stores = list(stores)
         self.seed = seed
         self.chunk_size = chunk_size
@@ -55,6 +56,11 @@ class Mixture:
             np.flatnonzero(~held_out_frames(store, part) & store.shown)
             for store, part in zip(stores, left_out, strict=True)
         ]
+        # the frames to imitate of a small dataset may all be held out
+        self.shares = self.shares * [bool(len(rows)) for rows in self.rows]
+        if not self.shares.any():
+            raise DatasetError("All frames to imitate are held out; record more, or hold out less.")
+        self.shares = self.shares / self.shares.sum()
         self.spans = [
             sliding(_edges(store, rows), share * store.together, seed, rows)
             for (store, share), rows in zip(pairs, self.rows, strict=True)
@@ -80,11 +86,23 @@ class Mixture:
         return join_batches(parts)
 
 
+def check_shown(stores: Sequence[FrameStore]) -> None:
+    """Raise `DatasetError` if a dataset has no frame to imitate."""
+    for store in stores:
+        if not store.shown.any():
+            raise DatasetError(
+                f"{store.root} has no frame to imitate: next.success is false in all its "
+                f"{len(np.unique(store.episode))} episodes. Leave it out, or record successes."
+            )
+
+
 def shared_weights(stores: Sequence[FrameStore], interventions: float) -> list[float]:
     """Shares of datasets in proportion to their frames; those of a person's interventions together
-    have the share `interventions`, if there are others too.
+    have the share `interventions`, if there are others too; 0: as their number.
     """
     weights = [float(store.shown.sum()) for store in stores]
+    if not interventions:
+        return weights
     corrected = sum(w for w, store in zip(weights, stores, strict=True) if store.corrected)
     others = sum(weights) - corrected
     if not corrected or not others:

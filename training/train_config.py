@@ -53,7 +53,7 @@ class TrainConfig(RunConfig):
             the policy of another.
         takeover_weight: Share of a batch that comes from takeover data, if there are any.
         intervention_weight: Share of the frames from `roots` in which a person intervened, if there
-            are any; `root_weights` replaces it.
+            are any; 0: as their number. `root_weights` replaces it.
     """
 
     roots: str = ""

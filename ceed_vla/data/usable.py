@@ -1,8 +1,8 @@
 """Which frames of a dataset show what a policy should do, by LeRobot's flags of a recording.
 
-Frames of an episode that failed do not, unless all episodes did: then nobody set the flag. In a
-dataset with interventions only those frames do in which a person commanded the arm: the policy
-commanded the others.
+Frames of an episode that failed do not. If a dataset has no success at all, and no recorder of this
+package wrote it, nobody set that flag, and it is ignored. In a dataset with interventions only
+those frames do in which a person commanded the arm: the policy commanded the others.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def usable_frames(
         episode: Episode of each frame (N,).
         intervention: Whether a person commanded the arm (N,); None without this column.
         success: Whether the episode was solved in this frame (N,); None without this column. It is
-            ignored if it is true nowhere.
+            ignored if it is true nowhere and there is no `intervention` column.
     """
     end = np.searchsorted(episode, episode, side="right").astype(np.int64)
     frames: Flags = np.ones(len(episode), dtype=bool)
     failures = 0
-    if success is not None and success.any():
+    if success is not None and (success.any() or intervention is not None):
         solved = np.unique(episode[success])
         frames = np.isin(episode, solved)
         failures = len(np.unique(episode)) - len(solved)

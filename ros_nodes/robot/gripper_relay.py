@@ -1,7 +1,8 @@
 """Node between the policy node's gripper topic and a gripper driver that only has an action.
 
 It sends every new opening as a goal of ``control_msgs/action/GripperCommand``, which replaces the
-goal before, and publishes the positions of the driver's feedback as joint states.
+goal before. With `joint`, it publishes the position of the driver's last feedback as joint states
+at 50 Hz, from the first feedback on.
 """
 
 # ceed_vla.ros_nodes.robot.messages is imported first, because its error explains a missing ROS.
@@ -53,9 +54,9 @@ RELAY_PARAMETERS = (
     ),
     NodeParameter(
         "joint",
-        "gripper",
-        "Name of the driver's position on joint_states, for gripper.joints of the robot's file; "
-        "empty: do not publish.",
+        "",
+        "Publish the driver's position on joint_states under this name, as the opening [m]; for a "
+        "driver that does not publish it. Empty: do not publish.",
         START,
     ),
 )
@@ -90,7 +91,10 @@ class GripperRelay(Node):
             self.create_publisher(JointState, "joint_states", COMMAND) if self._joint else None
         )
         self.create_subscription(Float64MultiArray, values["topic"], self._on_opening, COMMAND)
+        self._opening: float | None = None  # newest feedback [m]
         self.create_timer(0.1, self._send)
+        if self._states is not None:
+            self.create_timer(0.02, self._publish)
 
     def _on_opening(self, message: Float64MultiArray) -> None:
         if len(message.data) != 1 or not math.isfinite(message.data[0]):
@@ -100,19 +104,19 @@ class GripperRelay(Node):
             )
             return
         self._wanted = float(message.data[0])
-        self._send()
 
     def _send(self) -> None:
         """Send the newest opening, unless the last goal has it."""
         wanted = self._wanted
-        if wanted is None or (
-            self._sent is not None and abs(wanted - self._sent) < max(self._tolerance, 1e-9)
-        ):
+        if wanted is None:
             return
         if not self._client.server_is_ready():
+            self._sent = None  # a driver that starts again gets the opening again
             self.get_logger().warning(
                 "The gripper's action server is not there.", throttle_duration_sec=5.0
             )
+            return
+        if self._sent is not None and abs(wanted - self._sent) < max(self._tolerance, 1e-9):
             return
         self._sent = wanted
         goal = self.make_goal(self._scale * wanted + self._offset)
@@ -133,12 +137,16 @@ class GripperRelay(Node):
         )
 
     def _tell(self, message: Any) -> None:
-        """Publish a position of the driver."""
+        """Take a position of the driver."""
         position = self.position_of(message)
-        if self._states is None or position is None:
+        if position is not None:
+            self._opening = (position - self._offset) / self._scale
+
+    def _publish(self) -> None:
+        """Publish the last position of the driver."""
+        if self._states is None or self._opening is None:
             return
-        opening = (position - self._offset) / self._scale
-        states = JointState(name=[self._joint], position=[opening])
+        states = JointState(name=[self._joint], position=[self._opening])
         states.header.stamp = self.get_clock().now().to_msg()
         self._states.publish(states)
 

@@ -118,7 +118,8 @@ def with_topics(robot: RobotConfig, topics: str) -> RobotConfig:
     if wrong:
         raise ConfigError(f"topics has {shown(wrong[0])}; write camera=topic, separated by commas.")
     chosen = {n: topic for n, _, topic in entries if topic}
-    names = ["joint_states", *(i.name for i in robot.images)]
+    names = [] if robot.arm.groups else ["joint_states"]  # groups have theirs in the file
+    names += [image.name for image in robot.images]
     unknown = [name for name in chosen if name not in names]
     if unknown:
         raise ConfigError(

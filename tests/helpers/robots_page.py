@@ -132,7 +132,11 @@ def record_topics() -> list[Row]:
     robot = load_robot_config()
     inputs = [*(image.topic for image in robot.images), robot.joint_states]
     return [
-        *(row for row in policy_topics() if row[0] in inputs and row[1] == IN),
+        *(
+            (name, way, kind, what.replace("newest image used", "every image used"))
+            for name, way, kind, what in policy_topics()
+            if name in inputs and way == IN
+        ),
         (
             robot.commands.topic,
             IN,

@@ -54,7 +54,7 @@ def test_openings_are_goals_and_positions_come_back(graph: Any) -> None:
     relay = CountingRelay(
         context=graph.node.context,
         parameter_overrides=parameters(
-            action_type="test_msgs/action/Fibonacci", scale=-1000.0, offset=85.0
+            action_type="test_msgs/action/Fibonacci", scale=-1000.0, offset=85.0, joint="gripper"
         ),
     )
     graph._executor.add_node(relay)
@@ -78,6 +78,9 @@ def test_openings_are_goals_and_positions_come_back(graph: Any) -> None:
         assert goals == [0, 45]  # the same opening is not sent again
         graph.wait(lambda: states and states[-1].position[0] == pytest.approx(0.04), "the position")
         assert states[-1].name == ["gripper"]
+        heard = len(states)
+        graph.spin(0.5)
+        assert len(states) > heard + 10  # at rest, too
         for wrong in ([], [float("nan")], [0.1, 0.2]):
             topic.publish(Float64MultiArray(data=wrong))
         refuses.append(True)

@@ -11,6 +11,7 @@ import pytest
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.data.usable import usable_frames
 from ceed_vla.data.writer import DatasetWriter
+from ceed_vla.errors import DatasetError
 from ceed_vla.training.inspection import InspectConfig, inspect
 from ceed_vla.training.mixture import Mixture, shared_weights
 
@@ -56,7 +57,7 @@ def test_frames_and_ends_of_runs() -> None:
     person = np.array([0, 1, 1, 0, 1, 1, 1, 0, 0, 1], dtype=bool)
     found = usable_frames(episode, person, np.zeros(10, dtype=bool))
     assert found.interventions
-    assert found.failures == 0  # nobody set that flag
+    assert found.failures == 2
     np.testing.assert_array_equal(found.frames, person)
     assert found.end[person].tolist() == [3, 3, 6, 6, 7, 10]
     success = np.array([0] * 5 + [1] + [0] * 4, dtype=bool)
@@ -89,6 +90,7 @@ def test_batches_have_the_frames_to_imitate_in_their_shares(tmp_path: Path) -> N
     corrections = recording(tmp_path / "corrections", ("." * 50 + "pp", True))
     stores = [demonstrations, corrections]
     assert shared_weights(stores, 0.25) == pytest.approx([30, 10])
+    assert shared_weights(stores, 0.0) == [30, 2]
     assert shared_weights([demonstrations], 0.25) == [30]
     assert shared_weights([corrections], 0.25) == [2]
     seen = drawn(Mixture(stores, shared_weights(stores, 0.25), 0, 4))
@@ -97,10 +99,25 @@ def test_batches_have_the_frames_to_imitate_in_their_shares(tmp_path: Path) -> N
     assert counts[-2:].sum() / counts.sum() == pytest.approx(0.25, abs=0.04)
 
 
-def test_a_flag_that_is_never_set_is_ignored(tmp_path: Path) -> None:
+def test_a_recording_of_failures_is_an_error(tmp_path: Path) -> None:
     store = recording(tmp_path / "data", ("." * 20, False), ("." * 20, False))
-    assert store.shown.all()
-    assert str(store.usable) == ""
+    with pytest.raises(DatasetError, match=r"next\.success is false in all its 2 episodes"):
+        Mixture([store], None, 0, 4)
+
+
+def test_a_flag_that_nobody_sets_is_ignored() -> None:
+    found = usable_frames(np.zeros(5, dtype=np.int64), None, np.zeros(5, dtype=bool))
+    assert found.frames.all()
+    assert str(found) == ""
+
+
+def test_held_out_interventions_are_not_drawn(tmp_path: Path) -> None:
+    demonstrations = recording(tmp_path / "demos", ("." * 30, True))
+    corrections = recording(tmp_path / "corrections", *[("." * 9 + "p", True)] * 12)
+    stores = [demonstrations, corrections]
+    mixture = Mixture(stores, shared_weights(stores, 0.5), 0, 4, [0.0, 0.5])
+    assert len(mixture.rows[1]) == 6
+    assert len(drawn(mixture)) == 20 * 64
 
 
 def test_inspect_says_what_is_imitated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

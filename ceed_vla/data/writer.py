@@ -9,7 +9,6 @@ disk). Episodes go to a pending parquet file outside `data/`, their videos to fi
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lerobot.datasets.compute_stats import aggregate_stats
@@ -37,13 +35,13 @@ from lerobot.utils.constants import DEFAULT_FEATURES
 from lerobot.utils.utils import flatten_dict
 
 from ceed_vla.data import commits
+from ceed_vla.data.encoded_images import EncodedImages, png
 from ceed_vla.data.files import read_tasks
 from ceed_vla.data.statistics import Statistics, image_statistics, vector_statistics
 from ceed_vla.data.videos import EncodedVideo
 from ceed_vla.errors import DatasetError, raised_as
 from ceed_vla.files import settle
 
-_PNG_LEVEL = 3  # on rendered scenes, smaller than level 1 and as fast
 _FREE_SPACE = 64 * 2**20  # [bytes] with less, the next commit may not fit
 
 Frame = dict[str, Any]
@@ -204,10 +202,12 @@ class DatasetWriter:
         return shutil.disk_usage(self.root).free >= _FREE_SPACE
 
     def add_episode(
-        self, frames: Sequence[Frame], videos: Mapping[str, EncodedVideo] | None = None
+        self,
+        frames: Sequence[Frame],
+        encoded: Mapping[str, EncodedVideo | EncodedImages] | None = None,
     ) -> None:
         """Append one episode to the pending file: the `task` and every feature of each frame,
-        except those of `videos`, whose files lie in `work_folder`.
+        except the cameras that are `encoded` already; files of videos lie in `work_folder`.
 
         After an `OSError`, `rollback()` returns to the last commit.
 
@@ -217,9 +217,9 @@ class DatasetWriter:
         """
         if not frames:
             raise DatasetError("an episode needs at least one frame")
-        videos = dict(videos or {})
-        self._check_videos(videos, len(frames))
-        columns = self._stack(frames)
+        encoded = dict(encoded or {})
+        self._check_encoded(encoded, len(frames))
+        columns = self._stack(frames, encoded)
         steps = np.arange(len(frames))
         tasks = [frame["task"] for frame in frames]
         for task in tasks:
@@ -235,13 +235,15 @@ class DatasetWriter:
         statistics = {
             name: (vector_statistics if name in plain else image_statistics)(values)
             for name, values in columns.items()
-        } | {name: video.statistics for name, video in videos.items()}
+        } | {name: camera.statistics for name, camera in encoded.items()}
         if self._parquet is None:
             self._pending_file.parent.mkdir(exist_ok=True)
             self._parquet = pq.ParquetWriter(
                 self._pending_file, schema=self._schema, compression="snappy", use_dictionary=plain
             )
-        self._parquet.write_table(self._table(columns))
+        images = {n: c.files for n, c in encoded.items() if isinstance(c, EncodedImages)}
+        self._parquet.write_table(self._table(columns, images))
+        videos = {n: c for n, c in encoded.items() if isinstance(c, EncodedVideo)}
         self._pending.append(_Episode(len(frames), list(dict.fromkeys(tasks)), statistics, videos))
         self.pending_frames += len(frames)
 
@@ -334,20 +336,29 @@ class DatasetWriter:
             first = DEFAULT_VIDEO_PATH.format(video_key=name, chunk_index=0, file_index=0)
             feature["info"] = get_video_info(self.root / first)
 
-    def _check_videos(self, videos: Mapping[str, EncodedVideo], frames: int) -> None:
-        """Raise `DatasetError` unless there is a whole video of every camera."""
+    def _check_encoded(
+        self, encoded: Mapping[str, EncodedVideo | EncodedImages], frames: int
+    ) -> None:
+        """Raise `DatasetError` unless there is a whole video of every camera that needs one, and
+        other cameras have their images.
+        """
+        videos = [name for name, camera in encoded.items() if isinstance(camera, EncodedVideo)]
         wanted = _of_type(self._features, "video")
         if set(videos) != set(wanted):
             raise DatasetError(f"an episode has videos {sorted(videos)}; give {sorted(wanted)}")
-        for name, video in videos.items():
-            if video.frames != frames:
-                raise DatasetError(f"{name} has {video.frames} images for {frames} frames")
+        for name, camera in encoded.items():
+            if camera.frames != frames:
+                raise DatasetError(f"{name} has {camera.frames} images for {frames} frames")
+            if isinstance(camera, EncodedImages):
+                shape = tuple(self._features[name]["shape"])
+                if camera.shape != shape:
+                    raise DatasetError(f"{name} is {camera.shape}; this dataset stores {shape}")
 
-    def _stack(self, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
-        """Check and stack the caller's features: name -> (T, ...)."""
-        plain = {
-            name: feature for name, feature in self._features.items() if feature["dtype"] != "video"
-        }
+    def _stack(
+        self, frames: Sequence[Frame], encoded: Mapping[str, object]
+    ) -> dict[str, np.ndarray]:
+        """Check and stack the caller's features that are not encoded: name -> (T, ...)."""
+        plain = {name: one for name, one in self._features.items() if name not in encoded}
         names = {*plain, "task"}
         columns = {}
         for frame in frames:
@@ -370,18 +381,23 @@ class DatasetWriter:
                 )
         return columns
 
-    def _table(self, columns: Mapping[str, np.ndarray]) -> pa.Table:
+    def _table(
+        self, columns: Mapping[str, np.ndarray], images: Mapping[str, Sequence[bytes]]
+    ) -> pa.Table:
+        """Rows of the data file; `images` are PNG files of the cameras that are encoded."""
         cells: dict[str, Any] = {}
         for field in self._schema:
-            values = columns[field.name]
             if self._info.features[field.name]["dtype"] == "image":
+                files = images.get(field.name) or map(png, columns[field.name])
                 cells[field.name] = [
-                    {"bytes": _png(v), "path": f"frame-{i:06d}.png"} for i, v in enumerate(values)
+                    {"bytes": file, "path": f"frame-{i:06d}.png"} for i, file in enumerate(files)
                 ]
-            else:  # LeRobot stores vectors of one number as numbers
-                cells[field.name] = (
-                    list(values) if pa.types.is_fixed_size_list(field.type) else values.reshape(-1)
-                )
+                continue
+            values = columns[field.name]
+            # LeRobot stores vectors of one number as numbers
+            cells[field.name] = (
+                list(values) if pa.types.is_fixed_size_list(field.type) else values.reshape(-1)
+            )
         return pa.Table.from_pydict(cells, schema=self._schema)
 
 
@@ -414,9 +430,3 @@ def _video_place(name: str, number: tuple[int, int], seconds: float) -> dict[str
         f"videos/{name}/from_timestamp": 0.0,
         f"videos/{name}/to_timestamp": seconds,
     }
-
-
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(image).save(buffer, "PNG", compress_level=_PNG_LEVEL)
-    return buffer.getvalue()

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.data.commits import is_recording
+from ceed_vla.data.encoded_images import ImageEncoder
 from ceed_vla.data.videos import VideoEncoder
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import DatasetError, ObservationError
@@ -56,7 +57,7 @@ class EpisodeStore:
 
     def _clear(self) -> None:
         self._frames: list[dict[str, Any]] = []
-        self._encoders: dict[str, VideoEncoder] = {}
+        self._encoders: dict[str, VideoEncoder | ImageEncoder] = {}
         self._last: dict[str, NDArray[np.uint8]] = {}
         self.damaged = 0
 
@@ -91,10 +92,7 @@ class EpisodeStore:
         }
         for name in self._cameras:
             pixels = self._pixels(name, row.images[name])
-            if self._plan.format == "png":
-                frame[name] = pixels
-            else:
-                self._encoder(name).add(pixels)
+            self._encoder(name).add(pixels)
         self._frames.append(frame)
 
     def end(self, *, success: bool) -> None:
@@ -111,8 +109,8 @@ class EpisodeStore:
         if not self._writer.has_room():
             raise DatasetError(_FULL)
         try:
-            videos = {name: encoder.close() for name, encoder in self._encoders.items()}
-            self._writer.add_episode(self._frames, videos)
+            encoded = {name: encoder.close() for name, encoder in self._encoders.items()}
+            self._writer.add_episode(self._frames, encoded)
             self._writer.commit({})
         except BaseException:
             self._writer.rollback()
@@ -164,13 +162,17 @@ class EpisodeStore:
         self._last[name] = pixels
         return pixels
 
-    def _encoder(self, name: str) -> VideoEncoder:
+    def _encoder(self, name: str) -> VideoEncoder | ImageEncoder:
+        """The encoder of a camera in the present episode."""
         if name not in self._encoders:
             assert self._writer is not None
             folder = self._writer.work_folder
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{name}.mp4"
-            self._encoders[name] = VideoEncoder(path, self._plan.fps, self._plan.format)
+            self._encoders[name] = (
+                ImageEncoder()
+                if self._plan.format == "png"
+                else VideoEncoder(folder / f"{name}.mp4", self._plan.fps, self._plan.format)
+            )
         return self._encoders[name]
 
 

@@ -106,6 +106,16 @@ def test_a_second_task_is_refused_or_waits(robot: Robot) -> None:
     assert robot.instructions[-2:] == ["do a", "do b"]
 
 
+def test_tasks_that_come_while_the_arm_settles_do_not_take_the_queues_place(robot: Robot) -> None:
+    runner = TaskRunner(robot, 1)
+    runner.submit(Task("a", "wipe"), 0.0)
+    runner.cancel(1.0)
+    assert [runner.submit(Task(id, "wipe"), 1.1) for id in "bcd"] == [True, True, False]
+    assert ended(runner, 1.6) == [("a", "cancelled", 1.0), ("d", "refused", 0.0)]
+    assert runner.task == Task("b", "wipe")
+    assert runner.waiting == 1
+
+
 def test_a_failure_ends_the_tasks_that_wait(robot: Robot) -> None:
     runner = TaskRunner(robot, 2)
     for id in "abc":

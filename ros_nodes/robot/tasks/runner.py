@@ -145,8 +145,8 @@ class TaskRunner:
         Returns:
             Whether it runs or waits.
         """
-        free = self.task is None and not self._waiting
-        if not free and len(self._waiting) >= self._queued:
+        room = self._queued + (self.task is None)  # one may be about to begin
+        if len(self._waiting) >= room:
             first = self.task or self._waiting[0][0]
             busy = f"the task {shown(short(first.instruction, 80))} runs"
             if self._waiting and self.task is not None:

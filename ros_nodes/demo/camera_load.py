@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import array
 import io
-import json
 import multiprocessing
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -30,7 +28,8 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
-from ceed_vla.errors import CeedVLAError, NodeError
+from ceed_vla.errors import NodeError
+from ceed_vla.ros_nodes.demo.measuring import print_results
 from ceed_vla.ros_nodes.demo.report import status_values
 from ceed_vla.ros_nodes.robot.loop_statistics import MISSED
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
@@ -303,7 +302,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the result of `measure` as JSON, one line per measurement."""
     from ceed_vla.ros_nodes.demo.ros_demo import free_domain
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     about = str(__doc__).partition("\n")[0]
     parser = argparse.ArgumentParser(prog="camera_load", description=about)
     parser.add_argument("--width", type=int, default=1920, help="width of the images [px]")
@@ -327,15 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in PROFILE_VARIABLES:
         os.environ.setdefault(name, str(profile))
     load = Load(options.width, options.height, options.rate, options.transport)
-    try:
-        for _ in range(options.repeat):
-            print(json.dumps(measure(load, options.seconds, options.parameter)), flush=True)
-    except CeedVLAError as error:
-        print(f"camera_load: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    results = (measure(load, options.seconds, options.parameter) for _ in range(options.repeat))
+    return print_results("camera_load", lambda: results)
 
 
 if __name__ == "__main__":

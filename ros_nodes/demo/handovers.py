@@ -8,9 +8,7 @@ largest speed of a joint, and plots the commands around one handover.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +20,8 @@ import yaml
 from geometry_msgs.msg import TwistStamped
 from sensor_msgs.msg import JointState
 
-from ceed_vla.errors import CeedVLAError, NodeError
+from ceed_vla.errors import NodeError
+from ceed_vla.ros_nodes.demo.measuring import print_results
 from ceed_vla.ros_nodes.demo.session import Session
 from ceed_vla.ros_nodes.robot.messages import COMMAND, seconds
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
@@ -154,20 +153,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the result of `measure` as JSON."""
     from ceed_vla.ros_nodes.demo.ros_demo import free_domain
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = argparse.ArgumentParser(prog="handovers", description=str(__doc__).splitlines()[0])
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--output_dir", default="outputs/handovers")
     options = parser.parse_args(arguments)
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    try:
-        print(json.dumps(measure(options.count, Path(options.output_dir), free_domain())))
-    except CeedVLAError as error:
-        print(f"handovers: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    output = Path(options.output_dir)
+    return print_results("handovers", lambda: [measure(options.count, output, free_domain())])
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ frames that were stored, and the commands' missed ticks meanwhile.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from ceed_vla.errors import CeedVLAError, NodeError
+from ceed_vla.errors import NodeError
 from ceed_vla.ros_nodes.demo.camera_load import (
     PROFILE,
     PROFILE_VARIABLES,
@@ -34,6 +32,7 @@ from ceed_vla.ros_nodes.demo.camera_load import (
     robot_file,
     timing,
 )
+from ceed_vla.ros_nodes.demo.measuring import print_results
 from ceed_vla.ros_nodes.demo.report import status_values
 from ceed_vla.ros_nodes.robot.robot_file import packaged_config
 
@@ -180,7 +179,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the result of `measure` as JSON."""
     from ceed_vla.ros_nodes.demo.ros_demo import free_domain
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = argparse.ArgumentParser(prog="record_load", description=str(__doc__).splitlines()[0])
     parser.add_argument("--width", type=int, default=640, help="width of the images [px]")
     parser.add_argument("--height", type=int, default=480, help="height of the images [px]")
@@ -196,18 +194,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in PROFILE_VARIABLES:
         os.environ.setdefault(name, str(profile))
     load = Load(options.width, options.height, options.rate, options.transport)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    try:
+
+    def measured() -> list[dict[str, Any]]:
         found = measure(load, options.seconds, options.fps, options.format)
-    except CeedVLAError as error:
-        print(f"record_load: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(json.dumps({**found, "cpu_seconds_of_all_children": round(used, 1)}), flush=True)
-    return 0
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = round(used.ru_utime + used.ru_stime, 1)
+        return [{**found, "cpu_seconds_of_all_children": seconds}]
+
+    return print_results("record_load", measured)
 
 
 if __name__ == "__main__":

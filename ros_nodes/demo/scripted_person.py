@@ -9,9 +9,7 @@ nothing in them to imitate.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
 import sys
 import time
 from collections import Counter
@@ -25,7 +23,8 @@ from sensor_msgs.msg import Joy
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
-from ceed_vla.errors import CeedVLAError, NodeError
+from ceed_vla.errors import NodeError
+from ceed_vla.ros_nodes.demo.measuring import print_results
 from ceed_vla.ros_nodes.demo.session import Session
 from ceed_vla.ros_nodes.robot.messages import COMMAND, LATCHED
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config
@@ -158,7 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the counts of `run` as JSON."""
     from ceed_vla.ros_nodes.demo.ros_demo import free_domain
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     about = str(__doc__).splitlines()[0]
     parser = argparse.ArgumentParser(prog="scripted_person", description=about)
     parser.add_argument("--checkpoint", default="student")
@@ -173,14 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.domain = free_domain()
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    try:
-        print(json.dumps(run(options)), flush=True)
-    except CeedVLAError as error:
-        print(f"scripted_person: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return print_results("scripted_person", lambda: [run(options)])
 
 
 if __name__ == "__main__":

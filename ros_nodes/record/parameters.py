@@ -3,25 +3,23 @@
 import shutil
 
 from ceed_vla.ros_nodes.record.plan import FORMATS
-from ceed_vla.ros_nodes.robot.parameters import LIVE, START, NodeParameter
+from ceed_vla.ros_nodes.robot.common_parameters import (
+    AUTOSTART,
+    DISCOVER_PACKAGES,
+    ROBOT_CONFIG,
+    TOPICS,
+)
+from ceed_vla.ros_nodes.robot.parameters import LIVE, NodeParameter
 from ceed_vla.texts import LONGEST_INSTRUCTION, instruction_problem, shown
 
 RECORD_PARAMETERS = (
+    DISCOVER_PACKAGES,
     NodeParameter("root", "", "Folder of the data set."),
     NodeParameter(
         "resume", False, "Continue the recording in root; false: root must be new or empty."
     ),
-    NodeParameter(
-        "robot_config",
-        "",
-        "YAML file of the robot (topics, joints, limits); empty: the simulated arm.",
-    ),
-    NodeParameter(
-        "topics",
-        "",
-        "Topics that replace those in the robot's file, for example "
-        "front=/camera/image_raw, joint_states=/left/joint_states.",
-    ),
+    ROBOT_CONFIG,
+    TOPICS,
     NodeParameter(
         "checkpoint",
         "",
@@ -60,12 +58,7 @@ RECORD_PARAMETERS = (
         "Images that may wait to be stored, before the episode ends by itself [MB].",
         within=(10, 100000),
     ),
-    NodeParameter(
-        "autostart",
-        False,
-        "Configure and activate the node at the start, without a lifecycle manager.",
-        START,
-    ),
+    AUTOSTART,
     NodeParameter(
         "python",
         "",

@@ -25,6 +25,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
+from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, ConfigError, NodeError
 from ceed_vla.ros_nodes.record.episode import EpisodeRows
 from ceed_vla.ros_nodes.record.parameters import RECORD_PARAMETERS
@@ -62,7 +63,9 @@ class RecordNode(SafeLifecycleNode):
 
     def __init__(self, **node_options: Any) -> None:
         super().__init__("record", **node_options)
-        parameters.declare_parameters(self, RECORD_PARAMETERS)
+        parameters.declare_parameters(self, RECORD_PARAMETERS[:1])
+        discover(self.get_parameter("discover_packages").value, "discover_packages")
+        parameters.declare_parameters(self, RECORD_PARAMETERS[1:])
         parameters.refuse_unknown(self)
         self.add_on_set_parameters_callback(
             lambda changes: parameters.refusal(

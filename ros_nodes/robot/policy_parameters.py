@@ -2,6 +2,12 @@
 
 import shutil
 
+from ceed_vla.ros_nodes.robot.common_parameters import (
+    AUTOSTART,
+    DISCOVER_PACKAGES,
+    ROBOT_CONFIG,
+    TOPICS,
+)
 from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES
 from ceed_vla.ros_nodes.robot.outage import RESUME_WITHIN
 from ceed_vla.ros_nodes.robot.parameters import LIVE, START, NodeParameter
@@ -10,29 +16,14 @@ from ceed_vla.serving.predictor import ENGINES
 from ceed_vla.texts import LONGEST_INSTRUCTION, instruction_problem, shown
 
 POLICY_PARAMETERS = (
-    # First, because the packages register choices of the parameters below.
-    NodeParameter(
-        "discover_packages",
-        "",
-        "Your Python packages, comma-separated, that register interfaces, backbones, decoders, ...",
-        START,
-    ),
+    DISCOVER_PACKAGES,
     NodeParameter(
         "checkpoint",
         "student",
         "LeRobot checkpoint folder, an export, or teacher or student for a shipped checkpoint.",
     ),
-    NodeParameter(
-        "robot_config",
-        "",
-        "YAML file of the robot (topics, joints, limits); empty: the simulated arm.",
-    ),
-    NodeParameter(
-        "topics",
-        "",
-        "Topics that replace those in the robot's file, for example "
-        "front=/camera/image_raw, joint_states=/left/joint_states.",
-    ),
+    ROBOT_CONFIG,
+    TOPICS,
     NodeParameter(
         "action_interface",
         "forward_position",
@@ -47,12 +38,7 @@ POLICY_PARAMETERS = (
         LIVE,
         check=instruction_problem,
     ),
-    NodeParameter(
-        "autostart",
-        False,
-        "Configure and activate the node at the start, without a lifecycle manager.",
-        START,
-    ),
+    AUTOSTART,
     NodeParameter(
         "start_enabled",
         True,

@@ -8,12 +8,14 @@ from typing import Any
 
 
 @cache
-def message_class(name: str) -> Any:
-    """The class of a message type, such as "std_msgs/msg/String".
+def message_class(name: Any) -> Any:
+    """The class of a message type, such as "std_msgs/msg/String"; a class is returned as it is.
 
     Raises:
         ImportError: ROS 2, or the package of the message, is not installed.
     """
+    if not isinstance(name, str):
+        return name
     package, kind, message = name.split("/")
     module = importlib.import_module(f"{package}.{kind}")
     if not hasattr(module, message):  # a folder of this name that is no built package

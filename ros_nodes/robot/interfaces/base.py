@@ -59,8 +59,7 @@ class ActionInterface(ABC):
     @property
     def message_class(self) -> Any:
         """The class of the messages."""
-        kind = self.message_type
-        return message_class(kind) if isinstance(kind, str) else kind
+        return message_class(self.message_type)
 
     @abstractmethod
     def message(self, command: Command, arm: CommandedArm) -> Any:

@@ -73,8 +73,7 @@ class Device(ABC):
     @property
     def message_class(self) -> Any:
         """The class of the messages."""
-        kind = self.message_type
-        return message_class(kind) if isinstance(kind, str) else kind
+        return message_class(self.message_type)
 
     @abstractmethod
     def read(self, message: Any, now: float) -> Wish:

@@ -182,7 +182,7 @@ def test_topics_services_and_diagnostics_are_the_documented_ones(bench: Bench) -
             robots_page.policy_topics(),
             (*interfaces, *(f"/{name}" for name in robots_page.DRY)),
         ),
-        ("sim", robots_page.sim_topics(), ("/clock",)),
+        ("sim", robots_page.sim_topics(), ("/clock", "/sim/expert")),
     ):
         there = {
             robots_page.IN: node.get_subscriber_names_and_types_by_node(name, "/"),

@@ -92,8 +92,14 @@ def prepared(load: Load) -> list[bytes]:
     return messages
 
 
-def replay(load: Load) -> None:
-    """Publish the images of both cameras simultaneously, until the process is killed."""
+def replay(load: Load, late: Any = None) -> None:
+    """Publish the images of both cameras simultaneously, until the process is killed.
+
+    Args:
+        load: What is published.
+        late: A shared number (`multiprocessing.Value`) of images per camera that this process
+            published and stamped more than half a period late; counted if it is given.
+    """
     import rclpy
     from sensor_msgs.msg import CompressedImage, Image
 
@@ -109,6 +115,8 @@ def replay(load: Load) -> None:
     while True:
         message = bytearray(messages[number % _IMAGES])
         now = time.time_ns()
+        if late is not None and time.monotonic() - due > 0.5 / load.rate:
+            late.value += 1
         message[4:12] = struct.pack("<iI", now // 10**9, now % 10**9)  # the header's stamp
         for publisher in publishers:
             publisher.publish(bytes(message))

@@ -151,6 +151,7 @@ class FrameSampler:
         self.gap = ""
         self.frames = 0
         self._last: dict[str, float] = {}  # stamps of the last frame's samples
+        self._used: dict[str, float] = {}  # or of the samples that follow them
 
     def silent(self, since: float) -> list[str]:
         """Inputs without a sample since a time."""
@@ -169,9 +170,11 @@ class FrameSampler:
 
     def put(self, name: str, stamp: float, value: Any) -> None:
         """Take a sample of an input."""
-        if self._start is not None and self.frames and stamp <= self._time(self.frames - 1):
-            used = self._last.get(name, -math.inf)
-            self.losses.late[name] += stamp > used
+        if self._start is not None and self.frames:
+            # up to here the last frame has looked for this input
+            looked = self._time(self.frames if name in self._following else self.frames - 1)
+            used = self._used.get(name, -math.inf)
+            self.losses.late[name] += used < stamp <= looked + _ROUNDING
         self._series[name].put(stamp, value)
         if self._start is None or self.gap:
             self._series[name].drop_before(stamp - KEPT)
@@ -253,6 +256,8 @@ class FrameSampler:
         self.losses.repeated.update(repeated)
         later = {name: self._series[name].at(time + self._period) for name in self._following}
         self._last = {name: stamp for name, (stamp, _) in samples.items()}
+        following = {name: sample[0] for name, sample in later.items() if sample is not None}
+        self._used = self._last | following
         self.frames += 1
         for series in self._series.values():
             series.drop_before(self._time(self.frames) - KEPT)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ceed_vla.ros_nodes.demo.bag import type_name
 from ceed_vla.ros_nodes.record.parameters import RECORD_PARAMETERS
+from ceed_vla.ros_nodes.robot.gripper_relay import RELAY_PARAMETERS
 from ceed_vla.ros_nodes.robot.parameters import LIVE, SETUP, START, Table
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
@@ -22,6 +23,7 @@ REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
 HOLDS_PAGE = REFERENCE / "holds.md"  # hold codes and diagnostics keys, not generated
 # Page -> the markers of its generated tables.
 PAGES = {
+    REFERENCE / "gripper-relay.md": ("relay parameters",),
     REFERENCE / "policy-node.md": ("policy topics", "policy parameters"),
     REFERENCE / "record-node.md": ("record topics", "record parameters"),
     REFERENCE / "sim-node.md": ("sim topics", "sim parameters"),
@@ -215,6 +217,7 @@ def tables() -> dict[str, str]:
     return {
         "policy topics": _table(topic, policy_topics()),
         "policy parameters": _table(parameter, parameter_rows(POLICY_PARAMETERS)),
+        "relay parameters": _table(parameter, parameter_rows(RELAY_PARAMETERS)),
         "record topics": _table(topic, record_topics()),
         "record parameters": _table(parameter, parameter_rows(RECORD_PARAMETERS)),
         "sim topics": _table(topic, sim_topics()),

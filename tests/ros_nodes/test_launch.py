@@ -25,15 +25,17 @@ from lifecycle_msgs.srv import GetState
 from rcl_interfaces.srv import GetParameters
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.ros_nodes.record.parameters import RECORD_PARAMETERS
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, with_topics
 from ceed_vla.ros_nodes.simulated.parameters import SIM_PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
-FILES = ("policy.launch.py", "sim_demo.launch.py")
+FILES = ("policy.launch.py", "record.launch.py", "sim_demo.launch.py")
 DECLARED = {
     "policy_node": {parameter.name: parameter for parameter in POLICY_PARAMETERS},
+    "record_node": {parameter.name: parameter for parameter in RECORD_PARAMETERS},
     "sim_node": {parameter.name: parameter for parameter in SIM_PARAMETERS},
 }
 
@@ -115,11 +117,15 @@ def test_every_argument_is_declared_once_and_described(
 
 
 @pytest.mark.parametrize(
-    ("file", "executable"),
-    [("policy.launch.py", "policy_node"), ("sim_demo.launch.py", "sim_node")],
+    ("file", "executable", "some"),
+    [
+        ("policy.launch.py", "policy_node", {"topics", "max_joint_velocity"}),
+        ("record.launch.py", "record_node", {"root", "resume", "memory_mb"}),
+        ("sim_demo.launch.py", "sim_node", {"seed"}),
+    ],
 )
 def test_nodes_exist_and_know_their_parameters(
-    file: str, executable: str, monkeypatch: pytest.MonkeyPatch
+    file: str, executable: str, some: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     defaults = arguments(file, monkeypatch)
     (node,) = made(
@@ -131,11 +137,7 @@ def test_nodes_exist_and_know_their_parameters(
     assert f"def {function}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
     assert node.named["on_exit"].kind == "Shutdown"  # the launch ends with the node
     overrides = node.named["parameters"][-1]
-    assert (
-        set(overrides) > {"seed"}
-        if executable == "sim_node"
-        else set(overrides) > {"topics", "max_joint_velocity"}
-    )
+    assert set(overrides) > some
     for name, value in overrides.items():
         if name == "use_sim_time":
             continue
@@ -154,6 +156,17 @@ def test_arguments_that_nobody_gives_leave_the_parameter_file_as_it_is(
     assert set(overrides) == {"autostart", "start_enabled", "max_joint_velocity"}
     defaults = arguments("policy.launch.py", monkeypatch)
     assert (defaults["autostart"], defaults["start_enabled"]) == ("true", "false")
+
+
+def test_recorder_leaves_the_nodes_own_values_and_may_follow_the_policys_instruction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (node,) = made("record.launch.py", monkeypatch, "Node", root="/data/cups")
+    assert set(node.named["parameters"][0]) == {"root", "autostart"}
+    assert node.named["remappings"] == []
+    (node,) = made("record.launch.py", monkeypatch, "Node", instruction_topic="policy/instruction")
+    ((source, target),) = node.named["remappings"]
+    assert (source, target.parts) == ("~/instruction", ("instruction_topic",))
 
 
 def test_policy_topics_are_the_packaged_robots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +214,7 @@ def test_the_demo_stays_on_this_machine_unless_the_environment_says_otherwise(
 def test_config_files_that_launch_files_name_are_installed(file: str) -> None:
     installed = {path.name for path in (LAUNCH / "config").iterdir()}
     named = set(re.findall(r'"config", "([\w.]+)"', (LAUNCH / file).read_text()))
-    assert named or file == "sim_demo.launch.py"
+    assert named or file != "policy.launch.py"
     assert named <= installed
     setup = (ROOT / "setup.py").read_text()
     assert "launch/*.launch.py" in setup
@@ -274,4 +287,4 @@ def test_real_launch_reads_the_file(file: str) -> None:
 
     description = get_launch_description_from_python_launch_file(str(LAUNCH / file))
     declared = {argument.name for argument in description.get_launch_arguments()}
-    assert {"checkpoint", "action_interface", "namespace", "start_enabled"} <= declared
+    assert {"checkpoint", "namespace"} <= declared

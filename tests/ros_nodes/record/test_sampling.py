@@ -116,6 +116,24 @@ def test_a_sample_that_comes_after_its_frame_is_late() -> None:
     assert str(one.losses) == "camera: 1 too late"
 
 
+def test_a_command_that_its_frame_should_have_had_is_late() -> None:
+    one = sampler(patience=0.05)
+    one.start(0.0)
+    for i in range(31):
+        one.put("arm", 0.01 * i, i)
+    for stamp in (0.0, 0.02, 0.1):
+        one.put("camera", stamp, stamp)
+    for stamp in (0.0, 0.08, 0.195):
+        one.put("commands", stamp, stamp)
+    (first, second) = one.ready(0.3)  # at 0.01 and 0.11, with the commands of 0.11 and 0.21
+    assert (first.following["commands"], second.following["commands"]) == (0.08, 0.195)
+    one.put("commands", 0.19, 0.19)  # older than what was used
+    one.put("commands", 0.22, 0.22)  # for the next frame
+    assert not one.losses.late["commands"]
+    one.put("commands", 0.205, 0.205)
+    assert one.losses.late["commands"] == 1
+
+
 def test_jitter_of_a_camera_at_the_frames_rate_loses_no_image() -> None:
     one = FrameSampler(1 / 30, ["camera"], counted=["camera"])
     one.start(0.0)

@@ -92,13 +92,11 @@ def prepared(load: Load) -> list[bytes]:
     return messages
 
 
-def replay(load: Load, late: Any = None) -> None:
+def replay(load: Load) -> None:
     """Publish the images of both cameras simultaneously, until the process is killed.
 
-    Args:
-        load: What is published.
-        late: A shared number (`multiprocessing.Value`) of images per camera that this process
-            published and stamped more than half a period late; counted if it is given.
+    The stamp is the time at which an image is due, as a camera stamps its exposure: if this process
+    gets the processor late, the image comes late but is not stamped late.
     """
     import rclpy
     from sensor_msgs.msg import CompressedImage, Image
@@ -110,19 +108,17 @@ def replay(load: Load, late: Any = None) -> None:
     node = rclpy.create_node("cameras")
     kind = Image if load.transport == "raw" else CompressedImage
     publishers = [node.create_publisher(kind, f"/{name}/images", SENSOR) for name in CAMERAS]
-    due = time.monotonic()
+    due = time.time()
     number = 0
     while True:
         message = bytearray(messages[number % _IMAGES])
-        now = time.time_ns()
-        if late is not None and time.monotonic() - due > 0.5 / load.rate:
-            late.value += 1
-        message[4:12] = struct.pack("<iI", now // 10**9, now % 10**9)  # the header's stamp
+        stamp = int(due * 1e9)
+        message[4:12] = struct.pack("<iI", stamp // 10**9, stamp % 10**9)  # the header's
         for publisher in publishers:
             publisher.publish(bytes(message))
         number += 1
-        due = max(due + 1.0 / load.rate, time.monotonic() - 1.0)
-        time.sleep(max(due - time.monotonic(), 0.0))
+        due = max(due + 1.0 / load.rate, time.time() - 1.0)
+        time.sleep(max(due - time.time(), 0.0))
 
 
 def robot_file(folder: Path, load: Load) -> Path:

@@ -2,8 +2,7 @@
 
 As in `camera_load`, a process replays images of two cameras to a policy node that drives simulated
 joints; a record node stores all of it as videos. Printed are the frames that lack an image, the
-images that the cameras themselves sent late, the frames that were stored, and the commands' missed
-ticks meanwhile.
+frames that were stored, and the commands' missed ticks meanwhile.
 """
 
 from __future__ import annotations
@@ -126,8 +125,7 @@ def measure(load: Load, seconds: float, fps: float, format: str) -> dict[str, An
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         driven, recorded = robot_files(folder, load, fps)
         context = multiprocessing.get_context("spawn")
-        late = context.Value("i", 0)
-        cameras = context.Process(target=replay, args=(load, late), name="cameras", daemon=True)
+        cameras = context.Process(target=replay, args=(load,), name="cameras", daemon=True)
         cameras.start()
         stack.callback(cameras.join)
         stack.callback(cameras.kill)
@@ -146,7 +144,6 @@ def measure(load: Load, seconds: float, fps: float, format: str) -> dict[str, An
             arm.spin(0.2, policy)
 
         recording.until("idle", _START, spin)
-        late_before = late.value
         recording.call("/record/start", Trigger, Trigger.Request(), policy)
         arm.spin(1.0, policy)
         arm.sent.clear()
@@ -157,7 +154,6 @@ def measure(load: Load, seconds: float, fps: float, format: str) -> dict[str, An
             for key, value in recording.values.items()
             if key.startswith(("missing.", "late.", "bad."))
         }
-        late_at_source = late.value - late_before
         recording.call("/record/stop", SetBool, SetBool.Request(data=True), policy)
         stopped = time.monotonic()
         recording.until("idle", _START, spin)
@@ -170,7 +166,6 @@ def measure(load: Load, seconds: float, fps: float, format: str) -> dict[str, An
             "seconds": seconds,
             "stored": recording.state,
             **losses,
-            "late_at_source": late_at_source,
             "most_waiting_mb": recording.most_waiting,
             "stored_after_s": round(took, 2),
             "mb_per_minute": round(60e-6 * size / (seconds + 1.0), 1),

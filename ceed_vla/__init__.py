@@ -36,7 +36,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module 'ceed_vla' has no attribute {name!r}; it offers {', '.join(__all__)}"
         )
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+    try:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    except ModuleNotFoundError as error:
+        from ceed_vla.extras import explained
+
+        raise explained(f"ceed_vla.{name}", error) from error
 
 
 def __dir__() -> list[str]:

@@ -25,7 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ceed_vla import extras
 from ceed_vla.errors import ConfigError
+from ceed_vla.extras import EXTRAS
 from ceed_vla.folders import PRETRAINED
 
 LIMIT_S = 90.0  # a first start compiles thousands of modules of torch, transformers and LeRobot
@@ -33,15 +35,10 @@ SHIPPED = Path(__file__).parent / "pretrained"
 ALWAYS_SHOWN = ("torch", "transformers", "lerobot", "mujoco", "gymnasium", "numpy")
 PLUGIN = "lerobot_policy_ceed_vla"
 LEAST_FREE_GB, WANTED_FREE_GB = 0.2, 5.0
-INSTALL = "run `make install`"
 LATE = (
     "run `ceed-vla doctor` again when the machine is idle: the first start after an installation "
     "is slow, later ones are not; if it stays slow, a package hangs"
 )
-EXTRAS = {
-    "ros2": "ROS 2 from wheels, without a ROS distribution",
-    "vlm": "OpenVLA, pi0-FAST and image-text models",
-}
 RANGE = "ROS_AUTOMATIC_DISCOVERY_RANGE"
 
 # What is tested -> a script that prints one line of JSON.
@@ -114,7 +111,9 @@ def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, An
             findings += check
         except Exception as error:
             found = f"cannot be checked: {_short(f'{type(error).__name__}: {error}')}"
-            findings.append(Finding(getattr(check, "__name__", "").strip("_"), found, INSTALL))
+            findings.append(
+                Finding(getattr(check, "__name__", "").strip("_"), found, extras.again())
+            )
     table = Table("what", "found", "", "what to do", title="ceed-vla doctor", title_justify="left")
     colors = {"ok": "green", "note": "yellow", "missing": "bold red"}
     for one in findings:
@@ -170,44 +169,59 @@ def _python() -> Generator[Finding]:
     remedy = (
         ""
         if sys.version_info[:2] in ((3, 12), (3, 13))
-        else f"3.12 or 3.13 is needed; install one and {INSTALL}"
+        else "3.12 or 3.13 is needed; install one, and then this package again"
     )
     yield Finding("Python", f"{platform.python_version()}, {sys.executable}", remedy)
 
 
 def _packages() -> Generator[Finding]:
-    """Installed packages.
+    """Installed packages and extras.
 
-    Packages that affect results are always listed, others only in an unsupported version. An extra
-    that lacks packages has one line.
+    Packages that affect results are listed if they are installed, others only in an unsupported
+    version. Every extra has a line.
     """
     from packaging.requirements import Requirement
 
     try:
         requirements = [Requirement(text) for text in metadata.requires("ceed_vla") or ()]
     except metadata.PackageNotFoundError:
-        yield Finding("ceed_vla", "runs from a folder and is not installed", INSTALL, needed=False)
+        yield Finding(
+            "ceed_vla", "runs from a folder and is not installed", extras.again(), needed=False
+        )
         return
-    lacking: dict[str, list[str]] = {}
+    unfit: dict[str, list[str]] = {}  # extra -> packages of the wrong version, or that it lacks
+    shown = set()
     for requirement in requirements:
-        name = requirement.name
-        version = _version(requirement.name)
+        name, marker = requirement.name, requirement.marker
+        version = _version(name)
         fits = bool(version) and requirement.specifier.contains(version, prereleases=True)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            if name in ALWAYS_SHOWN or not fits:
-                remedy = "" if fits else f"{name}{requirement.specifier} is needed; {INSTALL}"
-                yield Finding(name, version or "not installed", remedy)
-        elif not fits:
-            for extra in (name for name in EXTRAS if requirement.marker.evaluate({"extra": name})):
-                lacking.setdefault(extra, []).append(f"{name} {version}".strip())
-    for extra, names in lacking.items():
-        remedy = f"only for {EXTRAS[extra]}: `pip install -e '.[{extra}]'`"
-        yield Finding(f"extra {extra}", f"lacks {_short(', '.join(names))}", remedy, needed=False)
+        always = marker is None or marker.evaluate({"extra": ""})
+        named = () if always else EXTRAS
+        those = [one for one in named if marker and marker.evaluate({"extra": one})]
+        decides = name in ALWAYS_SHOWN and bool(version) and bool(those)
+        if name not in shown and (decides or (always and (name in ALWAYS_SHOWN or not fits))):
+            shown.add(name)
+            advice = f"{name}{requirement.specifier} is needed; {extras.again(*those[:1])}"
+            yield Finding(name, version or "not installed", "" if fits else advice)
+        for extra in () if fits else those:
+            unfit.setdefault(extra, []).append(f"{name} {version}".strip())
+    for extra, about in EXTRAS.items():
+        if not any(map(extras.installed, about.modules)):
+            found, advice = "not installed", f"only for {about.purpose}: {extras.remedy(extra)}"
+        elif extra in unfit:
+            found = f"lacks {_short(', '.join(unfit[extra]))}"
+            advice = f"for {about.purpose}: {extras.again(extra)}"
+        else:
+            found, advice = about.purpose, ""
+        yield Finding(f"extra {extra}", found, advice, needed=False)
 
 
 def _devices(probe: dict[str, Any]) -> Generator[Finding]:
+    if extras.lacks("policy"):
+        return
     if "error" in probe:
-        yield Finding("devices", f"torch does not run: {probe['error']}", _remedy(probe, INSTALL))
+        advice = _remedy(probe, extras.again("policy"))
+        yield Finding("devices", f"torch does not run: {probe['error']}", advice)
         return
     yield Finding("CPU", f"{probe['cores']} cores, torch uses {probe['threads']} threads")
     if probe["cuda"]:
@@ -222,6 +236,8 @@ def _devices(probe: dict[str, Any]) -> Generator[Finding]:
 
 
 def _rendering(probe: dict[str, Any]) -> Generator[Finding]:
+    if extras.lacks("sim"):
+        return
     how = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}"
     remedy = (
         "`apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1` (MUJOCO_GL=egl) or "
@@ -238,8 +254,11 @@ def _rendering(probe: dict[str, Any]) -> Generator[Finding]:
 
 
 def _discovery(probe: dict[str, Any]) -> Generator[Finding]:
+    if extras.lacks("policy"):
+        return
     version = _version(PLUGIN)
-    remedy = f"only for lerobot-train and lerobot-eval: {INSTALL}"
+    install = extras.again() if extras.SETUP.is_file() else f"pip install {PLUGIN}"
+    advice = f"only for lerobot-train and lerobot-eval: {install}"
     if version and probe.get("known"):
         yield Finding("LeRobot's tools", f"find this policy through {PLUGIN} {version}")
     else:
@@ -249,17 +268,17 @@ def _discovery(probe: dict[str, Any]) -> Generator[Finding]:
             else f"{PLUGIN} is not installed"
         )
         yield Finding(
-            "LeRobot's tools", found, _remedy(probe, remedy) if version else remedy, needed=False
+            "LeRobot's tools", found, _remedy(probe, advice) if version else advice, needed=False
         )
 
 
 def _ros(probe: dict[str, Any]) -> Generator[Finding]:
     if "error" in probe:
-        remedy = (
-            "only for robots: `source /opt/ros/<distribution>/setup.bash`, or `make ros-demo` "
-            "installs wheels"
+        advice = (
+            "only for robots: `source /opt/ros/<distribution>/setup.bash`, or "
+            f"{extras.remedy('ros2')} for wheels"
         )
-        yield Finding("ROS 2", probe["error"], _remedy(probe, remedy), needed=False)
+        yield Finding("ROS 2", probe["error"], _remedy(probe, advice), needed=False)
         return
     wheel = _version("ros-rclpy")
     distribution = os.environ.get("ROS_DISTRO")
@@ -293,6 +312,8 @@ def _disk() -> Generator[Finding]:
 
 
 def _checkpoints() -> Generator[Finding]:
+    if extras.lacks("policy"):
+        return
     from safetensors import SafetensorError, safe_open
 
     for name in PRETRAINED:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.errors import ConfigError
+from ceed_vla.extras import require
 from ceed_vla.outputs import MADE_BY, claim_file
 
 SUFFIX = ".rrd"
@@ -28,12 +28,8 @@ def check_rerun(option: str, text: str) -> Path:
 
 
 def _rerun(option: str) -> Any:
-    try:
-        return importlib.import_module("rerun")
-    except ImportError as error:
-        raise ConfigError(
-            f"--{option} needs Rerun ({error}): pip install 'ceed_vla[viz]'."
-        ) from error
+    require(f"--{option}", "viz")
+    return importlib.import_module("rerun")
 
 
 class RerunLog(AbstractContextManager["RerunLog"]):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up the virtual environment; does nothing if it is complete.
+# Sets up the virtual environment of a clone; does nothing if it is complete.
 #
-#   scripts/setup.sh [--gl] [extra ...]      extras of setup.py: test, lint
+#   scripts/setup.sh [--gl] [extra ...]      extras of setup.py, besides policy, sim and train
 #
 #   --gl              also make sure that MuJoCo can render
 #   libero            also let LIBERO find its folders (~/.libero/config.yaml) and meshes; with --gl, render one task
@@ -146,7 +146,7 @@ uv_install() {
     local extras
     extras=$(IFS=,; printf '%s' "$*")
     "$VENV/bin/uv" pip install --python "$VENV/bin/python" --constraints constraints.txt --overrides overrides.txt \
-        --build-constraints constraints.txt $DRY_RUN --editable ".${extras:+[$extras]}" --editable ./lerobot_policy_ceed_vla
+        --build-constraints constraints.txt $DRY_RUN --editable ".[$extras]" --editable ./lerobot_policy_ceed_vla
 }
 
 # Prints why an installation failed, as far as that is known.
@@ -165,14 +165,14 @@ explain_failure() {
 
 install_packages() {
     local stamp
-    stamp=$VENV/.installed-$(IFS=-; printf '%s' "${*:-base}")
+    stamp=$VENV/.installed-$(IFS=-; printf '%s' "$*")
     DRY_RUN=
     [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint "$@")" ] && return
     if [ -n "${PIP_INDEX_URL:-}" ] && [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
         export UV_DEFAULT_INDEX=$PIP_INDEX_URL
     fi
     [ "$(free_gb)" -ge "$DISK_GB" ] || say "only $(free_gb) GB are free; a complete installation takes up to $DISK_GB GB"
-    say "installing ceed_vla${*:+ with $*} into $VENV (the first time downloads up to 3 GB)"
+    say "installing ceed_vla with $* into $VENV (the first time downloads up to 3 GB)"
     uv_install "$@" || explain_failure "$@"
     fingerprint "$@" >"$stamp"
 }
@@ -248,7 +248,7 @@ main() {
     SCRATCH=$(mktemp -d)
     trap 'rm -rf "$SCRATCH"' EXIT
     make_environment
-    install_packages "$@"
+    install_packages policy sim train "$@"
     link_folders
     [ "$gl" = 0 ] || check_gl
     case " $* " in

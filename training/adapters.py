@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.extras import require_module
 from ceed_vla.fields import Checked, chosen, ranged, short
 from ceed_vla.lora import A, B
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
@@ -29,7 +30,7 @@ LAYERS = ("Linear", "Linear4bit", "Linear8bitLt")
 
 @dataclass
 class LoRAConfig(Checked, prefix="lora."):
-    """Low-rank adapters; needs `pip install "ceed_vla[vlm]"`.
+    """Low-rank adapters; needs the extra `vlm`.
 
     Attributes:
         rank: Rank of the adapters; 0 trains all weights instead.
@@ -130,11 +131,9 @@ def _add(
 
     It gets the checkpoint's weights on the layers `own`; without these it is new, on `targets`.
     """
-    try:
-        from peft import LoraConfig as PeftConfig
-        from peft import inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError('LoRA needs peft: pip install "ceed_vla[vlm]".') from error
+    require_module("LoRA", "peft")
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
 
     settings = PeftConfig(
         r=config.rank,

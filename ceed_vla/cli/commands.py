@@ -15,6 +15,7 @@ class Command:
     summary: str  # one line for `ceed-vla --help`
     # module (imported when the command runs), its dataclass of flags, and its function
     where: str
+    extras: str = ""  # extras whose packages it imports
     must: str = ""  # flags that `--help` lists first, besides those without a default
     # flags that `--help` explains next; it only names the others. Without must and may: explain all
     may: str = ""
@@ -35,6 +36,7 @@ COMMANDS = {
     "record": Command(
         "record demonstrations of the scripted experts as a LeRobot dataset",
         "ceed_vla.sim.record RecordConfig record",
+        extras="policy sim train",
         must="root",
         may="mode env.type env.task episodes seed policy.path resume",
         kept=f"complete attempts are in {{root}}; {_RESUMABLE}",
@@ -42,6 +44,7 @@ COMMANDS = {
     "inspect": Command(
         "inspect a dataset: its content, its faults, and the settings training derives from it",
         "ceed_vla.training.inspection InspectConfig inspect",
+        extras="train",
         must="roots",
         may="minutes output policy.chunk_size policy.action_tokens.type",
         positional="roots",
@@ -50,6 +53,7 @@ COMMANDS = {
     "train": Command(
         "train the autoregressive teacher on recorded data",
         "ceed_vla.training.teacher TrainConfig train",
+        extras="train",
         must="roots output_dir",
         may=(
             "grounding_roots steps max_minutes batch_size rounds env.type validate_episodes "
@@ -61,12 +65,14 @@ COMMANDS = {
     "fit-tokens": Command(
         "fit FAST action tokens (DCT and BPE) on recorded data",
         "ceed_vla.training.fit_tokens FitTokensConfig fit_tokens",
+        extras="train",
         must="roots output",
         may="chunk_size most_ids gripper_dims",
     ),
     "collect": Command(
         "write the teacher's Jacobi trajectories over a dataset",
         "ceed_vla.training.trajectories CollectConfig collect",
+        extras="train",
         must="policy.path roots output_dir",
         may="device batch_size max_frames shard_index num_shards threads resume",
         kept=f"complete shards are in {{output_dir}}; {_RESUMABLE}",
@@ -74,6 +80,7 @@ COMMANDS = {
     "distill": Command(
         "distill the teacher into a student that decodes in few forwards",
         "ceed_vla.training.distill DistillConfig distill",
+        extras="train",
         must="teacher.path trajectories.path roots output_dir",
         may=(
             "trajectories.online steps max_minutes batch_size lr loss states max_iterations "
@@ -85,6 +92,7 @@ COMMANDS = {
     "exits": Command(
         "train exits of a frozen policy: forwards that end after a few layers",
         "ceed_vla.training.axes.depth ExitsConfig exits",
+        extras="train",
         axis="depth",
         must="policy.path roots output_dir layers",
         may="kind steps batch_size lr device seed threads",
@@ -92,6 +100,7 @@ COMMANDS = {
     "reinforce": Command(
         "learn when to exit from the outcomes of episodes",
         "ceed_vla.training.axes.learned ReinforceConfig reinforce",
+        extras="policy sim",
         axis="learned",
         must="policy.path output_dir",
         may="env.type env.task cap decay rounds groups scouts groups_from seed workers",
@@ -104,6 +113,7 @@ COMMANDS = {
     "context": Command(
         "train a scorer that chooses the prefix tokens that a frozen policy keeps",
         "ceed_vla.training.axes.context ContextConfig context",
+        extras="train",
         axis="context",
         must="policy.path roots output_dir",
         may="dropped steps batch_size lr seed",
@@ -111,12 +121,14 @@ COMMANDS = {
     "open-loop": Command(
         "compare decoders on held-out data, without a simulator: error, forwards, latency",
         "ceed_vla.training.open_loop OpenLoopConfig open_loop",
+        extras="train",
         must="policy.path roots output_dir",
         may="held_out gate decoders chunks executed_steps device threads",
     ),
     "eval": Command(
         "compare decoders in closed loop: success, forwards, latency, clips",
         "ceed_vla.sim.evaluate EvalConfig evaluate",
+        extras="policy sim",
         must="policy.path",
         may=(
             "teacher.path decoders episodes seed delay_ms workers env.type env.task env.split "
@@ -127,6 +139,7 @@ COMMANDS = {
     "merge": Command(
         "join the shards of an evaluation that several machines shared",
         "ceed_vla.sim.merge MergeConfig merge",
+        extras="policy sim",
         must="folders",
         may="output_dir",
         positional="folders",
@@ -134,6 +147,7 @@ COMMANDS = {
     "report": Command(
         "write one page that shows runs and compares them: verdict, tables, plots, clips",
         "ceed_vla.report.command ReportConfig report",
+        extras="sim",
         must="runs",
         may="output",
         positional="runs",
@@ -141,6 +155,7 @@ COMMANDS = {
     "bench": Command(
         "measure latency and success of a policy, its rivals and the floor, in one run",
         "ceed_vla.sim.bench BenchConfig bench",
+        extras="policy sim",
         must="policy.path",
         may="teacher.path decoders episodes seed engine env.type output_dir threads resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
@@ -148,36 +163,42 @@ COMMANDS = {
     "calibrate": Command(
         "choose exit thresholds that bound a risk, and write them into the checkpoint",
         "ceed_vla.sim.calibrate CalibrateConfig calibrate",
+        extras="policy sim",
         must="policy.path output_dir",
         may="epsilons alpha signals decoders episodes seed env.type executed_steps threads",
     ),
     "tune": Command(
         "search the decoding with the most success within a budget of milliseconds",
         "ceed_vla.sim.tune TuneConfig tune",
+        extras="policy sim",
         must="policy.path output_dir",
         may="budgets_ms save population generations episodes chunks seed engine env.type threads",
     ),
     "show": Command(
         "plot how the tokens of one observation converge over the iterations",
         "ceed_vla.sim.show ShowConfig show",
+        extras="policy sim",
         must="policy.path",
         may="teacher.path output seed chunk env.type env.task device",
     ),
     "grounding": Command(
         "measure how well a policy locates object and goal, by distance",
         "ceed_vla.sim.grounding GroundingConfig grounding",
+        extras="policy sim",
         must="policy.path",
         may="scenes edges env.type env.task output device",
     ),
     "demo": Command(
         "run the shipped policies: table, plots and clips in a few minutes",
         "ceed_vla.sim.evaluate DemoConfig evaluate",
+        extras="policy sim",
         may="episodes seed output_dir resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
     "ros-demo": Command(
         "drive the simulated robot through ROS 2: success, command rate, a bag",
         "ceed_vla.ros_nodes.demo.ros_demo RosDemoConfig ros_demo",
+        extras="sim ros2",
         may=(
             "episodes checkpoint task action_interface decoding engine simulated_time rivals "
             "latencies_ms reaction output_dir"
@@ -187,6 +208,7 @@ COMMANDS = {
     "run": Command(
         "give a running policy node a task with a time limit, and wait for its result",
         "ceed_vla.ros_nodes.robot.run_task RunTaskConfig run_task",
+        extras="ros2",
         must="instruction",
         may="time_limit node wait",
         kept="the task was cancelled",
@@ -195,12 +217,14 @@ COMMANDS = {
     "robot-check": Command(
         "check offline whether a robot file and a checkpoint match",
         "ceed_vla.ros_nodes.robot.check RobotCheckConfig robot_check",
+        extras="ros2",
         may="file checkpoint",
         positional="file",
     ),
     "bag-to-dataset": Command(
         "make a LeRobot dataset from a bag of a robot's topics",
         "ceed_vla.ros_nodes.record.bag_to_dataset BagConfig bag_to_dataset",
+        extras="bags train",
         must="bag root",
         may="robot instruction format resume",
         kept="complete episodes are in {root}; convert again into another root",
@@ -209,6 +233,7 @@ COMMANDS = {
     "convert": Command(
         "make a checkpoint from a published model (OpenVLA, pi0-FAST)",
         "ceed_vla.convert ConvertConfig convert",
+        extras="policy",
         must="path output_dir",
         may=(
             "from unnorm_key chunk_size n_action_steps camera camera_size fast_tokenizer "
@@ -219,6 +244,7 @@ COMMANDS = {
     "export": Command(
         "write a checkpoint as graphs that run without torch, for CPUs",
         "ceed_vla.export.export ExportConfig export",
+        extras="export",
         must="policy.path output_dir",
         may="weights",
     ),
@@ -231,12 +257,14 @@ COMMANDS = {
     "seal": Command(
         "write a checkpoint's manifest: a lost, exchanged or damaged file is an error from then on",
         "ceed_vla.checkpoints.sealing SealConfig seal_folder",
+        extras="policy",
         must="folder",
         positional="folder",
     ),
     "verify": Command(
         "check a published model against its reference outputs",
         "ceed_vla.verify VerifyConfig verify",
+        extras="policy",
         must="folder",
         may="policy.path device",
         positional="folder",

@@ -18,12 +18,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from ceed_vla import __version__
+from ceed_vla.build_info import commit
 from ceed_vla.cli.commands import COMMANDS, Command, config_of
 from ceed_vla.cli.flags import parse_flags, take_packages
 from ceed_vla.cli.help import Page, format_help, installed_environments
 from ceed_vla.cli.values import UsageError
 from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, is_failure
+from ceed_vla.extras import MissingExtraError, explained, require
 from ceed_vla.invocation import invoked
 from ceed_vla.workers import prepare
 
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(overview())
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
-        print(f"{PROGRAM} {__version__}")
+        built = commit()
+        print(f"{PROGRAM} {__version__}{f' (commit {built})' if built else ''}")
         return 0
     if len(words) > 1 and f"{words[0]}-{words[1]}" in COMMANDS:
         words[:2] = [f"{words[0]}-{words[1]}"]
@@ -124,6 +127,7 @@ def run(name: str, command: Command, flags: Sequence[str]) -> int:
             if installed and any(flag[0] == "env.type" for flag in page.flags):
                 print(f"\nInstalled here, with further environments for --env.type: {installed}")
             return 0
+        require(f"{PROGRAM} {name}", *command.extras.split())
         config = parse_flags(config_of(command), flags, command.positional, command.renamed)
         module, _, function = command.where.split()
         more = config.arguments() if command.simulator else {}
@@ -174,6 +178,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "an input is nested too deep"
     if isinstance(error, ImportError):
+        known = isinstance(error, ModuleNotFoundError) and explained("this", error)
+        if isinstance(known, MissingExtraError):
+            return str(known)
         return f"{text}; `{PROGRAM} doctor` lists what this installation lacks"
     return (
         f"unexpected {type(error).__name__}: {text} (this is a defect or damaged input; "

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ceed_vla.extras import require_module
+
 if TYPE_CHECKING:
     from ceed_vla.edge.policy import EdgePolicy as EdgePolicy
 
@@ -20,6 +22,7 @@ def __getattr__(name: str) -> Any:
     """Import onnxruntime when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_module("ceed_vla.edge", "onnxruntime")
     from ceed_vla.edge.policy import EdgePolicy
 
     return EdgePolicy

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-
-from ceed_vla.errors import ConfigError
+from PIL import Image
 
 _KEPT = 16  # pairs of sizes whose weights are kept
 
@@ -61,17 +60,7 @@ def resized_bytes(image: np.ndarray, sizes: Sequence[Sequence[int]], resample: i
         image: The image.
         sizes: Heights and widths.
         resample: Number of Pillow's filter.
-
-    Raises:
-        ConfigError: Pillow is not installed.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ConfigError(
-            "This export's images need Pillow; install it: pip install pillow"
-        ) from error
-
     picture = Image.fromarray(image)
     for height, width in sizes:
         picture = picture.resize((width, height), Image.Resampling(resample))

@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-try:
-    import onnxruntime
-except ImportError as error:
-    raise ImportError(
-        "ceed_vla.edge needs onnxruntime; install it: pip install onnxruntime"
-    ) from error
+import onnxruntime
 
 from ceed_vla.edge.settings import ExportSettings, graph_names, read_part
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as

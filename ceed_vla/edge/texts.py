@@ -9,7 +9,8 @@ import numpy as np
 
 from ceed_vla.edge.feature_settings import TOKENIZER, TextSettings
 from ceed_vla.edge.settings import ExportSettings, read_part
-from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
+from ceed_vla.errors import CheckpointError, ObservationError, raised_as
+from ceed_vla.extras import require_module
 from ceed_vla.fields import short
 from ceed_vla.instructions import PLACE
 from ceed_vla.limited.tokenizers import MOST_BYTES, check_tokenizer_text
@@ -51,13 +52,9 @@ class _Words:
 
 class _Prompts:
     def __init__(self, settings: TextSettings, content: bytes, what: str) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise ConfigError(
-                "This export's prompts need the library tokenizers; install it: pip install "
-                "tokenizers"
-            ) from error
+        require_module("the prompt of this export", "tokenizers")
+        from tokenizers import Tokenizer
+
         with raised_as(CheckpointError, f"{what} is not text", "copy the whole folder again."):
             text = content.decode("utf-8")
         check_tokenizer_text(text, what, CheckpointError, [settings.template])

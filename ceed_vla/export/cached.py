@@ -25,6 +25,7 @@ from ceed_vla.checkpoints.manifest import read_config
 from ceed_vla.decoding import DecodingConfig, named_config
 from ceed_vla.edge.settings import FORMAT, MOST_GRAPH, built, check_decoding
 from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, raised_as
+from ceed_vla.extras import require
 from ceed_vla.files import read_text
 from ceed_vla.folders import EXPORT, resolve_checkpoint
 
@@ -139,11 +140,7 @@ def _check_packages(checkpoint: str | Path) -> None:
             f"{checkpoint} has no export yet, and torch is not installed, which exports need; "
             "export it on another machine with `ceed-vla export`, and name that folder."
         )
-    if find_spec("onnxscript") is None:
-        raise ConfigError(
-            f"{checkpoint} has no export yet, and onnxscript is not installed, which exports need; "
-            "run `scripts/setup.sh export`, or install the extra export."
-        )
+    require(f"{checkpoint} has no export yet, which", "export")
 
 
 def _export_once(checkpoint: Path, folder: Path, discover_packages: str) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +33,7 @@ from ceed_vla.export.compact import write_compact
 from ceed_vla.export.inputs import INPUT_STEPS, Inputs, read_inputs
 from ceed_vla.export.llama import check_llama, write_llama
 from ceed_vla.export.onnx_files import quantise
+from ceed_vla.extras import require
 from ceed_vla.fields import Checked, chosen
 from ceed_vla.files import settle
 from ceed_vla.folders import MANIFEST, MODULES, TEMPLATE, WEIGHTS
@@ -78,12 +78,7 @@ def export(config: ExportConfig) -> str:
         CheckpointError: The checkpoint is damaged, or torch cannot export its graphs.
         VerificationError: The export in float32 gives other tokens than torch.
     """
-    missing = [name for name in ("onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{missing[0]} is not installed, which exports need; run `scripts/setup.sh export`, or "
-            "install the extra export."
-        )
+    require("an export", "export")
     folder = Path(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output_dir {folder} is not an empty folder; name a new one.")

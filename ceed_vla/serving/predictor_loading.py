@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
+from ceed_vla.extras import again, require
 from ceed_vla.serving.predictor_types import PolicySpec, PredictorSettings
 from ceed_vla.serving.served_policy import ServedPolicy
 from ceed_vla.texts import short
@@ -105,6 +106,7 @@ def load_served(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
             if engine == "edge":
                 raise
             logger.info("%s runs with torch. %s", settings.checkpoint, error)
+    require(settings.checkpoint, "policy")
     from ceed_vla.serving.served_checkpoint import ServedCeed, ServedCheckpoint
 
     kind = ServedCeed if spec.policy_type == "ceed_vla" else ServedCheckpoint
@@ -123,7 +125,7 @@ def _may_be_exported(settings: PredictorSettings, spec: PolicySpec) -> bool:
 
 def _given_export(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
     """Load the export that is the checkpoint; `ConfigError` if it does not run the decoding."""
-    with raised_as(ConfigError, "onnxruntime cannot be imported", "install the extra edge."):
+    with raised_as(ConfigError, "onnxruntime cannot be imported", again("edge")):
         from ceed_vla.edge.policy import EdgePolicy
     from ceed_vla.serving.served_export import ServedExport
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.extras import require
 from ceed_vla.workers import node_facts
 
 logger = logging.getLogger(__name__)
@@ -65,13 +66,8 @@ def connect(address: str, workers: int) -> Any:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     _use_token()
-    try:
-        ray = importlib.import_module("ray")
-    except ImportError as error:
-        raise ConfigError(
-            f"--cluster.address is {address}, which needs Ray ({error}): pip install "
-            "'ceed_vla[cluster]'."
-        ) from error
+    require(f"--cluster.address {address}", "cluster")
+    ray = importlib.import_module("ray")
     if ray.is_initialized():
         return ray
     options: dict[str, Any] = {"runtime_env": {"env_vars": _variables()}}

@@ -16,7 +16,7 @@ from ceed_vla.ros_nodes.record.conversion import Conversion
 from ceed_vla.ros_nodes.record.episode import EpisodeRows
 from ceed_vla.ros_nodes.record.plan import FORMATS, make_plan
 from ceed_vla.ros_nodes.record.store import EpisodeStore
-from ceed_vla.ros_nodes.robot.policy_setup import arm_model
+from ceed_vla.ros_nodes.robot.arm_model import arm_model
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, with_topics
 from ceed_vla.serving.predictor import declared_spec
 from ceed_vla.texts import instruction_problem

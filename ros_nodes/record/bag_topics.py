@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import ConfigError, DatasetError, raised_as
+from ceed_vla.extras import remedy
 from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
 from ceed_vla.texts import short
 
@@ -60,7 +61,7 @@ def opened(path: Path) -> Iterator[Any]:
 
     `ConfigError`: The library is missing, or there is no bag. `DatasetError`: It cannot be read.
     """
-    with raised_as(ConfigError, "bags cannot be read", "pip install 'ceed_vla[bags]'"):
+    with raised_as(ConfigError, "bags cannot be read", remedy("bags")):
         from rosbags.highlevel import AnyReader
         from rosbags.typesys import Stores, get_typestore
     if not path.exists():

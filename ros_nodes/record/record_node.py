@@ -36,7 +36,7 @@ from ceed_vla.ros_nodes.robot import parameters
 from ceed_vla.ros_nodes.robot.autostart import Autostart
 from ceed_vla.ros_nodes.robot.diagnostics import status_message
 from ceed_vla.ros_nodes.robot.lifecycle import SafeLifecycleNode
-from ceed_vla.ros_nodes.robot.policy_setup import arm_model
+from ceed_vla.ros_nodes.robot.arm_model import arm_model
 from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, with_topics
 from ceed_vla.ros_nodes.robot.spinning import keep_memory, run

@@ -21,6 +21,7 @@ from rich.text import Text
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.folders import TEMPLATE, resolve_served
 from ceed_vla.ros_nodes.robot import policy_setup
+from ceed_vla.ros_nodes.robot.arm_model import arm_model
 from ceed_vla.ros_nodes.robot.findings import explained, split, verdict
 from ceed_vla.ros_nodes.robot.observations import Observations
 from ceed_vla.ros_nodes.robot.parameters import defaults
@@ -83,7 +84,7 @@ def robot_check(config: RobotCheckConfig) -> str | None:
         _tell(console, [str(error)], ())
         raise
     problems = _Problems()
-    model = problems.attempt(lambda: policy_setup.arm_model(robot))
+    model = problems.attempt(lambda: arm_model(robot))
     problems.attempt(lambda: policy_setup.check_fit(robot, spec))
     problems.attempt(lambda: Observations(robot, spec.cameras, spec.states, model))
     for name in robot.interfaces:

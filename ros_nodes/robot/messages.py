@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ObservationError
+from ceed_vla.extras import remedy
 from ceed_vla.ros_nodes.robot.images import read_compressed, read_image
 
 try:
@@ -21,11 +22,7 @@ try:
     from rclpy.serialization import serialize_message
     from sensor_msgs.msg import CompressedImage, Image
 except ImportError as error:
-    raise ImportError(
-        "ROS 2 is not importable here: install the extra 'ros2' (pip install 'ceed_vla[ros2]', "
-        "x86_64 Linux), or source a ROS 2 installation that has rclpy and the packages of "
-        "package.xml."
-    ) from error
+    raise ImportError(f"ROS 2 is not importable here: {remedy('ros2')}.") from error
 
 # Cameras: only the newest image matters; an old image in a queue adds latency. Joint states queue:
 # those of an arm and of a gripper arrive on one topic, often within a millisecond, and with a depth

@@ -13,6 +13,7 @@ import numpy as np
 
 from ceed_vla.errors import ConfigError, raised_as
 from ceed_vla.kinematics import Array
+from ceed_vla.ros_nodes.robot.arm_model import arm_model
 from ceed_vla.ros_nodes.robot.controller import PolicyController
 from ceed_vla.ros_nodes.robot.findings import explained, split
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker, RunsPolicy
@@ -236,16 +237,6 @@ def make_person(robot: RobotConfig, model: ModelArm | None, limits: SafetyLimits
         tolerance = GRIP_SHARE * (gripper.open - gripper.closed) if gripper else 0.0
         guide = LeaderGuide(robot.arm.joints, limits.max_step, limits.max_acceleration, tolerance)
     return Person(guide, robot.intervention.patience)
-
-
-def arm_model(robot: RobotConfig) -> ModelArm | None:
-    """Return the arm's kinematics; None if the robot's file names no model."""
-    if robot.arm.model is None:
-        return None
-    from ceed_vla.ros_nodes.robot.kinematics import ModelArm
-
-    arm, step = robot.arm, robot.action.max_joint_step
-    return ModelArm(robot.arm.model, arm.tcp, arm.joints, home=arm.home, max_joint_step=step)
 
 
 def check_fit(robot: RobotConfig, spec: PolicySpec) -> None:

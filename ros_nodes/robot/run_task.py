@@ -57,13 +57,9 @@ def run_task(config: RunTaskConfig) -> TaskEnd:
     problem = instruction_problem(config.instruction)
     if problem or not config.instruction.strip():
         raise ConfigError(f"--instruction is invalid: {problem or 'it is empty'}.")
-    try:
-        import rclpy
-        from rclpy.signals import SignalHandlerOptions
-    except ImportError as error:
-        raise ConfigError(
-            "ROS 2 is not importable here; install the extra ros2, or source a ROS 2 installation."
-        ) from error
+    import rclpy
+    from rclpy.signals import SignalHandlerOptions
+
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
     node = rclpy.create_node(f"run_{uuid.uuid4().hex[:8]}")
     try:

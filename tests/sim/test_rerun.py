@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,9 +64,6 @@ def test_files_and_missing_packages_are_refused_before_anything_runs(
     with pytest.raises(ConfigError, match=r"must end in \.rrd"):
         viz.check_rerun("rerun", str(tmp_path / "episode.mp4"))
 
-    def missing(name: str) -> SimpleNamespace:
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(viz.importlib, "import_module", missing)
-    with pytest.raises(ConfigError, match=r"--rerun needs Rerun .* 'ceed_vla\[viz\]'"):
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    with pytest.raises(ConfigError, match=r"--rerun needs rerun, .* `scripts/setup.sh viz`"):
         viz.check_rerun("rerun", str(tmp_path / "episode.rrd"))

@@ -26,6 +26,7 @@ from ceed_vla.backbones.openvla.inputs import IDS_KEY, MASK_KEY, PIXELS_KEY
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
+from ceed_vla.extras import require_module
 
 
 class VisionTowers(nn.Module):
@@ -57,10 +58,9 @@ class VisionTowers(nn.Module):
 
 def _tower(values: dict[str, Any], index: int) -> nn.Module:
     """A timm model without its classifier."""
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigError("OpenVLA's vision towers need timm; install ceed_vla[vlm].") from error
+    require_module("the vision tower of OpenVLA", "timm")
+    import timm
+
     name = values["timm_model_ids"][index]
     sizes = values["image_sizes"]
     activations = values.get("timm_override_act_layers")

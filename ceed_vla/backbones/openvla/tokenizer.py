@@ -7,7 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
+from ceed_vla.errors import CheckpointError, ObservationError, raised_as
+from ceed_vla.extras import require_module
 from ceed_vla.files import read_json
 from ceed_vla.limited.tokenizers import check_tokenizers
 
@@ -66,10 +67,9 @@ class _SentencePiece:
     """The tokenizer in tokenizer.model."""
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
-            raise ConfigError(f"{SLOW} needs sentencepiece; install ceed_vla[vlm].") from error
+        require_module(SLOW, "sentencepiece")
+        from sentencepiece import SentencePieceProcessor
+
         self._model = SentencePieceProcessor(model_file=str(file))
         self.size = int(self._model.vocab_size())
         first, last = _marks(settings)

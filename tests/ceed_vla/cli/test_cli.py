@@ -69,7 +69,9 @@ def test_no_command_prints_the_overview_and_fails(capsys: pytest.CaptureFixture[
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"ceed-vla {ceed_vla.__version__}\n"
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"ceed-vla {ceed_vla.__version__}")
+    assert ("(commit " in printed) == (Path(__file__).parents[3] / ".git").exists()
 
 
 def test_unknown_command_lists_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:

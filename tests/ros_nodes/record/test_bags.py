@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -198,3 +200,24 @@ def test_damage_in_the_middle_keeps_what_was_before(tmp_path: Path, robot: str) 
     with pytest.raises(DatasetError, match=r"is none of the record node.*1 episode of the bag"):
         convert(bag, robot)
     assert len(open_dataset(tmp_path / "data")) == 14
+
+
+WITHOUT_ROS = """
+import sys
+for name in ("rclpy", "sensor_msgs", "std_msgs", "builtin_interfaces", "rcl_interfaces"):
+    sys.modules[name] = None  # cannot be imported
+from ceed_vla.cli.entry import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_bag_is_converted_where_ros_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "robot.yaml").write_text(ROBOT)
+    bag = write(tmp_path / "bag", robot_run(2.0))
+    words = ["bag-to-dataset", str(bag), "--robot", str(tmp_path / "robot.yaml")]
+    words += ["--root", str(tmp_path / "data"), "--instruction", "lift", "--format", "png"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ROS, *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(open_dataset(tmp_path / "data")) >= 15

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ceed_vla.ros_nodes.record.commanded import ActionMaker, Commanded
+from ceed_vla.ros_nodes.robot.arm_model import arm_model
 from ceed_vla.ros_nodes.robot.motion import Motion
-from ceed_vla.ros_nodes.robot.policy_setup import arm_model
 from ceed_vla.ros_nodes.robot.robot_config import Arm, RobotConfig
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 

@@ -14,12 +14,13 @@ endif
 # Markdown is wrapped at 100 columns (.mdformat.toml).
 PAGES := README.md CHANGELOG.md SECURITY.md docs recipes
 
-.PHONY: help demo ros-demo test lint format install install-lint clean
+.PHONY: help demo ros-demo test test-3.13 lint format install install-lint clean
 
 help:
 	@echo "make demo     the shipped policies in simulation: table, plots and clips in outputs/demo"
 	@echo "make ros-demo the same behind ROS 2: two nodes, command rate, jitter, success, a bag"
 	@echo "make test     the tests (ARGS=... goes to pytest; -n 0 for one process)"
+	@echo "make test-3.13  tests of decoding and policies with Python 3.13"
 	@echo "make lint     ruff check, ruff format --check, mdformat --check (Markdown at 100 columns), mypy"
 	@echo "make format   let ruff repair and format what it can"
 	@echo "make install  only the environment ($(VENV)); make install-lint adds ruff, mypy and pre-commit"
@@ -36,6 +37,12 @@ ros-demo:
 test:
 	@scripts/setup.sh --gl test ros2 vlm metaworld libero export cluster viz
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Decoding and policies with the other Python that is supported.
+test-3.13:
+	@VENV=.venv.3.13 PYTHON=3.13 scripts/setup.sh test
+	@.venv.3.13/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ceed_vla/policy \
+		tests/ceed_vla/test_decoding_*.py tests/ceed_vla/test_exactness.py tests/ceed_vla/test_recorded_decodings.py $(ARGS)
 
 lint:
 	@scripts/setup.sh test lint ros2 vlm metaworld export

@@ -6,7 +6,7 @@
 #   --gl              also make sure that MuJoCo can render
 #   libero            also let LIBERO find its folders (~/.libero/config.yaml) and meshes; with --gl, render one task
 #   VENV              folder of the environment (.venv)
-#   PYTHON            interpreter to use instead of searching for one
+#   PYTHON            interpreter to use instead of searching for one, or the version to search for: 3.12 or 3.13
 #   UV_TORCH_BACKEND  "cpu" installs the small build of torch, where its index can be reached
 #   CEED_VLA_INSTALL_GL=1  install missing GL libraries, and the browser of the tests, with apt-get (root only)
 
@@ -44,7 +44,10 @@ pythons() {
 }
 
 find_python() {
-    local candidate version second="" tried=""
+    local candidate version second="" tried="" wanted=3.12 # the version of constraints.txt
+    case ${PYTHON:-} in
+    3.12 | 3.13) wanted=$PYTHON PYTHON= ;;
+    esac
     if [ -n "${PYTHON:-}" ]; then
         version=$(supported "$PYTHON") || die "PYTHON=$PYTHON is ${version:-no interpreter that runs}; $WANTED is needed."
         printf '%s\n' "$PYTHON"
@@ -53,7 +56,7 @@ find_python() {
     while read -r candidate; do
         if version=$(supported "$candidate"); then
             case $version in
-            3.12.*) printf '%s\n' "$candidate" && return ;; # the version of constraints.txt
+            $wanted.*) printf '%s\n' "$candidate" && return ;;
             *) second=${second:-$candidate} ;;
             esac
         else
@@ -61,7 +64,7 @@ find_python() {
 setup:   $candidate (${version:-does not run})"
         fi
     done < <(pythons | awk '!seen[$0]++')
-    [ -z "$second" ] || { printf '%s\n' "$second" && return; }
+    [ -z "$second" ] || [ "$wanted" = 3.13 ] || { printf '%s\n' "$second" && return; }
     die "$WANTED was not found. Tried on PATH, under pyenv, uv, /usr/bin and /usr/local/bin:${tried:-
 setup:   nothing called python there}" \
         "Install one, for example with \`apt-get install python3 python3-venv\` (Debian 13, Ubuntu 24.04)," \

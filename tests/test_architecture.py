@@ -52,6 +52,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "ceed_vla/compiled": {"ceed_vla.axes", "ceed_vla.modeling_ceed_vla"},
 }
 FORMER = {"training", "sim", "ros_nodes"}  # former import names
+# Message packages that only an extra topic or action of a robot needs.
+OPTIONAL_MESSAGES = {"ceed_vla_interfaces", "control_msgs"}
 
 # Spelled so that this file does not match itself.
 MACHINE_PATHS = re.compile(r"(?<![\w.~$}])/(?:home|Users|root|work|farm|mnt|scratch)/\w")
@@ -205,9 +207,29 @@ def test_versions_agree() -> None:
     )
     assert version is not None
     assert f"<version>{version[1]}</version>" in (ROOT / "package.xml").read_text()
+    assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
     assert (
         f'version = "{version[1]}"' in (ROOT / "lerobot_policy_ceed_vla/pyproject.toml").read_text()
     )
+
+
+def test_ros_reads_the_package_file() -> None:
+    from catkin_pkg.package import parse_package
+
+    for file in ("package.xml", "ceed_vla_interfaces/package.xml"):
+        warnings: list[str] = []
+        package = parse_package(str(ROOT / file), warnings=warnings)
+        package.validate(warnings=warnings)
+        assert warnings == []
+    imported = {name.partition(".")[0] for path in SOURCES for name in _imported(path)}
+    ros = {name for name in imported if name.endswith(("_msgs", "_srvs", "_interfaces"))}
+    asked = {one.name for one in parse_package(str(ROOT / "package.xml")).exec_depends}
+    assert ros | {"rclpy"} <= asked | OPTIONAL_MESSAGES
+
+
+def _imported(path: Path) -> Iterator[str]:
+    if name_of(path).startswith("ros_nodes/"):
+        yield from (name for _, name in imports(ast.parse(path.read_text()), lazy=True))
 
 
 def test_every_file_of_the_packages_is_installed(tmp_path: Path) -> None:

@@ -260,9 +260,42 @@ def test_the_base_installation_has_clients_and_says_what_the_rest_needs(
     )
 
 
+# runs in every process of an environment; writes what leaves this machine
+WATCH = """
+import sys
+
+def watch(event, arguments):
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event in ("socket.connect", "socket.sendto", "socket.bind"):
+        address = arguments[1]
+        host = address[0] if isinstance(address, tuple) else "localhost"
+    else:
+        return
+    host = host.decode() if isinstance(host, bytes) else host
+    if host not in (None, "localhost", "::1") and not str(host).startswith("127."):
+        with open(LOG, "a") as log:
+            log.write(f"{event} {host}\\n")
+
+sys.addaudithook(watch)
+"""
+
+
 @pytest.mark.slow
-def test_the_demo_runs_from_the_wheel_with_its_two_extras(wheel: Path, tmp_path: Path) -> None:
+def test_the_demo_runs_from_the_wheel_with_its_two_extras_and_stays_on_this_machine(
+    wheel: Path, tmp_path: Path
+) -> None:
     programs = environment(wheel, tmp_path, "[policy,sim]")
+    log = tmp_path / "sockets.txt"
+    site = next((programs.parent / "lib").glob("python3*/site-packages"))
+    (site / "watch.py").write_text(f"LOG = {str(log)!r}\n{WATCH}")
+    (site / "watch.pth").write_text("import watch\n")
+    connect = "import socket; socket.create_connection(('203.0.113.1', 9), 0.01)"
+    refused = subprocess.run([str(programs / "python"), "-c", connect], capture_output=True)
+    assert refused.returncode == 1
+    assert "203.0.113.1" in log.read_text()  # the watch sees what it should
+    log.unlink()
     text = run([str(programs / "ceed-vla"), "demo", "--episodes", "1"], tmp_path)
     assert "1/1" in text
     assert (tmp_path / "outputs" / "demo" / "report.html").is_file()
+    assert not log.exists(), log.read_text()

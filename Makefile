@@ -14,7 +14,7 @@ endif
 # Markdown is wrapped at 100 columns (.mdformat.toml).
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md CODE_OF_CONDUCT.md SECURITY.md docs recipes weights
 
-.PHONY: help demo ros-demo test test-3.13 lint format install install-lint clean
+.PHONY: help demo ros-demo test test-3.13 site lint format install install-lint clean
 
 help:
 	@echo "make demo     the shipped policies in simulation: table, plots and clips in outputs/demo"
@@ -22,6 +22,7 @@ help:
 	@echo "make test     the tests (ARGS=... goes to pytest; -n 0 for one process)"
 	@echo "make test-3.13  tests of decoding and policies with Python 3.13"
 	@echo "make lint     ruff check, ruff format --check, mdformat --check (Markdown at 100 columns), mypy"
+	@echo "make site     the documentation as a site, in site/; show it with: python -m http.server -d site"
 	@echo "make format   let ruff repair and format what it can"
 	@echo "make install  only the environment ($(VENV)); make install-lint adds ruff, mypy and pre-commit"
 	@echo "make clean    remove caches and build output; keeps $(VENV) and outputs"
@@ -35,7 +36,7 @@ ros-demo:
 	@$(VENV)/bin/ceed-vla ros-demo $(ARGS)
 
 test:
-	@scripts/setup.sh --gl test ros2 vlm metaworld libero export cluster viz
+	@scripts/setup.sh --gl test docs ros2 vlm metaworld libero export cluster viz
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Decoding and policies with the other Python that is supported.
@@ -50,6 +51,10 @@ lint:
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mdformat --check $(PAGES)
 	$(VENV)/bin/mypy
+
+site:
+	@scripts/setup.sh docs
+	@$(VENV)/bin/python scripts/site.py
 
 format:
 	@scripts/setup.sh test lint ros2 vlm metaworld export

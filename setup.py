@@ -145,6 +145,8 @@ EXTRAS = PUBLIC | {
         f"ros-test-msgs>=2,<3; {WITH_WHEELS}",  # an action type
         "twine>=6",
     ],
+    # The site of the documentation: scripts/site.py.
+    "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"],
     "lint": ["mypy>=1.16", "mdformat-gfm>=1,<2", "pre-commit>=4.2", "ruff>=0.12"],
 }
 

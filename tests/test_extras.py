@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 BESIDE = ("training", "sim", "ros_nodes")
 BASE = {"PIL", "draccus", "msgpack", "numpy", "packaging", "rich", "tqdm", "websockets", "yaml"}
 COMES_WITH = {"policy": {"gymnasium", "tokenizers"}}  # by lerobot and transformers
-OWN_CHECKS = {"all", "test", "lint"}  # extras that no part of the package needs
+OWN_CHECKS = {"all", "test", "docs", "lint"}  # extras that no part of the package needs
 
 
 def declared() -> dict[str, list[str]]:

@@ -72,8 +72,8 @@ class Browser:
             if not address.startswith(("data:", "file:", "blob:")):
                 self.requests.append(address)
 
-    def open(self, page: Path, width: int, height: int, *, dark: bool = False) -> None:
-        """Open a page in a window of this size, and wait until it is drawn."""
+    def open(self, page: Path | str, width: int, height: int, *, dark: bool = False) -> None:
+        """Open a file or an address in a window of this size, and wait until it is drawn."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -83,11 +83,8 @@ class Browser:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
-        self.send("Page.navigate", url=page.resolve().as_uri())
-        end = time.monotonic() + START_S
-        while not self.value("document.readyState === 'complete' && document.title !== ''"):
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        self.send("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
+        self.wait("document.readyState === 'complete' && document.title !== ''")
         time.sleep(0.5)
 
     def value(self, expression: str) -> Any:
@@ -95,6 +92,13 @@ class Browser:
         found = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def wait(self, expression: str) -> None:
+        """Wait until a JavaScript expression is true."""
+        end = time.monotonic() + START_S
+        while not self.value(expression):
+            assert time.monotonic() < end, expression
+            time.sleep(0.1)
 
     def press(self, key: str, code: int) -> None:
         """Press and release a key, such as "Tab", 9."""

@@ -77,12 +77,14 @@ class Round:
 
     Args:
         session: The simulated robot and the policy node.
+        task: Task family of the episodes, or "mixed".
         patience: Time after which the person takes over [s].
         limit: Longest time of an episode [s].
     """
 
-    def __init__(self, session: Session, patience: float, limit: float) -> None:
+    def __init__(self, session: Session, task: str, patience: float, limit: float) -> None:
         self._session = session
+        self._task = task
         self._patience = patience
         self._limit = limit
         self._person = Person(session.node)
@@ -100,7 +102,7 @@ class Round:
     def episode(self, seed: int) -> str:
         """Run an episode; return "alone", "helped" or "failed"."""
         session = self._session
-        session.reset_episode(seed, "mixed")
+        session.reset_episode(seed, self._task)
         session.call("/record/start", Trigger, Trigger.Request())
         session.enable(True)
         if session.spin(self._patience, lambda: session.solved):
@@ -141,7 +143,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         record = [*common, "-p", f"root:={output / 'data'}", "-p", "autostart:=true"]
         record += ["-p", f"format:={options.format}", "-r", "~/instruction:=/policy/instruction"]
         session.start("record", "ceed_vla.ros_nodes.record.record_node", record)
-        one = Round(session, options.patience, options.limit)
+        one = Round(session, options.task, options.patience, options.limit)
         session.wait_until_ready()
         one.wait("idle", _STORE)
         began = time.monotonic()
@@ -162,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="student")
     parser.add_argument("--decoding", default="ceed")
     parser.add_argument("--engine", default="auto")
+    parser.add_argument("--task", default="mixed", help="task family of the episodes")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--seed", type=int, default=30000, help="first seed; those of takeovers")
     parser.add_argument("--patience", type=float, default=8.0, help="until the person acts [s]")

@@ -1,0 +1,17 @@
+# Not built here: no container runtime was available. Please report what fails.
+# The policy node and the simulated robot, with ROS 2 Jazzy of the distribution:
+#   docker build -f deploy/Dockerfile.robot -t ceed_vla_robot . && docker run --rm -it ceed_vla_robot
+FROM ros:jazzy-ros-base
+RUN apt-get update && apt-get install -y --no-install-recommends \
+    python3-venv libegl1 libegl-mesa0 libgl1-mesa-dri libgl1 ros-jazzy-control-msgs ros-jazzy-trajectory-msgs \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY . .
+# An environment that sees the distribution's rclpy; everything else is pip's.
+RUN python3 -m venv --system-site-packages /opt/ceed_vla \
+    && /opt/ceed_vla/bin/pip install --no-cache-dir -c constraints.txt ".[edge,sim]"
+ENV MUJOCO_GL=egl PATH=/opt/ceed_vla/bin:$PATH ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST
+RUN useradd --create-home robot
+USER robot
+WORKDIR /tmp
+CMD ["bash", "-c", "source /opt/ros/jazzy/setup.bash && ceed-vla ros-demo --engine edge --checkpoint student"]

@@ -141,7 +141,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         )
         stack.callback(session.close)
         record = [*common, "-p", f"root:={output / 'data'}", "-p", "autostart:=true"]
-        record += ["-p", f"format:={options.format}", "-r", "~/instruction:=/policy/instruction"]
+        record += [
+            "-p",
+            f"checkpoint:={options.checkpoint}",
+            "-p",
+            f"format:={options.format}",
+            "-r",
+            "~/instruction:=/policy/instruction",
+        ]
         session.start("record", "ceed_vla.ros_nodes.record.record_node", record)
         one = Round(session, options.task, options.patience, options.limit)
         session.wait_until_ready()

@@ -23,8 +23,8 @@ RECORD_PARAMETERS = (
     NodeParameter(
         "checkpoint",
         "",
-        "Checkpoint whose features and image sizes are stored; empty: all features of the robot's "
-        "file, and images as the cameras send them.",
+        "Checkpoint whose features, image sizes and names of actions are stored; empty: all "
+        "features of the robot's file, and images as the cameras send them.",
     ),
     NodeParameter(
         "instruction",

@@ -132,13 +132,26 @@ def make_plan(
         format,
         cameras,
         {feature: robot.state_dim(feature) for feature in robot.states if feature in wanted},
-        action_names(robot),
+        action_names(robot, spec),
         resume,
     )
 
 
-def action_names(robot: RobotConfig) -> tuple[str, ...]:
-    """Names of the dimensions of the robot's actions (A,)."""
+def action_names(robot: RobotConfig, spec: PolicySpec | None) -> tuple[str, ...]:
+    """Names of the dimensions of the robot's actions (A,).
+
+    A policy's are those of its training data, so that a recording for it can be trained on together
+    with these.
+
+    `ConfigError`: The policy's actions have another number of dimensions.
+    """
+    if spec is not None and spec.action_dim != robot.action_dim:
+        raise ConfigError(
+            f"The actions of {spec.checkpoint} have {spec.action_dim} dimensions, those of "
+            f"{robot.source} {robot.action_dim}."
+        )
+    if spec is not None and len(spec.action_names) == robot.action_dim:
+        return spec.action_names
     body = _POSE if robot.action.kind == "ee_delta" else robot.arm.joints
     gripped = robot.gripper is not None and robot.gripper.action != "none"
     return (*body, "gripper") if gripped else tuple(body)

@@ -25,7 +25,12 @@ from ceed_vla.training.collector import distinct_states
 from ceed_vla.training.corruption import PREVIOUS, StateDraw, guess_states
 from ceed_vla.training.held_out import SHARE, held_out_frames
 from ceed_vla.training.losses import chunk_distance, mixed_labels
-from ceed_vla.training.mixture import check_compatible, check_fits, join_batches
+from ceed_vla.training.mixture import (
+    check_compatible,
+    check_fits,
+    drop_partial_target,
+    join_batches,
+)
 from ceed_vla.training.settings import split_list
 from ceed_vla.training.spans import row_spans
 from ceed_vla.training.trajectories import (
@@ -112,6 +117,7 @@ class DistillData:
             check_fits(store, policy.config, pre)
             if store.action is None:
                 raise DatasetError(f"{store.root} holds no actions; distil on demonstrations.")
+        drop_partial_target(self.stores)
         check_compatible(self.stores)
         # dataset and frame of every row (N,)
         self.root = np.concatenate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from ceed_vla.backbones.compact.words import InstructionWordsStep
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.data.frames import ACTION, STATE, FrameStore
+from ceed_vla.data.frames import ACTION, ENVIRONMENT, STATE, FrameStore
 from ceed_vla.errors import DatasetError
 from ceed_vla.training.held_out import held_out_frames
 from ceed_vla.training.spans import sliding
+
+logger = logging.getLogger(__name__)
 
 
 class Mixture:
@@ -125,6 +128,23 @@ def join_batches(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             list(chain.from_iterable(values)) if isinstance(value, list) else torch.cat(values)
         )
     return joined
+
+
+def drop_partial_target(stores: Sequence[FrameStore]) -> None:
+    """Remove the auxiliary target from all stores if some lack it.
+
+    Recordings of a robot have no privileged state, and a batch has the same features for all its
+    frames.
+    """
+    lacking = [store for store in stores if store.environment_state is None]
+    if lacking and len(lacking) < len(stores):
+        logger.warning(
+            "Without auxiliary regression on these roots: %s has no %s.",
+            lacking[0].root,
+            ENVIRONMENT,
+        )
+        for store in stores:
+            store.environment_state = None
 
 
 def check_compatible(stores: Sequence[FrameStore]) -> None:

@@ -19,7 +19,13 @@ from ceed_vla.data import frame_cache
 from ceed_vla.data.files import read_info, read_rows
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.errors import DatasetError, ObservationError
-from ceed_vla.training.mixture import Mixture, check_compatible, check_fits, state_statistics
+from ceed_vla.training.mixture import (
+    Mixture,
+    check_compatible,
+    check_fits,
+    drop_partial_target,
+    state_statistics,
+)
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 CHUNK = 4
@@ -275,3 +281,20 @@ def test_statistics(studio: Any, store: FrameStore) -> None:
     np.testing.assert_allclose(
         stats["observation.state"]["std"], states.std(0).clip(1e-3), atol=1e-5
     )
+
+
+def test_a_recording_without_privileged_state_takes_the_target_from_all(
+    studio: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    told, recorded = open_dataset(studio.demo), open_dataset(studio.demo)
+    recorded.environment_state = None
+    with pytest.raises(DatasetError, match=r"differ in observation\.environment_state"):
+        check_compatible([told, recorded])
+    drop_partial_target([told, recorded])
+    check_compatible([told, recorded])
+    assert told.environment_state is None
+    assert "Without auxiliary regression on these roots" in caplog.text
+    caplog.clear()
+    drop_partial_target([told, recorded])
+    drop_partial_target([open_dataset(studio.demo)])
+    assert not caplog.text

@@ -70,7 +70,7 @@ def test_an_unknown_task_is_an_error(task: str, error: str) -> None:
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"hf-libero, .*assets-1 to 5.*ceed_vla\[libero\]"):
+    with pytest.raises(ConfigError, match=r"hf-libero, .*assets-1 to 5.*setup\.sh libero"):
         CeedLiberoEnv()
 
 

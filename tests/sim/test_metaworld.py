@@ -212,8 +212,10 @@ def test_what_the_environment_refuses() -> None:
 
 
 def test_without_meta_world_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ceed_vla.sim.metaworld.lerobot_env.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"ceed_vla\[metaworld\]"):
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    with pytest.raises(
+        ConfigError, match=r"env\.type=ceed_metaworld needs metaworld, .* metaworld"
+    ):
         CeedMetaworldEnv()
 
 

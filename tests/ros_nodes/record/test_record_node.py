@@ -155,7 +155,7 @@ def test_a_recorder_that_is_killed_keeps_earlier_episodes(led: Any, tmp_path: Pa
     recording = Recording(led, root, robot)
     words = ["-p", robot, "-p", f"root:={root}", "-p", "autostart:=true"]
     second = led.start("r2", "-r", "__node:=second", *words)
-    assert second.wait(30) == 1
+    assert second.wait(90) == 1
     assert "configure failed: --root is" in led.output("r2")
     recording.start()
     led.spin(2.0)

@@ -29,7 +29,8 @@ def teacher_loss(
     Args:
         policy: The policy; in training mode, the batch is augmented.
         batch: A preprocessed observation with ``action`` (B, m, A) and, optionally,
-            ``action_is_pad`` (B, m) and ``observation.environment_state``.
+            ``action_is_pad`` (B, m) and ``observation.environment_state`` (B, E), whose rows of NaN
+            are left out of the regression.
         reduction: "mean", or "none" for one loss per row.
 
     Returns:
@@ -54,8 +55,9 @@ def teacher_loss(
         hits = ((logits.argmax(-1) == tokens) * weight).sum() / weight.sum().clamp(min=1)
     parts = {"ar_loss": rows.mean().item(), "token_accuracy": hits.item()}
     if policy.backbone.auxiliary is not None and batch.get(ENVIRONMENT_STATE_KEY) is not None:
-        auxiliary = auxiliary_loss(policy, embeddings, state, batch[ENVIRONMENT_STATE_KEY])  # (B,)
-        parts["auxiliary_loss"] = auxiliary.mean().item()
+        target = batch[ENVIRONMENT_STATE_KEY]
+        auxiliary = auxiliary_loss(policy, embeddings, state, target)  # (B,)
+        parts["auxiliary_loss"] = auxiliary.sum().item() / max(int(has_target(target).sum()), 1)
         rows = rows + policy.config.auxiliary_weight * auxiliary
     return (rows.mean() if reduction == "mean" else rows), parts
 
@@ -79,7 +81,7 @@ def auxiliary_loss(
         environment_state: (B, E) [m, rad]; its scaled leading terms are the target.
 
     Returns:
-        (B,), summed over the heads.
+        (B,), summed over the heads; 0 for rows of NaN.
     """
     backbone = policy.backbone
     assert backbone.auxiliary is not None
@@ -91,7 +93,8 @@ def auxiliary_loss(
     scale = torch.tensor(
         policy.config.auxiliary_scale[: policy.auxiliary_terms], device=state.device
     )
-    target = environment_state[:, : len(scale)] * scale
+    known = has_target(environment_state)
+    target = environment_state.where(known[:, None], 0)[:, : len(scale)] * scale
     regressed = [backbone.auxiliary(state.float())]
     if backbone.early_auxiliary is not None:
         regressed.append(backbone.early_auxiliary(embeddings))
@@ -99,7 +102,12 @@ def auxiliary_loss(
         F.smooth_l1_loss(found[:, : len(scale)].float(), target, beta=0.1, reduction="none").mean(1)
         for found in regressed
     ]
-    return torch.stack(losses).sum(0)
+    return torch.stack(losses).sum(0) * known
+
+
+def has_target(environment_state: Tensor) -> Tensor:
+    """Which rows of (B, E) have a target (B,): not those of NaN alone."""
+    return ~environment_state.isnan().all(1)
 
 
 def grounding_loss(policy: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -188,10 +196,13 @@ def _check_batch(policy: Any, batch: dict[str, Any]) -> None:
             )
         floats = value.is_floating_point()
         if key == ENVIRONMENT_STATE_KEY and not (
-            floats and value.shape[1] >= terms and _within(value, -LARGEST, LARGEST)
+            floats
+            and value.shape[1] >= terms
+            and _within(value[has_target(value)], -LARGEST, LARGEST)
         ):
             raise ObservationError(
-                f"{key} is {found} {value.dtype}; expected {terms} finite terms per row."
+                f"{key} is {found} {value.dtype}; expected {terms} finite terms per row, or a row "
+                "of NaN."
             )
         if key == AUGMENTATION_NOISE and not (floats and _within(value, 0, 1)):
             raise ObservationError(f"{key} is {value.dtype}; expected numbers in [0, 1).")

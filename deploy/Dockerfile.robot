@@ -1,6 +1,13 @@
 # Not built here: no container runtime was available. Please report what fails.
 # The policy node and the simulated robot, with ROS 2 Jazzy of the distribution:
 #   docker build -f deploy/Dockerfile.robot -t ceed_vla_robot . && docker run --rm -it ceed_vla_robot
+# Making an export needs torch; the image that runs it does not have it.
+FROM python:3.12-slim AS export
+WORKDIR /src
+COPY . .
+RUN pip install --no-cache-dir -c constraints.txt ".[export]" \
+    && ceed-vla export --policy.path student --output_dir /policies/student
+
 FROM ros:jazzy-ros-base
 RUN apt-get update && apt-get install -y --no-install-recommends \
     python3-venv libegl1 libegl-mesa0 libgl1-mesa-dri libgl1 ros-jazzy-control-msgs ros-jazzy-trajectory-msgs \
@@ -9,9 +16,10 @@ WORKDIR /src
 COPY . .
 # An environment that sees the distribution's rclpy; everything else is pip's.
 RUN python3 -m venv --system-site-packages /opt/ceed_vla \
-    && /opt/ceed_vla/bin/pip install --no-cache-dir -c constraints.txt ".[edge,sim]"
+    && /opt/ceed_vla/bin/pip install --no-cache-dir -c constraints.txt ".[edge,sim]" mcap-ros2-support
+COPY --from=export /policies /opt/policies
 ENV MUJOCO_GL=egl PATH=/opt/ceed_vla/bin:$PATH ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST
 RUN useradd --create-home robot
 USER robot
 WORKDIR /tmp
-CMD ["bash", "-c", "source /opt/ros/jazzy/setup.bash && ceed-vla ros-demo --engine edge --checkpoint student"]
+CMD ["bash", "-c", "source /opt/ros/jazzy/setup.bash && exec ceed-vla ros-demo --checkpoint /opt/policies/student"]

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 from copy import copy
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from ceed_vla.discovery import discovered
 from ceed_vla.edge.settings import check_decoding
 from ceed_vla.errors import CeedVLAError, ConfigError, VerificationError
 from ceed_vla.export.cached import cached_policy
+from ceed_vla.extras import installed, require
 from ceed_vla.sim.decoders import Row
 from ceed_vla.sim.edge_runner import EdgeRunner, arrays_of
 from ceed_vla.sim.environment import Bundle
@@ -163,8 +163,8 @@ def with_eager(engines: Mapping[str, Engine], bundles: Mapping[str, Bundle]) -> 
 
 def _check_edge(env: EnvConfig, device: str) -> None:
     """Raise `ConfigError` unless exports run here, in this environment and on this device."""
-    if find_spec("onnxruntime") is None:
-        raise ConfigError("onnxruntime is not installed; install the extra export.")
+    if not installed("onnxruntime"):
+        require("The engine edge", "export")
     if any(processor.steps for processor in env.get_env_processors()):
         raise ConfigError(
             f"--env.type={env.type} has processors of its own, which need torch; use the engine "

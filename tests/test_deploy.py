@@ -27,7 +27,7 @@ def test_flags_and_parameters_exist() -> None:
     for name, start in (("ceed-vla-server.service", " serve"), ("Dockerfile.server", '"serve"')):
         command = texts[name].partition(f"ceed-vla{start}" if start[0] == " " else start)[2]
         found = set(re.findall(r"--[a-z_.]+(?=[ \"])", command))
-        assert {"--host", "--port", "--policy.path"} <= found <= serve
+        assert {"--host", "--policy.path", "--api_key_file"} <= found <= serve
     found = set(re.findall(r"-p (\w+):=", texts["ceed-vla-policy-node.service"]))
     assert {"autostart", "start_enabled"} <= found <= parameters
 

@@ -17,7 +17,7 @@ from ceed_vla.from_data import NEAR_ZERO as NEAR_ZERO  # for readers of `take_fr
 from ceed_vla.from_data import SPARSE as SPARSE
 from ceed_vla.from_data import describe as describe_data
 from ceed_vla.from_data import take_from_actions
-from ceed_vla.training.mixture import state_statistics
+from ceed_vla.training.mixture import share_target, state_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def check_target(
         if not fits and needed and have:
             logger.warning("%s: without auxiliary regression: %s.", store.root, what)
             store.environment_state = None
+    share_target(stores)
 
 
 def describe(policy: CeedVLAConfig, tokens: Any, store: FrameStore, named: int) -> str:

@@ -28,8 +28,8 @@ from ceed_vla.training.losses import chunk_distance, mixed_labels
 from ceed_vla.training.mixture import (
     check_compatible,
     check_fits,
-    drop_partial_target,
     join_batches,
+    share_target,
 )
 from ceed_vla.training.settings import split_list
 from ceed_vla.training.spans import row_spans
@@ -117,7 +117,7 @@ class DistillData:
             check_fits(store, policy.config, pre)
             if store.action is None:
                 raise DatasetError(f"{store.root} holds no actions; distil on demonstrations.")
-        drop_partial_target(self.stores)
+        share_target(self.stores)
         check_compatible(self.stores)
         # dataset and frame of every row (N,)
         self.root = np.concatenate(

@@ -130,21 +130,25 @@ def join_batches(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def drop_partial_target(stores: Sequence[FrameStore]) -> None:
-    """Remove the auxiliary target from all stores if some lack it.
+def share_target(stores: Sequence[FrameStore]) -> None:
+    """Give rows of NaN, which the loss leaves out, to stores without the auxiliary target if others
+    have it: a batch has the same features for all its frames.
 
-    Recordings of a robot have no privileged state, and a batch has the same features for all its
-    frames.
+    Recordings of a robot have no privileged state.
     """
-    lacking = [store for store in stores if store.environment_state is None]
-    if lacking and len(lacking) < len(stores):
-        logger.warning(
-            "Without auxiliary regression on these roots: %s has no %s.",
-            lacking[0].root,
-            ENVIRONMENT,
-        )
-        for store in stores:
+    told = [store.environment_state for store in stores if _has_target(store)]
+    for store in stores:
+        if not told:
             store.environment_state = None
+        elif not _has_target(store):
+            logger.info("%s has no %s: without auxiliary regression.", store.root, ENVIRONMENT)
+            shape = (len(store), told[0].shape[1])  # type: ignore[union-attr]
+            store.environment_state = np.full(shape, np.nan, np.float32)
+
+
+def _has_target(store: FrameStore) -> bool:
+    target = store.environment_state
+    return target is not None and not np.isnan(target).all()
 
 
 def check_compatible(stores: Sequence[FrameStore]) -> None:

@@ -29,7 +29,7 @@ from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claimed_folder
 from ceed_vla.tokens.base import ActionTokens
 from ceed_vla.training.held_out import SHARES, held_out_frames
-from ceed_vla.training.mixture import check_compatible, check_fits, drop_partial_target
+from ceed_vla.training.mixture import check_compatible, check_fits, share_target
 from ceed_vla.training.open_loop_report import MEAN_ACTION, draw_actions, print_table
 from ceed_vla.training.settings import full_disk, split_list
 
@@ -206,7 +206,7 @@ def _chosen_data(config: OpenLoopConfig, policy: Any, pre: Any, steps: int) -> _
     """
     roots = split_list(config.roots)
     stores = [open_dataset(root) for root in roots]
-    drop_partial_target(stores)
+    share_target(stores)
     check_compatible(stores)
     looked_at = [_looked_at(store, config.held_out) for store in stores]
     some = [index for index, mask in enumerate(looked_at) if mask.any()]

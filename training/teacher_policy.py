@@ -16,7 +16,7 @@ from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.training.defaults import Privileged, check_target, take_from_data
 from ceed_vla.training.fit_tokens import fit_action_tokens
-from ceed_vla.training.mixture import check_compatible, drop_partial_target
+from ceed_vla.training.mixture import check_compatible, share_target
 from ceed_vla.training.train_config import TrainConfig
 
 
@@ -29,7 +29,7 @@ def check_demonstrations(demonstrations: Sequence[FrameStore]) -> None:
             raise ConfigError(
                 f"{store.root} holds no actions; name it in --grounding_roots instead."
             )
-    drop_partial_target(demonstrations)
+    share_target(demonstrations)
     check_compatible(demonstrations)
 
 

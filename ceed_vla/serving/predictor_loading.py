@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
-from ceed_vla.extras import again, require
+from ceed_vla.extras import again, installed, require
 from ceed_vla.serving.predictor_types import PolicySpec, PredictorSettings
 from ceed_vla.serving.served_policy import ServedPolicy
 from ceed_vla.texts import short
@@ -117,7 +116,7 @@ def _may_be_exported(settings: PredictorSettings, spec: PolicySpec) -> bool:
     """Whether the engine auto tries an export."""
     if spec.policy_type != "ceed_vla" or settings.device != "cpu":
         return False
-    if find_spec("onnxruntime") is None:
+    if not installed("onnxruntime"):
         logger.info("%s runs with torch. onnxruntime is not installed.", settings.checkpoint)
         return False
     return True

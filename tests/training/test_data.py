@@ -23,7 +23,7 @@ from ceed_vla.training.mixture import (
     Mixture,
     check_compatible,
     check_fits,
-    drop_partial_target,
+    share_target,
     state_statistics,
 )
 
@@ -283,19 +283,19 @@ def test_statistics(studio: Any, store: FrameStore) -> None:
     )
 
 
-def test_a_recording_without_privileged_state_takes_the_target_from_all(
-    studio: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_recording_without_privileged_state_has_a_target_of_nan(studio: Any) -> None:
     told, recorded = open_dataset(studio.demo), open_dataset(studio.demo)
+    target = told.environment_state
+    assert target is not None
     recorded.environment_state = None
     with pytest.raises(DatasetError, match=r"differ in observation\.environment_state"):
         check_compatible([told, recorded])
-    drop_partial_target([told, recorded])
-    check_compatible([told, recorded])
-    assert told.environment_state is None
-    message = "Without auxiliary regression on these roots"
-    assert message in caplog.text
-    caplog.clear()
-    drop_partial_target([told, recorded])
-    drop_partial_target([open_dataset(studio.demo)])
-    assert message not in caplog.text
+    for _ in range(2):
+        share_target([told, recorded])
+        check_compatible([told, recorded])
+        np.testing.assert_array_equal(told.environment_state, target)
+        assert recorded.environment_state.shape == target.shape
+        assert np.isnan(recorded.environment_state).all()
+    told.environment_state = None
+    share_target([told, recorded])
+    assert recorded.environment_state is None

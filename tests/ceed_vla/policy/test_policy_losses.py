@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ceed_vla import CeedVLAPolicy
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.supervision import (
     augment,
     auxiliary_loss,
@@ -74,6 +74,24 @@ def test_without_the_target_there_is_no_auxiliary_loss(
     loss, parts = policy(training_batch)
     assert "auxiliary_loss" not in parts
     assert loss.item() == pytest.approx(parts["ar_loss"])
+
+
+def test_rows_of_nan_have_no_auxiliary_loss(
+    training_batch: dict[str, Any], policy: CeedVLAPolicy
+) -> None:
+    policy.eval()
+    whole, _ = policy(training_batch, reduction="none")
+    target = training_batch[ENVIRONMENT].clone()
+    target[0] = torch.nan
+    masked, parts = policy({**training_batch, ENVIRONMENT: target}, reduction="none")
+    without, _ = policy({**training_batch, ENVIRONMENT: None}, reduction="none")
+    assert masked[0] == without[0] < whole[0]
+    torch.testing.assert_close(masked[1:], whole[1:])
+    mean = ((masked - without)[1:] / policy.config.auxiliary_weight).mean().item()
+    assert parts["auxiliary_loss"] == pytest.approx(mean, rel=1e-4)
+    target[0, 0] = 0.0
+    with pytest.raises(ObservationError, match="or a row of NaN"):
+        policy({**training_batch, ENVIRONMENT: target})
 
 
 def test_grounding_trains_the_prefix_only(training_batch: dict[str, Any], make_policy: Any) -> None:

@@ -127,7 +127,7 @@ def test_auto_chooses_an_export_if_it_runs_the_decoding(
     assert "student runs with torch. Other tokens." in caplog.text
     with pytest.raises(VerificationError):
         kind_of(checkpoint="student", engine="edge")
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     caplog.clear()
     assert kind_of(checkpoint="student") is ServedCeed
     assert caplog.messages == ["student runs with torch. onnxruntime is not installed."]

@@ -79,7 +79,8 @@ def check_target(
 ) -> None:
     """Exclude values from the auxiliary regression that its scale does not describe.
 
-    Demonstrations lose these values, with a warning.
+    Demonstrations lose these values, with a warning; rows of NaN take their place if others keep
+    theirs.
 
     Raises:
         DatasetError: The values are those of grounding data, which have no other target.

@@ -33,7 +33,7 @@ class Row:
     Attributes:
         images: Feature -> image, not decoded.
         values: Feature -> array: the states, and ``action``.
-        intervention: Whether a person commanded the arm.
+        intervention: Whether a person commanded the arm, from this frame to the next.
     """
 
     images: Mapping[str, CameraImage]
@@ -253,7 +253,8 @@ class EpisodeRows:
         }
         values["action"] = self._maker.action(commanded, following)
         images = {feature: frame.values[name] for feature, name in self._names.items()}
-        return Row(images, values, following.source == PERSON)
+        by_person = commanded.source == following.source == PERSON  # during the whole step
+        return Row(images, values, by_person)
 
     def _measured_opening(self, values: Mapping[str, Any]) -> float | None:
         gripper = self._robot.gripper

@@ -49,7 +49,9 @@ class Graph:
         environment = os.environ | {
             "ROS_DOMAIN_ID": str(self.domain),
             "ROS_LOG_DIR": str(self.folder / "log"),
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{self.folder}",
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, (str(ROOT), str(self.folder), os.environ.get("PYTHONPATH")))
+            ),
         }
         modules = {
             "p": "robot.policy_node",

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -194,3 +195,40 @@ def test_an_action_is_a_task(served: tuple[Any, Any]) -> None:
         assert result_of(served, handle)[0] == 5  # cancelled
     status, _ = result_of(served, goal(served, 1))
     assert status == 4
+
+
+@pytest.mark.external  # with the variables that scripts/build_interfaces.sh prints
+@pytest.mark.skipif(not find_spec("ceed_vla_interfaces"), reason="ceed_vla_interfaces is not built")
+def test_the_nodes_own_action(graph: Any) -> None:
+    from ceed_vla_interfaces.action import RunPolicy
+
+    tasks = Tasks(graph)
+    client = ActionClient(graph.node, RunPolicy, "/policy/run_policy")
+    graph.wait(client.server_is_ready, "the action server")
+    states: list[str] = []
+
+    def send(time_limit: float) -> Any:
+        sent = client.send_goal_async(
+            RunPolicy.Goal(instruction=WORDS, time_limit=time_limit),
+            feedback_callback=lambda m: states.append(m.feedback.state),
+        )
+        graph.wait(sent.done, "the answer to a goal")
+        return sent.result()
+
+    def result(handle: Any) -> tuple[int, Any]:
+        future = handle.get_result_async()
+        graph.wait(future.done, "the result of a goal")
+        return future.result().status, future.result().result
+
+    assert not send(-1.0).accepted
+    status, ended = result(send(3.0))
+    assert (status, ended.success, ended.outcome) == (4, False, "time_limit")
+    assert 3.0 <= ended.seconds < 4.0
+    assert any(state.startswith("moving") for state in states)
+    assert tasks.results[-1]["outcome"] == "time_limit"
+    handle = send(60.0)
+    cancelled = handle.cancel_goal_async()
+    graph.wait(cancelled.done, "the cancellation")
+    status, ended = result(handle)
+    assert (status, ended.success, ended.outcome) == (5, False, "cancelled")
+    client.destroy()

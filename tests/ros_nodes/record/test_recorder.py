@@ -73,6 +73,7 @@ class Bench:
         tell = self.events.append
         self.recorder = Recorder(rows, self.worker, 1000, lambda text: tell(json.loads(text)))
         self.now = 10.0
+        self.who = "policy"  # commands the arm
 
     def run(self, seconds: float, *, camera: bool = True, arm: bool = True) -> None:
         """Let the robot send for a time [s]."""
@@ -80,6 +81,7 @@ class Bench:
             self.now += 0.02
             if arm:
                 joints = message(self.now, name=["b", "a"], position=[0.2, 0.1])
+                joints.header.frame_id = self.who
                 self.recorder.rows.take_joints(joints)
                 self.recorder.rows.take_commands(joints)
             if camera:
@@ -120,6 +122,17 @@ def test_an_episode_from_start_to_stored(bench: Bench) -> None:
         {"event": "start", "time": pytest.approx(stopped - 1.0), "instruction": "pick it up"},
         {"event": "stop", "time": stopped, "success": True},
     ]
+
+
+def test_an_intervention_is_a_whole_step_of_the_person(bench: Bench) -> None:
+    bench.recorder.start(bench.now)
+    for bench.who, seconds in (("policy", 0.34), ("person", 0.4), ("policy", 0.5)):
+        bench.run(seconds)
+    rows = [request.row for request in bench.worker.requests if request.row is not None]
+    flags = [row.intervention for row in rows]
+    # The person commands from 0.34 s to 0.74 s: in the whole steps that begin at 0.4, 0.5, 0.6.
+    assert flags == [0.35 < 0.1 * step < 0.65 for step in range(len(flags))]
+    assert sum(flags) == 3
 
 
 def test_without_an_instruction_nothing_starts(bench: Bench) -> None:

@@ -124,7 +124,7 @@ class DistillData:
             [np.full(len(store), index) for index, store in enumerate(self.stores)]
         )
         self.frame = np.concatenate([np.arange(len(store)) for store in self.stores])
-        # whether the action is to be imitated (N,); the teacher's targets are for all frames
+        # whether the action is to be imitated (N,); otherwise the teacher is
         self.shown = np.concatenate([store.shown for store in self.stores])
         # distance beyond which the demonstration replaces the teacher's block
         self.delta_max = float("inf")
@@ -136,6 +136,7 @@ class DistillData:
             DatasetError: There are too few frames.
         """
         order = np.random.default_rng(0).permutation(len(self.frame))
+        order = order[self._taught()[order]]
         most = self.eval_frames
         spared = self._in_held_out_episodes()[order]
         self.whole_episodes = most > 0 and bool(spared.any())
@@ -154,10 +155,17 @@ class DistillData:
         self.spans = row_spans(self.stores, self.root, self.frame, self.rows, self.seed)
         self.odds = self._odds()
 
+    def _taught(self) -> NDArray[np.bool_]:
+        """Which rows (N,) are learnt. In a dataset with interventions only those are: in the states
+        that the policy needed help to leave, its teacher may not know the way either.
+        """
+        corrected = np.array([store.corrected for store in self.stores])[self.root]
+        found: NDArray[np.bool_] = ~corrected | self.shown[self._place(np.arange(len(self.root)))]
+        return found
+
     def _odds(self) -> NDArray[np.float64] | None:
         """Probability of each of `rows`; None if all are equal."""
-        corrected = np.array([store.corrected for store in self.stores])[self.root]
-        chosen = (corrected & self.shown[self._place(np.arange(len(self.root)))])[self.rows]
+        chosen = np.array([store.corrected for store in self.stores])[self.root[self.rows]]
         share = self.intervention_weight
         if not share or not chosen.any() or chosen.all():
             return None

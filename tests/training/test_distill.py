@@ -18,8 +18,7 @@ from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep
 
 import ceed_vla
-from ceed_vla.data.frames import FrameStore, open_dataset
-from ceed_vla.data.usable import usable_frames
+from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.tokens.uniform import ActionTokenizer
 from ceed_vla.training.adapters import LoRAConfig
@@ -415,25 +414,6 @@ def test_trajectories_of_another_layout_are_refused(
             eval_frames=8,
             delta_quantile=0.8,
         )
-
-
-def test_of_a_recording_with_interventions_only_these_are_learnt(
-    studio: Any, teacher: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def opened(root: str, **options: Any) -> FrameStore:
-        store = open_dataset(root, **options)
-        if root == str(studio.other):
-            store.usable = usable_frames(store.episode, np.arange(len(store)) % 10 >= 5, None)
-        return store
-
-    monkeypatch.setattr("ceed_vla.training.distill_data.open_dataset", opened)
-    places = (str(studio.trajectories), f"{studio.demo},{studio.other}", str(studio.teacher))
-    data = StoredData(*places, *teacher[:2], eval_frames=8, intervention_weight=0.4)
-    for rows in (data.rows, data.held_out):
-        person = data.frame[rows[data.root[rows] == 1]] % 10 >= 5
-        assert person.all()
-    drawn = data.draw(4000, np.random.default_rng(0), 0)
-    assert np.mean(data.root[drawn] == 1) == pytest.approx(0.4, abs=0.03)
 
 
 @pytest.mark.parametrize("digest", ["0" * 16, None], ids=["other actions", "none stored"])

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ceed_vla
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.data.usable import usable_frames
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import DatasetError
+from ceed_vla.training.distill_data import StoredData
 from ceed_vla.training.inspection import InspectConfig, inspect
 from ceed_vla.training.mixture import Mixture, shared_weights
 
@@ -126,3 +128,23 @@ def test_inspect_says_what_is_imitated(tmp_path: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert "20 of 40 frames are imitated: 1 episode failed." in shown
     assert "Ignored by training" not in shown
+
+
+def test_of_a_recording_with_interventions_only_these_are_learnt(
+    studio: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(root: str, **options: Any) -> FrameStore:
+        store = open_dataset(root, **options)
+        if root == str(studio.other):
+            store.usable = usable_frames(store.episode, np.arange(len(store)) % 10 >= 5, None)
+        return store
+
+    monkeypatch.setattr("ceed_vla.training.distill_data.open_dataset", opened)
+    places = (str(studio.trajectories), f"{studio.demo},{studio.other}", str(studio.teacher))
+    policy, pre, _ = ceed_vla.load(studio.teacher)
+    data = StoredData(*places, policy, pre, eval_frames=8, intervention_weight=0.4)
+    for rows in (data.rows, data.held_out):
+        person = data.frame[rows[data.root[rows] == 1]] % 10 >= 5
+        assert person.all()
+    drawn = data.draw(4000, np.random.default_rng(0), 0)
+    assert np.mean(data.root[drawn] == 1) == pytest.approx(0.4, abs=0.03)

@@ -29,8 +29,8 @@ def teacher_loss(
     Args:
         policy: The policy; in training mode, the batch is augmented.
         batch: A preprocessed observation with ``action`` (B, m, A) and, optionally,
-            ``action_is_pad`` (B, m) and ``observation.environment_state`` (B, E), whose rows of NaN
-            are left out of the regression.
+            ``action_is_pad`` (B, m) and ``observation.environment_state`` (B, E). Rows of NaN have
+            no regression, so it weighs less in the mean.
         reduction: "mean", or "none" for one loss per row.
 
     Returns:
@@ -55,9 +55,8 @@ def teacher_loss(
         hits = ((logits.argmax(-1) == tokens) * weight).sum() / weight.sum().clamp(min=1)
     parts = {"ar_loss": rows.mean().item(), "token_accuracy": hits.item()}
     if policy.backbone.auxiliary is not None and batch.get(ENVIRONMENT_STATE_KEY) is not None:
-        target = batch[ENVIRONMENT_STATE_KEY]
-        auxiliary = auxiliary_loss(policy, embeddings, state, target)  # (B,)
-        parts["auxiliary_loss"] = auxiliary.sum().item() / max(int(has_target(target).sum()), 1)
+        auxiliary = auxiliary_loss(policy, embeddings, state, batch[ENVIRONMENT_STATE_KEY])  # (B,)
+        parts["auxiliary_loss"] = auxiliary.mean().item()
         rows = rows + policy.config.auxiliary_weight * auxiliary
     return (rows.mean() if reduction == "mean" else rows), parts
 

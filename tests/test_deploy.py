@@ -32,6 +32,11 @@ def test_flags_and_parameters_exist() -> None:
     assert {"autostart", "start_enabled"} <= found <= parameters
 
 
+def test_units_have_caches_of_their_own() -> None:
+    found = [re.findall("^CacheDirectory=(.+)$", unit.read_text(), re.MULTILINE) for unit in UNITS]
+    assert len({name for (name,) in found}) == len(UNITS) == 2
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
 def test_systemd_accepts_a_unit(unit: Path, tmp_path: Path) -> None:
     verify = shutil.which("systemd-analyze")

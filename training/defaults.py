@@ -17,7 +17,7 @@ from ceed_vla.from_data import NEAR_ZERO as NEAR_ZERO  # for readers of `take_fr
 from ceed_vla.from_data import SPARSE as SPARSE
 from ceed_vla.from_data import describe as describe_data
 from ceed_vla.from_data import take_from_actions
-from ceed_vla.training.mixture import share_target, state_statistics
+from ceed_vla.training.mixture import has_target, share_target, state_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def take_from_data(
     actions = np.concatenate([store.action for store in stores if store.action is not None])
     names = stores[0].labels.get(ACTION, [])
     take_from_actions(policy, actions, stats[ACTION], names, stores[0].fps)
-    told = [store for store in (*stores, *grounding) if store.environment_state is not None]
+    told = [store for store in (*stores, *grounding) if has_target(store)]
     known = privileged is not None and told and all(is_of(store, privileged) for store in told)
     if known and policy.auxiliary_weight and not policy.auxiliary_scale:
         policy.auxiliary_scale = list(privileged.scale)  # type: ignore[union-attr]

@@ -206,7 +206,7 @@ class DistillRun(Run):
             "streaming",
             "seed",
         )
-        sizes = {name: getattr(config, name) for name in names}
+        sizes = {name: getattr(config, name) for name in names} | {"corrections_only": True}
         stored = config.states == "stored"
         if chosen.online:
             decode = self.objective.decode_teacher

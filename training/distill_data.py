@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,10 +42,11 @@ from ceed_vla.training.trajectories import (
     read_trajectories,
 )
 
+logger = logging.getLogger(__name__)
+
 # The teacher: (observation, guesses (B, n) or None) -> the fixed points (B, n) and, from guesses,
 # all states (k, B, n).
 Decode = Callable[[dict[str, Any], Tensor | None], tuple[Tensor, Tensor | None]]
-
 
 DECODED = 16  # frames of the sample for `delta_quantile` that are decoded together
 
@@ -84,6 +86,8 @@ class DistillData:
             is accepted.
         intervention_weight: Share of a batch from frames in which a person intervened; 0: as their
             number.
+        corrections_only: Whether of a dataset with interventions only these are used: in the
+            states that the policy needed help to leave, its teacher may not know the way either.
         streaming: Which datasets are streamed.
         seed: Seed of the order in which streamed data are read.
 
@@ -101,6 +105,7 @@ class DistillData:
         held_out: float = SHARE,
         delta_quantile: float = 1.0,
         intervention_weight: float = 0.0,
+        corrections_only: bool = False,
         streaming: StreamingConfig | None = None,
         seed: int = 0,
     ) -> None:
@@ -110,6 +115,7 @@ class DistillData:
         self.seed = seed
         self.held_out_share = held_out
         self.intervention_weight = intervention_weight
+        self.corrections_only = corrections_only
         self.stores = [open_dataset(root, streaming=streaming) for root in split_list(roots)]
         if not self.stores:
             raise ConfigError("No data: set --roots to one or more recorded folders.")
@@ -136,7 +142,13 @@ class DistillData:
             DatasetError: There are too few frames.
         """
         order = np.random.default_rng(0).permutation(len(self.frame))
-        order = order[self._taught()[order]]
+        if self.corrections_only:
+            order = order[~self._policy_driven()[order]]
+            logger.info(
+                "%d of %d frames are used: of datasets with interventions only these.",
+                len(order),
+                len(self.frame),
+            )
         most = self.eval_frames
         spared = self._in_held_out_episodes()[order]
         self.whole_episodes = most > 0 and bool(spared.any())
@@ -149,23 +161,22 @@ class DistillData:
         self.held_out = self._by_store(held_out)
         if not len(self.rows):
             raise DatasetError(
-                f"--eval_frames is {most}, but there are only {len(order)} frames; record more, or "
-                "lower it."
+                f"--eval_frames is {most}, but there are only {len(order)} frames to use; record "
+                "more, or lower it."
             )
         self.spans = row_spans(self.stores, self.root, self.frame, self.rows, self.seed)
         self.odds = self._odds()
 
-    def _taught(self) -> NDArray[np.bool_]:
-        """Which rows (N,) are learnt. In a dataset with interventions only those are: in the states
-        that the policy needed help to leave, its teacher may not know the way either.
-        """
+    def _policy_driven(self) -> NDArray[np.bool_]:
+        """Which rows (N,) are frames between the interventions of a dataset."""
         corrected = np.array([store.corrected for store in self.stores])[self.root]
-        found: NDArray[np.bool_] = ~corrected | self.shown[self._place(np.arange(len(self.root)))]
+        found: NDArray[np.bool_] = corrected & ~self.shown[self._place(np.arange(len(self.root)))]
         return found
 
     def _odds(self) -> NDArray[np.float64] | None:
         """Probability of each of `rows`; None if all are equal."""
-        chosen = np.array([store.corrected for store in self.stores])[self.root[self.rows]]
+        corrected = np.array([store.corrected for store in self.stores])[self.root]
+        chosen = (corrected & self.shown[self._place(np.arange(len(self.root)))])[self.rows]
         share = self.intervention_weight
         if not share or not chosen.any() or chosen.all():
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -136,42 +136,47 @@ def share_target(stores: Sequence[FrameStore]) -> None:
 
     Recordings of a robot have no privileged state.
     """
-    told = [store.environment_state for store in stores if _has_target(store)]
+    told = [store.environment_state for store in stores if has_target(store)]
     for store in stores:
         if not told:
             store.environment_state = None
-        elif not _has_target(store):
+        elif not has_target(store):
             logger.info("%s has no %s: without auxiliary regression.", store.root, ENVIRONMENT)
             shape = (len(store), told[0].shape[1])  # type: ignore[union-attr]
             store.environment_state = np.full(shape, np.nan, np.float32)
 
 
-def _has_target(store: FrameStore) -> bool:
+def has_target(store: FrameStore) -> bool:
+    """Whether a dataset has the auxiliary target in some frame."""
     target = store.environment_state
     return target is not None and not np.isnan(target).all()
 
 
 def check_compatible(stores: Sequence[FrameStore]) -> None:
     """Raise `DatasetError` unless all stores have the same rate and features of the same shapes."""
+    named: dict[str, FrameStore] = {}  # feature -> the first dataset that names its components
+    for store in stores:
+        for key, own in store.labels.items():
+            first = named.setdefault(key, store)
+            if own != first.labels[key]:
+                _differ(store, first, f"the names of {key}", own, first.labels[key])
     for store in stores[1:]:
         names = sorted(store.shapes.keys() | stores[0].shapes.keys())
         pairs: dict[str, tuple[Any, Any]] = {"fps": (store.fps, stores[0].fps)}
-        pairs |= {
-            f"the names of {k}": (store.labels[k], v)
-            for k, v in stores[0].labels.items()
-            if k in store.labels
-        }
         pairs |= {
             name: (_shape(store.shapes.get(name)), _shape(stores[0].shapes.get(name)))
             for name in names
         }
         for what, (own, others) in pairs.items():
             if own != others:
-                raise DatasetError(
-                    f"{store.root} and {stores[0].root} differ in {what}: {str(own)[:100]} and "
-                    f"{str(others)[:100]}; train on datasets of one robot at one rate, with the "
-                    "same features."
-                )
+                _differ(store, stores[0], what, own, others)
+
+
+def _differ(store: FrameStore, other: FrameStore, what: str, own: Any, others: Any) -> NoReturn:
+    raise DatasetError(
+        f"{store.root} and {other.root} differ in {what}: {str(own)[:100]} and "
+        f"{str(others)[:100]}; train on datasets of one robot at one rate, with the same features."
+    )
 
 
 def check_fits(store: FrameStore, config: CeedVLAConfig, pre: Any) -> None:

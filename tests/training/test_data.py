@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from ceed_vla.data import frame_cache
 from ceed_vla.data.files import read_info, read_rows
-from ceed_vla.data.frames import FrameStore, open_dataset
+from ceed_vla.data.frames import ENVIRONMENT, FrameStore, open_dataset
 from ceed_vla.errors import DatasetError, ObservationError
 from ceed_vla.training.mixture import (
     Mixture,
@@ -296,6 +297,10 @@ def test_a_recording_without_privileged_state_has_a_target_of_nan(studio: Any) -
         np.testing.assert_array_equal(told.environment_state, target)
         assert recorded.environment_state.shape == target.shape
         assert np.isnan(recorded.environment_state).all()
+    other = replace(told, labels={**told.labels, ENVIRONMENT: ["other"] * target.shape[1]})
+    told.labels[ENVIRONMENT] = ["term"] * target.shape[1]
+    with pytest.raises(DatasetError, match=r"differ in the names of observation\.environment"):
+        check_compatible([recorded, told, other])
     told.environment_state = None
     share_target([told, recorded])
     assert recorded.environment_state is None

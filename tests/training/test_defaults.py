@@ -17,6 +17,7 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import ACTION, ENVIRONMENT, FrameStore, open_dataset
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.training.defaults import check_target, named_terms, take_from_data
+from ceed_vla.training.mixture import share_target
 from ceed_vla.training.teacher import train
 
 NAMES = tuple(f"value_{i}" for i in range(40))
@@ -80,6 +81,11 @@ def test_the_environments_target_needs_the_environments_names(store: FrameStore)
         unknown = policy(**settings)
         take_from_data(unknown, stores, grounding, PRIVILEGED)
         assert unknown.auxiliary_scale == []
+    recorded = replace(store, environment_state=None, labels={})
+    share_target([store, recorded])
+    beside = policy()
+    take_from_data(beside, [recorded, store], [], PRIVILEGED)
+    assert beside.auxiliary_scale == [10, 10, 1]
     # as when training continues from a checkpoint
     check_target(config, [store, other], [], PRIVILEGED)
     assert store.environment_state is not None

@@ -142,9 +142,12 @@ def test_of_a_recording_with_interventions_only_these_are_learnt(
     monkeypatch.setattr("ceed_vla.training.distill_data.open_dataset", opened)
     places = (str(studio.trajectories), f"{studio.demo},{studio.other}", str(studio.teacher))
     policy, pre, _ = ceed_vla.load(studio.teacher)
-    data = StoredData(*places, policy, pre, eval_frames=8, intervention_weight=0.4)
+    data = StoredData(
+        *places, policy, pre, eval_frames=16, intervention_weight=0.4, corrections_only=True
+    )
     for rows in (data.rows, data.held_out):
         person = data.frame[rows[data.root[rows] == 1]] % 10 >= 5
+        assert len(person)
         assert person.all()
     drawn = data.draw(4000, np.random.default_rng(0), 0)
     assert np.mean(data.root[drawn] == 1) == pytest.approx(0.4, abs=0.03)

@@ -130,7 +130,7 @@ class DistillData:
             [np.full(len(store), index) for index, store in enumerate(self.stores)]
         )
         self.frame = np.concatenate([np.arange(len(store)) for store in self.stores])
-        # whether the action is to be imitated (N,); otherwise the teacher is
+        # whether the action may be the label (N,); if not, the label is the teacher's
         self.shown = np.concatenate([store.shown for store in self.stores])
         # distance beyond which the demonstration replaces the teacher's block
         self.delta_max = float("inf")
@@ -144,8 +144,9 @@ class DistillData:
         order = np.random.default_rng(0).permutation(len(self.frame))
         if self.corrections_only:
             order = order[~self._policy_driven()[order]]
+        if len(order) < len(self.frame):
             logger.info(
-                "%d of %d frames are used: of datasets with interventions only these.",
+                "%d of %d frames are used: of a dataset with interventions only these.",
                 len(order),
                 len(self.frame),
             )

@@ -34,6 +34,7 @@ from ceed_vla.ros_nodes.demo.camera_load import (
 )
 from ceed_vla.ros_nodes.demo.measuring import print_results
 from ceed_vla.ros_nodes.demo.report import status_values
+from ceed_vla.ros_nodes.demo.session import DISCOVERY
 from ceed_vla.ros_nodes.robot.robot_file import packaged_config
 
 _START = 300.0  # longest time until both nodes are ready [s]
@@ -87,6 +88,7 @@ class Recording:
         client = self._arm.node.create_client(kind, service)
         while not client.service_is_ready():
             self._arm.spin(0.1, policy)
+        self._arm.spin(DISCOVERY, policy)
         future = client.call_async(request)
         while not future.done():
             self._arm.spin(0.1, policy)

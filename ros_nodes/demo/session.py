@@ -31,6 +31,7 @@ from ceed_vla.ros_nodes.robot.messages import COMMAND, LATCHED
 # Until both nodes answer, which includes loading the policy, and exporting it the first time [s].
 START_TIMEOUT = 300.0
 CALL_TIMEOUT = 10.0  # of a service call [s]
+DISCOVERY = 0.2  # from a ready service until its server has discovered this client's reader [s]
 SETTLE = 0.3  # after a new episode, until the policy node has received the arm's pose [s]
 _QUEUED = 1000  # messages that a slow recorder may lag behind
 
@@ -68,6 +69,7 @@ class Session:
         self.solved = False  # whether the simulation has reported success since the last reset
         self._folder, self._domain = folder, domain
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._clients: dict[str, Any] = {}  # of services, by name
         self._context = Context()
         rclpy.init(args=[], context=self._context, domain_id=domain)
         self.node = rclpy.create_node("demo", context=self._context)
@@ -177,6 +179,7 @@ class Session:
         moment = time.time_ns()
         process.kill()
         process.wait()
+        self._clients.clear()  # a node that takes its place has to discover new ones
         return moment
 
     def close(self) -> None:
@@ -198,15 +201,20 @@ class Session:
             rclpy.try_shutdown(context=self._context)
 
     def call(self, service: str, kind: Any, request: Any) -> Any:
-        """Call a service, and return its response."""
-        client = self.node.create_client(kind, service)
-        try:
+        """Call a service, and return its response.
+
+        A new client waits a moment: a server that has not discovered its reader yet would answer
+        in vain (ros2/rmw_fastrtps, issue 842).
+        """
+        client = self._clients.get(service)
+        if client is None:
+            client = self._clients[service] = self.node.create_client(kind, service)
             self._wait(client.service_is_ready, f"service {service}", CALL_TIMEOUT)
-            future = client.call_async(request)
-            self._wait(future.done, f"answer of {service}", CALL_TIMEOUT)
-            return future.result()
-        finally:
-            self.node.destroy_client(client)
+            self.spin(DISCOVERY)
+        self._wait(client.service_is_ready, f"service {service}", CALL_TIMEOUT)
+        future = client.call_async(request)
+        self._wait(future.done, f"answer of {service}", CALL_TIMEOUT)
+        return future.result()
 
     def _wait(self, until: Callable[[], bool], what: str, timeout: float) -> None:
         if not self.spin(timeout, until):

@@ -6,8 +6,9 @@
                                          ^ length
 
 `write` always starts at ``length`` and does not advance it, so the next iteration overwrites the
-tokens that a Jacobi iteration rejects. Tokens that have not passed the last layer cannot be
-committed. No other file accesses the internals of a cache.
+tokens that a Jacobi iteration rejects. A draft of several forwards through the first layers starts
+each `behind` those before it. Tokens that have not passed the last layer cannot be committed. No
+other file accesses the internals of a cache.
 
 Eager code reads the written part of a cache; compiled code has a cache of constant shape
 (`ceed_vla.compiled.static_cache`).
@@ -15,12 +16,15 @@ Eager code reads the written part of a cache; compiled code has a cache of const
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ceed_vla.errors import ConfigError, TokenError
 
@@ -31,6 +35,7 @@ class BlockCache:
     def __init__(self) -> None:
         self.length = 0
         self.prefix_length = 0
+        self.ahead = 0  # positions behind `length` that the next forward leaves as they are
         # End of the positions with keys and values of all layers, final or not.
         self._written = 0
 
@@ -78,6 +83,17 @@ class BlockCache:
     def disown(self) -> None:
         """Make the positions behind `length` uncommittable, whichever layers have written them."""
         self._written = self.length
+
+    @contextmanager
+    def behind(self, ahead: int) -> Iterator[None]:
+        """A context whose forwards start `ahead` positions behind `length`, where the first layers
+        hold the keys and values of these positions.
+        """
+        self.ahead = ahead
+        try:
+            yield
+        finally:
+            self.ahead = 0
 
     def roll_back(self) -> None:
         """Discard the block, so that another block can be decoded behind the prefix."""
@@ -138,16 +154,16 @@ class KVCache(BlockCache):
         ]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, H, t, D) of one layer at positions ``[length, length + t)``.
+        """Write keys and values (B, H, t, D) of one layer at the next t positions.
 
         Returns:
-            Views (B, H, length + t, D) of all keys and values so far, in the cache's memory.
+            Views (B, H, T, D) of all keys and values up to these, in the cache's memory.
 
         Raises:
             TokenError: The positions exceed the capacity.
         """
-        start = self.length
-        end = self.length + k.shape[2]
+        start = self.length + self.ahead
+        end = start + k.shape[2]
         if end > self.capacity:
             raise TokenError(
                 f"{k.shape[2]} tokens after position {start} do not fit a cache of {self.capacity} "
@@ -157,20 +173,20 @@ class KVCache(BlockCache):
         values = self._values[layer].narrow(2, 0, end)
         keys.narrow(2, start, end - start).copy_(k)
         values.narrow(2, start, end - start).copy_(v)
-        self._written = end if layer == self._last else start
+        self._written = end if layer == self._last else self.length
         return keys, values
 
     def rows(self, table: Tensor, k: int) -> Tensor:
         """Rows (k, d) of `table` (n, d), which has one per slot, for the next `k` tokens."""
-        return table[self.committed : self.committed + k]
+        start = self.committed + self.ahead
+        return table[start : start + k]
 
     def mask(self, k: int) -> Tensor | None:
-        """(k, length + k), True where one of the next `k` tokens may attend; None allows all."""
+        """(k, T), True where one of the next `k` tokens may attend; None allows all."""
         if k == 1:
             return None
-        return torch.ones(k, self.length + k, dtype=torch.bool, device=self._keys[0].device).tril(
-            self.length
-        )
+        start = self.length + self.ahead
+        return torch.ones(k, start + k, dtype=torch.bool, device=self._keys[0].device).tril(start)
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:
         both = zip(self._keys, self._values, strict=True)
@@ -196,19 +212,33 @@ class TransformersCache(BlockCache):
         """
         # Before the prefill the cache is empty, and crop(0) does nothing (transformers #47433).
         if self.length:
-            self._cache.crop(self.length)
+            self._cache.crop(self.length + self.ahead)
         self._written = self.length if shallow else self.length + t
         return self._cache
 
+    def begin_rest(self, t: int, depth: int, layers: int) -> DynamicCache:
+        """Prepare a call of the layers behind the first `depth` of all `layers`, for t positions
+        that the first layers have written behind `length`.
+        """
+        own = self._cache.layers
+        while len(own) < layers:
+            own.append(DynamicLayer())
+        for layer in own[depth:layers]:
+            cast("Any", layer).crop(self.length)
+        rest = DynamicCache()
+        # A model asks the first layer how many positions are in front.
+        rest.layers = [own[depth]] * depth + own[depth:]
+        self._written = self.length + t
+        return rest
+
     def slots(self, k: int, device: torch.device) -> Tensor:
         """(k,) block slots of the next `k` tokens."""
-        return torch.arange(self.committed, self.committed + k, device=device)
+        start = self.committed + self.ahead
+        return torch.arange(start, start + k, device=device)
 
     def real(self, prefix: Tensor, k: int) -> Tensor:
-        """Attention mask (B, length + k) of the next `k` tokens; `prefix` (B, P) is False for
-        padding.
-        """
-        return F.pad(prefix.long(), (0, self.committed + k), value=1)
+        """Attention mask (B, T) of the next `k` tokens; `prefix` (B, P) is False for padding."""
+        return F.pad(prefix.long(), (0, self.committed + self.ahead + k), value=1)
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:
         return [(layer.keys, layer.values) for layer in cast("Any", self._cache.layers)]

@@ -13,6 +13,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 import ceed_vla.axes  # these imports register decoders, backbones and vocabularies
 import ceed_vla.backbones.compact.config
+import ceed_vla.backbones.language.config
 import ceed_vla.backbones.openvla.config
 import ceed_vla.backbones.pi0_fast.config
 import ceed_vla.backbones.vlm.config

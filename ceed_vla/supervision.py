@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ LARGEST = 1e6  # limit on terms of the environment state
 
 
 def teacher_loss(
-    policy: Any, batch: dict[str, Tensor], reduction: str = "mean"
+    policy: Any,
+    batch: dict[str, Tensor],
+    reduction: str = "mean",
+    imitated: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The autoregressive loss of the teacher, with the auxiliary regression if the batch has its
     target.
@@ -32,6 +36,8 @@ def teacher_loss(
             ``action_is_pad`` (B, m) and ``observation.environment_state`` (B, E). Rows of NaN have
             no regression, so it weighs less in the mean.
         reduction: "mean", or "none" for one loss per row.
+        imitated: Maps the tokens (B, n) of the actions to the logits (B, n, V) of another policy,
+            whose distributions are learnt, too.
 
     Returns:
         The loss, and its parts by name.
@@ -50,6 +56,8 @@ def teacher_loss(
     weight = policy.tokenizer.weight(tokens, batch.get(PADDED))  # (B, n)
     sigma = policy.config.label_sigma if policy.config.action_tokens.ordered else 0.0
     losses = soft_cross_entropy(logits, tokens, sigma)
+    if imitated is not None:
+        losses = losses + divergence(imitated(tokens), logits)
     rows = (losses * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B,)
     with torch.no_grad():
         hits = ((logits.argmax(-1) == tokens) * weight).sum() / weight.sum().clamp(min=1)
@@ -237,6 +245,12 @@ def soft_cross_entropy(logits: Tensor, tokens: Tensor, sigma: float) -> Tensor:
     return -(label_table(logits.shape[-1], sigma, logits.device)[tokens] * log_probabilities).sum(
         -1
     )
+
+
+def divergence(target_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(target || model) (B, n) of logits (B, n, V); the target gets no gradient."""
+    target = F.log_softmax(target_logits.detach().float(), dim=-1)
+    return (target.exp() * (target - F.log_softmax(logits.float(), dim=-1))).sum(-1)
 
 
 def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:

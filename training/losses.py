@@ -25,10 +25,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.supervision import divergence as forward_kl
 from ceed_vla.supervision import soft_cross_entropy
 
 
@@ -69,12 +69,6 @@ def find_loss(name: str) -> Loss:
 def needs(loss: Loss) -> list[str]:
     """Names of the inputs of a loss."""
     return list(inspect.signature(loss).parameters)
-
-
-def forward_kl(target_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(target || model) (B, n) of logits (B, n, V); the target gets no gradient."""
-    target = F.log_softmax(target_logits.detach().float(), dim=-1)
-    return (target.exp() * (target - F.log_softmax(logits.float(), dim=-1))).sum(-1)
 
 
 def after_first_divergence(

@@ -37,6 +37,7 @@ from ceed_vla.training.budget import (
 )
 from ceed_vla.training.clipping import check_clipping
 from ceed_vla.training.defaults import Privileged, describe, named_terms
+from ceed_vla.training.imitation import IMITATED, Imitated
 from ceed_vla.training.mixture import Mixture, check_fits, shared_weights
 from ceed_vla.training.run import ClosedLoop, Run
 from ceed_vla.training.run_config import ANY_NUMBER
@@ -155,7 +156,9 @@ class TeacherRun(Run):
                 store.decode(config.streaming)
         if config.lora.rank:
             attach(policy, config.lora)
-        self.prepare(TeacherObjective(policy), policy, pre, post, weight_decay=config.weight_decay)
+        self.imitated = Imitated(config.imitate, policy) if config.imitate else None
+        objective = TeacherObjective(policy, self.imitated)
+        self.prepare(objective, policy, pre, post, weight_decay=config.weight_decay)
         chunk = policy.config.chunk_size
         self.grounding_mixture = (
             Mixture(self.grounding, None, config.seed + 1, chunk) if self.grounding else None
@@ -318,7 +321,10 @@ class TeacherRun(Run):
         """
         if mixture is None or not size:
             return None, 0.0
-        batch = self.pre(mixture.draw(size, self.step, part, self.num_parts))
+        frames = mixture.draw(size, self.step, part, self.num_parts)
+        batch = self.pre(dict(frames))
+        if self.imitated is not None and mixture is self.mixture:
+            batch[IMITATED] = self.imitated.observation(frames)
         # Drawn for the whole batch, so that augmentation does not depend on the split of the batch.
         random = np.random.default_rng([mixture.seed, self.step, 1])
         noise = random.random((size, augmentation_size(self.policy)), dtype=np.float32)[

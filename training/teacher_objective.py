@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from ceed_vla.supervision import grounding_loss
+from ceed_vla.supervision import grounding_loss, teacher_loss
+from ceed_vla.training.imitation import IMITATED, Imitated
 
 
 class TeacherObjective(nn.Module):
-    """Loss of demonstrations plus auxiliary loss of grounding frames, in one call, as DDP needs."""
+    """Loss of demonstrations plus auxiliary loss of grounding frames, in one call, as DDP needs.
 
-    def __init__(self, policy: CeedVLAPolicy) -> None:
+    Args:
+        policy: The policy that learns.
+        imitated: Another policy that it learns from, too; a batch then has its observation.
+    """
+
+    def __init__(self, policy: CeedVLAPolicy, imitated: Imitated | None = None) -> None:
         super().__init__()
         self.policy = policy
+        self.imitated = imitated
 
     def forward(
         self,
-        batch: dict[str, Tensor] | None,
+        batch: dict[str, Any] | None,
         grounding: dict[str, Tensor] | None,
         share: float,
         grounding_share: float,
@@ -35,7 +43,11 @@ class TeacherObjective(nn.Module):
         parts: dict[str, float] = {}
         total: Any = 0.0
         if batch is not None:
-            loss, parts = self.policy(batch)
+            other = None
+            if self.imitated is not None and IMITATED in batch:  # not in held-out frames
+                batch = dict(batch)
+                other = partial(self.imitated.logits, batch.pop(IMITATED))
+            loss, parts = teacher_loss(self.policy, batch, imitated=other)
             total = share * loss
             parts = {name: share * value for name, value in parts.items()}
         if grounding is not None:

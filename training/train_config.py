@@ -35,6 +35,8 @@ class TrainConfig(RunConfig):
             two-valued dimensions and the auxiliary target unless they are set (auxiliary_weight 0
             disables the target).
         policy_path: Checkpoint to start from; it replaces `policy`, except for the device.
+        imitate: Checkpoint whose predictions on the demonstrations are learnt, too, for example a
+            smaller policy's; it has the same action tokens.
         grounding_steps: Optimiser steps on grounding frames alone, before the others; by default
             1000, or a fifth of the time with max_minutes.
         grounding_gate: Largest median error of an object in a task on held-out scenes after these
@@ -63,6 +65,7 @@ class TrainConfig(RunConfig):
         default_factory=lambda: CeedVLAConfig(device="cpu", push_to_hub=False)
     )
     policy_path: str = ""
+    imitate: str = ""
     grounding_steps: int | None = ranged(None, NONE_OR_COUNTS)
     steps: int | None = ranged(None, COUNTS)  # type: ignore[assignment]  # None only with a budget
     batch_size: int | None = ranged(None, BATCHES)  # type: ignore[assignment]

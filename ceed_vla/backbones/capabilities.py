@@ -47,6 +47,33 @@ class ComparesDepths(Protocol):
         """
 
 
+class ResumesLayers(Protocol):
+    """A forward can run its first layers now and the remaining ones later.
+
+    With ``prefix.cache.behind(a)``, the tokens follow a others whose first layers have run.
+    """
+
+    def first_layers(
+        self, prefix: Prefix, tokens: Tensor, depth: int, depths: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the first `depth` layers on the next `tokens` (B, k).
+
+        Returns:
+            The hidden vectors (B, k, d) behind `depth`, and logits (B, k, V) at each of the
+            ascending `depths`, none of which is larger. Their exits must be linear.
+        """
+
+    def last_layers(
+        self, prefix: Prefix, hidden: Tensor, depth: int, depths: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the layers behind `depth` on the `hidden` vectors (B, k, d) of the next k tokens.
+
+        Returns:
+            Logits (B, k, V) as from `Backbone.block_logits`, and those at each of the ascending
+            `depths`, all of which are larger than `depth`.
+        """
+
+
 class TrainsDepths(Protocol):
     """Exits can be trained."""
 
@@ -154,7 +181,10 @@ class SplitsPrefix(Protocol):
     """
 
     def camera_tokens(self, camera: str, image: Tensor) -> Tensor:
-        """Tokens (1, T, d) of a camera's image (1, 3, H, W), as the preprocessor returns it."""
+        """Tokens (1, T, d) of a camera's image (1, 3, H, W), as the preprocessor returns it.
+
+        The language backbone has a third argument, the words (1, W) that its stems read.
+        """
 
     def join_prefix(self, ids: Tensor, state: Tensor, cameras: Sequence[Tensor]) -> Tensor:
         """Embeddings (1, P, d) of a prefix.
@@ -186,8 +216,8 @@ def check_linear(exits: Mapping[int, Any], depths: Sequence[int]) -> None:
     """Raise `ConfigError` unless all exits at `depths` are linear."""
     if any(depth in exits and exits[depth].layer is not None for depth in depths):
         raise ConfigError(
-            "The exits are of kind layer; deer and del, which compare several exits, need linear "
-            "ones. Use another decoder, or train kind linear."
+            "The exits are of kind layer; deer, sure, spec and del need linear ones. Use another "
+            "decoder, or train kind linear."
         )
 
 

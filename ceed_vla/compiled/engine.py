@@ -162,19 +162,33 @@ class CompiledBackbone(nn.Module):
                 torch.zeros(len(prefix.logits), k, dtype=torch.int64, device=prefix.logits.device),
             )
 
+    # ---- run eagerly -----------------------------------------------------------------------------
+
     @torch.no_grad()
     def depth_logits(
         self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
     ) -> tuple[list[Tensor], Tensor]:
-        """Run the backbone's method eagerly."""
         prefix.cache.place(tokens.shape[1], shallow=True)
         return cast(
             "tuple[list[Tensor], Tensor]", self.backbone.depth_logits(prefix, tokens, depths)
         )
 
     @torch.no_grad()
+    def first_layers(
+        self, prefix: Prefix, tokens: Tensor, depth: int, depths: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        prefix.cache.place(tokens.shape[1], shallow=True)
+        return cast("Any", self.backbone).first_layers(prefix, tokens, depth, depths)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def last_layers(
+        self, prefix: Prefix, hidden: Tensor, depth: int, depths: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        prefix.cache.place(hidden.shape[1], shallow=False)
+        return cast("Any", self.backbone).last_layers(prefix, hidden, depth, depths)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
     def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
-        """Run the backbone's method eagerly."""
         prefix.cache.place(tokens.shape[1], shallow=True)
         return cast("Tensor", self.backbone.program_logits(prefix, tokens, program))
 

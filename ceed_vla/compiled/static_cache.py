@@ -80,7 +80,7 @@ class StaticCache(BlockCache, Cache):
             raise TokenError(
                 "Another prefix has overwritten this one in the compiled cache; prefill it again."
             )
-        self.position.fill_(self.length)
+        self.position.fill_(self.length + self.ahead)
         self._written = self.length if shallow else self.length + t
 
     def positions(self, k: int) -> Tensor:
@@ -113,6 +113,9 @@ class StaticCache(BlockCache, Cache):
     # ---- called by models of transformers --------------------------------------------------------
 
     def begin(self, t: int, shallow: bool = False) -> Cache:
+        return self
+
+    def begin_rest(self, t: int, depth: int, layers: int) -> Cache:
         return self
 
     def update(

@@ -62,6 +62,8 @@ class TextSettings(Checked, prefix="text."):
         cut: End at which longer prompts are cut; "" refuses them.
         refused: Texts that an instruction must not contain.
         behind: Ids that follow the prompt, in places that the graph replaces by the state.
+        stem_vocabulary: Words of the camera stems that read the instruction beside a prompt.
+        stem_words: Longest instruction of these stems [words].
     """
 
     kind: str = chosen("words", ("words", "prompt"))
@@ -73,6 +75,8 @@ class TextSettings(Checked, prefix="text."):
     cut: str = chosen("", ("", "left", "right"))
     refused: list[str] | None = None
     behind: list[int] = ranged([], "[0, 1e9]")
+    stem_vocabulary: list[str] | None = None
+    stem_words: int = ranged(12, "[1, 4096]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,11 +84,13 @@ class TextSettings(Checked, prefix="text."):
         if self.kind == "prompt":
             if self.vocabulary:
                 raise ConfigError("text.vocabulary must be empty for a prompt.")
+            WordIds(self.stem_vocabulary or [], self.stem_words)
             return
-        if not self.vocabulary or self.behind or self.cut or self.refused:
+        others = (self.behind, self.cut, self.refused, self.stem_vocabulary)
+        if not self.vocabulary or any(others):
             raise ConfigError(
                 f"text.vocabulary has {len(self.vocabulary or ())} words; words need at least one, "
-                "and no text.behind, text.cut or text.refused."
+                "and no text.behind, text.cut, text.refused or text.stem_vocabulary."
             )
         WordIds(self.vocabulary, self.longest)
 

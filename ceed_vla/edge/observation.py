@@ -27,6 +27,7 @@ class ObservationReader:
     def __init__(self, settings: ExportSettings, texts: Texts) -> None:
         self.settings = settings
         self.words = texts.encode
+        self.stem_words = texts.encode_for_stems
         state = settings.state
         # As LeRobot's normalizer, in float32.
         self._mean: np.ndarray = np.zeros(state.size, dtype=np.float32)
@@ -146,8 +147,10 @@ def random_observation(settings: ExportSettings, seed: int) -> tuple[dict[str, n
         values = np.array(state.mean) + np.array(state.std) * values
     observation[state.name] = values.astype(np.float32)
     text = settings.text
-    known = text.vocabulary or _PROMPT.split()
+    known = text.vocabulary or text.stem_vocabulary or _PROMPT.split()
     most = text.longest + 2 if text.cut else min(len(known), text.longest)
+    if text.stem_vocabulary:
+        most = min(most, text.stem_words)
     count = random.randint(1, most + 1)
     return observation, " ".join((known * (count // len(known) + 1))[:count])
 

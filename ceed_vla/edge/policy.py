@@ -36,7 +36,7 @@ class StemFeatures:
     """What the stem of a camera made of one image; see `EdgePolicy.run_stem`."""
 
     camera: str
-    words: np.ndarray  # (1, L)
+    words: np.ndarray | None  # (1, W) that it read, if any
     values: np.ndarray
 
 
@@ -45,6 +45,7 @@ class Prepared:
     """An observation as the graphs read it; see `EdgePolicy.prepare`."""
 
     words: np.ndarray  # (1, L) int64
+    stem_words: np.ndarray | None  # (1, W) int64, if the stems read the instruction
     state: np.ndarray  # (1, D) float32
     images: dict[str, np.ndarray]  # (1, 3, H, W) float32, of the cameras without features
     features: dict[str, np.ndarray]  # what stems returned ahead of time
@@ -77,7 +78,6 @@ class EdgePolicy:
             camera: sessions[f"stem_{number}"]
             for camera, number in zip(images.cameras, images.stems, strict=True)
         }
-        self._stems_read_words = self.settings.family == "compact"
         others = len(images.cameras) - 1
         beside = min(others, (threads or os.cpu_count() or 1) - 1)
         self._pool = ThreadPoolExecutor(beside) if beside > 0 else None
@@ -104,7 +104,7 @@ class EdgePolicy:
         Args:
             camera: Feature of the camera.
             image: As in `prepare`.
-            instruction: What to do; the stems of compact policies depend on it.
+            instruction: What to do; some stems depend on it.
 
         Raises:
             ObservationError: There is no such camera, or the image is wrong.
@@ -112,10 +112,9 @@ class EdgePolicy:
         if camera not in self._stem_of:
             known = ", ".join(self._stem_of)
             raise ObservationError(f"There is no camera {short(camera)}; choose one of {known}.")
-        words = self.reader.words(instruction)
-        return StemFeatures(
-            camera, words, self._stem(camera, self.reader.image(image, camera), words)
-        )
+        words = self.reader.stem_words(instruction)
+        values = self._stem(camera, self.reader.image(image, camera), words)
+        return StemFeatures(camera, words, values)
 
     def prepare(
         self,
@@ -136,25 +135,24 @@ class EdgePolicy:
             ObservationError: A feature is missing or wrong.
         """
         words = self.reader.words(instruction)
-        known = {
-            f.camera: f.values
-            for f in features
-            if not self._stems_read_words or np.array_equal(f.words, words)
-        }
+        stem_words = self.reader.stem_words(instruction)
+        known = {f.camera: f.values for f in features if _equal(f.words, stem_words)}
         images = {
             camera: self.reader.image(feature_of(observation, camera), camera)
             for camera in self._stem_of
             if camera not in known
         }
-        return Prepared(words, self.reader.state(observation), images, known)
+        return Prepared(words, stem_words, self.reader.state(observation), images, known)
 
     def prefill(self, prepared: Prepared) -> Slots:
         """Run the prefix; returns what it predicts for slot 0, and its keys and values."""
-        features = prepared.features | self._stems(prepared.images, prepared.words)
+        features = prepared.features | self._stems(prepared.images, prepared.stem_words)
         cameras = [features[camera] for camera in self._stem_of]
         return self._graphs.prefill(prepared.words, prepared.state, cameras)
 
-    def _stems(self, images: Mapping[str, np.ndarray], words: np.ndarray) -> dict[str, np.ndarray]:
+    def _stems(
+        self, images: Mapping[str, np.ndarray], words: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
         """Run the stems of all `images`, beside each other if there are threads for it."""
         if self._pool is None or not images:
             return {camera: self._stem(camera, image, words) for camera, image in images.items()}
@@ -163,9 +161,9 @@ class EdgePolicy:
         found = {last: self._stem(last, images[last], words)}
         return found | {camera: future.result() for camera, future in running}
 
-    def _stem(self, camera: str, image: np.ndarray, words: np.ndarray) -> np.ndarray:
+    def _stem(self, camera: str, image: np.ndarray, words: np.ndarray | None) -> np.ndarray:
         """Run the stem of a camera on its image (1, 3, H, W)."""
-        inputs = {"image": image, "words": words} if self._stems_read_words else {"image": image}
+        inputs = {"image": image} if words is None else {"image": image, "words": words}
         return run(self._stem_of[camera], inputs)[0]
 
     def read(self, prefix: Slots, tokens: np.ndarray) -> Slots:
@@ -343,3 +341,10 @@ class EdgePolicy:
         return row_result(
             tokens, block.forwards, reason, int(rows.iterations[0]), int(rows.exact[0])
         )
+
+
+def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    """Whether two arrays are equal, or both None."""
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other)

@@ -113,6 +113,9 @@ def _wanted(settings: ExportSettings) -> tuple[dict[str, _Shapes], dict[str, lis
     }
     tokens: list[Any] = [1, None, None]  # of a camera, or embeddings
     outputs = {stem: [tokens] for stem in stems}
+    if settings.text.stem_vocabulary:
+        words = [1, settings.text.stem_words]
+        stems = {name: {**shapes, "words": words} for name, shapes in stems.items()}
     slots: list[list[Any]] = [[1, None]] * 4
     new: list[Any] = [cache.layers, cache.heads, None, cache.width]
     if settings.family == "llama":

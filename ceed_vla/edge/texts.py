@@ -23,6 +23,9 @@ class Texts(Protocol):
     def encode(self, instruction: str) -> np.ndarray:
         """Ids (1, L) int64 of an instruction; raises `ObservationError`."""
 
+    def encode_for_stems(self, instruction: str) -> np.ndarray | None:
+        """Ids (1, W) int64 that the camera stems read; None if they read no instruction."""
+
 
 def open_texts(folder: Path, settings: ExportSettings) -> Texts:
     """What encodes the instructions of an export.
@@ -49,6 +52,9 @@ class _Words:
             ids = [i for i in ids if i != PAD_ID]
         return np.array([ids], dtype=np.int64)
 
+    def encode_for_stems(self, instruction: str) -> np.ndarray | None:
+        return self.encode(instruction) if self._padded else None
+
 
 class _Prompts:
     def __init__(self, settings: TextSettings, content: bytes, what: str) -> None:
@@ -65,6 +71,13 @@ class _Prompts:
         if settings.cut:
             self._tokenizer.enable_truncation(settings.longest, direction=settings.cut)
         self._settings = settings
+        known = settings.stem_vocabulary
+        self._stem_words = WordIds(known, settings.stem_words) if known else None
+
+    def encode_for_stems(self, instruction: str) -> np.ndarray | None:
+        if self._stem_words is None:
+            return None
+        return np.array([self._stem_words.encode(_checked(instruction))], dtype=np.int64)
 
     def encode(self, instruction: str) -> np.ndarray:
         settings = self._settings

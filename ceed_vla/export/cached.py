@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KNOWN = ("compact", "vlm")  # backbones that are exported without being asked
+KNOWN = ("compact", "vlm", "language")  # backbones that are exported without being asked
 REFUSAL = "run it with torch."  # end of errors that every other attempt would give, too
 MOST_EXPORTS = 20  # in the cache; the oldest ones are removed
 _SOURCES = (  # of this package, which decide the graphs
     "export",
     "edge",
     "backbones/compact",
+    "backbones/language",
     "backbones/transformers",
     "backbones/vlm",
 )
@@ -165,11 +166,16 @@ def _check(checkpoint: str, config: Mapping[str, Any], decoders: Sequence[str]) 
     kind = str(backbone.get("type"))
     if kind not in KNOWN:
         raise ConfigError(
-            f"{checkpoint} has the backbone {kind}; only {' and '.join(KNOWN)} are exported "
+            f"{checkpoint} has the backbone {kind}; only {', '.join(KNOWN)} are exported "
             "without being asked. Run `ceed-vla export`, and name the export as the checkpoint."
         )
     if kind == "vlm":
         _check_vlm(checkpoint, backbone)
+    if backbone.get("weights") == "reference":
+        raise ConfigError(
+            f"{checkpoint} refers to weights in another folder, whose changes would not be noticed "
+            "here. Run `ceed-vla export`, and name the export as the checkpoint."
+        )
     plans = [name for name in own if re.fullmatch("plan.+", name)]
     for name in decoders:
         for each in plans if name == "plan" and plans else [name]:
@@ -203,11 +209,6 @@ def _check_vlm(checkpoint: str, backbone: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{checkpoint} has a {kind} of {backbone.get('dtype')}; exports support "
             f"{' and '.join(SQUARE_IMAGES)} of float32. Run it with torch."
-        )
-    if backbone.get("weights") == "reference":
-        raise ConfigError(
-            f"{checkpoint} refers to weights in another folder, whose changes would not be noticed "
-            "here. Run `ceed-vla export`, and name the export as the checkpoint."
         )
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from lerobot.processor import NormalizerProcessorStep
 
 from ceed_vla.backbones.compact.words import InstructionWordsStep
-from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep
+from ceed_vla.backbones.language.stems import StemWordsStep
+from ceed_vla.backbones.transformers.prompt_tokens import PromptTokensStep
 from ceed_vla.backbones.vlm.inputs import LONGEST_PROMPT, VLMInputsStep
 from ceed_vla.backbones.vlm.kinds import SQUARE_IMAGES
 from ceed_vla.edge.feature_settings import ImageSettings, StateSettings, TextSettings
 from ceed_vla.errors import ConfigError, raised_as
 
-INPUT_STEPS = (  # that make the model's inputs, one of them in each checkpoint
+INPUT_STEPS = (  # that make the model's inputs
     "ceed_vla_instruction_words",
     "ceed_vla_pi0_fast_prompt",
+    "ceed_vla_stem_words",
     "ceed_vla_vlm_inputs",
 )
 _USUAL = {  # of the image processors of Idefics3 and SmolVLM
@@ -60,14 +62,16 @@ def read_inputs(name: str, family: str, policy: Any, preprocess: Any) -> Inputs:
         )
     state = _state(name, policy, preprocess)
     kinds = (InstructionWordsStep, PromptTokensStep, VLMInputsStep)
-    step = next((step for step in preprocess.steps if isinstance(step, kinds)), None)
+    steps = (step for step in preprocess.steps if isinstance(step, kinds))
+    step = next((step for step in steps if not isinstance(step, StemWordsStep)), None)
     cameras = list(policy.backbone.cameras if family == "compact" else config.cameras)
     sizes = [list(config.input_features[camera].shape[1:]) for camera in cameras]
     stems = list(range(len(cameras)))
+    side = getattr(policy.backbone, "image_size", None)
     images = (
-        ImageSettings(cameras, sizes, stems, "square", policy.backbone.image_size)
-        if family == "compact"
-        else ImageSettings(cameras, sizes, stems, "declared")
+        ImageSettings(cameras, sizes, stems, "declared")
+        if side is None
+        else ImageSettings(cameras, sizes, stems, "square", side)
     )
     if isinstance(step, InstructionWordsStep):
         text = TextSettings(
@@ -75,7 +79,8 @@ def read_inputs(name: str, family: str, policy: Any, preprocess: Any) -> Inputs:
         )
         return Inputs(images, state, text)
     if isinstance(step, PromptTokensStep):
-        return _tokens(name, step, state, images)
+        words = [s for s in preprocess.steps if isinstance(s, StemWordsStep)]
+        return _tokens(name, step, state, images, words)
     if isinstance(step, VLMInputsStep):
         return _chat(name, step, state)
     raise ConfigError(f"{name} has no step that reads instructions; export another checkpoint.")
@@ -104,12 +109,18 @@ def _state(name: str, policy: Any, preprocess: Any) -> StateSettings:
 
 
 def _tokens(
-    name: str, step: PromptTokensStep, state: StateSettings, images: ImageSettings
+    name: str,
+    step: PromptTokensStep,
+    state: StateSettings,
+    images: ImageSettings,
+    words: list[StemWordsStep],
 ) -> Inputs:
-    """Tokens of the bare instruction."""
+    """Tokens of the bare instruction, and the `words` of it that the stems read, if any."""
     tokenizer = step.input_tokenizer
     cut = tokenizer.truncation_side if step.truncation else ""
     text = TextSettings("prompt", step.max_length if cut else LONGEST_PROMPT, cut=cut)
+    for stems in words:
+        text = replace(text, stem_vocabulary=list(stems.vocabulary), stem_words=stems.max_words)
     return Inputs(images, state, text, _tokenizer(name, tokenizer))
 
 

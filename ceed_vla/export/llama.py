@@ -1,7 +1,7 @@
 """The graphs of a policy whose layers are those of a Llama, as modules that ``torch.onnx`` can
 export.
 
-    stem      image (1, 3, H, W)                                -> tokens (1, T, d) of a camera
+    stem      image (1, 3, H, W) [, words (1, W)]               -> tokens (1, T, d) of a camera
     prefix    words (1, L), state (1, D), all tokens of cameras -> embeddings (1, P, d)
     embed     action tokens (1, k)                              -> embeddings (1, k, d)
     layers    keys and values of P positions, embeddings (1, k) -> k slots; their keys and values
@@ -128,12 +128,11 @@ class LlamaLayers(nn.Module):
         self.register_buffer("frequencies", decoder.rotary_emb.inv_freq.float(), persistent=False)
         self.stretch = float(decoder.rotary_emb.attention_scaling)
         self.ordered = ordered
-        head = cast("nn.Linear", model.pretrained.get_output_embeddings())
-        ids = slice(None) if model.action_ids is None else model.action_ids
-        self.head = nn.Linear(head.in_features, model.vocabulary_size, head.bias is not None)
-        self.head.weight = nn.Parameter(head.weight.detach()[ids].clone())
-        if head.bias is not None:
-            self.head.bias = nn.Parameter(head.bias.detach()[ids].clone())
+        weight, bias = model.head_rows()
+        self.head = nn.Linear(weight.shape[1], len(weight), bias is not None)
+        self.head.weight = nn.Parameter(weight.detach().clone())
+        if bias is not None:
+            self.head.bias = nn.Parameter(bias.detach().clone())
 
     def forward(self, keys: Tensor, values: Tensor, embeds: Tensor) -> tuple[Tensor, ...]:
         """Compute the slots behind embeddings.
@@ -164,6 +163,13 @@ class _Stem(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return cast("SplitsPrefix", self.model).camera_tokens(self.camera, image)
+
+
+class _WordStem(_Stem):
+    """A stem that reads the instruction."""
+
+    def forward(self, image: Tensor, words: Tensor) -> Tensor:  # type: ignore[override]
+        return cast("Any", self.model).camera_tokens(self.camera, image, words)  # type: ignore[no-any-return]
 
 
 class _Prefix(nn.Module):
@@ -218,10 +224,12 @@ def write_llama(
     """
     cameras = []
     for index, camera in enumerate(images.cameras):
-        image = torch.rand(1, 3, *images.read_size(index))
-        stem = _Stem(model, camera)
-        cameras.append(stem(image))
-        write_graph(folder / f"stem_{index}.onnx", stem, {"image": image}, ["out"])
+        seen = {"image": torch.rand(1, 3, *images.read_size(index))}
+        if text.stem_vocabulary:
+            seen["words"] = torch.ones(1, text.stem_words, dtype=torch.int64)
+        stem = (_WordStem if "words" in seen else _Stem)(model, camera)
+        cameras.append(stem(*seen.values()))
+        write_graph(folder / f"stem_{index}.onnx", stem, seen, ["out"])
     features = torch.cat(cameras, dim=1)
     words = torch.tensor([_example(model, text, features.shape[1])])
     state = torch.zeros(1, state_dim)

@@ -163,6 +163,51 @@ def depth_is_a_shorter_model(backbone: Any, observation: dict[str, Tensor]) -> N
         prefix.cache.roll_back()
 
 
+@torch.no_grad()
+def resumes_where_it_stopped(backbone: Any, observation: dict[str, Tensor]) -> None:
+    """First and last layers together are a whole forward, also of a draft in parts and behind
+    committed tokens; a prefix that is cut and extended is a whole one.
+    """
+    n, layers, prefix = backbone.block_length, backbone.num_layers, backbone.prefill(observation)
+    tokens = torch.randint(backbone.vocabulary_size, (len(prefix.logits), n - 1))
+    for depth in {1, layers - 1}:
+        for committed in (0, n // 2):
+            prefix.cache.roll_back()
+            backbone.block_logits(prefix, tokens)
+            prefix.cache.commit(committed)
+            later = tokens[:, committed:]
+            expected = backbone.block_logits(prefix, later)
+            for part in (later.shape[1], 2):
+                hidden = []
+                for start in range(0, later.shape[1], part):
+                    with prefix.cache.behind(start):
+                        some = later[:, start : start + part]
+                        hidden.append(backbone.first_layers(prefix, some, depth)[0])
+                with pytest.raises(TokenError, match="Cannot commit 1"):
+                    prefix.cache.commit(1)
+                found, _ = backbone.last_layers(prefix, torch.cat(hidden, 1), depth)
+                seen = expected.isfinite()
+                torch.testing.assert_close(found[seen], expected[seen], rtol=1e-4, atol=1e-4)
+                prefix.cache.commit(0)
+        prefix.cache.roll_back()
+        cut = backbone.prefill_to(observation, depth)
+        (shallow,), hidden_block = backbone.depth_logits(cut, tokens, [depth])
+        own = backbone.depth_logits(prefix, tokens, [depth])[0][0]
+        torch.testing.assert_close(shallow, own, rtol=1e-4, atol=1e-4)
+        whole = backbone.extend(cut)
+        torch.testing.assert_close(whole.logits, prefix.logits, rtol=1e-4, atol=1e-4)
+        found = backbone.continue_block(whole, hidden_block, depth)
+        expected = backbone.block_logits(prefix, tokens)
+        seen = expected.isfinite()
+        torch.testing.assert_close(found[seen], expected[seen], rtol=1e-4, atol=1e-4)
+        whole.cache.commit(2)
+        prefix.cache.commit(2)
+        found = backbone.block_logits(whole, tokens[:, 2:])
+        expected = backbone.block_logits(prefix, tokens[:, 2:])
+        seen = expected.isfinite()
+        torch.testing.assert_close(found[seen], expected[seen], rtol=1e-4, atol=1e-4)
+
+
 def trains_as_it_decodes(backbone: Any, observation: dict[str, Tensor]) -> None:
     """Packed logits equal those of decoding, also with recomputed activations; distillation does
     not change the prefix.
@@ -290,6 +335,7 @@ def keeps_the_contract() -> Callable[[Any, dict[str, Tensor]], None]:
     def check(backbone: Any, observation: dict[str, Tensor]) -> None:
         torch.manual_seed(0)
         depth_is_a_shorter_model(backbone, observation)
+        resumes_where_it_stopped(backbone, observation)
         trains_as_it_decodes(backbone, observation)
         if "depth" in AXES:
             from exits_contract import exits_leave_the_base_alone
@@ -329,8 +375,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = TransformersCache.begin
 
     def forget(self: TransformersCache, t: int, shallow: bool = False) -> Any:
+        end = self.length + self.ahead
         for keys, values in self.entries() if self.length else ():
-            keys[:, :, self.length :] = values[:, :, self.length :] = torch.nan
+            keys[:, :, end:] = values[:, :, end:] = torch.nan
         return begin(self, t, shallow)
 
     monkeypatch.setattr(TransformersCache, "begin", forget)

@@ -128,7 +128,7 @@ class LayerExit(DepthExit):
         layer: Any = self.layer
         q, k, v = layer.project(x)
         if cache is not None:
-            self.check(cache.committed)
+            self.check(cache.committed + cache.ahead)
             k, v = cache.write(self.slot, k, v)
         found: Tensor = self(layer.finish(x, q, k, v, mask))
         return found

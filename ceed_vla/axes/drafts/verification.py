@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.backbones.capabilities import ComparesDepths, require
 from ceed_vla.decoding.finite import check_rows
 from ceed_vla.decoding.host import result_of, row_sums, to_host
 from ceed_vla.decoding.jacobi import jacobi_iteration
@@ -51,6 +50,14 @@ class Drafter:
         """
         raise NotImplementedError
 
+    def verifier(self, backbone: Backbone) -> Backbone:
+        """The model whose next forward verifies the draft."""
+        return backbone
+
+    def predictions(self) -> list[Tensor]:
+        """The tokens (B, k) of each exit, behind the k tokens that the verifying forward read."""
+        return []
+
     def update(self, depth: int, right: int, total: int) -> None:
         """Record that `right` of `total` tokens that the exit at `depth` predicts were right."""
 
@@ -80,10 +87,13 @@ def decode_drafts(
     while rows.running.any():
         span = block.next_span(prefix)
         drafted = drafter.draft(backbone, prefix, block.tokens, rows, rows.proven, span.end)
-        calls += rows.running * (drafted + backbone.num_layers + block.shadow_layers)
+        calls += rows.running * (drafted + backbone.num_layers)
         before = block.tokens[:, span.start : span.end].clone()  # (B, k)
-        shallow = block.exit_tokens(backbone, prefix, span)
-        _, best, new = jacobi_iteration(backbone, prefix, block.tokens, span, rows.running)
+        first = span.start - prefix.cache.committed - 1  # slots that were proven before
+        _, best, new = jacobi_iteration(
+            drafter.verifier(backbone), prefix, block.tokens, span, rows.running
+        )
+        shallow = [found[:, first:] for found in drafter.predictions()]
         old, fresh, sums, *others = to_host(before, new, row_sums(best), *shallow)
         check_rows(sums, rows.running)
         block.forwards += 1
@@ -144,25 +154,6 @@ class DraftedBlock:
         if self.drafter.whole_first and not self.forwards:
             return Span(start, self.length)
         return Span(start, min(self.watched, self.rows.proven + self.drafter.length + 1))
-
-    @property
-    def shadow_layers(self) -> int:
-        """Layers that `exit_tokens` runs in addition to each verifying forward."""
-        return max(self.drafter.depths, default=0)
-
-    def exit_tokens(self, backbone: Backbone, prefix: Prefix, span: Span) -> list[Tensor]:
-        """The tokens (B, k) that every exit of the drafter predicts for the slots of `span`.
-
-        This runs the first layers of the verifying forward once more (`shadow_layers`).
-        """
-        if not self.drafter.depths:
-            return []
-        committed = prefix.cache.committed
-        reader = require(backbone, ComparesDepths, "A draft that compares exits")
-        logits, _ = reader.depth_logits(
-            prefix, self.tokens[:, committed : span.end - 1], self.drafter.depths
-        )
-        return [scores[:, span.start - committed - 1 :].argmax(-1) for scores in logits]
 
     def report(
         self,

@@ -32,7 +32,7 @@ class CoarseExit(LinearExit):
 
     def read(self, x: Tensor, cache: Any, mask: Tensor | None, blocks: Sequence[Tensor]) -> Tensor:
         if cache is not None:
-            self.check(cache.committed)
+            self.check(cache.committed + cache.ahead)
         if blocks:
             added = torch.cat([self.branch(block) for block in blocks], dim=1)
             x = x + F.pad(added, (0, 0, x.shape[1] - added.shape[1], 0))

@@ -41,7 +41,7 @@ class CompactCapabilities:
         """The layers."""
         raise NotImplementedError
 
-    # ---- ReadsDepths, ComparesDepths, TrainsDepths -----------------------------------------------
+    # ---- ReadsDepths, ComparesDepths -------------------------------------------------------------
 
     def shallow_logits(self, prefix: Prefix, tokens: Tensor, depth: int) -> Tensor:
         cache = prefix.cache
@@ -57,18 +57,48 @@ class CompactCapabilities:
     def depth_logits(
         self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
     ) -> tuple[list[Tensor], Tensor]:
+        hidden, logits = self.first_layers(prefix, tokens, depths[-1], depths)
+        return logits, hidden
+
+    # ---- ResumesLayers ---------------------------------------------------------------------------
+
+    def first_layers(
+        self, prefix: Prefix, tokens: Tensor, depth: int, depths: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        block = self._embed(prefix.cache, tokens)  # (B, k, d)
+        return self._layers_between(prefix, block, 0, depth, depths, [block])
+
+    def last_layers(
+        self, prefix: Prefix, hidden: Tensor, depth: int, depths: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        x, logits = self._layers_between(prefix, hidden, depth, self.num_layers, depths)
+        return self._scores(x), logits
+
+    def _layers_between(
+        self,
+        prefix: Prefix,
+        x: Tensor,
+        done: int,
+        depth: int,
+        depths: Sequence[int],
+        blocks: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run x (B, k, d) through the layers between `done` and `depth`.
+
+        Returns:
+            (B, k, d), and logits at each of the `depths` between them.
+        """
         check_linear(self.exits, depths)
         cache = prefix.cache
-        block = self._embed(cache, tokens)  # (B, k, d)
-        mask = cache.mask(tokens.shape[1])
-        x = block
-        found = []
-        done = 0
-        for depth in depths:
-            x = self._run(x, cache, mask, depth, done)
-            found.append(self.head(self._read(x, depth, cache, None, [block])))
-            done = depth
-        return found, x
+        mask = cache.mask(x.shape[1])
+        logits = []
+        for end in depths:
+            x = self._run(x, cache, mask, end, done)
+            logits.append(self.head(self._read(x, end, cache, None, blocks)))
+            done = end
+        return (x if done == depth else self._run(x, cache, mask, depth, done)), logits
+
+    # ---- TrainsDepths ----------------------------------------------------------------------------
 
     def packed_depth_logits(
         self, embeddings: Tensor, blocks: Sequence[Tensor], depth: int
@@ -129,8 +159,7 @@ class CompactCapabilities:
         return Prefix(logits=self._scores(x[:, -1]), cache=cache)
 
     def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
-        x = self._run(hidden, prefix.cache, prefix.cache.mask(hidden.shape[1]), done=depth)
-        return cast("Tensor", self._scores(x))
+        return self.last_layers(prefix, hidden, depth)[0]
 
     # ---- RunsPrograms ----------------------------------------------------------------------------
 

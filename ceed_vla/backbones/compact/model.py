@@ -16,14 +16,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ceed_vla.backbones.base import Prefix, TrainableBackbone
 from ceed_vla.backbones.compact.capabilities import CompactCapabilities
 from ceed_vla.backbones.compact.layer import Layer
-from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
+from ceed_vla.backbones.compact.stem import WORD_CODE, EarlyReadout, make_stems, read_image
 from ceed_vla.backbones.features import check_features
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ConfigError, ObservationError
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 LANGUAGE_KEY = "observation.language.tokens"
 STATE_KEY = "observation.state"
-WORD_CODE = 16  # width of the word embedding that modulates the camera stems
 # Parts that distillation trains; the others compute the prefix embeddings, which student and
 # teacher share.
 DISTILLED = ("action_tokens", "slots", "layers", "final_norm", "head")
@@ -66,15 +64,7 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
         self.keep(config.kept_tokens)
         self.words = nn.Embedding(config.words, width)
         self.word_codes = nn.Embedding(config.words, WORD_CODE)
-        seen = (
-            config.stem_channels,
-            grid,
-            config.keypoints,
-            self.image_size,
-            width,
-            self.max_words * WORD_CODE,
-        )
-        self.stems = nn.ModuleList(CameraStem(*seen) for _ in self.cameras)
+        self.stems = make_stems(config, len(self.cameras))
         self.state = nn.Linear(self.state_dim, width)
         self.prefix_positions = nn.Parameter(torch.zeros(self.prefix_length, width))
         self.action_tokens = nn.Embedding(self.vocabulary_size, width)
@@ -157,12 +147,9 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
         words = observation[LANGUAGE_KEY]  # (B, L)
         instruction = self.word_codes(words).flatten(1)  # (B, L * c)
         tokens = [self.words(words)]  # (B, L, d)
-        size = (self.image_size, self.image_size)
         for camera, stem in zip(self.cameras, self.stems, strict=True):
-            image = observation[camera]
-            if image.shape[-2:] != size:
-                image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
-            tokens.append(stem(image * 2 - 1, instruction))  # (B, grid ** 2 [+ 1], d)
+            # (B, grid ** 2 [+ 1], d)
+            tokens.append(read_image(stem, observation[camera], self.image_size, instruction))
         tokens.append(self.state(observation[STATE_KEY].clamp(-5, 5)).unsqueeze(1))  # (B, 1, d)
         embeddings = torch.cat(tokens, dim=1) + self.prefix_positions
         return embeddings[:, self.kept] if self.kept else embeddings

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+WORD_CODE = 16  # width of the word embedding that modulates the camera stems
 
 
 class Keypoints(nn.Module):
@@ -126,3 +128,25 @@ class CameraStem(nn.Module):
             if self.keypoints is None
             else torch.cat([tokens, self.keypoints(fine, x)], dim=1)
         )
+
+
+def make_stems(config: Any, cameras: int) -> nn.ModuleList:
+    """The stems of a compact policy, one for each of its `cameras`; see `CompactConfig`."""
+    return nn.ModuleList(
+        CameraStem(
+            config.stem_channels,
+            config.image_grid,
+            config.keypoints,
+            config.image_size,
+            config.width,
+            config.max_instruction_words * WORD_CODE,
+        )
+        for _ in range(cameras)
+    )
+
+
+def read_image(stem: nn.Module, image: Tensor, size: int, instruction: Tensor) -> Tensor:
+    """Tokens (B, T, d) of an image (B, 3, H, W) in [0, 1], which is resized to `size` [px]."""
+    if image.shape[-2:] != (size, size):
+        image = F.interpolate(image, size=(size, size), mode="bilinear", antialias=True)
+    return cast("Tensor", stem(image * 2 - 1, instruction))

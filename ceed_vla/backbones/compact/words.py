@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lerobot.lerobot_types import RobotObservation, TransitionKey
@@ -37,6 +37,7 @@ class InstructionWordsStep(InputsStep):
 
     vocabulary: list[str] = field(default_factory=list)
     max_words: int = ranged(12, "[1, 4096]")
+    key: ClassVar[str] = OBS_LANGUAGE_TOKENS
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -71,7 +72,7 @@ class InstructionWordsStep(InputsStep):
         state = observation.get(OBS_STATE)
         if len(tasks) == 1 and state is not None:
             ids = ids.expand(len(state), -1)  # one instruction for the whole batch
-        return {**observation, OBS_LANGUAGE_TOKENS: ids}
+        return {**observation, self.key: ids}
 
 
 def make_instruction_step(

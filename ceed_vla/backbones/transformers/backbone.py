@@ -70,11 +70,16 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
 
     def score(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of the action tokens from hidden vectors (..., d)."""
-        head = cast("nn.Linear", self.pretrained.get_output_embeddings())
         if self.action_ids is None:
+            head = cast("nn.Linear", self.pretrained.get_output_embeddings())
             return head(hidden)  # type: ignore[no-any-return]
-        bias = None if head.bias is None else head.bias[self.action_ids]
-        return F.linear(hidden, head.weight[self.action_ids], bias)
+        return F.linear(hidden, *self.head_rows())
+
+    def head_rows(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, d) and bias (V,) of the action tokens in the head."""
+        head = cast("nn.Linear", self.pretrained.get_output_embeddings())
+        ids = slice(None) if self.action_ids is None else self.action_ids
+        return head.weight[ids], None if head.bias is None else head.bias[ids]
 
     def prefill(self, observation: dict[str, Tensor]) -> TransformersPrefix:
         """Run the prefix of every row once; rows may have prompts of different lengths."""
@@ -114,8 +119,9 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
 
     def _block_hidden(self, prefix: TransformersPrefix, tokens: Tensor) -> Tensor:
         """Hidden vectors (B, k, d) of the next `tokens` (B, k) of a block."""
-        embeds, inputs = self._block_inputs(prefix, tokens)
-        return self._run(embeds, prefix.cache.begin(tokens.shape[1]), inputs)
+        k = tokens.shape[1]
+        inputs = self._block_inputs(prefix, k)
+        return self._run(self.embed_tokens(tokens), prefix.cache.begin(k), inputs)
 
     def _own(self, prefix: Prefix) -> TransformersPrefix:
         """Return the prefix; `TokenError` if it belongs to another model."""
@@ -126,27 +132,24 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
             )
         return prefix
 
-    def _block_inputs(
-        self, prefix: TransformersPrefix, tokens: Tensor
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Arguments of the language model for the next `tokens` (B, k) of a block.
-
-        Returns:
-            Embeddings (B, k, d), and the other arguments.
-        """
+    def _block_inputs(self, prefix: TransformersPrefix, k: int) -> dict[str, Any]:
+        """Arguments of the language model, besides embeddings, for the next `k` block tokens."""
         cache = prefix.cache
-        k = tokens.shape[1]
         # Compiled code would treat the number of committed tokens as a constant.
-        if isinstance(cache, TransformersCache) and cache.committed + k > self.block_length:
+        if (
+            isinstance(cache, TransformersCache)
+            and cache.committed + cache.ahead + k > self.block_length
+        ):
             raise TokenError(
-                f"{k} tokens after {cache.committed} committed exceed the block of "
+                f"{k} tokens after {cache.committed + cache.ahead} others exceed the block of "
                 f"{self.block_length}."
             )
-        positions = prefix.next_position.unsqueeze(1) + cache.slots(k, tokens.device)  # (B, k)
+        device = prefix.next_position.device
+        positions = prefix.next_position.unsqueeze(1) + cache.slots(k, device)  # (B, k)
         inputs: dict[str, Any] = {"position_ids": positions}
         if prefix.real is not None:
             inputs["attention_mask"] = cache.real(prefix.real, k)
-        return self.embed_tokens(tokens), inputs
+        return inputs
 
     def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
         """Run the language model; keys and values are appended to the cache.
@@ -171,7 +174,7 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         if self.training and self.pretrained.is_gradient_checkpointing:
             return self._packed_without_cache(embeddings, blocks)
         prefix = self.prefill_embeddings(embeddings)
-        return prefix.hidden, [
+        return prefix.last_hidden, [
             self._block_scores(prefix, block, self._block_hidden) for block in blocks
         ]
 
@@ -187,7 +190,7 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         predict the other slots.
         """
         prefix.cache.roll_back()
-        hidden = [prefix.hidden.unsqueeze(1)]
+        hidden = [prefix.last_hidden.unsqueeze(1)]
         if block.shape[1] > 1:
             hidden.append(forward(prefix, block[:, :-1]))
         return self.score(torch.cat(hidden, dim=1))

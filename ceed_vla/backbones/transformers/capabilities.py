@@ -12,18 +12,24 @@ from torch import Tensor, nn
 
 from ceed_vla.backbones.base import Prefix
 from ceed_vla.backbones.capabilities import check_linear
-from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings, TransformersPrefix
+from ceed_vla.backbones.transformers.prefix import (
+    PrefixEmbeddings,
+    TransformersCutPrefix,
+    TransformersPrefix,
+)
 from ceed_vla.cache import TransformersCache
 from ceed_vla.errors import ConfigError
 
 
 class TransformersCapabilities:
-    """Mix-in of `TransformersBackbone`: reads depths, has exits, and chooses prefix tokens."""
+    """Mix-in of `TransformersBackbone`: reads depths, has exits, cuts and chooses prefixes."""
 
     decoder: Any
     exits: dict[int, Any]
     num_layers: int
     score: Any
+    embed_prefix: Any
+    embed_tokens: Any
     prefill_embeddings: Any
     _own: Any
     _run: Any
@@ -31,7 +37,7 @@ class TransformersCapabilities:
     _block_inputs: Any
     _block_scores: Any
 
-    # ---- ReadsDepths, ComparesDepths, TrainsDepths -----------------------------------------------
+    # ---- ReadsDepths, ComparesDepths -------------------------------------------------------------
 
     def shallow_logits(self, prefix: Prefix, tokens: Tensor, depth: int) -> Tensor:
         hidden = self._shallow_hidden(self._own(prefix), tokens, depth=depth)
@@ -43,10 +49,19 @@ class TransformersCapabilities:
         """
         if depth == self.num_layers:
             return cast("Tensor", self._block_hidden(prefix, tokens))
-        embeds, inputs = self._block_inputs(prefix, tokens)
         reader = self.exits.get(depth)
         if reader is not None and isinstance(prefix.cache, TransformersCache):
             reader.check(prefix.cache.committed)
+        return self._first(prefix, tokens, depth, reader)
+
+    def _first(
+        self, prefix: TransformersPrefix, tokens: Tensor, depth: int, reader: Any = None
+    ) -> Tensor:
+        """Hidden vectors (B, k, d) of the next `tokens` (B, k) behind the first `depth` layers and
+        the exit `reader`, or else the last norm.
+        """
+        inputs = self._block_inputs(prefix, tokens.shape[1])
+        embeds = self.embed_tokens(tokens)
         with _first_layers(self.decoder, depth, reader):
             cache = prefix.cache.begin(tokens.shape[1], shallow=True)
             return cast("Tensor", self._run(embeds, cache, inputs))
@@ -58,13 +73,85 @@ class TransformersCapabilities:
     def depth_logits(
         self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]
     ) -> tuple[list[Tensor], Tensor]:
+        hidden, logits = self.first_layers(prefix, tokens, depths[-1], depths)
+        return logits, hidden
+
+    # ---- ResumesLayers, CutsPrefix ---------------------------------------------------------------
+
+    def first_layers(
+        self, prefix: Prefix, tokens: Tensor, depth: int, depths: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         check_linear(self.exits, depths)
+        with self._read_behind(depths) as logits:
+            found: list[Tensor] = []
+            with _behind(self.decoder, [(depth, lambda x, **_: found.append(x))]):
+                self._first(self._own(prefix), tokens, depth)
+        return found[0], logits
+
+    def last_layers(
+        self, prefix: Prefix, hidden: Tensor, depth: int, depths: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        check_linear(self.exits, depths)
+        own, k = self._own(prefix), hidden.shape[1]
+        inputs = self._block_inputs(own, k)
+        with self._read_behind(depths) as logits:
+            x = self._last(hidden, own.cache.begin_rest(k, depth, self.num_layers), inputs, depth)
+        return self.score(x), logits
+
+    def _last(self, hidden: Tensor, cache: Any, inputs: dict[str, Any], depth: int) -> Tensor:
+        """Run hidden vectors (B, t, d) through the layers behind `depth`, and the last norm."""
+        with _last_layers(self.decoder, depth, hidden):
+            return cast("Tensor", self._run(hidden, cache, inputs))
+
+    @contextmanager
+    def _read_behind(self, depths: Sequence[int]) -> Iterator[list[Tensor]]:
+        """A context that appends the logits (B, t, V) at each of the ascending `depths`."""
+        logits: list[Tensor] = []
+
+        def read(depth: int, x: Tensor, **_: Any) -> None:
+            found = self.exits.get(depth, self.decoder.norm)(x)
+            logits.append(self.score(found[0] if isinstance(found, tuple) else found))
+
+        with _behind(self.decoder, [(depth, partial(read, depth)) for depth in depths]):
+            yield logits
+
+    def prefill_to(self, observation: dict[str, Tensor], depth: int) -> TransformersCutPrefix:
+        embeddings: PrefixEmbeddings = self.embed_prefix(observation)
+        length = embeddings.real.shape[1]
+        cache = TransformersCache()
         found: list[Tensor] = []
-        with _behind(self.decoder, [(depth, lambda x, **_: found.append(x)) for depth in depths]):
-            self._shallow_hidden(self._own(prefix), tokens, depth=depths[-1])
-        norms = (self.exits.get(depth, self.decoder.norm) for depth in depths)
-        read = [norm(x) for norm, x in zip(norms, found, strict=True)]
-        return [self.score(x[0] if isinstance(x, tuple) else x) for x in read], found[-1]
+        with (
+            self._read_behind([depth]) as logits,
+            _behind(self.decoder, [(depth, lambda x, **_: found.append(x))]),
+            _first_layers(self.decoder, depth, None),
+        ):
+            self._run(embeddings.embeds, cache.begin(length, shallow=True), embeddings.inputs)
+        cache.seal_prefix(length, shallow=True)
+        return TransformersCutPrefix(
+            logits=logits[0][:, -1],
+            cache=cache,
+            depth=depth,
+            hidden=found[0],
+            last_hidden=found[0][:, -1],
+            real=None if bool(embeddings.real.all()) else embeddings.real,
+            next_position=embeddings.next_position,
+            inputs=embeddings.inputs,
+        )
+
+    def extend(self, prefix: TransformersCutPrefix) -> TransformersPrefix:
+        cache, length = prefix.cache, prefix.hidden.shape[1]
+        cache.unseal()
+        rest = cache.begin_rest(length, prefix.depth, self.num_layers)
+        hidden = self._last(prefix.hidden, rest, prefix.inputs, prefix.depth)[:, -1]
+        cache.seal_prefix(length)
+        return TransformersPrefix(
+            self.score(hidden), cache, hidden, prefix.real, prefix.next_position
+        )
+
+    def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
+        return self.last_layers(prefix, hidden, depth)[0]
+
+    # ---- TrainsDepths ----------------------------------------------------------------------------
 
     def packed_depth_logits(
         self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor], depth: int
@@ -120,6 +207,31 @@ def _first_layers(decoder: Any, depth: int, own: Any) -> Iterator[None]:
         yield
     finally:
         decoder.layers, decoder.norm = layers, norm
+
+
+@contextmanager
+def _last_layers(decoder: Any, depth: int, hidden: Tensor) -> Iterator[None]:
+    """Skip the first `depth` layers; the next one reads `hidden` (B, t, d), unscaled."""
+    layers = cast("nn.ModuleList", decoder.layers)
+
+    def replace(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if "hidden_states" in options:
+            return arguments, {**options, "hidden_states": hidden}
+        return (hidden, *arguments[1:]), options
+
+    handle = layers[depth].register_forward_pre_hook(replace, with_kwargs=True)
+    decoder.layers = layers[depth:]
+    # Some models look up a layer's mask by its place in `layers`.
+    kinds = getattr(decoder.config, "layer_types", None)
+    if kinds is not None:
+        decoder.config.layer_types = [*kinds[depth:], *kinds[:depth]]
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+        if kinds is not None:
+            decoder.config.layer_types = kinds
+        handle.remove()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ceed_vla.backbones.base import Prefix
+from ceed_vla.backbones.capabilities import CutPrefix
 from ceed_vla.cache import TransformersCache
 from ceed_vla.compiled.static_cache import StaticCache
 from ceed_vla.errors import ConfigError
@@ -124,7 +125,7 @@ def _causal_behind(mask: Tensor, real: Tensor, k: int) -> Tensor:
 class TransformersPrefix(Prefix[TransformersCache]):
     """A prefilled prefix."""
 
-    hidden: Tensor  # (B, d), the last hidden vector, which predicts slot 0
+    last_hidden: Tensor  # (B, d), which predicts slot 0
     real: Tensor | None  # (B, P) bool, False for padding; None without padding
     next_position: Tensor  # (B,) position of the first block token
 
@@ -135,3 +136,10 @@ class TransformersPrefix(Prefix[TransformersCache]):
         )
         real = F.pad(real.long(), (0, cache.capacity - cache.length), value=1)  # (B, T)
         return replace(self, cache=cast("Any", cache), real=real)
+
+
+@dataclass
+class TransformersCutPrefix(TransformersPrefix, CutPrefix):
+    """A prefix that ran through the first layers only."""
+
+    inputs: dict[str, Any]  # arguments of the language model, for the remaining layers

@@ -24,6 +24,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ceed_vla
 from ceed_vla import CeedVLAPolicy
+from ceed_vla.backbones.language.config import LanguageConfig
+from ceed_vla.backbones.language.stems import WORDS_KEY
 from ceed_vla.backbones.vlm.config import VLMConfig
 from ceed_vla.checkpoints import save
 from ceed_vla.decoding import DecodingConfig
@@ -35,12 +37,13 @@ from ceed_vla.export.cached import cached_export
 from ceed_vla.export.export import ExportConfig, export
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from tests.helpers.tabletop import tabletop_config
+from tests.helpers.tiny_language_models import make_tiny_language_model
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 STATE = "observation.state"
 STATS = {STATE: {"mean": torch.randn(14), "std": torch.rand(14) + 0.5}}
 DECODERS = ("ar", "jacobi", "jacobi_h", "ceed", "cap1", "gap0.2", "agree4_cap6", "conf0.9_fresh")
-INSTRUCTIONS = ["push the red cube to the left", "lift"]
+INSTRUCTIONS = ["push the red cube to the left", "stack"]
 
 
 def language_model_config() -> Any:
@@ -100,12 +103,21 @@ def llama_behind_a_stem(folder: Path) -> Path:
     return checkpoint(folder / "policy", language_model_config()(layers=3, heads=4))
 
 
-@pytest.fixture(scope="module", params=[smolvlm1, smolvlm2, llama_behind_a_stem])
+def behind_camera_stems(folder: Path) -> Path:
+    """The camera stems read the instruction too, as words."""
+    model = make_tiny_language_model(folder / "model", layers=3)
+    return checkpoint(folder / "policy", LanguageConfig(path=str(model)))
+
+
+SOURCES = (smolvlm1, smolvlm2, llama_behind_a_stem, behind_camera_stems)
+
+
+@pytest.fixture(scope="module", params=SOURCES)
 def pair(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and its export, which must not be changed."""
     folder = tmp_path_factory.mktemp("llama")
     source = request.param(folder)
-    if request.param is smolvlm2:
+    if request.param in (smolvlm2, behind_camera_stems):
         return source, cached_export(source)
     export(ExportConfig(str(source), str(folder / "export")))
     return source, folder / "export"
@@ -160,6 +172,7 @@ def test_inputs_are_torchs(pair: tuple[Path, Path]) -> None:
         else:
             pixels = batch["observation.vlm.pixel_values"][0].split(1)
         np.testing.assert_array_equal(found.words, ids)
+        np.testing.assert_equal(found.stem_words, batch.get(WORDS_KEY))
         np.testing.assert_array_equal(found.state, batch[STATE])
         for camera, wanted in zip(edge.settings.images.cameras, pixels, strict=True):
             np.testing.assert_array_equal(found.images[camera], wanted)
@@ -168,8 +181,9 @@ def test_inputs_are_torchs(pair: tuple[Path, Path]) -> None:
 def test_equal_cameras_share_a_stem(pair: tuple[Path, Path]) -> None:
     _, exported = pair
     files = {file.name for file in exported.glob("*.onnx")}
-    assert files == {"embed.onnx", "layers.onnx", "prefix.onnx", "stem_0.onnx"}
     edge = EdgePolicy(exported, threads=2)  # the stem runs twice at the same time
+    own = {"stem_1.onnx"} if edge.settings.text.stem_vocabulary else set()
+    assert files == {"embed.onnx", "layers.onnx", "prefix.onnx", "stem_0.onnx"} | own
     raw, instruction = random_observation(edge.settings, 3)
     first = edge.decode(raw, instruction, "ar")
     cameras = edge.settings.images.cameras
@@ -198,13 +212,17 @@ def test_observations_that_do_not_fit(pair: tuple[Path, Path]) -> None:
     edge = EdgePolicy(exported, threads=1)
     raw, instruction = random_observation(edge.settings, 3)
     front = edge.settings.images.cameras[0]
-    with pytest.raises(ObservationError, match="the size that the policy was trained with"):
-        edge.decode({**raw, front: raw[front][1:]}, instruction)
+    if edge.settings.images.kind != "square":
+        with pytest.raises(ObservationError, match="the size that the policy was trained with"):
+            edge.decode({**raw, front: raw[front][1:]}, instruction)
     with pytest.raises(ObservationError, match=r"values from .* to 2; images must be in"):
         edge.decode({**raw, front: np.full(raw[front].shape, 2.0)}, instruction)
     with pytest.raises(ObservationError, match=r"must be one text"):
         edge.decode(raw, " ")
-    if edge.settings.text.kind == "prompt":
+    if edge.settings.text.stem_vocabulary:
+        with pytest.raises(ObservationError, match="no word of the policy's vocabulary"):
+            edge.decode(raw, "lift")
+    elif edge.settings.text.kind == "prompt":
         with pytest.raises(ObservationError, match="contains <image>, which stands for an image"):
             edge.decode(raw, "lift <image>")
         with pytest.raises(ObservationError, match=r"The prompt has \d+ tokens, more than"):

@@ -1,0 +1,1 @@
+"""A causal language model behind the camera stems of a compact policy."""

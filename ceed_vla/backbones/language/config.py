@@ -1,0 +1,132 @@
+"""Settings of a causal language model behind camera stems."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from ceed_vla.backbones.base import TrainableBackbone
+from ceed_vla.backbones.config import BackboneConfig, PolicyShape
+from ceed_vla.backbones.language.stems import StemConfig, stem_words
+from ceed_vla.backbones.transformers.config import (
+    TransformersConfig,
+    least_sizes,
+    published_folder,
+    read_architecture,
+)
+from ceed_vla.backbones.transformers.prompt_tokens import PromptTokensStep
+from ceed_vla.backbones.transformers.step_files import LOCAL
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
+from ceed_vla.fields import ranged
+from ceed_vla.weights import check_floating, check_sizes, check_weights, weight_files
+
+
+@BackboneConfig.register_subclass("language")
+@dataclass
+class LanguageConfig(TransformersConfig):
+    """A causal language model (Llama, SmolLM2, Qwen, Gemma, Mistral) behind the camera stems of a
+    compact policy.
+
+    Attributes:
+        layers: First layers of the model that are used; 0 for all.
+        stems: The camera stems.
+        max_prompt_tokens: Longest instruction [tokens]; longer ones are cut.
+    """
+
+    steps: ClassVar[tuple[str, ...]] = ("ceed_vla_pi0_fast_prompt", "ceed_vla_stem_words")
+
+    layers: int = ranged(0, "[0, 1024]")
+    stems: StemConfig = field(default_factory=StemConfig)
+    max_prompt_tokens: int = ranged(32, "[1, 4096]")
+
+    def build(self, shape: PolicyShape) -> TrainableBackbone:
+        from ceed_vla.backbones.language.model import LanguageBackbone
+
+        new = not self.architecture
+        own = self.stems.take() if new else None
+        model = self._read() if new or self.weights == "reference" else self._described()
+        backbone = LanguageBackbone(model, shape, self.stems)
+        if own is not None:
+            backbone.begin()
+            backbone.stems.fill(own)
+            self.architecture = model.config.to_json_string(use_diff=True)
+        if self.weights == "reference":
+            backbone.refer()
+        return backbone
+
+    def _read(self) -> PreTrainedModel:
+        """The model in the folder `path`, cut to its first `layers`."""
+        folder = published_folder(self.path, "backbone.path")
+        files = weight_files(folder)
+        text = (folder / "config.json").read_text(encoding="utf-8")
+        check_sizes(files, *least_sizes(read_architecture(text)))
+        check_floating(files)
+        with (
+            raised_as(CheckpointError, f"{folder} does not load", "copy it again."),
+            _without_report(),
+        ):
+            config = AutoConfig.from_pretrained(folder, **LOCAL)
+            all_layers = int(config.num_hidden_layers)
+            if self.layers > all_layers:
+                raise ConfigError(
+                    f"backbone.layers is {self.layers}; {folder} has {all_layers} layers."
+                )
+            config.num_hidden_layers = self.layers or all_layers
+            loaded: Any = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **LOCAL,
+            )
+        model, report = loaded
+        if lost := sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])]):
+            raise CheckpointError(
+                f"{folder} lacks {len(lost)} weights (the first is {lost[0]}); copy it again."
+            )
+        check_weights(model, folder)
+        return cast("PreTrainedModel", model)
+
+    def _described(self) -> PreTrainedModel:
+        """The model that `architecture` describes; its weights must still be read."""
+        values = read_architecture(self.architecture)
+        what = "backbone.architecture does not describe a model"
+        with raised_as(CheckpointError, what, "copy config.json again."):
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+            model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        return cast("PreTrainedModel", model.eval())
+
+    def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
+        prompt = PromptTokensStep(
+            max_length=self.max_prompt_tokens, padding="longest", padding_side="right"
+        )
+        return [prompt.read_folder(Path(self.path)), stem_words(self.stems, instructions)]
+
+    def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
+        return least_sizes(read_architecture(self.architecture))
+
+    def validate_features(self, shape: PolicyShape) -> None:
+        if not shape.state_dim:
+            raise ConfigError(
+                "The data have no observation.state; the language backbone needs a state vector."
+            )
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Hide transformers' report of weights that are left out: the head, and later layers."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,193 @@
+"""A language model behind camera stems: exactness, checkpoints, stems, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ceed_vla import CeedVLAPolicy
+from ceed_vla.backbones.check import check_backbone
+from ceed_vla.backbones.language.config import LanguageConfig
+from ceed_vla.backbones.language.stems import WORDS_KEY, StemConfig
+from ceed_vla.checkpoints import load, resolve_checkpoint, save
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
+from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from tests.helpers.tabletop import tabletop_config
+from tests.helpers.tiny_language_models import make_tiny_language_model
+
+TASKS = ["put the red cube on the blue plate", "push the red cube", "stack the blue cube"]
+STATE = {"mean": torch.zeros(14), "std": torch.ones(14)}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_language_model(tmp_path_factory.mktemp("language"))
+
+
+def make_policy(folder: Path, **changes: Any) -> tuple[CeedVLAPolicy, Any, Any]:
+    backbone = LanguageConfig(path=str(folder), **changes)
+    config = tabletop_config(backbone=backbone, auxiliary_scale=[], chunk_size=3, n_action_steps=2)
+    torch.manual_seed(0)
+    policy = CeedVLAPolicy(config).eval()
+    processors = make_ceed_vla_pre_post_processors(
+        config, {"observation.state": dict(STATE)}, instructions=TASKS
+    )
+    with torch.no_grad():  # so that every token depends on those before it
+        policy.backbone.action_tokens.weight *= 3
+        policy.backbone.head.weight *= 10
+    return policy, *processors
+
+
+def observed(policy: CeedVLAPolicy, pre: Any, tasks: list[str]) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(1)
+    images = {
+        camera: torch.rand(len(tasks), 3, 96, 96, generator=random)
+        for camera in policy.config.cameras
+    }
+    state = torch.randn(len(tasks), 14, generator=random)
+    return pre({**images, "observation.state": state, "task": tasks})  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("gemma", {"head_dim": 8}),  # which scales its embeddings
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+        ),
+    ],
+)
+def test_all_routes_give_the_same_tokens(
+    kind: str,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    keeps_the_contract: Callable[[Any, dict[str, Any]], None],
+) -> None:
+    folder = make_tiny_language_model(tmp_path / "model", kind, **changes)
+    policy, pre, _ = make_policy(folder)
+    batch = observed(policy, pre, TASKS)  # prompts of different lengths
+    assert check_backbone(policy.backbone, batch, action_dim=7, guesses=2) > 0
+    keeps_the_contract(policy.backbone, batch)
+
+
+def test_a_checkpoint_needs_no_other_folder(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    policy, pre, post = make_policy(folder)
+    expected = policy.decode(observed(policy, pre, TASKS), "ar").tokens
+    save(tmp_path / "checkpoint", policy, pre, post)
+    shutil.rmtree(folder)
+    again, pre, _ = load(tmp_path / "checkpoint")
+    assert torch.equal(again.decode(observed(again, pre, TASKS), "ar").tokens, expected)
+
+
+def test_a_checkpoint_may_refer_to_the_model(model_folder: Path, tmp_path: Path) -> None:
+    policy, pre, post = make_policy(model_folder, weights="reference")
+    policy.requires_grad_(False)
+    save(tmp_path / "checkpoint", policy, pre, post)
+    again, pre, _ = load(tmp_path / "checkpoint")
+    batch = observed(again, pre, TASKS)
+    assert torch.equal(again.decode(batch, "ar").tokens, policy.decode(batch, "ar").tokens)
+    layers = list(again.backbone.language_model.layers.parameters())
+    whole = sum(p.numel() * 4 for p in layers)
+    save(tmp_path / "copied", *make_policy(model_folder))
+    sizes = [
+        (tmp_path / name / "model.safetensors").stat().st_size for name in ("checkpoint", "copied")
+    ]
+    assert sizes[1] - sizes[0] >= whole
+
+
+def test_the_stems_are_those_of_the_other_policy(model_folder: Path) -> None:
+    policy, pre, _ = make_policy(model_folder)
+    batch = observed(policy, pre, TASKS)
+    teacher, _, _ = load("teacher")
+    words = batch[WORDS_KEY]
+    codes = teacher.backbone.word_codes(words).flatten(1)
+    for camera, stem in zip(teacher.backbone.cameras, teacher.backbone.stems, strict=True):
+        found = policy.backbone.stems(camera, batch[camera], words)
+        assert torch.equal(found, stem(batch[camera] * 2 - 1, codes))
+    assert not any(p.requires_grad for p in policy.backbone.stems.parameters())
+    learnt = policy.backbone.distillation_parameters()
+    assert {name.partition(".")[0] for name in learnt} == {
+        "language_model",
+        "action_tokens",
+        "head",
+    }
+    assert not [name for name in learnt if "embed_tokens" in name]
+
+
+def test_its_images_can_be_dropped(model_folder: Path) -> None:
+    policy, pre, _ = make_policy(model_folder)
+    embeddings = policy.backbone.embed_prefix(observed(policy, pre, TASKS))
+    _, may_go, stays = policy.backbone.prefix_tokens(embeddings)
+    assert may_go.sum(1).tolist() == [2 * 17] * 3
+    assert (may_go | stays).sum(1).tolist() == embeddings.real.sum(1).tolist()
+
+
+def test_only_the_first_layers(model_folder: Path, tmp_path: Path) -> None:
+    policy, pre, post = make_policy(model_folder, layers=2)
+    assert policy.backbone.num_layers == 2
+    save(tmp_path / "checkpoint", policy, pre, post)
+    assert load(tmp_path / "checkpoint")[0].backbone.num_layers == 2
+    with pytest.raises(ConfigError, match=r"backbone.layers is 9; .* has 4 layers"):
+        make_policy(model_folder, layers=9)
+
+
+def test_what_does_not_fit_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    policy, pre, _ = make_policy(model_folder)
+    with pytest.raises(ConfigError, match="do not know the words fridge, open"):
+        policy.config.backbone.processor_steps(policy.config.shape, ["open the fridge"])
+    with pytest.raises(CheckpointError, match="it must be the local folder of a model"):
+        make_policy(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+        make_policy(tmp_path / "empty")
+    other = tmp_path / "other"
+    shutil.copytree(resolve_checkpoint("teacher"), other)
+    config = json.loads((other / "config.json").read_text())
+    config["backbone"]["type"] = "vlm"
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="it must be a compact policy"):
+        make_policy(model_folder, stems=StemConfig(path=str(other)))
+    batch = observed(policy, pre, TASKS)
+    for name, value in (
+        (WORDS_KEY, batch[WORDS_KEY][:, :5]),
+        (
+            "observation.language.attention_mask",
+            batch["observation.language.attention_mask"][:, 1:],
+        ),
+        ("observation.state", batch["observation.state"] * torch.nan),
+        ("observation.images.wrist", None),
+    ):
+        with pytest.raises(ObservationError, match=name):
+            policy.decode({**batch, name: value})
+
+
+def test_other_cameras_are_refused(model_folder: Path) -> None:
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    config = tabletop_config(backbone=LanguageConfig(path=str(model_folder)), auxiliary_scale=[])
+    config.input_features["observation.images.top"] = PolicyFeature(FeatureType.VISUAL, (3, 96, 96))
+    with pytest.raises(ConfigError, match="the cameras must be the same"):
+        CeedVLAPolicy(config)
+
+
+def test_weights_that_are_missing(model_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "layers.1.mlp" in name)
+    weights.pop(name)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks 1 weights"):
+        make_policy(folder)

@@ -2,9 +2,9 @@
 
 A plan is a decoding (decoder, signal and threshold of the exit, cap, tail, guess), its faster
 engine, and the number of executed steps. The search is evolutionary, after EEEA-Net (arXiv
-2108.06156). Each candidate is timed before it runs any episode; one over the largest budget is
-replaced by another draw. The others run validation episodes by successive halving: the best quarter
-within every budget runs twice as many, and so on. In a final play-off, the best plans of every
+2108.06156). Every budget has its own candidates. Each is timed before it runs any episode; one over
+its budget is replaced by another draw. The others run validation episodes by successive halving:
+the best quarter within every budget runs twice as many, and so on. In a final play-off, the best plans of every
 budget and the best hand-picked plans run four times the episodes and are timed again, interleaved.
 The chosen ones then run as many episodes on fresh seeds, because the search's own numbers favour
 the winner.
@@ -128,7 +128,7 @@ def _report(
             "fresh": config.seed + PLAY_OFF * config.episodes,
         },
         "tried": len(trials),
-        "rejected": search.rejected,
+        "rejected": {plain(budget): len(plans) for budget, plans in search.rejected.items()},
         "plans": [
             {
                 "budget_ms": budget,
@@ -180,7 +180,8 @@ def _print(report: dict[str, Any], console: Console) -> None:
         "solved",
     )
     title = (
-        f"floor {report['floor_ms']:.1f} ms, {report['tried']} plans, {report['rejected']} too slow"
+        f"floor {report['floor_ms']:.1f} ms, {report['tried']} plans, "
+        f"{sum(report['rejected'].values())} more were too slow for their budget"
     )
     table = Table(*columns, title=title)
     for row in report["plans"]:

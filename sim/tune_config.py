@@ -21,7 +21,7 @@ class TuneConfig(DrivenConfig):
         output_dir: Folder for plans.json, pareto.png and, with `save`, the folder `checkpoint`.
         save: Write a copy of the policy with the decoder plan, the plan of the largest budget, and
             its executed steps; plans of other budgets that execute as many steps become plan<MS>.
-        budgets_ms: Latency budgets per chunk, p50 [ms]; empty: 1.2, 1.5, 2 and 3 times the floor,
+        budgets_ms: Latency budgets per chunk, p50 [ms]; empty: 1.1, 1.2, 1.5 and 2 times the floor,
             which is measured first.
         population: Plans per generation.
         generations: Number of generations.

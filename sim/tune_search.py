@@ -26,12 +26,12 @@ from ceed_vla.sim.tune_config import PLAY_OFF, TuneConfig
 from ceed_vla.sim.tune_plan import NAMED, Plan, Trial
 from ceed_vla.workers import Workers
 
-OVER_FLOOR = (1.2, 1.5, 2.0, 3.0)  # default budgets, in multiples of the floor
+OVER_FLOOR = (1.1, 1.2, 1.5, 2.0)  # default budgets, in multiples of the floor
 GUESSES = ("", "mid")
 BEST = 4  # plans per budget in the play-off
 BEST_BY_HAND = 2  # hand-picked plans per budget in the play-off
 OTHER_DECODERS = 0.2  # share of random plans with another decoder than Jacobi
-REDRAWS = 4  # redraws for plans that do not fit the largest budget
+REDRAWS = 4  # redraws for plans that do not fit their budget
 
 
 class Search:
@@ -62,25 +62,40 @@ class Search:
             config.budgets_ms or [round(self.floor * factor, 3) for factor in OVER_FLOOR]
         )
         self.trials: list[Trial] = []
-        self.seen: set[tuple[str, int]] = set()
+        # decoding and executed steps of every plan so far -> its times; None if it does not run
+        self.timed: dict[tuple[str, int], Trial | None] = {}
         self.exits = sorted(getattr(bundle[0].backbone, "exits", {}))
-        self.rejected = 0
+        # plans over the budget that they were drawn for
+        self.rejected: dict[float, set[tuple[str, int]]] = {b: set() for b in self.budgets}
 
     def run(self) -> list[Trial]:
         """Run all generations and return their trials."""
         named = [replace(plan, executed_steps=self.usual) for plan in NAMED]
-        self.halve([*self.admit(named), *self.populate(self.drawn)], "generation 1")
+        first = self.admit(named, self.budgets[-1])
+        self.halve([*first, *self.populate(lambda budget: self.drawn)], "generation 1")
         for generation in range(1, self.config.generations):
             self.halve(
-                self.populate(partial(self.child, self.parents())), f"generation {generation + 1}"
+                self.populate(lambda budget: partial(self.child, self.parents(budget))),
+                f"generation {generation + 1}",
             )
         return self.trials
 
-    def populate(self, draw: Callable[[], Plan]) -> list[Trial]:
-        """Draw and time a population of plans, with `REDRAWS` redraws for those over the budget."""
+    def populate(self, draw_for: Callable[[float], Callable[[], Plan]]) -> list[Trial]:
+        """Draw and time a population of plans, an equal part for every budget.
+
+        A plan over its budget is dropped and drawn again, at most `REDRAWS` times.
+
+        Args:
+            draw_for: Budget [ms] -> what draws a plan for it.
+        """
         fitting: list[Trial] = []
-        for _ in range(1 + REDRAWS):
-            fitting += self.admit([draw() for _ in range(self.config.population - len(fitting))])
+        share = -(-self.config.population // len(self.budgets))
+        for budget in self.budgets:
+            draw = draw_for(budget)
+            own: list[Trial] = []
+            for _ in range(1 + REDRAWS):
+                own += self.admit([draw() for _ in range(share - len(own))], budget)
+            fitting += own
         return fitting
 
     def observations(self, steps: int) -> list[Observations]:
@@ -163,15 +178,19 @@ class Search:
         }
         return Plan(**genes)
 
-    def admit(self, candidates: Sequence[Plan]) -> list[Trial]:
-        """Time the candidates that are new and supported; drop those over the largest budget."""
-        new = {(plan.decoding, plan.executed_steps): plan for plan in candidates}
-        new = {key: plan for key, plan in new.items() if key not in self.seen}
-        self.seen |= new.keys()
-        new = {key: plan for key, plan in new.items() if self.runs(plan)}
-        times = self.timed_plans(list(new.values()))
-        admitted = [trial for trial in times if trial.p50 <= self.budgets[-1]]
-        self.rejected += len(times) - len(admitted)
+    def admit(self, candidates: Sequence[Plan], budget: float) -> list[Trial]:
+        """Time the candidates that are new; returns those within the budget [ms] that the policy
+        supports and that no budget has admitted yet.
+        """
+        drawn = {_key(plan): plan for plan in candidates}
+        new = {key: plan for key, plan in drawn.items() if key not in self.timed}
+        self.timed |= dict.fromkeys(new)
+        runs = [plan for plan in new.values() if self.runs(plan)]
+        self.timed |= {_key(trial.plan): trial for trial in self.timed_plans(runs)}
+        found = {key: trial for key in drawn if (trial := self.timed[key])}
+        known = {_key(trial.plan) for trial in self.trials}
+        admitted = [t for key, t in found.items() if t.p50 <= budget and key not in known]
+        self.rejected[budget] |= {key for key, trial in found.items() if trial.p50 > budget}
         self.trials += admitted
         return admitted
 
@@ -200,10 +219,10 @@ class Search:
         within = [trial for trial in trials if trial.p50 <= budget]
         return sorted(within, key=lambda trial: (-trial.rate, trial.p50))[:count]
 
-    def parents(self) -> list[Plan]:
-        """The parents of the next generation: the best plans of every budget."""
+    def parents(self, budget: float) -> list[Plan]:
+        """The parents of the next generation's plans for a budget: its best plans."""
         known = [trial for trial in self.trials if trial.plan.decoder != "ceed"]
-        found = [trial.plan for budget in self.budgets for trial in self.best(known, budget, 4)]
+        found = [trial.plan for trial in self.best(known, budget, 4)]
         return found or [self.drawn() for _ in range(4)]
 
     def final(self) -> list[tuple[float, Trial | None, Trial | None]]:
@@ -265,3 +284,8 @@ class Search:
             trial.solved |= {result.seed: result.success for result in found}
             for result in found:
                 trial.layers += np.add(result.block_layers, result.prefix_layers).tolist()
+
+
+def _key(plan: Plan) -> tuple[str, int]:
+    """What distinguishes a plan from others."""
+    return plan.decoding, plan.executed_steps

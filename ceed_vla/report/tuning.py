@@ -59,11 +59,13 @@ def show(run: Run) -> Shown:
     found = [plan for plan in plans if plan.get("episodes")]
     best = "; ".join(f"{plan['budget_ms']:g} ms: {_name(plan)}" for plan in found)
     verdict = f"The best plan of each budget on fresh seeds: {best}." if found else "No plan fits."
+    rejected = report["rejected"]  # by budget; one number in files of version 0.2.0
+    rejected = sum(rejected.values()) if isinstance(rejected, dict) else rejected
     conditions = {
         "policy": report["policy"]["path"],
         "engine": report["engine"],
         "floor": f"{report['floor_ms']} ms",
-        "plans": f"{report['tried']} tried, {report['rejected']} over the largest budget",
+        "plans": f"{report['tried']} tried, {rejected} too slow for their budget",
     }
     figure = Plot("Plans", traces, layout, height=420)
     return Shown(

@@ -40,7 +40,8 @@ def search() -> Search:
     found.pool, found.exits = None, [2, 3]  # type: ignore[assignment]
     found.engines = {"eager": AnyEngine({})}
     found.opened = found.engines
-    found.budgets, found.trials, found.seen, found.rejected = [10.0, 20.0], [], set(), 0
+    found.budgets, found.trials, found.timed = [10.0, 20.0], [], {}
+    found.rejected = {budget: set() for budget in found.budgets}
     found.observed = {steps: [[({}, "go")]] for steps in range(1, 9)}
     return found
 
@@ -105,21 +106,21 @@ def test_slow_plans_run_no_episode_and_the_better_half_runs_on(
     monkeypatch.setattr(search, "drive", drive)
     plans = [Plan(cap=cap) for cap in (1, 2, 3, 4)]
     search.engines["compiled"] = AnyEngine({})
-    fitting = search.admit(plans)
+    fitting = search.admit(plans, 20.0)
     # each in its faster engine
     assert [trial.engine for trial in fitting] == [
         "eager",
         "compiled",
         "eager",
     ]
-    assert search.rejected == 1
+    assert [len(plans) for plans in search.rejected.values()] == [0, 1]
     search.halve(fitting, "test")
     assert driven == [("cap1", 4), ("cap2", 4), ("cap3", 4), ("cap2", 8), ("cap2", 16)]
-    assert search.admit(plans) == []  # all are known, including the slow one
-    assert search.rejected == 1
+    assert search.admit(plans, 20.0) == []  # all are known, including the slow one
+    assert [len(plans) for plans in search.rejected.values()] == [0, 1]
     assert search.best(fitting, 10, 1)[0].plan.cap == 2
     assert search.best(fitting, 5, 1) == []
-    assert {plan.cap for plan in search.parents()} == {1, 2, 3}
+    assert {plan.cap for plan in search.parents(20.0)} == {1, 2, 3}
     driven.clear()
     (_, found, hand), _ = search.final()
     assert found is not None
@@ -163,14 +164,31 @@ def test_others_are_drawn_for_plans_that_do_not_fit(
         + [Plan(cap=2)] * 3
         + [Plan(cap=3)] * 99
     )
-    fitting = search.populate(lambda: drawn.pop(0))
-    # eight were too slow; known plans count once
-    assert [trial.plan.cap for trial in fitting] == [
-        2,
-        3,
-    ]
-    assert search.rejected == 8
-    assert len(drawn) == 110 - 8 - 8 - 6 - 6 - 6
+    fitting = search.populate(lambda budget: lambda: drawn.pop(0))
+    # eight were too slow for the first budget; known plans count once
+    assert [trial.plan.cap for trial in fitting] == [2, 3]
+    assert [len(plans) for plans in search.rejected.values()] == [8, 0]
+    # four plans for each budget; redraws replace those that were too slow or known
+    assert len(drawn) == 110 - (4 + 4 + 4 + 2 + 2) - 5 * 4
+
+
+def test_a_plan_that_one_budget_rejects_may_fit_another(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+
+    def measure(runners: dict[str, Any], probes: Any, observations: Any) -> Any:
+        timed.extend(runners)
+        return {name: SimpleNamespace(total=[0.015]) for name in runners}, {}
+
+    monkeypatch.setattr(ceed_vla.sim.tune_search, "measure", measure)
+    monkeypatch.setattr(
+        ceed_vla.sim.tune_search, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None)
+    )
+    assert search.admit([Plan(cap=2)], 10.0) == []
+    assert [trial.plan.cap for trial in search.admit([Plan(cap=2)], 20.0)] == [2]
+    assert len(timed) == 1
+    assert [len(plans) for plans in search.rejected.values()] == [1, 0]
 
 
 def test_options_that_cannot_work() -> None:
@@ -241,4 +259,6 @@ def test_from_the_shipped_student_to_a_plan(tmp_path: Path) -> None:
                 **options,
             )
         )
-    assert json.loads((tmp_path / "none" / "plans.json").read_text())["rejected"] > 0
+    rejected = json.loads((tmp_path / "none" / "plans.json").read_text())["rejected"]
+    assert rejected.keys() == {"0.01"}
+    assert rejected["0.01"] > 0

@@ -171,6 +171,7 @@ def converted(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    source = torch.load(Path(sys.argv[1]) / FILE, map_location="cpu", weights_only=True)
+    file = Path(sys.argv[1], FILE)
+    source = torch.load(file, weights_only=True)  # no code of the file runs
     save_file(converted(source), sys.argv[2])
     print(f"Written: {sys.argv[2]}")

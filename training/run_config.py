@@ -22,9 +22,8 @@ class RunConfig(Checked):
     Attributes:
         output_dir: Folder for checkpoints, logs and states.
         steps: Optimiser steps.
-        max_minutes: Budget of the steps [min], 0 for none: their number and the learning rate
-            follow from the speed so far. A resumed run has the same budget for the remaining steps.
-            Validation at the end is not included.
+        max_minutes: Budget of the steps [min]; 0: none. Steps and learning rate follow from the
+            speed. A resumed run has it for the rest; validation at the end is extra.
         batch_size: Frames per step, over all processes and parts.
         gradient_accumulation: Parts of a process's share of a batch, run one after another.
         gradient_checkpointing: Store only the inputs of the layers for the backward pass, which

@@ -43,7 +43,7 @@ class TrainConfig(RunConfig):
             steps [m]; if one is larger, training ends before the steps on actions. 0 for no gate.
         steps: Optimiser steps on demonstrations; by default 8000, or as many as fit into
             max_minutes.
-        batch_size: Frames per step; by default 32, or half of it if few steps fit into max_minutes.
+        batch_size: Frames per step; by default 32, half if few steps fit into max_minutes.
         grounding_batch: Grounding frames in every step on demonstrations.
         named_terms: Leading terms of the auxiliary target that steps on demonstrations regress:
             those of the objects in the instruction; 0 for all. By default the environment's choice.

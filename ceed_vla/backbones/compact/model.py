@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ceed_vla.backbones.base import Prefix, TrainableBackbone
 from ceed_vla.backbones.compact.capabilities import CompactCapabilities
 from ceed_vla.backbones.compact.layer import Layer
-from ceed_vla.backbones.compact.stem import WORD_CODE, EarlyReadout, make_stems, read_image
+from ceed_vla.backbones.compact.stem import WORD_CODE, EarlyReadout, make_stems, stem_image
 from ceed_vla.backbones.features import check_features
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ConfigError, ObservationError
@@ -148,8 +148,8 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
         instruction = self.word_codes(words).flatten(1)  # (B, L * c)
         tokens = [self.words(words)]  # (B, L, d)
         for camera, stem in zip(self.cameras, self.stems, strict=True):
-            # (B, grid ** 2 [+ 1], d)
-            tokens.append(read_image(stem, observation[camera], self.image_size, instruction))
+            image = stem_image(observation[camera], self.image_size)
+            tokens.append(stem(image, instruction))  # (B, grid ** 2 [+ 1], d)
         tokens.append(self.state(observation[STATE_KEY].clamp(-5, 5)).unsqueeze(1))  # (B, 1, d)
         embeddings = torch.cat(tokens, dim=1) + self.prefix_positions
         return embeddings[:, self.kept] if self.kept else embeddings

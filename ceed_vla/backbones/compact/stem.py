@@ -113,6 +113,14 @@ class CameraStem(nn.Module):
         """Map an image (B, 3, S, S) in [-1, 1] and word codes (B, L * c) to tokens (B, grid ** 2 [+
         1], d).
         """
+        fine, coarse = self.features(image, instruction)
+        tokens = self.cells(coarse).flatten(2).transpose(1, 2)
+        if self.keypoints is None:
+            return cast("Tensor", tokens)
+        return torch.cat([tokens, self.keypoints(fine, coarse)], dim=1)
+
+    def features(self, image: Tensor, instruction: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature maps (B, c2, S / 4, S / 4) and (B, c4, S / 8, S / 8) of an image."""
         films = self.film(instruction).split(self.film_sizes, dim=-1)
         x = fine = image
         for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
@@ -122,12 +130,7 @@ class CameraStem(nn.Module):
                 x = x * (1 + scale) + shift
             x = F.silu(x)
             fine = x if i == 1 else fine
-        tokens = self.cells(x).flatten(2).transpose(1, 2)
-        return (
-            tokens
-            if self.keypoints is None
-            else torch.cat([tokens, self.keypoints(fine, x)], dim=1)
-        )
+        return fine, x
 
 
 def make_stems(config: Any, cameras: int) -> nn.ModuleList:
@@ -145,8 +148,8 @@ def make_stems(config: Any, cameras: int) -> nn.ModuleList:
     )
 
 
-def read_image(stem: nn.Module, image: Tensor, size: int, instruction: Tensor) -> Tensor:
-    """Tokens (B, T, d) of an image (B, 3, H, W) in [0, 1], which is resized to `size` [px]."""
+def stem_image(image: Tensor, size: int) -> Tensor:
+    """An image (B, 3, H, W) in [0, 1] as a stem reads it: (B, 3, size, size) in [-1, 1]."""
     if image.shape[-2:] != (size, size):
         image = F.interpolate(image, size=(size, size), mode="bilinear", antialias=True)
-    return cast("Tensor", stem(image * 2 - 1, instruction))
+    return image * 2 - 1

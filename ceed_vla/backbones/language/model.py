@@ -1,9 +1,9 @@
 r"""A causal language model behind frozen camera stems.
 
-    cameras, words --stems--> 17 tokens each --project--> \
-    instruction    --tokenizer, embedding---------------->  (B, P, d) --layers--> action token 0
-    state          --linear-----------------------------> /      |
-    action tokens, embedded by rows of their own -----------------+----------> action tokens 1..n-1
+    cameras, words --stems--> patches, keypoints --project--> \
+    instruction --tokenizer--> ids --embed------------------->  (B, P, d) --layers--> action token 0
+    state --linear------------------------------------------> /      |
+    action tokens, embedded by rows of their own --------------------+--------> action tokens 1..n-1
 
 The prefix is causal, as the language model was trained. Embedding and head of the action tokens are
 new matrices, so the words keep theirs.
@@ -50,7 +50,9 @@ class LanguageBackbone(TransformersBackbone):
         words = cast("nn.Embedding", model.get_input_embeddings())
         self.words, width = words.weight.shape
         self.stems = Stems(stems, self.cameras)
-        self.project = nn.Sequential(nn.LayerNorm(stems.width), nn.Linear(stems.width, width))
+        self.project = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(own), nn.Linear(own, width)) for own in stems.widths
+        )
         self.state = nn.Linear(self.state_dim, width)
         self.action_tokens = nn.Embedding(self.vocabulary_size, width)
         self.head = nn.Linear(width, self.vocabulary_size, bias=False)
@@ -64,7 +66,8 @@ class LanguageBackbone(TransformersBackbone):
         """Initialise what is new, so that its vectors have the size of the words' embeddings."""
         words = cast("nn.Embedding", self.pretrained.get_input_embeddings()).weight
         size = float(words.std())
-        for linear in (cast("nn.Linear", self.project[1]), self.state):
+        projections = [cast("Any", projection)[1] for projection in self.project]
+        for linear in (*projections, self.state):
             nn.init.normal_(linear.weight, std=size * linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
         nn.init.normal_(self.action_tokens.weight, std=size)
@@ -120,7 +123,8 @@ class LanguageBackbone(TransformersBackbone):
 
     def camera_tokens(self, camera: str, image: Tensor, words: Tensor) -> Tensor:
         """Tokens (B, T, d) of a camera's images (B, 3, H, W), for words (B, W)."""
-        return cast("Tensor", self.project(self.stems(camera, image, words)))
+        groups = zip(self.project, self.stems(camera, image, words), strict=True)
+        return torch.cat([projection(tokens) for projection, tokens in groups], dim=1)
 
     def join_prefix(self, ids: Tensor, state: Tensor, cameras: Sequence[Tensor]) -> Tensor:
         """Embed instruction, cameras and the state, which is last: it predicts slot 0."""

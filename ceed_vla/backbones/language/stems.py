@@ -15,11 +15,11 @@ import torch
 from lerobot.processor import ProcessorStepRegistry
 from torch import Tensor, nn
 
-from ceed_vla.backbones.compact.stem import WORD_CODE, make_stems, read_image
+from ceed_vla.backbones.compact.stem import WORD_CODE, make_stems, stem_image
 from ceed_vla.backbones.compact.words import InstructionWordsStep, build_vocabulary
 from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.errors import CheckpointError, ConfigError
-from ceed_vla.fields import Checked, ranged, short
+from ceed_vla.fields import Checked, chosen, ranged, short
 from ceed_vla.files import read_json
 from ceed_vla.folders import CONFIG, WEIGHTS, resolve_checkpoint
 from ceed_vla.weights import copy_weights
@@ -39,11 +39,13 @@ _SETTINGS = (
 
 @dataclass
 class StemConfig(Checked, prefix="backbone.stems."):
-    """The stems; all fields but `path` are read from that policy.
+    """The stems; all fields but `path` and `patches` are read from that policy.
 
     Attributes:
         path: Compact policy whose stems read the cameras: a checkpoint folder, or "teacher" or
             "student".
+        patches: Patches of a camera: the "grid" of that policy, or every place of the last
+            "features", eight pixels apart.
         image_size: See `CompactConfig`, as for all that follow.
         image_grid: Side of the grid of patches of a camera.
         keypoints: Keypoints of a camera.
@@ -54,6 +56,7 @@ class StemConfig(Checked, prefix="backbone.stems."):
     """
 
     path: str = "teacher"
+    patches: str = chosen("grid", ("grid", "features"))
     image_size: int = ranged(96, "[8, 4096]")
     image_grid: int = ranged(4, "[1, 256]")
     keypoints: int = ranged(32, "[0, 4096]")
@@ -63,9 +66,11 @@ class StemConfig(Checked, prefix="backbone.stems."):
     width: int = ranged(192, "[1, 65536]")
 
     @property
-    def tokens(self) -> int:
-        """Prefix tokens of a camera."""
-        return self.image_grid**2 + bool(self.keypoints)
+    def widths(self) -> list[int]:
+        """Widths of the groups of tokens that a stem makes."""
+        if self.patches == "grid":
+            return [self.width]
+        return [self.stem_channels[-1], *[self.width] * bool(self.keypoints)]
 
     def take(self) -> Path:
         """Read the fields from the policy at `path`; returns its folder.
@@ -139,16 +144,24 @@ class Stems(nn.Module):
     def __init__(self, config: StemConfig, cameras: Sequence[str]) -> None:
         super().__init__()
         self.cameras = tuple(cameras)
-        self.image_size = config.image_size
+        self.image_size, self.patches = config.image_size, config.patches
         self.word_codes = nn.Embedding(config.words, WORD_CODE)
         self.stems = make_stems(config, len(self.cameras))
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, camera: str, image: Tensor, words: Tensor) -> Tensor:
-        """Tokens (B, T, w) of a camera's images (B, 3, H, W) in [0, 1], for words (B, L)."""
-        stem = self.stems[self.cameras.index(camera)]
-        return read_image(stem, image, self.image_size, self.word_codes(words).flatten(1))
+    def forward(self, camera: str, image: Tensor, words: Tensor) -> list[Tensor]:
+        """Tokens of a camera's images (B, 3, H, W) in [0, 1] for words (B, L): one group (B, T, w)
+        for each of `StemConfig.widths`.
+        """
+        stem: Any = self.stems[self.cameras.index(camera)]
+        instruction = self.word_codes(words).flatten(1)
+        image = stem_image(image, self.image_size)
+        if self.patches == "grid":
+            return [stem(image, instruction)]
+        fine, coarse = stem.features(image, instruction)
+        places = [coarse.flatten(2).transpose(1, 2)]
+        return places if stem.keypoints is None else [*places, stem.keypoints(fine, coarse)]
 
     def fill(self, folder: Path) -> None:
         """Read the weights of a compact policy.

@@ -112,7 +112,7 @@ def test_the_stems_are_those_of_the_other_policy(model_folder: Path) -> None:
     words = batch[WORDS_KEY]
     codes = teacher.backbone.word_codes(words).flatten(1)
     for camera, stem in zip(teacher.backbone.cameras, teacher.backbone.stems, strict=True):
-        found = policy.backbone.stems(camera, batch[camera], words)
+        (found,) = policy.backbone.stems(camera, batch[camera], words)
         assert torch.equal(found, stem(batch[camera] * 2 - 1, codes))
     assert not any(p.requires_grad for p in policy.backbone.stems.parameters())
     learnt = policy.backbone.distillation_parameters()
@@ -130,6 +130,17 @@ def test_its_images_can_be_dropped(model_folder: Path) -> None:
     _, may_go, stays = policy.backbone.prefix_tokens(embeddings)
     assert may_go.sum(1).tolist() == [2 * 17] * 3
     assert (may_go | stays).sum(1).tolist() == embeddings.real.sum(1).tolist()
+
+
+def test_every_place_of_the_features_can_be_a_patch(model_folder: Path, tmp_path: Path) -> None:
+    policy, pre, post = make_policy(model_folder, stems=StemConfig(patches="features"))
+    batch = observed(policy, pre, TASKS[:1])
+    embeddings = policy.backbone.embed_prefix(batch)
+    assert int(policy.backbone.prefix_tokens(embeddings)[1].sum()) == 2 * (12**2 + 1)
+    assert check_backbone(policy.backbone, batch, action_dim=7, guesses=1) > 0
+    save(tmp_path / "checkpoint", policy, pre, post)
+    again = load(tmp_path / "checkpoint")[0]
+    assert torch.equal(again.decode(batch, "ar").tokens, policy.decode(batch, "ar").tokens)
 
 
 def test_only_the_first_layers(model_folder: Path, tmp_path: Path) -> None:

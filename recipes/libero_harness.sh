@@ -6,8 +6,9 @@
 #   SLOWER=6 LATENCY_MS=200 bash recipes/libero_harness.sh live NAME CHECKPOINT DECODING EPISODES_PER_TASK [OUTPUT_FOLDER]
 #
 # sync: the environment waits for the policy; two processes share the episodes. live: the environment runs at 20 Hz in slow
-# motion by the factor SLOWER, which also multiplies LATENCY_MS, the least time of a chunk. ENGINE is that of `ceed-vla serve`.
-# TASKS is the number of tasks to evaluate, all ten by default.
+# motion by the factor SLOWER, which also multiplies LATENCY_MS, the least time of a chunk. Live episodes whose clock was late
+# run again when the run is resumed. ENGINE is that of `ceed-vla serve`. TASKS is the number of tasks to evaluate, all ten by
+# default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mode=$1 name=$2 checkpoint=$3 decoding=$4 episodes=$5 out=${6:-outputs/libero/harness}
@@ -34,6 +35,7 @@ if [ "$(cat "$results/arguments")" != "$arguments" ]; then
   diff "$results/arguments" - <<<"$arguments" >&2
   exit 1
 fi
+[ "$mode" = sync ] || .venv/bin/python -m benchmarks.harness.late "$results"
 export MUJOCO_GL=${MUJOCO_GL:-egl} EGL_PLATFORM=surfaceless HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
 
 # 1. The environment of the harness, and LIBERO's folders in it.

@@ -90,7 +90,7 @@ def read_run(folder: Path) -> Run:
     exported, arguments = result_file(folder), folder / "arguments"
     if exported is None or not arguments.is_file():
         raise ConfigError(f"{folder} holds no exported run of recipes/libero_harness.sh.")
-    options = dict(line.split(" ", 1) for line in arguments.read_text().splitlines())
+    options = read_options(folder)
     result = json.loads(exported.read_text())
     episodes = [(task["task"], episode) for task in result["tasks"] for episode in task["episodes"]]
     planned = int(options["tasks"]) * int(options["episodes"])
@@ -111,6 +111,12 @@ def read_run(folder: Path) -> Run:
             held.append(100 * metrics["holds"] / episode["steps"])
             late += metrics["longest_tick_ms"] > LATE * period_ms
     return Run(folder.name, options, solved, errors, held, late, read_actions(folder))
+
+
+def read_options(folder: Path) -> dict[str, str]:
+    """The arguments of a run by name."""
+    lines = (folder / "arguments").read_text().splitlines()
+    return dict(line.split(" ", 1) for line in lines)
 
 
 def read_actions(folder: Path) -> dict[Key, list[list[float]]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.late import forget_late
 from benchmarks.harness.results import ResultsConfig, live_figure, main, read_run
 from ceed_vla.errors import ConfigError
 
@@ -188,3 +189,36 @@ def test_a_live_episode_tells_when_it_held(live: Any, monkeypatch: pytest.Monkey
         "holds": 2,
         "longest_tick_ms": 310.0,
     }
+
+
+def test_late_episodes_run_again(tmp_path: Path) -> None:
+    folder = tmp_path / "live"
+    folder.mkdir()
+    (folder / "arguments").write_text("mode live\nepisodes 2\nslower 10\n")
+    with closing(sqlite3.connect(folder / "recording-live.sqlite")) as database:
+        database.executescript(
+            "CREATE TABLE episode_results (sid, eid, eval_id, metrics, context);"
+            "CREATE TABLE step_rows (sid, eid);"
+            "CREATE TABLE work_queue (eval_id, item, shard_id, done);"
+            "CREATE TABLE eval_shards (eval_id, complete);"
+            "INSERT INTO eval_shards VALUES ('e', 1);"
+        )
+        for item, tick in enumerate((502.0, 530.0, 525.0, 900.0)):
+            metrics = json.dumps({"longest_tick_ms": tick})
+            context = json.dumps({"task_idx": item // 2, "episode_idx": item % 2})
+            values = (f"{item}", metrics, context)
+            database.execute("INSERT INTO episode_results VALUES ('s', ?, 'e', ?, ?)", values)
+            database.execute("INSERT INTO step_rows VALUES ('s', ?)", (f"{item}",))
+            database.execute("INSERT INTO work_queue VALUES ('e', ?, 0, 1)", (item,))
+        database.commit()
+    assert forget_late(folder) == 2
+    assert forget_late(folder) == 0
+    with closing(sqlite3.connect(folder / "recording-live.sqlite")) as database:
+        kept = [row[0] for row in database.execute("SELECT eid FROM episode_results")]
+        assert kept == [row[0] for row in database.execute("SELECT eid FROM step_rows")]
+        assert kept == ["0", "2"]
+        waiting = database.execute(
+            "SELECT item FROM work_queue WHERE done = 0 AND shard_id IS NULL"
+        )
+        assert [row[0] for row in waiting] == [1, 3]
+        assert database.execute("SELECT complete FROM eval_shards").fetchall() == [(0,)]

@@ -401,10 +401,13 @@ class CeedVLAPolicy(PreTrainedPolicy):
         }
 
     def forward(
-        self, batch: dict[str, Tensor], reduction: str = "mean"
+        self,
+        batch: dict[str, Tensor],
+        reduction: str = "mean",
+        imitated: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The teacher's loss and its parts; see `ceed_vla.supervision.teacher_loss`."""
-        return teacher_loss(self, batch, reduction)
+        return teacher_loss(self, batch, reduction, imitated)
 
 
 def _now(device: torch.device) -> float:

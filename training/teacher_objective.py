@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from ceed_vla.supervision import grounding_loss, teacher_loss
+from ceed_vla.supervision import grounding_loss
 from ceed_vla.training.imitation import IMITATED, Imitated
 
 
@@ -43,11 +43,11 @@ class TeacherObjective(nn.Module):
         parts: dict[str, float] = {}
         total: Any = 0.0
         if batch is not None:
-            other = None
+            other: dict[str, Any] = {}
             if self.imitated is not None and IMITATED in batch:  # not in held-out frames
                 batch = dict(batch)
-                other = partial(self.imitated.logits, batch.pop(IMITATED))
-            loss, parts = teacher_loss(self.policy, batch, imitated=other)
+                other["imitated"] = partial(self.imitated.logits, batch.pop(IMITATED))
+            loss, parts = self.policy(batch, **other)
             total = share * loss
             parts = {name: share * value for name, value in parts.items()}
         if grounding is not None:

@@ -22,13 +22,17 @@ class Prefix[C: BlockCache]:
     logits: Tensor  # (B, V) of the first action token
     cache: C  # keys and values of the prefix; decoders write the block behind them
     dropped: int = field(default=0, kw_only=True)  # prefix tokens that did not run
+    # (B, d) hidden vector behind the last layer that predicts slot 0, if the model returns it
+    state: Tensor | None = field(default=None, kw_only=True)
 
     def moved(self, cache: Any) -> Prefix[Any]:
         """The same prefix in another cache.
 
-        The logits are copied, because compiled code reuses their memory.
+        Logits and state are copied, because compiled code reuses their memory.
         """
-        return replace(cast("Prefix[Any]", self), cache=cache, logits=self.logits.clone())
+        state = None if self.state is None else self.state.clone()
+        own = cast("Prefix[Any]", self)
+        return replace(own, cache=cache, logits=self.logits.clone(), state=state)
 
 
 class Backbone(Protocol):
@@ -77,6 +81,7 @@ class TrainableBackbone(nn.Module, Backbone):
             brightens.
         exits: Depth -> early-exit layer at that depth; not part of the weights.
         context: The module that scores prefix tokens, if any; not part of the weights.
+        router: The module that chooses the layers of a chunk, if any; not part of the weights.
         referenced: Names of the weights that a checkpoint does not store, but reads from another
             folder.
         compilable: The parts that `ceed_vla.compiled.engine` may compile: "prefill", and "block",
@@ -96,6 +101,7 @@ class TrainableBackbone(nn.Module, Backbone):
         # Modules in a dictionary or tuple are not registered as submodules.
         self.exits: dict[int, Any] = {}
         self.context: tuple[Any, ...] = ()
+        self.router: tuple[Any, ...] = ()
         self.referenced: list[str] = []
 
     @abc.abstractmethod

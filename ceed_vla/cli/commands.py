@@ -118,6 +118,14 @@ COMMANDS = {
         must="policy.path roots output_dir",
         may="dropped steps batch_size lr seed",
     ),
+    "route": Command(
+        "learn which layers of a frozen policy each chunk needs",
+        "ceed_vla.training.axes.programs RouteConfig route",
+        extras="train",
+        axis="programs",
+        must="policy.path roots output_dir",
+        may="programs harm steps batch_size lr seed",
+    ),
     "open-loop": Command(
         "compare decoders on held-out data, without a simulator: error, forwards, latency",
         "ceed_vla.training.open_loop OpenLoopConfig open_loop",

@@ -21,7 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ceed_vla.axes.first_forwards import first_then_jacobi, next_state
+from ceed_vla.axes.first_forwards import (
+    ended,
+    first_then_jacobi,
+    joined,
+    least_mass,
+    next_state,
+)
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.backbones.capabilities import (
     ComparesDepths,
@@ -34,7 +40,6 @@ from ceed_vla.backbones.capabilities import (
 from ceed_vla.decoding.finite import check_rows
 from ceed_vla.decoding.host import row_sums
 from ceed_vla.decoding.jacobi import decode_jacobi
-from ceed_vla.decoding.measures import mass_near
 from ceed_vla.decoding.registry import Numbers, Options, register_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
@@ -152,14 +157,7 @@ def decode_sure(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     options: SureOptions = request.options
 
     def sure(tokens: Tensor, scores: Sequence[Tensor], frozen: int, watched: int) -> Tensor:
-        start = max(frozen, 1)
-        logits = scores[0][:, start - 1 : watched - 1]
-        mass = mass_near(logits, logits.argmax(-1))  # (B, watched - start)
-        if not frozen:
-            mass = torch.cat([mass_near(prefix.logits[:, None], tokens[:, :1]), mass], dim=1)
-        if not mass.shape[1]:
-            return torch.ones_like(tokens[:, 0], dtype=torch.bool)
-        return mass.amin(1) > options.confidence
+        return least_mass(prefix, scores[0], tokens, frozen, watched) > options.confidence
 
     return _first_or_more(backbone, prefix, request, (options.depth,), sure, "depth_sure")
 
@@ -193,48 +191,17 @@ def _first_or_more(
     check_rows(row_sums(torch.cat(largest, dim=1)).cpu().numpy())
     done = ends(tokens, scores, frozen, watched).cpu()  # (B,)
     cut = isinstance(prefix, CutPrefix)
-    shallow = _shallow_result(next_state(tokens, scores[-1], frozen), depth, reason)
+    layers = torch.full_like(done, depth, dtype=torch.int64)
+    state = next_state(tokens, scores[-1], frozen)
+    shallow = ended(state, layers, depth if cut else backbone.num_layers, reason)
     shallow.exact_tokens.fill_(frozen if cut else max(frozen, 1))
-    shallow.prefix_layers = torch.full_like(
-        shallow.iterations, depth if cut else backbone.num_layers
-    )
     if done.all():
         return shallow
     whole = backbone.extend(prefix) if cut else prefix  # type: ignore[attr-defined]
     going = _Continued(backbone, tokens[:, :-1], hidden, depth, cut)
     full = decode_jacobi(going, whole, request)
     full.layer_forwards = full.iterations * backbone.num_layers + depth * going.again
-    return _joined(shallow, full, done, backbone.num_layers)
-
-
-def _shallow_result(state: Tensor, depth: int, reason: str) -> DecodeResult:
-    """The result of rows (B, n) that end after one forward of `depth` layers."""
-    ones = torch.ones(len(state), dtype=torch.int64)
-    return DecodeResult(
-        tokens=state,
-        forwards=1,
-        iterations=ones,
-        exit_reason=[reason] * len(state),
-        exact_tokens=ones.clone(),
-        exact=torch.zeros(len(state), dtype=torch.bool),
-        layer_forwards=depth * ones,
-    )
-
-
-def _joined(
-    shallow: DecodeResult, full: DecodeResult, done: Tensor, num_layers: int
-) -> DecodeResult:
-    """The rows that are `done` (B,) from the shallow result, all others from the full one."""
-    mask = done.to(shallow.tokens.device).unsqueeze(1)  # (B, 1)
-    shallow.forwards = full.forwards
-    shallow.tokens = torch.where(mask, shallow.tokens, full.tokens)
-    for row in (~done).nonzero().flatten().tolist():
-        shallow.exit_reason[row] = full.exit_reason[row]
-    for name in ("iterations", "exact_tokens", "exact", "layer_forwards"):
-        setattr(shallow, name, torch.where(done, getattr(shallow, name), getattr(full, name)))
-    assert shallow.prefix_layers is not None
-    shallow.prefix_layers = torch.where(done, shallow.prefix_layers, num_layers)
-    return shallow
+    return joined(shallow, full, done, backbone.num_layers)
 
 
 class _Continued:

@@ -156,7 +156,7 @@ class CompactCapabilities:
         cache.unseal()
         x = self._run(prefix.hidden, cache, done=prefix.depth)
         cache.seal_prefix(length)
-        return Prefix(logits=self._scores(x[:, -1]), cache=cache)
+        return Prefix(logits=self._scores(x[:, -1]), cache=cache, state=x[:, -1])
 
     def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
         return self.last_layers(prefix, hidden, depth)[0]

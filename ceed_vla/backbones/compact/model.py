@@ -162,7 +162,7 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
         cache = self._cache(embeddings)
         x = self._run(embeddings, cache)
         cache.seal_prefix(embeddings.shape[1])
-        return Prefix(logits=self._scores(x[:, -1]), cache=cache)
+        return Prefix(logits=self._scores(x[:, -1]), cache=cache, state=x[:, -1])
 
     def _cache(self, embeddings: Tensor) -> KVCache:
         batch, length, width = embeddings.shape

@@ -111,7 +111,7 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         cache.seal_prefix(real.shape[1])
         padding = None if bool(real.all()) else real
         return TransformersPrefix(
-            self.score(hidden), cache, hidden, padding, embeddings.next_position
+            self.score(hidden), cache, padding, embeddings.next_position, state=hidden
         )
 
     def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         if self.training and self.pretrained.is_gradient_checkpointing:
             return self._packed_without_cache(embeddings, blocks)
         prefix = self.prefill_embeddings(embeddings)
-        return prefix.last_hidden, [
+        return cast("Tensor", prefix.state), [
             self._block_scores(prefix, block, self._block_hidden) for block in blocks
         ]
 
@@ -190,7 +190,7 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         predict the other slots.
         """
         prefix.cache.roll_back()
-        hidden = [prefix.last_hidden.unsqueeze(1)]
+        hidden = [cast("Tensor", prefix.state).unsqueeze(1)]
         if block.shape[1] > 1:
             hidden.append(forward(prefix, block[:, :-1]))
         return self.score(torch.cat(hidden, dim=1))

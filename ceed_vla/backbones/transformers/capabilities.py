@@ -132,7 +132,7 @@ class TransformersCapabilities:
             cache=cache,
             depth=depth,
             hidden=found[0],
-            last_hidden=found[0][:, -1],
+            state=found[0][:, -1],
             real=None if bool(embeddings.real.all()) else embeddings.real,
             next_position=embeddings.next_position,
             inputs=embeddings.inputs,
@@ -145,7 +145,7 @@ class TransformersCapabilities:
         hidden = self._last(prefix.hidden, rest, prefix.inputs, prefix.depth)[:, -1]
         cache.seal_prefix(length)
         return TransformersPrefix(
-            self.score(hidden), cache, hidden, prefix.real, prefix.next_position
+            self.score(hidden), cache, prefix.real, prefix.next_position, state=hidden
         )
 
     def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
@@ -209,9 +209,27 @@ def _first_layers(decoder: Any, depth: int, own: Any) -> Iterator[None]:
         decoder.layers, decoder.norm = layers, norm
 
 
+class _Skipped(nn.Module):
+    """In the place of a layer that does not run.
+
+    Args:
+        layer: That layer, by whose type some models choose the mask.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.attention_type = getattr(layer, "attention_type", None)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
 @contextmanager
 def _last_layers(decoder: Any, depth: int, hidden: Tensor) -> Iterator[None]:
-    """Skip the first `depth` layers; the next one reads `hidden` (B, t, d), unscaled."""
+    """Skip the first `depth` layers; the next one reads `hidden` (B, t, d).
+
+    The others keep their places, by which some models choose masks or add features of images.
+    """
     layers = cast("nn.ModuleList", decoder.layers)
 
     def replace(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -220,17 +238,12 @@ def _last_layers(decoder: Any, depth: int, hidden: Tensor) -> Iterator[None]:
         return (hidden, *arguments[1:]), options
 
     handle = layers[depth].register_forward_pre_hook(replace, with_kwargs=True)
-    decoder.layers = layers[depth:]
-    # Some models look up a layer's mask by its place in `layers`.
-    kinds = getattr(decoder.config, "layer_types", None)
-    if kinds is not None:
-        decoder.config.layer_types = [*kinds[depth:], *kinds[:depth]]
+    skipped = nn.ModuleList(map(_Skipped, layers[:depth]))
+    decoder.layers = skipped.extend(layers[depth:])
     try:
         yield
     finally:
         decoder.layers = layers
-        if kinds is not None:
-            decoder.config.layer_types = kinds
         handle.remove()
 
 

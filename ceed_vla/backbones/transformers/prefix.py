@@ -125,7 +125,6 @@ def _causal_behind(mask: Tensor, real: Tensor, k: int) -> Tensor:
 class TransformersPrefix(Prefix[TransformersCache]):
     """A prefilled prefix."""
 
-    last_hidden: Tensor  # (B, d), which predicts slot 0
     real: Tensor | None  # (B, P) bool, False for padding; None without padding
     next_position: Tensor  # (B,) position of the first block token
 

@@ -32,6 +32,7 @@ from ceed_vla.training.clipping import check_clipping
 from ceed_vla.training.collect_config import guess_shares
 from ceed_vla.training.corruption import PREVIOUS, StateDraw, draw_states
 from ceed_vla.training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
+from ceed_vla.training.joint_exits import JointExitsConfig, attach_exits
 from ceed_vla.training.losses import after_first_divergence, find_loss, needs
 from ceed_vla.training.objective import DistillationObjective
 from ceed_vla.training.run import ClosedLoop, Run
@@ -41,6 +42,7 @@ from ceed_vla.training.summary import Summary
 from ceed_vla.wording import counted
 
 STEPS = 400  # without a budget
+TARGETS = {"teacher_logits", "fixed_logits"}  # from which early-exit layers learn
 SCORED = 64  # frames that the scores of prefix tokens are averaged over
 
 
@@ -67,6 +69,7 @@ class DistillConfig(RunConfig):
         max_updates: "online": most Jacobi updates of the guess by the student.
         curriculum: "online": which states are drawn: "uniform", or "spread", by how much the
             student's next update changes their distance to the fixed point.
+        exits: Early-exit layers that learn with the student.
         kept: Prefix tokens that the student keeps, those with the highest mean scores of the
             teacher's scorer (`ceed-vla context`); 0 for all. Compact backbone only.
         max_iterations: Iteration cap of the student's early-exit decoding.
@@ -88,6 +91,7 @@ class DistillConfig(RunConfig):
     guesses: str = "0.7,0.2,0.1"
     max_updates: int = ranged(2, "[0, 1000]")
     curriculum: str = chosen("uniform", ("uniform", "spread"))
+    exits: JointExitsConfig = field(default_factory=JointExitsConfig)
     kept: int = ranged(0, "[0, 1e6]")
     max_iterations: int = ranged(2, "[1, 1e6]")
     confidence: float | None = ranged(None, "(0, 1]")
@@ -176,6 +180,21 @@ class DistillRun(Run):
         check_clipping(student.tokenizer, self.data.stores, config.max_clipped)
         self.prepare(self.objective, student, pre, post, weight_decay=0.0)
 
+    def modules_beside(self, policy: Any) -> list[tuple[str, torch.nn.Parameter]]:
+        """The early-exit layers of the student."""
+        config = self.config.exits
+        if config.layers and not TARGETS & set(needs(self.objective.loss)):
+            raise ConfigError(
+                f"exits.layers needs a loss that reads {' or '.join(sorted(TARGETS))}, and "
+                f"--loss {self.config.loss} reads neither."
+            )
+        if config.layers and self.sharded:
+            raise ConfigError("exits.layers does not work on sharded weights; leave out FSDP.")
+        self.objective.exits = attach_exits(policy, config)
+        self.objective.exits_weight = config.weight
+        made = self.objective.exits
+        return [] if made is None else [(f"exits.{n}", p) for n, p in made.named_parameters()]
+
     @torch.no_grad()
     def _narrow(self, student: Any) -> None:
         """Restrict the student to the prefix tokens of the highest mean scores, in all frames."""
@@ -235,12 +254,13 @@ class DistillRun(Run):
         values: dict[str, float] = defaultdict(float)
 
         def loss(part: dict[str, Any]) -> Tensor:
+            share = part["share"] = self.share(len(part["states"]), size)
             terms = self.model("losses", part["embeddings"], part["seen"], part, counts)
-            share = self.share(len(part["states"]), size)
             for name, value in {
                 "loss": terms.total,
                 "consistency_loss": terms.consistency,
                 "anchor_loss": terms.anchor,
+                **({} if terms.exits is None else {"exits_loss": terms.exits}),
                 "state_accuracy": share * (part["states"] == part["fixed_point"]).float().mean(),
                 "replacement_rate": share * part["replaced"].float().mean(),
             }.items():

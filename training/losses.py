@@ -40,6 +40,7 @@ class DistillationTerms:
     # keeps the student near the teacher: KL to it, or cross-entropy on mixed labels
     anchor: Tensor
     total: Tensor  # weighted sum of both
+    exits: Tensor | None = None  # of early-exit layers that learn with the student; in the sum, too
 
 
 Loss = Callable[..., DistillationTerms]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.training.adapters import teacher_weights
 from ceed_vla.training.corruption import StateDraw, online_states
 from ceed_vla.training.curriculum import informative_states
+from ceed_vla.training.joint_exits import exit_loss
 from ceed_vla.training.losses import DistillationTerms, Loss, needs
 
 
@@ -25,6 +27,10 @@ class DistillationObjective(nn.Module):
     if the student's adapters can be switched instead
     (`ceed_vla.training.adapters.attach_student`). See `ceed_vla.training.losses` for `loss` and
     `omega`.
+
+    Attributes:
+        exits: Early-exit layers of the student that learn with it, if any.
+        exits_weight: Weight of their loss.
     """
 
     def __init__(
@@ -34,6 +40,8 @@ class DistillationObjective(nn.Module):
         self.student = student
         self.loss = loss
         self.omega = omega
+        self.exits: nn.ModuleDict | None = None
+        self.exits_weight = 0.0
         self.copy = [teacher]  # in a list: not a submodule, so not wrapped, saved or trained
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -115,7 +123,8 @@ class DistillationObjective(nn.Module):
         Args:
             embeddings: Prefix embeddings.
             seen: Those of the tokens that the student keeps.
-            batch: ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n).
+            batch: ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n), and
+                ``share``, the weight of this part's rows in a mean over the batch.
             counts: Slots in the means of the two terms (2,).
         """
         wanted = needs(self.loss)
@@ -133,7 +142,13 @@ class DistillationObjective(nn.Module):
                 )
         _, logits = backbone.packed_logits(seen, [batch[block] for block in blocks.values()])
         have |= zip(blocks, logits, strict=True)
-        return self.loss(**{name: have[name] for name in wanted})
+        terms = self.loss(**{name: have[name] for name in wanted})
+        if self.exits is None:
+            return terms
+        target = have["teacher_logits"] if "teacher_logits" in have else have["fixed_logits"]
+        read = [batch["fixed_point"], batch["states"]]
+        found = batch["share"] * exit_loss(backbone, seen, read, target)
+        return replace(terms, exits=found, total=terms.total + self.exits_weight * found)
 
     def decode_student(
         self, batch: dict[str, Any], config: DecodingConfig, previous: Tensor

@@ -111,9 +111,10 @@ class Run:
                 "the model in float32 (--policy.backbone.dtype, convert --dtype), or train "
                 "adapters alone (--lora.rank, --lora.train)."
             )
+        beside = self.modules_beside(policy)
         objective._no_split_modules = layer_classes(policy)  # type: ignore[assignment]  # what FSDP wraps
         optimizers = build_optimizers(
-            policy.named_parameters(),
+            [*policy.named_parameters(), *beside],
             lr=self.settings.lr,
             muon_lr=self.settings.muon_lr,
             weight_decay=weight_decay,
@@ -122,6 +123,10 @@ class Run:
         self.model, *self.optimizers = self.accelerator.prepare(objective, *optimizers)
         if not self.sharded:
             states.keep_in_states(self.accelerator, adapted=self.settings.lora.rank > 0)
+
+    def modules_beside(self, policy: CeedVLAPolicy) -> list[tuple[str, nn.Parameter]]:
+        """Parameters by name of modules that learn beside the policy, and are made here."""
+        return []
 
     # ---- split of a batch over processes and parts -----------------------------------------------
 

@@ -209,42 +209,35 @@ def _first_layers(decoder: Any, depth: int, own: Any) -> Iterator[None]:
         decoder.layers, decoder.norm = layers, norm
 
 
-class _Skipped(nn.Module):
-    """In the place of a layer that does not run.
-
-    Args:
-        layer: That layer, by whose type some models choose the mask.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.attention_type = getattr(layer, "attention_type", None)
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
-
-
 @contextmanager
 def _last_layers(decoder: Any, depth: int, hidden: Tensor) -> Iterator[None]:
-    """Skip the first `depth` layers; the next one reads `hidden` (B, t, d).
+    """Skip the first `depth` layers; the last of them returns `hidden` (B, t, d).
 
-    The others keep their places, by which some models choose masks or add features of images.
+    All layers keep their places, by which some models choose masks, or add features of images
+    behind a layer.
     """
     layers = cast("nn.ModuleList", decoder.layers)
 
-    def replace(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def check(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Pass `hidden` on if the model expected a tuple, of which it took the first entry."""
         if "hidden_states" in options:
+            if options["hidden_states"].shape == hidden.shape:
+                return None
             return arguments, {**options, "hidden_states": hidden}
-        return (hidden, *arguments[1:]), options
+        return None if arguments[0].shape == hidden.shape else ((hidden, *arguments[1:]), options)
 
-    handle = layers[depth].register_forward_pre_hook(replace, with_kwargs=True)
-    skipped = nn.ModuleList(map(_Skipped, layers[:depth]))
-    decoder.layers = skipped.extend(layers[depth:])
+    own = [vars(layer).get("forward") for layer in layers[:depth]]
+    for layer in layers[:depth]:
+        layer.forward = lambda *_, **__: hidden
+    handle = layers[depth].register_forward_pre_hook(check, with_kwargs=True)
     try:
         yield
     finally:
-        decoder.layers = layers
         handle.remove()
+        for layer, forward in zip(layers[:depth], own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Invalid settings are refused.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from ceed_vla.axes.depth.exits import EXITS
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.errors import ConfigError
 from ceed_vla.training.axes.depth import REPORT, ExitsConfig, exits
+from ceed_vla.training.distill import distill
+from ceed_vla.training.distill_data import TrajectoriesConfig
+from ceed_vla.training.joint_exits import JointExitsConfig
+from ceed_vla.training.losses import register_loss
 from ceed_vla.training.teacher import train
 
 
@@ -93,3 +98,70 @@ def test_what_cannot_work_is_refused(studio: Any, deep: Path, tmp_path: Path) ->
             exits(config(**change))
     with pytest.raises(ConfigError, match="kind"):
         config(kind="wide")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["linear", "layer", "coarse"])
+def test_exits_learn_with_a_student(
+    studio: Any,
+    deep: Path,
+    tmp_path: Path,
+    interrupt_at: Callable[[int], None],
+    read_log: Any,
+    kind: str,
+) -> None:
+    def student(name: str, **changes: Any) -> Path:
+        settings = {
+            "teacher_path": str(deep),
+            "trajectories": TrajectoriesConfig(online=True),
+            "exits": JointExitsConfig([1], kind),
+            "steps": 24,
+            "lr": 3e-3,
+            "muon_lr": 3e-3,
+            "save_every": 12,
+        }
+        return distill(studio.distill_config(tmp_path / name, **{**settings, **changes}))
+
+    whole = student("whole")
+    losses = list(read_log(tmp_path / "whole", "exits_loss").values())
+    assert losses[-1] < losses[0]
+    policy, _, _ = ceed_vla.load(whole)
+    assert list(policy.backbone.exits) == [1]
+    interrupt_at(15)
+    with pytest.raises(KeyboardInterrupt):
+        student("parts")
+    interrupt_at(-1)
+    again, _, _ = ceed_vla.load(student("parts", resume=True))
+    assert read_log(tmp_path / "parts", "exits_loss") == read_log(tmp_path / "whole", "exits_loss")
+    for one, other in ((policy, again), (policy.backbone.exits[1], again.backbone.exits[1])):
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    # the layers in front of the exit serve it, too
+    without, _, _ = ceed_vla.load(student("without", exits=JointExitsConfig()))
+    assert without.backbone.exits == {}
+    assert read_log(tmp_path / "without", "exits_loss") == {}
+    first = "layers.0.qkv.weight"
+    assert not torch.equal(
+        policy.backbone.get_parameter(first), without.backbone.get_parameter(first)
+    )
+
+
+@pytest.mark.slow
+def test_exits_of_a_student_need_a_target(studio: Any, deep: Path, tmp_path: Path) -> None:
+    @register_loss("labels_only")
+    def loss(label_logits: Any, labels: Any, omega: float) -> Any:
+        raise AssertionError("not called")
+
+    for changes, message in (
+        ({"loss": "labels_only"}, "exits.layers needs a loss that reads"),
+        ({"exits": JointExitsConfig([3])}, r"layers of this model in \[1, 2\]"),
+        ({"exits": JointExitsConfig([1], "square")}, "kind must be one of"),
+    ):
+        config = studio.distill_config(
+            tmp_path / "student",
+            teacher_path=str(deep),
+            trajectories=TrajectoriesConfig(online=True),
+            **{"exits": JointExitsConfig([1]), **changes},
+        )
+        with pytest.raises(ConfigError, match=message):
+            distill(config)

@@ -4,10 +4,10 @@ A plan is a decoding (decoder, signal and threshold of the exit, cap, tail, gues
 engine, and the number of executed steps. The search is evolutionary, after EEEA-Net (arXiv
 2108.06156). Every budget has its own candidates. Each is timed before it runs any episode; one over
 its budget is replaced by another draw. The others run validation episodes by successive halving:
-the best quarter within every budget runs twice as many, and so on. In a final play-off, the best plans of every
-budget and the best hand-picked plans run four times the episodes and are timed again, interleaved.
-The chosen ones then run as many episodes on fresh seeds, because the search's own numbers favour
-the winner.
+the best quarter within every budget runs twice as many, and so on. In a final play-off, the best
+plans of every budget and the best hand-picked plans run four times the episodes and are timed
+again, interleaved. The chosen ones then run as many episodes on fresh seeds, because the search's
+own numbers favour the winner.
 """
 
 from __future__ import annotations

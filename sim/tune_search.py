@@ -89,8 +89,8 @@ class Search:
             draw_for: Budget [ms] -> what draws a plan for it.
         """
         fitting: list[Trial] = []
-        share = -(-self.config.population // len(self.budgets))
-        for budget in self.budgets:
+        shares = np.diff(np.linspace(0, self.config.population, len(self.budgets) + 1).round())
+        for budget, share in zip(self.budgets, shares.astype(int), strict=True):
             draw = draw_for(budget)
             own: list[Trial] = []
             for _ in range(1 + REDRAWS):

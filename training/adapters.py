@@ -52,7 +52,7 @@ class LoRAConfig(Checked, prefix="lora."):
 def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
     """Put adapters on a policy: those of its checkpoint, or new ones.
 
-    Only the adapters and the modules in ``config.train`` learn.
+    Only the adapters, the modules in ``config.train`` and new modules of the backbone learn.
 
     Raises:
         ConfigError: peft is missing, or the settings do not match the policy or its adapters.
@@ -66,7 +66,8 @@ def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
         )
     for name, parameter in policy.backbone.named_parameters():
         parts = name.split(".")
-        parameter.requires_grad_(f".{LEARNT}." in name or any(part in full for part in parts))
+        own = parts[0] in policy.backbone.new_parts or any(part in full for part in parts)
+        parameter.requires_grad_(f".{LEARNT}." in name or own)
     policy.adapters = {}
 
 

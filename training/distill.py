@@ -188,8 +188,14 @@ class DistillRun(Run):
                 f"exits.layers needs a loss that reads {' or '.join(sorted(TARGETS))}, and "
                 f"--loss {self.config.loss} reads neither."
             )
-        if config.layers and self.sharded:
-            raise ConfigError("exits.layers does not work on sharded weights; leave out FSDP.")
+        adapted = self.settings.lora.rank > 0 and config.kind == "layer"
+        for refused, why in (
+            (self.sharded, "on sharded weights; leave out FSDP."),
+            (self.settings.gradient_checkpointing, "with --gradient_checkpointing; leave it out."),
+            (adapted, "with --lora.rank and --exits.kind layer; set --exits.kind linear."),
+        ):
+            if config.layers and refused:
+                raise ConfigError(f"exits.layers does not work {why}")
         self.objective.exits = attach_exits(policy, config)
         self.objective.exits_weight = config.weight
         made = self.objective.exits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,17 +31,17 @@ class Imitated:
     def __init__(self, path: str, learner: CeedVLAPolicy) -> None:
         self.policy, self.pre, _ = load(path, learner.config.device)
         self.policy.requires_grad_(False)
-        own, other = learner.tokenizer, self.policy.tokenizer
-        same = own.block_length == other.block_length and all(
-            torch.equal(torch.as_tensor(getattr(own, name)), torch.as_tensor(getattr(other, name)))
-            for name in ("low", "high", "vocabulary_size")
-            if hasattr(own, name) or hasattr(other, name)
-        )
-        if not same:
+        own, other = learner.config, self.policy.config
+        same = own.chunk_size == other.chunk_size and own.action_dim == other.action_dim
+        if not same or asdict(own.action_tokens) != asdict(other.action_tokens):
+            what = ", ".join(
+                f"{name} has chunks of {c.chunk_size} steps, {c.action_dim} dimensions and "
+                f"{c.action_tokens.type} tokens of {c.action_tokens.vocabulary_size} values"
+                for name, c in (("it", other), ("the new policy", own))
+            )
             raise ConfigError(
-                f"imitate is {path}, whose chunks have {other.block_length} tokens of "
-                f"{other.vocabulary_size} values; the new policy must have the same action tokens "
-                f"and ranges, and has {own.block_length} of {own.vocabulary_size}."
+                f"imitate is {path}, whose action tokens differ: {what}; all settings of "
+                "--policy.action_tokens must be equal, the ranges too."
             )
 
     def observation(self, frames: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,14 +50,24 @@ def attach_exits(policy: Any, config: JointExitsConfig) -> nn.ModuleDict | None:
     backbone = policy.backbone
     require(backbone, TrainsDepths, "exits.layers")
     backbone.exits = make_exits(backbone, config.layers, config.kind)
+    dtypes = {p.dtype for own in backbone.exits.values() for p in own.parameters()}
+    if dtypes != {torch.float32}:
+        raise ConfigError(
+            "Exits of kind layer would learn in half precision, which rounds updates away; set "
+            "--exits.kind linear."
+        )
     return nn.ModuleDict({str(depth): own for depth, own in backbone.exits.items()})
 
 
-def exit_loss(backbone: Any, seen: Any, blocks: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Mean divergence of all exits' predictions on blocks (B, n) from a target (B, n, V)."""
+def exit_loss(
+    backbone: Any, seen: Any, blocks: Sequence[Tensor], target: Tensor, live: Tensor
+) -> Tensor:
+    """Mean divergence of all exits' predictions on blocks (B, n) from a target (B, n, V), over the
+    `live` slots (B, n).
+    """
     trained = require(backbone, TrainsDepths, "exits.layers")
     found = [
-        divergence(target, logits).mean()
+        (divergence(target, logits) * live).sum() / live.sum().clamp(min=1)
         for depth in backbone.exits
         for logits in trained.packed_depth_logits(seen, blocks, depth)
     ]

@@ -147,7 +147,7 @@ class DistillationObjective(nn.Module):
             return terms
         target = have["teacher_logits"] if "teacher_logits" in have else have["fixed_logits"]
         read = [batch["fixed_point"], batch["states"]]
-        found = batch["share"] * exit_loss(backbone, seen, read, target)
+        found = batch["share"] * exit_loss(backbone, seen, read, target, batch["live"])
         return replace(terms, exits=found, total=terms.total + self.exits_weight * found)
 
     def decode_student(

@@ -156,7 +156,7 @@ class TeacherRun(Run):
                 store.decode(config.streaming)
         if config.lora.rank:
             attach(policy, config.lora)
-        self.imitated = Imitated(config.imitate, policy) if config.imitate else None
+        self.imitated = self._imitated(policy) if config.imitate else None
         objective = TeacherObjective(policy, self.imitated)
         self.prepare(objective, policy, pre, post, weight_decay=config.weight_decay)
         chunk = policy.config.chunk_size
@@ -167,6 +167,13 @@ class TeacherRun(Run):
         self.mixture = self._mixture()
         self.speeds = Speeds(0.0, 0.0)  # of steps; measured if there is a budget
         self._choose_sizes()
+
+    def _imitated(self, policy: Any) -> Imitated:
+        """The policy whose predictions are learnt, too."""
+        found = Imitated(self.config.imitate, policy)
+        for store in self.demonstrations:
+            check_fits(store, found.policy.config, found.pre)
+        return found
 
     def _choose_sizes(self) -> None:
         """Set and log `batch_size`, `first` (the first step on demonstrations) and `total`."""

@@ -15,7 +15,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from benchmarks.harness.results import LATE, read_options
+from benchmarks.harness.results import LATE, read_options, result_file
 
 _WAITS = "UPDATE work_queue SET done = 0, shard_id = NULL WHERE eval_id = ? AND item = ?"
 
@@ -27,6 +27,9 @@ def forget_late(folder: Path) -> int:
     forgotten = 0
     for file in folder.glob("recording-*.sqlite"):
         with closing(sqlite3.connect(file)) as database, database:
+            tables = "SELECT name FROM sqlite_master WHERE type = 'table'"
+            if ("episode_results",) not in database.execute(tables).fetchall():
+                continue
             rows = database.execute(
                 "SELECT sid, eid, eval_id, metrics, context FROM episode_results"
             )
@@ -40,6 +43,9 @@ def forget_late(folder: Path) -> int:
                 database.execute(_WAITS, (run, item))
                 database.execute("UPDATE eval_shards SET complete = 0 WHERE eval_id = ?", (run,))
                 forgotten += 1
+    exported = result_file(folder)
+    if forgotten and exported is not None:  # it has the late episodes
+        exported.unlink()
     return forgotten
 
 

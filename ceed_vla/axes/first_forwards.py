@@ -40,12 +40,7 @@ def first_then_jacobi(
     """
     request = request.begun()
     count = len(forwards)
-    cap = request.config.max_iterations
-    if cap is not None and cap <= count:
-        raise ConfigError(
-            f"The cap of {request.config.method} is {cap}; it must exceed {count}, as the last "
-            f"forward runs all layers. Use cap{count + 1}."
-        )
+    check_cap(request, count)
     tokens, frozen, _ = request.begin(backbone, prefix)  # (B, n)
     for forward in forwards:
         tokens = next_state(tokens, forward(tokens[:, :-1]), frozen)
@@ -54,6 +49,16 @@ def first_then_jacobi(
     result.forwards = result.forwards + count
     result.iterations = result.iterations + count
     return result
+
+
+def check_cap(request: BlockRequest, count: int) -> None:
+    """Raise `ConfigError` if the cap leaves no forward of all layers behind `count` others."""
+    cap = request.config.max_iterations
+    if cap is not None and cap <= count:
+        raise ConfigError(
+            f"The cap of {request.config.method} is {cap}; it must exceed {count}, as the last "
+            f"forward runs all layers. Use cap{count + 1}."
+        )
 
 
 def next_state(tokens: Tensor, logits: Tensor, frozen: int) -> Tensor:

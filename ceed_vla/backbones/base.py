@@ -84,6 +84,7 @@ class TrainableBackbone(nn.Module, Backbone):
         router: The module that chooses the layers of a chunk, if any; not part of the weights.
         referenced: Names of the weights that a checkpoint does not store, but reads from another
             folder.
+        new_parts: Modules without pretrained weights, which learn beside low-rank adapters, too.
         compilable: The parts that `ceed_vla.compiled.engine` may compile: "prefill", and "block",
             which must also run on a `StaticCache`.
     """
@@ -92,6 +93,7 @@ class TrainableBackbone(nn.Module, Backbone):
     early_auxiliary: nn.Module | None
     augmented_images: tuple[str, ...] = ()
     compilable: tuple[str, ...] = ()
+    new_parts: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()

@@ -105,5 +105,5 @@ def test_other_action_tokens_are_refused(studio: Any, tmp_path: Path) -> None:
             grounding_batch=0,
             grounding_steps=0,
         )
-        with pytest.raises(ConfigError, match="the new policy must have the same action tokens"):
+        with pytest.raises(ConfigError, match="whose action tokens differ"):
             train(config)

@@ -103,6 +103,11 @@ def _route(config: RouteConfig, output: Path) -> Path:
             "The policy's tokens have variable length and belong to no step, so programs cannot "
             "be compared on the executed steps."
         )
+    if policy.config.n_action_steps * policy.tokenizer.tokens_per_step < 2:
+        raise ConfigError(
+            "The policy executes one token of a chunk, which the prefix predicts, so no layer "
+            "could be left out."
+        )
     if config.programs > policy.backbone.num_layers:
         raise ConfigError(
             f"programs is {config.programs}; the model has {policy.backbone.num_layers} layers, "

@@ -154,8 +154,9 @@ class _Online(_Layers):
         self.depth, self.length = max(pairs, key=rate)
 
 
-# Counts of `del` by model: the estimates last from chunk to chunk. They change no token.
-_COUNTS: WeakKeyDictionary[Any, dict[int, list[float]]] = WeakKeyDictionary()
+# Counts of `del` by exit. They last from chunk to chunk, so the layers that a chunk runs depend on
+# those before it; its tokens do not.
+_COUNTS: WeakKeyDictionary[Any, list[float]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,6 @@ def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> Dec
             "This policy has no linear exits, which del chooses from; train them with `ceed-vla "
             "exits`."
         )
-    counts = _COUNTS.setdefault(backbone, {})
+    counts = {depth: _COUNTS.setdefault(exits[depth], list(PRIOR)) for depth in depths}
     drafter = _Online(depths, backbone.num_layers, counts)
     return decode_drafts(backbone, prefix, request, drafter)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ceed_vla.axes.first_forwards import ended, joined, least_mass, next_state
+from ceed_vla.axes.first_forwards import check_cap, ended, joined, least_mass, next_state
 from ceed_vla.axes.programs.decoder import check_program
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.backbones.capabilities import RunsPrograms, require
@@ -62,10 +62,15 @@ def decode_route(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
         ConfigError: The checkpoint has no router; and as `decode_skip`.
     """
     routers = getattr(backbone, "router", ())
-    if not routers or prefix.state is None:
+    if not routers:
         raise ConfigError(
             "The checkpoint has no router of programs; train one with `ceed-vla route`, or use "
             "another decoder."
+        )
+    if prefix.state is None:
+        raise ConfigError(
+            f"A router reads the state of the prefix, which a {type(backbone).__name__} does not "
+            "return; use another decoder."
         )
     (router,) = routers
     return _program_or_more(
@@ -118,6 +123,7 @@ def _program_or_more(
             "route and skip need a fixed number of tokens, neighbouring tokens that stand for "
             "neighbouring actions, and record_states=False; use jacobi."
         )
+    check_cap(request, 1)
     for program in programs:
         check_program(program, backbone.num_layers)
     runner: Any = require(backbone, RunsPrograms, request.config.method)

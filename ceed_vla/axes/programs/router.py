@@ -22,6 +22,7 @@ from ceed_vla.weights import copy_weights, opened
 
 HIDDEN = 64
 MOST_PROGRAMS = 64
+LONGEST = 2**16  # text of all programs [characters]
 _ADVICE = "copy the checkpoint again."
 
 type Program = tuple[int, ...]
@@ -70,6 +71,8 @@ def load_router(backbone: Any, folder: Path) -> None:
     with opened(regular(file)) as tensors:
         text = (tensors.metadata() or {}).get("programs", "")
     with raised_as(CheckpointError, f"The programs in {file} are damaged", _ADVICE):
+        if len(text) > LONGEST:
+            raise ValueError(f"they have {len(text)} characters, at most {LONGEST} are read")
         programs = [tuple(map(int, part.split("-"))) for part in text.split(",")]
         if len(programs) > MOST_PROGRAMS:
             raise ValueError(f"there are {len(programs)}, at most {MOST_PROGRAMS} are read")

@@ -148,7 +148,7 @@ class CompactCapabilities:
         x = self._run(embeddings, cache, depth=depth)
         logits = self.head(self._read(x, depth, cache, None, ())[:, -1])
         cache.seal_prefix(x.shape[1], shallow=True)
-        return CutPrefix(logits, cache, depth, x)
+        return CutPrefix(logits, cache, depth, x, state=x[:, -1])
 
     def extend(self, prefix: CutPrefix) -> Prefix:
         cache = prefix.cache

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.compact.model import CompactBackbone
+from ceed_vla.backbones.compact.stem import check_stem, stem_numbers
 from ceed_vla.backbones.compact.words import make_instruction_step
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.errors import ConfigError
@@ -63,17 +63,7 @@ class CompactConfig(BackboneConfig):
         check_fields(self)
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}.")
-        if len(self.stem_channels) != 4 or any(channels % 4 for channels in self.stem_channels):
-            raise ConfigError(
-                f"stem_channels is {self.stem_channels}; it must be exactly 4 numbers, each a "
-                "multiple of 4."
-            )
-        if self.image_size % (8 * self.image_grid):
-            raise ConfigError(
-                f"image_size {self.image_size} is not a multiple of 8 * image_grid = "
-                f"{8 * self.image_grid}; the stem halves the image three times and then cuts it "
-                "into the grid."
-            )
+        check_stem(self)
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
         return CompactBackbone(shape, self)
@@ -85,16 +75,12 @@ class CompactConfig(BackboneConfig):
 
     def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
         d = self.width
-        cell = self.image_size // (8 * self.image_grid)
         prefix = self.max_instruction_words + len(shape.cameras) * self.image_grid**2
         rows = self.words + prefix + 2 * shape.vocabulary_size + shape.block_length
-        stem = self.stem_channels[3] * cell**2 * d + 9 * sum(
-            a * b for a, b in pairwise(self.stem_channels)
-        )
         return self.layers, (
             self.layers * (4 * d * d + 3 * d * self.mlp_width)
             + rows * d
-            + len(shape.cameras) * stem
+            + len(shape.cameras) * stem_numbers(self)
         )
 
     def finished(self) -> Self:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import short
 
 WORD_CODE = 16  # width of the word embedding that modulates the camera stems
 
@@ -131,6 +135,30 @@ class CameraStem(nn.Module):
             x = F.silu(x)
             fine = x if i == 1 else fine
         return fine, x
+
+
+def check_stem(config: Any, prefix: str = "") -> None:
+    """Raise `ConfigError` unless the sizes of camera stems fit together; see `CompactConfig`."""
+    channels = config.stem_channels
+    if len(channels) != 4 or any(count % 4 for count in channels):
+        raise ConfigError(
+            f"{prefix}stem_channels is {short(channels)}; it must be exactly 4 numbers, each a "
+            "multiple of 4."
+        )
+    if config.image_size % (8 * config.image_grid):
+        raise ConfigError(
+            f"{prefix}image_size {config.image_size} is not a multiple of 8 * image_grid = "
+            f"{8 * config.image_grid}; the stem halves the image three times and then cuts it into "
+            "the grid."
+        )
+
+
+def stem_numbers(config: Any) -> int:
+    """A lower bound on the number of weights of a camera's stem."""
+    channels = config.stem_channels
+    cell = config.image_size // (8 * config.image_grid)
+    own = channels[3] * cell**2 * config.width
+    return int(own + 9 * sum(a * b for a, b in pairwise(channels)))
 
 
 def make_stems(config: Any, cameras: int) -> nn.ModuleList:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.backbones.language.stems import StemConfig, stem_words
+from ceed_vla.backbones.transformers.cache_check import check_causal
 from ceed_vla.backbones.transformers.config import (
     TransformersConfig,
     least_sizes,
@@ -25,7 +27,11 @@ from ceed_vla.backbones.transformers.prompt_tokens import PromptTokensStep
 from ceed_vla.backbones.transformers.step_files import LOCAL
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import ranged
+from ceed_vla.files import read_json
 from ceed_vla.weights import check_floating, check_sizes, check_weights, weight_files
+
+_NO_MODEL = "backbone.architecture does not describe a model"
+_COPY = "copy config.json again."
 
 
 @BackboneConfig.register_subclass("language")
@@ -54,9 +60,11 @@ class LanguageConfig(TransformersConfig):
         model = self._read() if new or self.weights == "reference" else self._described()
         backbone = LanguageBackbone(model, shape, self.stems)
         if own is not None:
+            check_causal(model)
             backbone.begin()
             backbone.stems.fill(own)
             self.architecture = model.config.to_json_string(use_diff=True)
+            self._config()  # a checkpoint must be readable
         if self.weights == "reference":
             backbone.refer()
         return backbone
@@ -65,7 +73,7 @@ class LanguageConfig(TransformersConfig):
         """The model in the folder `path`, cut to its first `layers`."""
         folder = published_folder(self.path, "backbone.path")
         files = weight_files(folder)
-        text = (folder / "config.json").read_text(encoding="utf-8")
+        text = json.dumps(read_json(folder / "config.json"))
         check_sizes(files, *least_sizes(read_architecture(text)))
         check_floating(files)
         with (
@@ -78,7 +86,10 @@ class LanguageConfig(TransformersConfig):
                 raise ConfigError(
                     f"backbone.layers is {self.layers}; {folder} has {all_layers} layers."
                 )
-            config.num_hidden_layers = self.layers or all_layers
+            if self.layers:
+                config.num_hidden_layers = self.layers
+                if getattr(config, "layer_types", None):
+                    config.layer_types = config.layer_types[: self.layers]
             loaded: Any = AutoModel.from_pretrained(
                 folder,
                 config=config,
@@ -97,12 +108,16 @@ class LanguageConfig(TransformersConfig):
 
     def _described(self) -> PreTrainedModel:
         """The model that `architecture` describes; its weights must still be read."""
-        values = read_architecture(self.architecture)
-        what = "backbone.architecture does not describe a model"
-        with raised_as(CheckpointError, what, "copy config.json again."):
-            config = AutoConfig.for_model(values.pop("model_type"), **values)
+        config = self._config()
+        with raised_as(CheckpointError, _NO_MODEL, _COPY):
             model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
         return cast("PreTrainedModel", model.eval())
+
+    def _config(self) -> Any:
+        """The configuration in `architecture`."""
+        values = read_architecture(self.architecture)
+        with raised_as(CheckpointError, _NO_MODEL, _COPY):
+            return AutoConfig.for_model(values.pop("model_type"), **values)
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
         prompt = PromptTokensStep(
@@ -111,7 +126,10 @@ class LanguageConfig(TransformersConfig):
         return [prompt.read_folder(Path(self.path)), stem_words(self.stems, instructions)]
 
     def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
-        return least_sizes(read_architecture(self.architecture))
+        layers, numbers = least_sizes(read_architecture(self.architecture))
+        if self.weights == "reference":  # compared with the folder of the language model
+            return layers, numbers
+        return layers, numbers + self.stems.least_numbers(len(shape.cameras))
 
     def validate_features(self, shape: PolicyShape) -> None:
         if not shape.state_dim:

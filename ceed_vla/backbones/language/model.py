@@ -41,6 +41,8 @@ class LanguageBackbone(TransformersBackbone):
         stems: Settings of the camera stems.
     """
 
+    new_parts = ("project", "state", "action_tokens", "head")
+
     def __init__(self, model: PreTrainedModel, shape: PolicyShape, stems: StemConfig) -> None:
         super().__init__(shape.block_length, shape.vocabulary_size, None)
         self.language_model = model

@@ -15,7 +15,13 @@ import torch
 from lerobot.processor import ProcessorStepRegistry
 from torch import Tensor, nn
 
-from ceed_vla.backbones.compact.stem import WORD_CODE, make_stems, stem_image
+from ceed_vla.backbones.compact.stem import (
+    WORD_CODE,
+    check_stem,
+    make_stems,
+    stem_image,
+    stem_numbers,
+)
 from ceed_vla.backbones.compact.words import InstructionWordsStep, build_vocabulary
 from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.errors import CheckpointError, ConfigError
@@ -58,12 +64,20 @@ class StemConfig(Checked, prefix="backbone.stems."):
     path: str = "teacher"
     patches: str = chosen("grid", ("grid", "features"))
     image_size: int = ranged(96, "[8, 4096]")
-    image_grid: int = ranged(4, "[1, 256]")
+    image_grid: int = ranged(4, "[1, 64]")
     keypoints: int = ranged(32, "[0, 4096]")
-    stem_channels: list[int] = ranged([32, 64, 96, 128], "[4, 16384]")
+    stem_channels: list[int] = ranged([32, 64, 96, 128], "[4, 1024]")
     max_instruction_words: int = ranged(12, "[1, 4096]")
-    words: int = ranged(256, "[2, 1e7]")
-    width: int = ranged(192, "[1, 65536]")
+    words: int = ranged(256, "[2, 65536]")
+    width: int = ranged(192, "[1, 4096]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_stem(self, self._prefix)
+
+    def least_numbers(self, cameras: int) -> int:
+        """A lower bound on the number of weights of all cameras' stems."""
+        return self.words * WORD_CODE + cameras * stem_numbers(self)
 
     @property
     def widths(self) -> list[int]:

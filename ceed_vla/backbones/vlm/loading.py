@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from ceed_vla.backbones.transformers.cache_check import close, with_and_without_cache
 from ceed_vla.backbones.transformers.config import least_sizes, published_folder, read_architecture
 from ceed_vla.backbones.transformers.step_files import LOCAL
 from ceed_vla.backbones.vlm.model import VLMBackbone
-from ceed_vla.cache import TransformersCache
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json
 from ceed_vla.weights import check_floating, check_sizes, check_weights, weight_files
@@ -150,49 +149,19 @@ def check_decoding(backbone: VLMBackbone) -> None:
         f"{type(model).__name__} cannot continue a key/value cache that was cut back",
         needed,
     ):
-        afresh, continued = _with_and_without_cache(
+        afresh, continued = with_and_without_cache(
             backbone.decoder, model.get_input_embeddings()(ids)
         )
         logits = model(input_ids=ids, use_cache=False, **extra).logits  # (1, t, words)
         hidden = model.model(input_ids=ids, use_cache=False, **extra).last_hidden_state
         scores = model.get_output_embeddings()(hidden)
-    if not _close(afresh, continued):
+    if not close(afresh, continued):
         raise ConfigError(
             f"{type(model).__name__} returns other values with a key/value cache than without. "
             f"{needed}"
         )
-    if not _close(logits, scores):
+    if not close(logits, scores):
         raise ConfigError(
             f"The head of {type(model).__name__} is more than one matrix (a soft cap or a scale), "
             "so the logits of the action ids alone would be wrong. Use another model."
         )
-
-
-def _with_and_without_cache(decoder: Any, embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Last hidden vectors of embeddings (1, t, d), computed without a cache, and with the first
-    token in a cache.
-    """
-    positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-    afresh = decoder(
-        inputs_embeds=embeds, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    cache = TransformersCache()
-
-    def run(part: Tensor, places: Tensor) -> Tensor:
-        past = cache.begin(part.shape[1])
-        output = decoder(
-            inputs_embeds=part, position_ids=places, past_key_values=past, use_cache=True
-        )
-        return cast("Tensor", output.last_hidden_state)
-
-    run(embeds[:, :1], positions[:, :1])
-    cache.seal_prefix(1)
-    run(embeds[:, 1:].flip(1), positions[:, 1:])  # overwritten by the next call
-    return afresh[:, 1:], run(embeds[:, 1:], positions[:, 1:])
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-3 if a.dtype == torch.float32 else 5e-2
-    return bool(torch.isfinite(a).all()) and torch.allclose(
-        a.float(), b.float(), rtol=tolerance, atol=tolerance * max(1.0, float(a.abs().max()))
-    )

@@ -143,8 +143,10 @@ def test_every_place_of_the_features_can_be_a_patch(model_folder: Path, tmp_path
     assert torch.equal(again.decode(batch, "ar").tokens, policy.decode(batch, "ar").tokens)
 
 
-def test_only_the_first_layers(model_folder: Path, tmp_path: Path) -> None:
-    policy, pre, post = make_policy(model_folder, layers=2)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # the second lists the types of its layers
+def test_only_the_first_layers(kind: str, model_folder: Path, tmp_path: Path) -> None:
+    folder = make_tiny_language_model(tmp_path / "model", kind)
+    policy, pre, post = make_policy(folder, layers=2)
     assert policy.backbone.num_layers == 2
     save(tmp_path / "checkpoint", policy, pre, post)
     assert load(tmp_path / "checkpoint")[0].backbone.num_layers == 2
@@ -159,6 +161,10 @@ def test_what_does_not_fit_is_refused(model_folder: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="it must be the local folder of a model"):
         make_policy(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
+    shutil.copy(model_folder / "model.safetensors", tmp_path / "empty")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        make_policy(tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         make_policy(tmp_path / "empty")
     other = tmp_path / "other"
@@ -180,6 +186,61 @@ def test_what_does_not_fit_is_refused(model_folder: Path, tmp_path: Path) -> Non
     ):
         with pytest.raises(ObservationError, match=name):
             policy.decode({**batch, name: value})
+
+
+def test_a_model_that_is_not_causal_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    folder = make_tiny_language_model(tmp_path / "gpt2", "gpt2", n_layer=1, n_embd=32, n_head=2)
+    with pytest.raises(ConfigError, match="GPT2Model has no `layers`"):
+        make_policy(folder)
+    other = make_tiny_language_model(tmp_path / "bert")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertModel(BertConfig(vocab_size=900, intermediate_size=32, **sizes))
+    bert.save_pretrained(other)
+    with pytest.raises(ConfigError, match="BertModel has no `layers`"):
+        make_policy(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stem_channels": []}, "exactly 4 numbers"),
+        ({"stem_channels": [31, 62, 95, 127]}, "multiple of 4"),
+        ({"image_size": 8, "image_grid": 64}, "not a multiple of"),
+        ({"words": 65536, "width": 4096}, "belong to different models"),
+        ({"stem_channels": [32, 64, 1024, 1024]}, "belong to different models"),
+        ({"words": 10**7}, "must be a whole number in"),
+    ],
+)
+def test_damaged_stems_are_refused_before_they_are_built(
+    changes: dict[str, Any],
+    message: str,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = save(tmp_path / "checkpoint", *make_policy(model_folder))
+    values = json.loads((folder / "config.json").read_text())
+    values["backbone"]["stems"] |= changes
+    values["sealed"] = False
+    (folder / "manifest.json").unlink()
+    (folder / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr(LanguageConfig, "build", lambda *_: pytest.fail("is built"))
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_adapters_leave_what_is_new_trainable(model_folder: Path) -> None:
+    pytest.importorskip("peft")
+    from ceed_vla.training.adapters import LoRAConfig, attach
+
+    policy, _, _ = make_policy(model_folder)
+    attach(policy, LoRAConfig(rank=2))
+    learn = {
+        name.partition(".")[0] for name, p in policy.backbone.named_parameters() if p.requires_grad
+    }
+    assert learn == {"project", "state", "action_tokens", "head", "language_model"}
 
 
 def test_other_cameras_are_refused(model_folder: Path) -> None:

@@ -154,6 +154,7 @@ def test_exits_of_a_student_need_a_target(studio: Any, deep: Path, tmp_path: Pat
 
     for changes, message in (
         ({"loss": "labels_only"}, "exits.layers needs a loss that reads"),
+        ({"gradient_checkpointing": True}, "exits.layers does not work with --gradient_"),
         ({"exits": JointExitsConfig([3])}, r"layers of this model in \[1, 2\]"),
         ({"exits": JointExitsConfig([1], "square")}, "kind must be one of"),
     ):

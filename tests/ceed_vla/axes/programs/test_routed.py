@@ -96,6 +96,7 @@ def test_what_cannot_run_is_refused(student: tuple[Any, Any, Any], batch: dict[s
         "skip4p0.2_cap2": "each must be one of 0 to 3",
         "skip1-1p0.2_cap2": "occur once",
         "skip0-1-2-3p0.2_cap2": "must list 1 to 8 layers",
+        "skip1p0.2_cap1": "must exceed 1",
     }.items():
         with pytest.raises(ConfigError, match=message):
             policy.decode(batch, name)

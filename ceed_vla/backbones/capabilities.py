@@ -141,6 +141,16 @@ class RunsPrograms(Protocol):
         """
 
 
+class RoutesPrograms(Protocol):
+    """A router can choose the program of every chunk.
+
+    Attributes:
+        router: The router, if any; not part of the model's weights.
+    """
+
+    router: tuple[Any, ...]
+
+
 class ChoosesPrefix(Protocol):
     """Some tokens of a prefix can be dropped.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ceed_vla.axes.first_forwards import check_cap, ended, joined, least_mass, next_state
 from ceed_vla.axes.programs.decoder import check_program
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.backbones.capabilities import RunsPrograms, require
+from ceed_vla.backbones.capabilities import RoutesPrograms, RunsPrograms, require
 from ceed_vla.decoding.finite import check_rows
 from ceed_vla.decoding.host import row_sums
 from ceed_vla.decoding.jacobi import decode_jacobi
@@ -52,7 +52,7 @@ class SkipOptions(RouteOptions):
     options=RouteOptions,
     relaxes=True,
     compiles=False,
-    needs=(RunsPrograms,),
+    needs=(RunsPrograms, RoutesPrograms),
 )
 @torch.no_grad()
 def decode_route(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
@@ -61,7 +61,7 @@ def decode_route(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
     Raises:
         ConfigError: The checkpoint has no router; and as `decode_skip`.
     """
-    routers = getattr(backbone, "router", ())
+    routers = require(backbone, RoutesPrograms, request.config.method).router
     if not routers:
         raise ConfigError(
             "The checkpoint has no router of programs; train one with `ceed-vla route`, or use "

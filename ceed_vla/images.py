@@ -32,6 +32,14 @@ def check_images(images: Mapping[str, Tensor]) -> None:
             )
 
 
+def check_model_images(images: Mapping[str, Tensor]) -> None:
+    """As `check_images`, for images that a model reads as they are: they must be float32."""
+    check_images(images)
+    for name, image in images.items():
+        if image.dtype != torch.float32:
+            raise ObservationError(f"{name} is {image.dtype}; expected torch.float32 in [0, 1].")
+
+
 def camera_pixels(
     observation: Mapping[str, Any], camera: str, size: Sequence[int] | None = None
 ) -> NDArray[np.uint8]:

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from ceed_vla.checkpoints import load
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
 IMITATED = "imitated"  # its preprocessed observation in a batch
+
+
+def _meaning(config: CeedVLAConfig) -> dict[str, Any]:
+    """What decides the actions that tokens stand for."""
+    settings = asdict(config.action_tokens)
+    grippers = {dim % config.action_dim for dim in config.action_tokens.gripper_dims}
+    return {**settings, "type": config.action_tokens.type, "gripper_dims": grippers}
 
 
 class Imitated:
@@ -33,7 +41,7 @@ class Imitated:
         self.policy.requires_grad_(False)
         own, other = learner.config, self.policy.config
         same = own.chunk_size == other.chunk_size and own.action_dim == other.action_dim
-        if not same or asdict(own.action_tokens) != asdict(other.action_tokens):
+        if not same or _meaning(own) != _meaning(other):
             what = ", ".join(
                 f"{name} has chunks of {c.chunk_size} steps, {c.action_dim} dimensions and "
                 f"{c.action_tokens.type} tokens of {c.action_tokens.vocabulary_size} values"

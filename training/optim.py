@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ceed_vla.errors import CeedVLAError
+
 # coefficients of Muon's quintic iteration (Jordan et al. 2024)
 NEWTON_SCHULZ = (
     3.4445,
@@ -115,3 +117,23 @@ def cosine_factor(step: int, total: int, warmup: int, floor: float = 0.02) -> fl
         return (step + 1) / max(1, warmup)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, steps: int) -> None:
+    """Step `step` of `steps` of a module that learns beside a frozen policy.
+
+    The learning rate of every group warms up and falls, from the one that it was made with.
+
+    Raises:
+        CeedVLAError: The loss is not finite.
+    """
+    if not torch.isfinite(loss):
+        raise CeedVLAError(
+            f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr."
+        )
+    loss.backward()  # type: ignore[no-untyped-call]
+    for group in optimizer.param_groups:
+        peak = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = peak * cosine_factor(step, steps, steps // 20)
+    optimizer.step()
+    optimizer.zero_grad()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.language.config import LanguageConfig
 from ceed_vla.backbones.language.stems import StemConfig
 from ceed_vla.checkpoints import load
@@ -107,3 +108,10 @@ def test_other_action_tokens_are_refused(studio: Any, tmp_path: Path) -> None:
         )
         with pytest.raises(ConfigError, match="whose action tokens differ"):
             train(config)
+
+
+def test_dimensions_may_be_counted_from_the_end(studio: Any, tmp_path: Path) -> None:
+    folder = make_tiny_language_model(tmp_path / "model", layers=1)
+    policy = CeedVLAPolicy(new_policy(folder, studio.teacher, gripper_dims=[-1]))
+    assert load(studio.teacher)[0].config.action_tokens.gripper_dims == [6]
+    Imitated(str(studio.teacher), policy)

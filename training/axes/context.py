@@ -20,12 +20,11 @@ from tqdm import trange
 from ceed_vla.axes.context.scorer import CONTEXT, ContextScorer, keep_scored
 from ceed_vla.backbones.capabilities import ChoosesPrefix, require
 from ceed_vla.checkpoints import load, save
-from ceed_vla.errors import CeedVLAError
 from ceed_vla.fields import COUNTS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
 from ceed_vla.training.distill_data import DistillData
-from ceed_vla.training.optim import cosine_factor
+from ceed_vla.training.optim import take_step
 from ceed_vla.training.settings import RATES, BesideConfig
 
 REPORT = "context.json"
@@ -115,9 +114,6 @@ def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> No
     rate = {id(scorer.place): PLACES * config.lr}
     groups = [{"params": [p], "lr": rate.get(id(p), config.lr)} for p in scorer.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
-    rates = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: cosine_factor(s, config.steps, config.steps // 20)
-    )
     tokens = len(scorer.place)
     most = max(1, min(config.dropped, len(scorer.place) - 1))
     for step in (bar := trange(config.steps, desc="context", unit="step", dynamic_ncols=True)):
@@ -131,14 +127,7 @@ def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> No
             target = frames.without(kept.float(), tokens - count)[0].clamp(min=LEAST).log()  # (B,)
             lost = scorer(*frames.tokens).masked_fill(kept, -torch.inf).logsumexp(-1)
             loss = loss + (lost - target).abs().mean() / SUBSETS
-        if not torch.isfinite(loss):
-            raise CeedVLAError(
-                f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr."
-            )
-        loss.backward()
-        optimizer.step()
-        rates.step()
-        optimizer.zero_grad()
+        take_step(optimizer, loss, step, config.steps)
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 

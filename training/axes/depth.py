@@ -26,7 +26,7 @@ from ceed_vla.backbones.capabilities import TrainsDepths, require
 from ceed_vla.checkpoints import load, save
 from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.devices import check_device
-from ceed_vla.errors import CeedVLAError, ConfigError
+from ceed_vla.errors import ConfigError
 from ceed_vla.fields import THREADS, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
@@ -34,7 +34,7 @@ from ceed_vla.training.collect_config import guess_shares
 from ceed_vla.training.corruption import StateDraw, draw_states
 from ceed_vla.training.distill_data import OnlineData
 from ceed_vla.training.objective import fixed_points
-from ceed_vla.training.optim import cosine_factor
+from ceed_vla.training.optim import take_step
 from ceed_vla.training.settings import BesideConfig
 
 REPORT = "exits.json"
@@ -119,15 +119,7 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
             read = ["fixed_point", *["teacher_states"] * (config.reads == "states")]
             losses = divergences(policy.backbone, embeddings, [batch[name] for name in read])
             loss = torch.stack(list(losses.values())).sum()
-            if not torch.isfinite(loss):
-                raise CeedVLAError(
-                    f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr."
-                )
-            loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * cosine_factor(step, config.steps, config.steps // 20)
-            optimizer.step()
-            optimizer.zero_grad()
+            take_step(optimizer, loss, step, config.steps)
             bar.set_postfix(
                 {f"KL {depth}": f"{value.item():.3f}" for depth, value in losses.items()}
             )

@@ -25,7 +25,7 @@ from tqdm import tqdm, trange
 from ceed_vla.axes.programs.router import MOST_PROGRAMS, ROUTER, Program, ProgramRouter
 from ceed_vla.backbones.capabilities import HasExits, RunsPrograms, require
 from ceed_vla.checkpoints import load, save
-from ceed_vla.errors import CeedVLAError, ConfigError
+from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
@@ -33,7 +33,7 @@ from ceed_vla.training.collect_config import guess_shares
 from ceed_vla.training.corruption import draw_states
 from ceed_vla.training.distill_data import OnlineData
 from ceed_vla.training.objective import fixed_points
-from ceed_vla.training.optim import cosine_factor
+from ceed_vla.training.optim import take_step
 from ceed_vla.training.settings import BesideConfig
 
 REPORT = "route.json"
@@ -178,15 +178,7 @@ def train(router: ProgramRouter, data: OnlineData, config: RouteConfig) -> None:
             cost, _ = costs(frames, router.programs, config.harm)
             shares = router(frames.prefix.state).softmax(-1)
             loss = (shares * cost.to(shares.dtype)).sum(1).mean()
-            if not torch.isfinite(loss):
-                raise CeedVLAError(
-                    f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr."
-                )
-            loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * cosine_factor(step, config.steps, config.steps // 20)
-            optimizer.step()
-            optimizer.zero_grad()
+            take_step(optimizer, loss, step, config.steps)
             bar.set_postfix(cost=f"{loss.item():.3f}")
             bar.update()
 

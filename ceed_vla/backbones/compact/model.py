@@ -25,9 +25,9 @@ from ceed_vla.backbones.compact.layer import Layer
 from ceed_vla.backbones.compact.stem import WORD_CODE, EarlyReadout, make_stems, stem_image
 from ceed_vla.backbones.features import check_features
 from ceed_vla.cache import KVCache
-from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.errors import ConfigError
 from ceed_vla.fields import short
-from ceed_vla.images import check_images
+from ceed_vla.images import check_model_images
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.config import PolicyShape
@@ -118,13 +118,7 @@ class CompactBackbone(CompactCapabilities, TrainableBackbone):
         rows = check_features(
             batch, wanted, finite=[STATE_KEY], ids={LANGUAGE_KEY: self.words.num_embeddings}
         )
-        images = {camera: batch[camera] for camera in self.cameras}
-        check_images(images)
-        for camera, image in images.items():
-            if image.dtype != torch.float32:
-                raise ObservationError(
-                    f"{camera} is {image.dtype}; expected torch.float32 in [0, 1]."
-                )
+        check_model_images({camera: batch[camera] for camera in self.cameras})
         return rows
 
     def recompute_activations(self) -> None:

@@ -27,7 +27,7 @@ from ceed_vla.backbones.language.stems import WORDS_KEY, StemConfig, Stems
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.errors import ObservationError
-from ceed_vla.images import check_images
+from ceed_vla.images import check_model_images
 
 STATE_LIMIT = 5.0  # of the normalised state, as in the compact backbone
 
@@ -98,13 +98,7 @@ class LanguageBackbone(TransformersBackbone):
         }
         ids = {OBS_LANGUAGE_TOKENS: self.words, WORDS_KEY: self.stems.word_codes.num_embeddings}
         rows = check_features(batch, wanted, [OBS_STATE], ids)
-        images = {camera: batch[camera] for camera in self.cameras}
-        check_images(images)
-        for camera, image in images.items():
-            if image.dtype != torch.float32:
-                raise ObservationError(
-                    f"{camera} is {image.dtype}; expected torch.float32 in [0, 1]."
-                )
+        check_model_images({camera: batch[camera] for camera in self.cameras})
         if batch[OBS_LANGUAGE_ATTENTION_MASK].shape != batch[OBS_LANGUAGE_TOKENS].shape:
             raise ObservationError(
                 f"{OBS_LANGUAGE_ATTENTION_MASK} and {OBS_LANGUAGE_TOKENS} have the shapes "

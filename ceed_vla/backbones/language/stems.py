@@ -84,7 +84,8 @@ class StemConfig(Checked, prefix="backbone.stems."):
         """Widths of the groups of tokens that a stem makes."""
         if self.patches == "grid":
             return [self.width]
-        return [self.stem_channels[-1], *[self.width] * bool(self.keypoints)]
+        features = [self.stem_channels[-1]]
+        return [*features, self.width] if self.keypoints else features
 
     def take(self) -> Path:
         """Read the fields from the policy at `path`; returns its folder.

@@ -50,6 +50,7 @@ class ToolConfig:
 # Checkpoints contain these names, so they never change.
 STEPS = {
     "compact": ("ceed_vla_instruction_words",),
+    "language": ("ceed_vla_pi0_fast_prompt", "ceed_vla_stem_words"),
     "openvla": ("ceed_vla_openvla_inputs",),
     "vlm": ("ceed_vla_vlm_inputs",),
     "pi0_fast": ("pi0_fast_prepare_state_tokenizer_processor_step", "ceed_vla_pi0_fast_prompt"),

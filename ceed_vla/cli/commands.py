@@ -110,6 +110,18 @@ COMMANDS = {
         ),
         simulator="ceed_vla.sim.axes.learned ReinforceSimulation",
     ),
+    "improve": Command(
+        "train a policy's weights on the outcomes of its episodes",
+        "ceed_vla.training.improve.run ImproveConfig improve",
+        extras="train sim",
+        must="policy.path output_dir",
+        may=(
+            "env.type env.task decoding cap decay starts iterations groups rank lr seed workers "
+            "resume"
+        ),
+        kept=f"the last complete iteration, if any, is in {{output_dir}}; {_RESUMABLE}",
+        simulator="ceed_vla.sim.improve ImproveSimulation",
+    ),
     "context": Command(
         "train a scorer that chooses the prefix tokens that a frozen policy keeps",
         "ceed_vla.training.axes.context ContextConfig context",

@@ -8,7 +8,7 @@ and the same decoder drives each to the end of the episode.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import batched
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from ceed_vla.decoding.exits import Seen
 from ceed_vla.decoding.registry import register_exit
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import ranged
+from ceed_vla.sim.branches import NEEDED, branched
 from ceed_vla.sim.environment import TAKEOVER_SEEDS, EnvPool, joined, observation_batch, turns
 from ceed_vla.sim.rollout import (
     SHARD,
@@ -39,9 +40,6 @@ from ceed_vla.workers import MOST, ClusterConfig, Workers, open_workers
 
 Decision = tuple[int, str, int]  # seed, task, number of chunks before the decision
 Outcome = tuple[str, int, str, bool, int]  # decoder, seed, task, solved, number of chunks
-
-
-NEEDED = ("snapshot", "restore", "observe", "advance", "is_success")  # of the unwrapped environment
 
 
 @register_exit("watched", "watched", "")
@@ -152,7 +150,7 @@ def group_runner(
             for first in (
                 dict.fromkeys(map(executed.index, executed)) if len(set(executed)) > 1 else ()
             ):
-                branch = _branched(episode, pool, len(decisions) + len(branches))
+                branch = branched(episode, pool, len(decisions) + len(branches))
                 alike = [i for i, tokens in enumerate(executed) if tokens == executed[first]]
                 branches.append((group, alike, branch, states[first]))
         for _, _, branch, state in branches:
@@ -207,13 +205,3 @@ def _paths(
     for row, (episode, count) in enumerate(zip(episodes, result.iterations.tolist(), strict=True)):
         seen = np.stack([found[row] for found in Watched.recorded[:count]])
         yield episode, seen, [state[row].cpu() for state in result.states[1 : count + 1]]
-
-
-def _branched(episode: Episode, pool: EnvPool, slot: int) -> Episode:
-    """Copy an episode into the environment of a slot."""
-    env = pool.env(slot)
-    env.follow(episode.env)
-    result = replace(
-        episode.result, forwards=[], exit_reasons=[], block_layers=[], prefix_layers=[], seconds=[]
-    )
-    return replace(episode, env=env, result=result, actions=[*episode.actions])

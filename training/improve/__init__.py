@@ -1,0 +1,1 @@
+"""``ceed-vla improve``: adapters that learn from the outcomes of episodes (S-GRPO, ExIt)."""

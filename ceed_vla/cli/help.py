@@ -182,7 +182,7 @@ def _describe(
 def _describe_choice(
     kind: type[Any], name: str, meaning: str, value: Any, foreign: bool
 ) -> Iterator[Flag]:
-    """`name.type`, then the flags of the default kind, then those of other kinds only."""
+    """`name.type`, then the flags of the default kind, then those of other kinds."""
     usual = (
         kind.get_choice_class(kind.default_choice_name()) if value is MISSING else value.__class__
     )
@@ -194,14 +194,20 @@ def _describe_choice(
     ]
     listed = [choice for choice, owner in known.items() if foreign or _is_listed(owner)]
     yield f"{name}.type", "|".join(listed), meaning, f"[{kind.get_choice_name(usual)}]"
-    seen = set()
+    found: dict[str, Flag] = {}
+    meanings: dict[str, list[str]] = {}
     for choice in (usual, *others):
         of = "" if choice is usual else f"{kind.get_choice_name(choice)}: "
         defaults = value if choice is usual and value is not MISSING else None
         for flag, flag_kind, text, shown in _describe(choice, f"{name}.", defaults):
-            if flag not in seen:
-                seen.add(flag)
-                yield flag, flag_kind, text and of + text, shown
+            first = flag not in found
+            if first:
+                found[flag], meanings[flag] = (flag, flag_kind, text and of + text, shown), [text]
+            elif text and text not in meanings[flag]:  # it has another meaning there
+                _, flag_kind, before, shown = found[flag]
+                found[flag] = (flag, flag_kind, f"{before} {of}{text}".strip(), shown)
+                meanings[flag].append(text)
+    yield from found.values()
 
 
 def _is_listed(kind: type[Any]) -> bool:

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# What learns, on the pair of 12 layers of `deep.sh`: a router of programs (CoLa), exits that learn together with the student
+# (Splitformer), and weights that learn by reward (S-GRPO) from states chosen by the variance of the reward (ExIt). Each beside
+# its control. Needs the outputs of `deep.sh`. After an interrupt run the script again: it resumes.
+#
+#   bash recipes/learning.sh [OUTPUT_FOLDER]    # OUTPUT_FOLDER of tabletop.sh and deep.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-outputs/tabletop}
+export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
+started() { [ -e "$out/$1/progress.json" ] && echo true || echo false; }
+finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
+data="$out/data" teacher="$out/deep_teacher/checkpoints/final" student="$out/deep_student/checkpoints/final"
+roots="$data/clean,$data/perturb0,$data/perturb1,$data/takeover0,$data/takeover1"
+reached="$data/perturb1,$data/takeover0,$data/takeover1"
+evaluate() { # name checkpoint seed episodes decoders
+  ceed-vla eval --policy.path "$2" --decoders "$5" --episodes "$4" --seed "$3" --timing_chunks 0 --workers 2 --clips false \
+    --output_dir "$out/learning/$1" --resume "$([ -e "$out/learning/$1/episodes.jsonl" ] && echo true || echo false)"
+}
+
+# 1. Programs by importance, a router, and the best fixed drop of one, two and three layers (the report lists them).
+for harm in 0.05 0.1 0.2; do
+  [ -e "$out/route_$harm/router.safetensors" ] || ceed-vla route --policy.path "$student" --roots "$reached" --programs 6 \
+    --harm "$harm" --output_dir "$out/route_$harm"
+done
+for harm in 0.05 0.1 0.2; do
+  evaluate "route_$harm" "$out/route_$harm" 40000 200 only=route0.2_conf0.2_cap2,route0_cap1
+done
+
+# 2. The student of deep.sh again, with exits from the first step on: with a coarse branch, and linear ones as control. A
+#    second control adds exits of both kinds to the finished student.
+joint() { # kind
+  finished "joint_$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill --teacher.path "$teacher" \
+    --trajectories.online true --roots "$roots" --output_dir "$out/joint_$1" --steps 650 --lr 6e-4 --muon_lr 6e-4 \
+    --max_updates 1 --max_iterations 2 --confidence 0.2 --save_every 50 --eval_every 0 --threads 1 --validate_episodes 0 \
+    --exits.layers "[3,4]" --exits.kind "$1" --resume "$(started "joint_$1")"
+}
+for kind in coarse linear; do
+  joint "$kind"
+  [ -e "$out/after_$kind/config.json" ] || ceed-vla exits --policy.path "$student" --output_dir "$out/after_$kind" \
+    --roots "$reached" --layers "[3,4]" --kind "$kind" --steps 240 --threads 1
+  evaluate "joint_$kind" "$out/joint_$kind/checkpoints/final" 40000 200 only=ceed,sure4p0.2_conf0.2_cap2,sure3p0.2_conf0.2_cap2
+  evaluate "after_$kind" "$out/after_$kind" 40000 200 only=ceed,sure4p0.2_conf0.2_cap2,sure3p0.2_conf0.2_cap2
+done
+
+# 3. Weights that learn by reward, at equal cost in the simulator: from the starts of episodes, from states that episodes
+#    passed, and from those where outcomes differ.
+for starts in first uniform grown; do
+  [ "$(tail -n 1 "$out/improve_$starts/done" 2>/dev/null)" = done ] || {
+    ceed-vla improve --policy.path "$student" --output_dir "$out/improve_$starts" --decoding cap1 --cap 3 --starts "$starts" \
+      --iterations 1000 --max_control_steps "${CONTROL_STEPS:-600000}" --workers 2 \
+      --resume "$([ -e "$out/improve_$starts/improve.json" ] && echo true || echo false)"
+    echo done >"$out/improve_$starts/done"
+  }
+  evaluate "improve_$starts" "$out/improve_$starts" 40000 200 only=cap1,ceed
+done
+evaluate improve_before "$student" 40000 200 only=cap1,ceed

@@ -35,7 +35,7 @@ class SerialGroup:
         executed: Number of leading tokens that are executed before the next chunk.
         solved: Whether the episode was solved from the state after each forward, (K,); empty if
             all states execute the same, so that no episode was run.
-        steps: Control steps that were simulated for it.
+        steps: Control steps that were simulated for it, the repeated ones of `start` included.
         reached: States which its episodes passed, drawn at random, one for each.
     """
 

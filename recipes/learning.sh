@@ -48,10 +48,10 @@ done
 for starts in first uniform grown; do
   [ "$(tail -n 1 "$out/improve_$starts/done" 2>/dev/null)" = done ] || {
     ceed-vla improve --policy.path "$student" --output_dir "$out/improve_$starts" --decoding cap1 --cap 3 --starts "$starts" \
-      --iterations 1000 --max_control_steps "${CONTROL_STEPS:-600000}" --workers 2 \
+      --seed 30000 --iterations 1000 --max_control_steps "${CONTROL_STEPS:-600000}" --workers 2 \
       --resume "$([ -e "$out/improve_$starts/improve.json" ] && echo true || echo false)"
     echo done >"$out/improve_$starts/done"
   }
-  evaluate "improve_$starts" "$out/improve_$starts" 40000 200 only=cap1,ceed
+  evaluate "improve_$starts" "$out/improve_$starts/checkpoints/final" 40000 200 only=cap1,ceed
 done
 evaluate improve_before "$student" 40000 200 only=cap1,ceed

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# A policy of the tabletop with the 30 layers of SmolLM2-135M: the model, a teacher that learns what the shipped teacher does,
-# its corrections by the expert, and a student. Needs the datasets of `TEACHER=teacher bash recipes/tabletop.sh`. After an
-# interrupt run the script again: every step resumes.
+# A policy of the tabletop with the 30 layers of SmolLM2-135M: the model, and a teacher that learns what the shipped teacher
+# does. Needs the datasets of `TEACHER=teacher bash recipes/tabletop.sh`. After an interrupt run the script again: it resumes.
 #
 #   bash recipes/smollm2.sh [OUTPUT_FOLDER]
 set -euo pipefail

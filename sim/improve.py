@@ -7,7 +7,7 @@ then drives the episode to its end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import batched
 from typing import Any
 
@@ -20,7 +20,14 @@ from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import ranged
 from ceed_vla.sim.branches import NEEDED, branched
-from ceed_vla.sim.environment import TAKEOVER_SEEDS, EnvPool, joined, observation_batch, turns
+from ceed_vla.sim.environment import (
+    TAKEOVER_SEEDS,
+    EnvPool,
+    flags,
+    joined,
+    observation_batch,
+    turns,
+)
 from ceed_vla.sim.rollout import (
     SHARD,
     Episode,
@@ -49,20 +56,30 @@ class Groups:
     workers: int = 2
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
-    def first(self, seed: int, count: int) -> list[Start]:
-        """The starts of the episodes of `count` seeds; tasks take turns.
+    @property
+    def settings(self) -> list[str]:
+        """Flags of the environment."""
+        return flags(self.env)
+
+    def first(self, seed: int, used: int, count: int) -> list[Start]:
+        """The starts of `count` new episodes; tasks take turns.
+
+        Args:
+            seed: First seed. Behind the last training seed it goes on with this one again.
+            used: Number of episodes before these.
+            count: Number of episodes.
 
         Raises:
-            ConfigError: The seeds are not for training.
+            ConfigError: The seed is not for training.
         """
         low, high = TAKEOVER_SEEDS
-        if not low <= seed < seed + count <= high:
+        if not low <= seed < high:
             raise ConfigError(
-                f"The episodes of seeds {seed} to {seed + count - 1} are needed; training seeds "
-                f"are {low} to {high - 1}. Lower --seed, or --iterations or --groups."
+                f"--seed is {seed}; training seeds are {low} to {high - 1}. Change --seed."
             )
         tasks = turns(self.env)
-        return [Start(s, tasks[s % len(tasks)]) for s in range(seed, seed + count)]
+        seeds = [seed + (used + i) % (high - seed) for i in range(count)]
+        return [Start(each, tasks[each % len(tasks)]) for each in seeds]
 
     def __call__(
         self, policy: str, decoding: str, cap: int, starts: Sequence[Start], draw: int
@@ -158,7 +175,9 @@ def group_runner(
             group, result = branch.group, branch.episode.result
             for index in branch.alike:
                 group.solved[index] = result.success
-            group.steps += result.steps - len(group.start.actions)
+            group.steps += result.steps - len(
+                group.start.actions
+            )  # those before were repeated once
             place = (draw, group.start.seed, len(group.start.actions), branch.alike[0])
             group.reached += branch.start(np.random.default_rng(place))
         return groups
@@ -182,13 +201,16 @@ def _resumed(pool: EnvPool, slot: int, start: Start) -> Episode:
 def _groups(
     runner: PolicyRunner, episodes: Sequence[Episode], starts: Sequence[Start], cap: int
 ) -> list[SerialGroup]:
-    """Decode a chunk in every episode, as far as `cap` forwards."""
+    """Decode a chunk in every episode, as far as `cap` forwards, from the guess of the runner."""
+    config = runner.policy.config
+    own = config.named(runner.decoding)
+    path = replace(config.named(f"cap{cap}"), guess=own.guess, tail=own.tail, seed=own.seed)
     observations = [episode.env.observe() for episode in episodes]
     batch = observation_batch(observations, [episode.result.instruction for episode in episodes])
     inputs = runner.preprocessor(batch)
     decoded = runner.policy.decode(
         inputs,
-        f"cap{cap}",
+        path,
         previous=stack_previous([episode.previous for episode in episodes]),
         shift_steps=runner.executed_steps,
         executed_steps=runner.executed_steps,
@@ -205,7 +227,7 @@ def _groups(
             states[: 1 + count, row].clone(),
             size,
             [],
-            0,
+            len(start.actions),
         )
         for row, (start, count) in enumerate(zip(starts, decoded.iterations.tolist(), strict=True))
     ]

@@ -113,13 +113,13 @@ COMMANDS = {
     "improve": Command(
         "train a policy's weights on the outcomes of its episodes",
         "ceed_vla.training.improve.run ImproveConfig improve",
-        extras="train sim",
+        extras="train sim vlm",
         must="policy.path output_dir",
         may=(
             "env.type env.task decoding cap decay starts iterations groups rank lr seed workers "
             "resume"
         ),
-        kept=f"the last complete iteration, if any, is in {{output_dir}}; {_RESUMABLE}",
+        kept=f"the last complete iteration is in {{output_dir}}; {_RESUMABLE}",
         simulator="ceed_vla.sim.improve ImproveSimulation",
     ),
     "context": Command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ceed_vla.checkpoints import load
+from ceed_vla.checkpoints import load, save
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.starts import SerialGroup, Start
 from ceed_vla.training.improve.config import ImproveConfig
-from ceed_vla.training.improve.objective import Batch, chances, loss, stacked
-from ceed_vla.training.improve.run import Improvement, described, improve
+from ceed_vla.training.improve.objective import Batch, chances, loss, predicted, stacked
+from ceed_vla.training.improve.run import CHECKPOINT, Improvement, described, improve
 from ceed_vla.training.improve.space import StartSpace
 
 ROWS = 10
@@ -113,7 +114,7 @@ class Frames:
     """
 
     def __init__(self, policy: Path, root: Path) -> None:
-        self.root, self.calls = root, 0
+        self.root, self.calls, self.settings = root, 0, ["--env.type=frames"]
         self.distances: list[int] = []  # of the state after one forward, of every group
         self.right: dict[int, list[int]] = {}
         for found in self.decoded(
@@ -143,8 +144,8 @@ class Frames:
             for row, start in enumerate(starts)
         ]
 
-    def first(self, seed: int, count: int) -> list[Start]:
-        return [Start(s, "t") for s in range(seed, seed + count)]
+    def first(self, seed: int, used: int, count: int) -> list[Start]:
+        return [Start(s, "t") for s in range(seed + used, seed + used + count)]
 
     def __call__(
         self, policy: str, decoding: str, cap: int, starts: Sequence[Start], draw: int
@@ -167,7 +168,7 @@ class Frames:
         return sum(self.distances) / count
 
     def frames(self) -> list[Start]:
-        return self.first(37_000, ROWS)
+        return self.first(37_000, 0, ROWS)
 
 
 def settings(policy: Path, output: Path, **changes: Any) -> ImproveConfig:
@@ -178,15 +179,15 @@ def settings(policy: Path, output: Path, **changes: Any) -> ImproveConfig:
 def test_the_first_forward_learns_what_solved_the_task(studio: Any, tmp_path: Path) -> None:
     rollouts = Frames(studio.teacher, studio.demo)
     before = rollouts.distance(studio.teacher)
-    output = tmp_path / "out"
-    improve(settings(studio.teacher, output, starts="first", iterations=12, leash=0.01), rollouts)
+    run = settings(studio.teacher, tmp_path / "out", starts="first", iterations=12, leash=0.01)
+    output = improve(run, rollouts)
     assert rollouts.distance(output) < 0.9 * before
     old, new = load(studio.teacher)[0].state_dict(), load(output)[0].state_dict()
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed
     assert changed <= {f"backbone.{n}" for n in load(output)[0].backbone.distillation_parameters()}
-    report = json.loads((output / "improve.json").read_text())
+    report = json.loads((tmp_path / "out" / "improve.json").read_text())
     assert [record["groups"] for record in report["iterations"]] == [20] * 12
     assert report["iterations"][0]["outcomes_differ"] > 5
 
@@ -201,6 +202,10 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(studio: Any, tmp_pat
         improve(settings(studio.teacher, part), rollouts)
     with pytest.raises(ConfigError, match="other settings"):
         improve(settings(studio.teacher, part, resume=True, decay=0.5), rollouts)
+    rollouts.settings = ["--env.type=others"]
+    with pytest.raises(ConfigError, match="other settings"):
+        improve(settings(studio.teacher, part, resume=True), rollouts)
+    rollouts.settings = ["--env.type=frames"]
     state = json.loads((part / "improve.json").read_text())["state"]
     content = (part / f"{state}.safetensors").read_bytes()
     for damage in (b"", content[:-5]):
@@ -208,12 +213,12 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(studio: Any, tmp_pat
         with pytest.raises(CheckpointError, match="cannot be resumed"):
             improve(settings(studio.teacher, part, resume=True), rollouts)
     (part / f"{state}.safetensors").write_bytes(content)
-    (part / "model.safetensors").unlink()  # as after an interrupt while it was replaced
+    shutil.rmtree(part / CHECKPOINT)  # as after an interrupt while it was replaced
     improve(settings(studio.teacher, part, iterations=3, resume=True), rollouts)
-    reports = [(folder / "improve.json").read_text() for folder in (whole, part)]
-    assert reports[0] == reports[1].replace(str(part), str(whole))
+    reports = [(folder / "improve.json").read_text() for folder in (tmp_path / "whole", part)]
+    assert reports[0] == reports[1]
     assert json.loads(reports[0])["iterations"][1]["from_partial_histories"] > 0
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, part)]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, part / CHECKPOINT)]
     assert weights[0] == weights[1]
 
 
@@ -225,13 +230,43 @@ def test_a_run_ends_at_its_control_steps(studio: Any, tmp_path: Path) -> None:
     assert [record["control_steps"] for record in records] == [100, 100]
 
 
-def test_nothing_is_written_before_the_first_iteration_is_complete(
+def test_a_run_that_was_interrupted_in_its_first_iteration_resumes(
     studio: Any, tmp_path: Path
 ) -> None:
-    Improvement(settings(studio.teacher, tmp_path / "out"), None, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    rollouts = Frames(studio.teacher, studio.demo)
     with pytest.raises(CheckpointError, match=r"improve\.json"):
-        improve(settings(studio.teacher, tmp_path / "out", resume=True), None)
+        improve(settings(studio.teacher, tmp_path / "out", resume=True), rollouts)
+    Improvement(settings(studio.teacher, tmp_path / "out"), rollouts, tmp_path / "out")
+    improve(settings(studio.teacher, tmp_path / "out", resume=True, iterations=1), rollouts)
+    assert len(json.loads((tmp_path / "out" / "improve.json").read_text())["iterations"]) == 1
+
+
+def test_exits_and_decodings_of_the_old_weights_are_left_out(studio: Any, tmp_path: Path) -> None:
+    policy, pre, post = load(studio.teacher)
+    policy.config.decodings = {"risk0.1": "cap2"}
+    old = save(tmp_path / "old", policy, pre, post)
+    rollouts = Frames(studio.teacher, studio.demo)
+    with pytest.raises(ConfigError, match=r"risk0\.1"):
+        improve(settings(old, tmp_path / "out", decoding="risk0.1"), rollouts)
+    new = improve(settings(old, tmp_path / "out", iterations=1), rollouts)
+    assert load(new)[0].config.decodings == {}
+
+
+def test_prompts_of_several_lengths_learn_in_batches_of_their_own(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts = Frames(studio.teacher, studio.demo)
+    run = Improvement(settings(studio.teacher, tmp_path / "out"), rollouts, tmp_path / "out")
+    groups = list(rollouts(str(tmp_path / "out" / CHECKPOINT), "ceed", 3, rollouts.frames(), 0))
+    for index, found in enumerate(groups):
+        found.inputs["words"] = torch.zeros(1, 3 + index % 2, dtype=torch.int64)
+    sizes = []
+    monkeypatch.setattr(
+        "ceed_vla.training.improve.run.predicted",
+        lambda policy, batch: sizes.append(batch.inputs["words"].shape) or predicted(policy, batch),
+    )
+    run._learn(groups, np.random.default_rng(0))
+    assert set(sizes) == {(5, 3), (5, 4)}
 
 
 @pytest.mark.parametrize(

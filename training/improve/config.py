@@ -14,7 +14,7 @@ class ImproveConfig(Checked):
 
     Attributes:
         policy_path: Checkpoint of the policy.
-        output_dir: Folder for the improved checkpoint and improve.json.
+        output_dir: New folder for improve.json and the checkpoint, checkpoints/final.
         decoding: Decoder that drives the episodes; empty: the checkpoint's own.
         cap: Most forwards of a decode path, and so the states of a group.
         decay: Factor of the reward for each forward.
@@ -25,15 +25,15 @@ class ImproveConfig(Checked):
         known: Most states that are remembered.
         iterations: Rounds of rollouts, each followed by learning.
         groups: Groups per iteration.
-        max_control_steps: Most control steps in the simulator; 0: no limit. To compare ways to
-            choose the starts at equal cost.
+        max_control_steps: Ends the run after the iteration in which so many control steps were
+            simulated; 0: without effect. To compare ways to choose the starts at equal cost.
         rank: Rank of the adapters, which are added to the weights at the end.
         lr: Learning rate.
         epochs: Passes over the groups of an iteration.
         batch_size: Groups per optimiser step.
         clip: Largest deviation of a probability ratio from 1 that still earns reward.
         leash: Weight of the divergence from the policy at the start.
-        seed: First seed; those of takeovers, 30000 to 39999, are for training.
+        seed: First seed, in 30000 to 39999; behind the last it goes on with this one.
         resume: Continue an interrupted run in `output_dir`.
     """
 
@@ -43,7 +43,7 @@ class ImproveConfig(Checked):
     cap: int = ranged(2, "[2, 64]")
     decay: float = ranged(0.95, "(0, 1]")
     starts: str = chosen("grown", ("grown", "uniform", "first"))
-    known: int = ranged(1024, COUNTS)
+    known: int = ranged(1024, "[1, 10000]")
     iterations: int = ranged(10, COUNTS)
     groups: int = ranged(200, COUNTS)
     max_control_steps: int = ranged(0, "[0, 1e12]")

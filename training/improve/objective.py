@@ -34,7 +34,7 @@ class Batch:
     tokens: Tensor  # (B, K, E)
     advantage: Tensor  # (B, K); 0 where a group has fewer states, or no outcomes
     known: Tensor | None = None  # log-probabilities of the tokens before learning, (B, K, E)
-    reference: Tensor | None = None  # `predicted` by the policy at the start, (2, B, E, V)
+    reference: Tensor | None = None  # `predicted` by the policy at the start, (2, B, n, V)
 
 
 def stacked(groups: Sequence[SerialGroup], decay: float, device: str) -> Batch:
@@ -64,17 +64,18 @@ def stacked(groups: Sequence[SerialGroup], decay: float, device: str) -> Batch:
 
 
 def predicted(policy: Any, batch: Batch) -> Tensor:
-    """Logits (2, B, E, V) of the executed slots behind the guess and behind the last state."""
+    """Logits (2, B, n, V) behind the guess and behind the last state."""
     backbone = policy.backbone
     with torch.no_grad():
         embeddings = backbone.embed_prefix(batch.inputs)
     _, logits = backbone.packed_logits(embeddings, [batch.guess, batch.last])
-    return torch.stack(logits)[:, :, : batch.tokens.shape[2]]
+    return torch.stack(logits)
 
 
 def chances(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities (B, K, E) of tokens (B, K, E), from logits (B, E, V)."""
-    found = logits.log_softmax(-1).gather(-1, tokens.transpose(1, 2))
+    """Log-probabilities (B, K, E) of tokens (B, K, E), from logits (B, n, V)."""
+    executed = logits[:, : tokens.shape[2]].float().log_softmax(-1)
+    found = executed.gather(-1, tokens.transpose(1, 2))
     return found.transpose(1, 2)
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
-from itertools import batched
+from itertools import batched, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ceed_vla.axes import SAVED
 from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
-from ceed_vla.files import read_json, write_text
+from ceed_vla.files import read_json, settle, write_text
 from ceed_vla.outputs import MADE_BY, owned_folder
 from ceed_vla.starts import SerialGroup, Start
-from ceed_vla.training.adapters import LoRAConfig, attach_student, plain_weights, scale_of
+from ceed_vla.training.adapters import (
+    LoRAConfig,
+    attach_student,
+    plain_weights,
+    scale_of,
+    teacher_weights,
+)
 from ceed_vla.training.improve.config import ImproveConfig
 from ceed_vla.training.improve.objective import Batch, chances, loss, predicted, stacked
 from ceed_vla.training.improve.space import StartSpace
@@ -34,6 +41,7 @@ from ceed_vla.training.improve.space import StartSpace
 logger = logging.getLogger(__name__)
 
 REPORT = "improve.json"
+CHECKPOINT = Path("checkpoints") / "final" / "pretrained_model"
 STATES = ("state_a", "state_b")  # written alternately: adapters and optimiser, and the known starts
 MOST_STARTS = 2**28  # [bytes] of a file of starts
 FREE = ("output_dir", "resume", "iterations", "max_control_steps")  # may change in a resumed run
@@ -53,8 +61,8 @@ def improve(config: ImproveConfig, rollouts: Rollouts) -> Path:
         run = Improvement(config, rollouts, output)
         while not run.ended:
             run.iterate()
-        print(f"Written: {output}")
-        return output
+        print(f"Written: {output / CHECKPOINT}")
+        return output / CHECKPOINT
 
 
 class Improvement:
@@ -82,15 +90,20 @@ class Improvement:
                 "The policy's tokens have variable length and belong to no step, so the states of "
                 "a decode path cannot be executed."
             )
-        self.reference, _, _ = load(config.policy_path)
-        self.reference.requires_grad_(False)
+        # The policy's decodings, exits and scorer do not apply to the new weights.
+        self.policy.config.forget()
+        for saved in SAVED:
+            saved.detach(self.policy.backbone)
+        self.decoding = config.decoding or self.policy.config.decode_with
+        self.policy.config.named(self.decoding)
         attach_student(self.policy, LoRAConfig(config.rank))
         self.learning = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.learning.values(), lr=config.lr, weight_decay=0.0)
-        self.decoding = config.decoding or self.policy.config.decode_with or ""
-        if before is not None:
+        if before is None:
+            self._write_report("")  # from here on an interrupt can be resumed
+        else:
             self._continue(before)
-            self._save_policy()  # an interrupt may have left that of a later iteration
+        self._save_policy()  # an interrupt may have left none, or that of a later iteration
 
     @property
     def steps(self) -> int:
@@ -106,7 +119,7 @@ class Improvement:
         """One iteration: rollouts, learning, a checkpoint."""
         config, number = self.config, len(self.records)
         starts = self._draw(np.random.default_rng([config.seed, number]))
-        policy = str(self.output) if self.records else config.policy_path
+        policy = str(self.output / CHECKPOINT)
         groups = list(
             tqdm(
                 self.rollouts(policy, self.decoding, config.cap, starts, number),
@@ -127,7 +140,7 @@ class Improvement:
         """The starts of an iteration: known states, and new episodes."""
         known = self.space.draw(self.config.groups, random)
         new = self.config.groups - len(known)
-        starts = known + self.rollouts.first(self.config.seed + self.used, new)
+        starts = known + self.rollouts.first(self.config.seed, self.used, new)
         self.used += new
         return starts
 
@@ -141,18 +154,22 @@ class Improvement:
         device = str(self.policy.config.device)
         batches: list[Batch] = []
         self.policy.eval()  # without dropout, so that ratios start at 1
-        for part in batched(groups, config.batch_size):
+        # prompts of several lengths do not fit into one batch
+        ordered = sorted(groups, key=_shapes)
+        alike = [list(found) for _, found in groupby(ordered, key=_shapes)]
+        for part in (part for found in alike for part in batched(found, config.batch_size)):
             batch = stacked(part, config.decay, device)
             with torch.no_grad():
                 batch.known = chances(predicted(self.policy, batch)[0], batch.tokens)
-                batch.reference = predicted(self.reference, batch)
+                with teacher_weights(self.policy):
+                    batch.reference = predicted(self.policy, batch)
             batches.append(batch)
         found = []
         for _ in range(config.epochs):
             for index in random.permutation(len(batches)):
                 batch = batches[index]
-                found_logits = predicted(self.policy, batch)
-                total, strayed = loss(found_logits, batch, config.clip, config.leash)
+                logits = predicted(self.policy, batch)
+                total, strayed = loss(logits, batch, config.clip, config.leash)
                 self._step(total)
                 found.append((float(total.detach()), float(strayed.detach())))
         means = np.mean(found, axis=0)
@@ -179,18 +196,24 @@ class Improvement:
                 )
             return None
         before = read_json(file)
-        own = {name: value for name, value in asdict(self.config).items() if name not in FREE}
-        if before.get("settings") != own:
+        if before.get("settings") != self._settings():
             raise ConfigError(
                 f"{file} is of a run with other settings; repeat them, or name a new folder. Only "
                 f"{', '.join(FREE[2:])} may change."
             )
         return before
 
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must repeat."""
+        own = {name: value for name, value in asdict(self.config).items() if name not in FREE}
+        return {**own, "env": self.rollouts.settings}
+
     def _continue(self, report: dict[str, Any]) -> None:
         """Load the state of an interrupted run."""
         advice = "start again in another folder."
         with raised_as(CheckpointError, f"{self.output} cannot be resumed", advice):
+            if not report["iterations"]:  # interrupted in the first one
+                return
             if report["state"] not in STATES:
                 raise ValueError("its state has another name")
             tensors = load_file(self.output / f"{report['state']}.safetensors")
@@ -215,7 +238,7 @@ class Improvement:
             scale_of(self.policy),
             keep_adapters=bool(self.policy.referenced),
         )
-        save(self.output, self.policy, self.pre, self.post, weights)
+        save(self.output / CHECKPOINT, self.policy, self.pre, self.post, weights)
 
     def _save_state(self) -> None:
         """Write what a resumed run needs; the state before stays valid until this is complete."""
@@ -226,16 +249,28 @@ class Improvement:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{parameter_name}:{key}"] = value.contiguous()
         save_file(tensors, self.output / f"{name}.safetensors")
+        settle(self.output / f"{name}.safetensors")
         starts = [(*astuple(start), score) for start, score in self.space.known.items()]
-        write_text(self.output / f"{name}.json", json.dumps({"starts": starts}))
+        while len(text := json.dumps({"starts": starts})) > MOST_STARTS:
+            starts = starts[len(starts) // 2 :]  # those with the highest scores
+        write_text(self.output / f"{name}.json", text)
+        self._write_report(name)
+
+    def _write_report(self, state: str) -> None:
         report = {
             "made_by": MADE_BY,
-            "state": name,
-            "settings": {n: v for n, v in asdict(self.config).items() if n not in FREE},
+            "state": state,
+            "settings": self._settings(),
             "used_seeds": self.used,
             "iterations": self.records,
         }
+        self.output.mkdir(parents=True, exist_ok=True)
         write_text(self.output / REPORT, json.dumps(report, indent=2))
+
+
+def _shapes(group: SerialGroup) -> list[tuple[int, ...]]:
+    """Shapes of the inputs."""
+    return [tuple(value.shape) for value in group.inputs.values()]
 
 
 def described(groups: Sequence[SerialGroup]) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def teacher_loss(
             ``action_is_pad`` (B, m) and ``observation.environment_state`` (B, E). Rows of NaN have
             no regression, so it weighs less in the mean.
         reduction: "mean", or "none" for one loss per row.
-        imitated: Maps the tokens (B, n) of the actions to the logits (B, n, V) of another policy,
-            whose distributions are learnt, too.
+        imitated: Maps the tokens (B, n) of the actions to the logits (B, k, V) of another policy
+            for the first k <= n, whose distributions are learnt, too.
 
     Returns:
         The loss, and its parts by name.
@@ -57,7 +57,9 @@ def teacher_loss(
     sigma = policy.config.label_sigma if policy.config.action_tokens.ordered else 0.0
     losses = soft_cross_entropy(logits, tokens, sigma)
     if imitated is not None:
-        losses = losses + divergence(imitated(tokens), logits)
+        other = imitated(tokens)  # (B, k, V)
+        apart = divergence(other, logits[:, : other.shape[1]])
+        losses = losses + F.pad(apart, (0, tokens.shape[1] - other.shape[1]))
     rows = (losses * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B,)
     with torch.no_grad():
         hits = ((logits.argmax(-1) == tokens) * weight).sum() / weight.sum().clamp(min=1)

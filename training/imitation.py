@@ -25,7 +25,7 @@ def _meaning(config: CeedVLAConfig) -> dict[str, Any]:
 
 
 class Imitated:
-    """The frozen policy; the two may have different backbones.
+    """The frozen policy; the two may have different backbones, and its chunks may be shorter.
 
     Args:
         path: Its checkpoint.
@@ -33,15 +33,18 @@ class Imitated:
 
     Raises:
         CheckpointError: See `load`.
-        ConfigError: The two policies have other action tokens.
+        ConfigError: The two policies have other action tokens, or its chunks are longer.
     """
 
     def __init__(self, path: str, learner: CeedVLAPolicy) -> None:
         self.policy, self.pre, _ = load(path, learner.config.device)
         self.policy.requires_grad_(False)
         own, other = learner.config, self.policy.config
-        same = own.chunk_size == other.chunk_size and own.action_dim == other.action_dim
-        if not same or _meaning(own) != _meaning(other):
+        fits = own.action_dim == other.action_dim and _meaning(own) == _meaning(other)
+        # tokens that belong to no step do not begin a longer block
+        if self.policy.tokenizer.tokens_per_step is None or own.chunk_size < other.chunk_size:
+            fits = fits and own.chunk_size == other.chunk_size
+        if not fits:
             what = ", ".join(
                 f"{name} has chunks of {c.chunk_size} steps, {c.action_dim} dimensions and "
                 f"{c.action_tokens.type} tokens of {c.action_tokens.vocabulary_size} values"
@@ -49,7 +52,8 @@ class Imitated:
             )
             raise ConfigError(
                 f"imitate is {path}, whose action tokens differ: {what}; all settings of "
-                "--policy.action_tokens must be equal, the ranges too."
+                "--policy.action_tokens must be equal, the ranges too, and its chunks at most as "
+                "long."
             )
 
     def observation(self, frames: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +64,8 @@ class Imitated:
 
     @torch.no_grad()
     def logits(self, observation: dict[str, Any], tokens: Tensor) -> Tensor:
-        """Logits (B, n, V) of the tokens (B, n) of a chunk."""
+        """Logits (B, k, V) of the tokens (B, n) of a chunk, for the k of its own chunks."""
         backbone = self.policy.backbone
+        tokens = tokens[:, : self.policy.tokenizer.block_length]
         _, (logits,) = backbone.packed_logits(backbone.embed_prefix(observation), [tokens])
         return logits

@@ -36,7 +36,7 @@ class TrainConfig(RunConfig):
             disables the target).
         policy_path: Checkpoint to start from; it replaces `policy`, except for the device.
         imitate: Checkpoint whose predictions on the demonstrations are learnt, too, for example a
-            smaller policy's; it has the same action tokens.
+            smaller policy's; it has the same action tokens, and chunks at most as long.
         grounding_steps: Optimiser steps on grounding frames alone, before the others; by default
             1000, or a fifth of the time with max_minutes.
         grounding_gate: Largest median error of an object in a task on held-out scenes after these

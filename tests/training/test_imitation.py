@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ceed_vla.backbones.language.stems import StemConfig
 from ceed_vla.checkpoints import load
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError
+from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.supervision import divergence, teacher_loss
 from ceed_vla.training.distill import distill
 from ceed_vla.training.imitation import IMITATED, Imitated
@@ -97,7 +99,7 @@ def test_the_divergence_adds_to_the_loss(studio: Any) -> None:
 
 def test_other_action_tokens_are_refused(studio: Any, tmp_path: Path) -> None:
     folder = make_tiny_language_model(tmp_path / "model", layers=1)
-    for changes in ({"num_bins": 31}, {"chunk_size": 5}, {"action_low": [-2.0] * 7}):
+    for changes in ({"num_bins": 31}, {"chunk_size": 3}, {"action_low": [-2.0] * 7}):
         config = studio.train_config(
             tmp_path / "run",
             policy=new_policy(folder, studio.teacher, **changes),
@@ -115,3 +117,25 @@ def test_dimensions_may_be_counted_from_the_end(studio: Any, tmp_path: Path) -> 
     policy = CeedVLAPolicy(new_policy(folder, studio.teacher, gripper_dims=[-1]))
     assert load(studio.teacher)[0].config.action_tokens.gripper_dims == [6]
     Imitated(str(studio.teacher), policy)
+
+
+def test_a_longer_chunk_learns_the_predictions_of_its_first_steps(
+    studio: Any, tmp_path: Path
+) -> None:
+    folder = make_tiny_language_model(tmp_path / "model", layers=1)
+    policy = CeedVLAPolicy(new_policy(folder, studio.teacher, chunk_size=6)).eval()
+    other = Imitated(str(studio.teacher), policy)
+    frames = open_dataset(studio.demo).batch(list(range(4)), 6)
+    tokens = policy.tokenizer.encode(frames["action"])
+    observation = other.observation(frames)
+    found = other.logits(observation, tokens)
+    assert found.shape == (4, 4 * 7, 63)
+    torch.testing.assert_close(found, other.logits(observation, tokens[:, : 4 * 7]))
+    pre, _ = make_ceed_vla_pre_post_processors(policy.config)
+    longer = pre(dict(frames))
+    alone, _ = teacher_loss(policy, longer)
+    both, _ = teacher_loss(policy, longer, imitated=partial(other.logits, observation))
+    embeddings = policy.backbone.embed_prefix(longer)
+    _, (logits,) = policy.backbone.packed_logits(embeddings, [tokens])
+    apart = divergence(found, logits[:, : 4 * 7]).sum(1) / tokens.shape[1]
+    torch.testing.assert_close(both - alone, apart.mean())

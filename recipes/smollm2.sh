@@ -23,6 +23,7 @@ train() { # name [other flags]
     --root_weights 0.08,0.3,0.37,0.125,0.125 --imitate teacher --grounding_steps 0 --rounds 0 --muon_lr 0 --threads 1 \
     --save_every 50 --resume "$(started "$1")" "${@:2}"
 }
-train teacher --policy.backbone.type=language --policy.backbone.path="$out/model" --steps "${STEPS:-1500}" --lr 3e-4 \
+train teacher --policy.backbone.type=language --policy.backbone.path="$out/model" --policy.chunk_size 12 --steps "${STEPS:-1500}" \
+  --lr 3e-4 \
   --policy.action_tokens.action_range=fixed --policy.action_tokens.action_low="[-1, -1, -1, -0.25, -0.25, -1, -1]" \
   --policy.action_tokens.action_high="[1, 1, 1, 0.25, 0.25, 1, 1]"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -24,11 +21,9 @@ from ceed_vla.backbones.transformers.config import (
     read_architecture,
 )
 from ceed_vla.backbones.transformers.prompt_tokens import PromptTokensStep
-from ceed_vla.backbones.transformers.step_files import LOCAL
+from ceed_vla.backbones.transformers.published import read_published
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import ranged
-from ceed_vla.files import read_json
-from ceed_vla.weights import check_floating, check_sizes, check_weights, weight_files
 
 _NO_MODEL = "backbone.architecture does not describe a model"
 _COPY = "copy config.json again."
@@ -72,15 +67,8 @@ class LanguageConfig(TransformersConfig):
     def _read(self) -> PreTrainedModel:
         """The model in the folder `path`, cut to its first `layers`."""
         folder = published_folder(self.path, "backbone.path")
-        files = weight_files(folder)
-        text = json.dumps(read_json(folder / "config.json"))
-        check_sizes(files, *least_sizes(read_architecture(text)))
-        check_floating(files)
-        with (
-            raised_as(CheckpointError, f"{folder} does not load", "copy it again."),
-            _without_report(),
-        ):
-            config = AutoConfig.from_pretrained(folder, **LOCAL)
+
+        def cut(config: Any) -> None:
             all_layers = int(config.num_hidden_layers)
             if self.layers > all_layers:
                 raise ConfigError(
@@ -90,21 +78,8 @@ class LanguageConfig(TransformersConfig):
                 config.num_hidden_layers = self.layers
                 if getattr(config, "layer_types", None):
                     config.layer_types = config.layer_types[: self.layers]
-            loaded: Any = AutoModel.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                **LOCAL,
-            )
-        model, report = loaded
-        if lost := sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])]):
-            raise CheckpointError(
-                f"{folder} lacks {len(lost)} weights (the first is {lost[0]}); copy it again."
-            )
-        check_weights(model, folder)
-        return cast("PreTrainedModel", model)
+
+        return read_published(AutoModel, folder, cut=cut, dtype=torch.float32)
 
     def _described(self) -> PreTrainedModel:
         """The model that `architecture` describes; its weights must still be read."""
@@ -136,15 +111,3 @@ class LanguageConfig(TransformersConfig):
             raise ConfigError(
                 "The data have no observation.state; the language backbone needs a state vector."
             )
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Hide transformers' report of weights that are left out: the head, and later layers."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

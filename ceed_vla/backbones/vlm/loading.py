@@ -12,12 +12,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ceed_vla.backbones.transformers.cache_check import close, with_and_without_cache
-from ceed_vla.backbones.transformers.config import least_sizes, published_folder, read_architecture
-from ceed_vla.backbones.transformers.step_files import LOCAL
+from ceed_vla.backbones.transformers.config import published_folder, read_architecture
+from ceed_vla.backbones.transformers.published import read_published
 from ceed_vla.backbones.vlm.model import VLMBackbone
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json
-from ceed_vla.weights import check_floating, check_sizes, check_weights, weight_files
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -41,31 +40,9 @@ def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTra
             "image-text-to-text models "
             f"{', '.join(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))}."
         )
-    sizes = least_sizes(
-        read_architecture(json.dumps({k: v for k, v in config.items() if k != "auto_map"}))
+    return read_published(
+        AutoModelForImageTextToText, folder, dtype=dtype, attn_implementation=attention
     )
-    files = weight_files(folder)
-    check_sizes(files, *sizes)
-    check_floating(files)
-    with raised_as(CheckpointError, f"{folder} does not load", "copy it again."):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            output_loading_info=True,
-            **LOCAL,
-        )
-    model, report = loaded
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if names := sorted(str(name) for name in report.get(problem, ())):
-            raise CheckpointError(
-                f"{folder}: {len(names)} weights are {problem.removesuffix('_keys')} (the first is "
-                f"{names[0]}); the weights belong to another configuration, or a file is missing. "
-                "Copy the folder again."
-            )
-    check_weights(model, folder)
-    return cast("PreTrainedModel", model)
 
 
 def architecture(model: PreTrainedModel) -> str:

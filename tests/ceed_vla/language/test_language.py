@@ -261,5 +261,5 @@ def test_weights_that_are_missing(model_folder: Path, tmp_path: Path) -> None:
     name = next(name for name in weights if "layers.1.mlp" in name)
     weights.pop(name)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="lacks 1 weights"):
+    with pytest.raises(CheckpointError, match="1 weights are missing"):
         make_policy(folder)

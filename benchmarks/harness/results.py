@@ -55,6 +55,7 @@ class Run:
         errors: Episodes that ended by an error; they count as failures.
         held: Ticks of a live episode without a new action, in percent of its steps.
         late: Live episodes in which a tick took longer than its period.
+        steps: Control steps of every solved episode.
         actions: The actions of an episode.
     """
 
@@ -64,6 +65,7 @@ class Run:
     errors: int = 0
     held: list[float] = field(default_factory=list)
     late: int = 0
+    steps: list[int] = field(default_factory=list)
     actions: dict[Key, list[list[float]]] = field(default_factory=dict)
 
     @property
@@ -102,15 +104,18 @@ def read_run(folder: Path) -> Run:
     period_ms = 1000 / 20 * float(options["slower"])
     solved: dict[Key, bool] = {}
     held: list[float] = []
+    steps: list[int] = []
     errors = late = 0
     for task, episode in episodes:
         metrics = episode["metrics"]
         solved[task, int(episode["episode_id"])] = bool(metrics["success"])
         errors += bool(episode.get("failure_reason"))
+        if metrics["success"]:
+            steps.append(int(episode["steps"]))
         if "holds" in metrics:
             held.append(100 * metrics["holds"] / episode["steps"])
             late += metrics["longest_tick_ms"] > LATE * period_ms
-    return Run(folder.name, options, solved, errors, held, late, read_actions(folder))
+    return Run(folder.name, options, solved, errors, held, late, steps, read_actions(folder))
 
 
 def read_options(folder: Path) -> dict[str, str]:
@@ -175,8 +180,8 @@ def success_text(solved: Mapping[Key, bool]) -> str:
 def table(runs: Sequence[Run], reference: Run | None, own: Mapping[str, dict[Key, bool]]) -> str:
     """Markdown table of the runs."""
     lines = [
-        "| run | how | success [95 %] | against the reference, points [95 %] "
-        "| against our own evaluation | ticks that held, mean; late episodes | errors |",
+        "| run | how | success [95 %] | steps to success, median | against the reference, points "
+        "[95 %] | against our own evaluation | mean of ticks that held, late episodes, errors |",
         "|" + " -- |" * 7,
     ]
     for run in runs:
@@ -195,10 +200,11 @@ def table(runs: Sequence[Run], reference: Run | None, own: Mapping[str, dict[Key
             run.name,
             ", ".join(how),
             success_text(run.solved),
+            f"{np.median(run.steps):g}" if run.steps else "",
             paired,
             against(run.solved, ours) if ours and not run.live else "",
-            f"{np.mean(run.held):.0f} %; {run.late}" if run.live else "",
-            str(run.errors),
+            (f"{np.mean(run.held):.0f} % held, {run.late} late, " if run.live else "")
+            + f"{run.errors} errors",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

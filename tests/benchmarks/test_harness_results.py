@@ -75,14 +75,15 @@ def test_table_compares_episodes_with_the_reference(
         "late",
         "live, ceed, eager, 200 ms, slower by 5",
         "2 of 4 [15, 85]",
+        "100",
         "-25.0 [-65.5, +32.0], 4 episodes, 3 with equal actions",
         "",
-        "25 %; 4",  # 301 ms are late for ticks of 250 ms, not for those of 300 ms
-        "1",
+        # 301 ms are late for ticks of 250 ms, not for those of 300 ms
+        "25 % held, 4 late, 1 errors",
     ]
-    assert rows[1][3] == "+0.0 [-42.7, +42.7], 4 episodes, 4 with equal actions"
-    assert rows[1][5] == "25 %; 0"
-    assert rows[2][1:] == ["sync, ceed, eager", "3 of 4 [30, 95]", "", "", "", "1"]
+    assert rows[1][4] == "+0.0 [-42.7, +42.7], 4 episodes, 4 with equal actions"
+    assert rows[1][6] == "25 % held, 0 late, 1 errors"
+    assert rows[2][1:] == ["sync, ceed, eager", "3 of 4 [30, 95]", "100", "", "", "1 errors"]
     assert json.loads((output / "late.json").read_text())["tasks"][0]["task"] == SOUP
     assert (output / "live.png").stat().st_size > 1000
 
@@ -108,9 +109,9 @@ def test_the_table_and_the_plot_have_our_own_evaluation(
     (own / "episodes.jsonl").write_text(text)
     main(ResultsConfig(runs, tmp_path / "report", own=str(own)))
     rows = [cells(line) for line in capsys.readouterr().out.splitlines()[2:]]
-    assert rows[0][4].startswith("+0.0 [")
-    assert rows[0][4].endswith("], 1 episodes")
-    assert rows[1][4].startswith("+50.0 [")
+    assert rows[0][5].startswith("+0.0 [")
+    assert rows[0][5].endswith("], 1 episodes")
+    assert rows[1][5].startswith("+50.0 [")
     ours = {"ceed": {(SOUP, 0): True}, "ceed@100ms": {(SOUP, 0): False}, "teacher_ar": {}}
     axes = live_figure([], ours).axes[0]
     line = axes.get_lines()[0]

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import ranged
-from ceed_vla.sim.branches import NEEDED, branched
+from ceed_vla.sim.branches import NEEDED, BranchingSimulation, branched
 from ceed_vla.sim.environment import (
     TAKEOVER_SEEDS,
     EnvPool,
@@ -37,9 +36,8 @@ from ceed_vla.sim.rollout import (
     stack_previous,
     tokens_per_step,
 )
-from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
 from ceed_vla.starts import SerialGroup, Start
-from ceed_vla.workers import MOST, ClusterConfig, open_workers
+from ceed_vla.workers import ClusterConfig, open_workers
 
 
 @dataclass
@@ -106,20 +104,8 @@ class Groups:
                 yield from found
 
 
-@dataclass
-class ImproveSimulation:
-    """Simulator flags of `improve`.
-
-    Attributes:
-        env: Environment of the episodes; must have ``snapshot`` and the methods listed with it in
-            `ceed_vla.sim.environment`.
-        workers: Processes that share the episodes.
-        cluster: Ray cluster that runs the episodes instead.
-    """
-
-    env: EnvConfig = field(default_factory=mixed_tabletop)
-    workers: int = ranged(2, MOST)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+class ImproveSimulation(BranchingSimulation):
+    """Simulator flags of `improve`."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the command's function besides the configuration."""

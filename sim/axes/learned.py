@@ -22,8 +22,7 @@ from ceed_vla.checkpoints import load
 from ceed_vla.decoding.exits import Seen
 from ceed_vla.decoding.registry import register_exit
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import ranged
-from ceed_vla.sim.branches import NEEDED, branched
+from ceed_vla.sim.branches import NEEDED, BranchingSimulation, branched
 from ceed_vla.sim.environment import TAKEOVER_SEEDS, EnvPool, joined, observation_batch, turns
 from ceed_vla.sim.rollout import (
     SHARD,
@@ -35,8 +34,7 @@ from ceed_vla.sim.rollout import (
     stack_previous,
     tokens_per_step,
 )
-from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
-from ceed_vla.workers import MOST, ClusterConfig, Workers, open_workers
+from ceed_vla.workers import ClusterConfig, Workers, open_workers
 
 Decision = tuple[int, str, int]  # seed, task, number of chunks before the decision
 Outcome = tuple[str, int, str, bool, int]  # decoder, seed, task, solved, number of chunks
@@ -110,20 +108,8 @@ class SerialGroups:
         )
 
 
-@dataclass
-class ReinforceSimulation:
-    """Simulator flags of `reinforce`.
-
-    Attributes:
-        env: Environment of the episodes; must have ``snapshot`` and the methods listed with it in
-            `ceed_vla.sim.environment`.
-        workers: Processes that share the episodes.
-        cluster: Ray cluster that runs the episodes instead.
-    """
-
-    env: EnvConfig = field(default_factory=mixed_tabletop)
-    workers: int = ranged(2, MOST)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+class ReinforceSimulation(BranchingSimulation):
+    """Simulator flags of `reinforce`."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the command's function besides the configuration."""

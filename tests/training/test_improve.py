@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ceed_vla.checkpoints import load, save
@@ -213,6 +215,19 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(studio: Any, tmp_pat
         with pytest.raises(CheckpointError, match="cannot be resumed"):
             improve(settings(studio.teacher, part, resume=True), rollouts)
     (part / f"{state}.safetensors").write_bytes(content)
+    tensors = load_file(part / f"{state}.safetensors")
+    save_file(tensors | {min(tensors): tensors[min(tensors)] * math.nan}, part / "damaged")
+    damages = {
+        f"{state}.safetensors": (part / "damaged").read_bytes(),
+        f"{state}.json": b'{"starts": [[1, "t", [], [], 0]]}',
+    }
+    (part / "damaged").unlink()
+    for name, damage in damages.items():
+        whole_file = (part / name).read_bytes()
+        (part / name).write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"not finite|outside \(0, 1\]"):
+            improve(settings(studio.teacher, part, resume=True), rollouts)
+        (part / name).write_bytes(whole_file)
     shutil.rmtree(part / CHECKPOINT)  # as after an interrupt while it was replaced
     improve(settings(studio.teacher, part, iterations=3, resume=True), rollouts)
     reports = [(folder / "improve.json").read_text() for folder in (tmp_path / "whole", part)]

@@ -8,7 +8,6 @@ added to its weights, from which the next iteration's episodes are driven.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from itertools import batched, groupby
@@ -37,8 +36,6 @@ from ceed_vla.training.adapters import (
 from ceed_vla.training.improve.config import ImproveConfig
 from ceed_vla.training.improve.objective import Batch, chances, loss, predicted, stacked
 from ceed_vla.training.improve.space import StartSpace
-
-logger = logging.getLogger(__name__)
 
 REPORT = "improve.json"
 CHECKPOINT = Path("checkpoints") / "final" / "pretrained_model"
@@ -217,6 +214,8 @@ class Improvement:
             if report["state"] not in STATES:
                 raise ValueError("its state has another name")
             tensors = load_file(self.output / f"{report['state']}.safetensors")
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+                raise ValueError("its state has values that are not finite")
             for name, parameter in self.learning.items():
                 parameter.data.copy_(tensors[name])
                 self.optimizer.state[parameter] = {
@@ -225,10 +224,14 @@ class Improvement:
                     "exp_avg_sq": tensors[f"{name}:exp_avg_sq"].view_as(parameter),
                 }
             self.records, self.used = list(report["iterations"]), int(report["used_seeds"])
+            if self.steps < 0 or self.used < 0:
+                raise ValueError("its counts are negative")
             file = self.output / f"{report['state']}.json"
             found = read_json(file, most=MOST_STARTS, values=MOST_STARTS)
             for seed, task, actions, previous, score in found["starts"]:
                 start = Start(seed, task, tuple(map(tuple, actions)), tuple(previous))
+                if not 0 < score <= 1:
+                    raise ValueError("a start has a score outside (0, 1]")
                 self.space.known[start] = float(score)
 
     def _save_policy(self) -> None:

@@ -18,14 +18,20 @@ evaluate() { # name checkpoint seed episodes decoders
     --output_dir "$out/learning/$1" --resume "$([ -e "$out/learning/$1/episodes.jsonl" ] && echo true || echo false)"
 }
 
-# 1. Programs by importance, a router, and the best fixed drop of one, two and three layers (the report lists them).
+# 1. Programs by importance, and routers of them for three weights of the error. As controls, the same programs for all chunks.
 for harm in 0.05 0.1 0.2; do
   [ -e "$out/route_$harm/router.safetensors" ] || ceed-vla route --policy.path "$student" --roots "$reached" --programs 6 \
     --harm "$harm" --output_dir "$out/route_$harm"
+  evaluate "route_$harm" "$out/route_$harm" 40000 200 only=route0.2_conf0.2_cap2,route0_cap2
 done
-for harm in 0.05 0.1 0.2; do
-  evaluate "route_$harm" "$out/route_$harm" 40000 200 only=route0.2_conf0.2_cap2,route0_cap1
-done
+fixed=$(python - "$out/route_0.1/route.json" <<'END'
+import json, sys
+
+all_layers, *shorter = [set(p.split("-")) for p in json.load(open(sys.argv[1]))["programs"]]
+print(",".join(f"skip{'-'.join(sorted(all_layers - p, key=int))}p0.2_conf0.2_cap2" for p in shorter))
+END
+)
+evaluate skip "$student" 40000 200 "only=ceed,cap1,$fixed"
 
 # 2. The student of deep.sh again, with exits from the first step on: with a coarse branch, and linear ones as control. A
 #    second control adds exits of both kinds to the finished student.

@@ -39,6 +39,7 @@ from ceed_vla.training.run import ClosedLoop, Run
 from ceed_vla.training.run_config import ANY_NUMBER, RunConfig
 from ceed_vla.training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES
 from ceed_vla.training.summary import Summary
+from ceed_vla.training.trajectories import origin_of
 from ceed_vla.wording import counted
 
 STEPS = 400  # without a budget
@@ -156,6 +157,10 @@ class DistillRun(Run):
         )
         student.config.decoding = replace(
             student.config.decoding,
+            method="jacobi",
+            exits=(),
+            deadline_s=None,
+            window=None,
             watch="executed",
             max_iterations=config.max_iterations,
             confidence=config.confidence,
@@ -244,6 +249,9 @@ class DistillRun(Run):
         return data
 
     # ---- steps -----------------------------------------------------------------------------------
+
+    def origin(self) -> dict[str, Any]:
+        return origin_of(self.data.stores, self.config.held_out)
 
     def train_step(self) -> dict[str, float]:
         config, size = self.config, self.config.batch_size
@@ -362,7 +370,7 @@ class DistillRun(Run):
         decode = (
             partial(self.model, "decode_student") if self.sharded else self.objective.decode_student
         )
-        found, early = [], []
+        found, early, correct = [], [], []
         for rows in np.split(self.data.held_out, range(size, len(self.data.held_out), size)):
             batch = self.data.batch(rows)
             result = decode(batch, strict, batch["previous"])
@@ -371,17 +379,18 @@ class DistillRun(Run):
                 decode(batch, self.policy.config.decoding, batch["previous"]).iterations.float()
             )
             demonstrated = self.policy.tokenizer.encode(batch["action"])
-            agree = (
-                result.tokens == batch["fixed_point"],
-                once.tokens == result.tokens,
-                result.tokens == demonstrated,
-            )
+            agree = (result.tokens == batch["fixed_point"], once.tokens == result.tokens)
             live = batch["live"] / batch["live"].sum(1, keepdim=True)
             found.append((result.iterations.float(), *((same * live).sum(1) for same in agree)))
-        iterations, teacher, once, shown = (torch.cat(parts) for parts in zip(*found, strict=True))
+            # neither steps behind an episode's end nor what nobody demonstrated
+            valid = self.policy.tokenizer.weight(demonstrated, batch["action_is_pad"])
+            valid = valid[self.data.demonstrated(rows)].float()
+            same = (result.tokens == demonstrated)[self.data.demonstrated(rows)]
+            correct.append((same * valid).sum(1) / valid.sum(1).clamp(min=1e-9))
+        iterations, teacher, once = (torch.cat(parts) for parts in zip(*found, strict=True))
         return {
             "early_exit_forwards": torch.cat(early).mean().item(),
-            "token_accuracy": shown.mean().item(),
+            "token_accuracy": torch.cat(correct).mean().item(),
             "iterations_mean": iterations.mean().item(),
             "iterations_p95": iterations.quantile(0.95).item(),
             "teacher_agreement": teacher.mean().item(),

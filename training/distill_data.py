@@ -171,8 +171,7 @@ class DistillData:
     def _policy_driven(self) -> NDArray[np.bool_]:
         """Which rows (N,) are frames between the interventions of a dataset."""
         corrected = np.array([store.corrected for store in self.stores])[self.root]
-        found: NDArray[np.bool_] = corrected & ~self.shown[self._place(np.arange(len(self.root)))]
-        return found
+        return corrected & ~self.demonstrated(np.arange(len(self.root))).numpy()
 
     def _odds(self) -> NDArray[np.float64] | None:
         """Probability of each of `rows`; None if all are equal."""
@@ -249,7 +248,7 @@ class DistillData:
         fixed = found["fixed_point"]
         demonstration = self.policy.tokenizer.encode(batch["action"])
         distance = self.distance(fixed, batch)
-        shown = torch.from_numpy(self.shown[self._place(rows)]).to(distance.device)
+        shown = self.demonstrated(rows).to(distance.device)
         unlabelled = ~shown & distance.isinf()  # neither a whole chunk nor a demonstration
         distance = torch.where(shown, distance, 0.0)  # keep the teacher's label
         labels, replaced = mixed_labels(fixed, demonstration, distance, self.delta_max)
@@ -265,6 +264,10 @@ class DistillData:
             "label_weight": weight,
             "live": live,
         }
+
+    def demonstrated(self, rows: NDArray[np.int64]) -> Tensor:
+        """Whether the action of each row (B,) is a demonstration."""
+        return torch.from_numpy(self.shown[self._place(rows)])
 
     def distance(self, fixed: Tensor, batch: dict[str, Any]) -> Tensor:
         """Distance (B,) between the teacher's chunk and the demonstration, in normalised units."""

@@ -143,6 +143,9 @@ class DistillationObjective(nn.Module):
         _, logits = backbone.packed_logits(seen, [batch[block] for block in blocks.values()])
         have |= zip(blocks, logits, strict=True)
         terms = self.loss(**{name: have[name] for name in wanted})
+        if "counts" not in wanted:  # it is a mean over this part's rows
+            parts = {name: getattr(terms, name) for name in ("total", "consistency", "anchor")}
+            terms = replace(terms, **{n: batch["share"] * part for n, part in parts.items()})
         if self.exits is None:
             return terms
         target = have["teacher_logits"] if "teacher_logits" in have else have["fixed_logits"]

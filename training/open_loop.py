@@ -58,7 +58,7 @@ class OpenLoopConfig(Checked):
         chunks: Chunks of every decoder, one after every `executed_steps`, from the first episodes
             of every dataset.
         executed_steps: Steps executed of each chunk; the policy's n_action_steps if None.
-        device: Device to run on; the checkpoint's device if None.
+        device: Device to run on; the CPU if None.
         threads: CPU threads; torch's default if None.
     """
 
@@ -213,7 +213,8 @@ def _chosen_data(config: OpenLoopConfig, policy: Any, pre: Any, steps: int) -> _
     if not some:
         raise DatasetError(
             f"{config.roots}: no episode was held out, because the datasets have fewer than ten "
-            "episodes. Name a dataset that the policy was not trained on, without --held_out."
+            "episodes, or none that is demonstrated. Name a dataset that the policy was not "
+            "trained on, without --held_out."
         )
     roots = [roots[index] for index in some]
     stores = [stores[index] for index in some]
@@ -233,8 +234,11 @@ def _chosen_data(config: OpenLoopConfig, policy: Any, pre: Any, steps: int) -> _
 
 
 def _looked_at(store: FrameStore, held_out: float) -> NDArray[np.bool_]:
-    """Which frames (N,) are measured on; none if there are too few episodes to hold one out."""
-    return held_out_frames(store, held_out) if held_out else np.ones(len(store), dtype=bool)
+    """Which frames (N,) are measured on: those that training would imitate.
+
+    None if there are too few episodes to hold one out.
+    """
+    return store.shown & held_out_frames(store, held_out) if held_out else store.shown
 
 
 # ---- the verdict ---------------------------------------------------------------------------------
@@ -281,13 +285,14 @@ def _decode_all(
     mean = actions.mean(0)  # (A,)
     width = np.ptp(actions, axis=0)  # (A,)
     width[width == 0] = 1.0
-    episodes = data.episodes
+    episodes, moments = data.episodes, data.moments
     constant: list[float] = []
     for place, (store, frame) in enumerate(
-        tqdm(data.moments, desc="open loop", unit="chunk", dynamic_ncols=True)
+        tqdm(moments, desc="open loop", unit="chunk", dynamic_ncols=True)
     ):
         raw = store.batch(np.array([frame]), steps)
         goes_on = place > 0 and episodes[place] == episodes[place - 1]
+        goes_on = goes_on and frame == moments[place - 1][1] + steps
         wanted = raw["action"][0][~raw["action_is_pad"][0]].numpy()  # (steps or fewer, A)
         constant.append(float((np.abs(mean - wanted) / width).mean()))
         for row in rows.values():

@@ -27,7 +27,7 @@ from ceed_vla.training.budget import FEW_STEPS, STEP, StepTimer
 from ceed_vla.training.optim import build_optimizers, cosine_factor
 from ceed_vla.training.processes import layer_classes, new_accelerator
 from ceed_vla.training.run_config import ANY_NUMBER, RunConfig
-from ceed_vla.training.run_folder import CHECKPOINTS, TRACKER, RunFolder
+from ceed_vla.training.run_folder import CHECKPOINTS, TRACKER, RunFolder, check_origin
 from ceed_vla.training.summary import Summary
 
 logger = logging.getLogger(__name__)
@@ -189,6 +189,14 @@ class Run:
     def next_command(self, checkpoint: Path) -> str:
         """The command that a user runs next with the final checkpoint."""
         raise NotImplementedError
+
+    def origin(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run before; JSON types.
+
+        The datasets decide the words, ranges and statistics of a policy, and which frames are held
+        out.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """State besides weights, optimisers and torch's random state; JSON types."""
@@ -375,6 +383,7 @@ class Run:
                 "state": name,
                 "processes": self.accelerator.num_processes,
                 "total": self.total,
+                "origin": self.origin(),
             }
             with self.folder.writing():
                 settle(*(file for file in (self.output / name).rglob("*") if file.is_file()))
@@ -388,6 +397,7 @@ class Run:
             CheckpointError: The state cannot be read, or has other sizes.
         """
         progress = self.folder.read_progress(self.total)
+        check_origin(progress, self.origin(), self.output)
         folder = self.output / progress["state"]
         advice = "repeat the settings that it was started with, or start again in another folder."
         with raised_as(CheckpointError, f"{folder} cannot be resumed", advice, passing=()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from ceed_vla import invocation
@@ -127,6 +128,23 @@ class RunFolder:
                 "that the run was started with, or start again."
             )
         return progress
+
+
+def check_origin(progress: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise `CheckpointError` if a run in `folder` was started from other data than `now`.
+
+    Older runs did not store theirs.
+    """
+    before = progress.get("origin", now)
+    changed = [
+        name for name in now if not isinstance(before, dict) or before.get(name) != now[name]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"The run in {folder} cannot be resumed: {' and '.join(changed)} differ from those "
+            "that it was started with. Name the same datasets, unchanged, with the same share held out, "
+            "or start a new run in another folder; it may begin with this run's last checkpoint."
+        )
 
 
 def _step_of(line: str) -> object:

@@ -59,6 +59,7 @@ from ceed_vla.training.teacher_objective import TeacherObjective
 from ceed_vla.training.teacher_policy import check_demonstrations, initial_policy
 from ceed_vla.training.teacher_state import Sizes, read_sizes, read_takeovers
 from ceed_vla.training.train_config import TrainConfig
+from ceed_vla.training.trajectories import origin_of
 from ceed_vla.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -370,6 +371,9 @@ class TeacherRun(Run):
         self.mixture = self._mixture()
         self.save_state()
         self.model.train()
+
+    def origin(self) -> dict[str, Any]:
+        return origin_of([*self.demonstrations, *self.grounding], self.config.held_out)
 
     def state_dict(self) -> dict[str, Any]:
         sizes = Sizes(self.first, self.batch_size, self.speeds)

@@ -214,6 +214,12 @@ def describe(stores: Sequence[FrameStore]) -> list[dict[str, Any]]:
     return [{"name": s.root.name, "frames": len(s), "digest": s.digest} for s in stores]
 
 
+def origin_of(stores: Sequence[FrameStore], held_out: float) -> dict[str, Any]:
+    """What a run trains on, for `ceed_vla.training.run.Run.origin`."""
+    tasks = [store.tasks for store in stores]
+    return {"datasets": describe(stores), "tasks": tasks, "held_out": held_out}
+
+
 def are_those(stores: Sequence[FrameStore], stored: list[dict[str, Any]]) -> bool:
     """Whether `stored` describes these datasets; without a digest, name and frames decide."""
     own = describe(stores)

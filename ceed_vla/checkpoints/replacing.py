@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import glob
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from pathlib import Path
 from secrets import token_hex
 
 from ceed_vla.errors import CheckpointError
+from ceed_vla.files import read_json
 from ceed_vla.folders import MANIFEST
 
 PENDING = ".saved"
@@ -79,9 +79,11 @@ def finish_replacing(folder: Path, belonging: Callable[[Path], set[str]]) -> Non
     """Finish a replacement in `folder` that a kill ended after its atomic step.
 
     Raises:
-        CheckpointError: The folder cannot be written here.
+        CheckpointError: The folder cannot be written here, or no save of ours left what is in it.
     """
     pending = folder / PENDING
+    if pending.is_symlink():  # the files of another folder would be moved
+        raise CheckpointError(f"{pending} is a link, which no save leaves behind; remove it.")
     if not (pending / MANIFEST).is_file():
         return
     try:
@@ -146,7 +148,13 @@ def _replace_inside(stage: Path, target: Path, belonging: Callable[[Path], set[s
 
 def _move_up(pending: Path, folder: Path, belonging: Callable[[Path], set[str]]) -> None:
     """Move the files of `pending` into `folder`, the manifest last, so that it can be repeated."""
-    new = {MANIFEST, *json.loads((pending / MANIFEST).read_text(encoding="utf-8"))["files"]}
+    files = read_json(pending / MANIFEST).get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(
+            f"{pending / MANIFEST} lists no files, so the interrupted save cannot be finished; "
+            f"remove {pending}, or copy the checkpoint again."
+        )
+    new = {MANIFEST, *files}
     for name in belonging(folder) - new:
         (folder / name).unlink(missing_ok=True)
     names = sorted(os.listdir(pending), key=lambda name: name == MANIFEST)

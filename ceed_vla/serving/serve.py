@@ -46,6 +46,8 @@ class ServeConfig(Checked):
             training data, if they are known.
         units: Their units, separated by commas, or one for all: rad, deg, m, ...; empty if unknown.
         decoding: Decoder name, unless a request names another one.
+        chunk_deadline: Time limit by which the decoding plan selects among the plans [s]; 0 for one
+            step of the robot, or 1 s if its rate is not known.
         engine: Engine of the policy: eager, compiled, edge (an export), or auto (edge on a CPU if
             the policy can be exported, else eager).
         threads: CPU threads of inference; 0 for one per core.
@@ -72,6 +74,7 @@ class ServeConfig(Checked):
     action_names: str = ""
     units: str = ""
     decoding: str = "ceed"
+    chunk_deadline: float = ranged(0.0, "[0, 3600]")
     engine: str = chosen("auto", ENGINES)
     threads: int = ranged(1, THREADS)
     device: str = "cpu"
@@ -110,10 +113,12 @@ def serve(config: ServeConfig) -> str:
     resolved = str(resolve_served(config.policy_path))
     declared = _declared(config, declared_spec(resolved))
     protocol = _protocol(config, declared)
+    step = 1.0 / declared.control_rate if declared.control_rate else 1.0
     settings = PredictorSettings(
         resolved,
         discover_packages=",".join(discovered()),
         decoding=config.decoding,
+        chunk_deadline=config.chunk_deadline or step,
         threads=config.threads or os.cpu_count() or 1,
         device=config.device,
         engine="eager" if config.max_batch > 1 and config.engine == "auto" else config.engine,

@@ -37,7 +37,7 @@ class ServedExport:
         self._policy = policy
         self._spec = spec
         settings = policy.settings
-        self.vocabulary = set(settings.text.vocabulary or ())
+        self.vocabulary = set(settings.text.vocabulary or settings.text.stem_vocabulary or ())
         self.tokens_per_step = self._policy.vocabulary.tokens_per_step
         self.chunk_steps = self._policy.vocabulary.chunk_steps
         self.n_action_steps = settings.n_action_steps
@@ -51,6 +51,7 @@ class ServedExport:
         check_instruction(request.instruction, self.vocabulary)
         try:
             self._policy.reader.words(request.instruction)
+            self._policy.reader.stem_words(request.instruction)
         except ObservationError as error:
             raise InstructionError(str(error)) from error
         return self._policy.prepare(observation, request.instruction)

@@ -202,6 +202,7 @@ class _Actor:
             begin(self._work.packages)
             for one in self._shipped:
                 unpack(one, self._job)
+            self._shipped = ()  # else every worker would keep the checkpoints in memory
             make, arguments = importlib.import_module("ray").get(self._work.reference)
             self._function = make(*arguments)
         except Exception as error:

@@ -141,6 +141,7 @@ class Recorder:
         while (reply := self._worker.poll()) is not None:
             self._take(reply)
         if self._worker.failed is not None and self.phase is not Phase.FAILED:
+            self.rows.finish()  # nothing takes the rows any more
             self._enter(Phase.FAILED, self._worker.failed)
         if self.phase is Phase.RECORDING or (self.phase is Phase.STORING and not self._ending):
             self._pass_on(now)

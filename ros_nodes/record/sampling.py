@@ -165,8 +165,8 @@ class FrameSampler:
         self._end = math.inf
 
     def stop(self, time: float) -> None:
-        """End the episode: no frame ends later than `time`."""
-        self._end = time
+        """End the episode: no frame ends later than `time`, or than an earlier end."""
+        self._end = min(self._end, time)
 
     def put(self, name: str, stamp: float, value: Any) -> None:
         """Take a sample of an input."""
@@ -175,6 +175,8 @@ class FrameSampler:
             looked = self._time(self.frames if name in self._following else self.frames - 1)
             used = self._used.get(name, -math.inf)
             self.losses.late[name] += used < stamp <= looked + _ROUNDING
+        if stamp > self._end + KEPT:
+            return  # of no frame; the end may be long ago until somebody stores the episode
         self._series[name].put(stamp, value)
         if self._start is None or self.gap:
             self._series[name].drop_before(stamp - KEPT)
@@ -183,6 +185,7 @@ class FrameSampler:
         """Make no more frames until `start`; only recent samples are kept from now on."""
         self._start = None
         self._asked = math.nan
+        self._end = math.inf
 
     def ready(self, now: float) -> Iterator[Frame]:
         """Yield the frames that are complete at the time `now`; `math.inf`: all."""

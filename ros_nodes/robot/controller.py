@@ -20,7 +20,11 @@ import numpy as np
 
 from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.controller_guides import Guides
-from ceed_vla.ros_nodes.robot.controller_objections import Objections
+from ceed_vla.ros_nodes.robot.controller_objections import (
+    Objections,
+    after_conflict,
+    with_remedy,
+)
 from ceed_vla.ros_nodes.robot.controller_pose import PoseWatch
 from ceed_vla.ros_nodes.robot.controller_states import ControllerState, Event, StateMachine
 from ceed_vla.ros_nodes.robot.controller_steps import FIRST_CHUNK, Blend, StepRunner
@@ -176,15 +180,15 @@ class PolicyController:
         """
         before = self._objections.conflict or ""
         present = self._safety.forbidden or Hold("", "")
-        nameless = UNNAMED in before and present.detail == _conflict(before)
+        nameless = UNNAMED in before and present.detail == after_conflict(before)
         if reason is not None and (nameless or self._safety.enabled or self._insists):
-            self._forbid(_conflict(reason))
+            self._forbid(after_conflict(reason))
         self._objections.conflict = reason
 
     def interrupt(self, why: str) -> None:
         """Forbid motion until an operator allows it again; no effect if motion is not allowed."""
         if self._safety.enabled or self._insists:
-            self._forbid(_with_remedy(why))
+            self._forbid(with_remedy(why))
 
     def disable(self) -> None:
         """Hold once, then send nothing until `enable`."""
@@ -211,9 +215,14 @@ class PolicyController:
     def reset(self) -> str:
         """Unlatch the stop and accept the arm's pose; disabled motion stays disabled.
 
+        Motion that is allowed is disabled if the pose is not trusted at present: accepting it must
+        not be what lets the arm move on.
+
         Returns how the pose differs from the last trusted pose; "" if it does not.
         """
         self._insists = False
+        if not self._safety.trusted:
+            self.interrupt("~/reset accepted a pose that was not trusted")
         return self._safety.reset()
 
     # ---- control loop ----------------------------------------------------------------------------
@@ -247,7 +256,8 @@ class PolicyController:
             self.hold = self._silent_hold(clock, hold)
             return None
         if self._guides.update(now):
-            self._change_charge()
+            self._change_charge(clock)
+            hold = self._objections.first()
         return self._command(now, dt, clock, self._guides.hold or hold)
 
     def after_tick(self, now: float) -> None:
@@ -336,7 +346,9 @@ class PolicyController:
         commanding = self.machine.commanding
         if not known or (commanding and not regained):
             return commanding
-        self._pose.refusal = self._safety.restart(self.ages(clock)[JOINT_STATES])
+        self._pose.refusal = self._safety.restart(
+            self.ages(clock)[JOINT_STATES], resumed=commanding
+        )
         if self._pose.refusal is not None:
             self._go_silent(Event.ELSEWHERE)
             return False
@@ -387,7 +399,7 @@ class PolicyController:
         """Return the command of this tick, and change the state."""
         event = self._guides.event
         if event is not None:
-            decision = self._guides.command(dt, self.ages(clock))
+            decision = self._guides.command(dt, self.ages(clock), self._observations.opening)
             if self._guides.arrived(decision):
                 self.disable()
         else:
@@ -405,9 +417,12 @@ class PolicyController:
         self.statistics.sent(now, decision.positions, self._steps.take_seam())
         return decision
 
-    def _change_charge(self) -> None:
+    def _change_charge(self, clock: float) -> None:
         """Drop the policy's chunks, because a person took over, gave back, or is lost."""
         self._steps.drop()
+        self._objections.allowed_at = (
+            clock  # the next chunk is of images that the policy answers for
+        )
         last = self._safety.last_command
         assert last is not None
         self._steps.blend.restart(last)
@@ -432,13 +447,3 @@ class PolicyController:
         if self._safety.stopped is not None or forbidden is None:
             hold = forbidden or self._pose_fault(clock) or self._pose.refusal or hold
         return hold or forbidden
-
-
-def _conflict(reason: str) -> str:
-    """Return why motion is disabled after a conflict."""
-    return _with_remedy(f"there was a conflict: {reason}")
-
-
-def _with_remedy(why: str) -> str:
-    """Return a reason for disabled motion together with its remedy."""
-    return f"{why}; see where the arm is, then call ~/enable"

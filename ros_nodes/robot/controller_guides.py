@@ -68,12 +68,15 @@ class Guides:
             self.home = None
         return changed
 
-    def command(self, dt: float, ages: Mapping[str, float | None]) -> Decision:
+    def command(
+        self, dt: float, ages: Mapping[str, float | None], opening: float | None
+    ) -> Decision:
         """Return the command of this tick, for which images do not matter.
 
         Args:
             dt: Time since the last command [s].
             ages: Input -> age [s], None if it never arrived.
+            opening: Measured opening of the gripper [m]; None if it is not measured.
         """
         last = self._safety.last_command
         assert last is not None
@@ -81,7 +84,8 @@ class Guides:
         gripper = None
         if self.charge is Charge.PERSON and self._person is not None:
             wanted = self._person.command(last, dt)
-            gripper = self._person.opening(self._safety.last_opening)
+            commanded = self._safety.last_opening
+            gripper = self._person.opening(opening if commanded is None else commanded)
         else:
             assert self.home is not None
             wanted = self.home.command(last, dt, self._safety.limits.max_acceleration)

@@ -38,3 +38,13 @@ class Objections:
         if taken is not None and taken < self.allowed_at:
             return Hold(WAITING, "for images taken after motion was enabled")
         return None
+
+
+def after_conflict(reason: str) -> str:
+    """Return why motion is disabled after a conflict."""
+    return with_remedy(f"there was a conflict: {reason}")
+
+
+def with_remedy(why: str) -> str:
+    """Return a reason for disabled motion together with its remedy."""
+    return f"{why}; see where the arm is, then call ~/enable"

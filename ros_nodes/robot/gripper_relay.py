@@ -1,8 +1,9 @@
 """Node between the policy node's gripper topic and a gripper driver that only has an action.
 
 It sends every new opening as a goal of ``control_msgs/action/GripperCommand``, which replaces the
-goal before. With `joint`, it publishes the position of the driver's last feedback as joint states
-at 50 Hz, from the first feedback on.
+goal before. An opening is sent while it is new: after a stop, a driver that starts again gets none
+until somebody commands one. With `joint`, it publishes the position of the driver's last feedback
+as joint states at 50 Hz, from the first feedback on, while the driver is there.
 """
 
 # ceed_vla.ros_nodes.robot.messages is imported first, because its error explains a missing ROS.
@@ -10,6 +11,7 @@ from __future__ import annotations  # noqa: I001
 
 import math
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +27,9 @@ from ceed_vla.ros_nodes.robot import parameters
 from ceed_vla.ros_nodes.robot.parameters import START, NodeParameter
 from ceed_vla.ros_nodes.robot.ros_types import message_class
 from ceed_vla.ros_nodes.robot.spinning import run
+
+# Time for which an opening is sent [s]; the policy node repeats its own every 0.1 s in motion.
+NEW = 0.5
 
 RELAY_PARAMETERS = (
     NodeParameter(
@@ -78,6 +83,7 @@ class GripperRelay(Node):
         self._tolerance = values["tolerance"]
         self._joint = values["joint"]
         self._wanted: float | None = None  # newest opening [m]
+        self._arrived = -math.inf  # its steady time [s]
         self._sent: float | None = None  # opening of the last goal [m]
         try:
             self._type = message_class(values["action_type"])
@@ -104,14 +110,17 @@ class GripperRelay(Node):
             )
             return
         self._wanted = float(message.data[0])
+        self._arrived = time.monotonic()
 
     def _send(self) -> None:
-        """Send the newest opening, unless the last goal has it."""
+        """Send the newest opening, unless the last goal has it or it is old."""
+        if time.monotonic() - self._arrived > NEW:
+            self._wanted = None
         wanted = self._wanted
         if wanted is None:
             return
         if not self._client.server_is_ready():
-            self._sent = None  # a driver that starts again gets the opening again
+            self._sent = None  # a driver that starts again gets a repeated opening again
             self.get_logger().warning(
                 "The gripper's action server is not there.", throttle_duration_sec=5.0
             )
@@ -144,7 +153,7 @@ class GripperRelay(Node):
 
     def _publish(self) -> None:
         """Publish the last position of the driver."""
-        if self._states is None or self._opening is None:
+        if self._states is None or self._opening is None or not self._client.server_is_ready():
             return
         states = JointState(name=[self._joint], position=[self._opening])
         states.header.stamp = self.get_clock().now().to_msg()

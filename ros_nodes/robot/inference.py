@@ -163,6 +163,10 @@ class InferenceWorker:
                 self.failed = str(error)
                 logger.error("%s", error)
                 response = Response(job[0].id, error=self.failed)
+            except Exception as error:  # else the node would wait for this thread for ever
+                logger.exception("The inference thread has ended.")
+                self.failed = f"The inference thread has ended. {type(error).__name__}: {error}"
+                response = Response(job[0].id, error=self.failed)
             self._answer(response)
 
     def _respond(self, request: Request, deadline: float | None) -> Response:

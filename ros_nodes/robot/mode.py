@@ -14,6 +14,8 @@ from ceed_vla.texts import short
 
 WAITING = "waiting"  # code of a hold: the first chunk, or what it needs, is missing
 STARVED = "starved"  # code of a hold: the chunk ended before the next one arrived
+LATE_CHUNK = "late_chunk"  # code of a hold: the answer came so late that it was dropped
+POLICY_ERROR = "policy_error"  # code of a hold: the policy failed in a way that has no other code
 LOADING = "the policy is being loaded"
 # Holds that are not a fault of the robot or its inputs.
 HARMLESS = (WAITING, STARVED, "disabled", "no_instruction", "bad_instruction")

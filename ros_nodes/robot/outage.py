@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ceed_vla.ros_nodes.robot.mode import HARMLESS
+from ceed_vla.ros_nodes.robot.mode import HARMLESS, STARVED
 from ceed_vla.ros_nodes.robot.safety import Hold
 
 RESUME_WITHIN = 5.0  # default of the longest outage after which motion resumes automatically [s]
@@ -25,10 +25,12 @@ class Outage:
         """Take the hold of the last tick, at steady time `now` [s], and the inputs' ages [s].
 
         Returns why motion must not resume by itself; "" if it may. An input that never arrived is
-        not an outage.
+        not an outage, nor is a first chunk that is not there yet; a policy that does not answer in
+        motion is.
         """
         missing = hold is not None and hold.code == "stale" and None in ages
-        if hold is None or hold.code in HARMLESS or missing:
+        harmless = hold is None or (hold.code in HARMLESS and hold.code != STARVED)
+        if hold is None or harmless or missing:
             self._since = None
             return ""
         if self._since is None:

@@ -43,8 +43,21 @@ if TYPE_CHECKING:
 
 GRIP_SHARE = 0.15  # of the gripper's way: how near a leader's gripper must be to be followed
 # Parameters of a policy on this computer, and of one on a server.
-OF_HERE = ("device", "engine", "inference_mode", "inference_python", "inference_delay")
-OF_SERVER = ("inference_key_file", "inference_ca_file")
+OF_HERE = (
+    "device",
+    "engine",
+    "inference_mode",
+    "inference_python",
+    "inference_threads",
+    "inference_delay",
+    "chunk_deadline",
+)
+OF_SERVER = (
+    "inference_key_file",
+    "inference_ca_file",
+    "inference_timeout",
+    "inference_jpeg_quality",
+)
 
 
 @dataclass(frozen=True)
@@ -196,7 +209,13 @@ def _checked_setup(
     grid = StepGrid(values["command_rate"], robot.action.dt, slew)
     instruction = values["instruction"]
     stream = PolicyStream(
-        observations, motion, worker, grid, replan_steps=replan_steps, instruction=instruction
+        observations,
+        motion,
+        worker,
+        grid,
+        replan_steps=replan_steps,
+        instruction=instruction,
+        within=values["resume_within"],
     )
     person = make_person(robot, model, limits)
     controller = PolicyController(

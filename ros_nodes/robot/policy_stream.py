@@ -11,9 +11,10 @@ from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.ros_nodes.robot.chunk_stream import ChunkRequest, ChunkStream, Target
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker
 from ceed_vla.ros_nodes.robot.loop_statistics import LoopStatistics
-from ceed_vla.ros_nodes.robot.mode import WAITING
+from ceed_vla.ros_nodes.robot.mode import LATE_CHUNK, POLICY_ERROR, WAITING
 from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.observations import Observations
+from ceed_vla.ros_nodes.robot.outage import RESUME_WITHIN
 from ceed_vla.ros_nodes.robot.safety import Hold
 from ceed_vla.ros_nodes.robot.step_grid import UNSURE, StepGrid
 from ceed_vla.serving.predictor import BAD_IMAGE, BAD_INSTRUCTION, LOOK, Request, Response
@@ -48,7 +49,9 @@ class PolicyStream(ChunkStream):
 
     Requests begin as soon as the worker is ready; its `begin` must have been called. This class
     owns the `grid`: other classes read it, and only the methods here move it. `replan_steps` is as
-    in `ChunkStream`; with None it comes from the checkpoint. `now` is the grid's steady time [s].
+    in `ChunkStream`; with None it comes from the checkpoint. An answer that takes longer than
+    `within` [s] is dropped, because its images show an old situation. `now` is the grid's steady
+    time [s].
 
     Attributes:
         grid: Position of the newest tick in the running step.
@@ -69,8 +72,10 @@ class PolicyStream(ChunkStream):
         *,
         replan_steps: int | None = None,
         instruction: str = "",
+        within: float = RESUME_WITHIN,
     ) -> None:
         self.grid = grid
+        self._within = within
         self.statistics = LoopStatistics(grid.nominal)
         self._observations = observations
         self._motion = motion
@@ -241,6 +246,12 @@ class PolicyStream(ChunkStream):
         if response.id == LOOK or response.code == BAD_IMAGE:
             self.cancel(response.id)  # the next tick holds, without a failure of the policy
             return False
+        if sent is not None and response.error is None and now - sent.sent_at > self._within:
+            text = (
+                f"the chunk took {now - sent.sent_at:.1f} s, longer than resume_within "
+                f"({self._within:g} s), and was dropped: its images are too old"
+            )
+            response = Response(response.id, error=text, code=LATE_CHUNK, seen=response.seen)
         if response.error is None:
             try:
                 remaining = self.grid.remaining(now)
@@ -325,7 +336,7 @@ class PolicyStream(ChunkStream):
     def _failed(self, response: Response, now: float) -> None:
         self.cancel(response.id)
         if response.code != BAD_INSTRUCTION:
-            self.failure = response.code
+            self.failure = response.code or POLICY_ERROR
         elif self._requested_instruction == self.instruction:
             self._refusal = response.error
         self._retry_at = now + min(_FIRST_RETRY * 2**self._failures, _LAST_RETRY)

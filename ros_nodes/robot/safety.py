@@ -111,13 +111,18 @@ class SafetyFilter:
         return None if self._trust.pose is None else self._trust.pose.copy()
 
     @property
+    def trusted(self) -> bool:
+        """Whether the newest joint state is trusted."""
+        return self._trust.trusted
+
+    @property
     def last_command(self) -> Array | None:
         """Last command (J,) [rad]; None before the first one."""
         return None if self._last is None else self._last.copy()
 
     @property
     def last_opening(self) -> float | None:
-        """Last commanded opening of the gripper [m]; None before the first one."""
+        """Last commanded opening of the gripper [m]; None before the first one after `enable`."""
         return self._gripper
 
     def measure(
@@ -199,11 +204,15 @@ class SafetyFilter:
         self.enabled = True
         return None
 
-    def restart(self, age: float | None) -> Hold | None:
+    def restart(self, age: float | None, *, resumed: bool = False) -> Hold | None:
         """Continue from the measured position without an operator: as `enable`, but a latched fault
-        refuses it.
+        refuses it. If `resumed` after a hold, the gripper's command stays valid.
         """
-        return self._latched or self.enable(age)
+        gripper = self._gripper
+        refused = self._latched or self.enable(age)
+        if refused is None and resumed:
+            self._gripper = gripper
+        return refused
 
     def disable(self, why: str = NOT_ENABLED) -> None:
         """Hold until `enable`; while motion is disabled, the first reason is retained."""

@@ -133,7 +133,7 @@ def test_texts_that_are_no_instructions_never_reach_the_policy(text: str) -> Non
     assert loop.controller.hold is None
 
 
-@pytest.mark.parametrize(("code", "hold"), [("not_finite", "not_finite"), ("", "starved")])
+@pytest.mark.parametrize(("code", "hold"), [("not_finite", "not_finite"), ("", "policy_error")])
 def test_a_policy_that_fails_is_asked_less_and_less_often(code: str, hold: str) -> None:
     loop = Loop()
     loop.run(1.0)
@@ -150,6 +150,39 @@ def test_a_policy_that_fails_is_asked_less_and_less_often(code: str, hold: str) 
     starved = loop.stream.counters.starved
     loop.run(5.0)
     assert loop.stream.counters.starved == starved
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["in motion", "before the first chunk"])
+def test_a_chunk_of_old_images_moves_nothing(begun: bool) -> None:
+    loop = Loop()
+    if begun:
+        loop.run(1.0)
+    loop.policy.delay = 30.0
+    loop.run(3.0)
+    assert hold_code(loop) == ("starved" if begun else "waiting")
+    loop.run(15.0)  # a policy that stands still in motion needs an operator; a first chunk does not
+    assert loop.controller.state.mode == ("disabled" if begun else "waiting")
+    loop.policy.delay = 0.02
+    before = loop.position.copy()
+    loop.run(30.0)
+    if begun:
+        np.testing.assert_array_equal(loop.position, before)
+        assert "after more than 5 s (resume_within) of starved" in loop.controller.state.detail
+        assert loop.controller.enable(loop.now) is None
+        loop.run(0.5)
+    assert loop.controller.hold is None
+    assert max(loop.controller.statistics.to_command) < 0.3  # none from the old images
+
+
+def test_a_policy_that_is_always_too_slow_is_told() -> None:
+    loop = Loop()
+    loop.policy.delay = 6.0
+    loop.run(7.0)
+    assert hold_code(loop) == "late_chunk"
+    assert "the chunk took 6.0 s, longer than resume_within (5 s)" in loop.controller.hold.detail
+    loop.run(10.0)
+    assert loop.controller.state.mode == "disabled"
+    assert not np.any(loop.position)
 
 
 # ---- inputs that repeat themselves ---------------------------------------------------------------

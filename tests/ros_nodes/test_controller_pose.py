@@ -131,6 +131,25 @@ def test_a_long_outage_ends_in_disabled(what: str) -> None:
     assert loop.controller.hold is None
 
 
+def test_a_reset_before_the_pose_settles_does_not_let_the_arm_go_on() -> None:
+    loop = Loop(step=0.3)
+    loop.run(1.0)
+    loop.states = False
+    loop.run(1.0)
+    loop.position = loop.position + 1.0  # pushed meanwhile
+    loop.states = True
+    loop.run(0.1)
+    assert hold_code(loop) == "unsettled_pose"
+    count = len(loop.sent)
+    loop.controller.reset()
+    loop.run(2.0)
+    assert not sent_since(loop, count)
+    assert "~/reset accepted a pose that was not trusted" in loop.controller.state.detail
+    assert loop.controller.enable(loop.now) is None
+    loop.run(0.5)
+    assert loop.controller.hold is None
+
+
 def test_an_input_that_never_came_is_waited_for() -> None:
     loop = Loop(enable=False)
     loop.observations.forget()

@@ -88,7 +88,52 @@ def test_openings_are_goals_and_positions_come_back(graph: Any) -> None:
         graph.spin(0.3)
         assert len(goals) == 2
         refuses.clear()
+        topic.publish(Float64MultiArray(data=[0.0]))  # as the policy node repeats it
         graph.wait(lambda: goals[-1] == 85, "the refused opening to be sent again")
+    finally:
+        graph._executor.remove_node(relay)
+        relay.destroy_node()
+
+
+def test_a_driver_that_starts_again_gets_no_old_opening(graph: Any) -> None:
+    goals: list[int] = []
+
+    def execute(handle: Any) -> Any:
+        goals.append(handle.request.order)
+        handle.succeed()
+        return fibonacci.Result(sequence=[handle.request.order])
+
+    def driver() -> ActionServer:
+        action = "/gripper_controller/gripper_cmd"
+        return ActionServer(graph.node, fibonacci, action, execute_callback=execute)
+
+    relay = CountingRelay(
+        context=graph.node.context,
+        parameter_overrides=parameters(
+            action_type="test_msgs/action/Fibonacci", scale=1000.0, joint="gripper"
+        ),
+    )
+    graph._executor.add_node(relay)
+    try:
+        first = driver()
+        states = graph.listen("/joint_states", JointState, COMMAND)
+        topic = graph.node.create_publisher(
+            Float64MultiArray, "/gripper_controller/commands", COMMAND
+        )
+        graph.wait(topic.get_subscription_count, "the relay")
+        topic.publish(Float64MultiArray(data=[0.03]))
+        graph.wait(lambda: goals == [30] and states, "the goal and the position")
+        first.destroy()
+        graph.wait(lambda: not relay._client.server_is_ready(), "the end of the driver")
+        heard = len(states)
+        graph.spin(0.7)
+        assert len(states) <= heard + 5  # a driver that is gone has no position
+        driver()
+        graph.wait(relay._client.server_is_ready, "the driver")
+        graph.spin(0.5)
+        assert goals == [30]
+        topic.publish(Float64MultiArray(data=[0.03]))
+        graph.wait(lambda: goals == [30, 30], "the opening that was commanded again")
     finally:
         graph._executor.remove_node(relay)
         relay.destroy_node()

@@ -242,6 +242,41 @@ def test_a_leaders_gripper_is_followed_once_it_was_near() -> None:
     assert openings == [None, None, 0.035, 0.05]
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "followed"),
+    [(0.01, [None, None, 0.06, 0.08]), (np.inf, [0.08, 0.075, 0.06, 0.08])],
+)
+def test_where_the_opening_is_unknown_the_person_moves_the_leaders_gripper_first(
+    tolerance: float, followed: list[float | None]
+) -> None:
+    guide = LeaderGuide(JOINTS, np.ones(2), None, grip_tolerance=tolerance)
+    person = Person(guide, Patience(timeout=0.2, release=0.3, by_button=False))
+    openings = []
+    for index, opening in enumerate((0.08, 0.075, 0.06, 0.08)):
+        now = 1.0 + 0.01 * index
+        person.take(Wish(True, joints=np.zeros(2), opening=opening), now)
+        person.update(now, np.zeros(2))
+        openings.append(person.opening(None))
+    assert openings == followed
+
+
+def test_after_the_person_the_first_chunk_is_of_new_images() -> None:
+    loop = Loop(camera_rate=5.0, step=0.3)
+    loop.run(2.0)
+    loop.leader = loop.position.copy()
+    loop.hand = True
+    loop.run(0.5)
+    assert loop.controller.charge is Charge.PERSON
+    asked = len(loop.policy.asked)
+    loop.hand = False
+    while loop.controller.charge is Charge.PERSON:
+        loop.run(0.015)
+    next_image = loop._next_image
+    loop.run(1.0)
+    assert loop.controller.machine.state is ControllerState.MOVING
+    assert loop.policy.asked[asked][0] >= next_image
+
+
 def test_nobody_is_in_charge_of_an_arm_that_is_not_commanded() -> None:
     cell = Cell()
     cell.last = None

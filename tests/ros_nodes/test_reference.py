@@ -14,6 +14,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 import robots_page
 
 from ceed_vla.ros_nodes.robot.diagnostics import HARMLESS
+from ceed_vla.ros_nodes.robot.mode import LATE_CHUNK, POLICY_ERROR
 from ceed_vla.ros_nodes.robot.safety import CLAMPS, DISPLACED, MOVED, UNSETTLED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ def test_every_hold_is_explained() -> None:
         | set(re.findall(r'"(\w+_joint_states)"', source))
         | set(HARMLESS)
     )
-    raised |= {DISPLACED, MOVED, UNSETTLED}
+    raised |= {DISPLACED, MOVED, UNSETTLED, LATE_CHUNK, POLICY_ERROR}
     assert {"estop", "stale", "implausible_joint_states", "frozen_joint_states"} <= raised
     codes = HOLDS.split("## Hold codes")[1].split("\n## ")[0]
     assert raised <= set(re.findall(r"`(\w+)`", codes))

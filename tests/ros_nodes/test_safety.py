@@ -46,6 +46,16 @@ def moving(at: tuple[float, float] = (0.0, 0.0), **changes: Any) -> SafetyFilter
     return safety
 
 
+def test_a_restart_after_a_hold_keeps_the_grip_and_enable_forgets_it() -> None:
+    safety = moving(gripper_low=0.0, gripper_high=0.1)
+    ages = dict.fromkeys(FRESH, 0.01)
+    safety.command(np.zeros(2), 0.0, dt=DT, ages=ages)
+    assert safety.restart(0.0, resumed=True) is None
+    assert safety.last_opening == 0.0
+    assert safety.restart(0.0) is None
+    assert safety.last_opening is None
+
+
 # ---- the safety property -------------------------------------------------------------------------
 
 anything = st.floats(allow_nan=True, allow_infinity=True)

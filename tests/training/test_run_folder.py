@@ -91,6 +91,21 @@ def test_a_resumed_run_stays_in_its_folder(
         train(config)
 
 
+@pytest.mark.parametrize("what", ["datasets and tasks", "held_out"])
+def test_a_run_does_not_continue_on_other_data(stopped: Any, studio: Any, what: str) -> None:
+    config, progress, _ = stopped
+    if what == "held_out":
+        config.held_out = 0.3
+    else:
+        config.roots = f"{studio.demo},{studio.other}"
+    with pytest.raises(CheckpointError, match=f"cannot be resumed: {what} differ from those that"):
+        train(config)
+    values = json.loads(progress.read_text())
+    del values["origin"]  # an older run
+    progress.write_text(json.dumps(values))
+    train(config)
+
+
 def test_the_run_folder_may_be_a_link(stopped: Any, tmp_path: Path) -> None:
     config, progress, _ = stopped
     (tmp_path / "link").symlink_to(progress.parent)

@@ -15,13 +15,17 @@ from ceed_vla.ros_nodes.robot.interfaces.base import (
 )
 from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 
+CORRECTION = 0.1  # largest speed of the correction [m/s]
+TURN_CORRECTION = 0.3  # and of its rotation [rad/s]
+
 
 @register_interface("servo_twist")
 class ServoTwists(ActionInterface):
     """Sends the velocity of the commanded TCP, in the base frame; a hold is a zero twist.
 
     Velocities alone would drift from the commanded pose, so the measured distance times ``gain`` is
-    added.
+    added. This correction is slow: an arm that MoveIt Servo has halted for a while, and then
+    releases, does not race after the command.
     """
 
     message_type = "geometry_msgs/msg/TwistStamped"
@@ -52,9 +56,11 @@ class ServoTwists(ActionInterface):
         now, turned = arm.model.pose(command.positions)
         before, was_turned = arm.model.pose(command.positions - arm.period * command.velocities)
         actual, is_turned = arm.model.pose(command.measured)
-        linear = (now - before) / arm.period + self._gain * (now - actual)
+        linear = (now - before) / arm.period
+        linear = linear + _shorten(self._gain * (now - actual), CORRECTION)
         angular = turn_vector(turned @ was_turned.T) / arm.period
-        angular = angular + self._gain * turn_vector(turned @ is_turned.T)
+        correction = self._gain * turn_vector(turned @ is_turned.T)
+        angular = angular + _shorten(correction, TURN_CORRECTION)
         return _shorten(linear, self._max_linear), _shorten(angular, self._max_angular)
 
 

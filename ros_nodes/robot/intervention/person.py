@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import StrEnum
+from math import inf
 
 from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.intervention.base import Wish
@@ -55,6 +56,7 @@ class Person:
         self._fault = ""  # of the newest message
         self._why = ""  # the device was lost
         self._grips = False  # whether the gripper follows the device
+        self._grip_from: float | None = None  # opening of the device at the beginning [m]
 
     # ---- messages --------------------------------------------------------------------------------
 
@@ -102,6 +104,7 @@ class Person:
             self.charge = Charge.PERSON
             self._guide.begin(last)
             self._grips = False
+            self._grip_from = None
             self.counts["taken"] += before is Charge.POLICY
         if lost and self.charge is Charge.NOBODY:
             self._moved = -1e9  # only motion after the fault takes over again
@@ -119,13 +122,20 @@ class Person:
         """Opening of the gripper that the person wants [m]; None to leave it at the `last` one.
 
         A leader's gripper is followed only once it has been near the last opening, so that taking
-        over does not drop what the robot holds.
+        over does not drop what the robot holds. If that is unknown (None), it is followed once the
+        person has moved it.
         """
         wanted = None if self._wish is None else self._wish.opening
         if wanted is None:
             return None
-        near = last is None or abs(wanted - last) <= self._guide.grip_tolerance
-        self._grips = self._grips or near
+        tolerance = self._guide.grip_tolerance
+        if self._grip_from is None:
+            self._grip_from = wanted
+        if last is not None:
+            self._grips = self._grips or abs(wanted - last) <= tolerance
+        else:
+            moved = abs(wanted - self._grip_from) > tolerance
+            self._grips = self._grips or moved or tolerance == inf
         return wanted if self._grips else None
 
     @property

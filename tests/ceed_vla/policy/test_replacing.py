@@ -137,6 +137,34 @@ def test_a_save_that_was_decided_is_finished_by_who_reads(
     assert hidden(folder) == []
 
 
+def test_a_link_in_the_place_of_a_save_moves_no_file(
+    other: tuple[Any, Any, Any], tmp_path: Path
+) -> None:
+    own, others = tmp_path / "own", tmp_path / "others"
+    save(own, *other)
+    save(others, *other)
+    (others / "notes.txt").write_text("mine")
+    before = sorted(os.listdir(others))
+    (own / PENDING).symlink_to("../others")
+    with pytest.raises(CheckpointError, match=r"is a link, which no save leaves behind; remove it"):
+        load(own)
+    with pytest.raises(CheckpointError, match="is a link"):
+        save(own, *other)
+    assert sorted(os.listdir(others)) == before
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"files": ["config.json"]}'])
+def test_a_damaged_manifest_of_an_interrupted_save_is_reported(
+    other: tuple[Any, Any, Any], tmp_path: Path, text: str
+) -> None:
+    save(tmp_path, *other)
+    (tmp_path / PENDING).mkdir()
+    (tmp_path / PENDING / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        load(tmp_path)
+    assert (tmp_path / WEIGHTS).is_file()
+
+
 def test_a_link_stays_a_link(
     policy: CeedVLAPolicy, processors: Any, other: tuple[Any, Any, Any], tmp_path: Path
 ) -> None:

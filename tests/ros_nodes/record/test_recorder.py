@@ -184,6 +184,28 @@ def test_a_slow_disk_ends_the_episode(bench: Bench) -> None:
     assert "2 MB of images wait to be stored" in bench.recorder.detail
 
 
+def test_an_episode_ended_by_a_slow_disk_does_not_go_on(bench: Bench) -> None:
+    bench.recorder.start(bench.now)
+    bench.run(1.0)
+    bench.worker.waiting = 2_000_000
+    bench.run(0.1)
+    assert bench.recorder.phase is Phase.ENDED
+    rows = bench.worker.kinds.count(ROW)
+    bench.run(60.0)
+    series = bench.recorder.rows._sampler._series.values()
+    assert max(len(one.stamps) for one in series) < 300
+    assert bench.recorder.stop(bench.now, success=True).accepted
+    bench.run(0.5)
+    assert bench.worker.kinds.count(ROW) <= rows + 3  # of the time before the end
+    assert bench.worker.kinds[-1] == END
+    bench.worker.replies.append(Reply(STORED, 1, 3, 60))
+    bench.worker.waiting = 0
+    bench.run(1.0)
+    assert bench.recorder.start(bench.now).accepted
+    bench.run(1.0)
+    assert bench.worker.kinds[-1] == ROW
+
+
 def test_an_episode_that_cannot_be_stored_is_lost_alone(bench: Bench) -> None:
     bench.recorder.start(bench.now)
     bench.run(0.5)
@@ -228,4 +250,7 @@ def test_the_end_of_the_process_that_stores_is_final(bench: Bench) -> None:
     bench.worker.failed = "The process that stores ended (exit code -9)."
     bench.run(0.1)
     assert str(bench.recorder) == "failed: The process that stores ended (exit code -9)."
+    bench.run(30.0)
+    series = bench.recorder.rows._sampler._series.values()
+    assert max(len(one.stamps) for one in series) < 200
     assert not bench.recorder.start(bench.now).accepted

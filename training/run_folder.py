@@ -142,8 +142,9 @@ def check_origin(progress: dict[str, Any], now: dict[str, Any], folder: Path) ->
     if changed:
         raise CheckpointError(
             f"The run in {folder} cannot be resumed: {' and '.join(changed)} differ from those "
-            "that it was started with. Name the same datasets, unchanged, with the same share held out, "
-            "or start a new run in another folder; it may begin with this run's last checkpoint."
+            "that it was started with. Name the same datasets, unchanged, with the same share held "
+            "out, or start a new run in another folder; it may begin with this run's last "
+            "checkpoint."
         )
 
 

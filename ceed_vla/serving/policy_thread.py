@@ -79,6 +79,13 @@ class PolicyThread:
         self._most, self._wait_s = most, wait_s
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
+        self._busy_since: float | None = None
+
+    @property
+    def busy_s(self) -> float:
+        """Time for which the present request has been running [s]; 0 between requests."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     async def begin[T](self, load: Callable[[], T], answer: Callable[[T], Answer]) -> T:
         """Start the thread.
@@ -127,6 +134,7 @@ class PolicyThread:
                     due.append(job)
             if not due:
                 continue
+            self._busy_since = started
             try:
                 responses = answer([(job.request, job.deadline) for job in due], due[0].early)
                 for job, response in zip(due, responses, strict=True):
@@ -135,6 +143,7 @@ class PolicyThread:
                 for job in due:
                     if not job.future.done():
                         job.future.set_exception(error)
+            self._busy_since = None
 
     def _together(self) -> list[Job]:
         """Take the first job, and those of its kind that wait or come in time.

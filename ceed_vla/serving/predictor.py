@@ -63,6 +63,7 @@ class Predictor:
 
     Attributes:
         spec: The policy's inputs and outputs.
+        failures: Unforeseen failures since the last chunk.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, or of a kind that cannot be served.
@@ -82,6 +83,7 @@ class Predictor:
         self._known: dict[tuple[str, bool], Any] = {}  # decodings of requests
         self._decoding = self._decoding_config(settings.decoding, settings.replan_steps)
         self._prefill_s = 0.0
+        self.failures = 0
         self._failures: FailureLog | None = None  # during the warm-up, an error ends loading
         self.spec = self._warm_up()
         if self._decoding is not None:
@@ -187,6 +189,7 @@ class Predictor:
             self._failures.add(error)
         text = str(error)
         if not isinstance(error, CeedVLAError):
+            self.failures += 1
             text = f"{type(error).__name__}: {error}"
         codes = {InstructionError: BAD_INSTRUCTION, NotFiniteError: NOT_FINITE}
         code = next((code for kind, code in codes.items() if isinstance(error, kind)), "")
@@ -197,6 +200,7 @@ class Predictor:
         if not np.isfinite(response.actions).all():
             text = f"The policy {short(self.spec.checkpoint)} returned NaN or infinity."
             return Response(response.id, error=text, code=NOT_FINITE)
+        self.failures = 0
         if self._settings.delay_s:
             self._wait(self._settings.delay_s)
         response.seconds["total"] = time.monotonic() - started

@@ -30,6 +30,7 @@ from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_a
 from ceed_vla.serving.arrays import WireError
 from ceed_vla.serving.encoded_images import EncodedImage
 from ceed_vla.serving.metrics import Metrics
+from ceed_vla.serving.health import problem
 from ceed_vla.serving.policy_thread import Answered, Job, PolicyThread, kind_of
 from ceed_vla.serving.predictor import Predictor
 from ceed_vla.serving.predictor_types import Request, Response
@@ -231,8 +232,9 @@ class PolicyServer:
         """Answer plain HTTP, and refuse clients that may not connect."""
         if request.path in HEALTH:
             ready = self._ready.is_set() and not self._stopping.is_set()
-            status = http.HTTPStatus.OK if ready else http.HTTPStatus.SERVICE_UNAVAILABLE
-            return connection.respond(status, "OK\n" if ready else "the policy is not ready\n")
+            why = problem(self._predictor if ready else None, self._thread)
+            status = http.HTTPStatus.SERVICE_UNAVAILABLE if why else http.HTTPStatus.OK
+            return connection.respond(status, f"{why or 'OK'}\n")
         key = self._limits.key
         given = request.headers.get_all("Authorization")
         one = given[0] if len(given) == 1 else ""

@@ -27,6 +27,7 @@ class Waiting:
 
     def __init__(self, *, joins: bool = False) -> None:
         self.joins = joins
+        self.failures = 0
         self.calls: list[int] = []  # number of requests of each
         self.release = threading.Event()
 

@@ -31,11 +31,13 @@ from ceed_vla.checkpoints import save
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.edge import EdgePolicy
 from ceed_vla.edge.observation import random_observation
+from ceed_vla.edge.settings import read_settings
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.export import cached
 from ceed_vla.export.cached import cached_export
 from ceed_vla.export.export import ExportConfig, export
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from ceed_vla.serving.predictor import BAD_INSTRUCTION, Predictor, PredictorSettings, Request
 from tests.helpers.tabletop import tabletop_config
 from tests.helpers.tiny_language_models import make_tiny_language_model
 
@@ -229,6 +231,22 @@ def test_observations_that_do_not_fit(pair: tuple[Path, Path]) -> None:
             edge.decode(raw, "lift it " * 500)
         with pytest.raises(ObservationError, match=r"The tokenizer cannot read the instruction"):
             edge.decode(raw, "lift \ud800")
+
+
+def test_a_served_export_knows_the_words_of_its_stems(pair: tuple[Path, Path]) -> None:
+    _, exported = pair
+    predictor = Predictor(PredictorSettings(str(exported), engine="edge", decoding="ar", warmup=1))
+    raw, instruction = random_observation(read_settings(exported), 3)
+    text = read_settings(exported).text
+    known = text.vocabulary or text.stem_vocabulary or ["move"]
+    assert predictor.spec.example_instruction == min(known)
+    assert predictor.predict(Request(1, raw, instruction)).error is None
+    strange = predictor.predict(Request(2, raw, f"{min(known)} fluffy dragons eat my breakfast"))
+    if known == ["move"]:
+        assert strange.error is None  # a language model reads any word
+    else:
+        assert (strange.code, predictor.failures) == (BAD_INSTRUCTION, 0)
+        assert "at least half must be" in str(strange.error)
 
 
 def test_long_instructions_are_cut_as_by_torch(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from ceed_vla.serving import health
 from ceed_vla.serving.arrays import packed
 from tests.helpers.local_server import Waiting, running, until
 from tests.helpers.serving_calls import KEY, ask, http
@@ -45,6 +46,30 @@ def test_what_waits_for_an_inference() -> None:
         assert isinstance(ask(opened(port), state()), dict)
     assert not failure
     assert policy.calls == [1, 1, 1]
+
+
+def test_a_policy_that_cannot_answer_any_more_is_not_healthy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failure: list[str] = []
+    policy = Waiting()
+    with running(lambda: policy, failure) as port:
+        until(lambda: http(port, "/healthz")[0] == 200)
+        policy.failures = health.FAILURES
+        assert http(port, "/healthz") == (
+            503,
+            "the last 10 requests failed; the log has the error\n",
+        )
+        policy.failures = 0
+        monkeypatch.setattr(health, "STUCK_S", 0.05)
+        client = opened(port)
+        client.send(state())
+        until(lambda: http(port, "/healthz")[0] == 503)
+        assert http(port, "/healthz")[1].startswith("a request has been running for")
+        policy.release.set()
+        assert isinstance(client.recv(20), bytes)
+        until(lambda: http(port, "/healthz")[0] == 200)
+    assert not failure
 
 
 def test_requests_of_one_kind_are_answered_together() -> None:

@@ -29,8 +29,8 @@ from websockets.protocol import State
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
 from ceed_vla.serving.arrays import WireError
 from ceed_vla.serving.encoded_images import EncodedImage
-from ceed_vla.serving.metrics import Metrics
 from ceed_vla.serving.health import problem
+from ceed_vla.serving.metrics import Metrics
 from ceed_vla.serving.policy_thread import Answered, Job, PolicyThread, kind_of
 from ceed_vla.serving.predictor import Predictor
 from ceed_vla.serving.predictor_types import Request, Response

@@ -177,10 +177,11 @@ def ranges_from_stats(
 ) -> tuple[list[float], list[float]]:
     """Compute the ranges of an `ActionTokenizer` from the action statistics of a dataset.
 
-    With an odd `num_bins`, ranges with values on both sides of zero become symmetric about zero, so
-    that zero is a bin centre; if zero is the smallest or largest value, it becomes an end. Gripper
-    dimensions have the range min/max, which decodes exactly. Dimensions that never move have a
-    small range around their value.
+    With an odd `num_bins`, ranges on both sides of zero become symmetric about zero, so that zero
+    is a bin centre. If zero lies among the values, but outside the range and near it, it becomes an
+    end; a range far from zero does not grow because of one stray value. Gripper dimensions have the
+    range min/max, which decodes exactly. Dimensions that never move have a small range around their
+    value.
 
     Args:
         stats: ``dataset.meta.stats["action"]``: "min" and "max", and for quantiles "q01" and "q99",
@@ -211,11 +212,13 @@ def ranges_from_stats(
     for d in range(len(low)):
         if d in grippers:
             low[d], high[d] = least[d], most[d]
-        elif num_bins % 2 and least[d] < 0.0 < most[d]:
+        elif num_bins % 2 and low[d] < 0.0 < high[d]:
             reach = max(abs(low[d]), abs(high[d]))
             low[d], high[d] = -reach, reach
-        elif num_bins % 2 and 0.0 in (least[d], most[d]):
-            low[d], high[d] = min(low[d], 0.0), max(high[d], 0.0)
+        elif num_bins % 2 and least[d] <= 0.0 <= most[d]:
+            width = high[d] - low[d]
+            if width == 0.0 or min(abs(low[d]), abs(high[d])) <= width:
+                low[d], high[d] = min(low[d], 0.0), max(high[d], 0.0)
         # float32 resolves large values less finely.
         width = max(_LEAST_WIDTH, 2**-21 * num_bins * max(abs(low[d]), abs(high[d])))
         if high[d] - low[d] < width:

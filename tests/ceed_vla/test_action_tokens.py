@@ -188,6 +188,15 @@ def test_positions_on_one_side_of_zero_keep_their_range() -> None:
     )
 
 
+def test_one_stray_value_beyond_zero_does_not_widen_a_range() -> None:
+    values = stats(min=[-1.0, -0.001, -0.5, -0.1], max=[120.0, 2.5, 0.02, 0.6])
+    values["q01"] = np.array([95.0, 0.3, 0.001, 0.5])
+    values["q99"] = np.array([119.0, 2.4, 0.02, 0.5])
+    low, high = ranges_from_stats(values, "quantile")
+    assert low == [95.0, 0.0, 0.0, 0.0]  # zero becomes an end where it is near
+    assert high == [119.0, 2.4, 0.02, 0.5]
+
+
 def test_dimensions_without_width_get_a_small_one() -> None:
     still = {k: torch.zeros(2) for k in ("min", "max", "q01", "q99")}
     for mode in ("quantile", "min_max"):

@@ -387,10 +387,11 @@ class DistillRun(Run):
             valid = valid[self.data.demonstrated(rows)].float()
             same = (result.tokens == demonstrated)[self.data.demonstrated(rows)]
             correct.append((same * valid).sum(1) / valid.sum(1).clamp(min=1e-9))
+        shown = torch.cat(correct)
         iterations, teacher, once = (torch.cat(parts) for parts in zip(*found, strict=True))
         return {
             "early_exit_forwards": torch.cat(early).mean().item(),
-            "token_accuracy": torch.cat(correct).mean().item(),
+            **({"token_accuracy": shown.mean().item()} if len(shown) else {}),
             "iterations_mean": iterations.mean().item(),
             "iterations_p95": iterations.quantile(0.95).item(),
             "teacher_agreement": teacher.mean().item(),

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,11 @@ class Run:
         """
         return {}
 
+    @cached_property
+    def _origin(self) -> dict[str, Any]:
+        """`origin`, which hashes whole datasets, once for all saves."""
+        return self.origin()
+
     def state_dict(self) -> dict[str, Any]:
         """State besides weights, optimisers and torch's random state; JSON types."""
         return {}
@@ -383,7 +389,7 @@ class Run:
                 "state": name,
                 "processes": self.accelerator.num_processes,
                 "total": self.total,
-                "origin": self.origin(),
+                "origin": self._origin,
             }
             with self.folder.writing():
                 settle(*(file for file in (self.output / name).rglob("*") if file.is_file()))
@@ -397,7 +403,7 @@ class Run:
             CheckpointError: The state cannot be read, or has other sizes.
         """
         progress = self.folder.read_progress(self.total)
-        check_origin(progress, self.origin(), self.output)
+        check_origin(progress, self._origin, self.output)
         folder = self.output / progress["state"]
         advice = "repeat the settings that it was started with, or start again in another folder."
         with raised_as(CheckpointError, f"{folder} cannot be resumed", advice, passing=()):

@@ -420,9 +420,7 @@ class PolicyController:
     def _change_charge(self, clock: float) -> None:
         """Drop the policy's chunks, because a person took over, gave back, or is lost."""
         self._steps.drop()
-        self._objections.allowed_at = (
-            clock  # the next chunk is of images that the policy answers for
-        )
+        self._objections.allowed_at = clock  # the next chunk is of images taken from now on
         last = self._safety.last_command
         assert last is not None
         self._steps.blend.restart(last)

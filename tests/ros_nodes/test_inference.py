@@ -208,6 +208,16 @@ def test_the_added_delay_is_part_of_the_time_and_ends_at_close() -> None:
     slow.close()
 
 
+def test_an_unforeseen_error_beside_the_policy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running("student", mode="thread", warmup=1) as worker:
+        monkeypatch.setattr("ceed_vla.ros_nodes.robot.inference.decoded", lambda _: 1 / 0)
+        assert worker.submit(Request(1, observation(), INSTRUCTION))
+        answer = wait(worker)
+        assert answer.error == worker.failed
+        assert "ZeroDivisionError" in str(worker.failed)
+        assert not worker.idle
+
+
 # ---- processes -----------------------------------------------------------------------------------
 
 

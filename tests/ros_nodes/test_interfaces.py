@@ -121,6 +121,10 @@ def test_a_twist_is_the_velocity_of_the_tool_and_corrects_what_it_lacks(arm: Com
         twist = twists.message(one, arm).twist
         got = [[vector.x, vector.y, vector.z] for vector in (twist.linear, twist.angular)]
         np.testing.assert_allclose(got, 0.01 * share * np.array([linear, angular]), atol=2e-5)
+    # far behind: it does not race after the command
+    halted = twists.message(command(arm, 1e-6, lag=1.0), arm).twist
+    assert np.linalg.norm([halted.linear.x, halted.linear.y, halted.linear.z]) < 0.101
+    assert np.linalg.norm([halted.angular.x, halted.angular.y, halted.angular.z]) < 0.301
     fast = twists.message(command(arm, 50.0), arm).twist
     assert np.linalg.norm([fast.linear.x, fast.linear.y, fast.linear.z]) == pytest.approx(1.0)
     assert np.linalg.norm([fast.angular.x, fast.angular.y, fast.angular.z]) == pytest.approx(3.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -230,34 +230,34 @@ def test_a_good_message_does_not_hide_a_bad_one_before_it() -> None:
     assert cell.run(0.01, active=True) is Charge.NOBODY
 
 
-def test_a_leaders_gripper_is_followed_once_it_was_near() -> None:
-    guide = LeaderGuide(JOINTS, np.ones(2), None, grip_tolerance=0.01)
+def followed(
+    leader: Sequence[float], *, tolerance: float, last: float | None
+) -> list[float | None]:
+    """Openings that a person in charge commands with those of the leader's gripper."""
+    guide = LeaderGuide(JOINTS, np.ones(2), None, grip_tolerance=tolerance)
     person = Person(guide, Patience(timeout=0.2, release=0.3, by_button=False))
     openings = []
-    for index, opening in enumerate((0.08, 0.06, 0.035, 0.05)):
+    for index, opening in enumerate(leader):
         now = 1.0 + 0.01 * index
         person.take(Wish(True, joints=np.zeros(2), opening=opening), now)
         person.update(now, np.zeros(2))
-        openings.append(person.opening(0.03))
+        openings.append(person.opening(last))
+    return openings
+
+
+def test_a_leaders_gripper_is_followed_once_it_was_near() -> None:
+    openings = followed((0.08, 0.06, 0.035, 0.05), tolerance=0.01, last=0.03)
     assert openings == [None, None, 0.035, 0.05]
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "followed"),
+    ("tolerance", "expected"),
     [(0.01, [None, None, 0.06, 0.08]), (np.inf, [0.08, 0.075, 0.06, 0.08])],
 )
 def test_where_the_opening_is_unknown_the_person_moves_the_leaders_gripper_first(
-    tolerance: float, followed: list[float | None]
+    tolerance: float, expected: list[float | None]
 ) -> None:
-    guide = LeaderGuide(JOINTS, np.ones(2), None, grip_tolerance=tolerance)
-    person = Person(guide, Patience(timeout=0.2, release=0.3, by_button=False))
-    openings = []
-    for index, opening in enumerate((0.08, 0.075, 0.06, 0.08)):
-        now = 1.0 + 0.01 * index
-        person.take(Wish(True, joints=np.zeros(2), opening=opening), now)
-        person.update(now, np.zeros(2))
-        openings.append(person.opening(None))
-    assert openings == followed
+    assert followed((0.08, 0.075, 0.06, 0.08), tolerance=tolerance, last=None) == expected
 
 
 def test_after_the_person_the_first_chunk_is_of_new_images() -> None:

@@ -214,6 +214,10 @@ def test_bad_addresses_and_keys(served: Served, tmp_path: Path) -> None:
             "engine is 'eager'; with",
         ),
         ({"inference_url": "ws://gpu:8000", "inference_delay": 0.1}, "Give it to ceed-vla serve"),
+        ({"inference_url": "ws://gpu:8000", "chunk_deadline": 0.2}, "Give it to ceed-vla serve"),
+        ({"inference_url": "ws://gpu:8000", "inference_threads": 2}, "Give it to ceed-vla serve"),
+        ({"inference_timeout": 3.0}, "3.0; it is used with inference_url only"),
+        ({"inference_jpeg_quality": 90}, "90; it is used with inference_url only"),
         ({"inference_key_file": "key"}, "'key'; it is used with inference_url only"),
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,10 @@ from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.compact.model import LANGUAGE_KEY, STATE_KEY, CompactBackbone
 from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.tokens.uniform import UniformTokensConfig
+from ceed_vla.training import losses
+from ceed_vla.training.distill import distill
 from ceed_vla.training.losses import (
+    DistillationTerms,
     after_first_divergence,
     chunk_distance,
     forward_kl,
@@ -302,3 +308,25 @@ def test_labels_are_the_demonstration_only_beyond_delta_max() -> None:
     )
     assert replaced.tolist() == [False, False, True]
     assert labels[:, 0].tolist() == [0, 0, 1]
+
+
+def test_a_loss_without_counts_is_the_same_in_one_part_and_in_two(
+    studio: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read_log: Callable[..., dict[int, float]],
+) -> None:
+    def plain(state_logits: Any, fixed_logits: Any, fixed_point: Any) -> DistillationTerms:
+        consistency, anchor = (
+            torch.nn.functional.cross_entropy(logits.transpose(1, 2), fixed_point)
+            for logits in (state_logits, fixed_logits)
+        )
+        return DistillationTerms(consistency, anchor, consistency + anchor)
+
+    monkeypatch.setitem(losses._LOSSES, "plain", plain)
+    for parts in (1, 2):
+        settings = {"loss": "plain", "gradient_accumulation": parts, "mixed_precision": "no"}
+        distill(studio.distill_config(tmp_path / str(parts), **settings))
+    one, two = (list(read_log(tmp_path / name, "loss").values()) for name in ("1", "2"))
+    assert one
+    assert two == pytest.approx(one, rel=1e-3)

@@ -288,10 +288,10 @@ setup(
     entry_points={
         "console_scripts": [
             "ceed-vla = ceed_vla.cli.entry:main",
-            "policy_node = ceed_vla.ros_nodes.robot.policy_node:main",
-            "gripper_relay = ceed_vla.ros_nodes.robot.gripper_relay:main",
-            "record_node = ceed_vla.ros_nodes.record.record_node:main",
-            "sim_node = ceed_vla.ros_nodes.simulated.sim_node:main",
+            "policy_node = ceed_vla.ros_nodes.robot.policy_node:program",
+            "gripper_relay = ceed_vla.ros_nodes.robot.gripper_relay:program",
+            "record_node = ceed_vla.ros_nodes.record.record_node:program",
+            "sim_node = ceed_vla.ros_nodes.simulated.sim_node:program",
         ]
     },
     zip_safe=False,

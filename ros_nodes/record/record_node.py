@@ -7,12 +7,11 @@ topics, services and parameters.
 # ceed_vla.ros_nodes.robot.messages is imported first, because its error explains a missing ROS.
 from __future__ import annotations  # noqa: I001
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ceed_vla.ros_nodes.robot.messages import COMMAND, JOINT_STATES, LATCHED, clock_time
 
@@ -39,7 +38,7 @@ from ceed_vla.ros_nodes.robot.lifecycle import SafeLifecycleNode
 from ceed_vla.ros_nodes.robot.arm_model import arm_model
 from ceed_vla.ros_nodes.robot.robot_config import RobotConfig
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config, with_topics
-from ceed_vla.ros_nodes.robot.spinning import keep_memory, run
+from ceed_vla.ros_nodes.robot.spinning import end_process, keep_memory, run
 from ceed_vla.serving.predictor import declared_spec
 from ceed_vla.texts import instruction_problem, short
 
@@ -320,12 +319,14 @@ class RecordNode(SafeLifecycleNode):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; entry point of ``record_node``.
-
-    Arguments and result are as in `run`.
-    """
+    """Run the node until SIGINT or SIGTERM; arguments and result are as in `run`."""
     return run(RecordNode, "record_node", arguments)
 
 
+def program() -> NoReturn:
+    """Run the node as this process; entry point of ``record_node``."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

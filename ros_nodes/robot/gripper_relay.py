@@ -10,10 +10,9 @@ as joint states at 50 Hz, from the first feedback on, while the driver is there.
 from __future__ import annotations  # noqa: I001
 
 import math
-import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ceed_vla.ros_nodes.robot.messages import COMMAND
 
@@ -26,7 +25,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot import parameters
 from ceed_vla.ros_nodes.robot.parameters import START, NodeParameter
 from ceed_vla.ros_nodes.robot.ros_types import message_class
-from ceed_vla.ros_nodes.robot.spinning import run
+from ceed_vla.ros_nodes.robot.spinning import end_process, run
 
 # Time for which an opening is sent [s]; the policy node repeats its own every 0.1 s in motion.
 NEW = 0.5
@@ -172,12 +171,14 @@ class GripperRelay(Node):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; entry point of ``gripper_relay``.
-
-    Arguments and result are as in `run`.
-    """
+    """Run the node until SIGINT or SIGTERM; arguments and result are as in `run`."""
     return run(GripperRelay, "gripper_relay", arguments)
 
 
+def program() -> NoReturn:
+    """Run the node as this process; entry point of ``gripper_relay``."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

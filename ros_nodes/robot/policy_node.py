@@ -10,11 +10,10 @@ from __future__ import annotations  # noqa: I001
 
 import gc
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from ceed_vla.ros_nodes.robot.messages import (
     COMMAND,
@@ -51,7 +50,7 @@ from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup, make_setup
 from ceed_vla.ros_nodes.robot.safety import JOINT_STATES as JOINT_STATES_INPUT
 from ceed_vla.ros_nodes.robot.safety import NOT_ENABLED, UNSETTLED, Hold
-from ceed_vla.ros_nodes.robot.spinning import keep_memory, raise_priority, run
+from ceed_vla.ros_nodes.robot.spinning import end_process, keep_memory, raise_priority, run
 from ceed_vla.ros_nodes.robot.step_grid import SLEW
 from ceed_vla.ros_nodes.robot.streaming import Streaming
 from ceed_vla.ros_nodes.robot.tasks.runner import Refusal
@@ -437,12 +436,14 @@ class PolicyNode(SafeLifecycleNode):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; entry point of ``policy_node``.
-
-    Arguments and result are as in `run`.
-    """
+    """Run the node until SIGINT or SIGTERM; arguments and result are as in `run`."""
     return run(PolicyNode, "policy_node", arguments)
 
 
+def program() -> NoReturn:
+    """Run the node as this process; entry point of ``policy_node``."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 if sys.platform == "linux":
     # Read when mujoco is imported; EGL renders without a screen.
@@ -47,7 +47,7 @@ from ceed_vla.ros_nodes.simulated.commands import obey
 from ceed_vla.ros_nodes.simulated.parameters import SIM_PARAMETERS
 from ceed_vla.ros_nodes.simulated.robot import JOINTS, SimRobot
 from ceed_vla.ros_nodes.robot.diagnostics import status_message
-from ceed_vla.ros_nodes.robot.spinning import run
+from ceed_vla.ros_nodes.robot.spinning import end_process, run
 from ceed_vla.sim.tabletop.scene import CAMERAS
 
 JOINT_STATE_RATE = 100.0  # [Hz]
@@ -262,14 +262,16 @@ class SimNode(Node):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; entry point of ``sim_node``.
-
-    Arguments and result are as in `run`.
-    """
+    """Run the node until SIGINT or SIGTERM; arguments and result are as in `run`."""
     # no other machine needs this robot
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     return run(SimNode, "sim_node", arguments)
 
 
+def program() -> NoReturn:
+    """Run the node as this process; entry point of ``sim_node``."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -5,7 +5,9 @@ with a tiny ACT. `test_policy_lifecycle` has its start, lifecycle and end.
 from __future__ import annotations
 
 import io
+import math
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,9 @@ COMMANDS = "/forward_position_controller/commands"
 
 
 class Robot:
-    """Publishes a robot's inputs from the test's node, and follows the commands exactly.
+    """Publishes a robot's inputs from the test's node, and follows the commands at the arm's speed.
+
+    Commands that wait until this process gets the processor then do not look like a leap.
 
     Attributes:
         images: Whether cameras publish.
@@ -54,6 +58,8 @@ class Robot:
         self.images = self.states = self.powered = self.alive = True
         self.split = self.blank = False
         self._taken = 0
+        self._goal: dict[str, float] = {}  # joint -> commanded position that is not reached
+        self._moved = time.monotonic()
         self.encoding = "rgb8"
         self.wrong: dict[str, float] = {}
         rng = np.random.default_rng(0)
@@ -73,9 +79,22 @@ class Robot:
 
     def _follow(self, command: Float64MultiArray) -> None:
         if self.powered:
-            self.state.update(zip(ARM, command.data, strict=True))
+            self._goal = dict(zip(ARM, command.data, strict=True))
+
+    def _move(self) -> None:
+        now = time.monotonic()
+        elapsed, self._moved = now - self._moved, now
+        for name, velocity in zip(ARM, ROBOT.limits.velocity, strict=True):
+            if name not in self._goal:
+                continue
+            way = self._goal[name] - self.state[name]
+            if abs(way) <= velocity * elapsed:
+                self.state[name] = self._goal.pop(name)
+            else:
+                self.state[name] += math.copysign(velocity * elapsed, way)
 
     def _publish_joints(self) -> None:
+        self._move()
         if not self.states:
             return
         state = self.state | self.wrong

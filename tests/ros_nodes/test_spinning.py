@@ -1,4 +1,4 @@
-"""Scheduling and retained memory of a node's process."""
+"""Scheduling, retained memory and end of a node's process."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ for _ in range(10):
 print(faults() - before)
 """
 
+END = """
+import atexit, threading, time
+from ceed_vla.ros_nodes.robot.spinning import end_process
+
+threading.Thread(target=time.sleep, args=(60.0,)).start()  # as in a library; nothing waits for it
+atexit.register(print, "at exit")
+print("ended")
+end_process(3)
+"""
+
 
 def told(program: str, *arguments: str) -> list[str]:
     command = [sys.executable, "-c", program, *arguments]
@@ -67,3 +77,12 @@ def test_memory_of_messages_is_not_faulted_in_anew() -> None:
     returned = int(told(MEMORY, "return")[0])
     assert kept < 1000
     assert returned > 10 * max(kept, 100)
+
+
+def test_a_process_ends_at_once_with_its_code_and_what_was_registered() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", END], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines() == ["ended", "at exit"]
+    assert not done.stderr

@@ -208,6 +208,46 @@ def resumes_where_it_stopped(backbone: Any, observation: dict[str, Tensor]) -> N
         torch.testing.assert_close(found[seen], expected[seen], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def runs_programs(backbone: Any, observation: dict[str, Tensor]) -> None:
+    """A program of all layers is a whole forward; programs that skip, repeat or exchange layers are
+    their parts one after the other, also behind committed tokens, and cannot be committed.
+    """
+    n, layers, prefix = backbone.block_length, backbone.num_layers, backbone.prefill(observation)
+    tokens = torch.randint(backbone.vocabulary_size, (len(prefix.logits), n - 1))
+    whole = backbone.block_logits(prefix, tokens)
+    seen = whole.isfinite()  # one family ends rows in `block_logits`
+    assert torch.equal(backbone.program_logits(prefix, tokens, range(layers))[seen], whole[seen])
+    read: list[Tensor] = []
+
+    def take(_: Any, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+        read.append(arguments[0] if arguments else options["hidden_states"])
+
+    for committed in (0, n // 2):
+        prefix.cache.roll_back()
+        handle = backbone.decoder.layers[0].register_forward_pre_hook(take, with_kwargs=True)
+        expected = backbone.block_logits(prefix, tokens)[:, committed:]
+        handle.remove()
+        prefix.cache.commit(committed)
+        later, seen = tokens[:, committed:], expected.isfinite()
+        without_first, _ = backbone.last_layers(prefix, read[-1][:, committed:], 1)
+        hidden, _ = backbone.first_layers(prefix, later, layers - 1)
+        repeated, _ = backbone.last_layers(prefix, hidden, layers - 2)
+        for program, parts in (
+            (range(layers), expected),
+            (range(1, layers), without_first),
+            ([*range(layers - 1), layers - 2, layers - 1], repeated),
+        ):
+            found = backbone.program_logits(prefix, later, list(program))
+            torch.testing.assert_close(found[seen], parts[seen], rtol=1e-4, atol=1e-4)
+            with pytest.raises(TokenError, match="Cannot commit 1"):
+                prefix.cache.commit(1)
+        swapped = backbone.program_logits(prefix, later, [1, 0, *range(2, layers)])
+        assert not torch.allclose(swapped[seen], expected[seen])
+        again = backbone.block_logits(prefix, later)
+        torch.testing.assert_close(again[seen], expected[seen], rtol=1e-4, atol=1e-4)
+
+
 def trains_as_it_decodes(backbone: Any, observation: dict[str, Tensor]) -> None:
     """Packed logits equal those of decoding, also with recomputed activations; distillation does
     not change the prefix.
@@ -336,6 +376,7 @@ def keeps_the_contract() -> Callable[[Any, dict[str, Tensor]], None]:
         torch.manual_seed(0)
         depth_is_a_shorter_model(backbone, observation)
         resumes_where_it_stopped(backbone, observation)
+        runs_programs(backbone, observation)
         trains_as_it_decodes(backbone, observation)
         if "depth" in AXES:
             from exits_contract import exits_leave_the_base_alone

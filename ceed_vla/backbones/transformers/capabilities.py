@@ -22,7 +22,9 @@ from ceed_vla.errors import ConfigError
 
 
 class TransformersCapabilities:
-    """Mix-in of `TransformersBackbone`: reads depths, has exits, cuts and chooses prefixes."""
+    """Mix-in of `TransformersBackbone`: reads depths, has exits, cuts and chooses prefixes,
+    and runs programs.
+    """
 
     decoder: Any
     exits: dict[int, Any]
@@ -151,6 +153,24 @@ class TransformersCapabilities:
     def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
         return self.last_layers(prefix, hidden, depth)[0]
 
+    # ---- RunsPrograms ----------------------------------------------------------------------------
+
+    def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
+        own, k = self._own(prefix), tokens.shape[1]
+        inputs, embeds = self._block_inputs(own, k), self.embed_tokens(tokens)
+        with _input_alone(self.decoder) as found:  # some models scale embeddings
+            self._run(embeds, own.cache.begin(k, shallow=True), inputs)
+        for first, end in _runs_of_layers(program):
+            x = found[-1]
+            cache = own.cache.begin_rest(k, first, self.num_layers)
+            with (
+                _behind(self.decoder, [(end, lambda y, **_: found.append(y))]),
+                _first_layers(self.decoder, end, None),
+            ):
+                normed = self._last(x, cache, inputs, first)
+        own.cache.disown()
+        return cast("Tensor", self.score(normed))
+
     # ---- TrainsDepths ----------------------------------------------------------------------------
 
     def packed_depth_logits(
@@ -191,6 +211,13 @@ class TransformersCapabilities:
         )
 
 
+def _runs_of_layers(program: Sequence[int]) -> list[tuple[int, int]]:
+    """First layer and end of every longest run of a program in which layers follow one another."""
+    starts = [0, *(i for i in range(1, len(program)) if program[i] != program[i - 1] + 1)]
+    ends = [*starts[1:], len(program)]
+    return [(program[start], program[end - 1] + 1) for start, end in zip(starts, ends, strict=True)]
+
+
 @contextmanager
 def _first_layers(decoder: Any, depth: int, own: Any) -> Iterator[None]:
     """Skip the layers behind the first `depth`; the exit of that depth follows, or else the final
@@ -210,8 +237,26 @@ def _first_layers(decoder: Any, depth: int, own: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _input_alone(decoder: Any) -> Iterator[list[Tensor]]:
+    """Run no layer; the list gets what the first layer would have read (B, t, d)."""
+    found: list[Tensor] = []
+
+    def take(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        found.append(arguments[0])
+
+    layers = cast("nn.ModuleList", decoder.layers)
+    handle = decoder.norm.register_forward_pre_hook(take)
+    decoder.layers = layers[:0]
+    try:
+        yield found
+    finally:
+        handle.remove()
+        decoder.layers = layers
+
+
+@contextmanager
 def _last_layers(decoder: Any, depth: int, hidden: Tensor) -> Iterator[None]:
-    """Skip the first `depth` layers; the last of them returns `hidden` (B, t, d).
+    """Skip the first `depth` layers; the one behind them reads `hidden` (B, t, d).
 
     All layers keep their places, by which some models choose masks, or add features of images
     behind a layer.
@@ -219,12 +264,16 @@ def _last_layers(decoder: Any, depth: int, hidden: Tensor) -> Iterator[None]:
     layers = cast("nn.ModuleList", decoder.layers)
 
     def check(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Pass `hidden` on if the model expected a tuple, of which it took the first entry."""
-        if "hidden_states" in options:
-            if options["hidden_states"].shape == hidden.shape:
-                return None
+        """Pass `hidden` on where the model changed it: as the entry of a tuple that it expected, or
+        before its first layer.
+        """
+        named = "hidden_states" in options
+        read = options["hidden_states"] if named else arguments[0]
+        if depth and read.shape == hidden.shape:  # perhaps with features of images
+            return None
+        if named:
             return arguments, {**options, "hidden_states": hidden}
-        return None if arguments[0].shape == hidden.shape else ((hidden, *arguments[1:]), options)
+        return (hidden, *arguments[1:]), options
 
     own = [vars(layer).get("forward") for layer in layers[:depth]]
     for layer in layers[:depth]:

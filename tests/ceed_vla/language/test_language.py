@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ceed_vla import CeedVLAPolicy
+from ceed_vla.axes.programs.router import ProgramRouter
 from ceed_vla.backbones.check import check_backbone
 from ceed_vla.backbones.language.config import LanguageConfig
 from ceed_vla.backbones.language.stems import WORDS_KEY, StemConfig
@@ -87,6 +88,25 @@ def test_a_checkpoint_needs_no_other_folder(model_folder: Path, tmp_path: Path) 
     shutil.rmtree(folder)
     again, pre, _ = load(tmp_path / "checkpoint")
     assert torch.equal(again.decode(observed(again, pre, TASKS), "ar").tokens, expected)
+
+
+def test_a_router_chooses_the_layers_and_stays_with_the_checkpoint(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    policy, pre, post = make_policy(model_folder)
+    layers = tuple(range(policy.backbone.num_layers))
+    router = ProgramRouter(policy.backbone.exit_parts()[2], [layers, layers[1:]])
+    router.requires_grad_(False).score.bias[1] = 1.0
+    policy.backbone.router = (router,)
+    save(tmp_path / "checkpoint", policy, pre, post)
+    again, pre, _ = load(tmp_path / "checkpoint")
+    batch = observed(again, pre, TASKS)
+    found = again.decode(batch, "route0_cap2")
+    assert found.layer_forwards.tolist() == [len(layers) - 1] * len(TASKS)
+    assert torch.equal(found.tokens, policy.decode(batch, "skip0p0_cap2").tokens)
+    assert not torch.equal(found.tokens, policy.decode(batch, "cap1").tokens)
+    exact = policy.decode(batch, "ar").tokens
+    assert torch.equal(policy.decode(batch, "program1-0-1").tokens, exact)
 
 
 def test_a_checkpoint_may_refer_to_the_model(model_folder: Path, tmp_path: Path) -> None:

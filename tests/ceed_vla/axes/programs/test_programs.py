@@ -170,9 +170,9 @@ def test_what_cannot_run_is_refused() -> None:
             named_config(name)
 
 
-def test_a_backbone_that_runs_none_is_refused_by_the_name_of_the_capability(llama: Any) -> None:
-    backbone, observation = llama(0, 1, N, 255)
-    with pytest.raises(ConfigError, match="RunsPrograms; a LlamaBackbone lacks program_logits"):
+def test_a_backbone_that_runs_none_is_refused_by_the_name_of_the_capability(toy: Any) -> None:
+    backbone, observation = toy(0, 1, N, 255)
+    with pytest.raises(ConfigError, match="RunsPrograms; a ToyBackbone lacks program_logits"):
         prefill(backbone, observation, named_config("program0-1"))
 
 

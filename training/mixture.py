@@ -188,7 +188,8 @@ def check_fits(store: FrameStore, config: CeedVLAConfig, pre: Any) -> None:
         pre: Its preprocessor.
 
     Raises:
-        DatasetError: Features are missing, or of other shapes.
+        DatasetError: Features are missing or of other shapes, or actions mean something else: they
+            have other names, or another rate.
         ObservationError: The preprocessor cannot read an instruction.
     """
     for step in pre.steps:
@@ -212,6 +213,22 @@ def check_fits(store: FrameStore, config: CeedVLAConfig, pre: Any) -> None:
                 f"{store.root} does not fit the policy, which reads {', '.join(wanted)}: {name} is "
                 f"{_shape(store.shapes.get(name))}"
                 + (f" instead of {shape}." if name in vectors else ".")
+            )
+    if ACTION in store.shapes:
+        _check_meaning(store, config)
+
+
+def _check_meaning(store: FrameStore, config: CeedVLAConfig) -> None:
+    """Raise `DatasetError` if data and policy have other names of actions, or other rates."""
+    names = [str(name) for name in store.labels.get(ACTION, [])]
+    for what, own, learnt in (
+        ("action names", names, config.action_names),
+        ("frames a second", store.fps, config.control_rate),
+    ):
+        if own and learnt and own != learnt:
+            raise DatasetError(
+                f"{store.root} does not fit the policy: its {what} are {str(own)[:100]}, and the "
+                f"policy's {str(learnt)[:100]}. Use data of the same robot at the same rate."
             )
 
 

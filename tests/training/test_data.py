@@ -222,6 +222,16 @@ def test_data_that_the_policy_cannot_read_are_refused(
             config,
             pre,
         )
+    config.action_names, config.control_rate = list("abcdefg"), 10.0
+    for other, message in (
+        ({"labels": {"action": list("gfedcba")}}, r"its action names are \['g', .* Use data"),
+        ({"labels": {}, "fps": 5.0}, "its frames a second are 5.0, and the policy's 10.0"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            check_fits(changed(store, **other), config, pre)
+    check_fits(changed(store, labels={}), config, pre)  # data that do not say
+    config.action_names = []  # a policy that does not
+    check_fits(store, config, pre)
     config.input_features["observation.images.empty_camera_0"] = config.input_features[FRONT]
     check_fits(store, config, pre)  # LeRobot's pi0-FAST adds this camera; datasets lack it
     with pytest.raises(DatasetError, match="does not fit the policy"):

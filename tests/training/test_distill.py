@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy, deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep
 
 import ceed_vla
+from ceed_vla.checkpoints import save
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.tokens.uniform import ActionTokenizer
@@ -437,3 +439,15 @@ def test_stored_states_must_have_been_kept(studio: Any, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="--states=true"):
         distill(studio.distill_config(tmp_path / "run", states="stored", **settings))
     distill(studio.distill_config(tmp_path / "run", states="online", **settings))
+
+
+def test_exit_rules_of_the_teacher_are_not_the_students(studio: Any, tmp_path: Path) -> None:
+    policy, pre, post = ceed_vla.load(studio.teacher)
+    rules = {"exits": ("changed4",), "deadline_s": 0.02}
+    policy.config.decoding = replace(policy.config.decoding, **rules)
+    save(tmp_path / "teacher", policy, pre, post)
+    own = {"teacher_path": str(tmp_path / "teacher"), "confidence": 0.3, "steps": 1}
+    folder = distill(studio.distill_config(tmp_path / "run", **own))
+    found = ceed_vla.load(folder)[0].config.decoding
+    assert (found.exits, found.deadline_s) == ((), None)
+    assert (found.confidence, found.max_iterations) == (0.3, 2)

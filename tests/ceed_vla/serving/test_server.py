@@ -20,6 +20,7 @@ from ceed_vla.edge.observation import random_observation
 from ceed_vla.errors import ConfigError
 from ceed_vla.export.cached import cached_export
 from ceed_vla.serving.arrays import packed, unpacked
+from ceed_vla.serving.predictor_types import PredictorSettings
 from ceed_vla.serving.serve import ServeConfig, serve
 from tests.helpers.serving_calls import KEY, ask, error_of, http
 
@@ -268,6 +269,19 @@ def test_settings_that_are_refused(case: str) -> None:
     settings, expected = REFUSED[case]
     with pytest.raises(ConfigError, match=expected):
         serve(ServeConfig("student", port=0, **settings))
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, 0.1), ({"chunk_deadline": 0.25}, 0.25)])
+def test_a_plan_may_take_a_step_of_the_robot(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, float], used: float
+) -> None:
+    def load(settings: PredictorSettings) -> None:
+        raise ConfigError(f"{settings.chunk_deadline:g} s")
+
+    monkeypatch.setattr("ceed_vla.serving.serve.Predictor", load)
+    monkeypatch.setattr("ceed_vla.serving.server.PolicyServer", lambda load, *_: load())
+    with pytest.raises(ConfigError, match=f"^{used} s"):  # of the student's robot
+        serve(ServeConfig("student", port=0, **given))
 
 
 def test_a_short_key(tmp_path: Path) -> None:

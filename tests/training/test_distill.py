@@ -445,7 +445,6 @@ def test_exit_rules_of_the_teacher_are_not_the_students(studio: Any, tmp_path: P
     policy, pre, post = ceed_vla.load(studio.teacher)
     policy.config.decoding = replace(policy.config.decoding, exits=("changed4",), deadline_s=0.02)
     save(tmp_path / "own", policy, pre, post)
-    chosen = {"teacher_path": str(tmp_path / "own"), "steps": 1}
-    folder = distill(studio.distill_config(tmp_path / "run", **chosen))
+    folder = distill(studio.distill_config(tmp_path / "run", teacher_path=str(tmp_path / "own")))
     found = ceed_vla.load(folder)[0].config.decoding
     assert (found.exits, found.deadline_s, found.max_iterations) == ((), None, 2)

@@ -121,7 +121,7 @@ def end_process(code: int) -> NoReturn:
     """End this process after its node has ended, without the destructors of native libraries.
 
     The middleware's threads run beside those destructors: of 230 policy nodes with ONNX Runtime in
-    the same process, one crashed there, after its node had ended.
+    the same process, one crashed after its node and Python had ended.
 
     Args:
         code: The exit code.

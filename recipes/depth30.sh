@@ -34,10 +34,11 @@ END
 
 # 3. Thresholds on choice seeds. `cut` has the first 16 layers, trained with the same data and steps.
 rules=ceed,cap1,sure8p0.2_conf0.2_cap2,sure15p0.2_conf0.2_cap2,sure22p0.2_conf0.2_cap2,deer15t1_conf0.2_cap2,deer22t1_conf0.2_cap2
+evaluate choose_linear "$axes/exits_linear" 40000 100 $rules
+schedules=cap2,depth8_cap2_fresh,depth15_cap2_fresh,depth22_cap2_fresh # exits with a layer of their own read one depth alone
 for kind in layer linear; do
-  evaluate "choose_$kind" "$axes/exits_$kind" 40000 100 $rules
+  evaluate "choose_schedule_$kind" "$axes/exits_$kind" 40000 100 $schedules
 done
-evaluate choose_schedule "$axes/exits_layer" 40000 100 depth8_cap2_fresh,depth15_cap2_fresh,depth22_cap2_fresh,cap2
 evaluate choose_skip "$axes/route" 40000 100 "route0.2_conf0.2_cap2,$skips"
 evaluate choose_cut "$cut" 40000 100 ceed,cap1
 
@@ -47,7 +48,7 @@ evaluate choose_cut "$cut" 40000 100 ceed,cap1
   --output_dir "$axes/drafts"
 
 # 5. Promised risks, and plans within budgets.
-[ -e "$axes/calibrate/calibration.json" ] || ceed-vla calibrate --policy.path "$axes/exits_layer" --output_dir "$axes/calibrate" \
+[ -e "$axes/calibrate/calibration.json" ] || ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" \
   --signals "[conf,agree,sure15]" --episodes 100 --workers 2 --batch 8 --threads 1
-[ -e "$axes/tune/plans.json" ] || ceed-vla tune --policy.path "$axes/exits_layer" --output_dir "$axes/tune" --episodes 40 \
+[ -e "$axes/tune/plans.json" ] || ceed-vla tune --policy.path "$axes/exits_linear" --output_dir "$axes/tune" --episodes 40 \
   --workers 2 --threads 1

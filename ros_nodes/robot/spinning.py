@@ -127,6 +127,7 @@ def end_process(code: int) -> NoReturn:
         code: The exit code.
     """
     atexit._run_exitfuncs()  # what Python itself does at an exit
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # none, or its reader is gone
+            stream.flush()
     os._exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -86,3 +87,16 @@ def test_a_process_ends_at_once_with_its_code_and_what_was_registered() -> None:
     assert done.returncode == 3, done.stderr
     assert done.stdout.splitlines() == ["ended", "at exit"]
     assert not done.stderr
+
+
+def test_a_reader_that_is_gone_does_not_change_the_code() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", END],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # the end writes what was printed
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(30) == 3

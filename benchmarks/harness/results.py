@@ -78,6 +78,19 @@ class Run:
         return float(self.options["latency_ms"])
 
 
+@dataclass(frozen=True)
+class OwnRow:
+    """One row of our own evaluation.
+
+    Attributes:
+        solved: Whether an episode was solved.
+        steps: Control steps of every solved episode, where they are known.
+    """
+
+    solved: dict[Key, bool] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+
+
 def result_file(folder: Path) -> Path | None:
     """The file that vla-eval exported of a run, if it has finished."""
     return next(iter(sorted(folder.glob("*_aggregate.json"))), None)
@@ -138,13 +151,13 @@ def read_actions(folder: Path) -> dict[Key, list[list[float]]]:
     return actions
 
 
-def read_own(folders: str) -> dict[str, dict[Key, bool]]:
-    """Success by row of our own evaluations on the official initial states.
+def read_own(folders: str) -> dict[str, OwnRow]:
+    """The rows of our own evaluations on the official initial states, by name.
 
     Raises:
         ConfigError: A folder holds none.
     """
-    rows: dict[str, dict[Key, bool]] = {}
+    rows: dict[str, OwnRow] = {}
     for folder in filter(None, folders.split(",")):
         file = Path(folder) / "episodes.jsonl"
         if not file.is_file():
@@ -152,7 +165,10 @@ def read_own(folders: str) -> dict[str, dict[Key, bool]]:
         for line in file.read_text().splitlines()[1:]:
             episode = json.loads(line)
             key = episode["instruction"], episode["seed"] // TASKS % STATES
-            rows.setdefault(episode["decoder"], {})[key] = episode["success"]
+            row = rows.setdefault(episode["decoder"], OwnRow())
+            row.solved[key] = episode["success"]
+            if episode["success"] and "steps" in episode:
+                row.steps.append(episode["steps"])
     return rows
 
 
@@ -177,7 +193,7 @@ def success_text(solved: Mapping[Key, bool]) -> str:
     return f"{entry['success']} of {entry['episodes']} [{low:.0f}, {high:.0f}]"
 
 
-def table(runs: Sequence[Run], reference: Run | None, own: Mapping[str, dict[Key, bool]]) -> str:
+def table(runs: Sequence[Run], reference: Run | None, own: Mapping[str, OwnRow]) -> str:
     """Markdown table of the runs."""
     lines = [
         "| run | how | success [95 %] | steps to success, median | against the reference, points "
@@ -202,7 +218,7 @@ def table(runs: Sequence[Run], reference: Run | None, own: Mapping[str, dict[Key
             success_text(run.solved),
             f"{np.median(run.steps):g}" if run.steps else "",
             paired,
-            against(run.solved, ours) if ours and not run.live else "",
+            against(run.solved, ours.solved) if ours and not run.live else "",
             (f"{np.mean(run.held):.0f} % held, {run.late} late, " if run.live else "")
             + f"{run.errors} errors",
         ]
@@ -210,30 +226,34 @@ def table(runs: Sequence[Run], reference: Run | None, own: Mapping[str, dict[Key
     return "\n".join(lines)
 
 
-def live_figure(runs: Sequence[Run], own: Mapping[str, dict[Key, bool]]) -> Figure:
-    """Success of live episodes against the latency of a chunk, and of our own with delays."""
-    curves: dict[str, list[tuple[float, dict[Key, bool]]]] = {}
+def live_figure(runs: Sequence[Run], own: Mapping[str, OwnRow]) -> Figure:
+    """Success of live episodes, and the time they took, against the latency of a chunk.
+
+    Beside them are our own episodes with delays.
+    """
+    curves: dict[str, list[tuple[float, Run | OwnRow]]] = {}
     for run in runs:
         if run.live:
             name = {"ceed": "early exit", "ar": "token by token"}.get(run.options["decoding"])
             name = f"vla-eval, live: {name or run.options['decoding']}"
-            curves.setdefault(name, []).append((run.latency_ms, run.solved))
-    for row, solved in own.items():
-        decoder, _, delay = row.partition("@")
+            curves.setdefault(name, []).append((run.latency_ms, run))
+    for name, row in own.items():
+        decoder, _, delay = name.partition("@")
         if decoder == "ceed":
             milliseconds = float(delay.removesuffix("ms") or 0)
-            curves.setdefault("our own evaluation, delayed", []).append((milliseconds, solved))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    looks = ((VERMILLION, "o"), (GREY, "s"), (BLUE, "^"), (INK, "D"))
+            curves.setdefault("our own evaluation, delayed", []).append((milliseconds, row))
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    success, time = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    looks = ((GREY, "o"), (VERMILLION, "s"), (BLUE, "^"), (INK, "D"))
     for (name, points), (color, marker) in zip(sorted(curves.items()), looks, strict=False):
         points.sort(key=lambda point: point[0])
-        entries = [success_entry(solved.values()) for _, solved in points]
+        latencies = [latency for latency, _ in points]
+        entries = [success_entry(row.solved.values()) for _, row in points]
         rates = np.array([100 * entry["success_rate"] for entry in entries])
         bounds = np.array([[100 * bound for bound in entry["success_ci95"]] for entry in entries])
         counts = sorted({entry["episodes"] for entry in entries})
-        axes.errorbar(
-            [latency for latency, _ in points],
+        success.errorbar(
+            latencies,
             rates,
             yerr=np.abs(bounds.T - rates),
             color=color,
@@ -241,15 +261,22 @@ def live_figure(runs: Sequence[Run], own: Mapping[str, dict[Key, bool]]) -> Figu
             capsize=4,
             label=f"{name} ({' or '.join(map(str, counts))} episodes a point)",
         )
-    axes.set(
-        xlabel="latency of a chunk [ms]; whiskers: 95 % Wilson intervals",
+        steps = [np.median(row.steps) if row.steps else np.nan for _, row in points]
+        time.plot(latencies, steps, color=color, marker=marker)
+    success.set(
         ylabel="episodes solved [%]",
         ylim=(0, 103),
         title="LIBERO-object when the world does not wait",
     )
-    axes.grid(axis="y", color="#DDE1E6")
-    axes.tick_params(colors=INK)
-    axes.legend(frameon=False)
+    success.legend(frameon=False)
+    time.set(
+        xlabel="latency of a chunk [ms]; whiskers: 95 % Wilson intervals",
+        ylabel="steps to success, median",
+    )
+    time.set_ylim(bottom=0)
+    for axes in (success, time):
+        axes.grid(axis="y", color="#DDE1E6")
+        axes.tick_params(colors=INK)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.late import forget_late
-from benchmarks.harness.results import ResultsConfig, live_figure, main, read_run
+from benchmarks.harness.results import OwnRow, ResultsConfig, live_figure, main, read_run
 from ceed_vla.errors import ConfigError
 
 SOUP = "pick up the soup"
@@ -112,10 +113,16 @@ def test_the_table_and_the_plot_have_our_own_evaluation(
     assert rows[0][5].startswith("+0.0 [")
     assert rows[0][5].endswith("], 1 episodes")
     assert rows[1][5].startswith("+50.0 [")
-    ours = {"ceed": {(SOUP, 0): True}, "ceed@100ms": {(SOUP, 0): False}, "teacher_ar": {}}
-    axes = live_figure([], ours).axes[0]
-    line = axes.get_lines()[0]
-    assert line.get_xydata().tolist() == [[0, 100], [100, 0]]
+    ours = {
+        "ceed": OwnRow({(SOUP, 0): True}),  # its steps are not known
+        "ceed@100ms": OwnRow({(SOUP, 0): False}),
+        "ceed@200ms": OwnRow({(SOUP, 0): True}, [80, 90, 130]),
+        "teacher_ar": OwnRow(),
+    }
+    axes, time = live_figure([], ours).axes
+    assert axes.get_lines()[0].get_xydata().tolist() == [[0, 100], [100, 0], [200, 100]]
+    assert time.get_lines()[0].get_ydata()[2] == 90
+    assert [math.isnan(steps) for steps in time.get_lines()[0].get_ydata()] == [True, True, False]
     assert axes.get_legend().get_texts()[0].get_text() == (
         "our own evaluation, delayed (1 episodes a point)"
     )

@@ -26,13 +26,13 @@ from ceed_vla.discovery import discovered
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, chosen, ranged
 from ceed_vla.outputs import owned_folder
-from ceed_vla.supervision import finish_training
 from ceed_vla.training.adapters import attach_student
 from ceed_vla.training.clipping import check_clipping
 from ceed_vla.training.collect_config import guess_shares
 from ceed_vla.training.corruption import PREVIOUS, StateDraw, draw_states
 from ceed_vla.training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
 from ceed_vla.training.joint_exits import JointExitsConfig, attach_exits
+from ceed_vla.training.kept_prefix import FRAMES, keep_by_scorer, keep_places
 from ceed_vla.training.losses import after_first_divergence, find_loss, needs
 from ceed_vla.training.objective import DistillationObjective
 from ceed_vla.training.run import ClosedLoop, Run
@@ -44,7 +44,6 @@ from ceed_vla.wording import counted
 
 STEPS = 400  # without a budget
 TARGETS = {"teacher_logits", "fixed_logits"}  # from which early-exit layers learn
-SCORED = 64  # frames that the scores of prefix tokens are averaged over
 
 
 @dataclass
@@ -71,8 +70,10 @@ class DistillConfig(RunConfig):
         curriculum: "online": which states are drawn: "uniform", or "spread", by how much the
             student's next update changes their distance to the fixed point.
         exits: Early-exit layers that learn with the student.
-        kept: Prefix tokens that the student keeps, those with the highest mean scores of the
-            teacher's scorer (`ceed-vla context`); 0 for all. Compact backbone only.
+        kept: Prefix tokens that the student runs, those with the highest scores of the teacher's
+            scorer (`ceed-vla context`); 0 for all.
+        kept_by: Which these are: "places" (the same in all frames, compact backbone only), or
+            "scorer" (those of each frame, decoded by ``keep<K>``).
         max_iterations: Iteration cap of the student's early-exit decoding.
         confidence: Its confidence rule (`DecodingConfig.confidence`); None for the cap alone.
         device: Device to train on: "cpu", or an accelerator such as "cuda".
@@ -94,6 +95,7 @@ class DistillConfig(RunConfig):
     curriculum: str = chosen("uniform", ("uniform", "spread"))
     exits: JointExitsConfig = field(default_factory=JointExitsConfig)
     kept: int = ranged(0, "[0, 1e6]")
+    kept_by: str = chosen("places", ("places", "scorer"))
     max_iterations: int = ranged(2, "[1, 1e6]")
     confidence: float | None = ranged(None, "(0, 1]")
     device: str = "cpu"
@@ -145,6 +147,7 @@ class DistillRun(Run):
         super().__init__(config, config.device, closed_loop)
         self.config = config
         adapted = config.lora.rank > 0
+        by_scorer = config.kept > 0 and config.kept_by == "scorer"
         self.shares = guess_shares(config.guesses)
         if self.sharded and adapted and config.trajectories.online:
             raise ConfigError(
@@ -157,7 +160,7 @@ class DistillRun(Run):
         )
         student.config.decoding = replace(
             student.config.decoding,
-            method="jacobi",
+            method=f"keep{config.kept}" if by_scorer else "jacobi",
             exits=(),
             deadline_s=None,
             window=None,
@@ -180,10 +183,15 @@ class DistillRun(Run):
         )
         with self.accelerator.main_process_first():  # the main process decodes the images
             self.data = self._data(student, pre)
-        if config.kept:
-            self._narrow(student)
+        scorers = student.backbone.context
+        if by_scorer:
+            self.objective.choose = keep_by_scorer(student, config.kept)
+        elif config.kept:
+            self._keep_places(student)
         check_clipping(student.tokenizer, self.data.stores, config.max_clipped)
         self.prepare(self.objective, student, pre, post, weight_decay=0.0)
+        if by_scorer:  # the student's checkpoint needs it, too
+            student.backbone.context = scorers
 
     def modules_beside(self, policy: Any) -> list[tuple[str, torch.nn.Parameter]]:
         """The early-exit layers of the student."""
@@ -206,25 +214,13 @@ class DistillRun(Run):
         made = self.objective.exits
         return [] if made is None else [(f"exits.{n}", p) for n, p in made.named_parameters()]
 
-    @torch.no_grad()
-    def _narrow(self, student: Any) -> None:
-        """Restrict the student to the prefix tokens of the highest mean scores, in all frames."""
-        backbone, scorers = student.backbone, student.backbone.context
-        if not scorers or getattr(backbone, "kept", True) or self.config.lora.rank:
+    def _keep_places(self, student: Any) -> None:
+        if self.config.lora.rank:
             raise ConfigError(
-                "--kept needs a teacher of the compact backbone that runs its whole prefix, with a "
-                "context.safetensors (ceed-vla context). All of the student's layers learn, so "
-                "leave out --lora.rank."
+                "With --kept_by places all of the student's layers learn; leave out --lora.rank."
             )
-        finish_training(student)  # drop the early head, which is trained on all tokens
-        rows = self.data.draw(SCORED, np.random.default_rng(self.config.seed), 0)
-        embeddings = backbone.embed_prefix(self.data.observations(rows))
-        scores = scorers[0](*backbone.prefix_tokens(embeddings)).mean(0)  # (N,)
-        if self.config.kept < len(scores):
-            student.config.backbone.kept_tokens = (
-                scores.topk(self.config.kept).indices.sort().values.tolist()
-            )
-            backbone.keep(student.config.backbone.kept_tokens)
+        rows = self.data.draw(FRAMES, np.random.default_rng(self.config.seed), 0)
+        keep_places(student, self.config.kept, self.data.observations(rows))
 
     def _data(self, student: Any, pre: Any) -> DistillData:
         config, chosen = self.config, self.config.trajectories
@@ -364,7 +360,8 @@ class DistillRun(Run):
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
         """Measure iterations, agreement with the teacher and accuracy on held-out frames."""
-        strict = DecodingConfig(method="jacobi", guess="previous")
+        method = self.policy.config.decoding.method  # "jacobi", or that of a part of the prefix
+        strict = DecodingConfig(method=method, guess="previous")
         size = self.config.batch_size // self.num_parts or 1
         # Sharded weights are gathered in the model's own forward only.
         decode = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -31,6 +31,7 @@ class DistillationObjective(nn.Module):
     Attributes:
         exits: Early-exit layers of the student that learn with it, if any.
         exits_weight: Weight of their loss.
+        choose: Reduces prefix embeddings to the tokens that the student runs; None if it runs all.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class DistillationObjective(nn.Module):
         self.omega = omega
         self.exits: nn.ModuleDict | None = None
         self.exits_weight = 0.0
+        self.choose: Callable[[Any], Any] | None = None
         self.copy = [teacher]  # in a list: not a submodule, so not wrapped, saved or trained
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -105,6 +107,8 @@ class DistillationObjective(nn.Module):
                 seen = embeddings[:, kept]
             else:
                 embeddings = seen = student.backbone.embed_prefix(batch)
+            if self.choose is not None:
+                seen = self.choose(embeddings)
             if own is None:
                 states = batch["teacher_states"]
             elif curriculum is None:

@@ -39,9 +39,11 @@ class ContextConfig(BesideConfig):
 
     Attributes:
         dropped: Most tokens that are dropped together, in random subsets; 1 drops one at a time.
+        fixed: Keep the same tokens in all frames, those with the highest mean scores.
     """
 
     dropped: int = ranged(1, "[1, 99999]")
+    fixed: bool = False
     steps: int = ranged(200, COUNTS)
     lr: float = ranged(1e-2, RATES)
 
@@ -96,6 +98,8 @@ def _context(config: ContextConfig, output: Path) -> Path:
     scorer = ContextScorer(chooser.exit_parts()[2], int(frames.tokens[1][0].sum()))
     train(scorer, data, config)
     worth = held_out(scorer, frames, config.seed)
+    if config.fixed:
+        forget_frames(scorer, frames)
     if policy.backbone.context:
         policy.config.forget()
     policy.backbone.context = (scorer.requires_grad_(False),)
@@ -129,6 +133,13 @@ def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> No
             loss = loss + (lost - target).abs().mean() / SUBSETS
         take_step(optimizer, loss, step, config.steps)
         bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+@torch.no_grad()
+def forget_frames(scorer: ContextScorer, frames: Scored) -> None:
+    """Make a scorer rank the tokens the same in every frame, by their mean score in `frames`."""
+    scorer.place.copy_(scorer(*frames.tokens).mean(0))
+    scorer.out.weight.zero_()
 
 
 def held_out(scorer: ContextScorer, frames: Scored, seed: int) -> dict[int, Any]:

@@ -1,6 +1,6 @@
 """`ceed-vla context`: the scorer finds tokens without effect, the policy does not change.
 
-Wrong settings are refused.
+Students that run a part of the prefix, and wrong settings.
 """
 
 from __future__ import annotations
@@ -15,11 +15,22 @@ import pytest
 import torch
 
 import ceed_vla
+from ceed_vla.axes.context.scorer import ContextScorer
 from ceed_vla.checkpoints import weights_hash
 from ceed_vla.errors import ConfigError
-from ceed_vla.training.axes.context import LEAST, REPORT, ContextConfig, Scored, context
+from ceed_vla.training.axes.context import (
+    LEAST,
+    REPORT,
+    ContextConfig,
+    Scored,
+    context,
+    forget_frames,
+)
 from ceed_vla.training.distill import distill
 from ceed_vla.training.distill_data import DistillData, TrajectoriesConfig
+from ceed_vla.training.kept_prefix import keep_by_scorer, keep_places
+from ceed_vla.training.losses import find_loss
+from ceed_vla.training.objective import DistillationObjective
 
 
 @pytest.mark.slow
@@ -86,9 +97,38 @@ def test_it_learns_what_one_token_costs(studio: Any, tmp_path: Path) -> None:
             "steps": 1,
         }
         with pytest.raises(
-            ConfigError, match="--kept needs a teacher of the compact backbone that runs its whole"
+            ConfigError, match="--kept_by places needs a teacher of the compact backbone"
         ):
             distill(studio.distill_config(tmp_path / "none", **settings))
+
+
+@pytest.mark.slow
+def test_a_student_behind_the_tokens_of_each_frame(studio: Any, tmp_path: Path) -> None:
+    """It keeps the scorer and decodes with it; the log measures it so, too."""
+    sizes = {"steps": 4, "eval_frames": 8, "batch_size": 4, "fixed": True}
+    folder = context(
+        ContextConfig(str(studio.teacher), str(studio.demo), str(tmp_path / "scored"), **sizes)
+    )
+    scored, _, _ = ceed_vla.load(folder)
+    (scorer,) = scored.backbone.context
+    assert not scorer.out.weight.any()  # fixed: the same in all frames
+    config = studio.distill_config(
+        tmp_path / "student",
+        teacher_path=str(folder),
+        kept=5,
+        kept_by="scorer",
+        steps=2,
+        save_every=1,
+        eval_every=1,
+    )
+    student, _, _ = ceed_vla.load(distill(config))
+    assert student.config.decoding.method == "keep5"
+    (own,) = student.backbone.context
+    assert torch.equal(own.place, scorer.place)
+    lines = (tmp_path / "student" / "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["teacher_agreement"] < 0.8  # five tokens are not all
+    again, _, _ = ceed_vla.load(distill(replace(config, steps=3, resume=True)))
+    assert torch.equal(again.backbone.context[0].place, scorer.place)
 
 
 def test_what_cannot_work_is_refused(studio: Any, tmp_path: Path) -> None:
@@ -108,3 +148,62 @@ def test_what_cannot_work_is_refused(studio: Any, tmp_path: Path) -> None:
             context(config(**change))
     with pytest.raises(ConfigError, match="dropped"):
         config(dropped=0)
+
+
+@pytest.fixture
+def scored() -> Any:
+    """The shipped teacher with a random scorer of its tokens, and three observations."""
+    torch.manual_seed(0)
+    policy, pre, _ = ceed_vla.load("teacher")
+    images = {name: torch.rand(3, 3, 96, 96) for name in policy.config.cameras}
+    batch = pre(
+        {**images, "observation.state": torch.rand(3, 14), "task": ["push the red cube"] * 3}
+    )
+    embeddings = policy.backbone.embed_prefix(batch)
+    scorer = ContextScorer(embeddings.shape[2], embeddings.shape[1] - 1)
+    torch.nn.init.normal_(scorer.out.weight)
+    policy.backbone.context = (scorer.requires_grad_(False),)
+    return policy, batch, embeddings
+
+
+def test_the_student_sees_the_best_tokens_of_each_frame(scored: Any) -> None:
+    policy, batch, embeddings = scored
+    scores = policy.backbone.context[0](*policy.backbone.prefix_tokens(embeddings))
+    best = scores.topk(5).indices.sort(dim=1).values  # (B, 5)
+    assert len({tuple(row) for row in best.tolist()}) > 1
+    teacher, _, _ = ceed_vla.load("teacher")
+    objective = DistillationObjective(policy, teacher, find_loss("trust_region"), 3.0)
+    objective.choose = keep_by_scorer(policy, 5)
+    block = torch.zeros(3, 56, dtype=torch.int64)
+    whole, seen, _ = objective.prepare({**batch, "previous": block, "teacher_states": block}, None)
+    assert torch.equal(whole, embeddings)
+    rows = torch.arange(3).unsqueeze(1)
+    state = torch.full((3, 1), embeddings.shape[1] - 1)
+    assert torch.equal(seen, embeddings[rows, torch.cat([best, state], dim=1)])
+
+
+def test_a_fixed_scorer_keeps_the_same_tokens_in_all_frames(scored: Any) -> None:
+    policy, _, embeddings = scored
+    (scorer,) = policy.backbone.context
+    tokens = policy.backbone.prefix_tokens(embeddings)
+    mean = scorer(*tokens).mean(0)
+
+    class Frames:
+        pass
+
+    frames: Any = Frames()
+    frames.tokens = tokens
+    forget_frames(scorer, frames)
+    torch.testing.assert_close(scorer(*tokens), mean.expand(3, -1))
+
+
+def test_what_cannot_be_kept_is_refused(scored: Any) -> None:
+    policy, batch, embeddings = scored
+    count = embeddings.shape[1] - 1
+    with pytest.raises(ConfigError, match=f"scores more tokens than that; this one scores {count}"):
+        keep_by_scorer(policy, count)
+    policy.backbone.context = ()
+    with pytest.raises(ConfigError, match="this one scores 0"):
+        keep_by_scorer(policy, 3)
+    with pytest.raises(ConfigError, match="set --kept_by scorer"):
+        keep_places(policy, 3, batch)

@@ -1,24 +1,36 @@
-"""Recipes: a grown trunk decodes as the original one."""
+"""Recipes: a grown trunk decodes as the original one; finer patches leave the other weights."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 import ceed_vla
+from ceed_vla.backbones.language.config import LanguageConfig
+from ceed_vla.checkpoints import save
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from tests.helpers.tabletop import tabletop_config
+from tests.helpers.tiny_language_models import make_tiny_language_model
 
-GROW = Path(__file__).resolve().parents[2] / "recipes" / "grow.py"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-def test_a_grown_trunk_decodes_the_same_tokens_and_can_learn(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("grow", GROW)
+def recipe(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.grow("teacher", str(tmp_path / "grown"), 3)
+    return module
+
+
+def test_a_grown_trunk_decodes_the_same_tokens_and_can_learn(tmp_path: Path) -> None:
+    recipe("grow").grow("teacher", str(tmp_path / "grown"), 3)
     base, pre, _ = ceed_vla.load("teacher")
     grown, _, _ = ceed_vla.load(tmp_path / "grown")
     assert (base.backbone.num_layers, grown.backbone.num_layers) == (4, 12)
@@ -37,3 +49,34 @@ def test_a_grown_trunk_decodes_the_same_tokens_and_can_learn(tmp_path: Path) -> 
     _, (scores,) = grown.backbone.packed_logits(grown.backbone.embed_prefix(batch), [block])
     scores.logsumexp(-1).sum().backward()
     assert grown.backbone.layers[1].out.weight.grad.abs().max() > 0
+
+
+def test_finer_patches_leave_the_other_weights(tmp_path: Path) -> None:
+    folder = make_tiny_language_model(tmp_path / "model", layers=2)
+    config = tabletop_config(
+        backbone=LanguageConfig(path=str(folder)),
+        auxiliary_scale=[],
+        chunk_size=2,
+        n_action_steps=1,
+    )
+    policy = CeedVLAPolicy(config).eval()
+    tasks = ["push the red cube"]
+    state = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
+    pre, post = make_ceed_vla_pre_post_processors(config, state, instructions=tasks)
+    save(tmp_path / "coarse", policy, pre, post)
+    module = recipe("finer_patches")
+    module.finer(str(tmp_path / "coarse"), str(tmp_path / "fine"))
+    fine, pre, _ = ceed_vla.load(tmp_path / "fine")
+    own, new = policy.state_dict(), fine.state_dict()
+    kept = {name for name in own if not name.startswith("backbone.project.")}
+    assert all(torch.equal(own[name], new[name]) for name in kept)
+    for part in ("0.weight", "0.bias", "1.weight", "1.bias"):  # the keypoints' token
+        assert torch.equal(own[f"backbone.project.0.{part}"], new[f"backbone.project.1.{part}"])
+    images = {name: torch.rand(1, 3, 96, 96) for name in config.cameras}
+    batch = pre({**images, "observation.state": torch.rand(1, 14), "task": tasks})
+    embeddings = fine.backbone.embed_prefix(batch)
+    assert int(fine.backbone.prefix_tokens(embeddings)[1].sum()) == 2 * (12**2 + 1)
+    with pytest.raises(SystemExit, match="no policy of a language model"):
+        module.finer("teacher", str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match="no policy of a language model"):
+        module.finer(str(tmp_path / "fine"), str(tmp_path / "none"))

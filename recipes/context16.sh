@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# What running fewer prefix tokens saves where the prefix is long: the policy of 16 layers of `smollm2.sh` with 290 image
+# tokens instead of 34, its student, and the tokens of each frame (EXIT) beside as many fixed places, frozen and distilled.
+# Needs the outputs of `LAYERS=16 bash recipes/smollm2.sh`. After an interrupt run the script again: it resumes.
+#
+#   bash recipes/context16.sh [OUTPUT_FOLDER]    # OUTPUT_FOLDER of smollm2.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-outputs/smollm2} data=${DATA:-outputs/tabletop/data} kept=${KEPT:-64}
+export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
+coarse=$out/16 fine=$out/16fine
+roots="$data/clean,$data/perturb0,$data/perturb1,$data/takeover0,$data/takeover1"
+reached="$data/perturb1,$data/takeover0,$data/takeover1"
+mkdir -p "$fine"
+started() { [ -e "$fine/$1/progress.json" ] && echo true || echo false; }
+finished() { [ -e "$fine/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
+final() { echo "$fine/$1/checkpoints/final"; }
+
+# 1. The teacher with finer images, whose projection of them is new, and a student that runs all of its prefix.
+[ -e "$fine/begun/config.json" ] || python recipes/finer_patches.py "$coarse/teacher/checkpoints/final" "$fine/begun"
+finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$fine/teacher" --policy.path "$fine/begun" \
+  --roots "$roots" --root_weights 0.08,0.3,0.37,0.125,0.125 --imitate teacher --grounding_steps 0 --rounds 0 \
+  --validate_episodes 0 --steps "${STEPS:-300}" --batch_size 24 --lr 2e-4 --muon_lr 0 --threads 1 --save_every 25 \
+  --resume "$(started teacher)"
+distill() { # name teacher steps [other flags]
+  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill --output_dir "$fine/$1" --teacher.path "$2" \
+    --trajectories.online true --roots "$roots" --steps "$3" --batch_size 24 --lr 3e-4 --muon_lr 0 --max_updates 1 \
+    --max_iterations 2 --confidence 0.2 --eval_every 0 --validate_episodes 0 --threads 1 --save_every 25 \
+    --resume "$(started "$1")" "${@:4}"
+}
+distill student "$(final teacher)" 250
+
+# 2. Scorers of the student's prefix tokens: by frame, and the same in all frames.
+scorer() { # name [other flags]
+  [ -e "$fine/$1/context.json" ] || ceed-vla context --policy.path "$(final student)" --output_dir "$fine/$1" --roots "$reached" \
+    --dropped 200 --steps 120 --batch_size 8 --eval_frames 64 "${@:2}"
+}
+scorer by_frame
+scorer by_place --fixed true
+
+# 3. Students behind both.
+distill behind_frame "$fine/by_frame" 150 --kept "$kept" --kept_by scorer
+distill behind_place "$fine/by_place" 150 --kept "$kept" --kept_by scorer
+
+# 4. Success on choice seeds, and milliseconds in turns.
+evaluate() { # name checkpoint decoders
+  ceed-vla eval --policy.path "$2" --decoders "only=$3" --episodes 200 --seed 40000 --timing_chunks 0 --clips false --workers 2 \
+    --batch 8 --threads 1 --output_dir "$fine/$1" --resume "$([ -e "$fine/$1/episodes.jsonl" ] && echo true || echo false)"
+}
+evaluate choose_whole "$(final student)" ceed,cap1
+for ranking in frame place; do
+  evaluate "choose_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2,keep128_conf0.2_cap2"
+  evaluate "choose_behind_$ranking" "$(final "behind_$ranking")" ceed
+done
+[ -e "$fine/time/report.json" ] || ceed-vla eval --policy.path "$fine/by_frame" \
+  --decoders "only=conf0.2_cap2,keep128_conf0.2_cap2,keep${kept}_conf0.2_cap2" --episodes 2 --seed 44000 --timing_chunks 60 \
+  --clips false --threads 2 --output_dir "$fine/time"

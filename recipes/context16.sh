@@ -18,12 +18,12 @@ final() { echo "$fine/$1/checkpoints/final"; }
 
 # 1. The teacher with finer images, whose projection of them is new, and a student that runs all of its prefix.
 [ -e "$fine/begun/config.json" ] || python recipes/finer_patches.py "$coarse/teacher/checkpoints/final" "$fine/begun"
-finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$fine/teacher" --policy.path "$fine/begun" \
+finished teacher || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$fine/teacher" --policy.path "$fine/begun" \
   --roots "$roots" --root_weights 0.08,0.3,0.37,0.125,0.125 --imitate teacher --grounding_steps 0 --rounds 0 \
   --validate_episodes 0 --steps "${STEPS:-300}" --batch_size 24 --lr 2e-4 --muon_lr 0 --threads 1 --save_every 25 \
   --resume "$(started teacher)"
 distill() { # name teacher steps [other flags]
-  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill --output_dir "$fine/$1" --teacher.path "$2" \
+  finished "$1" || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli distill --output_dir "$fine/$1" --teacher.path "$2" \
     --trajectories.online true --roots "$roots" --steps "$3" --batch_size 24 --lr 3e-4 --muon_lr 0 --max_updates 1 \
     --max_iterations 2 --confidence 0.2 --eval_every 0 --validate_episodes 0 --threads 1 --save_every 25 \
     --resume "$(started "$1")" "${@:4}"

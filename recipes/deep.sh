@@ -16,13 +16,13 @@ roots="$data/clean,$data/perturb0,$data/perturb1,$data/takeover0,$data/takeover1
 # 1. Insert two layers after every layer that initially add nothing. Then repeat the teacher's second run, shorter and with a
 #    lower learning rate: at 1e-3 the loss rises.
 [ -e "$out/grown/config.json" ] || python recipes/grow.py teacher "$out/grown" 3
-finished deep_teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$out/deep_teacher" \
+finished deep_teacher || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$out/deep_teacher" \
   --policy.path "$out/grown" --roots "$roots" --root_weights 0.08,0.3,0.37,0.125,0.125 \
   --grounding_roots "$data/ground0,$data/ground1" --grounding_batch 8 --grounding_steps 0 --steps 1100 --rounds 0 \
   --lr 4e-4 --muon_lr 4e-4 --save_every 100 --threads 1 --resume "$(started deep_teacher)"
 
 # 2. Distil the student on online trajectories.
-finished deep_student || torchrun --nproc_per_node 2 -m ceed_vla.cli distill --teacher.path "$teacher" \
+finished deep_student || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli distill --teacher.path "$teacher" \
   --trajectories.online true --roots "$roots" --output_dir "$out/deep_student" --steps 650 --lr 6e-4 --muon_lr 6e-4 \
   --max_updates 1 --max_iterations 2 --confidence 0.2 --save_every 100 --eval_every 0 --threads 1 \
   --resume "$(started deep_student)"

@@ -36,7 +36,7 @@ evaluate skip "$student" 40000 200 "only=ceed,cap1,$fixed"
 # 2. The student of deep.sh again, with exits from the first step on: with a coarse branch, and linear ones as control. A
 #    second control adds exits of both kinds to the finished student.
 joint() { # kind
-  finished "joint_$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill --teacher.path "$teacher" \
+  finished "joint_$1" || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli distill --teacher.path "$teacher" \
     --trajectories.online true --roots "$roots" --output_dir "$out/joint_$1" --steps 650 --lr 6e-4 --muon_lr 6e-4 \
     --max_updates 1 --max_iterations 2 --confidence 0.2 --save_every 50 --eval_every 0 --threads 1 --validate_episodes 0 \
     --exits.layers "[3,4]" --exits.kind "$1" --resume "$(started "joint_$1")"

@@ -32,7 +32,7 @@ demos=$out/data/perturb
 # 2. Train a teacher in two runs: on the demonstrations; then at half the learning rate, also on the expert's corrections of
 #    states that the first run's policy reached (DAgger).
 train() { # name [other flags]
-  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train "${sampled[@]}" --output_dir "$out/$1" --grounding_steps 0 \
+  finished "$1" || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli train "${sampled[@]}" --output_dir "$out/$1" --grounding_steps 0 \
     --rounds 0 --validate_episodes 0 --threads 1 --save_every 200 --resume "$(started "$1")" "${@:2}"
 }
 takeover() { # name seed policy [other flags]
@@ -53,7 +53,7 @@ collect() { # name roots
     --resume true
 }
 distill() { # name trajectories roots steps [other flags]
-  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill "${sampled[@]}" --teacher.path "$teacher" \
+  finished "$1" || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli distill "${sampled[@]}" --teacher.path "$teacher" \
     --trajectories.path "$out/$2" --roots "$3" --output_dir "$out/$1" --steps "$4" --lr 1e-3 --muon_lr 1e-3 --max_updates 1 \
     --max_iterations 2 --confidence 0.2 --threads 1 --validate_episodes 0 --resume "$(started "$1")" "${@:5}"
 }

@@ -26,7 +26,7 @@ demos="$out/data/perturb" takeover="$out/first/takeover/round_0"
 #    `second` continues at half the learning rate. GATE leaves room for two tasks whose goals are balls of 3 px in the air
 #    (metaworld_mt10.md).
 train() { # name [other flags]
-  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train $env --output_dir "$out/$1" \
+  finished "$1" || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli train $env --output_dir "$out/$1" \
     --grounding_roots "$out/data/ground,$out/data/balls" --threads 1 --resume "$(started "$1")" --validate_episodes 40 "${@:2}"
 }
 train first --roots "$demos" --grounding_steps 1500 --grounding_gate "${GATE:-0.06}" --steps "${STEPS:-2600}" --rounds 1 \
@@ -38,7 +38,7 @@ train second --policy.path "$out/first/checkpoints/final" --grounding_steps 0 --
 #    reach by themselves decide the result. The teacher continues to train with the expert's corrections in both. The students
 #    train on all data.
 distill() { # name teacher trajectories roots steps [other flags]
-  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill $env --teacher.path "$2" --trajectories.path "$out/$3" \
+  finished "$1" || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli distill $env --teacher.path "$2" --trajectories.path "$out/$3" \
     --roots "$4" --output_dir "$out/$1" --steps "$5" --omega 10 --lr 1e-3 --muon_lr 1e-3 --max_updates 1 --max_iterations 2 \
     --confidence 0.2 --threads 1 --validate_episodes 0 --resume "$(started "$1")" "${@:6}"
 }

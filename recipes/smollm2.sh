@@ -23,7 +23,7 @@ if [ ! -e "$out/model/config.json" ]; then
 fi
 
 # 2. The teacher, behind the frozen stems of the shipped teacher, whose predictions it learns.
-finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$pair/teacher" --roots "$demos,$takeovers" \
+finished teacher || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$pair/teacher" --roots "$demos,$takeovers" \
   --root_weights 0.08,0.3,0.37,0.125,0.125 --imitate teacher --policy.backbone.type=language \
   --policy.backbone.path="$out/model" --policy.backbone.layers "$layers" --policy.chunk_size 12 \
   --policy.action_tokens.action_range=fixed --policy.action_tokens.action_low="[-1, -1, -1, -0.25, -0.25, -1, -1]" \
@@ -32,7 +32,7 @@ finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_d
 
 # 3. A first student, takeovers in which it drove with one forward per chunk, and the student of all data.
 distill() { # name steps roots
-  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill --output_dir "$pair/$1" --teacher.path "$(final teacher)" \
+  finished "$1" || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli distill --output_dir "$pair/$1" --teacher.path "$(final teacher)" \
     --trajectories.online true --roots "$3" --steps "$2" --lr 3e-4 --muon_lr 0 --max_updates 1 --max_iterations 2 \
     --confidence 0.2 --eval_every 0 --validate_episodes 0 --threads 1 --save_every 25 --resume "$(started "$1")"
 }

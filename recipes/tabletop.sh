@@ -39,7 +39,7 @@ takeovers() { # name policy seed seed [attempts decoding]
   wait_all
 }
 train() { # name [other flags]
-  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$out/$1" \
+  finished "$1" || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$out/$1" \
     --grounding_roots "$out/data/ground0,$out/data/ground1" --grounding_batch 16 --takeover_episodes 400 \
     --save_every 100 --threads 1 --resume "$(started "$1")" "${@:2}"
 }

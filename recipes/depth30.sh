@@ -50,5 +50,5 @@ evaluate choose_cut "$cut" 40000 100 ceed,cap1
 # 5. Promised risks, and plans within budgets.
 [ -e "$axes/calibrate/calibration.json" ] || ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" \
   --signals "[conf,agree,sure15]" --episodes 100 --workers 2 --batch 8 --threads 1
-[ -e "$axes/tune/plans.json" ] || ceed-vla tune --policy.path "$axes/exits_linear" --output_dir "$axes/tune" --episodes 40 \
+[ -e "$axes/tune/plans.json" ] || ceed-vla tune --policy.path "$axes/exits_linear" --output_dir "$axes/tune" --population 12 --episodes 16 \
   --workers 2 --threads 1

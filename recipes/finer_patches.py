@@ -27,7 +27,10 @@ def finer(path: str, folder: str) -> None:
     backbone: Any = policy.backbone
     stems = getattr(policy.config.backbone, "stems", None)
     if stems is None or stems.patches != "grid":
-        raise SystemExit(f"{path} is no policy of a language model with stems.patches grid.")
+        raise SystemExit(
+            f"{path} must be a policy of the language backbone with stems.patches grid; name a "
+            "teacher of recipes/smollm2.sh."
+        )
     stems.patches = backbone.stems.patches = "features"
     (known,) = backbone.project
     width = known[1].out_features

@@ -183,7 +183,7 @@ class DistillRun(Run):
         )
         with self.accelerator.main_process_first():  # the main process decodes the images
             self.data = self._data(student, pre)
-        scorers = student.backbone.context
+        scorers = student.backbone.context if by_scorer else ()
         if by_scorer:
             self.objective.choose = keep_by_scorer(student, config.kept)
         elif config.kept:

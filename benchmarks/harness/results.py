@@ -226,6 +226,20 @@ def table(runs: Sequence[Run], reference: Run | None, own: Mapping[str, OwnRow])
     return "\n".join(lines)
 
 
+def delay_table(own: Mapping[str, OwnRow]) -> str:
+    """Markdown table of our own rows with delays, each against the same decoder without one."""
+    lines = ["| delay | success [95 %] | against no delay, points [95 %] | steps, mean |"]
+    lines.append("|" + " -- |" * 4)
+    for name, row in own.items():
+        decoder, _, delay = name.partition("@")
+        if delay:
+            waits = own.get(decoder, OwnRow()).solved
+            steps = f"{np.mean(row.steps):.0f}" if row.steps else ""
+            cells = [name, success_text(row.solved), against(row.solved, waits), steps]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def live_figure(runs: Sequence[Run], own: Mapping[str, OwnRow]) -> Figure:
     """Success of live episodes, and the time they took, against the latency of a chunk.
 
@@ -299,6 +313,8 @@ def main(config: ResultsConfig) -> None:
         if file is not None:
             shutil.copy(file, config.output / f"{run.name}.json")
     print(table(runs, reference, own))
+    if any("@" in name for name in own):
+        print("", delay_table(own), sep="\n")
     if any(run.live for run in runs):
         with mpl.rc_context(STYLE):
             save_figure(live_figure(runs, own), config.output / "live.png")

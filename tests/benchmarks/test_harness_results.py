@@ -113,6 +113,8 @@ def test_the_table_and_the_plot_have_our_own_evaluation(
     assert rows[0][5].startswith("+0.0 [")
     assert rows[0][5].endswith("], 1 episodes")
     assert rows[1][5].startswith("+50.0 [")
+    assert rows[-1] == ["ceed@100ms", "0 of 1 [0, 79]", rows[-1][2], ""]
+    assert rows[-1][2].startswith("-100.0 [")
     ours = {
         "ceed": OwnRow({(SOUP, 0): True}),  # its steps are not known
         "ceed@100ms": OwnRow({(SOUP, 0): False}),

@@ -76,7 +76,7 @@ def test_finer_patches_leave_the_other_weights(tmp_path: Path) -> None:
     batch = pre({**images, "observation.state": torch.rand(1, 14), "task": tasks})
     embeddings = fine.backbone.embed_prefix(batch)
     assert int(fine.backbone.prefix_tokens(embeddings)[1].sum()) == 2 * (12**2 + 1)
-    with pytest.raises(SystemExit, match="no policy of a language model"):
+    with pytest.raises(SystemExit, match="must be a policy of the language backbone"):
         module.finer("teacher", str(tmp_path / "none"))
-    with pytest.raises(SystemExit, match="no policy of a language model"):
+    with pytest.raises(SystemExit, match="must be a policy of the language backbone"):
         module.finer(str(tmp_path / "fine"), str(tmp_path / "none"))

@@ -110,14 +110,17 @@ class Streaming:
         """Repeat the pose once more and stop."""
         self._node.destroy_timer(self._ticks)
         self._node.destroy_timer(self._looks)
-        self._send(self._setup.controller.end(clock_time(self._node)))
+        stamp = self._node.get_clock().now()
+        self._send(self._setup.controller.end(1e-9 * stamp.nanoseconds), stamp.to_msg())
         for publisher in (*self._publishers, self._commanded):
             self._node.destroy_publisher(publisher)
 
     def _tick(self) -> None:
         controller = self._setup.controller
         self._ticked = time.monotonic()
-        self._send(controller.tick(self.now(), clock_time(self._node)))
+        stamp = self._node.get_clock().now()  # of what is sent: its moment bounded the motion
+        decision = controller.tick(self.now(), 1e-9 * stamp.nanoseconds)
+        self._send(decision, stamp.to_msg())
         controller.after_tick(self.now())
         period = round(1e9 * controller.grid.period)
         if period != self._ticks.timer_period_ns:
@@ -142,8 +145,7 @@ class Streaming:
             )
         self._planned.publish(message)
 
-    def _send(self, decision: Decision | None) -> None:
-        stamp = self._node.get_clock().now().to_msg()
+    def _send(self, decision: Decision | None, stamp: Time) -> None:
         sent = False
         for group, publisher in self._commands.items():
             message = command_message(self._setup, decision, self._last, stamp, group)
@@ -152,11 +154,11 @@ class Streaming:
                 sent = True
         self._last = decision
         if sent and decision is not None and not self._dry:
-            self._tell(decision)
+            self._tell(decision, stamp)
             if decision.gripper is not None:
                 self._grip(decision.gripper, self.now())
 
-    def _tell(self, decision: Decision) -> None:
+    def _tell(self, decision: Decision, stamp: Time) -> None:
         """Publish what is commanded: arm joints [rad], and the gripper's opening [m] if there is
         one; the frame says by whom.
         """
@@ -167,7 +169,7 @@ class Streaming:
             names.append("gripper")
             positions.append(decision.gripper)
         message = JointState(name=names, position=positions)
-        message.header.stamp = self._node.get_clock().now().to_msg()
+        message.header.stamp = stamp
         charge = self._setup.controller.charge
         message.header.frame_id = str(charge) if decision.hold is None else "hold"
         self._commanded.publish(message)

@@ -30,14 +30,15 @@ class Imitated:
     Args:
         path: Its checkpoint.
         learner: The policy that learns from it.
+        post: The learner's postprocessor.
 
     Raises:
         CheckpointError: See `load`.
         ConfigError: The two policies have other action tokens, or its chunks are longer.
     """
 
-    def __init__(self, path: str, learner: CeedVLAPolicy) -> None:
-        self.policy, self.pre, _ = load(path, learner.config.device)
+    def __init__(self, path: str, learner: CeedVLAPolicy, post: Any) -> None:
+        self.policy, self.pre, own_post = load(path, learner.config.device)
         self.policy.requires_grad_(False)
         own, other = learner.config, self.policy.config
         fits = own.action_dim == other.action_dim and _meaning(own) == _meaning(other)
@@ -55,6 +56,13 @@ class Imitated:
                 "--policy.action_tokens must be equal, the ranges too, and its chunks at most as "
                 "long."
             )
+        if learner.tokenizer.normalised:
+            probe = torch.linspace(-1.0, 1.0, 5)[:, None].expand(-1, own.action_dim)
+            if not torch.allclose(own_post(probe.clone()), post(probe.clone())):
+                raise ConfigError(
+                    f"imitate is {path}, whose tokens are of actions normalised by the statistics "
+                    "of other data; continue from it instead (--policy.path)."
+                )
 
     def observation(self, frames: Mapping[str, Any]) -> dict[str, Any]:
         """Preprocess frames for this policy."""

@@ -157,7 +157,7 @@ class TeacherRun(Run):
                 store.decode(config.streaming)
         if config.lora.rank:
             attach(policy, config.lora)
-        self.imitated = self._imitated(policy) if config.imitate else None
+        self.imitated = self._imitated(policy, post) if config.imitate else None
         objective = TeacherObjective(policy, self.imitated)
         self.prepare(objective, policy, pre, post, weight_decay=config.weight_decay)
         chunk = policy.config.chunk_size
@@ -169,9 +169,9 @@ class TeacherRun(Run):
         self.speeds = Speeds(0.0, 0.0)  # of steps; measured if there is a budget
         self._choose_sizes()
 
-    def _imitated(self, policy: Any) -> Imitated:
+    def _imitated(self, policy: Any, post: Any) -> Imitated:
         """The policy whose predictions are learnt, too."""
-        found = Imitated(self.config.imitate, policy)
+        found = Imitated(self.config.imitate, policy, post)
         for store in self.demonstrations:
             check_fits(store, found.policy.config, found.pre)
         return found

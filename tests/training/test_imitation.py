@@ -60,8 +60,8 @@ def test_a_language_model_learns_from_a_compact_policy(studio: Any, tmp_path: Pa
             save_every=60,
         )
         train(config)
-        policy = load(tmp_path / name / FINAL)[0]
-        other = Imitated(str(studio.teacher), policy)
+        policy, _, post = load(tmp_path / name / FINAL)
+        other = Imitated(str(studio.teacher), policy, post)
         frames = open_dataset(studio.demo).batch(list(range(8)), 4)
         found[name] = mean_divergence(tmp_path / name / FINAL, other, frames)
     assert found["imitating"] < found["alone"]
@@ -79,11 +79,11 @@ def test_a_language_model_learns_from_a_compact_policy(studio: Any, tmp_path: Pa
 
 
 def test_the_divergence_adds_to_the_loss(studio: Any) -> None:
-    policy, pre, _ = load(studio.teacher)
+    policy, pre, post = load(studio.teacher)
     frames = open_dataset(studio.demo).batch(list(range(8)), 4)
     batch = pre(dict(frames))
     alone, _ = teacher_loss(policy, batch)
-    itself = Imitated(str(studio.teacher), policy)
+    itself = Imitated(str(studio.teacher), policy, post)
     objective = TeacherObjective(policy, itself)
     same, _ = objective({**batch, IMITATED: itself.observation(frames)}, None, 1.0, 1.0)
     torch.testing.assert_close(same, alone)
@@ -115,8 +115,9 @@ def test_other_action_tokens_are_refused(studio: Any, tmp_path: Path) -> None:
 def test_dimensions_may_be_counted_from_the_end(studio: Any, tmp_path: Path) -> None:
     folder = make_tiny_language_model(tmp_path / "model", layers=1)
     policy = CeedVLAPolicy(new_policy(folder, studio.teacher, gripper_dims=[-1]))
-    assert load(studio.teacher)[0].config.action_tokens.gripper_dims == [6]
-    Imitated(str(studio.teacher), policy)
+    teacher, _, post = load(studio.teacher)
+    assert teacher.config.action_tokens.gripper_dims == [6]
+    Imitated(str(studio.teacher), policy, post)
 
 
 def test_a_longer_chunk_learns_the_predictions_of_its_first_steps(
@@ -124,14 +125,14 @@ def test_a_longer_chunk_learns_the_predictions_of_its_first_steps(
 ) -> None:
     folder = make_tiny_language_model(tmp_path / "model", layers=1)
     policy = CeedVLAPolicy(new_policy(folder, studio.teacher, chunk_size=6)).eval()
-    other = Imitated(str(studio.teacher), policy)
+    pre, post = make_ceed_vla_pre_post_processors(policy.config)
+    other = Imitated(str(studio.teacher), policy, post)
     frames = open_dataset(studio.demo).batch(list(range(4)), 6)
     tokens = policy.tokenizer.encode(frames["action"])
     observation = other.observation(frames)
     found = other.logits(observation, tokens)
     assert found.shape == (4, 4 * 7, 63)
     torch.testing.assert_close(found, other.logits(observation, tokens[:, : 4 * 7]))
-    pre, _ = make_ceed_vla_pre_post_processors(policy.config)
     longer = pre(dict(frames))
     alone, _ = teacher_loss(policy, longer)
     both, _ = teacher_loss(policy, longer, imitated=partial(other.logits, observation))

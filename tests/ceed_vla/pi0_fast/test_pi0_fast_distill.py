@@ -14,6 +14,8 @@ from tiny_pi0_fast import tiny_sizes, write_pi0_fast
 
 from ceed_vla.checkpoints import load
 from ceed_vla.convert import ConvertConfig, convert
+from ceed_vla.errors import ConfigError
+from ceed_vla.training.imitation import Imitated
 
 
 @pytest.mark.slow
@@ -66,3 +68,15 @@ def test_a_converted_model_is_distilled(recompute: bool, tmp_path: Path) -> None
     # undecoded.
     greedy = policy.decode(batch, "ar", read=False)
     assert torch.equal(greedy.tokens, policy.decode(batch, "jacobi", read=False).tokens)
+
+
+def test_a_policy_of_other_statistics_is_not_imitated(tmp_path: Path) -> None:
+    source = write_pi0_fast(tmp_path / "tiny", torch.randn(40, 4, 3))
+    teacher = str(tmp_path / "teacher")
+    with tiny_sizes():
+        convert(ConvertConfig(str(source), teacher, from_="pi0_fast", weights="reference"))
+        policy, _, post = load(teacher)
+        assert Imitated(teacher, policy, post).policy.tokenizer.normalised
+        next(s for s in post.steps if hasattr(s, "stats"))._tensor_stats["action"]["std"] *= 2.0
+        with pytest.raises(ConfigError, match="normalised by the statistics of other data"):
+            Imitated(teacher, policy, post)

@@ -116,10 +116,12 @@ class GripperRelay(Node):
         if time.monotonic() - self._arrived > NEW:
             self._wanted = None
         wanted = self._wanted
+        ready = self._client.server_is_ready()
+        if not ready:
+            self._sent = None  # a driver that starts again gets a repeated opening again
         if wanted is None:
             return
-        if not self._client.server_is_ready():
-            self._sent = None  # a driver that starts again gets a repeated opening again
+        if not ready:
             self.get_logger().warning(
                 "The gripper's action server is not there.", throttle_duration_sec=5.0
             )

@@ -34,7 +34,7 @@ RELAY_PARAMETERS = (
     NodeParameter(
         "topic",
         "gripper_controller/commands",
-        "Topic of openings (std_msgs/Float64MultiArray), gripper.topic of the robot's file.",
+        "Topic of commands (std_msgs/Float64MultiArray), gripper.topic of the robot's file.",
         START,
     ),
     NodeParameter(
@@ -46,21 +46,27 @@ RELAY_PARAMETERS = (
     NodeParameter(
         "action_type", "control_msgs/action/GripperCommand", "Type of the action.", START
     ),
-    NodeParameter("scale", 1.0, "Position of the driver = scale x opening + offset.", START),
+    NodeParameter(
+        "scale",
+        1.0,
+        "Position of the driver = scale x command + offset. A command is an opening [m], or with "
+        "gripper.command joint the position of the joint.",
+        START,
+    ),
     NodeParameter("offset", 0.0, "See scale.", START),
     NodeParameter("max_effort", 20.0, "Effort of every goal [N].", START, (0, 10000)),
     NodeParameter(
         "tolerance",
         0.001,
-        "Smallest change of the opening that is sent [m].",
+        "Smallest change of the command that is sent.",
         START,
         (0, 1),
     ),
     NodeParameter(
         "joint",
         "",
-        "Publish the driver's position on joint_states under this name, as the opening [m]; for a "
-        "driver that does not publish it. Empty: do not publish.",
+        "Publish the driver's position on joint_states under this name, in the unit of the "
+        "commands; for a driver that does not publish it. Empty: do not publish.",
         START,
     ),
 )

@@ -13,6 +13,7 @@ import argparse
 import time
 
 import numpy as np
+from scipy import stats
 
 from ceed_vla.sim.environment import EnvPool
 from ceed_vla.sim.evaluation import batch_runner, batches, load_bundles, rows_of
@@ -27,7 +28,7 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6, help="of each kind of workers")
+    parser.add_argument("--rounds", type=int, default=6, help="of each kind of workers, at least 2")
     parser.add_argument("--episodes", type=int, default=40, help="of a round")
     parser.add_argument("--batch", type=int, default=1, help="episodes that a worker is given")
     options = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> None:
                 took[name].append((time.perf_counter() - began) / len(solved))
                 print(f"| {number} | {name} | {1e3 * took[name][-1]:.1f} | {sum(solved)} |")
     ratios = np.log(np.array(took["Ray"]) / np.array(took["local processes"]))
-    half = 1.96 * ratios.std(ddof=1) / np.sqrt(len(ratios))
+    half = stats.t.ppf(0.975, len(ratios) - 1) * ratios.std(ddof=1) / np.sqrt(len(ratios))
     low, middle, high = np.exp([ratios.mean() - half, ratios.mean(), ratios.mean() + half])
     print(f"Ray takes {middle:.3f} [{low:.3f}, {high:.3f}] of the time of local processes.")
 

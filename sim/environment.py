@@ -133,11 +133,12 @@ def at_once(config: EnvConfig, wanted: int) -> int:
 
 def check_open(config: EnvConfig, purpose: str) -> None:
     """Raise `ConfigError` if nothing may be learned or chosen in the environment."""
-    if getattr(config, "evaluation_only", False):
+    # LeRobot's own LIBERO has the second field
+    if getattr(config, "evaluation_only", getattr(config, "init_states", False)):
         raise ConfigError(
             f"{purpose} with --env.type={config.type} as it is set would use the episodes of the "
-            "final evaluation. Set the field that makes it so; for ceed_libero it is "
-            "--env.states=sampled."
+            "final evaluation. Set the field that makes it so: --env.states=sampled for "
+            "ceed_libero, --env.init_states=false for LeRobot's libero."
         )
 
 
@@ -234,6 +235,8 @@ class Environment:
         if not _has_tasks(self.config):
             options[NEW_ROLLOUT_OPTION] = True
         name, self._env = self._envs[seed % len(self._envs)]
+        if hasattr(self.inner, "init_state_id"):  # LeRobot's libero counts its resets instead
+            self.inner.init_state_id = seed // len(self._envs)
         with self._fails_in(f"reset to seed {seed}"):
             self._observation, info = self._env.reset(seed=int(seed), options=options)
             reported = info.get("task")

@@ -173,7 +173,7 @@ class EpisodeLog:
             ours = self.identity.get(name)
             other = theirs.get(name)
             if ours != other:
-                what = f"its {name} is {str(other)[:200]}, here it is {str(ours)[:200]}"
+                what = _difference(name, other, ours)
                 raise ConfigError(
                     f"{self.file} is of another evaluation: {what}; set the same options, or "
                     f"{_ANEW}"
@@ -206,6 +206,14 @@ class EpisodeLog:
             and all(type(value) is float and 0 <= value < 1e12 for value in episode.motion.values())
         )
         return episode if fits else None
+
+
+def _difference(name: str, theirs: Any, ours: Any) -> str:
+    """What differs in a value of two identities; of objects, the first entry that does."""
+    while isinstance(theirs, dict) and isinstance(ours, dict):
+        key = next(k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k))
+        name, theirs, ours = f"{name}.{key}", theirs.get(key), ours.get(key)
+    return f"its {name} is {str(theirs)[:200]}, here it is {str(ours)[:200]}"
 
 
 def read_identity(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from ceed_vla.sim.clips import record_clip
 from ceed_vla.sim.decoders import HONEST_RIVALS, ONLY, Row, added_rivals
 from ceed_vla.sim.engines import resolved
 from ceed_vla.sim.environment import EVALUATION_SEEDS, Bundle, EnvPool
-from ceed_vla.sim.episode_log import EPISODES, EpisodeLog, Results, refuse_unfinished
+from ceed_vla.sim.episode_log import (
+    EPISODES,
+    EpisodeLog,
+    Results,
+    read_identity,
+    refuse_unfinished,
+)
 from ceed_vla.sim.evaluation import (
     Evaluation,
     batch_runner,
@@ -194,13 +200,23 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
 
 
 def _rows_with_measured_delays(run: Evaluation) -> list[Row]:
-    """Copies of the rows without a delay, each delayed by its measured latency (p50)."""
-    return [
+    """Copies of the rows without a delay, each delayed by its measured latency (p50).
+
+    A resumed evaluation has the delays that were measured when it began.
+    """
+    folder = Path(run.config.output_dir)
+    resumed = run.config.resume and (folder / EPISODES).exists()
+    known = read_identity(folder)["decoders"] if resumed else {}
+    delayed = [
         row.delayed(
             1000 * float(np.median(run.samples[row.name].total)), run.config.env.fps, "@measured"
         )
         for row in run.rows
         if not row.delay
+    ]
+    return [
+        replace(row, delay=known[row.name].get("delay", row.delay)) if row.name in known else row
+        for row in delayed
     ]
 
 

@@ -89,8 +89,8 @@ def render(
     """Render an image (size, size, 3) of a state.
 
     Args:
-        scene: Name of the `model`. Renderers are shared by name, so all models of a name must have
-            equal shapes.
+        scene: Name of the `model`. Renderers are shared by name, so models of a name may differ in
+            the colours of their sites alone.
         model: Model of the scene.
         data: State to render.
         camera: Name of the camera.
@@ -112,7 +112,13 @@ def render(
         option.geomgroup[:] = [group in groups for group in range(len(option.geomgroup))]
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = effects
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = effects
-    renderer.update_scene(data, camera, option)
+    own = renderer.model  # of the environment that rendered first; lights are shown by colours
+    colours = own.site_rgba.copy()
+    own.site_rgba[:] = model.site_rgba
+    try:
+        renderer.update_scene(data, camera, option)
+    finally:
+        own.site_rgba[:] = colours
     image = renderer.render()
     return image if smooth == 1 else np.asarray(Image.fromarray(image).reduce(smooth))
 

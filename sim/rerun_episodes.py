@@ -24,7 +24,8 @@ def log_episode(
         log.at(replan.step / fps, replan.step)
         for camera, pixels in images_of(replan.observation).items():
             log.image(f"{name}/{camera.rpartition('.')[2]}", pixels)
-        log.scalars(f"{name}/state", replan.observation["agent_pos"])
+        if "agent_pos" in replan.observation:  # environments may have other states, or none
+            log.scalars(f"{name}/state", replan.observation["agent_pos"])
         if replan.chunk.actions is not None:
             log.tensor(f"{name}/chunk", replan.chunk.actions, ("step", "action"))
         if runner.policy.config.named(runner.decoding).method == "jacobi":

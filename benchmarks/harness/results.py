@@ -23,12 +23,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.sim.episode_log import EPISODES, read_identity
+from ceed_vla.sim.libero.lerobot_env import CeedLiberoEnv
 from ceed_vla.sim.paired import compare_paired
 from ceed_vla.sim.plots import BLUE, GREY, INK, STYLE, VERMILLION, save_figure
 from ceed_vla.sim.success import success_entry
 
 LATE = 1.05  # a tick is late if it takes so many of its periods; the clock never ends one early
-TASKS, STATES = 10, 50  # of libero_object; our seeds go through the tasks, then the states
+STATES = 50  # of a task; our seeds go through the tasks, then the states
+FPS = 20
 Key = tuple[str, int]  # instruction, number of the official initial state
 
 
@@ -85,10 +88,12 @@ class OwnRow:
     Attributes:
         solved: Whether an episode was solved.
         steps: Control steps of every solved episode, where they are known.
+        delay: Control steps that passed while a chunk was decoded.
     """
 
     solved: dict[Key, bool] = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
+    delay: int = 0
 
 
 def result_file(folder: Path) -> Path | None:
@@ -155,21 +160,42 @@ def read_own(folders: str) -> dict[str, OwnRow]:
     """The rows of our own evaluations on the official initial states, by name.
 
     Raises:
-        ConfigError: A folder holds none.
+        ConfigError: A folder holds none, one with other initial states, or a row that an earlier
+            folder has, too.
     """
     rows: dict[str, OwnRow] = {}
-    for folder in filter(None, folders.split(",")):
-        file = Path(folder) / "episodes.jsonl"
-        if not file.is_file():
-            raise ConfigError(f"--own: {folder} holds no evaluation.")
-        for line in file.read_text().splitlines()[1:]:
+    for folder in map(Path, filter(None, folders.split(","))):
+        identity = read_identity(folder)
+        tasks = _number_of_tasks(folder, identity["env"])
+        if known := sorted(rows.keys() & identity["decoders"].keys()):
+            raise ConfigError(
+                f"--own: {folder} has {known[0]}, as an earlier folder; leave one out."
+            )
+        for name, decoder in identity["decoders"].items():
+            rows[name] = OwnRow(delay=decoder.get("delay", 0))
+        for line in (folder / EPISODES).read_text().splitlines()[1:]:
+            if not line.endswith("}"):  # an interrupt cut the last line
+                break
             episode = json.loads(line)
-            key = episode["instruction"], episode["seed"] // TASKS % STATES
-            row = rows.setdefault(episode["decoder"], OwnRow())
-            row.solved[key] = episode["success"]
+            row = rows[episode["decoder"]]
+            row.solved[episode["instruction"], episode["seed"] // tasks % STATES] = episode[
+                "success"
+            ]
             if episode["success"] and "steps" in episode:
                 row.steps.append(episode["steps"])
     return rows
+
+
+def _number_of_tasks(folder: Path, env: Sequence[str]) -> int:
+    """Number of tasks of an evaluation, by the flags of its environment."""
+    values = dict(flag.removeprefix("--env.").split("=", 1) for flag in env)
+    kind = values.get("type")
+    official = CeedLiberoEnv.states
+    if kind != "ceed_libero" or values.get("states", official) != official:
+        raise ConfigError(
+            f"--own: {folder} is not of LIBERO's official initial states: {' '.join(env)}."
+        )
+    return len(CeedLiberoEnv(task=values.get("task", CeedLiberoEnv.task)).tasks())
 
 
 def against(solved: Mapping[Key, bool], others: Mapping[Key, bool]) -> str:
@@ -252,9 +278,8 @@ def live_figure(runs: Sequence[Run], own: Mapping[str, OwnRow]) -> Figure:
             name = f"vla-eval, live: {name or run.options['decoding']}"
             curves.setdefault(name, []).append((run.latency_ms, run))
     for name, row in own.items():
-        decoder, _, delay = name.partition("@")
-        if decoder == "ceed":
-            milliseconds = float(delay.removesuffix("ms") or 0)
+        if name.partition("@")[0] == "ceed":
+            milliseconds = 1000 * row.delay / FPS
             curves.setdefault("our own evaluation, delayed", []).append((milliseconds, row))
     figure = Figure(figsize=(7, 6), layout="constrained")
     success, time = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))

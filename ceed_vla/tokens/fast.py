@@ -43,6 +43,8 @@ class FastTokensConfig(ActionTokensConfig):
         action_low: Lower end of every action dimension [the dataset's units]; empty for the data's.
         action_high: Upper end of every action dimension [the dataset's units].
         gripper_dims: Two-valued action dimensions, which decode to the nearer end of their range.
+            Training from data replaces [-1] by the dimensions with two values; count from the
+            front to force one.
         max_tokens: Slots ``n`` of a block; 0 for 25 % more than the longest chunk of the data.
         chunk_steps: Steps of the fitted chunks; set by the fit.
         symbols: Smallest and largest coefficient; set by the fit.

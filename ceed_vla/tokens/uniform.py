@@ -40,6 +40,8 @@ class UniformTokensConfig(ActionTokensConfig):
             unless fixed.
         action_high: Upper end of every action dimension [the dataset's units].
         gripper_dims: Two-valued action dimensions, with the range min/max, which decodes exactly.
+            Training from data replaces [-1] by the dimensions with two values; count from the
+            front to force one.
     """
 
     listed = ("action_low", "action_high")

@@ -64,7 +64,9 @@ class LocalCrew:
         return [worker for worker in busy if worker.pipe in ready]
 
     def replace(self, lost: Any, reason: str) -> Worker | None:
-        raise CeedVLAError(f"{reason} Use fewer --workers.")
+        raise CeedVLAError(
+            f"{reason} If memory was short, use fewer workers (--workers, where there is one)."
+        )
 
     def close(self, workers: Sequence[_Process], *, at_once: bool) -> None:
         for worker in workers:

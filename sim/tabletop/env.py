@@ -63,6 +63,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     Args:
         task: A family of `tasks.TASKS`, or "mixed" to draw one at every reset.
+        families: Families from which `retarget` draws if `task` is "mixed".
         split: Combinations of colours and phrasings to draw: "train", "heldout" or "all".
         image_size: Side of the square camera images [px].
         cameras: Cameras of the observation; empty for physics only.
@@ -77,6 +78,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def __init__(
         self,
         task: str = "mixed",
+        families: Sequence[str] = tasks.TASKS,
         split: str = "train",
         image_size: int = 96,
         cameras: Sequence[str] = CAMERAS,
@@ -91,7 +93,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             check_image_size(size, tasks.MAX_IMAGE_SIZE)
         if render_mode not in (None, "rgb_array"):
             raise SimulationError(f'Unknown render_mode {render_mode!r}; use "rgb_array" or None.')
-        self.task, self.split = task, split
+        self.task, self.families, self.split = task, tuple(families), split
         self.image_size, self.render_size = image_size, render_size
         self.cameras = tuple(cameras)
         self.render_mode = render_mode
@@ -296,7 +298,8 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def retarget(self, rng: np.random.Generator) -> None:
         """Draw another instruction for the same scene, with the same split and `task`."""
-        self._command = layout.draw_command(rng, self.task, self.split, self.colors, {})
+        family = str(rng.choice(self.families)) if self.task == "mixed" else self.task
+        self._command = layout.draw_command(rng, family, self.split, self.colors, {})
 
     # ------------------------------------------------------------------ internals
 

@@ -108,6 +108,7 @@ class CeedTabletopEnv(EnvConfig):
         names = self.families()
         return {
             "task": names[0] if len(names) == 1 else MIXED,
+            "families": tuple(names) if len(names) > 1 else TASKS,
             "split": self.split,
             "image_size": self.image_size,
             "cameras": tuple(self.cameras),

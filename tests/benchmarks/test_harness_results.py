@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.late import forget_late
-from benchmarks.harness.results import OwnRow, ResultsConfig, live_figure, main, read_run
+from benchmarks.harness.results import OwnRow, ResultsConfig, live_figure, main, read_own, read_run
 from ceed_vla.errors import ConfigError
 
 SOUP = "pick up the soup"
@@ -106,8 +106,12 @@ def test_the_table_and_the_plot_have_our_own_evaluation(
             ("ceed@100ms", 0, False),
         )
     ]
-    text = "".join(json.dumps(line) + "\n" for line in [{"identity": {}}, *lines])
-    (own / "episodes.jsonl").write_text(text)
+    identity = {
+        "env": ["--env.type=ceed_libero"],
+        "decoders": {"ceed": {}, "teacher_ar": {}, "ceed@100ms": {"delay": 2}},
+    }
+    text = "".join(json.dumps(line) + "\n" for line in [{"identity": identity}, *lines])
+    (own / "episodes.jsonl").write_text(text + '{"decoder": "ceed", "se')  # an interrupt
     main(ResultsConfig(runs, tmp_path / "report", own=str(own)))
     rows = [cells(line) for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows[0][5].startswith("+0.0 [")
@@ -117,8 +121,8 @@ def test_the_table_and_the_plot_have_our_own_evaluation(
     assert rows[-1][2].startswith("-100.0 [")
     ours = {
         "ceed": OwnRow({(SOUP, 0): True}),  # its steps are not known
-        "ceed@100ms": OwnRow({(SOUP, 0): False}),
-        "ceed@200ms": OwnRow({(SOUP, 0): True}, [80, 90, 130]),
+        "ceed@100ms": OwnRow({(SOUP, 0): False}, delay=2),
+        "ceed@measured": OwnRow({(SOUP, 0): True}, [80, 90, 130], delay=4),
         "teacher_ar": OwnRow(),
     }
     axes, time = live_figure([], ours).axes
@@ -128,8 +132,25 @@ def test_the_table_and_the_plot_have_our_own_evaluation(
     assert axes.get_legend().get_texts()[0].get_text() == (
         "our own evaluation, delayed (1 episodes a point)"
     )
-    with pytest.raises(ConfigError, match="holds no evaluation"):
-        main(ResultsConfig(runs, tmp_path / "report", own=str(tmp_path)))
+    for folders, why in (
+        (str(tmp_path), "has no episodes.jsonl"),
+        (f"{own},{own}", "has ceed, as an earlier folder"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            main(ResultsConfig(runs, tmp_path / "report", own=folders))
+    three = "--env.task=libero_object/0,libero_object/3,libero_object/5"
+
+    def write(*flags: str) -> None:
+        header = {"identity": {**identity, "env": ["--env.type=ceed_libero", *flags]}}
+        text = "".join(json.dumps(line) + "\n" for line in [header, *lines[:2]])
+        (own / "episodes.jsonl").write_text(text)
+
+    write("--env.states=sampled")
+    with pytest.raises(ConfigError, match="not of LIBERO's official initial states"):
+        read_own(str(own))
+    write(three)
+    found = {state for _, state in read_own(str(own))["ceed"].solved}
+    assert found == {50_000 // 3 % 50, 50_010 // 3 % 50}
 
 
 def test_a_run_without_a_result_is_refused(tmp_path: Path) -> None:

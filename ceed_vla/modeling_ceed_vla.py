@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -274,10 +275,10 @@ class CeedVLAPolicy(PreTrainedPolicy):
         longest = self.config.chunk_size
         if type(executed_steps) is not int or not 1 <= executed_steps <= longest:
             raise ConfigError(
-                f"executed_steps is {short(executed_steps)}; it must be in [1, {longest}]."
+                f"executed_steps is {short(executed_steps)}; it must be an int in [1, {longest}]."
             )
-        if deadline_s is not None and not deadline_s > 0:
-            raise ConfigError(f"deadline_s is {deadline_s}; it must be positive.")
+        if deadline_s is not None and not (isinstance(deadline_s, Real) and deadline_s > 0):
+            raise ConfigError(f"deadline_s is {short(deadline_s)}; it must be a positive number.")
         started = time.perf_counter()
         with runs(self.backbone):
             prefix = prefill(self.backbone, batch, config)

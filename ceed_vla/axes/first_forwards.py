@@ -42,12 +42,16 @@ def first_then_jacobi(
     count = len(forwards)
     check_cap(request, count)
     tokens, frozen, _ = request.begin(backbone, prefix)  # (B, n)
+    states = [tokens]
     for forward in forwards:
         tokens = next_state(tokens, forward(tokens[:, :-1]), frozen)
+        states.append(tokens)
     result = decode_jacobi(backbone, prefix, replace(request, guess=tokens, forwards_before=count))
     result.layer_forwards = layers + result.iterations * backbone.num_layers
     result.forwards = result.forwards + count
     result.iterations = result.iterations + count
+    if result.states is not None:
+        result.states = [*states[:-1], *result.states]
     return result
 
 

@@ -35,7 +35,8 @@ class DecodingConfig:
         exits: Names of the exit rules that have no field of their own.
         deadline_s: Time limit of a block, from the end of the prefill on [s]. The first iteration
             always runs; another one starts only if it ends in time when it takes as long as the
-            last one.
+            last one. Decoders with forwards of a part of the layers run a whole one behind them,
+            also if it ends too late, and rows that do not decode to a chunk continue.
         seed: Seed of random guesses.
         window: Maximum number of slots that one forward computes; None for the whole block. Use it
             for vocabularies with a stop token, whose blocks are mostly shorter than the maximum.

@@ -20,7 +20,7 @@ def ar(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResul
     return decode_autoregressive(backbone, prefix, request)
 
 
-@register_decoder("jacobi", "jacobi", "Jacobi decoding to the fixed point")
+@register_decoder("jacobi", "jacobi", "Jacobi decoding to the fixed point", timed=True)
 def jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Run `decode_jacobi`."""
     from ceed_vla.decoding.jacobi import decode_jacobi

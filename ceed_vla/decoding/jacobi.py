@@ -44,6 +44,8 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         watched=watched,
         stop=request.stop,
     )
+    if request.settled is not None:
+        block.rows.end(request.settled.numpy(), "settled", 0)
     exits = ExitTracker(
         request, block.rows, watched, frozen, readable=lambda: request.rows_readable(tokens)
     )

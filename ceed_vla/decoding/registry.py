@@ -55,6 +55,7 @@ class Decoder:
             text.
         relaxes: ``relaxes(options)``, whether it may return other tokens than the greedy ones.
         compiles: Whether it runs on a compiled backbone.
+        timed: Whether it takes a deadline.
         prefill: Runs the prefix, ``prefill(backbone, observation, options) -> Prefix``; None for
             ``backbone.prefill(observation)``.
         needs: Capabilities that the backbone must offer (`ceed_vla.backbones.capabilities`).
@@ -69,6 +70,7 @@ class Decoder:
     options: type[Options] | None = None
     relaxes: Callable[[Any], bool] = lambda _: False
     compiles: bool = True
+    timed: bool = False
     prefill: Prefill | None = None
     needs: tuple[type, ...] = ()
     ladder: tuple[str, ...] = ()
@@ -197,6 +199,7 @@ def register_decoder(
     options: type[Options] | None = None,
     relaxes: bool | Callable[[Any], bool] = False,
     compiles: bool = True,
+    timed: bool = False,
     prefill: Prefill | None = None,
     needs: Sequence[type] = (),
 ) -> Callable[[Decode], Decode]:
@@ -218,6 +221,7 @@ def register_decoder(
                 options=options,
                 relaxes=relaxing,
                 compiles=compiles,
+                timed=timed,
                 prefill=prefill,
                 needs=tuple(needs),
                 ladder=tuple(ladder),

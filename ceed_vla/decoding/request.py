@@ -47,6 +47,8 @@ class BlockRequest:
         deadline_s: Time limit of this block, counted like the deadline of `config` and additional
             to it [s].
         forwards_before: Forwards that ran before, which the cap includes.
+        settled: (B,) bool on the CPU, rows that ended before and keep the tokens of the guess; None
+            for none. Some row is not settled.
         clock: Returns the time [s], for deadlines.
         started: When decoding began [s]; None until then (`begun`).
     """
@@ -64,6 +66,7 @@ class BlockRequest:
     on_proven: Callable[[Any, int, int], None] | None = None
     deadline_s: float | None = None
     forwards_before: int = 0
+    settled: Tensor | None = None
     clock: Callable[[], float] = time.perf_counter
     started: float | None = None
 
@@ -114,7 +117,10 @@ class BlockRequest:
         else:
             tokens = torch.zeros(rows, n, dtype=torch.int64, device=device)
         if not frozen:
-            tokens[:, 0] = prefix.logits.argmax(-1)
+            first = prefix.logits.argmax(-1)  # (B,)
+            if self.settled is not None:
+                first = torch.where(self.settled.to(device), tokens[:, 0], first)
+            tokens[:, 0] = first
         prefix.cache.roll_back()
         return tokens, frozen, watched
 

@@ -29,14 +29,16 @@ class DecodeResult:
             - "stop": the stop token of a variable-length vocabulary is proven; the rest of the
               block is filled with it. Rows of such a vocabulary that end otherwise have no proven
               stop token.
-            - "converged": every token of the block is proven equal to greedy AR.
+            - "converged": every token of the block is proven equal to greedy AR (after ``keep<K>``:
+              behind the prefix tokens that ran).
             - "stable": every token of the executed steps is proven, but not the tail
                 (``watch="executed"``).
             - "confidence": the watched slots are confident enough.
             - "max_iterations": the cap.
             - "deadline": the next iteration would have ended too late.
             - "near": drafted tokens were accepted that are only near the right ones.
-            - "depths_agree", "depth_sure": the early-exit layers of the first forward sufficed.
+            - "depths_agree", "depth_sure", "program_sure": the first forward, through some of the
+              layers, sufficed.
             - "gap", "agreement", "few_changes", and the reasons of other packages' exit rules.
         exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR (behind frozen
             tokens: to their greedy continuation). At least 1, unless the prefix ran through a part

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -238,9 +239,11 @@ class EdgePolicy:
         steps = self.vocabulary.chunk_steps
         executed = usual if executed_steps is None else executed_steps
         if type(executed) is not int or not 1 <= executed <= steps:
-            raise ConfigError(f"executed_steps is {short(executed)}; it must be in [1, {steps}].")
-        if deadline_s is not None and not deadline_s > 0:
-            raise ConfigError(f"deadline_s is {short(deadline_s)}; it must be positive.")
+            raise ConfigError(
+                f"executed_steps is {short(executed)}; it must be an int in [1, {steps}]."
+            )
+        if deadline_s is not None and not (isinstance(deadline_s, Real) and deadline_s > 0):
+            raise ConfigError(f"deadline_s is {short(deadline_s)}; it must be a positive number.")
         if deadline_s is not None and config.method == "ar":
             raise ConfigError(
                 f"deadline_s is {deadline_s}, but token-by-token decoding has no early exit; leave "

@@ -44,6 +44,7 @@ _SOURCES = (  # of this package, which decide the graphs
     "backbones/language",
     "backbones/transformers",
     "backbones/vlm",
+    "decoding",
 )
 
 

@@ -253,7 +253,7 @@ class Predictor:
         if decoding is None:
             return DecodeOptions()
         allowed = None
-        if deadline is not None and decoding.method == "jacobi":
+        if deadline is not None and decoding.decoder.timed:
             # The decoder's own deadline starts after the prefill, whose time is estimated by that
             # of the last one.
             left = deadline - time.monotonic() - self._prefill_s

@@ -192,6 +192,22 @@ def test_tokens_that_are_proven_on_the_way_are_those_of_the_end(
         assert [exact // A for _, exact, _ in told] == list(range(frozen + 1, 5))
 
 
+def test_an_error_of_a_callback_is_named(toy) -> None:
+    backbone, observation = toy(6, 1, 28, 31)
+
+    def told(*_: Any) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(ConfigError, match=r"on_proven does not work \(KeyError: 'mine'\)"):
+        jacobi(
+            backbone,
+            backbone.prefill(observation),
+            on_proven=told,
+            tokens_per_step=A,
+            guess=random_guess(0, 1, 28, 31),
+        )
+
+
 def test_token_by_token_has_no_deadline(toy) -> None:
     backbone, observation = toy(9, 1, 28, 5)
     prefix = backbone.prefill(observation)

@@ -164,12 +164,16 @@ def test_every_decoding_gives_what_it_gave(
     assert len(recorded.all) == 31
     assert bool(recorded.values["sure"].all())
     wrong = []
+    layers = student.backbone.num_layers
     for index in indices:
         for name in recorded.names:
             found = decoded(student, recorded, name, index)
             expected = recorded.result(name, index)
             if name.startswith("del"):  # whose estimates did not last from chunk to chunk then
                 expected = (expected[0], *found[1:3], *expected[3:])
+            if name.startswith(("deer", "sure")):  # without a forward that started over then
+                again = expected[2] > layers * expected[1]
+                expected = (expected[0], expected[1] + again, *expected[2:])
             if found != expected:
                 wrong.append(f"{name} of observation {index}")
     assert not wrong, wrong

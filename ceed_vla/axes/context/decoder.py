@@ -55,6 +55,7 @@ def prefill_kept(backbone: Any, batch: dict[str, Tensor], options: KeepOptions) 
     options=KeepOptions,
     relaxes=True,
     prefill=prefill_kept,
+    timed=True,
     needs=(ChoosesPrefix,),
 )
 @torch.no_grad()

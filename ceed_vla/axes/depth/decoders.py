@@ -14,7 +14,7 @@ A shallow forward proves and commits nothing: the next forward overwrites its ke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,7 @@ class DepthOptions(Options):
     "first forward through K layers; K-L: K, then L",
     ("depth{exit}",),
     options=DepthOptions,
+    timed=True,
     needs=(ReadsDepths,),
 )
 @torch.no_grad()
@@ -85,6 +86,11 @@ def cut_prefill(backbone: Any, batch: dict[str, Tensor], options: Any) -> Prefix
     """
     if not offers(backbone, CutsPrefix):
         return backbone.prefill(batch)  # type: ignore[no-any-return]
+    if not 1 <= options.depth < backbone.num_layers:
+        raise ConfigError(
+            f"A prefix cannot be cut behind {options.depth} layers; it must be in [1, "
+            f"{backbone.num_layers - 1}]."
+        )
     return backbone.prefill_to(batch, options.depth)  # type: ignore[no-any-return]
 
 
@@ -105,6 +111,7 @@ class DeerOptions(Options):
     relaxes=True,
     compiles=False,  # a compiled prefix runs through all layers
     prefill=cut_prefill,
+    timed=True,
     needs=(ComparesDepths,),
 )
 @torch.no_grad()
@@ -114,7 +121,8 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
 
     If the backbone can cut a prefix, the prefix runs ``K`` layers too, and the other rows continue
     prefix and forward from there. Otherwise the prefix runs all layers, and the forward of the
-    other rows starts over.
+    other rows starts over; so does that of a row whose first token the whole prefix changes. A
+    forward that starts over counts as one more, which the cap does not include.
 
     Raises:
         ConfigError: The backbone has fewer layers; and as `decode_jacobi`.
@@ -146,6 +154,7 @@ class SureOptions(Options):
     relaxes=True,
     compiles=False,
     prefill=cut_prefill,
+    timed=True,
     needs=(ComparesDepths,),
 )
 @torch.no_grad()
@@ -198,14 +207,25 @@ def _first_or_more(
     if done.all():
         return shallow
     whole = backbone.extend(prefix) if cut else prefix  # type: ignore[attr-defined]
-    going = _Continued(backbone, tokens[:, :-1], hidden, depth, cut)
-    full = decode_jacobi(going, whole, request)
+    going = _Continued(backbone, tokens[:, :-1], hidden, depth, done if cut else None)
+    guess = torch.where(done.to(state.device)[:, None], state, tokens)
+    full = decode_jacobi(going, whole, replace(request, guess=guess, settled=done))
     full.layer_forwards = full.iterations * backbone.num_layers + depth * going.again
+    full.iterations = full.iterations + going.again
+    full.forwards += int((going.again * ~done).max())
     return joined(shallow, full, done, backbone.num_layers)
 
 
 class _Continued:
     """A backbone whose first forward, if it has the same tokens, continues a shallow one.
+
+    Args:
+        backbone: The model.
+        tokens: (B, n - 1) that the shallow forward read.
+        hidden: What it returned.
+        depth: Its layers.
+        done: (B,) rows that ended behind it; None if the prefix is not cut, so that every forward
+            starts over.
 
     Attributes:
         again: (B,) 1 for rows whose forward starts over: their first token from the cut prefix
@@ -213,14 +233,14 @@ class _Continued:
     """
 
     def __init__(
-        self, backbone: Backbone, tokens: Tensor, hidden: Tensor, depth: int, cut: bool
+        self, backbone: Backbone, tokens: Tensor, hidden: Tensor, depth: int, done: Tensor | None
     ) -> None:
         self._backbone: Any = backbone
         self.block_length = backbone.block_length
         self.vocabulary_size = backbone.vocabulary_size
         self.num_layers = backbone.num_layers
         self._depth = depth
-        self._cut = cut
+        self._done = done
         self._first: tuple[Tensor, Tensor] | None = (tokens.clone(), hidden)
         self.again = torch.ones(len(tokens), dtype=torch.int64)
 
@@ -231,9 +251,9 @@ class _Continued:
         if self._first is not None:
             shown, hidden = self._first
             self._first = None
-            if self._cut and shown.shape == tokens.shape:
-                same = (shown == tokens).all(1)  # (B,)
-                self.again = (~same).long().cpu()
+            if self._done is not None and shown.shape == tokens.shape:
+                same = (shown == tokens).all(1).cpu() | self._done  # (B,)
+                self.again = (~same).long()
                 if same.all():
                     return self._backbone.continue_block(  # type: ignore[no-any-return]
                         prefix, hidden, self._depth

@@ -70,6 +70,8 @@ class _Lookup(Drafter):
         self.read = text.copy()
         for row in np.flatnonzero(rows.running):
             known = int(rows.exact[row])
+            if known >= end:  # ahead of the row whose draft this is
+                continue
             guess = np.concatenate([read[row, :known], text[row, known:]])
             self.read[row, known:end] = draft(guess, text[row, :known], end - known, self.period)
         tokens.copy_(torch.from_numpy(self.read))

@@ -180,7 +180,8 @@ class SpecOptions(Options):
 def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode greedy tokens with drafts of ``L`` tokens from ``K`` layers and their exit.
 
-    The result is exact without ``r<R>``.
+    The result is exact without ``r<R>``. With it, a row's tokens depend on the other rows of the
+    batch, because the slowest one places the drafts.
 
     Raises:
         ConfigError: The backbone has fewer layers, or the draft length is 0; and as

@@ -37,7 +37,9 @@ class LoopOptions(Options):
 )
 @torch.no_grad()
 def decode_loop(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """Decode the tokens of ``cap<K>`` with K forwards and no convergence test.
+    """Decode with exactly K forwards and no convergence test.
+
+    The watched tokens are those of ``cap<K>``, whose rows may end before their tail is computed.
 
     The first forward computes the whole block, later ones the watched slots.
 

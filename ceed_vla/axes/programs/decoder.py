@@ -34,6 +34,7 @@ class ProgramOptions(Options):
     "program<I-J-..>",
     "first forward through these layers",
     options=ProgramOptions,
+    timed=True,
     needs=(RunsPrograms,),
 )
 @torch.no_grad()

@@ -52,6 +52,7 @@ class SkipOptions(RouteOptions):
     options=RouteOptions,
     relaxes=True,
     compiles=False,
+    timed=True,
     needs=(RunsPrograms, RoutesPrograms),
 )
 @torch.no_grad()
@@ -85,6 +86,7 @@ def decode_route(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
     options=SkipOptions,
     relaxes=True,
     compiles=False,
+    timed=True,
     needs=(RunsPrograms,),
 )
 @torch.no_grad()
@@ -143,7 +145,8 @@ def _program_or_more(
     first.exact_tokens.fill_(max(frozen, 1))
     if done.all():
         return first
-    full = decode_jacobi(backbone, prefix, replace(request, guess=state, forwards_before=1))
+    request = replace(request, guess=state, forwards_before=1, settled=done)
+    full = decode_jacobi(backbone, prefix, request)
     full.layer_forwards = layers + full.iterations * backbone.num_layers
     full.forwards = full.forwards + 1
     full.iterations = full.iterations + 1

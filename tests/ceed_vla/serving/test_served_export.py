@@ -80,6 +80,9 @@ def test_certain_steps_are_told_first_and_deadlines_end_decoding(
         assert not mine.whole
     late = edge.predict(request, deadline=time.monotonic())
     assert (late.forwards, late.exit_reason) == (1, "deadline")
+    program = Request(2, observation(), INSTRUCTION, decoding="program0-1-3")
+    late = torchs.predict(program, deadline=time.monotonic())
+    assert (late.forwards, late.exit_reason) == (2, "deadline")
 
 
 @pytest.mark.parametrize(

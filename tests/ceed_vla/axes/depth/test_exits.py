@@ -15,7 +15,7 @@ from ceed_vla import load
 from ceed_vla.axes.depth.exits import EXITS, KINDS, make_exits
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.compiled.engine import compiled
-from ceed_vla.decoding import prefill
+from ceed_vla.decoding import DecodingConfig, prefill
 from ceed_vla.decoding.measures import mass_near
 from ceed_vla.errors import CheckpointError, ConfigError, NotFiniteError
 from tests.helpers.edits import unsealed
@@ -139,8 +139,8 @@ def test_rows_whose_exits_agree_are_done_behind_a_cut_prefix(
         pytest.fail("no threshold splits the rows")
     for row, ended in enumerate(done):
         assert int(some.prefix_layers[row]) == (3 if ended else 4)
-        forwards = 4 * int(some.iterations[row])  # 3 more if the exit's first token differs
-        assert int(some.layer_forwards[row]) in ((3,) if ended else (forwards, forwards + 3))
+        forwards = 4 * int(some.iterations[row])  # the first of 3 if its first token differs
+        assert int(some.layer_forwards[row]) in ((3,) if ended else (forwards, forwards - 1))
         alone = {
             name: value[row : row + 1] for name, value in batch.items() if torch.is_tensor(value)
         }
@@ -149,6 +149,51 @@ def test_rows_whose_exits_agree_are_done_behind_a_cut_prefix(
         )
         assert own.exit_reason == [some.exit_reason[row]]
         assert torch.equal(own.tokens[0], some.tokens[row])
+
+
+@pytest.mark.parametrize("name", ["sure3p{}", "deer3t{}", "skip2p{}"])
+def test_rows_that_ended_wait_unchanged(
+    name: str, student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
+    policy, _, _ = student
+    seen: list[tuple[torch.Tensor, int]] = []
+    first = {"depth_sure", "depths_agree", "program_sure"}
+    for limit in (0.02, 0.05, 0.1, 0.2, 0.3, 5, 10, 15, 20, 40):
+        if limit > 1 and "deer" not in name:
+            continue
+        seen.clear()
+        found = policy.decode(
+            batch, name.format(limit), on_proven=lambda t, k, _: seen.append((t.clone(), k))
+        )
+        done = torch.tensor([reason in first for reason in found.exit_reason])
+        if 0 < int(done.sum()) < ROWS:
+            break
+    else:
+        pytest.fail("no limit splits the rows")
+    assert found.forwards == found.iterations.max()
+    assert len(seen) in (found.forwards, found.forwards - 1)
+    for tokens, proven in seen:
+        assert torch.equal(tokens[done], found.tokens[done])
+        assert torch.equal(tokens[:, :proven], found.tokens[:, :proven])
+
+
+def test_a_depth_without_an_exit_names_the_depths(llama: Any) -> None:
+    backbone, observation = llama(0, 2, 6, 20, layers=4)
+    for name in ("sure5p0.2", "deer5t1", "sure0p0.2"):
+        with pytest.raises(ConfigError, match=r"it must be in \[1, 3\]"):
+            prefill(backbone, observation, DecodingConfig(method=name))
+
+
+@pytest.mark.parametrize("name", ["depth2", "depth1-2", "program0-1-3"])
+def test_states_begin_with_the_guess(
+    name: str, student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
+    policy, _, _ = student
+    found = policy.decode(batch, name, record_states=True)
+    usual = policy.decode(batch, "jacobi", record_states=True)
+    assert torch.equal(found.states[0], usual.states[0])
+    assert torch.equal(found.states[-1], found.tokens)
+    assert len(found.states) == found.forwards + 1
 
 
 def test_rows_whose_exit_is_confident_are_done(
@@ -181,7 +226,10 @@ def test_a_row_that_goes_on_takes_what_the_decoder_takes_without(
         usual = policy.decode(batch, name, previous=previous)
         going = policy.decode(batch, f"deer3t0_{name}", previous=previous)
         assert torch.equal(going.tokens, usual.tokens)
-        assert going.iterations.tolist() == usual.iterations.tolist()
+        again = (going.layer_forwards - usual.layer_forwards) // 3  # forwards that start over
+        assert torch.equal(going.layer_forwards, usual.layer_forwards + 3 * again)
+        assert torch.equal(going.iterations, usual.iterations + again)
+        assert going.forwards == usual.forwards + int(again.max())
         assert going.exit_reason == usual.exit_reason
         alone = [
             {k: v[r : r + 1] for k, v in batch.items() if torch.is_tensor(v)} for r in range(ROWS)
@@ -232,9 +280,9 @@ def test_a_deadline_counts_the_shallow_forward(
     student: tuple[Any, Any, Any], batch: dict[str, Any]
 ) -> None:
     policy, _, _ = student
-    for name, forwards in {"depth2_deadline0.001": 2, "deer3t0_deadline0.001": 1}.items():
+    for name in ("depth2_deadline0.001", "deer3t0_deadline0.001"):  # some row starts over
         result = policy.decode(batch, name)
-        assert (result.forwards, set(result.exit_reason)) == (forwards, {"deadline"})
+        assert (result.forwards, set(result.exit_reason)) == (2, {"deadline"})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -46,6 +46,19 @@ def test_every_token_is_the_greedy_one(
     assert result.forwards <= steps * dim
 
 
+@pytest.mark.parametrize("length", [1, 2, 4, 8])
+def test_a_row_may_be_far_ahead_of_another(toy, length: int) -> None:
+    """As the rows of a batch are whose environments were reset at different times."""
+    backbone, observation = toy(3, 2, 40, 31)
+    prefix = backbone.prefill(observation)
+    guess = torch.zeros(2, 40, dtype=torch.int64)
+    expected = greedy(backbone, prefix, guess=guess)
+    guess[0] = expected.tokens[0]
+    guess[0, -1] = (guess[0, -1] + 1) % 31
+    result = decode_ngram(backbone, prefix, request(guess, length))
+    assert torch.equal(result.tokens, expected.tokens)
+
+
 def test_only_the_executed_steps_are_decoded(toy) -> None:
     backbone, observation = toy(3, 2, 12, 31)
     prefix, guess = backbone.prefill(observation), torch.zeros(2, 12, dtype=torch.int64)

@@ -87,7 +87,9 @@ def finish_replacing(folder: Path, belonging: Callable[[Path], set[str]]) -> Non
     if not (pending / MANIFEST).is_file():
         return
     try:
-        _move_up(pending, folder, belonging)
+        with _alone(folder):
+            if (pending / MANIFEST).is_file():  # no other process has finished it meanwhile
+                _move_up(pending, folder, belonging)
     except OSError as error:
         raise CheckpointError(
             f"{folder}: a save was interrupted, and cannot be finished here ({error.strerror}). "
@@ -138,12 +140,13 @@ def _exchanged(stage: Path, target: Path, belonging: Callable[[Path], set[str]])
 
 def _replace_inside(stage: Path, target: Path, belonging: Callable[[Path], set[str]]) -> None:
     pending = target / PENDING
-    if pending.exists() and not (pending / MANIFEST).exists():
-        shutil.rmtree(pending)  # left by a replacement whose files were all moved
     target.mkdir(exist_ok=True)
-    stage.rename(pending)
-    _settle(target)
-    _move_up(pending, target, belonging)
+    with _alone(target):
+        if pending.exists() and not (pending / MANIFEST).exists():
+            shutil.rmtree(pending)  # left by a replacement whose files were all moved
+        stage.rename(pending)
+        _settle(target)
+        _move_up(pending, target, belonging)
 
 
 def _move_up(pending: Path, folder: Path, belonging: Callable[[Path], set[str]]) -> None:
@@ -179,6 +182,22 @@ def _hold(stage: Path) -> int:
     number = os.open(stage, os.O_RDONLY)
     _locked(number)
     return number
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process moves files of a replacement up in `folder`, and keep others
+    waiting; without locks (a file system that has none), do not wait.
+    """
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def _locked(number: int) -> bool:

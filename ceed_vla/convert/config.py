@@ -68,6 +68,11 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.quantization != "none" and self.weights != "reference":
+            raise ConfigError(
+                f"--quantization is {self.quantization}, but quantised weights cannot be copied; "
+                "set --weights reference."
+            )
         check_device_name(self.device)
         plain_name(self.camera, "camera", ConfigError)
         others = [

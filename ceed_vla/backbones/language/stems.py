@@ -185,8 +185,8 @@ class Stems(nn.Module):
             ConfigError: The policy has other cameras.
             CheckpointError: Its weights are damaged.
         """
-        features = read_json(folder / CONFIG).get("input_features")
-        seen = [name for name in features or () if name.startswith("observation.images.")]
+        features = read_json(folder / CONFIG).get("input_features") or {}
+        seen = [name for name, feature in features.items() if feature["type"] == "VISUAL"]
         if sorted(seen) != list(self.cameras):
             raise ConfigError(
                 f"The stems of {folder} read {', '.join(sorted(seen))}, and the data have "

@@ -49,6 +49,11 @@ class TransformersConfig(BackboneConfig, Checked, prefix="backbone."):
     weights: str = chosen("copied", WEIGHTS)
     architecture: str = ""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path and self.weights == "reference":  # for every working directory
+            self.path = str(Path(self.path).absolute())
+
     def weight_files(self) -> list[Path]:
         return weight_files(Path(self.path)) if self.weights == "reference" else []
 

@@ -31,10 +31,21 @@ def read_published(
         options: Arguments of ``from_pretrained``.
 
     Raises:
-        CheckpointError: Weights are damaged, missing or of other sizes.
+        CheckpointError: Weights are damaged, missing or of other sizes, or transformers would read
+            other files than those that are validated here.
     """
     files = weight_files(folder)
     config = read_json(folder / "config.json")
+    if "transformers_weights" in config:
+        raise CheckpointError(
+            f"{folder / 'config.json'} names a file of weights (transformers_weights), which is "
+            "not read; remove the key, and name the file model.safetensors."
+        )
+    if adapters := sorted(file.name for file in folder.glob("adapter_*")):
+        raise CheckpointError(
+            f"{folder} has adapters ({adapters[0]}), which are not loaded; merge them into the "
+            "weights, and remove their files."
+        )
     # code that `auto_map` names is never run
     described = json.dumps({name: value for name, value in config.items() if name != "auto_map"})
     check_sizes(files, *least_sizes(read_architecture(described)))

@@ -145,6 +145,12 @@ class VLMBackbone(TransformersBackbone):
             ObservationError, f"{type(self.model).__name__} cannot read the observation", advice
         ):
             inputs = language_model_arguments(self.trunk, self.decoder, arguments)
+        if "inputs_embeds" not in inputs:
+            raise ConfigError(
+                f"{type(self.model).__name__} does not put its images into the input of its "
+                "language model (it may read them by cross-attention), so it cannot be used; "
+                "choose another model."
+            )
         embeds = inputs.pop("inputs_embeds")  # (B, P, d)
         positions = inputs.get("position_ids")  # (B, P) or (axes, B, P)
         if positions is None:

@@ -65,6 +65,9 @@ def load_processor(folder: str | Path, prompt: str = "") -> Any:
             "tokenizer and image processor into the folder."
         )
     tokenizer = processor.tokenizer
+    for owner in (processor, tokenizer):
+        if isinstance(getattr(owner, "chat_template", None), dict):  # several, by name
+            owner.chat_template = owner.chat_template.get("default")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

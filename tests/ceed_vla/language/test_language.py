@@ -109,8 +109,12 @@ def test_a_router_chooses_the_layers_and_stays_with_the_checkpoint(
     assert torch.equal(policy.decode(batch, "program1-0-1").tokens, exact)
 
 
-def test_a_checkpoint_may_refer_to_the_model(model_folder: Path, tmp_path: Path) -> None:
-    policy, pre, post = make_policy(model_folder, weights="reference")
+def test_a_checkpoint_may_refer_to_the_model(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_folder.parent)  # loading must not depend on the working directory
+    policy, pre, post = make_policy(Path(model_folder.name), weights="reference")
+    monkeypatch.undo()
     policy.requires_grad_(False)
     save(tmp_path / "checkpoint", policy, pre, post)
     again, pre, _ = load(tmp_path / "checkpoint")
@@ -123,6 +127,36 @@ def test_a_checkpoint_may_refer_to_the_model(model_folder: Path, tmp_path: Path)
         (tmp_path / name / "model.safetensors").stat().st_size for name in ("checkpoint", "copied")
     ]
     assert sizes[1] - sizes[0] >= whole
+
+
+def test_one_instruction_holds_for_all_rows(model_folder: Path) -> None:
+    policy, pre, _ = make_policy(model_folder)
+    one, many = (observed(policy, pre, [TASKS[1]] * 2), observed(policy, pre, TASKS[:2]))
+    images = {name: many[name] for name in policy.config.cameras}
+    state = torch.randn(2, 14, generator=torch.Generator().manual_seed(1))
+    found = pre({**images, "observation.state": state, "task": TASKS[1]})
+    for name in ("observation.language.tokens", WORDS_KEY):
+        assert torch.equal(found[name], one[name])
+    policy.check_observation(found)
+
+
+def test_cameras_may_have_any_name(model_folder: Path, tmp_path: Path) -> None:
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    camera = {"observation.image": PolicyFeature(FeatureType.VISUAL, (3, 96, 96))}
+    state = {"observation.state": PolicyFeature(FeatureType.STATE, (14,))}
+    compact = tabletop_config(auxiliary_scale=[], input_features={**camera, **state})
+    processors = make_ceed_vla_pre_post_processors(
+        compact, {"observation.state": dict(STATE)}, instructions=TASKS
+    )
+    save(tmp_path / "compact", CeedVLAPolicy(compact), *processors)
+    backbone = LanguageConfig(
+        path=str(model_folder), stems=StemConfig(path=str(tmp_path / "compact"))
+    )
+    config = tabletop_config(
+        backbone=backbone, auxiliary_scale=[], input_features={**camera, **state}
+    )
+    assert CeedVLAPolicy(config).backbone.stems.cameras == ("observation.image",)
 
 
 def test_the_stems_are_those_of_the_other_policy(model_folder: Path) -> None:

@@ -4,11 +4,14 @@ change.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,14 @@ import torch
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.axes.depth.exits import make_exits
 from ceed_vla.checkpoints import load, save
-from ceed_vla.checkpoints.manifest import MANIFEST, check_files, hash_of, own_files
-from ceed_vla.checkpoints.replacing import PENDING, replacing_folder
+from ceed_vla.checkpoints.manifest import (
+    MANIFEST,
+    check_files,
+    hash_of,
+    own_files,
+    write_manifest,
+)
+from ceed_vla.checkpoints.replacing import PENDING, finish_replacing, replacing_folder
 from ceed_vla.errors import CheckpointError
 from ceed_vla.folders import CONFIG, EXITS, WEIGHTS
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
@@ -49,6 +58,30 @@ def other(make_policy: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[A
     give_exits(policy, [1, 2])
     stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
     return policy, *make_ceed_vla_pre_post_processors(policy.config, stats, instructions=["go on"])
+
+
+def test_a_reader_that_finishes_a_save_disturbs_no_writer(tmp_path: Path) -> None:
+    """As a node that watches a folder in which the user has a folder of his own."""
+    (tmp_path / "videos").mkdir()
+    stop = threading.Event()
+
+    def read() -> int:
+        count = 0
+        while not stop.is_set():
+            finish_replacing(tmp_path, own_files)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as ends:
+        reader = pool.submit(read)
+        ends.callback(stop.set)
+        for number in range(100):
+            with replacing_folder(tmp_path, own_files) as stage:
+                (stage / CONFIG).write_text(json.dumps({"type": "ceed_vla", "n": number}))
+                (stage / WEIGHTS).write_bytes(b"w" * 100_000)
+                write_manifest(stage)
+            assert json.loads((tmp_path / CONFIG).read_text())["n"] == number
+    assert reader.result() > 0
 
 
 def run_killed(old: Path, new: Path, place: Path, *more: str) -> list[dict[str, Any]]:

@@ -114,6 +114,30 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
         load(copy)
 
 
+def test_other_files_than_the_validated_ones_are_not_read(copy: Path) -> None:
+    config = (copy / "config.json").read_text()
+    change_json(copy / "config.json", transformers_weights="adapter_model.bin")
+    with pytest.raises(CheckpointError, match="transformers_weights"):
+        load(copy)
+    (copy / "config.json").write_text(config)
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has adapters"):
+        load(copy)
+
+
+def test_the_default_of_several_chat_templates_is_used(copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    (copy / "additional_chat_templates").mkdir()
+    for name in ("default", "tool_use"):
+        place = copy if name == "default" else copy / "additional_chat_templates"
+        file = place / ("chat_template.jinja" if name == "default" else f"{name}.jinja")
+        file.write_text(f"{name}: {{{{ messages[0]['content'] }}}}")
+    processor = load_processor(copy)
+    assert processor.chat_template.startswith("default: ")
+    processor.save_pretrained(copy / "again")
+    assert all(file.is_file() for file in (copy / "again").iterdir())
+
+
 def test_damaged_and_missing_weights(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     name = next(name for name in weights if "down_proj" in name)

@@ -66,6 +66,7 @@ class VideoEncoder:
         self._frames = 0
         self._error: Exception | None = None
         self._cancelled = False
+        self._ended = False  # the thread has taken the None behind the last image
         self._thread = threading.Thread(target=self._run, name=f"encode {path.name}", daemon=True)
         self._thread.start()
 
@@ -114,15 +115,21 @@ class VideoEncoder:
             self._encode()
         except Exception as error:
             self._error = error
-            while not self._cancelled and self._images.get() is not None:
-                continue  # `add` must not wait for ever
+            while not self._ended:
+                self._next()  # `add`, `close` and `cancel` must not wait for ever
+
+    def _next(self) -> np.ndarray | None:
+        """The next image; None behind the last one."""
+        pixels = self._images.get()
+        self._ended = pixels is None
+        return pixels
 
     def _encode(self) -> None:
         av.logging.set_libav_level(av.logging.ERROR)  # LeRobot restores FFmpeg's own messages
         container = av.open(str(self.path), "w")
         stream = None
         try:
-            while (pixels := self._images.get()) is not None and not self._cancelled:
+            while (pixels := self._next()) is not None and not self._cancelled:
                 if stream is None:
                     stream = self._start(container, pixels)
                 self._encode_one(container, stream, pixels)

@@ -69,6 +69,7 @@ class DatasetWriter:
         self.root = root
         self._fps = fps
         self._features = dict(features)
+        self._robot_type = robot_type
         if not commits.is_recording(root):
             if root.exists():
                 if not root.is_dir() or any(root.iterdir()):
@@ -166,6 +167,23 @@ class DatasetWriter:
         if stored != wanted:
             raise DatasetError(
                 f"{root} stores {stored}; this recording writes {wanted}. Use a new root"
+            )
+        self._check_names(own)
+
+    def _check_names(self, stored: Mapping[str, Mapping]) -> None:
+        """Raise `DatasetError` if values of the same shape have other meanings."""
+        info, root = self._info, self.root
+        for name, feature in stored.items():
+            theirs, ours = feature.get("names"), self._features[name].get("names")
+            if isinstance(theirs, list) and ours is not None and theirs != list(ours):
+                raise DatasetError(
+                    f"{root} stores {name} of {', '.join(theirs)}; this recording writes "
+                    f"{', '.join(ours)}. Use a new root."
+                )
+        if info.robot_type != self._robot_type:
+            raise DatasetError(
+                f"{root} is of the robot {info.robot_type}; this recording is of "
+                f"{self._robot_type}. Use a new root."
             )
 
     def _start_batch(self) -> None:

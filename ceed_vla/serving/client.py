@@ -172,6 +172,7 @@ class PolicyClient:
 
     def abort(self) -> None:
         """Cut the connection at once, also while another thread sends or waits for an answer."""
+        self._closed.set()
         with suppress(OSError):
             self._connection.socket.shutdown(socket.SHUT_RDWR)
 

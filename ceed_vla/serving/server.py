@@ -52,22 +52,25 @@ class Connection(ServerConnection):
     """A connection that ends if its client does not read, or if there are too many.
 
     Args:
-        others: All connections, of which this one becomes a part.
+        others: All connections, the oldest first, of which this one becomes a part.
         most: How many there may be, with those that have not said who they are.
     """
 
-    def __init__(self, others: set[Connection], most: int, *arguments: Any, **options: Any) -> None:
+    def __init__(
+        self, others: dict[Connection, None], most: int, *arguments: Any, **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
         self._others, self._most = others, most
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._others.add(self)
-        if len(self._others) > self._most:
-            self.transport.abort()
+        self._others[self] = None
+        if len(self._others) > self._most:  # the one that has been silent for longest
+            silent = (other for other in self._others if other.state is State.CONNECTING)
+            next(silent, self).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._others.discard(self)
+        self._others.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -147,7 +150,7 @@ class PolicyServer:
         self._limits, self._tls = limits, tls
         self._latency_s = latency_s
         self._thread = PolicyThread(limits.batch, limits.batch_wait_s)
-        self._open: set[Connection] = set()
+        self._open: dict[Connection, None] = {}
         self._metrics = Metrics()
         self._predictor: Predictor | None = None
         self._decoders = asyncio.Semaphore(_DECODERS)

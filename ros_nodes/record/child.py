@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 def main(number: int) -> None:
     """Serve the parent until it closes the pipe with this file descriptor."""
-    # Ctrl-C reaches the whole process group; the parent decides when each process ends.
+    # These reach the whole process group; the parent decides when each process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     pipe = Connection(number)
     try:

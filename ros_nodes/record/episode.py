@@ -126,15 +126,16 @@ class EpisodeRows:
         self._take_commanded(named, _seconds(message), str(message.header.frame_id))
 
     def take_positions(self, message: Any, stamp: float) -> None:
-        """Take a std_msgs/Float64MultiArray of the command topic: the joints, in order.
+        """Take a std_msgs/Float64MultiArray of the command topic: the joints in order, and behind
+        them those of the gripper, if the command source names any.
 
         Args:
             message: It has no stamp.
             stamp: Time of its arrival [s].
         """
-        self._take_commanded(
-            dict(zip(self._robot.commands.joints, message.data, strict=False)), stamp, ""
-        )
+        source = self._robot.commands
+        names = (*source.joints, *source.gripper)
+        self._take_commanded(dict(zip(names, message.data, strict=False)), stamp, "")
 
     def _take_commanded(self, named: Mapping[str, float], stamp: float, who: str) -> None:
         wanted = self._robot.commands.joints

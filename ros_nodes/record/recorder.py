@@ -94,6 +94,7 @@ class Recorder:
         self._task = ""
         self._number = 0  # of the episode, for requests
         self._success: bool | None = None  # after `stop`
+        self._ended_at = math.inf  # when the episode ended by itself, because storing was slow [s]
 
     # ---- operators -------------------------------------------------------------------------------
 
@@ -107,6 +108,7 @@ class Recorder:
             return Answer(False, f"There is no instruction: {why}.")
         self._task = self.instruction
         self._number += 1
+        self._ended_at = math.inf
         self.rows.start(now)
         silent = self.rows.silent(now - 1.0)
         wait = f"; it begins when {', '.join(silent)} send" if silent else ""
@@ -119,6 +121,7 @@ class Recorder:
         if self.phase not in (Phase.RECORDING, Phase.ENDED):
             return self._refused("stop")
         self._success = success
+        now = min(now, self._ended_at)
         self.rows.stop(now)
         self._report({"event": STOP, "time": now, "success": success})
         outcome = "success" if success else "failure"
@@ -162,6 +165,7 @@ class Recorder:
         elif self._worker.waiting > self._memory:
             waiting = f"{self._worker.waiting / 1e6:.0f} MB of images wait to be stored"
             self.rows.stop(now)
+            self._ended_at = now
             self._enter(Phase.ENDED, f"{waiting}: this computer is too slow; call ~/stop")
 
     def finish(self) -> None:

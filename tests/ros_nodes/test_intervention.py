@@ -187,6 +187,20 @@ def test_a_button_takes_over_and_gives_back_at_once() -> None:
     assert cell.run(0.1, pressed=True) is Charge.PERSON
 
 
+def test_a_button_that_stays_pressed_takes_over_nothing_anew() -> None:
+    cell = Cell(by_button=True)
+    for lose in (lambda: cell.run(0.5), cell.person.restart):
+        assert cell.run(0.1, pressed=True) is Charge.PERSON
+        lose()
+        assert cell.run(0.5, active=True, pressed=True) is Charge.NOBODY
+        assert cell.run(0.1, pressed=False) is Charge.NOBODY
+    cell.run(0.1, pressed=True)
+    cell.person.forget()  # an operator's ~/enable
+    assert cell.run(0.5, pressed=True) is Charge.POLICY
+    assert cell.run(0.1, pressed=False) is Charge.POLICY
+    assert cell.run(0.1, pressed=True) is Charge.PERSON
+
+
 def test_a_leader_that_is_not_aligned_is_refused() -> None:
     cell = Cell()
     assert cell.run(0.5, active=True, leader=0.25) is Charge.POLICY

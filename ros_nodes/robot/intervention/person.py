@@ -51,6 +51,7 @@ class Person:
         self._wish: Wish | None = None
         self._arrived = -1e9  # steady time of the newest good message [s]
         self._pressed = False
+        self._let_go = True  # whether a press counts: the button was let go since the last fault
         self._pressed_at = -1e9  # steady time of the newest message about the button [s]
         self._moved = -1e9  # steady time at which the device was last moved [s]
         self._fault = ""  # of the newest message
@@ -73,6 +74,7 @@ class Person:
         """Take whether the button is pressed, at steady time `now` [s]."""
         self._pressed = pressed
         self._pressed_at = now
+        self._let_go = self._let_go or not pressed
 
     def refuse(self, why: str) -> None:
         """Take a message that cannot be used."""
@@ -107,7 +109,7 @@ class Person:
             self._grip_from = None
             self.counts["taken"] += before is Charge.POLICY
         if lost and self.charge is Charge.NOBODY:
-            self._moved = -1e9  # only motion after the fault takes over again
+            self._begin_anew()
         asks = wants and self.charge is Charge.POLICY
         asks = asks and now - self._arrived <= self._patience.timeout
         self.refused = lost if asks else ""
@@ -151,18 +153,25 @@ class Person:
         if self.charge is Charge.PERSON:
             self.charge = Charge.NOBODY
             self._why = "the arm's pose was unknown"
-            self._moved = -1e9
+            self._begin_anew()
 
     def forget(self) -> None:
         """Return to the policy, because an operator decided so."""
         self.charge = Charge.POLICY
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Let only what the person does from now on take over: a motion, or another press."""
         self._moved = -1e9
+        self._let_go = self._let_go and not self._pressed
         self._pressed = False
 
     def _wants(self, now: float) -> bool:
         """Whether the person wants to be in charge."""
         if self._patience.by_button:
-            return self._pressed and now - self._pressed_at <= self._patience.timeout
+            return (
+                self._pressed and self._let_go and now - self._pressed_at <= self._patience.timeout
+            )
         # between messages: a silent device does not say that it was let go
         return self._wish is not None and self._arrived - self._moved <= self._patience.release
 

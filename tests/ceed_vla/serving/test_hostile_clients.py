@@ -81,6 +81,16 @@ def test_two_hundred_connections(served: Served) -> None:
     check_serves(served)
 
 
+def test_silent_connections_keep_nobody_out(served: Served) -> None:
+    silent = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(140)]
+    try:  # above twice --max_connections
+        assert http(served.port, "/healthz")[0] == 200
+        check_serves(served)
+    finally:
+        for one in silent:
+            one.close()
+
+
 @pytest.mark.slow
 def test_a_client_that_never_reads_is_dropped(served: Served) -> None:
     """Its answers fill its own buffers; another client is served meanwhile."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,46 @@ def test_a_full_disk_ends_the_episode_and_keeps_the_others(
     stored(store, 6)
     assert len(open_dataset(root)) == 11
     assert len(LeRobotDataset("local/data", root=root)) == 11
+
+
+@pytest.mark.timeout(60)
+def test_an_encoder_that_fails_at_the_end_blocks_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(encoder: VideoEncoder) -> None:
+        while encoder._next() is not None:
+            pass
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def begins(encoder: VideoEncoder) -> None:
+        encoder._next()
+        time.sleep(0.2)  # the queue fills meanwhile
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for fails in (ends, begins):
+        monkeypatch.setattr(VideoEncoder, "_encode", fails)
+        encoder = VideoEncoder(tmp_path / "closed.mp4", 10, "h264")
+        encoder.add(pixels_of(0))
+        with pytest.raises(OSError, match="No space"):
+            encoder.close()
+        encoder = VideoEncoder(tmp_path / "cancelled.mp4", 10, "h264")
+        while not encoder._images.full():
+            encoder.add(pixels_of(0))
+            if fails is ends:
+                break
+        encoder.cancel()
+
+
+def test_another_robot_or_order_of_joints_is_another_data_set(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    stored(EpisodeStore(plan(root)), 3)
+    for changes, why in (
+        ({"action_names": ("b", "a")}, "stores action of a, b; this recording writes b, a"),
+        ({"robot_type": "other"}, "is of the robot arm; this recording is of other"),
+    ):
+        with pytest.raises(DatasetError, match=why):
+            EpisodeStore(plan(root, resume=True, **changes))
+    stored(EpisodeStore(plan(root, resume=True)), 3)
 
 
 def test_images_that_do_not_fit(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +42,20 @@ class BagMessage:
     data: Any
 
 
-def topics_of(robot: RobotConfig, namespace: str) -> dict[str, tuple[str, str]]:
-    """Full name of a topic -> kind and feature (`BagMessage`), for a robot in a namespace."""
-    wanted = {image.topic: (IMAGE, image.feature) for image in robot.images}
-    wanted |= {topic: (JOINTS, prefix) for topic, prefix in robot.joint_topics.items()}
-    wanted[robot.commands.topic] = (COMMANDS, "")
-    wanted[EVENTS] = (EVENT, "")
-    wanted[INSTRUCTIONS] = (INSTRUCTION, "")
+def topics_of(robot: RobotConfig, namespace: str) -> dict[str, list[tuple[str, str]]]:
+    """Full name of a topic -> kind and feature (`BagMessage`) of everything that reads it, for a
+    robot in a namespace. One camera may show two features, and joint states may be the commands.
+    """
+    uses = [(image.topic, IMAGE, image.feature) for image in robot.images]
+    uses += [(topic, JOINTS, prefix) for topic, prefix in robot.joint_topics.items()]
+    uses += [(robot.commands.topic, COMMANDS, ""), (EVENTS, EVENT, "")]
+    uses += [(INSTRUCTIONS, INSTRUCTION, "")]
     prefix = f"/{namespace.strip('/')}/" if namespace.strip("/") else "/"
-    return {
-        name if name.startswith("/") else prefix + name: value for name, value in wanted.items()
-    }
+    wanted: dict[str, list[tuple[str, str]]] = {}
+    for name, kind, feature in uses:
+        full = name if name.startswith("/") else prefix + name
+        wanted.setdefault(full, []).append((kind, feature))
+    return wanted
 
 
 @contextmanager
@@ -78,13 +81,15 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def messages(
-    reader: Any, path: Path, wanted: Mapping[str, tuple[str, str]]
+    reader: Any, path: Path, wanted: Mapping[str, Sequence[tuple[str, str]]]
 ) -> Iterator[BagMessage]:
-    """Yield the messages of the wanted topics, in the order of their arrival.
+    """Yield the messages of the wanted topics, once for each use, in the order of their arrival.
 
     `DatasetError`: The bag ends in the middle, or a message does not have its type.
     """
     connections = [one for one in reader.connections if one.topic in wanted]
+    if not connections:  # for which the library reads all
+        return
     found = iter(reader.messages(connections=connections))
     while True:
         with _damage(path):
@@ -92,17 +97,22 @@ def messages(
         if item is None:
             return
         connection, nanoseconds, data = item
-        kind, feature = wanted[connection.topic]
-        with _damage(path):
-            message = bytes(data) if kind == IMAGE else reader.deserialize(data, connection.msgtype)
-        yield BagMessage(kind, feature, 1e-9 * nanoseconds, message)
+        for kind, feature in wanted[connection.topic]:
+            with _damage(path):
+                message = (
+                    bytes(data) if kind == IMAGE else reader.deserialize(data, connection.msgtype)
+                )
+            yield BagMessage(kind, feature, 1e-9 * nanoseconds, message)
 
 
-def check_topics(reader: Any, path: Path, robot: RobotConfig, names: Mapping[str, Any]) -> None:
+def check_topics(
+    reader: Any, path: Path, robot: RobotConfig, wanted: Mapping[str, Sequence[tuple[str, str]]]
+) -> None:
     """Raise `DatasetError` if the bag lacks a topic of the robot, or has another type there."""
     types = {one.topic: one.msgtype for one in reader.connections}
     compressed = {image.feature for image in robot.images if image.transport == "compressed"}
-    for topic, (kind, feature) in names.items():
+    uses = [(topic, *use) for topic, found in wanted.items() for use in found]
+    for topic, kind, feature in uses:
         if kind in (EVENT, INSTRUCTION):
             expected = "std_msgs/msg/String"
             if topic not in types:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Conversion:
         self._outcome = ""  # after the event `STOP`
         self._whole = False  # no event says where episodes begin
 
-    def run(self, reader: Any, path: Path, wanted: Mapping[str, tuple[str, str]]) -> None:
+    def run(self, reader: Any, path: Path, wanted: Mapping[str, Sequence[tuple[str, str]]]) -> None:
         """Convert a bag.
 
         Args:
@@ -84,11 +84,12 @@ class Conversion:
         disk is full.
         """
         topics = {one.topic for one in reader.connections if one.msgcount}
-        self._whole = not any(
-            kind == EVENT and topic in topics for topic, (kind, _) in wanted.items()
-        )
+        self._whole = not any((EVENT, "") in wanted.get(topic, ()) for topic in topics)
         if self._whole:
-            self._begin(-math.inf, self._instruction)
+            told = {topic: uses for topic, uses in wanted.items() if (INSTRUCTION, "") in uses}
+            first = next(messages(reader, path, told), None)  # it may come after the first frames
+            own = "" if first is None else str(first.data.data)
+            self._begin(-math.inf, self._instruction or own)
         for message in messages(reader, path, wanted):
             self._take(message)
             self._advance(self.rows.clock)

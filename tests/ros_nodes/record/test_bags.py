@@ -137,6 +137,34 @@ def test_events_of_the_record_node_say_what_is_an_episode(
         assert text in shown
 
 
+def test_a_topic_may_have_several_uses(tmp_path: Path) -> None:
+    """Two views of one camera, and an arm that a person guides by hand."""
+    old, new = (
+        "images: {observation.images.front: {topic: front}}",
+        (
+            "images: {observation.images.front: {topic: front, crop: [0, 0, 16, 10]}, "
+            "observation.images.side: {topic: front, crop: [0, 10, 16, 10]}}"
+        ),
+    )
+    leader = "commands: {topic: leader/joint_states, joints: [leader_a, leader_b]}"
+    assert old in ROBOT
+    assert leader in ROBOT
+    text = ROBOT.replace(old, new).replace(leader, "commands: {topic: joint_states}")
+    (tmp_path / "robot.yaml").write_text(text)
+    bag = write(tmp_path / "bag", robot_run(2.0))
+    convert(bag, str(tmp_path / "robot.yaml"), instruction="wipe the table")
+    data = open_dataset(tmp_path / "data")
+    assert sorted(data.images) == ["observation.images.front", "observation.images.side"]
+    np.testing.assert_allclose(data.action[:-1, 0], data.state[1:, 0], atol=1e-6)
+
+
+def test_an_instruction_may_come_after_the_first_frames(tmp_path: Path, robot: str) -> None:
+    found = [*robot_run(2.0), (1000.9, "/policy/instruction", TEXT, TYPES[TEXT]("wipe"))]
+    summary = convert(write(tmp_path / "bag", found), robot)
+    assert summary.episodes == 1
+    assert open_dataset(tmp_path / "data").tasks == ["wipe"]
+
+
 def test_a_gap_begins_a_new_episode(tmp_path: Path, robot: str) -> None:
     found = [m for m in robot_run(6.0) if m[1] != "/front" or not 1002.0 < m[0] < 1003.5]
     summary = convert(write(tmp_path / "bag", found), robot, instruction="wipe the table")

@@ -214,7 +214,7 @@ def test_wrong_observations(edge: EdgePolicy, observations: list[Any]) -> None:
     [
         ({"decoding": "beam"}, ConfigError, "Unknown decoder 'beam'"),
         ({"decoding": "jacobi_random"}, ConfigError, "takes torch's random numbers"),
-        ({"executed_steps": 9}, ConfigError, r"executed_steps is 9; it must be in \[1, 8\]"),
+        ({"executed_steps": 9}, ConfigError, r"executed_steps is 9; it must be an int in \[1, 8\]"),
         ({"frozen_steps": 2}, TokenError, "there is no previous chunk"),
         ({"previous": np.zeros((1, 55), np.int64)}, TokenError, "expected an array"),
         ({"previous": np.full((1, 56), 255)}, TokenError, "tokens from 255 to 255"),

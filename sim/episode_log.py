@@ -211,8 +211,10 @@ class EpisodeLog:
 def _difference(name: str, theirs: Any, ours: Any) -> str:
     """What differs in a value of two identities; of objects, the first entry that does."""
     while isinstance(theirs, dict) and isinstance(ours, dict):
-        key = next(k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k))
-        name, theirs, ours = f"{name}.{key}", theirs.get(key), ours.get(key)
+        every = {**theirs, **ours}  # an older version may lack a key
+        here, there = ({key: one.get(key, "missing") for key in every} for one in (ours, theirs))
+        key = next(key for key in every if there[key] != here[key])
+        name, theirs, ours = f"{name}.{key}", there[key], here[key]
     return f"its {name} is {str(theirs)[:200]}, here it is {str(ours)[:200]}"
 
 

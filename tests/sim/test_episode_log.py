@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.sim.episode_log import EPISODES
+from ceed_vla.sim.episode_log import EPISODES, _difference
 from ceed_vla.sim.evaluate import evaluate
 from tests.helpers.episodes import as_of_before, episodes_of, short_evaluation
 
@@ -129,3 +129,11 @@ def test_episodes_without_checksums_are_resumed(
     caplog.clear()
     evaluate(config, quiet())
     assert "checksums" not in caplog.text
+
+
+def test_the_difference_of_two_evaluations_is_named() -> None:
+    ours = {"ar": {"delay": 1, "window": None}}
+    found = _difference("decoders", {"ar": {"delay": 2, "window": None}}, ours)
+    assert found == "its decoders.ar.delay is 2, here it is 1"
+    found = _difference("decoders", {"ar": {"delay": 1}}, ours)  # of an older version
+    assert found == "its decoders.ar.window is missing, here it is None"

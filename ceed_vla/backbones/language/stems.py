@@ -186,7 +186,7 @@ class Stems(nn.Module):
             CheckpointError: Its weights are damaged.
         """
         features = read_json(folder / CONFIG).get("input_features") or {}
-        seen = [name for name, feature in features.items() if feature["type"] == "VISUAL"]
+        seen = [name for name, feature in features.items() if feature.get("type") == "VISUAL"]
         if sorted(seen) != list(self.cameras):
             raise ConfigError(
                 f"The stems of {folder} read {', '.join(sorted(seen))}, and the data have "

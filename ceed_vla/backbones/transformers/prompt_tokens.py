@@ -63,7 +63,7 @@ class PromptTokensStep(FilesStep, TokenizerProcessorStep):
         found = super().observation(observation)
         state = found.get(OBS_STATE)
         for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
-            if state is not None and len(found[key]) == 1:
+            if state is not None and key in found and len(found[key]) == 1:
                 found[key] = found[key].expand(len(state), -1)  # one instruction for all rows
         return found
 

@@ -111,7 +111,7 @@ def test_latency_in_the_loop_has_rows_of_its_own(checkpoint: Path, tmp_path: Pat
     assert {file.name for file in tmp_path.glob("*.mp4")} == {"clip_ar.mp4", "clip_ceed.mp4"}
     episodes = [json.loads(line) for line in lines_of(tmp_path)[1:]]
     assert all(set(episode["motion"]) == {"action_rate", "path", "jerk"} for episode in episodes)
-    with pytest.raises(ConfigError, match=r"its decoders.ar@150ms is \{.*, here it is None"):
+    with pytest.raises(ConfigError, match=r"its decoders.ar@150ms is \{.*, here it is missing"):
         evaluate(
             options(checkpoint, tmp_path, **{**changes, "delay_ms": [0.0, 250.0]}, resume=True),
             quiet(),

@@ -67,7 +67,9 @@ class Connection(ServerConnection):
         self._others[self] = None
         if len(self._others) > self._most:  # the one that has been silent for longest
             silent = (other for other in self._others if other.state is State.CONNECTING)
-            next(silent, self).transport.abort()
+            ends = next(silent, self)
+            del self._others[ends]  # at once: `connection_lost` comes after others were accepted
+            ends.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._others.pop(self, None)

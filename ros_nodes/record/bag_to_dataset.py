@@ -33,7 +33,7 @@ class BagConfig(Checked):
         robot: YAML file of the robot; empty: the simulated arm.
         namespace: Namespace of the robot's nodes.
         topics: Topics that replace those in the robot's file: "front=/camera/image_raw".
-        instruction: Task of the episodes that the bag names none for.
+        instruction: Task of what the bag names none for.
         checkpoint: Checkpoint whose features and image sizes are stored; empty: all features of
             the robot's file, and images as the cameras sent them.
         format: Codec of the videos, or png for images without loss.

@@ -19,13 +19,14 @@ from ceed_vla.ros_nodes.record.bag_topics import (
     messages,
 )
 from ceed_vla.ros_nodes.record.episode import EpisodeRows
-from ceed_vla.ros_nodes.record.recorder import DROP, START, STOP
+from ceed_vla.ros_nodes.record.recorder import DROP, FULL, START, STOP
 from ceed_vla.ros_nodes.record.store import EpisodeStore
 from ceed_vla.texts import shown
 
 SUCCESS, FAILURE, DISCARDED = "success", "failure", "discarded"
 UNFINISHED = "not stored: the bag ends before the episode"
 EMPTY = "not stored: it has no frame"
+UNTOLD = "not stored: no instruction until its end"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Converted:
     Attributes:
         frames: Number of its frames.
         task: Its instruction.
-        outcome: `SUCCESS`, `FAILURE`, `DISCARDED`, `UNFINISHED` or `EMPTY`.
+        outcome: `SUCCESS`, `FAILURE`, `DISCARDED`, `UNFINISHED`, `EMPTY` or `UNTOLD`.
         remarks: What it lacked.
     """
 
@@ -71,6 +72,7 @@ class Conversion:
         self._running = False
         self._outcome = ""  # after the event `STOP`
         self._whole = False  # no event says where episodes begin
+        self._told = True  # false before the first instruction, if none is given
 
     def run(self, reader: Any, path: Path, wanted: Mapping[str, Sequence[tuple[str, str]]]) -> None:
         """Convert a bag.
@@ -87,9 +89,10 @@ class Conversion:
         self._whole = not any((EVENT, "") in wanted.get(topic, ()) for topic in topics)
         if self._whole:
             told = {topic: uses for topic, uses in wanted.items() if (INSTRUCTION, "") in uses}
-            first = next(messages(reader, path, told), None)  # it may come after the first frames
-            own = "" if first is None else str(first.data.data)
-            self._begin(-math.inf, self._instruction or own)
+            texts = (str(message.data.data) for message in messages(reader, path, told))
+            first = next(filter(str.strip, texts), "")  # it may come after the first frames
+            self._told = bool(self._instruction)
+            self._begin(-math.inf, self._instruction or first)
         for message in messages(reader, path, wanted):
             self._take(message)
             self._advance(self.rows.clock)
@@ -113,8 +116,9 @@ class Conversion:
         elif message.kind == EVENT:
             self._take_event(str(message.data.data))
         elif message.kind == INSTRUCTION:
-            if self._whole and not self._instruction:
+            if self._whole and str(message.data.data).strip():
                 self._task = str(message.data.data)
+                self._told = True
         else:
             self.rows.take_joints(message.data, message.feature)
 
@@ -130,6 +134,8 @@ class Conversion:
             elif kind == STOP and self._running:
                 self.rows.stop(float(event["time"]))
                 self._outcome = SUCCESS if event["success"] else FAILURE
+            elif kind == FULL and self._running:
+                self.rows.stop(float(event["time"]))
             elif kind == DROP and self._running:
                 self._drop()
         except (ValueError, KeyError, TypeError) as error:
@@ -155,7 +161,7 @@ class Conversion:
             self._finish(self._outcome)
         elif self._whole and self.rows.gap:
             clock = self.rows.clock
-            self._finish(SUCCESS)
+            self._finish(SUCCESS if self._told else UNTOLD)
             self._begin(clock, self._task)
 
     def _end_whole(self) -> None:

@@ -24,6 +24,7 @@ from ceed_vla.texts import instruction_problem
 from ceed_vla.wording import counted
 
 START, STOP, DROP = "start", "stop", "discard"
+FULL = "full"  # the episode has ended by itself, and waits for `STOP` or `DROP`
 
 
 class Phase(StrEnum):
@@ -166,6 +167,7 @@ class Recorder:
             waiting = f"{self._worker.waiting / 1e6:.0f} MB of images wait to be stored"
             self.rows.stop(now)
             self._ended_at = now
+            self._report({"event": FULL, "time": now})
             self._enter(Phase.ENDED, f"{waiting}: this computer is too slow; call ~/stop")
 
     def finish(self) -> None:

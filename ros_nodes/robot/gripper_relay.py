@@ -3,7 +3,8 @@
 It sends every new opening as a goal of ``control_msgs/action/GripperCommand``, which replaces the
 goal before. An opening is sent while it is new: after a stop, a driver that starts again gets none
 until somebody commands one. With `joint`, it publishes the position of the driver's last feedback
-as joint states at 50 Hz, from the first feedback on, while the driver is there.
+as joint states at 50 Hz, from the first feedback on; so the gripper must be commanded once after
+every start of the driver.
 """
 
 # ceed_vla.ros_nodes.robot.messages is imported first, because its error explains a missing ROS.
@@ -101,7 +102,10 @@ class GripperRelay(Node):
         self._states = (
             self.create_publisher(JointState, "joint_states", COMMAND) if self._joint else None
         )
-        self.create_subscription(Float64MultiArray, values["topic"], self._on_opening, COMMAND)
+        commands = self.create_subscription(
+            Float64MultiArray, values["topic"], self._on_opening, COMMAND
+        )
+        self._topic = commands.topic_name
         self._opening: float | None = None  # newest feedback [m]
         self.create_timer(0.1, self._send)
         if self._states is not None:
@@ -125,6 +129,7 @@ class GripperRelay(Node):
         ready = self._client.server_is_ready()
         if not ready:
             self._sent = None  # a driver that starts again gets a repeated opening again
+            self._opening = None  # and may have moved the gripper
         if wanted is None:
             return
         if not ready:
@@ -160,7 +165,14 @@ class GripperRelay(Node):
 
     def _publish(self) -> None:
         """Publish the last position of the driver."""
-        if self._states is None or self._opening is None or not self._client.server_is_ready():
+        if self._states is None or not self._client.server_is_ready():
+            return
+        if self._opening is None:
+            self.get_logger().warning(
+                f"The position of {self._joint} is unknown until the gripper was commanded once: "
+                f'ros2 topic pub -1 {self._topic} std_msgs/msg/Float64MultiArray "{{data: [...]}}"',
+                throttle_duration_sec=10.0,
+            )
             return
         states = JointState(name=[self._joint], position=[self._opening])
         states.header.stamp = self.get_clock().now().to_msg()

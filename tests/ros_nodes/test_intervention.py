@@ -194,11 +194,18 @@ def test_a_button_that_stays_pressed_takes_over_nothing_anew() -> None:
         lose()
         assert cell.run(0.5, active=True, pressed=True) is Charge.NOBODY
         assert cell.run(0.1, pressed=False) is Charge.NOBODY
-    cell.run(0.1, pressed=True)
-    cell.person.forget()  # an operator's ~/enable
-    assert cell.run(0.5, pressed=True) is Charge.POLICY
-    assert cell.run(0.1, pressed=False) is Charge.POLICY
+
+
+def test_the_policy_does_not_drive_against_a_held_button() -> None:
+    cell = Cell(by_button=True)
     assert cell.run(0.1, pressed=True) is Charge.PERSON
+    cell.person.forget()  # the next task of a queue begins
+    assert cell.run(0.1, pressed=True) is Charge.PERSON
+    cell.run(0.5)  # the device is lost
+    assert cell.run(0.1, active=True, pressed=True) is Charge.NOBODY
+    cell.person.forget()  # an operator's ~/enable
+    assert cell.run(0.1, active=True, pressed=True) is Charge.PERSON
+    assert cell.run(0.1, active=True, pressed=False) is Charge.POLICY
 
 
 def test_a_leader_that_is_not_aligned_is_refused() -> None:

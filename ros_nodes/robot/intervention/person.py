@@ -111,7 +111,8 @@ class Person:
         if lost and self.charge is Charge.NOBODY:
             self._begin_anew()
         asks = wants and self.charge is Charge.POLICY
-        asks = asks and now - self._arrived <= self._patience.timeout
+        # a silent device asks for nothing, unless its button is pressed
+        asks = asks and (self._patience.by_button or now - self._arrived <= self._patience.timeout)
         self.refused = lost if asks else ""
         return before is not self.charge
 
@@ -145,7 +146,8 @@ class Person:
         """Why the arm holds because nobody is in charge; None if somebody is."""
         if self.charge is not Charge.NOBODY:
             return None
-        remedy = "take over again, or call ~/enable to return to the policy"
+        again = "let go of the button and press it again" if self._patience.by_button else "move it"
+        remedy = f"{again} to take over, or call ~/enable to return to the policy"
         return Hold(INTERVENTION, f"{self._why} while the person was in charge; {remedy}")
 
     def restart(self) -> None:
@@ -156,15 +158,19 @@ class Person:
             self._begin_anew()
 
     def forget(self) -> None:
-        """Return to the policy, because an operator decided so."""
+        """Return to the policy, because motion is enabled or disabled anew.
+
+        A motion of the device before that does not count. A button does that is still held: the
+        policy does not command the arm against it.
+        """
         self.charge = Charge.POLICY
-        self._begin_anew()
+        self._moved = -1e9
+        self._let_go = True
 
     def _begin_anew(self) -> None:
         """Let only what the person does from now on take over: a motion, or another press."""
         self._moved = -1e9
         self._let_go = self._let_go and not self._pressed
-        self._pressed = False
 
     def _wants(self, now: float) -> bool:
         """Whether the person wants to be in charge."""

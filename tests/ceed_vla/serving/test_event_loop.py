@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from contextlib import closing
 from typing import Any
 
 import numpy as np
 import pytest
+from websockets.asyncio import client as asyncio_client
+from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from ceed_vla.serving import health
 from ceed_vla.serving.arrays import packed
+from ceed_vla.serving.server import Connection
 from tests.helpers.local_server import Waiting, running, until
 from tests.helpers.serving_calls import KEY, ask, http
 
@@ -145,3 +149,30 @@ def test_a_client_that_only_pings_is_dropped() -> None:
         with pytest.raises(ConnectionError):
             flood(client)
         assert http(port, "/healthz")[0] == 200
+
+
+def test_a_burst_of_silent_connections_stays_within_the_limit() -> None:
+    known: dict[Connection, None] = {}
+    largest = 0
+
+    def new(*arguments: Any, **options: Any) -> Connection:
+        nonlocal largest
+        largest = max(largest, len(known))
+        return Connection(known, 5, *arguments, **options)
+
+    async def serve_and_flood() -> None:
+        async def answer(connection: ServerConnection) -> None:
+            await connection.send("here")
+
+        async with serve(answer, "127.0.0.1", 0, create_connection=new) as server:
+            port = server.sockets[0].getsockname()[1]
+            silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+            await asyncio.sleep(0.2)
+            assert 1 <= len(known) <= 5
+            assert largest <= 5
+            async with asyncio_client.connect(f"ws://127.0.0.1:{port}") as client:
+                assert await client.recv() == "here"
+            for one in silent:
+                one.close()
+
+    asyncio.run(serve_and_flood())

@@ -165,6 +165,33 @@ def test_an_instruction_may_come_after_the_first_frames(tmp_path: Path, robot: s
     assert open_dataset(tmp_path / "data").tasks == ["wipe"]
 
 
+def test_an_instruction_is_of_no_episode_before_it(
+    tmp_path: Path, robot: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [m for m in robot_run(6.0) if m[1] != "/front" or not 1002.0 < m[0] < 1003.5]
+    for time, text in ((1000.5, " "), (1004.5, "wipe")):
+        found.append((time, "/policy/instruction", TEXT, TYPES[TEXT](text)))
+    bag = write(tmp_path / "bag", found)
+    summary = convert(bag, robot)
+    assert summary.episodes == 1
+    assert 20 <= summary.frames <= 25
+    assert "not stored: no" in capsys.readouterr().out
+    assert open_dataset(tmp_path / "data").tasks == ["wipe"]
+    assert convert(bag, robot, "both", instruction="sweep").episodes == 2  # until the bag's own
+    data = open_dataset(tmp_path / "both")
+    assert [data.tasks[i] for i in data.task[[0, -1]]] == ["sweep", "wipe"]
+
+
+def test_an_episode_that_ended_by_itself_has_no_frame_after_it(tmp_path: Path, robot: str) -> None:
+    found = robot_run(6.0)
+    found += [
+        event(1000.52, event="start", time=1000.52, instruction="one"),
+        event(1002.0, event="full", time=1002.0),
+        event(1005.0, event="stop", time=1002.0, success=True),
+    ]
+    assert convert(write(tmp_path / "bag", found), robot).frames == 14
+
+
 def test_a_gap_begins_a_new_episode(tmp_path: Path, robot: str) -> None:
     found = [m for m in robot_run(6.0) if m[1] != "/front" or not 1002.0 < m[0] < 1003.5]
     summary = convert(write(tmp_path / "bag", found), robot, instruction="wipe the table")

@@ -52,7 +52,7 @@ class EvalConfig(DrivenConfig):
             robot meanwhile continues the previous chunk, and holds where it ends.
         delay: Source of the delays. given: `delay_ms`. measured: additionally a row NAME@measured,
             delayed by the decoder's latency (p50), which is measured before the episodes; `resume`
-            requires equal delays.
+            takes the delays of the start.
         executed_steps: Steps executed of each chunk; None: the policy's own.
         clips: Whether to write one clip per decoder.
         rerun: File to write for Rerun's viewer, PATH.rrd: the episode of the clips with every

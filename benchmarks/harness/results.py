@@ -183,7 +183,7 @@ def read_own(folders: str) -> dict[str, OwnRow]:
             ]
             if episode["success"] and "steps" in episode:
                 row.steps.append(episode["steps"])
-    return rows
+    return {name: row for name, row in rows.items() if row.solved}  # an interrupt leaves some out
 
 
 def _number_of_tasks(folder: Path, env: Sequence[str]) -> int:

@@ -51,7 +51,8 @@ def first_then_jacobi(
     result.forwards = result.forwards + count
     result.iterations = result.iterations + count
     if result.states is not None:
-        result.states = [*states[:-1], *result.states]
+        _, before = request.finished(result.tokens, states[:-1])
+        result.states = [*(before or []), *result.states]
     return result
 
 

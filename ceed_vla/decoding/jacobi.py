@@ -45,7 +45,7 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         stop=request.stop,
     )
     if request.settled is not None:
-        block.rows.end(request.settled.numpy(), "settled", 0)
+        block.settle(request.settled.numpy())
     exits = ExitTracker(
         request, block.rows, watched, frozen, readable=lambda: request.rows_readable(tokens)
     )

@@ -97,10 +97,16 @@ class JacobiBlock:
         # The prefix gives token 0; behind frozen tokens, the first free token takes a forward.
         self.rows = Rows(batch, self.length, max(frozen, 1))
         self.forwards = 0
+        self._first: np.ndarray | None = None  # (B,) rows that the first forward must read; all
         self._window = config.window or self.length
         self._last = self.length if config.tail == "fresh" else watched
         if stop is not None:
             self.rows.end(tokens[:, 0] == stop, "stop", 0)
+
+    def settle(self, rows: np.ndarray) -> None:
+        """End `rows` (B,) that ended before the block: they keep their tokens."""
+        self.rows.end(rows, "settled", 0)
+        self._first = ~rows
 
     def next_span(self, committed: int) -> Span | None:
         """The slots of the next iteration behind the `committed` ones; None when every row has
@@ -117,7 +123,7 @@ class JacobiBlock:
 
     def check(self, sums: np.ndarray) -> None:
         """Count an iteration and check its `Computed.sums`; raises `NotFiniteError`."""
-        check_rows(sums, self.rows.running if self.forwards else None)
+        check_rows(sums, self.rows.running if self.forwards else self._first)
         self.forwards += 1
 
     def accept(self, fresh: np.ndarray, span: Span) -> np.ndarray:

@@ -28,6 +28,7 @@ from websockets.protocol import State
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
 from ceed_vla.serving.arrays import WireError
+from ceed_vla.serving.connection import Connection
 from ceed_vla.serving.encoded_images import EncodedImage
 from ceed_vla.serving.health import problem
 from ceed_vla.serving.metrics import Metrics
@@ -41,44 +42,10 @@ logger = logging.getLogger(__name__)
 
 FAILED = 1011  # closing code after an error
 GOING = 1001  # closing code when the server stops
-MOST_UNREAD = 1_000_000  # bytes that a client has not taken
 SEND_SECONDS = 10.0  # time in which a client must take an answer
 _DECODERS = 2  # threads that decode images of clients
 HEALTH = ("/healthz", "/health")  # of openpi, and of vla-eval
 GRACE_SECONDS = 30.0  # time for what runs when the server stops
-
-
-class Connection(ServerConnection):
-    """A connection that ends if its client does not read, or if there are too many.
-
-    Args:
-        others: All connections, the oldest first, of which this one becomes a part.
-        most: How many there may be, with those that have not said who they are.
-    """
-
-    def __init__(
-        self, others: dict[Connection, None], most: int, *arguments: Any, **options: Any
-    ) -> None:
-        super().__init__(*arguments, **options)
-        self._others, self._most = others, most
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._others[self] = None
-        if len(self._others) > self._most:  # the one that has been silent for longest
-            silent = (other for other in self._others if other.state is State.CONNECTING)
-            ends = next(silent, self)
-            del self._others[ends]  # at once: `connection_lost` comes after others were accepted
-            ends.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._others.pop(self, None)
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.transport.get_write_buffer_size() > MOST_UNREAD:  # answers to pings, for example
-            self.transport.abort()
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,7 @@ def test_the_table_and_the_plot_have_our_own_evaluation(
     with pytest.raises(ConfigError, match="not of LIBERO's official initial states"):
         read_own(str(own))
     write(three)
+    assert list(read_own(str(own))) == ["ceed"]  # the others have no episode yet
     found = {state for _, state in read_own(str(own))["ceed"].solved}
     assert found == {50_000 // 3 % 50, 50_010 // 3 % 50}
 

@@ -8,13 +8,15 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from decoders import greedy, jacobi
+from decoders import STRICT, greedy, jacobi
 from torch import Tensor
 
 from ceed_vla.decoding import DecodingConfig, decode_block
-from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.decoding.loop import JacobiBlock
+from ceed_vla.errors import ConfigError, NotFiniteError, TokenError
 from ceed_vla.tokens.uniform import ActionTokenizer
 
 A = 7
@@ -192,20 +194,30 @@ def test_tokens_that_are_proven_on_the_way_are_those_of_the_end(
         assert [exact // A for _, exact, _ in told] == list(range(frozen + 1, 5))
 
 
-def test_an_error_of_a_callback_is_named(toy) -> None:
+@pytest.mark.parametrize("decode", [jacobi, greedy])
+def test_an_error_of_a_callback_reaches_the_caller(decode, toy) -> None:
     backbone, observation = toy(6, 1, 28, 31)
 
     def told(*_: Any) -> None:
         raise KeyError("mine")
 
-    with pytest.raises(ConfigError, match=r"on_proven does not work \(KeyError: 'mine'\)"):
-        jacobi(
+    with pytest.raises(KeyError, match="mine"):
+        decode(
             backbone,
             backbone.prefill(observation),
             on_proven=told,
             tokens_per_step=A,
             guess=random_guess(0, 1, 28, 31),
         )
+
+
+def test_only_rows_that_still_run_need_finite_scores() -> None:
+    for settled, scores in (([True, False], [[np.nan], [0.0]]), ([False, True], [[0.0], [np.inf]])):
+        block = JacobiBlock(np.zeros((2, 28), int), STRICT, frozen=0, watched=28, stop=None)
+        block.settle(np.array(settled))
+        block.check(np.array(scores))
+        with pytest.raises(NotFiniteError, match=f"row {settled.index(False)}"):
+            block.check(np.array(scores[::-1]))
 
 
 def test_token_by_token_has_no_deadline(toy) -> None:

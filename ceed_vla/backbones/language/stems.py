@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lerobot.lerobot_types import RobotObservation
 from lerobot.processor import ProcessorStepRegistry
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor, nn
 
 from ceed_vla.backbones.compact.stem import (
@@ -111,12 +113,23 @@ class StemConfig(Checked, prefix="backbone.stems."):
 @ProcessorStepRegistry.register(name="ceed_vla_stem_words")
 @dataclass
 class StemWordsStep(InstructionWordsStep):
-    """Turn ``task`` strings into ``observation.stem_words`` (B, L) int64 for the stems."""
+    """Turn ``task`` strings into ``observation.stem_words`` (B, L) int64 for the stems.
+
+    One instruction is repeated for all rows, also as tokens of the language model.
+    """
 
     key: ClassVar[str] = WORDS_KEY
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
         super().check_policy(backbone.stems, shape)
+
+    def observation(self, observation: RobotObservation) -> RobotObservation:
+        found = super().observation(observation)
+        rows = len(found[self.key])
+        for name in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
+            if name in found and len(found[name]) == 1:
+                found[name] = found[name].expand(rows, -1)
+        return found
 
 
 def stem_words(stems: StemConfig, instructions: Sequence[str]) -> StemWordsStep:

@@ -10,11 +10,6 @@ from typing import Any
 
 from lerobot.lerobot_types import RobotObservation
 from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
-from lerobot.utils.constants import (
-    OBS_LANGUAGE_ATTENTION_MASK,
-    OBS_LANGUAGE_TOKENS,
-    OBS_STATE,
-)
 
 from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.backbones.transformers.step_files import LOCAL, FilesStep, read_files
@@ -60,12 +55,7 @@ class PromptTokensStep(FilesStep, TokenizerProcessorStep):
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
         self.check_files()
-        found = super().observation(observation)
-        state = found.get(OBS_STATE)
-        for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
-            if state is not None and key in found and len(found[key]) == 1:
-                found[key] = found[key].expand(len(state), -1)  # one instruction for all rows
-        return found
+        return super().observation(observation)
 
 
 def load_text_tokenizer(folder: str | Path) -> Any:

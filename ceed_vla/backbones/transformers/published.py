@@ -36,7 +36,8 @@ def read_published(
     """
     files = weight_files(folder)
     config = read_json(folder / "config.json")
-    if "transformers_weights" in config:
+    renamed = str(config.get("attribute_map"))  # it gives other keys that name
+    if "transformers_weights" in config or "transformers_weights" in renamed:
         raise CheckpointError(
             f"{folder / 'config.json'} names a file of weights (transformers_weights), which is "
             "not read; remove the key, and name the file model.safetensors."

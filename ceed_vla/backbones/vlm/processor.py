@@ -66,8 +66,14 @@ def load_processor(folder: str | Path, prompt: str = "") -> Any:
         )
     tokenizer = processor.tokenizer
     for owner in (processor, tokenizer):
-        if isinstance(getattr(owner, "chat_template", None), dict):  # several, by name
-            owner.chat_template = owner.chat_template.get("default")
+        templates = getattr(owner, "chat_template", None)
+        if isinstance(templates, dict):  # several, by name
+            if "default" not in templates:
+                raise CheckpointError(
+                    f"{folder} has the chat templates {', '.join(sorted(templates))}; name the one "
+                    'to use "default".'
+                )
+            owner.chat_template = templates["default"]
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

@@ -16,7 +16,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from ceed_vla.serving import health
 from ceed_vla.serving.arrays import packed
-from ceed_vla.serving.server import Connection
+from ceed_vla.serving.connection import Connection
 from tests.helpers.local_server import Waiting, running, until
 from tests.helpers.serving_calls import KEY, ask, http
 

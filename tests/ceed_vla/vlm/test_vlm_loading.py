@@ -116,10 +116,13 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
 
 def test_other_files_than_the_validated_ones_are_not_read(copy: Path) -> None:
     config = (copy / "config.json").read_text()
-    change_json(copy / "config.json", transformers_weights="adapter_model.bin")
-    with pytest.raises(CheckpointError, match="transformers_weights"):
-        load(copy)
-    (copy / "config.json").write_text(config)
+    direct = {"transformers_weights": "adapter_model.bin"}
+    mapped = {"attribute_map": {"transformers_weights": "mine"}, "mine": "adapter_model.bin"}
+    for changes in (direct, mapped):
+        change_json(copy / "config.json", **changes)
+        with pytest.raises(CheckpointError, match="transformers_weights"):
+            load(copy)
+        (copy / "config.json").write_text(config)
     (copy / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="has adapters"):
         load(copy)
@@ -134,6 +137,10 @@ def test_the_default_of_several_chat_templates_is_used(copy: Path) -> None:
         file.write_text(f"{name}: {{{{ messages[0]['content'] }}}}")
     processor = load_processor(copy)
     assert processor.chat_template.startswith("default: ")
+    (copy / "chat_template.jinja").unlink()
+    (copy / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    with pytest.raises(CheckpointError, match="has the chat templates rag, tool_use; name the one"):
+        load_processor(copy)
     processor.save_pretrained(copy / "again")
     assert all(file.is_file() for file in (copy / "again").iterdir())
 

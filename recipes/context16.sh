@@ -33,12 +33,13 @@ distill student "$(final teacher)" 250
 # 2. Scorers of the student's prefix tokens: by frame, and the same in all frames.
 scorer() { # name [other flags]
   [ -e "$fine/$1/context.json" ] || ceed-vla context --policy.path "$(final student)" --output_dir "$fine/$1" --roots "$reached" \
-    --dropped 200 --steps 120 --batch_size 8 --eval_frames 64 "${@:2}"
+    --dropped 240 --steps 120 --batch_size 8 --eval_frames 64 "${@:2}"
 }
 scorer by_frame
 scorer by_place --fixed true
 
-# 3. Students behind both.
+# 3. Students behind both, and behind the whole prefix for as many steps.
+distill longer "$(final student)" 150
 distill behind_frame "$fine/by_frame" 150 --kept "$kept" --kept_by scorer
 distill behind_place "$fine/by_place" 150 --kept "$kept" --kept_by scorer
 
@@ -48,10 +49,12 @@ evaluate() { # name checkpoint decoders
     --batch 8 --threads 1 --output_dir "$fine/$1" --resume "$([ -e "$fine/$1/episodes.jsonl" ] && echo true || echo false)"
 }
 evaluate choose_whole "$(final student)" ceed,cap1
+evaluate choose_longer "$(final longer)" ceed
 for ranking in frame place; do
   evaluate "choose_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2,keep128_conf0.2_cap2"
   evaluate "choose_behind_$ranking" "$(final "behind_$ranking")" ceed
 done
-[ -e "$fine/time/report.json" ] || ceed-vla eval --policy.path "$fine/by_frame" \
+ceed-vla eval --policy.path "$fine/by_frame" \
   --decoders "only=conf0.2_cap2,keep128_conf0.2_cap2,keep${kept}_conf0.2_cap2" --episodes 2 --seed 44000 --timing_chunks 60 \
-  --clips false --threads 2 --output_dir "$fine/time"
+  --clips false --threads 2 --output_dir "$fine/time" \
+  --resume "$([ -e "$fine/time/episodes.jsonl" ] && echo true || echo false)"

@@ -28,13 +28,14 @@ fixed=$(python - "$out/route_0.1/route.json" <<'END'
 import json, sys
 
 all_layers, *shorter = [set(p.split("-")) for p in json.load(open(sys.argv[1]))["programs"]]
-print(",".join(f"skip{'-'.join(sorted(all_layers - p, key=int))}p0.2_conf0.2_cap2" for p in shorter))
+names = [f"skip{'-'.join(sorted(all_layers - p, key=int))}" for p in shorter]
+print(",".join(f"{name}p0.2_conf0.2_cap2,{name}p0_cap2" for name in names))
 END
 )
 evaluate skip "$student" 40000 200 "only=ceed,cap1,$fixed"
 
 # 2. The student of deep.sh again, with exits from the first step on: with a coarse branch, and linear ones as control. A
-#    second control adds exits of both kinds to the finished student.
+#    second control adds exits of both kinds to the finished student, which learn from as many frames.
 joint() { # kind
   finished "joint_$1" || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli distill --teacher.path "$teacher" \
     --trajectories.online true --roots "$roots" --output_dir "$out/joint_$1" --steps 650 --lr 6e-4 --muon_lr 6e-4 \
@@ -44,7 +45,7 @@ joint() { # kind
 for kind in coarse linear; do
   joint "$kind"
   [ -e "$out/after_$kind/config.json" ] || ceed-vla exits --policy.path "$student" --output_dir "$out/after_$kind" \
-    --roots "$reached" --layers "[3,4]" --kind "$kind" --steps 240 --threads 1
+    --roots "$roots" --layers "[3,4]" --kind "$kind" --steps 650 --batch_size 48 --threads 2
   evaluate "joint_$kind" "$out/joint_$kind/checkpoints/final" 40000 200 only=ceed,sure4p0.2_conf0.2_cap2,sure3p0.2_conf0.2_cap2
   evaluate "after_$kind" "$out/after_$kind" 40000 200 only=ceed,sure4p0.2_conf0.2_cap2,sure3p0.2_conf0.2_cap2
 done

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ceed_vla import invocation
+from ceed_vla.backbones.capabilities import check_whole_prefix
 from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
 from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
@@ -248,6 +249,7 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
     config.limit_threads()
     policy, pre, post = load(config.policy.given())
     policy.requires_grad_(False)  # so that no weight is saved as trainable
+    check_whole_prefix(policy, "calibrate")
     if policy.tokenizer.tokens_per_step is None or not hasattr(policy.tokenizer, "low"):
         raise ConfigError(
             f"{config.policy.path} has action tokens that are not bins; calibration needs bins to "

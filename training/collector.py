@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from ceed_vla.backbones.capabilities import check_whole_prefix
 from ceed_vla.checkpoints import load
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.decoding import DecodingConfig
@@ -28,6 +29,7 @@ def opened_inputs(config: CollectConfig) -> tuple[Any, Any, list[FrameStore]]:
     if config.device == "cuda" and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # one GPU per process
     policy, pre, _ = load(config.policy_path, device=config.device)
+    check_whole_prefix(policy, "collect")
     stores = [open_dataset(root, streaming=config.streaming) for root in split_list(config.roots)]
     return policy, pre, stores
 

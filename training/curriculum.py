@@ -26,6 +26,7 @@ def informative_states(
     embeddings: Any,
     previous: Tensor,
     fixed_point: Tensor,
+    live: Tensor,
     draw: StateDraw,
     max_updates: int,
     shares: NDArray[Any],
@@ -33,8 +34,8 @@ def informative_states(
     """Draw states (B, n), each among the candidates of its row.
 
     It takes ``max_updates + 1`` packed forwards of all kinds. The arguments are those of
-    `ceed_vla.training.corruption.online_states`, the teacher's fixed points (B, n), and the
-    `shares` (kinds,) of the kinds of guesses.
+    `ceed_vla.training.corruption.online_states`, the teacher's fixed points (B, n), their
+    `live` slots (B, n), and the `shares` (kinds,) of the kinds of guesses.
     """
     # (kinds, B, n) for each number of updates
     states = [all_guesses(policy, previous, draw)]
@@ -42,7 +43,8 @@ def informative_states(
         _, logits = policy.backbone.packed_logits(embeddings, list(states[-1]))
         states.append(torch.stack([scores.argmax(-1) for scores in logits]))
     # (U + 2, kinds, B)
-    wrong = torch.stack([(state != fixed_point).float().mean(-1) for state in states])
+    weight = live / live.sum(-1, keepdim=True).clamp(min=1)  # (B, n)
+    wrong = torch.stack([((state != fixed_point) * weight).sum(-1) for state in states])
     informative = (wrong[:-1] - wrong[1:]).abs() + FLOOR
     weights = (
         informative

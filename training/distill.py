@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ceed_vla.backbones.capabilities import check_whole_prefix
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.decoding.exits import exit_rules
@@ -158,6 +159,7 @@ class DistillRun(Run):
         student, pre, post = load(
             config.teacher_path, device=config.device, merge_adapters=not adapted
         )
+        check_whole_prefix(student, "the distillation from it")
         student.config.decoding = replace(
             student.config.decoding,
             method=f"keep{config.kept}" if by_scorer else "jacobi",
@@ -206,6 +208,10 @@ class DistillRun(Run):
             (self.sharded, "on sharded weights; leave out FSDP."),
             (self.settings.gradient_checkpointing, "with --gradient_checkpointing; leave it out."),
             (adapted, "with --lora.rank and --exits.kind layer; set --exits.kind linear."),
+            (
+                self.config.kept > 0 and self.config.kept_by == "scorer",
+                "with --kept_by scorer, as decoders with exits run the whole prefix.",
+            ),
         ):
             if config.layers and refused:
                 raise ConfigError(f"exits.layers does not work {why}")
@@ -293,7 +299,9 @@ class DistillRun(Run):
         return {**batch, "embeddings": embeddings, "seen": seen, "states": states}
 
     def _counts(self, parts: list[dict[str, Any]]) -> Tensor:
-        """Slots (2,) in the means of the two loss terms, of the whole batch, over the processes."""
+        """Slots (3,) in the means of the two loss terms and of the exits', of the whole batch, over
+        the processes.
+        """
         masks = torch.cat(
             [
                 after_first_divergence(part["states"], part["fixed_point"], part["live"])
@@ -302,7 +310,8 @@ class DistillRun(Run):
         )
         weight = "label_weight" if "label_weight" in needs(self.objective.loss) else "live"
         weights = torch.cat([part[weight] for part in parts])
-        counts = torch.stack([masks.sum(), weights.sum()])
+        live = torch.cat([part["live"] for part in parts])
+        counts = torch.stack([masks.sum(), weights.sum(), live.sum()])
         return self.accelerator.reduce(counts, reduction="mean")  # type: ignore[no-any-return]
 
     # ---- measurements ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ceed_vla.backbones.capabilities import check_whole_prefix
 from ceed_vla.checkpoints import load
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError
@@ -40,6 +41,7 @@ class Imitated:
     def __init__(self, path: str, learner: CeedVLAPolicy, post: Any) -> None:
         self.policy, self.pre, own_post = load(path, learner.config.device)
         self.policy.requires_grad_(False)
+        check_whole_prefix(self.policy, "--imitate")
         own, other = learner.config, self.policy.config
         fits = own.action_dim == other.action_dim and _meaning(own) == _meaning(other)
         # tokens that belong to no step do not begin a longer block

@@ -60,14 +60,14 @@ def attach_exits(policy: Any, config: JointExitsConfig) -> nn.ModuleDict | None:
 
 
 def exit_loss(
-    backbone: Any, seen: Any, blocks: Sequence[Tensor], target: Tensor, live: Tensor
+    backbone: Any, seen: Any, blocks: Sequence[Tensor], target: Tensor, live: Tensor, slots: Tensor
 ) -> Tensor:
-    """Mean divergence of all exits' predictions on blocks (B, n) from a target (B, n, V), over the
-    `live` slots (B, n).
+    """Divergence of all exits' predictions on blocks (B, n) from a target (B, n, V), added over the
+    `live` slots (B, n) and divided by `slots`, those of the whole batch.
     """
     trained = require(backbone, TrainsDepths, "exits.layers")
     found = [
-        (divergence(target, logits) * live).sum() / live.sum().clamp(min=1)
+        (divergence(target, logits) * live).sum() / slots.clamp(min=1)
         for depth in backbone.exits
         for logits in trained.packed_depth_logits(seen, blocks, depth)
     ]

@@ -115,7 +115,7 @@ class DistillationObjective(nn.Module):
                 states = online_states(student, seen, previous, *own)
             else:
                 states = informative_states(
-                    student, seen, previous, batch["fixed_point"], *own, curriculum
+                    student, seen, previous, batch["fixed_point"], batch["live"], *own, curriculum
                 )
             return embeddings, seen, states
 
@@ -129,13 +129,13 @@ class DistillationObjective(nn.Module):
             seen: Those of the tokens that the student keeps.
             batch: ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n), and
                 ``share``, the weight of this part's rows in a mean over the batch.
-            counts: Slots in the means of the two terms (2,).
+            counts: Slots of the whole batch in the means of the two terms, and of the exits' (3,).
         """
         wanted = needs(self.loss)
         backbone = self.student.backbone
         blocks = {"fixed_logits": "fixed_point", "state_logits": "states", "label_logits": "labels"}
         blocks = {name: block for name, block in blocks.items() if name in wanted}
-        have: dict[str, Any] = {**batch, "omega": self.omega, "counts": counts}
+        have: dict[str, Any] = {**batch, "omega": self.omega, "counts": counts[:2]}
         have["sigma"] = (
             self.student.config.label_sigma if self.student.config.action_tokens.ordered else 0.0
         )
@@ -154,7 +154,7 @@ class DistillationObjective(nn.Module):
             return terms
         target = have["teacher_logits"] if "teacher_logits" in have else have["fixed_logits"]
         read = [batch["fixed_point"], batch["states"]]
-        found = batch["share"] * exit_loss(backbone, seen, read, target, batch["live"])
+        found = exit_loss(backbone, seen, read, target, batch["live"], counts[2])
         return replace(terms, exits=found, total=terms.total + self.exits_weight * found)
 
     def decode_student(

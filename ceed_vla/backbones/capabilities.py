@@ -236,6 +236,19 @@ def offers(model: object, capability: type) -> bool:
     return not _missing(model, capability)
 
 
+def check_whole_prefix(policy: Any, what: str) -> None:
+    """Raise `ConfigError` if a policy decodes behind chosen prefix tokens, as it was distilled to,
+    because `what` runs its whole prefix.
+    """
+    decoding = policy.config.decoding
+    if ChoosesPrefix in decoding.decoder.needs:
+        raise ConfigError(
+            f"The policy decodes behind the prefix tokens that its scorer chooses "
+            f"({decoding.method}), but {what} runs the whole prefix. Use a student of --kept_by "
+            "places, or one without --kept."
+        )
+
+
 def require[C](model: object, capability: type[C], purpose: str) -> C:
     """Return `model`, typed as one with `capability`.
 

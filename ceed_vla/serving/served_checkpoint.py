@@ -118,7 +118,8 @@ class ServedCeed(ServedCheckpoint):
             self._policy.backbone = engine.compiled(self._policy.backbone)
         steps = self._preprocess.steps
         self.vocabulary = {word for step in steps for word in getattr(step, "vocabulary", ())}
-        self.tokens_per_step = self._policy.tokenizer.tokens_per_step
+        # tokens of relative actions mean others behind another state: none can be frozen
+        self.tokens_per_step = None if relative else self._policy.tokenizer.tokens_per_step
         self.chunk_steps = self._policy.tokenizer.chunk_steps
         self.decodings = self._policy.config.decodings
 

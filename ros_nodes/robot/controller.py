@@ -91,6 +91,7 @@ class PolicyController:
         self._objections = Objections(observations, stream)
         self._clock_fault: Hold | None = None
         self._last_tick: float | None = None
+        self._lent = 0.0  # time that ticks have allowed for motion before it passed [s]
 
     @property
     def grid(self) -> StepGrid:
@@ -241,8 +242,10 @@ class PolicyController:
         self._last_tick = now
         self._watch_clock(passed, clock)
         self.stream.count_tick(now, passed)
-        # A tick that follows a late one comes sooner, but must not allow less time for motion.
-        dt = max(passed, self.grid.nominal)
+        # A tick that follows a late one comes sooner, but must not allow less time for motion; a
+        # later tick then counts for less.
+        dt = max(passed - self._lent, self.grid.nominal)
+        self._lent = max(0.0, self._lent + dt - passed) if passed > 0.0 else 0.0
         self.receive(now)
         refused = self.enable(clock, insist=True) if self._insists else None
         self._watch_faults(now, clock)

@@ -8,12 +8,12 @@ import numpy as np
 
 from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.chunk_stream import Target
-from ceed_vla.ros_nodes.robot.mode import WAITING
+from ceed_vla.ros_nodes.robot.mode import ANSWER, WAITING
 from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.policy_stream import PolicyStream
 from ceed_vla.ros_nodes.robot.safety import Decision, Hold, SafetyFilter
 
-FIRST_CHUNK = Hold(WAITING, "for the first chunk")
+FIRST_CHUNK = Hold(WAITING, ANSWER)
 
 
 class Blend:
@@ -224,7 +224,7 @@ class StepRunner:
         """Return the hold for a step without an action."""
         detail = "the chunk ended before the next one came"
         if target.source == WAITING:
-            detail = "for the first chunk"
+            detail = ANSWER
         error = self._stream.statistics.last_error
         if error:
             detail = f"{detail} (last error: {error})"

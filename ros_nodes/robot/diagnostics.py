@@ -25,28 +25,28 @@ class ClampWatch:
     """Detects sustained clamping: the limits, units or action scale then do not fit the policy."""
 
     def __init__(self) -> None:
-        # commands sent and clamps counted so far, once a second
+        # commands sent and commands clamped so far, once a second
         self._seconds: deque[tuple[int, int]] = deque(maxlen=SUSTAINED + 1)
 
     def look(self, commands: int, safety: SafetyFilter) -> str:
         """Return a warning or ""; call it once a second with the commands sent so far."""
         if self._seconds and commands < self._seconds[-1][0]:  # the node was configured again
             self._seconds.clear()
-        self._seconds.append((commands, sum(safety.clamps.values())))
+        self._seconds.append((commands, safety.clamped))
         sent = commands - self._seconds[0][0]
         clamped = self._seconds[-1][1] - self._seconds[0][1]
         if len(self._seconds) <= SUSTAINED or not sent or clamped <= MOST_CLAMPED * sent:
             return ""
         kinds = ", ".join(f"{kind} {count}" for kind, count in safety.clamps.items() if count)
         return (
-            f"{clamped} clamps in the last {sent} commands ({kinds} in total): check that limits, "
-            "units and action scale in the robot's file fit the policy."
+            f"{clamped} of the last {sent} commands were clamped ({kinds} in total): check that "
+            "limits, units and action scale in the robot's file fit the policy."
         )
 
 
 def level_of(state: State, *, warn: bool) -> bytes:
     """Return the level of `state`; in motion OK, or WARN if `warn` is set."""
-    if state.mode == Mode.MOVING:
+    if state.mode in (Mode.MOVING, Mode.GUIDED):
         return DiagnosticStatus.WARN if warn else DiagnosticStatus.OK
     harmless = state.code in HARMLESS or (not state.code and state.detail in ("", LOADING))
     return DiagnosticStatus.WARN if harmless else DiagnosticStatus.ERROR

@@ -16,6 +16,7 @@ WAITING = "waiting"  # code of a hold: the first chunk, or what it needs, is mis
 STARVED = "starved"  # code of a hold: the chunk ended before the next one arrived
 LATE_CHUNK = "late_chunk"  # code of a hold: the answer came so late that it was dropped
 POLICY_ERROR = "policy_error"  # code of a hold: the policy failed in a way that has no other code
+ANSWER = "for the first chunk"  # detail of such a hold: the policy is loaded, and was asked
 LOADING = "the policy is being loaded"
 # Holds that are not a fault of the robot or its inputs.
 HARMLESS = (WAITING, STARVED, "disabled", "no_instruction", "bad_instruction")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ceed_vla.ros_nodes.robot.mode import HARMLESS, STARVED
+from ceed_vla.ros_nodes.robot.mode import ANSWER, HARMLESS, STARVED, WAITING
 from ceed_vla.ros_nodes.robot.safety import Hold
 
+# Time for a first chunk, in longest outages: an answer that comes after one of them is dropped, and
+# tells why; a policy that never answers hangs.
+PATIENCE = 6
 RESUME_WITHIN = 5.0  # default of the longest outage after which motion resumes automatically [s]
 
 
@@ -16,6 +19,7 @@ class Outage:
     def __init__(self, within: float) -> None:
         self.within = within
         self._since: float | None = None  # steady time at which the outage began [s]
+        self._first = False  # whether it waits for a first chunk
 
     def forget(self) -> None:
         """End the outage, because motion is forbidden or continues."""
@@ -25,16 +29,22 @@ class Outage:
         """Take the hold of the last tick, at steady time `now` [s], and the inputs' ages [s].
 
         Returns why motion must not resume by itself; "" if it may. An input that never arrived is
-        not an outage, nor is a first chunk that is not there yet; a policy that does not answer in
-        motion is.
+        not an outage, nor is a policy that is still being loaded; one that does not answer is.
         """
         missing = hold is not None and hold.code == "stale" and None in ages
-        harmless = hold is None or (hold.code in HARMLESS and hold.code != STARVED)
+        first = hold is not None and hold.code == WAITING and hold.detail.startswith(ANSWER)
+        harmless = hold is None or (hold.code in HARMLESS and hold.code != STARVED and not first)
         if hold is None or harmless or missing:
             self._since = None
+            self._first = False
             return ""
-        if self._since is None:
+        if self._since is None or now < self._since or self._first != first:  # time may go back
             self._since = now
-        if now - self._since <= self.within:
+            self._first = first
+        if now - self._since <= self.within * (PATIENCE if first else 1):
             return ""
-        return f"after more than {self.within:g} s (resume_within) of {hold.code}: {hold.detail}"
+        cause = hold.detail.partition("; ")[0]  # what helped before does not help now
+        if first:
+            seconds = f"{PATIENCE * self.within:g} s"
+            return f"the policy has not answered for {seconds}; if again, clean up and configure"
+        return f"after more than {self.within:g} s (resume_within) of {hold.code}: {cause}"

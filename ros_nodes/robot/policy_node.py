@@ -11,24 +11,19 @@ from __future__ import annotations  # noqa: I001
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ceed_vla.ros_nodes.robot.messages import (
     COMMAND,
-    JOINT_STATES,
     LATCHED,
-    SENSOR,
     clock_time,
-    message_number,
 )
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
@@ -42,13 +37,11 @@ from ceed_vla.ros_nodes.robot.diagnostics import (
     running_values,
     status_message,
 )
-from ceed_vla.ros_nodes.robot.intervention.topics import intervention_inputs
 from ceed_vla.ros_nodes.robot.lifecycle import SafeLifecycleNode
 from ceed_vla.ros_nodes.robot.mode import LOADING, Mode, State
-from ceed_vla.ros_nodes.robot.observations import Camera
+from ceed_vla.ros_nodes.robot.policy_inputs import PolicyInputs
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup, make_setup
-from ceed_vla.ros_nodes.robot.safety import JOINT_STATES as JOINT_STATES_INPUT
 from ceed_vla.ros_nodes.robot.safety import NOT_ENABLED, UNSETTLED, Hold
 from ceed_vla.ros_nodes.robot.spinning import end_process, keep_memory, raise_priority, run
 from ceed_vla.ros_nodes.robot.step_grid import SLEW
@@ -85,9 +78,9 @@ class PolicyNode(SafeLifecycleNode):
         self._clamp_watch = ClampWatch()
         self._announced = False  # whether the end of loading was logged
         self._scheduling = "normal"
+        self._forbidden = False  # an operator forbade motion, and has not allowed it since
         self._stopped_early: str | None = None  # an emergency stop before the node was configured
-        self._inputs: list[Any] = []
-        self._image_warnings: list[str] = []  # not yet in the diagnostics
+        self._inputs: PolicyInputs | None = None
         # independent of changes of the system's time
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._answered = self.create_guard_condition(self._on_answer)
@@ -135,22 +128,12 @@ class PolicyNode(SafeLifecycleNode):
             self.get_logger().warning(warning)
         if self._stopped_early is not None:
             setup.controller.estop(self._stopped_early)
-        self._inputs = []
-        for topic, prefix in setup.robot.joint_topics.items():
-            # rclpy passes the message's information too, but its types do not declare that
-            take_joints: Any = self._take_joint_states(prefix)
-            self._inputs.append(
-                self.create_subscription(JointState, topic, take_joints, JOINT_STATES)
-            )
-        self._inputs += intervention_inputs(self, setup.robot, setup.person, self._now)
+        try:
+            self._inputs = PolicyInputs(self, setup, self._now, self._observed)
+        except Exception as error:  # such as a topic that another node has with another type
+            self._release()
+            return self._fail("configure", error)
         keep_memory()
-        for camera in setup.observations.cameras:
-            kind = CompressedImage if camera.source.transport == "compressed" else Image
-            take = partial(self._on_image, camera)
-            # raw: as bytes, because this thread has no time to convert pixels
-            self._inputs.append(
-                self.create_subscription(kind, camera.source.topic, take, SENSOR, raw=True)
-            )
         self.show_state()
         return TransitionCallbackReturn.SUCCESS
 
@@ -161,22 +144,34 @@ class PolicyNode(SafeLifecycleNode):
             return self._fail(
                 "activate", NodeError(f"{self._setup.worker.failed} Clean up and configure again.")
             )
-        self._active = Streaming(self, self._setup, self._steady, self.show_state)
-        if self.get_parameter("start_enabled").value:
-            self._setup.controller.enable(clock_time(self), insist=True)
+        try:
+            self._start(self._setup)
+        except Exception as error:  # such as an interface whose message package is missing
+            self._end_stream()
+            return self._fail("activate", error)
+        return super().on_activate(state)
+
+    def _start(self, setup: PolicySetup) -> None:
+        """Begin to stream."""
+        self._active = Streaming(self, setup, self._steady, self.show_state)
+        if self.get_parameter("start_enabled").value and self._forbidden:
+            self.get_logger().warning(
+                "start_enabled has no effect, because an operator forbade motion; call ~/enable."
+            )
+        elif self.get_parameter("start_enabled").value:
+            setup.controller.enable(clock_time(self), insist=True)
         gc.collect()
         gc.freeze()  # a full collection takes longer than a tick
         self._scheduling = raise_priority(
             self.get_parameter("realtime_priority").value,
             only_this_thread=self.get_parameter("inference_mode").value == "thread",
-            second=self._setup.worker.thread,
+            second=setup.worker.thread,
         )
         if "(" in self._scheduling:
             self.get_logger().warning(
                 f"Scheduling is {self._scheduling}: commands may be late on a busy machine; see "
                 "docs/how-to/send-commands-on-time.md."
             )
-        return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Hold once more, then send nothing."""
@@ -222,9 +217,9 @@ class PolicyNode(SafeLifecycleNode):
 
     def _release(self) -> None:
         self._end_stream()
-        for subscription in self._inputs:
-            self.destroy_subscription(subscription)
-        self._inputs.clear()
+        if self._inputs is not None:
+            self._inputs.close()
+            self._inputs = None
         if self._setup is not None:
             self._stopped_early = self._setup.safety.stopped
             self._setup.worker.close()
@@ -232,33 +227,9 @@ class PolicyNode(SafeLifecycleNode):
 
     # ---- inputs ----------------------------------------------------------------------------------
 
-    def _take_joint_states(self, prefix: str) -> Callable[[JointState, Mapping[str, Any]], None]:
-        """Return the callback of joint states whose names get a prefix."""
-
-        def take(message: JointState, information: Mapping[str, Any]) -> None:
-            if prefix:
-                message.name = [prefix + name for name in message.name]
-            self._on_joint_states(message, information)
-
-        return take
-
-    def _on_joint_states(self, message: JointState, information: Mapping[str, Any]) -> None:
-        assert self._setup is not None
-        number = message_number(information)
-        restarted = self._setup.sources.take(message.name, number, time.monotonic())
-        if restarted:
-            self._setup.controller.interrupt(f"{restarted} has another publisher than before")
-        self._setup.safety.measure(*self._setup.observations.take_joints(message))
-        self._setup.observations.arrived(JOINT_STATES_INPUT, clock_time(self))
-
-    def _on_image(self, camera: Camera, message: bytes) -> None:
-        assert self._setup is not None
-        warning = camera.take(message)
-        self._setup.observations.arrived(camera.source.name, clock_time(self))
-        if warning is not None:
-            self.get_logger().warning(warning)
-            self._image_warnings.append(warning)
-        if self._active is not None:
+    def _observed(self) -> None:
+        """Handle a new image."""
+        if self._setup is not None and self._active is not None:
             self._setup.controller.observed(self._active.now())
 
     def _on_answer(self) -> None:
@@ -295,6 +266,7 @@ class PolicyNode(SafeLifecycleNode):
                 self._setup.controller.stream.instruct(change.value)
 
     def _on_estop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        self._forbid("~/estop")
         if self._setup is not None:
             self._setup.controller.estop("~/estop")
         else:
@@ -313,15 +285,22 @@ class PolicyNode(SafeLifecycleNode):
         return self._answer(response, True)
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        if not request.data:
+            self._forbid("~/enable with false")
         if self._setup is None or self._active is None:
             return self._answer(response, not request.data)
         controller = self._setup.controller
         if request.data:
-            return self._answer(
-                response, (refused := controller.enable(clock_time(self))) is None, refused
-            )
+            refused = controller.enable(clock_time(self))
+            self._forbidden = self._forbidden and refused is not None
+            return self._answer(response, refused is None, refused)
         controller.disable()
         return self._answer(response, True)
+
+    def _forbid(self, why: str) -> None:
+        """Note that an operator forbids motion: no task and no activation allows it again."""
+        self._forbidden = True
+        self._tasks.forbid(f"an operator forbade motion: {why}")
 
     def _now(self) -> float:
         """Time of the controller's ticks [s]: steady, or the simulation's."""
@@ -347,6 +326,7 @@ class PolicyNode(SafeLifecycleNode):
     def _on_go_home(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self._setup is None or self._active is None:
             return self._answer(response, False)
+        self._tasks.cancel_waiting("an operator called ~/go_home")
         home = self._setup.robot.arm.home
         nowhere = Hold("no_home", "the robot's file has no arm.home")
         refused = self._setup.controller.enable(clock_time(self), home=home) if home else nowhere
@@ -386,8 +366,7 @@ class PolicyNode(SafeLifecycleNode):
             values["intervention"] = setup.person.refused or setup.person.charge
             values |= {f"intervention.{name}": n for name, n in setup.person.counts.items()}
         warning = f"all pixels of {', '.join(blank)} are equal" if blank else clamps
-        warning = "; ".join(self._image_warnings) or warning
-        self._image_warnings.clear()
+        warning = (self._inputs.take_warnings() if self._inputs is not None else "") or warning
         message = state.reason or warning or state.mode
         shown_parameters = ("checkpoint", "inference_url", "action_interface", "dry_run")
         values |= {name: self.get_parameter(name).value for name in shown_parameters}

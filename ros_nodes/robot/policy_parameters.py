@@ -42,7 +42,8 @@ POLICY_PARAMETERS = (
     NodeParameter(
         "start_enabled",
         True,
-        "Enable motion on activation; false: motion starts only after a call of ~/enable.",
+        "Enable motion on activation, unless an operator forbade it before; false: motion starts "
+        "only after a call of ~/enable.",
     ),
     NodeParameter(
         "task_queue",

@@ -285,7 +285,7 @@ class PolicyStream(ChunkStream):
         sent = self._requests.get(target.chunk_id or 0)
         if sent is not None and target.index >= sent.request.frozen_steps:
             self._fresh = sent
-            self._requests.clear()
+            del self._requests[sent.request.id]  # not that of an answer to come
         return target
 
     def commanded(self, clock: float) -> None:

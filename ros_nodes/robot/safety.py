@@ -11,8 +11,9 @@ be detected.
 The checks of a command, in order: latched stop, enabled, pose trusted and inputs fresh, the
 caller's own reason to hold, joint set, finite numbers. The command is then clamped to the position
 limits, to the neighbourhood of the measured position, to the velocity limit and to the acceleration
-limit. A hold repeats the last command, so the arm stops without a jump; if the arm has left that
-command by more than `limits.step`, nothing is sent.
+limit. Motion that starts outside the position limits returns inside within these. A hold repeats
+the last command, so the arm stops without a jump; if the arm has left that command by more than
+`limits.step`, nothing is sent.
 
 This is software, not a safety-rated stop.
 """
@@ -74,6 +75,7 @@ class SafetyFilter:
         follows: Whether commands reach the arm; False in a dry run.
         stopped: Why the emergency stop is latched; None if it is not.
         clamps: Kind -> number of commands that it changed.
+        clamped: Number of commands that any of them changed.
         holds: Code -> number of commands that a hold replaced.
     """
 
@@ -83,6 +85,7 @@ class SafetyFilter:
         self.follows = True
         self.stopped: str | None = None
         self.clamps: Counter[str] = Counter(dict.fromkeys(CLAMPS, 0))
+        self.clamped = 0
         self.holds: Counter[str] = Counter()
         self._fault: Hold | None = Hold("no_joint_states", "no joint state has come yet")
         # Impossible joint states that arrived while motion was enabled.
@@ -98,7 +101,7 @@ class SafetyFilter:
             )
         )
         self._why_disabled = NOT_ENABLED
-        self._last: Array | None = None  # last command, inside the limits
+        self._last: Array | None = None  # last command; at first the measured pose
         self._frozen = FrozenStates()
         self._speed: Array = np.zeros(len(limits.joint_names))  # of the last command [rad/s]
         self._gripper: float | None = None
@@ -200,7 +203,7 @@ class SafetyFilter:
         self._frozen.forget()
         self._gripper = None
         if not moving:
-            self._last = np.clip(measured, self.limits.position_low, self.limits.position_high)
+            self._last = measured
         self.enabled = True
         return None
 
@@ -276,9 +279,7 @@ class SafetyFilter:
         reason = fault or hold or command_fault(self.limits, wanted, gripper, dt)
         age = ages.get(JOINT_STATES)
         if self._last is None and self._trust.pose is not None and self.pose_fault(age) is None:
-            self._last = np.clip(
-                self._trust.pose, self.limits.position_low, self.limits.position_high
-            )
+            self._last = self._trust.pose.copy()
         if reason is not None:
             self.holds[reason.code] += 1
             self._speed = np.zeros_like(self._speed)
@@ -303,6 +304,7 @@ class SafetyFilter:
             )
             clamped += ("gripper",) if self._gripper != gripper else ()
         self.clamps.update(clamped)
+        self.clamped += bool(clamped)
         return Decision(self.last_command, self._gripper, None, clamped)
 
     @property

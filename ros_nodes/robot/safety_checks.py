@@ -72,13 +72,15 @@ def clamp(
     clamped = []
     reach = limits.max_velocity * dt
     step = limits.max_step if limits.commands_joints else np.full_like(limits.max_step, np.inf)
-    lowest = np.maximum(limits.position_low, measured - step)
-    highest = np.minimum(limits.position_high, measured + step)
+    # motion that started outside the position limits returns at limited speed
+    lowest = np.maximum(np.minimum(limits.position_low, last), measured - step)
+    highest = np.minimum(np.maximum(limits.position_high, last), measured + step)
     slowest = last - reach
     fastest = last + reach
     if limits.max_acceleration is not None:  # slow enough to stop at the target or the limits
         gain = limits.max_acceleration * dt
-        way = np.clip(wanted, lowest, highest) - last
+        inside = np.clip(wanted, limits.position_low, limits.position_high)
+        way = np.clip(inside, lowest, highest) - last
         stop = np.sqrt(gain**2 + 2.0 * limits.max_acceleration * np.abs(way)) - gain
         slowest = last + dt * np.minimum(np.maximum(speed - gain, -stop), speed + gain)
         fastest = last + dt * np.maximum(np.minimum(speed + gain, stop), speed - gain)

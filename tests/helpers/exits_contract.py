@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ceed_vla.axes import AXES
 from ceed_vla.axes.depth.exits import KINDS, make_exits
-from ceed_vla.backbones.capabilities import MakesLayers, offers
+from ceed_vla.backbones.capabilities import CutsPrefix, MakesLayers, offers
 from ceed_vla.decoding import BlockRequest, DecodingConfig, decode_autoregressive
 from ceed_vla.errors import ConfigError, TokenError
 
@@ -51,6 +51,7 @@ def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) ->
                 )
                 seen = shallow.isfinite()
                 torch.testing.assert_close(packed[:, 1:][seen], shallow[seen], rtol=1e-4, atol=1e-4)
+                reads_slot_0_as_in_decoding(backbone, observation, depth, packed)
         (packed,) = backbone.packed_depth_logits(backbone.embed_prefix(observation), [tokens], 1)
         packed[:, 1:].logsumexp(-1).sum().backward()
         assert all(
@@ -70,3 +71,12 @@ def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) ->
             assert torch.equal(result.tokens, greedy.tokens), name
             assert bool(result.exact.all())
             assert bool((result.layer_forwards >= result.iterations).all())
+
+
+def reads_slot_0_as_in_decoding(
+    backbone: Any, observation: dict[str, Tensor], depth: int, packed: Tensor
+) -> None:
+    """Assert that training reads slot 0 where a cut prefix does."""
+    if backbone.exits[depth].kind == "linear" and offers(backbone, CutsPrefix):
+        cut = backbone.prefill_to(observation, depth).logits
+        torch.testing.assert_close(packed[:, 0], cut, rtol=1e-4, atol=1e-4)

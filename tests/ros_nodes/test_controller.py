@@ -4,6 +4,7 @@ for any delays.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +17,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
+from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.serialization import serialize_message
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.chunk_stream import Target
-from ceed_vla.ros_nodes.robot.diagnostics import ClampWatch
+from ceed_vla.ros_nodes.robot.diagnostics import ClampWatch, level_of
 from ceed_vla.ros_nodes.robot.messages import array_to_image
+from ceed_vla.ros_nodes.robot.mode import Mode, State
 from ceed_vla.ros_nodes.robot.robot_config import Action
 from ceed_vla.ros_nodes.robot.step_grid import SLEW, StepGrid
 from tests.ros_nodes.loop import CLIMB, DT, EVEN, PIXELS, RATE, H, Loop, robot, stamp
@@ -276,14 +279,15 @@ def test_clamping_that_lasts_is_warned_of() -> None:
     loop = Loop()
     watch = ClampWatch()
     for commands, clamped in ((0, 0), (100, 10), (200, 20), (300, 30), (400, 40)):
-        loop.safety.clamps["velocity"] = clamped
+        loop.safety.clamps["velocity"] = loop.safety.clamped = clamped
         assert watch.look(commands, loop.safety) == ""
     for second in range(1, 4):
         loop.safety.clamps["position"] = 60 * second
+        loop.safety.clamped = 40 + 60 * second
         warning = watch.look(400 + 100 * second, loop.safety)
         assert bool(warning) == (second >= 3), second
     assert warning.startswith(
-        "180 clamps in the last 300 commands (position 180, velocity 40 in total)"
+        "180 of the last 300 commands were clamped (position 180, velocity 40 in total)"
     )
     assert watch.look(0, loop.safety) == ""  # the node was configured again
 
@@ -318,3 +322,45 @@ def test_simulated_time_that_stops_is_told() -> None:
     assert "no tick for 3.0 s: /clock has stopped" in state.detail
     loop.run(0.1)
     assert loop.controller.hold is None
+
+
+def test_late_ticks_allow_no_more_motion_than_the_time_that_passed() -> None:
+    loop = Loop()
+    slow = np.full(2, 0.1)  # [rad/s]; the policy wants 0.2
+    loop.safety.limits = replace(loop.safety.limits, max_velocity=slow)
+    loop.late = dict.fromkeys(range(0, 5000, 2), 0.009)
+    loop.run(10.0)
+    (begin, first), *_, (end, last) = (
+        (now, one.positions[0])
+        for now, one in loop.sent
+        if one is not None and one.positions is not None and one.positions[0] > 0.0
+    )
+    assert last - first == pytest.approx(0.1 * (end - begin), rel=0.03)
+
+
+def test_every_answer_has_its_request() -> None:
+    """Also one that was sent when the running chunk had not passed its frozen steps."""
+    loop = Loop()
+    delays, known = itertools.cycle((0.44, 0.44, 0.32)), []
+    submit, poll = loop.policy.submit, loop.policy.poll
+
+    def asked(request: Any) -> bool:
+        loop.policy.delay = next(delays)
+        return submit(request)
+
+    def answered() -> Any:
+        response = poll()
+        if response is not None:
+            known.append(response.id in loop.stream._requests)
+        return response
+
+    loop.policy.submit, loop.policy.poll = asked, answered
+    loop.run(10.0)
+    assert len(known) > 10
+    assert all(known)
+
+
+def test_the_level_of_a_state() -> None:
+    guided = State(Mode.GUIDED, detail="a person commands the arm")
+    assert level_of(guided, warn=False) == DiagnosticStatus.OK
+    assert level_of(State(Mode.HOLDING, "stale", "front"), warn=False) == DiagnosticStatus.ERROR

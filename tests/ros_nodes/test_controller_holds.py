@@ -157,7 +157,7 @@ def test_a_chunk_of_old_images_moves_nothing(begun: bool) -> None:
     loop = Loop()
     if begun:
         loop.run(1.0)
-    loop.policy.delay = 30.0
+    loop.policy.delay = 25.0
     loop.run(3.0)
     assert hold_code(loop) == ("starved" if begun else "waiting")
     loop.run(15.0)  # a policy that stands still in motion needs an operator; a first chunk does not
@@ -172,6 +172,17 @@ def test_a_chunk_of_old_images_moves_nothing(begun: bool) -> None:
         loop.run(0.5)
     assert loop.controller.hold is None
     assert max(loop.controller.statistics.to_command) < 0.3  # none from the old images
+
+
+def test_a_policy_that_hangs_needs_an_operator() -> None:
+    loop = Loop()
+    loop.policy.delay = 60.0
+    loop.run(29.0)
+    assert loop.controller.state.mode == "waiting"
+    loop.run(50.0)  # the answer comes, too
+    assert loop.controller.state.mode == "disabled"
+    assert "the policy has not answered for 30 s" in loop.controller.state.detail
+    assert not np.any(loop.position)
 
 
 def test_a_policy_that_is_always_too_slow_is_told() -> None:

@@ -91,6 +91,14 @@ def test_bad_checkpoint_is_no_crash_and_the_lifecycle_works(graph: Any, tmp_path
     assert sent
     graph.spin(0.5)
     assert len(commands) == sent
+    # what an operator forbade, no activation allows, despite start_enabled
+    assert graph.call("/policy/enable", SetBool, SetBool.Request(data=False)).success
+    assert change_state(graph, Transition.TRANSITION_ACTIVATE)
+    graph.spin(0.5)
+    assert len(commands) == sent
+    assert graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
+    status.state("moving")
+    assert change_state(graph, Transition.TRANSITION_DEACTIVATE)
     assert change_state(graph, Transition.TRANSITION_CLEANUP)
     assert state_of(graph) == State.PRIMARY_STATE_UNCONFIGURED
     assert change_state(graph, Transition.TRANSITION_UNCONFIGURED_SHUTDOWN)

@@ -201,10 +201,19 @@ def test_a_stall_of_the_sender_does_not_buy_a_larger_step() -> None:
     assert decision.positions == pytest.approx([0.05, 0.0])  # MAX_DT of 0.05 s
 
 
-def test_a_measured_position_outside_the_limits_leads_back_inside() -> None:
-    safety = moving((1.08, 0.0))
-    decision = safety.command(np.array([1.08, 0.0]), dt=DT, ages=FRESH)
-    assert decision.positions == pytest.approx([1.0, 0.0])
+@pytest.mark.parametrize("acceleration", [None, np.full(2, 5.0)])
+def test_a_measured_position_outside_the_limits_leads_back_inside(acceleration: Any) -> None:
+    """From where the arm is, at limited speed, and never further outside."""
+    safety = moving((1.08, 0.0), max_acceleration=acceleration)
+    hold = Hold("waiting", "for the first chunk")
+    assert safety.command(None, dt=DT, ages=FRESH, hold=hold).positions == pytest.approx([1.08, 0])
+    last = 1.08
+    for _ in range(40):
+        positions = safety.command(np.array([1.2, 0.0]), dt=DT, ages=FRESH).positions
+        assert positions is not None
+        assert last - DT - 1e-9 <= positions[0] <= last  # 1 rad/s
+        last = positions[0]
+    assert last == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -174,3 +174,30 @@ def test_messages() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             read_task(wrong)
+
+
+def test_an_operator_who_forbids_motion_cancels_what_waits(robot: Robot) -> None:
+    runner = TaskRunner(robot, 2)
+    for name, limit in (("a", 1.0), ("b", 0.0), ("c", 0.0)):
+        runner.submit(Task(name, "wipe", limit), 0.0)
+    assert ended(runner, 1.0) == [("a", "time_limit", 1.0)]
+    runner.forbid(1.2, "an operator forbade motion")  # in the pause before the next task
+    assert ended(runner, 9.0) == [("b", "cancelled", 0.0), ("c", "cancelled", 0.0)]
+    assert robot.instructions == ["wipe"]
+    assert robot.state.mode is Mode.DISABLED
+    runner.submit(Task("d", "sweep"), 10.0)
+    runner.forbid(11.0, "an operator forbade motion")
+    assert ended(runner, 11.0) == [("d", "failed", 1.0)]
+
+
+def test_simulated_time_may_go_back(robot: Robot) -> None:
+    runner = TaskRunner(robot, 1)
+    runner.submit(Task("a", "wipe", 3.0), 500.0)
+    runner.submit(Task("b", "wipe", 3.0), 501.0)
+    assert ended(runner, 501.5) == []
+    assert ended(runner, 0.0) == []  # the simulator starts again
+    assert runner.elapsed(0.0) == pytest.approx(1.5)
+    assert ended(runner, 1.5) == [("a", "time_limit", 3.0)]
+    assert ended(runner, 2.1) == []
+    assert runner.task is not None
+    assert runner.task.id == "b"

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import trange
 
 from ceed_vla.axes.context.scorer import CONTEXT, ContextScorer, keep_scored
-from ceed_vla.backbones.capabilities import ChoosesPrefix, require
+from ceed_vla.backbones.capabilities import ChoosesPrefix, check_whole_prefix, require
 from ceed_vla.checkpoints import load, save
 from ceed_vla.fields import COUNTS, ranged
 from ceed_vla.files import write_text
@@ -62,16 +62,19 @@ class Scored:
         self.embeddings = self.backbone.embed_prefix(self.batch)
         self.tokens: tuple[Tensor, Tensor, Tensor] = self.backbone.prefix_tokens(self.embeddings)
         self.full = self._behind(self.embeddings)
+        live = policy.tokenizer.weight(self.fixed)  # (B, n), 0 behind a stop token
+        self.weight = live / live.sum(-1, keepdim=True).clamp(min=1)
 
     def without(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Effect of keeping only the `count` prefix tokens of the highest `scores` (B, N).
 
         Returns:
-            Mean KL (B,), and which tokens (B, n) of the fixed point stay the same.
+            Mean KL (B,), and the share (B,) of the fixed point's tokens that stay the same.
         """
         own = self._behind(keep_scored(self.backbone, self.embeddings, scores, count))
-        apart = F.kl_div(own, self.full, reduction="none", log_target=True).sum(-1).mean(-1)
-        return apart, own.argmax(-1) == self.fixed
+        apart = F.kl_div(own, self.full, reduction="none", log_target=True).sum(-1)  # (B, n)
+        same = own.argmax(-1) == self.fixed
+        return (apart * self.weight).sum(-1), (same * self.weight).sum(-1)
 
     def _behind(self, embeddings: Any) -> Tensor:
         return self.backbone.packed_logits(embeddings, [self.fixed])[1][0].float().log_softmax(-1)
@@ -91,15 +94,18 @@ def _context(config: ContextConfig, output: Path) -> Path:
     torch.manual_seed(config.seed)
     policy, pre, post = load(config.policy_path)
     policy.requires_grad_(False)
+    check_whole_prefix(policy, "context")
     chooser = require(policy.backbone, ChoosesPrefix, "context")
     data = DistillData(config.roots, policy, pre, eval_frames=config.eval_frames, seed=config.seed)
     data.split()
     frames = Scored(data, data.held_out)
     scorer = ContextScorer(chooser.exit_parts()[2], int(frames.tokens[1][0].sum()))
     train(scorer, data, config)
-    worth = held_out(scorer, frames, config.seed)
+    random = np.random.default_rng(config.seed)
+    ranking = mean_scores(scorer, Scored(data, data.draw(config.eval_frames, random, 0)))
+    worth = held_out(scorer, frames, ranking, config.seed)
     if config.fixed:
-        forget_frames(scorer, frames)
+        forget_frames(scorer, ranking)
     if policy.backbone.context:
         policy.config.forget()
     policy.backbone.context = (scorer.requires_grad_(False),)
@@ -136,14 +142,22 @@ def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> No
 
 
 @torch.no_grad()
-def forget_frames(scorer: ContextScorer, frames: Scored) -> None:
-    """Make a scorer rank the tokens the same in every frame, by their mean score in `frames`."""
-    scorer.place.copy_(scorer(*frames.tokens).mean(0))
+def mean_scores(scorer: ContextScorer, frames: Scored) -> Tensor:
+    """Mean score of every token (N,) in `frames`."""
+    found: Tensor = scorer(*frames.tokens).mean(0)
+    return found
+
+
+@torch.no_grad()
+def forget_frames(scorer: ContextScorer, ranking: Tensor) -> None:
+    """Make a scorer rank the tokens the same in every frame, by the scores `ranking` (N,)."""
+    scorer.place.copy_(ranking)
     scorer.out.weight.zero_()
 
 
-def held_out(scorer: ContextScorer, frames: Scored, seed: int) -> dict[int, Any]:
-    """Compare ways to choose the kept tokens on held-out frames.
+def held_out(scorer: ContextScorer, frames: Scored, ranking: Tensor, seed: int) -> dict[int, Any]:
+    """Compare ways to choose the kept tokens on held-out frames: by the frame, or by the same
+    `ranking` (N,) in all of them.
 
     Returns:
         Number of kept tokens -> way to choose them -> mean KL, and the share of action tokens that
@@ -152,7 +166,7 @@ def held_out(scorer: ContextScorer, frames: Scored, seed: int) -> dict[int, Any]
     (x, may_go, _), scores = frames.tokens, scorer(*frames.tokens)  # (B, N)
     ways = {
         "scorer": scores,
-        "places": scores.mean(0).expand_as(scores),  # the same in all frames
+        "places": ranking.expand_as(scores),
         "norm": x[may_go].float().norm(dim=-1).view_as(scores),
         "random": torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)),
     }

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import ceed_vla.axes  # noqa: F401 - axes that build on this one add kinds of exits
 from ceed_vla.axes.depth.exits import EXITS, KINDS, make_exits
-from ceed_vla.backbones.capabilities import TrainsDepths, require
+from ceed_vla.backbones.capabilities import TrainsDepths, check_whole_prefix, require
 from ceed_vla.checkpoints import load, save
 from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.devices import check_device
@@ -91,6 +91,7 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
     torch.manual_seed(config.seed)
     policy, pre, post = load(config.policy_path, device=config.device)
     policy.requires_grad_(False)
+    check_whole_prefix(policy, "exits")
     if policy.backbone.exits:
         policy.config.forget()
     require(policy.backbone, TrainsDepths, "exits")
@@ -117,7 +118,8 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
             with torch.no_grad():
                 embeddings = policy.backbone.embed_prefix(batch)
             read = ["fixed_point", *["teacher_states"] * (config.reads == "states")]
-            losses = divergences(policy.backbone, embeddings, [batch[name] for name in read])
+            blocks = [batch[name] for name in read]
+            losses = divergences(policy.backbone, embeddings, blocks, batch["live"])
             loss = torch.stack(list(losses.values())).sum()
             take_step(optimizer, loss, step, config.steps)
             bar.set_postfix(
@@ -139,7 +141,9 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
     return output
 
 
-def divergences(backbone: Any, embeddings: Any, blocks: list[Tensor]) -> dict[int, Tensor]:
+def divergences(
+    backbone: Any, embeddings: Any, blocks: list[Tensor], live: Tensor
+) -> dict[int, Tensor]:
     """Mean KL between the predictions of exits and those of the full depth.
 
     The target is the full-depth prediction on the first block, the fixed point. So an exit learns
@@ -149,6 +153,7 @@ def divergences(backbone: Any, embeddings: Any, blocks: list[Tensor]) -> dict[in
         backbone: The model, with exits.
         embeddings: Prefix embeddings.
         blocks: The fixed point and states, each (B, n).
+        live: (B, n) slots that count; not those behind a stop token.
 
     Returns:
         Depth -> mean KL over all blocks.
@@ -166,7 +171,9 @@ def divergences(backbone: Any, embeddings: Any, blocks: list[Tensor]) -> dict[in
             embeddings, blocks, depth
         )
         own = torch.cat(logits).float().log_softmax(-1)
-        found[depth] = F.kl_div(own, full, reduction="none", log_target=True).sum(-1).mean()
+        apart = F.kl_div(own, full, reduction="none", log_target=True).sum(-1)  # (blocks * B, n)
+        weight = live.repeat(len(blocks), 1)
+        found[depth] = (apart * weight).sum() / weight.sum().clamp(min=1)
     return found
 
 
@@ -192,6 +199,7 @@ def held_out(policy: Any, data: OnlineData, shares: Any, seed: int) -> dict[int,
         guessed, drafted = ((scores.argmax(-1) - batch["fixed_point"]).abs() for scores in logits)
         right = {"same": guessed <= 0, "near": guessed <= 2, "drafts": drafted <= 0}
         found[depth] = {
-            name: round(share.float().mean().item(), 4) for name, share in right.items()
+            name: round(share[batch["live"].bool()].float().mean().item(), 4)
+            for name, share in right.items()
         }
     return found

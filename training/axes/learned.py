@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ceed_vla.axes.learned.rule import FEATURES, Group, head_name
+from ceed_vla.backbones.capabilities import check_whole_prefix
 from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, Checked, ranged, short
@@ -125,6 +126,7 @@ def _reinforce(config: ReinforceConfig, rollouts: Rollouts, output: Path) -> Pat
     found = read_groups(Path(old) / GROUPS) if old else None
     policy, pre, post = load(config.policy_path)
     policy.requires_grad_(False)  # so that no weight is saved as trained
+    check_whole_prefix(policy, "reinforce")
     if policy.tokenizer.tokens_per_step is None:
         raise ConfigError(
             "The policy's tokens have variable length and belong to no step; an exit is learnt for "

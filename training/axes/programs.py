@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm, trange
 
 from ceed_vla.axes.programs.router import MOST_PROGRAMS, ROUTER, Program, ProgramRouter
-from ceed_vla.backbones.capabilities import HasExits, RunsPrograms, require
+from ceed_vla.backbones.capabilities import HasExits, RunsPrograms, check_whole_prefix, require
 from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, ranged
@@ -97,6 +97,7 @@ def _route(config: RouteConfig, output: Path) -> Path:
     torch.manual_seed(config.seed)
     policy, pre, post = load(config.policy_path)
     policy.requires_grad_(False)
+    check_whole_prefix(policy, "route")
     require(policy.backbone, RunsPrograms, "route")
     if policy.tokenizer.tokens_per_step is None:
         raise ConfigError(

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ceed_vla.axes import SAVED
+from ceed_vla.backbones.capabilities import check_whole_prefix
 from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json, settle, write_text
@@ -82,6 +83,7 @@ class Improvement:
         before = self._before()
         torch.manual_seed(config.seed)
         self.policy, self.pre, self.post = load(config.policy_path, merge_adapters=False)
+        check_whole_prefix(self.policy, "improve")
         if self.policy.tokenizer.tokens_per_step is None:
             raise ConfigError(
                 "The policy's tokens have variable length and belong to no step, so the states of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -176,9 +177,22 @@ class TransformersCapabilities:
     def packed_depth_logits(
         self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor], depth: int
     ) -> list[Tensor]:
-        prefix = self.prefill_embeddings(embeddings)
+        prefix = self._prefix_read_at(embeddings, depth)
         forward = partial(self._shallow_hidden, depth=depth)
         return [self._block_scores(prefix, block, forward) for block in blocks]
+
+    def _prefix_read_at(self, embeddings: PrefixEmbeddings, depth: int) -> TransformersPrefix:
+        """The prefix whose state is that of the exit behind `depth` layers, as in `prefill_to`; of
+        all layers without an exit there, or with one that has a layer of its own.
+        """
+        own = self.exits.get(depth)
+        if own is None or own.layer is not None:
+            return cast("TransformersPrefix", self.prefill_embeddings(embeddings))
+        last: list[Tensor] = []  # (B, 1, d)
+        with _behind(self.decoder, [(depth, lambda x, **_: last.append(x[:, -1:]))]):
+            prefix = self.prefill_embeddings(embeddings)
+        read = own(last[0])
+        return replace(prefix, state=(read[0] if isinstance(read, tuple) else read)[:, 0])
 
     # ---- HasExits --------------------------------------------------------------------------------
 

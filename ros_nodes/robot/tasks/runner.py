@@ -129,6 +129,7 @@ class TaskRunner:
         self._began = -math.inf
         self._ended = -math.inf  # time of the last task's end [s]
         self._results: deque[TaskResult] = deque()
+        self._latest = -math.inf  # newest time [s]
 
     @property
     def waiting(self) -> int:
@@ -145,6 +146,7 @@ class TaskRunner:
         Returns:
             Whether it runs or waits.
         """
+        self._follow(now)
         room = self._queued + (self.task is None)  # one may be about to begin
         if len(self._waiting) >= room:
             first = self.task or self._waiting[0][0]
@@ -168,6 +170,14 @@ class TaskRunner:
             return len(chosen) + 1
         return len(chosen)
 
+    def forbid(self, now: float, why: str) -> None:
+        """Let the task that runs fail, and cancel those that wait, because an operator forbade
+        motion.
+        """
+        if self.task is not None:
+            self._end(Outcome.FAILED, why, now)
+        self.cancel_waiting(why)
+
     def solved(self, now: float) -> None:
         """Record that the task that runs is solved."""
         if self.task is not None:
@@ -177,6 +187,7 @@ class TaskRunner:
         """End the task if its time is over or motion was forbidden, start the next one, and yield
         the results since the last call.
         """
+        self._follow(now)
         task = self.task
         if task is not None:
             state = self._controls.state
@@ -210,9 +221,22 @@ class TaskRunner:
         self.task = None
         self._ended = now
         if outcome is Outcome.FAILED:  # an operator must see to it before the next one
-            for task, _ in self._waiting:
-                self._finish(task, Outcome.CANCELLED, "the task before it failed", 0.0)
-            self._waiting.clear()
+            self.cancel_waiting("the task before it failed")
+
+    def cancel_waiting(self, why: str) -> None:
+        """Cancel the tasks that wait."""
+        for task, _ in self._waiting:
+            self._finish(task, Outcome.CANCELLED, why, 0.0)
+        self._waiting.clear()
+
+    def _follow(self, now: float) -> None:
+        """Move the stored times with the clock if it went back, as simulated time may."""
+        back = self._latest - now
+        self._latest = now
+        if back > 0.0:
+            self._began -= back
+            self._ended -= back
+            self._waiting = deque((task, arrived - back) for task, arrived in self._waiting)
 
     def _finish(self, task: Task, outcome: Outcome, reason: str, seconds: float) -> None:
         self._results.append(

@@ -104,6 +104,16 @@ class TaskTopics:
         self.advance()
         return count
 
+    def forbid(self, why: str) -> None:
+        """Let the task that runs fail, and cancel those that wait."""
+        self._runner.forbid(self._now(), why)
+        self.advance()
+
+    def cancel_waiting(self, why: str) -> None:
+        """Cancel the tasks that wait."""
+        self._runner.cancel_waiting(why)
+        self.advance()
+
     def _on_task(self, message: String) -> None:
         try:
             fields = read_fields(message.data) or {}

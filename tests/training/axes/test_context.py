@@ -25,9 +25,12 @@ from ceed_vla.training.axes.context import (
     Scored,
     context,
     forget_frames,
+    mean_scores,
 )
+from ceed_vla.training.axes.depth import ExitsConfig, exits
 from ceed_vla.training.distill import distill
 from ceed_vla.training.distill_data import DistillData, TrajectoriesConfig
+from ceed_vla.training.joint_exits import JointExitsConfig
 from ceed_vla.training.kept_prefix import keep_by_scorer, keep_places
 from ceed_vla.training.losses import find_loss
 from ceed_vla.training.objective import DistillationObjective
@@ -129,6 +132,12 @@ def test_a_student_behind_the_tokens_of_each_frame(studio: Any, tmp_path: Path) 
     assert json.loads(lines[0])["teacher_agreement"] < 0.8  # five tokens are not all
     again, _, _ = ceed_vla.load(distill(replace(config, steps=3, resume=True)))
     assert torch.equal(again.backbone.context[0].place, scorer.place)
+    folder = tmp_path / "student/checkpoints/final"
+    own_exits = {"policy_path": str(folder), "roots": str(studio.demo), "layers": [1]}
+    with pytest.raises(ConfigError, match=r"chooses \(keep5\), but exits runs the whole prefix"):
+        exits(ExitsConfig(**own_exits, output_dir=str(tmp_path / "exits")))
+    with pytest.raises(ConfigError, match="does not work with --kept_by scorer"):
+        distill(replace(config, output_dir=str(tmp_path / "both"), exits=JointExitsConfig([1])))
 
 
 def test_what_cannot_work_is_refused(studio: Any, tmp_path: Path) -> None:
@@ -193,7 +202,7 @@ def test_a_fixed_scorer_keeps_the_same_tokens_in_all_frames(scored: Any) -> None
 
     frames: Any = Frames()
     frames.tokens = tokens
-    forget_frames(scorer, frames)
+    forget_frames(scorer, mean_scores(scorer, frames))
     torch.testing.assert_close(scorer(*tokens), mean.expand(3, -1))
 
 

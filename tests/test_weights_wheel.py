@@ -18,7 +18,10 @@ from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parents[1]
-COMMITTED = ("libero_object",)  # folders of `weights`
+COMMITTED = {  # folders of `weights`, with an instruction that they know
+    "libero_object": "pick up the milk",
+    "metaworld_mt10": "push the puck to a goal",
+}
 # run in a folder outside the clone: load by name, and decode one chunk of an observation of zeros
 DECODE = """
 import sys, torch, ceed_vla
@@ -26,7 +29,7 @@ for name in (sys.argv[1], sys.argv[1] + "/teacher"):
     policy, pre, post = ceed_vla.load(name)
     features = policy.config.input_features
     frame = {key: torch.zeros(feature.shape) for key, feature in features.items()}
-    action = post(policy.predict_action_chunk(pre({**frame, "task": "pick up the milk"})))
+    action = post(policy.predict_action_chunk(pre({**frame, "task": sys.argv[2]})))
     print(name, tuple(action.shape), bool(action.isfinite().all()))
 """
 
@@ -97,7 +100,7 @@ def test_committed_weights_are_found_by_name_outside_the_clone(
         archive.extractall(site)
     empty.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", DECODE, name],
+        [sys.executable, "-c", DECODE, name, COMMITTED[name]],
         cwd=empty,
         env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,

@@ -266,11 +266,11 @@ class PolicyNode(SafeLifecycleNode):
                 self._setup.controller.stream.instruct(change.value)
 
     def _on_estop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        self._forbid("~/estop")
         if self._setup is not None:
             self._setup.controller.estop("~/estop")
         else:
             self._stopped_early = "~/estop"
+        self._forbid("~/estop")  # after the stop, which nothing may delay
         self.get_logger().error(
             "Emergency stop; ~/reset unlatches it, then ~/enable allows motion."
         )
@@ -286,19 +286,18 @@ class PolicyNode(SafeLifecycleNode):
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         if not request.data:
+            if self._setup is not None and self._active is not None:
+                self._setup.controller.disable()
             self._forbid("~/enable with false")
+            return self._answer(response, True)
         if self._setup is None or self._active is None:
-            return self._answer(response, not request.data)
-        controller = self._setup.controller
-        if request.data:
-            refused = controller.enable(clock_time(self))
-            self._forbidden = self._forbidden and refused is not None
-            return self._answer(response, refused is None, refused)
-        controller.disable()
-        return self._answer(response, True)
+            return self._answer(response, False)
+        refused = self._setup.controller.enable(clock_time(self))
+        self._forbidden = self._forbidden and refused is not None
+        return self._answer(response, refused is None, refused)
 
     def _forbid(self, why: str) -> None:
-        """Note that an operator forbids motion: no task and no activation allows it again."""
+        """Note that an operator forbade motion: no waiting task and no activation allows it."""
         self._forbidden = True
         self._tasks.forbid(f"an operator forbade motion: {why}")
 

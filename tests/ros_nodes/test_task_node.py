@@ -74,15 +74,16 @@ class Tasks:
 @pytest.mark.realtime
 def test_tasks_by_topic_and_from_a_shell(graph: Any) -> None:
     tasks = Tasks(graph, "task_queue:=1", "success_topic:=sim/success")
-    tasks.submit(id="a", instruction=WORDS, time_limit=2.0)
+    tasks.submit(id="a", instruction=WORDS, time_limit=1.0)
     tasks.submit(id="b", instruction=WORDS)
     tasks.submit(id="c", instruction=WORDS)
     assert tasks.result("c")["outcome"] == "refused"
     first = tasks.result("a")
     assert first["outcome"] == "time_limit"
-    assert first["seconds"] == pytest.approx(2.0, abs=0.3)
-    graph.wait(lambda: len(tasks.commands) > 250, "motion of the second task")
-    assert graph.call("/policy/cancel_task", Trigger).success
+    assert first["seconds"] == pytest.approx(1.0, abs=0.3)
+    sent = len(tasks.commands)
+    graph.wait(lambda: len(tasks.commands) > sent + 10, "motion of the second task")
+    assert graph.call("/policy/cancel_task", Trigger).success, tasks.results
     assert tasks.result("b")["outcome"] == "cancelled"
     graph.spin(0.3)
     sent = len(tasks.commands)

@@ -58,27 +58,21 @@ def take_from_actions(
         rate: Steps per second of the data [Hz].
     """
     tokens = config.action_tokens
-    sparse = extend_sparse(stats, actions)
+    extend_sparse(stats, actions)
     open_ranges = not any(getattr(tokens, name, None) for name in ("q01", "fitted"))
     if open_ranges and tokens.gripper_dims == [-1]:  # find dimensions of two values (grippers)
-        dense = np.flatnonzero(~sparse).tolist()
-        tokens.gripper_dims = [d for d in dense if len(np.unique(actions[:, d])) == 2]
+        dims = range(actions.shape[1])
+        tokens.gripper_dims = [d for d in dims if len(np.unique(actions[:, d])) == 2]
     take_meaning(config, names, rate)
     if ranges_are_open(config):
         config.ranges_from = FRAMES
 
 
-def extend_sparse(stats: Stats, actions: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Replace quantiles by extremes in dimensions that are nearly always zero.
-
-    Returns:
-        Which dimensions these are (A,).
-    """
+def extend_sparse(stats: Stats, actions: NDArray[np.float32]) -> None:
+    """Replace quantiles by extremes in dimensions that are nearly always zero."""
     sparse = (np.abs(actions) <= NEAR_ZERO * np.abs(actions).max(0)).mean(0) >= SPARSE  # (A,)
     for quantile, extreme in EXTREMES:
         stats[quantile][sparse] = stats[extreme][sparse]
-    found: NDArray[np.bool_] = sparse
-    return found
 
 
 def take_meaning(config: CeedVLAConfig, names: Sequence[object], rate: float) -> None:
@@ -112,6 +106,8 @@ def take_from_lerobot(config: CeedVLAConfig, meta: Any, stats: Statistics) -> No
         meta: LeRobot's ``LeRobotDatasetMetadata``.
         stats: Its statistics; see `correct_action_statistics`.
     """
+    from ceed_vla.data.files import names_of
+
     info = _info(meta)
     # Depth maps are stored as images, and training leaves them out.
     inputs = (config.input_features or {}).items()
@@ -121,8 +117,7 @@ def take_from_lerobot(config: CeedVLAConfig, meta: Any, stats: Statistics) -> No
         if f.type is FeatureType.VISUAL and info and name not in info.cameras
     }
     config.input_features = {name: feature for name, feature in inputs if name not in depth}
-    names = meta.features.get(ACTION, {}).get("names")
-    names = names if isinstance(names, list | tuple) else []
+    names = (names_of(meta.features[ACTION]) if ACTION in meta.features else None) or []
     actions, problem = correct_action_statistics(meta, stats)
     if actions is not None:
         take_from_actions(config, actions, stats[ACTION], names, meta.fps)

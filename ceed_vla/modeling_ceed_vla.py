@@ -37,7 +37,7 @@ from ceed_vla.lora import merge
 
 # This import also registers the processor steps of checkpoints.
 from ceed_vla.processor_ceed_vla import widen
-from ceed_vla.processor_steps import check_processors
+from ceed_vla.processor_steps import check_processors, has_relative_actions
 from ceed_vla.real_time import continuation, decode_behind
 from ceed_vla.supervision import teacher_loss
 from ceed_vla.weights import check_sizes, load_weights, save_weights
@@ -162,7 +162,9 @@ class CeedVLAPolicy(PreTrainedPolicy):
             check_processors(folder, chosen)
         meta = kwargs.get("dataset_meta")
         stats = kwargs.get("dataset_stats")
-        if meta is not None and stats is not None and normalises_actions(chosen):
+        # Statistics of relative actions are LeRobot's; the frames hold absolute ones.
+        absolute = not has_relative_actions(folder)
+        if meta is not None and stats is not None and absolute and normalises_actions(chosen):
             correct_action_statistics(meta, stats)
         try:
             policy = cls(chosen, dataset_stats=stats)

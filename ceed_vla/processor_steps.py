@@ -274,6 +274,19 @@ def _is_relative(steps: list[Step]) -> bool:
     )
 
 
+def has_relative_actions(folder: Path) -> bool:
+    """Whether the preprocessor in a folder that `check_processors` accepts makes actions relative
+    to the state; False without one.
+    """
+    file = folder / PREPROCESSOR
+    steps = read_json(file)["steps"] if file.is_file() else []
+    return any(
+        entry.get("config", {}).get("enabled")
+        for entry in steps
+        if entry["registry_name"].endswith("_actions_processor")
+    )
+
+
 def _check_complete(file: Path, steps: list[Step], wanted: tuple[str, ...]) -> None:
     """Raise `CheckpointError` unless a processor has every `wanted` step."""
     if missing := set(wanted) - {step.name for step in steps}:

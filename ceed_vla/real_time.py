@@ -25,7 +25,7 @@ from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
 from ceed_vla.tokens.base import ActionTokens
-from ceed_vla.tokens.increments import check_dims, put_behind
+from ceed_vla.tokens.increments import check_dims, put_behind, steps_behind
 from ceed_vla.tokens.increments import made_up as made_up
 
 
@@ -104,8 +104,7 @@ def decode_behind(
         )
     check_dims(dims, tokens.action_dim)
     n_action_steps = policy.config.n_action_steps
-    behind = n_action_steps if executed_steps is None else executed_steps
-    executed_steps = min(frozen_steps + behind, tokens.chunk_steps)
+    executed_steps = steps_behind(frozen_steps, executed_steps, n_action_steps, tokens.chunk_steps)
     result = policy.decode(batch, executed_steps=executed_steps, **arguments)
     shift_steps = arguments.get("shift_steps")
     shift_steps = n_action_steps if shift_steps is None else shift_steps

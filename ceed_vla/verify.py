@@ -24,7 +24,7 @@ from ceed_vla.checkpoints import load
 from ceed_vla.convert.config import ConvertConfig
 from ceed_vla.convert.openvla import EXPECTED, published_policy
 from ceed_vla.devices import check_device
-from ceed_vla.errors import CheckpointError, VerificationError, raised_as
+from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, raised_as
 from ceed_vla.fields import check_fields, chosen, fits, short
 from ceed_vla.files import read_json
 
@@ -66,6 +66,11 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_device(self.device)
+        if self.policy_path and self.dtype != "float32":
+            raise ConfigError(
+                f"dtype is {self.dtype}, but policy_path is a checkpoint, which has its own type; "
+                "leave dtype out."
+            )
 
 
 def read_cases(folder: str | Path) -> tuple[NDArray[np.uint8], list[dict[str, Any]], int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.extras import require
+from ceed_vla.files import replacing
 from ceed_vla.outputs import MADE_BY, claim_file
 
 SUFFIX = ".rrd"
@@ -36,15 +37,16 @@ class RerunLog(AbstractContextManager["RerunLog"]):
     """Writes a recording; entities are paths such as "ceed/front".
 
     Args:
-        path: The file; it is replaced.
+        path: The file; it is replaced when everything is written.
     """
 
     def __init__(self, path: Path) -> None:
         self._rerun = _rerun("rerun")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._parts = ExitStack()
+        written = self._parts.enter_context(replacing(path))
         # The identifier of the application is the mark by which a file is ours.
         self._stream = self._rerun.RecordingStream(MADE_BY)
-        self._stream.save(str(path))
+        self._stream.save(str(written))
 
     def at(self, seconds: float, step: int | None = None) -> None:
         """Set the time of what follows [s], and its control step, if there are steps."""
@@ -67,6 +69,7 @@ class RerunLog(AbstractContextManager["RerunLog"]):
     def text(self, entity: str, text: str) -> None:
         self._stream.log(entity, self._rerun.TextLog(text))
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *failure: Any) -> None:
         self._stream.flush()
         self._stream.disconnect()
+        self._parts.__exit__(*failure)

@@ -30,10 +30,15 @@ distill() { # name teacher steps [other flags]
 }
 distill student "$(final teacher)" 250
 
-# 2. Scorers of the student's prefix tokens: by frame, and the same in all frames.
+# 2. Scorers of the student's prefix tokens: by frame, and the same in all frames. They read its fixed points.
+[ -e "$fine/collected" ] || {
+  ceed-vla collect --policy.path "$(final student)" --roots "$reached" --output_dir "$fine/trajectories" --states false \
+    --max_frames 3000 --workers 2 --threads 1 --resume true
+  touch "$fine/collected"
+}
 scorer() { # name [other flags]
   [ -e "$fine/$1/context.json" ] || ceed-vla context --policy.path "$(final student)" --output_dir "$fine/$1" --roots "$reached" \
-    --dropped 240 --steps 120 --batch_size 8 --eval_frames 64 "${@:2}"
+    --trajectories.path "$fine/trajectories" --dropped 240 --steps 120 --batch_size 8 --eval_frames 64 --threads 2 "${@:2}"
 }
 scorer by_frame
 scorer by_place --fixed true
@@ -44,9 +49,9 @@ distill behind_frame "$fine/by_frame" 150 --kept "$kept" --kept_by scorer
 distill behind_place "$fine/by_place" 150 --kept "$kept" --kept_by scorer
 
 # 4. Success on choice seeds, and milliseconds in turns.
-evaluate() { # name checkpoint decoders
-  ceed-vla eval --policy.path "$2" --decoders "only=$3" --episodes 200 --seed 40000 --timing_chunks 0 --clips false --workers 2 \
-    --batch 8 --threads 1 --output_dir "$fine/$1" --resume "$([ -e "$fine/$1/episodes.jsonl" ] && echo true || echo false)"
+evaluate() { # name checkpoint decoders [seed]
+  ceed-vla eval --policy.path "$2" --decoders "only=$3" --episodes 200 --seed "${4:-40000}" --timing_chunks 0 --clips false --workers 2 \
+    --threads 1 --output_dir "$fine/$1" --resume "$([ -e "$fine/$1/episodes.jsonl" ] && echo true || echo false)"
 }
 evaluate choose_whole "$(final student)" ceed,cap1
 evaluate choose_longer "$(final longer)" ceed
@@ -55,6 +60,12 @@ for ranking in frame place; do
   evaluate "choose_behind_$ranking" "$(final "behind_$ranking")" ceed
 done
 ceed-vla eval --policy.path "$fine/by_frame" \
-  --decoders "only=conf0.2_cap2,keep128_conf0.2_cap2,keep${kept}_conf0.2_cap2" --episodes 2 --seed 44000 --timing_chunks 60 \
+  --decoders "only=conf0.2_cap2,keep128_conf0.2_cap2,keep${kept}_conf0.2_cap2" --episodes 10 --seed 44000 --timing_chunks 60 \
   --clips false --threads 2 --output_dir "$fine/time" \
   --resume "$([ -e "$fine/time/episodes.jsonl" ] && echo true || echo false)"
+
+# 5. Success on evaluation seeds, once.
+for name in student longer behind_frame behind_place; do evaluate "table_$name" "$(final "$name")" ceed 50000; done
+for ranking in frame place; do
+  evaluate "table_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2,keep128_conf0.2_cap2" 50000
+done

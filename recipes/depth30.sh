@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What axes of depth, drafts and choice save on the student of 30 layers of `smollm2.sh`, each beside its control. Needs that
-# script's outputs, also those of LAYERS=16. After an interrupt run the script again: it resumes.
+# script's outputs, also those of LAYERS=16. After an interrupt run the script again: it resumes. Every step writes its begin
+# into log.txt.
 #
 #   bash recipes/depth30.sh [OUTPUT_FOLDER]    # OUTPUT_FOLDER of smollm2.sh
 set -euo pipefail
@@ -8,26 +9,39 @@ cd "$(dirname "$0")/.."
 out=${1:-outputs/smollm2} data=${DATA:-outputs/tabletop/data}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
 axes=$out/30/axes student=$out/30/student/checkpoints/final cut=$out/16/student/checkpoints/final
-reached="$data/perturb1,$data/takeover0,$data/takeover1"
+reached="$data/perturb1,$data/takeover0,$data/drift0"
 mkdir -p "$axes"
-evaluate() { # name checkpoint seed episodes decoders
-  ceed-vla eval --policy.path "$2" --decoders "only=$5" --episodes "$4" --seed "$3" --timing_chunks 0 --clips false --workers 2 \
-    --batch 8 --threads 1 --output_dir "$axes/$1" --resume "$([ -e "$axes/$1/episodes.jsonl" ] && echo true || echo false)"
+begin() { echo "$(date -u +%FT%TZ) $*" | tee -a "$axes/log.txt"; }
+evaluate() { # name checkpoint seed episodes decoders [other flags]
+  begin "$1"
+  ceed-vla eval --policy.path "$2" --decoders "only=$5" --episodes "$4" --seed "$3" --clips false --workers 2 --threads 1 \
+    --output_dir "$axes/$1" --resume "$([ -e "$axes/$1/episodes.jsonl" ] && echo true || echo false)" \
+    --timing_chunks 0 "${@:6}"
 }
 
-# 1. Exits at three depths: with a layer of their own (Balcony), linear ones, and linear ones for drafts, which read verified
-#    tokens alone. `deer` compares the linear ones with those one layer earlier. The model's weights do not change.
-exits() { # name layers [other flags]
-  [ -e "$axes/exits_$1/config.json" ] || ceed-vla exits --policy.path "$student" --output_dir "$axes/exits_$1" --roots "$reached" \
-    --layers "$2" --steps 240 --threads 2 "${@:3}"
+# 1. The student's own trajectories, and exits at three depths: with a layer of their own (Balcony), linear ones, and linear ones
+#    for drafts, which read verified tokens alone. `deer` compares the linear ones with those one layer earlier. The model's
+#    weights do not change, bit for bit.
+[ -e "$axes/collected" ] || {
+  begin collect
+  ceed-vla collect --policy.path "$student" --roots "$reached" --output_dir "$axes/trajectories" --max_frames 4000 --workers 2 \
+    --threads 1 --resume true
+  touch "$axes/collected"
 }
-exits layer "[8,15,22]" --kind layer
-exits linear "[8,14,15,21,22]"
-exits drafts "[8,15,22]" --reads fixed_points
+beside() { # command name [other flags]
+  [ -e "$axes/$2/config.json" ] || {
+    begin "$2"
+    ceed-vla "$1" --policy.path "$student" --output_dir "$axes/$2" --roots "$reached" --trajectories.path "$axes/trajectories" \
+      --threads 2 "${@:3}"
+  }
+  cmp "$student/model.safetensors" "$axes/$2/model.safetensors"
+}
+beside exits exits_layer --layers "[8,15,22]" --kind layer --steps 240
+beside exits exits_linear --layers "[8,14,15,21,22]" --steps 240
+beside exits exits_drafts --layers "[8,15,22]" --reads fixed_points --steps 240
 
 # 2. The layers that matter least, for the control: one fixed program for all chunks; and a router of the programs.
-[ -e "$axes/route/route.json" ] || ceed-vla route --policy.path "$student" --roots "$reached" --programs 12 --search_frames 32 \
-  --harm 0.1 --output_dir "$axes/route"
+beside route route --programs 12 --search_frames 32 --harm 0.1
 skips=$(python - "$axes/route/route.json" <<'END'
 import json, sys
 
@@ -36,23 +50,40 @@ print(",".join(f"skip{'-'.join(sorted(all_layers - p, key=int))}p0.2_conf0.2_cap
 END
 )
 
-# 3. Thresholds on choice seeds. `cut` has the first 16 layers, trained by the same recipe (with a drift of its own).
+# 3. Thresholds on choice seeds. `cut` has the first 16 layers, trained by the same recipe.
 rules=ceed,cap1,sure8p0.2_conf0.2_cap2,sure15p0.2_conf0.2_cap2,sure22p0.2_conf0.2_cap2,deer15t1_conf0.2_cap2,deer22t1_conf0.2_cap2
 evaluate choose_linear "$axes/exits_linear" 40000 100 $rules
-schedules=cap2_fresh,depth8_cap2_fresh,depth15_cap2_fresh,depth22_cap2_fresh # exits with a layer of their own read one depth alone
+schedules=depth8_cap2_fresh,depth15_cap2_fresh,depth22_cap2_fresh # exits with a layer of their own read one depth alone
 for kind in layer linear; do
   evaluate "choose_schedule_$kind" "$axes/exits_$kind" 40000 100 $schedules
 done
 evaluate choose_skip "$axes/route" 40000 100 "route0.2_conf0.2_cap2,$skips"
-evaluate choose_cut "$cut" 40000 100 ceed,cap1
+evaluate choose_cut "$cut" 40000 100 ceed,cap1,cap2_fresh
 
 # 4. Exact drafts against the faster of token by token and Jacobi on the executed steps: tokens are equal, so only time differs.
-ceed-vla eval --policy.path "$axes/exits_drafts" --decoders only=ar_h,jacobi_h,del_h,spec8x6_h,spec15x6_h,spec22x6_h \
-  --episodes 4 --seed 44000 --timing_chunks 60 --threads 2 --clips false --output_dir "$axes/drafts" \
-  --resume "$([ -e "$axes/drafts/episodes.jsonl" ] && echo true || echo false)"
+evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec8x6_h,spec15x6_h,spec22x6_h --timing_chunks 60 --workers 1 --threads 2
 
 # 5. Promised risks, and plans within budgets.
-[ -e "$axes/calibrate/calibration.json" ] || ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" \
-  --signals "[conf,agree,sure15]" --episodes 100 --workers 2 --batch 8 --threads 1
-[ -e "$axes/tune/plans.json" ] || ceed-vla tune --policy.path "$axes/exits_linear" --output_dir "$axes/tune" --population 12 --episodes 16 \
-  --workers 2 --threads 1
+[ -e "$axes/calibrate/calibration.json" ] || {
+  begin calibrate
+  ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" --signals "[conf,agree,sure15]" \
+    --epsilons "[0.05,0.1]" --episodes 100 --workers 2 --threads 1
+}
+[ -e "$axes/tune/plans.json" ] || {
+  begin tune
+  ceed-vla tune --policy.path "$axes/exits_linear" --output_dir "$axes/tune" --save true --population 8 --generations 2 \
+    --episodes 8 --chunks 12 --threads 2
+}
+
+# 6. The table: success on evaluation seeds, once, and milliseconds in turns, for the decoders chosen above. Timing needs a quiet
+#    machine. Set CHOSEN, CHOSEN_LAYER and CHOSEN_SKIP from the files in step 3.
+[ -n "${CHOSEN:-}" ] || { begin "choose CHOSEN, CHOSEN_LAYER and CHOSEN_SKIP, then run the script again"; exit 0; }
+timed="--timing_chunks 60 --workers 1 --threads 2"
+for pair in "linear exits_linear ceed,$CHOSEN" "layer exits_layer $CHOSEN_LAYER" "skip route $CHOSEN_SKIP"; do
+  read -r name folder decoders <<<"$pair"
+  # shellcheck disable=SC2086 # the flags are separate words
+  evaluate "table_$name" "$axes/$folder" 50000 200 "$decoders,teacher_ceed,teacher_cap1" --teacher.path "$cut" $timed
+done
+evaluate table_risk "$axes/calibrate/checkpoint" 50000 200 risk0.05,risk0.1
+evaluate table_plans "$axes/tune/checkpoint" 50000 200 plan
+begin end

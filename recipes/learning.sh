@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What learns, on the pair of 12 layers of `deep.sh`: a router of programs (CoLa), exits that learn together with the student
 # (Splitformer), and weights that learn by reward (S-GRPO) from states chosen by the variance of the reward (ExIt). Each beside
-# its control. Needs the outputs of `deep.sh`. After an interrupt run the script again: it resumes.
+# its control. Needs the outputs of `deep.sh`. After an interrupt run the script again: it resumes. Every evaluation writes its
+# begin into learning.txt.
 #
 #   bash recipes/learning.sh [OUTPUT_FOLDER]    # OUTPUT_FOLDER of tabletop.sh and deep.sh
 set -euo pipefail
@@ -13,8 +14,10 @@ finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors"
 data="$out/data" teacher="$out/deep_teacher/checkpoints/final" student="$out/deep_student/checkpoints/final"
 roots="$data/clean,$data/perturb0,$data/perturb1,$data/takeover0,$data/takeover1"
 reached="$data/perturb1,$data/takeover0,$data/takeover1"
-evaluate() { # name checkpoint seed episodes decoders
-  ceed-vla eval --policy.path "$2" --decoders "$5" --episodes "$4" --seed "$3" --timing_chunks 0 --workers 2 --clips false \
+begin() { echo "$(date -u +%FT%TZ) $*" | tee -a "$out/learning.txt"; }
+evaluate() { # name checkpoint seed episodes decoders [other flags]
+  begin "$1"
+  ceed-vla eval --policy.path "$2" --decoders "$5" --episodes "$4" --seed "$3" --workers 2 --clips false --timing_chunks 0 "${@:6}" \
     --output_dir "$out/learning/$1" --resume "$([ -e "$out/learning/$1/episodes.jsonl" ] && echo true || echo false)"
 }
 
@@ -62,3 +65,21 @@ for starts in first uniform grown; do
   evaluate "improve_$starts" "$out/improve_$starts/checkpoints/final" 40000 200 only=cap1,ceed
 done
 evaluate improve_before "$student" 40000 200 only=cap1,ceed
+
+# 4. The table: success on evaluation seeds, once, and milliseconds in turns, for the decoders chosen above. Timing needs a quiet
+#    machine. Set HARM, CHOSEN_SKIP and CHOSEN_EXIT from the files in $out/learning.
+[ -n "${HARM:-}" ] || { begin "choose HARM, CHOSEN_SKIP and CHOSEN_EXIT, then run the script again"; exit 0; }
+timed="--timing_chunks 60 --workers 1"
+# shellcheck disable=SC2086 # the flags are separate words
+{
+  evaluate table_route "$out/route_$HARM" 50000 200 "only=ceed,cap1,route0.2_conf0.2_cap2,route0_cap2,$CHOSEN_SKIP" $timed
+  for kind in coarse linear; do
+    evaluate "table_joint_$kind" "$out/joint_$kind/checkpoints/final" 50000 200 "only=ceed,$CHOSEN_EXIT" $timed
+    evaluate "table_after_$kind" "$out/after_$kind" 50000 200 "only=ceed,$CHOSEN_EXIT" $timed
+  done
+}
+for starts in first uniform grown; do
+  evaluate "table_improve_$starts" "$out/improve_$starts/checkpoints/final" 50000 200 only=cap1,ceed
+done
+evaluate table_before "$student" 50000 200 only=cap1,ceed
+begin end

@@ -5,6 +5,7 @@
 #
 #   bash recipes/tabletop.sh [OUTPUT_FOLDER]                    # everything
 #   TEACHER=teacher bash recipes/tabletop.sh [OUTPUT_FOLDER]    # only students, of the shipped teacher or of any checkpoint
+#   DATA_ONLY=true bash recipes/tabletop.sh [OUTPUT_FOLDER]     # only the datasets, with the shipped teacher and student
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/tabletop}
@@ -23,9 +24,12 @@ wait_all() { # unlike a plain wait, fails if a job failed
 }
 finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
 
-# 1. Record demonstrations with two processes in parallel, one thread each.
+# 1. Record demonstrations and grounding scenes with two processes in parallel, one thread each.
 (record perturb0 perturb 1000 1000; record clean clean 300 0) &
 record perturb1 perturb 1200 3000 &
+wait_all
+record ground0 grounding 8000 6000 &
+record ground1 grounding 9000 18000 &
 wait_all
 demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
 
@@ -38,15 +42,17 @@ takeovers() { # name policy seed seed [attempts decoding]
   record "${1}1" takeover "${5:-480}" "$4" --policy.path "$2" --decoding "${6:-ar}" &
   wait_all
 }
+if [ -n "${DATA_ONLY:-}" ]; then
+  takeovers takeover teacher 35000 36000
+  takeovers drift student 37000 38000 960 cap1
+  exit 0
+fi
 train() { # name [other flags]
   finished "$1" || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$out/$1" \
     --grounding_roots "$out/data/ground0,$out/data/ground1" --grounding_batch 16 --takeover_episodes 400 \
     --save_every 100 --threads 1 --resume "$(started "$1")" "${@:2}"
 }
 if [ -z "${TEACHER:-}" ]; then
-  record ground0 grounding 8000 6000 &
-  record ground1 grounding 9000 18000 &
-  wait_all
   train first --roots "$demos" --grounding_steps 700 --steps 4000 --rounds 3 --lr 2e-3 \
     --policy.action_tokens.action_range fixed --policy.action_tokens.action_low "[-1, -1, -1, -0.25, -0.25, -1, -1]" \
     --policy.action_tokens.action_high "[1, 1, 1, 0.25, 0.25, 1, 1]"

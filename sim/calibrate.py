@@ -45,7 +45,7 @@ from ceed_vla.sim.environment import (
     flags,
     joined,
     observation_batch,
-    turns,
+    task_of,
 )
 from ceed_vla.sim.rollout import Chunk, EpisodeResult, PolicyRunner, rollout
 from ceed_vla.sim.settings import DrivenConfig
@@ -248,6 +248,7 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
     """Run `calibrate`; write the report `file`, and the checkpoint into its folder."""
     config.limit_threads()
     policy, pre, post = load(config.policy.given())
+    weights = weights_hash(config.policy.path)  # now, as the folder may get others meanwhile
     policy.requires_grad_(False)  # so that no weight is saved as trainable
     check_whole_prefix(policy, "calibrate")
     if policy.tokenizer.tokens_per_step is None or not hasattr(policy.tokenizer, "low"):
@@ -274,7 +275,7 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
         "program": MADE_BY,
         "policy": {
             "path": str(resolve_checkpoint(config.policy.path)),
-            "sha256": weights_hash(config.policy.path),
+            "sha256": weights,
         },
         "alpha": config.alpha,
         "off": OFF,
@@ -338,20 +339,17 @@ def _choose(
         )
         for epsilon, rows in proven.items()
     }
-    # For the report: the deadline that allows the forwards of each cap.
+    # For the report: the deadline that allows the forwards of each cap, from the prefill on.
     caps = [measured(config, workers, cap) for cap in CAPS]
     runner = PolicyRunner(bundle, "jacobi_h", None, config.executed_steps)
-    tasks = turns(config.env)
+    seeds = range(config.seed, config.seed + 99)
     observed = collect_observations(
-        runner, pool, ((config.seed + i, tasks[i % len(tasks)]) for i in range(99)), TIMED
+        runner, pool, ((seed, task_of(config.env, seed)) for seed in seeds), TIMED
     )
     _, parts = measure({}, {"all": bare_parts(bundle)}, observed)
     slow = {name: percentiles(seconds)["p95"] for name, seconds in parts["all"].items()}
     for row in caps:
-        block = slow["block"] * row.forwards.max()
-        row.deadline_ms = round(
-            slow["process"] + slow["checks"] + slow["prefill"] + float(block), 1
-        )
+        row.deadline_ms = round(float(slow["block"] * row.forwards.max()), 1)
     return rows + caps, chosen
 
 
@@ -382,8 +380,8 @@ def audited(
 
 def measured(config: CalibrateConfig, workers: Workers, name: str) -> Measured:
     """Run episodes with the decoder `name`, and measure its risk."""
-    tasks = turns(config.env)
-    episodes = [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]
+    seeds = range(config.seed, config.seed + config.episodes)
+    episodes = [(seed, task_of(config.env, seed)) for seed in seeds]
     found: dict[int, EpisodeResult] = {}  # by seed
     with tqdm(total=len(episodes), desc=name, unit="episode", dynamic_ncols=True) as bar:
         for _, result in workers.stream((name, one) for one in batched(episodes, config.batch)):

@@ -13,6 +13,7 @@ On the configuration:
     privileged: Privileged       the meaning of `privileged_state`; for the auxiliary target
     sides: tuple[str, str]       labels of the first camera's left and right border; for clips
     most_envs: int               environments that fit into the memory of a process; default: any
+    distinct_episodes: int       different episodes, if they are a list; default: seeds draw them
     evaluation_only: bool        nothing may be learned or chosen in it; default: False
 
 On the unwrapped environment:
@@ -110,6 +111,12 @@ def register_installed() -> None:
 def turns(config: EnvConfig) -> list[str]:
     """Tasks that an evaluation cycles over its seeds; ["mixed"] if the environment draws them."""
     return [MIXED] if config.task == MIXED else recorded_tasks(config)
+
+
+def task_of(config: EnvConfig, seed: int) -> str:
+    """Task of the episode of a seed in evaluations."""
+    tasks = turns(config)
+    return tasks[seed % len(tasks)]
 
 
 def recorded_tasks(config: EnvConfig) -> list[str]:
@@ -214,9 +221,33 @@ class Environment:
         return self._env.unwrapped
 
     @property
+    def simulations(self) -> int:
+        """Simulations that it creates, each for other tasks."""
+        return len(self._envs)
+
+    @property
     def max_episode_steps(self) -> int:
+        """The step limit of the present episode."""
+        return self._limit(self._env)
+
+    @property
+    def longest(self) -> int:
+        """The longest step limit of an episode."""
+        return max(self._limit(env) for _, env in self._envs)
+
+    @property
+    def distinct(self) -> int | None:
+        """Number of different episodes; None if seeds draw them."""
+        official = getattr(self.config, "distinct_episodes", None)  # of one that serves all tasks
+        if official is None:  # LeRobot's libero
+            states = [getattr(env.unwrapped, "_init_states", None) for _, env in self._envs]
+            counts = [0 if own is None else len(own) for own in states]
+            official = len(counts) * min(counts) or None
+        return official
+
+    def _limit(self, env: Any) -> int:
         limit = getattr(self.config, "episode_length", None)
-        for place in (self._env, self.inner):
+        for place in (env, env.unwrapped):
             limit = limit or getattr(place, "_max_episode_steps", None)
             limit = limit or getattr(place.spec, "max_episode_steps", None)
         if not limit:
@@ -350,8 +381,14 @@ class EnvPool(AbstractContextManager["EnvPool"]):
         return self._envs[slot]
 
     @property
+    def side_by_side(self) -> int:
+        """Episodes that run at once: one where an environment keeps a simulation per task."""
+        return 1 if self.env(0).simulations > 1 else self.size
+
+    @property
     def max_episode_steps(self) -> int:
-        return getattr(self.config, "episode_length", None) or self.env(0).max_episode_steps
+        """The longest step limit of an episode."""
+        return self.env(0).longest
 
     def __exit__(self, *_: object) -> None:
         while self._envs:

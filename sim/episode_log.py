@@ -66,22 +66,29 @@ class EpisodeLog:
             and so on.
         plan: Task of every seed; "mixed" for any.
         longest: Step limit of an episode.
+        versions: Those of the software that runs the episodes.
     """
 
     def __init__(
-        self, folder: Path, identity: dict[str, Any], plan: dict[int, str], longest: int
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        plan: dict[int, str],
+        longest: int,
+        versions: dict[str, str],
     ) -> None:
         self.file = folder / EPISODES
         self.identity = json.loads(json.dumps(identity))
         self.plan, self.longest = plan, longest
+        self.versions = versions
         self._last = ""  # checksum of the last line that was written
 
     def read(self) -> Results:
         """Read the finished episodes of this evaluation; none if there is no file.
 
         Raises:
-            ConfigError: The file belongs to another evaluation, was edited, or is damaged in a line
-                before the last.
+            ConfigError: The file belongs to another evaluation, or to other versions of the
+                software, was edited, or is damaged in a line before the last.
         """
         results: Results = {name: [] for name in self.identity["decoders"]}
         lines = _lines(self.file)
@@ -89,6 +96,7 @@ class EpisodeLog:
             return results
         header = _values(lines[0])
         self._check_identity(header)
+        self._check_versions(header.get("versions", self.versions))  # unknown in older files
         chained = header.get(CHAINED) is True
         if not chained:
             logger.warning(
@@ -133,7 +141,7 @@ class EpisodeLog:
                 f"--reuse is {folder}, an evaluation with other {', '.join(other)}: its episodes "
                 "cannot be reused."
             )
-        found = EpisodeLog(folder, theirs, self.plan, self.longest).read()
+        found = EpisodeLog(folder, theirs, self.plan, self.longest, self.versions).read()
         same = {
             n: row
             for n, row in self.identity["decoders"].items()
@@ -143,7 +151,8 @@ class EpisodeLog:
 
     def start(self, results: Results) -> None:
         """Write a new file that contains `results`."""
-        header = json.dumps({"program": MADE_BY, CHAINED: True, "identity": self.identity})
+        facts = {"versions": self.versions, "identity": self.identity}
+        header = json.dumps({"program": MADE_BY, CHAINED: True, **facts})
         self._last = _checksum("", header)
         found = [(name, episode) for name, episodes in results.items() for episode in episodes]
         lines = [self._line(name, episode) for name, episode in found]
@@ -178,6 +187,21 @@ class EpisodeLog:
                     f"{self.file} is of another evaluation: {what}; set the same options, or "
                     f"{_ANEW}"
                 )
+
+    def _check_versions(self, theirs: Any) -> None:
+        if theirs == self.versions:
+            return
+        names = [*self.versions, *theirs] if isinstance(theirs, dict) else []
+        other = [
+            f"{name} {theirs.get(name)} instead of {self.versions.get(name)}"
+            for name in dict.fromkeys(names)
+            if theirs.get(name) != self.versions.get(name)
+        ]
+        what = f"with {', '.join(other)}" if other else "by unknown software"
+        raise ConfigError(
+            f"{self.file} was written {what}, which may change episodes; go on with the same "
+            f"versions, or {_ANEW}"
+        )
 
     def _episode(self, values: Any) -> EpisodeResult | None:
         """Parse a line's `values`; None if they are not an episode of this evaluation."""

@@ -30,6 +30,7 @@ from ceed_vla.sim.evaluation import (
     Evaluation,
     batch_runner,
     batches,
+    checkpoint_entries,
     decoder_names,
     engines_of_run,
     identity_of,
@@ -52,6 +53,7 @@ from ceed_vla.sim.plots import PLOTS
 from ceed_vla.sim.report import console_table
 from ceed_vla.sim.rerun_episodes import log_episode
 from ceed_vla.sim.rollout import drive
+from ceed_vla.sim.summary import versions
 from ceed_vla.viz import RerunLog, check_rerun
 from ceed_vla.wording import counted
 from ceed_vla.workers import Workers, open_workers
@@ -177,23 +179,40 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
             "--delay measured needs a row without a delay, on which it is measured. Set "
             "--timing_chunks above 0, and include 0 in --delay_ms."
         )
+    if config.delay == "measured" and config.num_shards > 1:
+        raise ConfigError(
+            f"--delay is measured, --num_shards {config.num_shards}; each would measure another "
+            "delay. Measure it once, and set --delay_ms in all shards."
+        )
     config.limit_threads()
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
     config = replace(config, executed_steps=executed)
     rows = rows_of(config, bundles)
     engines = engines_of_run(config, bundles)
-    run = Evaluation(config, rows, bundles, {}, pool, executed, engines, probes(bundles))
+    run = Evaluation(
+        config,
+        rows,
+        bundles,
+        {},
+        pool,
+        executed,
+        engines,
+        probes(bundles),
+        checkpoint_entries(config),
+    )
     if config.delay == "measured":
         measure_latency(run)
         run.rows += _rows_with_measured_delays(run)
     _check_delays(run)
+    _check_episodes(run)
     _check_decoders(run)
     log = EpisodeLog(
         Path(config.output_dir),
         identity_of(config, run.rows, bundles, engines),
         dict(planned_episodes(config)),
         pool.max_episode_steps,
+        versions(),
     )
     run.results = whole_batches(config, run.rows, _reused_episodes(run, log))
     return run, log
@@ -230,6 +249,17 @@ def _check_delays(run: Evaluation) -> None:
         late = counted(latest.delay, "control step")
         raise ConfigError(
             f"{latest.name} is {late} late; a delay must be below a chunk's {steps}. Leave it out."
+        )
+
+
+def _check_episodes(run: Evaluation) -> None:
+    """Raise if episodes would repeat: equal ones are no further evidence."""
+    distinct = run.pool.env(0).distinct
+    if distinct is not None and run.config.episodes > distinct:
+        raise ConfigError(
+            f"--episodes is {run.config.episodes}; --env.type={run.config.env.type} as it is set "
+            f"has {distinct} different ones. Lower --episodes to that, or draw its states from the "
+            "seeds."
         )
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ceed_vla.checkpoints import load
+from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.decoders import Row, parse_decoders, resolve_rows
 from ceed_vla.sim.engines import Engine, drives, open_engines
-from ceed_vla.sim.environment import Bundle, EnvPool, at_once, flags, joined, turns
+from ceed_vla.sim.environment import Bundle, EnvPool, at_once, flags, joined, task_of, turns
 from ceed_vla.sim.episode_log import Results, fingerprint
 from ceed_vla.sim.evaluation_config import EvalConfig
 from ceed_vla.sim.rollout import EpisodeResult, PolicyRunner, rollout
@@ -31,6 +31,7 @@ class Evaluation:
         executed_steps: Steps executed of each chunk.
         engines: The engines in which latency is measured.
         probes: What else is timed, by name.
+        checkpoints: Name and hash of every model, as they were loaded.
         samples: Times by row, once latency is measured.
         timing: The report's entry on latency; empty until it is measured.
     """
@@ -43,6 +44,7 @@ class Evaluation:
     executed_steps: int
     engines: dict[str, Engine] = field(default_factory=dict)
     probes: Mapping[str, Probe] = field(default_factory=dict)
+    checkpoints: Mapping[str, dict[str, str]] = field(default_factory=dict)
     samples: dict[str, Samples] = field(default_factory=dict)
     timing: dict[str, Any] = field(default_factory=dict)
 
@@ -76,6 +78,16 @@ def engines_of_run(config: EvalConfig, bundles: Mapping[str, Bundle]) -> dict[st
         return {}
     paths = {"policy": config.policy.path, "teacher": config.teacher.path}
     return open_engines(config.engine, bundles, paths, config.env)
+
+
+def checkpoint_entries(config: EvalConfig) -> dict[str, dict[str, str]]:
+    """Name and hash of the weights of every model."""
+    paths = {"policy": config.policy.path, "teacher": config.teacher.path}
+    return {
+        model: {"name": resolve_checkpoint(path).name, "sha256": weights_hash(path)}
+        for model, path in paths.items()
+        if path
+    }
 
 
 def decoder_names(config: EvalConfig) -> list[str]:
@@ -148,9 +160,9 @@ EPISODES_IN_A_ROW = 10  # of a task, where only one environment fits into a proc
 
 
 def planned_episodes(config: EvalConfig) -> list[tuple[int, str]]:
-    """(seed, task) of every episode."""
-    tasks = turns(config.env)
-    return [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]
+    """(seed, task) of every episode; a seed has one task in all evaluations of an environment."""
+    seeds = range(config.seed, config.seed + config.episodes)
+    return [(seed, task_of(config.env, seed)) for seed in seeds]
 
 
 def batches(config: EvalConfig) -> list[list[tuple[int, str]]]:
@@ -179,12 +191,13 @@ def batches(config: EvalConfig) -> list[list[tuple[int, str]]]:
 
 
 def whole_batches(config: EvalConfig, rows: Sequence[Row], results: Results) -> Results:
-    """Drop the episodes of incomplete batches from rows with random guesses.
+    """Drop the episodes of incomplete batches from rows with random guesses, or that learn from
+    chunk to chunk.
 
-    A batch has one source of random guesses, so it cannot be continued.
+    A batch has one source of random guesses, and learning begins with it: it cannot be continued.
     """
     for row in rows:
-        if row.decoding.guess == "random":
+        if row.decoding.guess == "random" or row.decoding.decoder.forget is not None:
             done = {episode.seed for episode in results[row.name]}
             whole = {
                 seed

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla import invocation
-from ceed_vla.checkpoints import resolve_checkpoint, weights_hash
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY
 from ceed_vla.sim.decoders import Row
@@ -40,8 +39,8 @@ def build_report(run: Evaluation, *, complete: bool) -> dict[str, Any]:
         "max_episode_steps": run.pool.max_episode_steps,
         "chunk_size": policy.config.chunk_size,
         "block_length": policy.config.block_length,
-        "policy": _checkpoint_entry(config.policy.path),
-        "teacher": _checkpoint_entry(config.teacher.path) if config.teacher.path else None,
+        "policy": run.checkpoints["policy"],
+        "teacher": run.checkpoints.get("teacher"),
         "decoders": {row.name: _decoder_entry(run, row) for row in run.rows},
         "timing": run.timing,
         **_clips_entry(run, complete),
@@ -98,10 +97,6 @@ def paired_of(name: str, delay_of: str, results: Results) -> dict[str, dict[str,
     suffix = name.removeprefix(delay_of)
     references = (f"ar{suffix}", f"teacher_ar{suffix}", f"teacher_{name}")
     return paired_entries(name, results, references)
-
-
-def _checkpoint_entry(path: str) -> dict[str, str]:
-    return {"name": resolve_checkpoint(path).name, "sha256": weights_hash(path)}
 
 
 def write_json(report: dict[str, Any], folder: Path) -> Path:

@@ -32,7 +32,7 @@ from ceed_vla.sim.environment import (
     Privileged,
     joined,
     observation_batch,
-    turns,
+    task_of,
 )
 from ceed_vla.sim.settings import DrivenConfig
 
@@ -169,7 +169,6 @@ def _predictions(
     truth = []
     drawn = []
     env = Environment(config.env, config.instruction)
-    tasks = turns(config.env)
     env.needs("grounding", "privileged_state", *["observe"] * hasattr(env.inner, "scatter"))
     seeds = range(config.seed, config.seed + config.scenes)
     for start in tqdm(
@@ -177,7 +176,7 @@ def _predictions(
     ):
         observations, instructions = [], []
         for seed in seeds[start : start + _BATCH]:
-            env.reset(seed, tasks[seed % len(tasks)])
+            env.reset(seed, task_of(config.env, seed))
             if hasattr(env.inner, "scatter"):
                 env.rearrange("scatter", np.random.default_rng(seed))
             observations.append(env.observe())

@@ -104,6 +104,8 @@ class TeacherSimulation(StudentSimulation):
                 self.env, episodes, seed, self.rounds, self.instruction, self.cluster
             )
         known = getattr(self.env, "privileged", None)
+        if self.grounding_gate and known:
+            check_open(self.env, "The gate of --grounding_gate")
         located = partial(localisation, self.env, instruction=self.instruction)
         return {
             "closed_loop": self.closed_loop("ar"),
@@ -209,6 +211,7 @@ class TakeoverRecorder:
         cluster: ClusterConfig | None = None,
     ) -> None:
         check_expert(env, f"--rounds {rounds} (takeovers)")
+        check_open(env, "Recording takeovers (--rounds)")
         low, high = TAKEOVER_SEEDS
         if not low <= seed <= high - rounds * episodes:
             raise ConfigError(

@@ -25,7 +25,7 @@ from ceed_vla.sim.environment import (
     flags,
     joined,
     observation_batch,
-    turns,
+    task_of,
 )
 from ceed_vla.sim.rollout import (
     SHARD,
@@ -75,9 +75,8 @@ class Groups:
             raise ConfigError(
                 f"--seed is {seed}; training seeds are {low} to {high - 1}. Change --seed."
             )
-        tasks = turns(self.env)
         seeds = [seed + (used + i) % (high - seed) for i in range(count)]
-        return [Start(each, tasks[each % len(tasks)]) for each in seeds]
+        return [Start(each, task_of(self.env, each)) for each in seeds]
 
     def __call__(
         self, policy: str, decoding: str, cap: int, starts: Sequence[Start], draw: int
@@ -173,7 +172,7 @@ def group_runner(
 
 def _resumed(pool: EnvPool, slot: int, start: Start) -> Episode:
     """Repeat the actions of a partial history in the environment of a slot."""
-    episode = Episode.start(pool.env(slot), start.seed, start.task, pool.max_episode_steps)
+    episode = Episode.start(pool.env(slot), start.seed, start.task)
     for values in start.actions:
         action = np.array(values, dtype=np.float32)
         episode.result.success = episode.env.advance(action)

@@ -97,7 +97,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         results = _joined(parts)
         limit = parts[0].report["max_episode_steps"]
-        EpisodeLog(out, parts[0].identity, {}, limit).start(results)
+        EpisodeLog(out, parts[0].identity, {}, limit, parts[0].report["versions"]).start(results)
         report = _report(parts, results)
         files = [*write_report(report, out), write_page([out], out / PAGE)]
     console = default_console()
@@ -132,7 +132,9 @@ def _read(folder: Path) -> Part:
     if set(report["decoders"]) != set(identity["decoders"]) or "timing" not in report:
         raise ConfigError(f"{folder} has a report of other decoders; run this shard again.")
     known = dict.fromkeys(range(seeds["first"], seeds["first"] + seeds["count"]), MIXED)
-    log = EpisodeLog(folder, {**identity, SHARD: shard}, known, report["max_episode_steps"])
+    log = EpisodeLog(
+        folder, {**identity, SHARD: shard}, known, report["max_episode_steps"], report["versions"]
+    )
     return Part(folder, shard[0], shard[1], identity, report, log.read())
 
 

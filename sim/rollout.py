@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -214,6 +215,16 @@ class PolicyRunner:
         """Whether a chunk must not share a batch: a deadline applies to a single chunk."""
         return self.policy.config.named(self.decoding).deadline_s is not None
 
+    @property
+    def one_row(self) -> bool:
+        """Whether episodes run one at a time.
+
+        Besides for a deadline, this is for decoders whose rows wait for each other: their forwards
+        would not be those of a robot.
+        """
+        config = self.policy.config.named(self.decoding)
+        return self.alone or config.decoder.rows_wait or config.window is not None
+
     def chunk(self, tokens: Tensor) -> Chunk:
         """Return the chunk that `tokens` (n,) decode to, without statistics."""
         return Chunk(tokens, self._actions(tokens.unsqueeze(0))[0], 0, "given", {})
@@ -251,9 +262,10 @@ class Episode:
     actions: list[np.ndarray] = field(default_factory=list)  # executed so far, (A,) each
 
     @classmethod
-    def start(cls, env: Environment, seed: int, task: str, limit: int) -> Episode:
-        """Reset `env` to the episode of `seed`."""
-        env.reset(seed, task)
+    def start(cls, env: Environment, seed: int, task: str, limit: int = 0) -> Episode:
+        """Reset `env` to the episode of `seed`; a positive `limit` replaces its step limit."""
+        env.reset(seed, task)  # decides which limit applies
+        limit = limit or env.max_episode_steps
         return cls(env, EpisodeResult(seed, env.task, env.instruction), limit)
 
     @property
@@ -361,7 +373,7 @@ def drive(
     runner: PolicyRunner, pool: EnvPool, seed: int, task: str = MIXED, *, watch: bool = False
 ) -> Iterator[Replan]:
     """Run one episode in a pool's first environment as `rollout` does; yield every replan."""
-    episode = Episode.start(pool.env(0), seed, task, pool.max_episode_steps)
+    episode = Episode.start(pool.env(0), seed, task)
     while not episode.over:
         yield from replan(runner, [episode], watch=watch)
 
@@ -371,7 +383,8 @@ def rollout(
 ) -> Iterator[EpisodeResult]:
     """Run episodes side by side; when one ends, the next one takes its environment.
 
-    With a deadline, only one episode runs at a time.
+    With a deadline, or a decoder whose rows wait for each other, one episode runs at a time. A
+    decoder that learns from chunk to chunk begins anew.
 
     Args:
         runner: Runs the policy; its bundle is `joined` for the environments of `pool`.
@@ -386,10 +399,13 @@ def rollout(
     def begin(slot: int) -> Episode | None:
         """Start the next episode in the environment of a slot; None if all have started."""
         for seed, task in waiting:
-            return Episode.start(pool.env(slot), seed, task, pool.max_episode_steps)
+            return Episode.start(pool.env(slot), seed, task)
         return None
 
-    slots = [begin(slot) for slot in range(1 if runner.alone else pool.size)]
+    forget = runner.policy.config.named(runner.decoding).decoder.forget
+    if forget is not None:
+        forget(runner.policy.backbone)
+    slots = [begin(slot) for slot in range(1 if runner.one_row else pool.side_by_side)]
     while active := {slot: episode for slot, episode in enumerate(slots) if episode is not None}:
         replan(runner, list(active.values()))
         for episode in active.values():
@@ -408,12 +424,13 @@ def episode_runner(
 
     See `Workers`; a shard is a sequence of (seed, task).
     """
-    bundle = joined(load(policy), env)
-    pool = EnvPool(SHARD, env, instruction)
+    return partial(run_shard, joined(load(policy), env), EnvPool(SHARD, env, instruction))
 
-    def run(item: tuple[Any, int | None, Sequence[tuple[int, str]]]) -> Iterator[EpisodeResult]:
-        decoding, executed_steps, episodes = item
-        generator = torch.Generator().manual_seed(0)
-        return rollout(PolicyRunner(bundle, decoding, generator, executed_steps), pool, episodes)
 
-    return run
+def run_shard(
+    bundle: Bundle, pool: EnvPool, item: tuple[Any, int | None, Sequence[tuple[int, str]]]
+) -> Iterator[EpisodeResult]:
+    """Run an item of `episode_runner` with a policy that is `joined` for the environment."""
+    decoding, executed_steps, episodes = item
+    generator = torch.Generator().manual_seed(0)
+    return rollout(PolicyRunner(bundle, decoding, generator, executed_steps), pool, episodes)

@@ -25,7 +25,7 @@ from ceed_vla.sim.environment import (
     EnvPool,
     images_of,
     observation_batch,
-    turns,
+    task_of,
 )
 from ceed_vla.sim.evaluation import load_bundles
 from ceed_vla.sim.evaluation_config import MOVED
@@ -97,7 +97,7 @@ def show(config: ShowConfig) -> Path:
         runner = PolicyRunner(
             bundles["policy"], policy.decoding, executed_steps=config.executed_steps
         )
-        moments = drive(runner, pool, config.seed, turns(config.env)[0])
+        moments = drive(runner, pool, config.seed, task_of(config.env, config.seed))
         replans = list(islice(moments, config.chunk + 1))
         replan = replans[-1]  # the last one of a shorter episode
     if config.rerun:

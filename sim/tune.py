@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from ceed_vla.sim.bench import PARETO, pareto
 from ceed_vla.sim.calibrate import CHECKPOINT, plain
 from ceed_vla.sim.environment import EnvPool, flags, joined
 from ceed_vla.sim.plots import save_figure
-from ceed_vla.sim.rollout import SHARD, episode_runner
+from ceed_vla.sim.rollout import SHARD, episode_runner, run_shard
 from ceed_vla.sim.summary import hardware
 from ceed_vla.sim.tune_config import PLAY_OFF, TuneConfig
 from ceed_vla.sim.tune_plan import Plan, Trial
@@ -67,6 +68,7 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
     """Run `tune` in a claimed folder."""
     config.limit_threads()
     policy, pre, post = load(config.policy.given())
+    weights = weights_hash(config.policy.path)  # now, as the folder may get others meanwhile
     policy.requires_grad_(False)  # so that no weight is saved as trainable
     with (
         EnvPool(SHARD, config.env, config.instruction) as pool,
@@ -80,10 +82,12 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
             checkpoints=[config.policy.path],
         ) as workers,
     ):
-        search = Search(config, joined((policy, pre, post), config.env), pool, workers)
+        bundle = joined((policy, pre, post), config.env)
+        workers.here = partial(run_shard, bundle, pool)
+        search = Search(config, bundle, pool, workers)
         trials = search.run()
         final = search.final()
-    report = _report(config, search, trials, final)
+    report = _report(config, search, trials, final, weights)
     folder.mkdir(parents=True, exist_ok=True)
     save_figure(
         _figure([t for t in trials if len(t.solved) >= config.episodes], search.floor),
@@ -111,12 +115,12 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
 
 
 def _report(
-    config: TuneConfig, search: Search, trials: Sequence[Trial], final: Chosen
+    config: TuneConfig, search: Search, trials: Sequence[Trial], final: Chosen, weights: str
 ) -> dict[str, Any]:
     """The contents of ``plans.json``."""
     return {
         "program": MADE_BY,
-        "policy": {"path": config.policy.path, "sha256": weights_hash(config.policy.path)},
+        "policy": {"path": config.policy.path, "sha256": weights},
         "engine": config.engine,
         "command": invocation.command(),
         "hardware": hardware(str(search.bundle[0].config.device)),

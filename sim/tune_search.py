@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
-from itertools import batched
+from itertools import batched, count
 
 import numpy as np
 from tqdm import tqdm
@@ -14,7 +14,7 @@ from ceed_vla.decoding import decoder_ladders, exit_ladders
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.decoders import Row
 from ceed_vla.sim.engines import engines_of, open_engines, resolved, with_eager
-from ceed_vla.sim.environment import Bundle, EnvPool, turns
+from ceed_vla.sim.environment import Bundle, EnvPool, task_of
 from ceed_vla.sim.rollout import SHARD, PolicyRunner
 from ceed_vla.sim.timing import (
     Observations,
@@ -43,7 +43,6 @@ class Search:
         self.pool = pool
         self.workers = workers
         self.random = np.random.default_rng(config.search_seed)
-        self.tasks = turns(config.env)
         self.steps = bundle[0].config.chunk_size
         self.usual = min(bundle[0].config.n_action_steps, self.steps)
         bundles = {"policy": bundle}
@@ -102,7 +101,8 @@ class Search:
         """Observations at the replans of episodes that execute `steps` steps of each chunk."""
         if steps not in self.observed:
             driver = PolicyRunner(self.bundle, "jacobi_h", None, steps)
-            seeds = ((self.config.seed + i, self.tasks[i % len(self.tasks)]) for i in range(10**6))
+            numbers = count(self.config.seed)
+            seeds = ((seed, task_of(self.config.env, seed)) for seed in numbers)
             self.observed[steps] = collect_observations(
                 driver, self.pool, seeds, self.config.chunks
             )
@@ -274,9 +274,7 @@ class Search:
     def drive(self, trial: Trial, seeds: range) -> None:
         """Run the missing episodes of `seeds`."""
         missing = [seed for seed in seeds if seed not in trial.solved]
-        episodes = [
-            (seed, self.tasks[(seed - self.config.seed) % len(self.tasks)]) for seed in missing
-        ]
+        episodes = [(seed, task_of(self.config.env, seed)) for seed in missing]
         plan = trial.plan
         for found in self.workers.map(
             (plan.decoding, plan.executed_steps, shard) for shard in batched(episodes, SHARD)

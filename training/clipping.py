@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 MOST_CLIPPED = 0.01
 FAR = 0.5  # of a range's width
 COARSE = 1000.0  # width of a range over the width of the middle 98 % of the values
+FEW_BINS = 4  # with fewer bins for the middle 98 % of the values, a warning says so
 _REMEDY = "Correct the data, set a range that fits them, or allow it with --max_clipped"
 
 
@@ -64,11 +65,20 @@ def check_actions(tokens: Any, actions: NDArray[np.float32], most: float) -> Non
             f"{least[d]:.4g} to {largest[d]:.4g}. {_REMEDY}."
         )
     reach = np.minimum(largest, high) - np.maximum(least, low)
-    lost = (other > one) & (width > COARSE * (other - one)) & (reach > width / 2)
-    if lost.any() and most < 1:
-        d = int(lost.argmax())
-        raise ConfigError(
-            f"98 % of the actions of dimension {d} lie in [{one[d]:.4g}, {other[d]:.4g}], but the "
-            f"vocabulary's range is [{low[d]:.4g}, {high[d]:.4g}], because of a few extreme "
-            f"values: its bins cannot resolve the others. {_REMEDY}=1."
+    spread = np.where(
+        (other > one) & (reach > width / 2), width / np.maximum(other - one, 1e-12), 0
+    )
+    d = int(spread.argmax())
+    what = (
+        f"98 % of the actions of dimension {d} lie in [{one[d]:.4g}, {other[d]:.4g}], but the "
+        f"vocabulary's range is [{low[d]:.4g}, {high[d]:.4g}], because of a few extreme values"
+    )
+    if spread[d] > COARSE and most < 1:
+        raise ConfigError(f"{what}: its bins cannot resolve the others. {_REMEDY}=1.")
+    if tokens.ordered and spread[d] > (tokens.vocabulary_size - 1) / FEW_BINS:
+        logger.warning(
+            "%s: fewer than %d bins are left for the others. Look for wrong values in the data "
+            "(`ceed-vla inspect`), or set a range.",
+            what,
+            FEW_BINS,
         )

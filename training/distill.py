@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ceed_vla.backbones.capabilities import check_whole_prefix
-from ceed_vla.checkpoints import load
+from ceed_vla.checkpoints import load, weights_hash
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.decoding.exits import exit_rules
 from ceed_vla.discovery import discovered
@@ -253,7 +253,8 @@ class DistillRun(Run):
     # ---- steps -----------------------------------------------------------------------------------
 
     def origin(self) -> dict[str, Any]:
-        return origin_of(self.data.stores, self.config.held_out)
+        teacher = weights_hash(self.config.teacher_path)
+        return {**origin_of(self.data.stores, self.config.held_out), "teacher": teacher}
 
     def train_step(self) -> dict[str, float]:
         config, size = self.config, self.config.batch_size

@@ -380,10 +380,9 @@ class OnlineData(DistillData):
         policy: See `DistillData`.
         pre: See `DistillData`.
         decode: The teacher.
-        teacher_states: Whether batches have states of its trajectories, which needs Jacobi
-            decoding.
-        settings: See `DistillData`; `delta_quantile` is that of a sample of four times
-            `eval_frames`.
+        teacher_states: Whether batches have states of its trajectories (Jacobi decoding).
+        labels: Whether labels are read; otherwise they are all the teacher's.
+        settings: See `DistillData`; `delta_quantile` is of a sample of 4 `eval_frames`.
     """
 
     def __init__(
@@ -394,6 +393,7 @@ class OnlineData(DistillData):
         decode: Decode,
         *,
         teacher_states: bool,
+        labels: bool = True,
         **settings: Any,
     ) -> None:
         super().__init__(roots, policy, pre, **settings)
@@ -404,7 +404,7 @@ class OnlineData(DistillData):
         self.split()
         distances = []
         shown = self.rows[self.shown[self._place(self.rows)]]
-        sample = self._by_store(shown[: 4 * self.eval_frames])
+        sample = self._by_store(shown[: 4 * self.eval_frames * labels])
         for part in np.split(sample, range(DECODED, len(sample), DECODED)) if len(sample) else ():
             observation = self.observations(part)
             distances.append(self.distance(decode(observation, None)[0], observation).cpu())

@@ -126,7 +126,7 @@ def short_warning(
     text = (
         f"Shorter than a chunk of {counted(chunk_size, 'step')}: "
         f"{numbered('episode', listed, MOST_LISTED)}. Their chunks are padded with the last "
-        "action, and padding is not learnt."
+        "action; padding is not learnt, except with FAST tokens, which describe whole chunks."
     )
     single = [
         episode for episode, frames in short.items() if frames == 1 and episode not in removed

@@ -194,8 +194,8 @@ class Run:
     def origin(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run before; JSON types.
 
-        The datasets decide the words, ranges and statistics of a policy, and which frames are held
-        out.
+        Datasets and checkpoints decide the words, ranges and statistics of a policy, and the
+        datasets which frames are held out.
         """
         return {}
 

@@ -131,20 +131,23 @@ class RunFolder:
 
 
 def check_origin(progress: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raise `CheckpointError` if a run in `folder` was started from other data than `now`.
+    """Raise `CheckpointError` if a run in `folder` was started from other data or checkpoints than
+    `now`.
 
-    Older runs did not store theirs.
+    Older runs did not store all of them.
     """
     before = progress.get("origin", now)
     changed = [
-        name for name in now if not isinstance(before, dict) or before.get(name) != now[name]
+        name
+        for name in now
+        if not isinstance(before, dict) or before.get(name, now[name]) != now[name]
     ]
     if changed:
         raise CheckpointError(
             f"The run in {folder} cannot be resumed: {' and '.join(changed)} differ from those "
-            "that it was started with. Name the same datasets, unchanged, with the same share held "
-            "out, or start a new run in another folder; it may begin with this run's last "
-            "checkpoint."
+            "that it was started with. Name the same datasets and checkpoints, unchanged, with the "
+            "same settings, or start a new run in another folder; it may begin with this run's "
+            "last checkpoint."
         )
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ceed_vla.errors import CeedVLAError, ConfigError
-from ceed_vla.fields import COUNTS, SEEDS, Checked, ranged
 
 SHARES = "[0, 1]"
 BATCHES = "[1, 1e6]"
@@ -19,31 +17,6 @@ RATES, NONE_OR_RATES = "(0, 10]", "[0, 10]"
 NONE_OR_COUNTS = "[0, 1e9]"
 LARGEST = 1e9
 _TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "No space left", "file write failed")
-
-
-@dataclass
-class BesideConfig(Checked):
-    """Settings of the commands that train a module of a frozen policy.
-
-    Attributes:
-        policy_path: Checkpoint of the policy, whose weights do not change.
-        roots: Comma-separated datasets to train on.
-        output_dir: New folder for a copy of the checkpoint with the trained module.
-        steps: Optimizer steps.
-        batch_size: Frames per step.
-        lr: Peak learning rate.
-        eval_frames: Held-out frames for the report.
-        seed: Random seed of the weights and of the order of the frames.
-    """
-
-    policy_path: str = ""
-    roots: str = ""
-    output_dir: str = ""
-    steps: int = ranged(300, COUNTS)
-    batch_size: int = ranged(16, BATCHES)
-    lr: float = ranged(2e-3, RATES)
-    eval_frames: int = ranged(64, BATCHES)
-    seed: int = ranged(0, SEEDS)
 
 
 def split_list(text: str) -> list[str]:

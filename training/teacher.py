@@ -5,11 +5,13 @@ Its data are demonstrations, grounding scenes and takeover rounds.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ceed_vla.checkpoints import weights_hash
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError
 from ceed_vla.outputs import owned_folder
@@ -373,7 +376,12 @@ class TeacherRun(Run):
         self.model.train()
 
     def origin(self) -> dict[str, Any]:
-        return origin_of([*self.demonstrations, *self.grounding], self.config.held_out)
+        paths = {"policy": self.config.policy_path, "imitated": self.config.imitate}
+        found = {name: weights_hash(path) for name, path in paths.items() if path}
+        datasets = origin_of([*self.demonstrations, *self.grounding], self.config.held_out)
+        settings = json.dumps(asdict(self.policy.config.action_tokens), sort_keys=True)
+        tokens = sha256(settings.encode()).hexdigest()[:16]
+        return {**datasets, "checkpoints": found, "action_tokens": tokens}
 
     def state_dict(self) -> dict[str, Any]:
         sizes = Sizes(self.first, self.batch_size, self.speeds)

@@ -180,7 +180,7 @@ def _write_meta(
 ) -> dict[str, Any]:
     meta = {
         "teacher": weights_hash(config.policy_path),
-        "datasets": describe(stores),
+        "datasets": described(stores),
         **layout_of(policy),
         "states": config.states,
         "guesses": dict(zip(GUESSES, map(float, guess_shares(config.guesses)), strict=True)),
@@ -214,6 +214,11 @@ def describe(stores: Sequence[FrameStore]) -> list[dict[str, Any]]:
     return [{"name": s.root.name, "frames": len(s), "digest": s.digest} for s in stores]
 
 
+def described(stores: Sequence[FrameStore]) -> list[dict[str, Any]]:
+    """`describe`, with a hash of the instructions; earlier trajectories lack it."""
+    return [{**a, "words": s.words_digest} for a, s in zip(describe(stores), stores, strict=True)]
+
+
 def origin_of(stores: Sequence[FrameStore], held_out: float) -> dict[str, Any]:
     """What a run trains on, for `ceed_vla.training.run.Run.origin`."""
     tasks = [store.tasks for store in stores]
@@ -221,8 +226,8 @@ def origin_of(stores: Sequence[FrameStore], held_out: float) -> dict[str, Any]:
 
 
 def are_those(stores: Sequence[FrameStore], stored: list[dict[str, Any]]) -> bool:
-    """Whether `stored` describes these datasets; without a digest, name and frames decide."""
-    own = describe(stores)
+    """Whether `stored` describes these datasets; hashes that it lacks are not compared."""
+    own = described(stores)
     return len(own) == len(stored) and all(
         {**a, **b} == a for a, b in zip(own, stored, strict=True)
     )

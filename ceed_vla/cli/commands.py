@@ -95,7 +95,7 @@ COMMANDS = {
         extras="train",
         axis="depth",
         must="policy.path roots output_dir layers",
-        may="kind steps batch_size lr device seed threads",
+        may="trajectories.path kind steps batch_size lr device seed threads",
     ),
     "reinforce": Command(
         "learn when to exit from the outcomes of episodes",
@@ -128,7 +128,7 @@ COMMANDS = {
         extras="train",
         axis="context",
         must="policy.path roots output_dir",
-        may="dropped steps batch_size lr seed",
+        may="trajectories.path dropped steps batch_size lr seed threads",
     ),
     "route": Command(
         "learn which layers of a frozen policy each chunk needs",
@@ -136,7 +136,7 @@ COMMANDS = {
         extras="train",
         axis="programs",
         must="policy.path roots output_dir",
-        may="programs harm steps batch_size lr seed",
+        may="trajectories.path programs harm steps batch_size lr seed threads",
     ),
     "open-loop": Command(
         "compare decoders on held-out data, without a simulator: error, forwards, latency",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ class Info:
     videos: tuple[str, ...]  # cameras that are stored as videos
     names: str  # all features
     flags: tuple[str, ...]  # columns of `usable.FLAGS` that exist
-    labels: dict[str, list[Any]]  # names of the dimensions of vectors, if they are a list
+    labels: dict[str, list[Any]]  # names of the dimensions of vectors, if they have some
     ignored: tuple[str, ...]  # features that training leaves out, with dtype and shape
     arrays: tuple[str, ...]  # features with two or more dimensions, images excluded
 
@@ -139,15 +139,32 @@ def read_info(root: Path) -> Info:
         names=", ".join(features)[:500],
         flags=flags,
         labels={
-            name: feature["names"]
+            name: labels
             for name, feature in vectors.items()
-            if isinstance(feature.get("names"), list)
+            if (labels := names_of(feature)) is not None
         },
         ignored=tuple(f"{name} {f['dtype']} {tuple(f['shape'])}" for name, f in ignored.items()),
         arrays=tuple(
             name for name, f in ignored.items() if name not in images and len(f["shape"]) > 1
         ),
     )
+
+
+def names_of(feature: Mapping[str, Any]) -> list[Any] | None:
+    """Names of the dimensions of a vector, one for each; None if there are none.
+
+    LeRobot has three forms: a list, a list by group (``{"motors": [...]}``), and the place of every
+    name (``{"delta_x": 0, ...}``).
+    """
+    names: Any = feature.get("names")
+    size = feature["shape"][0]
+    if isinstance(names, Mapping):
+        values = list(names.values())
+        if all(isinstance(group, list | tuple) for group in values):
+            names = [name for group in values for name in group]
+        elif sorted(map(str, values)) == sorted(map(str, range(len(values)))):
+            names = sorted(names, key=lambda name: int(names[name]))
+    return list(names) if isinstance(names, list | tuple) and len(names) == size else None
 
 
 def _is_flag(feature: dict[str, Any] | None) -> bool:

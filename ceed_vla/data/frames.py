@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from dataclasses import dataclass, field
@@ -75,6 +76,13 @@ class FrameStore:
         """16 digits of a hash of states and actions, which identify the dataset."""
         arrays = [array for array in (self.state, self.action) if array is not None]
         return sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
+
+    @property
+    def words_digest(self) -> str:
+        """16 digits of a hash of the instruction and the episode of every frame."""
+        words = json.dumps(self.tasks).encode()
+        parts = [words, *(array.tobytes() for array in (self.task, self.episode))]
+        return sha256(b"".join(parts)).hexdigest()[:16]
 
     @property
     def together(self) -> float:

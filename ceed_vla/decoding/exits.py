@@ -195,7 +195,7 @@ class Deadline(ExitRule):
         return float(milliseconds) / 1000
 
     def __init__(self, deadline_s: float) -> None:
-        self.deadline_s = deadline_s
+        self.deadline_s = float(deadline_s)
 
     def ends(self, seen: Seen, measured: np.ndarray | None) -> bool:
         return seen.elapsed_s + seen.iteration_s > self.deadline_s

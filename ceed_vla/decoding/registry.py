@@ -56,6 +56,10 @@ class Decoder:
         relaxes: ``relaxes(options)``, whether it may return other tokens than the greedy ones.
         compiles: Whether it runs on a compiled backbone.
         timed: Whether it takes a deadline.
+        rows_wait: Whether the rows of a batch wait for the slowest one, so that a row takes more
+            forwards than alone.
+        forget: ``forget(backbone)`` resets what it learnt from earlier chunks; None if it learns
+            nothing.
         prefill: Runs the prefix, ``prefill(backbone, observation, options) -> Prefix``; None for
             ``backbone.prefill(observation)``.
         needs: Capabilities that the backbone must offer (`ceed_vla.backbones.capabilities`).
@@ -71,6 +75,8 @@ class Decoder:
     relaxes: Callable[[Any], bool] = lambda _: False
     compiles: bool = True
     timed: bool = False
+    rows_wait: bool = False
+    forget: Callable[[Any], None] | None = None
     prefill: Prefill | None = None
     needs: tuple[type, ...] = ()
     ladder: tuple[str, ...] = ()
@@ -200,6 +206,8 @@ def register_decoder(
     relaxes: bool | Callable[[Any], bool] = False,
     compiles: bool = True,
     timed: bool = False,
+    rows_wait: bool = False,
+    forget: Callable[[Any], None] | None = None,
     prefill: Prefill | None = None,
     needs: Sequence[type] = (),
 ) -> Callable[[Decode], Decode]:
@@ -222,6 +230,8 @@ def register_decoder(
                 relaxes=relaxing,
                 compiles=compiles,
                 timed=timed,
+                rows_wait=rows_wait,
+                forget=forget,
                 prefill=prefill,
                 needs=tuple(needs),
                 ladder=tuple(ladder),

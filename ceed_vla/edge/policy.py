@@ -29,7 +29,7 @@ from ceed_vla.edge.texts import open_texts
 from ceed_vla.edge.vocabulary import Vocabulary
 from ceed_vla.errors import ConfigError, ObservationError, VerificationError
 from ceed_vla.fields import short
-from ceed_vla.tokens.increments import put_behind
+from ceed_vla.tokens.increments import put_behind, steps_behind
 
 
 @dataclass(frozen=True)
@@ -296,8 +296,8 @@ class EdgePolicy:
                 prepared, frozen_steps=frozen_steps, executed_steps=executed_steps, **arguments
             )
         usual = self.settings.n_action_steps
-        behind = usual if executed_steps is None else executed_steps
-        executed = min(frozen_steps + behind, self.vocabulary.chunk_steps)
+        chunk = self.vocabulary.chunk_steps
+        executed = steps_behind(frozen_steps, executed_steps, usual, chunk)
         result = self.decode_prepared(prepared, executed_steps=executed, **arguments)
         shift = arguments.get("shift_steps")
         shift = usual if shift is None else shift

@@ -12,8 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,17 +35,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KNOWN = ("compact", "vlm", "language")  # backbones that are exported without being asked
-REFUSAL = "run it with torch."  # end of errors that every other attempt would give, too
+# Ends of errors that every other attempt would give, too.
+REFUSALS = ("run it with torch.", "run the checkpoint with torch.", "report the checkpoint.")
 MOST_EXPORTS = 20  # in the cache; the oldest ones are removed
-_SOURCES = (  # of this package, which decide the graphs
-    "export",
-    "edge",
-    "backbones/compact",
-    "backbones/language",
-    "backbones/transformers",
-    "backbones/vlm",
-    "decoding",
-)
+_NO_SOURCES = ("sim", "training", "ros_nodes", "cli", "report")  # folders that decide no graph
+_PACKAGES = ("torch", "transformers", "lerobot", "onnx", "onnxscript")
 
 
 def cache_folder() -> Path:
@@ -89,7 +83,7 @@ def cached_policy(
         return EdgePolicy(folder, threads)
     except (CheckpointError, VerificationError) as error:
         logger.warning("%s is exported again. %s", checkpoint, error)
-        _remove(folder)
+        _remove_damaged(folder)
         return EdgePolicy(cached_export(checkpoint, decoders, discover_packages), threads)
 
 
@@ -121,18 +115,39 @@ def cached_export(
             _export_once(source, folder, discover_packages)
             _remove_oldest(folder.parent)
         except ConfigError as error:
-            if str(error).lower().endswith(REFUSAL):
+            if str(error).lower().endswith(REFUSALS):
                 with suppress(OSError):  # then the next attempt loads the model again
                     refusal.write_text(str(error), encoding="utf-8")
             raise
         except OSError as error:
-            raise ConfigError(
-                f"The cache of exports {folder.parent} cannot be written ({error.strerror}); name "
-                "another folder with CEED_VLA_CACHE."
-            ) from error
+            raise _not_writable(folder.parent, error) from error
     with suppress(OSError):  # a cache that may only be read
         os.utime(folder)  # as used now
     return folder
+
+
+def _not_writable(cache: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"The cache of exports {cache} cannot be written ({error.strerror}); name another folder "
+        "with CEED_VLA_CACHE."
+    )
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Remove an export that cannot be loaded; another process may do so, too."""
+    try:
+        with _locked(folder):
+            _remove(folder)
+    except OSError as error:
+        raise _not_writable(folder.parent, error) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Hold the lock of an export; yields its file descriptor."""
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
 
 
 def _check_packages(checkpoint: str | Path) -> None:
@@ -148,15 +163,17 @@ def _check_packages(checkpoint: str | Path) -> None:
 def _export_once(checkpoint: Path, folder: Path, discover_packages: str) -> None:
     """Export a checkpoint, unless another process does so first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(folder) as lock:
         if (folder / EXPORT).is_file():
             return
         _remove(folder)  # what an interrupted removal left
         for rest in folder.parent.glob(f".{folder.name}.*/"):  # of exports that were killed
             shutil.rmtree(rest, ignore_errors=True)
         logger.info("Exporting %s to %s, once; this may take a minute.", checkpoint, folder)
-        _export(checkpoint, folder, discover_packages, lock.fileno())
+        _export(checkpoint, folder, discover_packages, lock)
+        if _key(checkpoint) != folder.name:
+            _remove(folder)
+            raise ConfigError(f"{checkpoint} was replaced while it was exported; load it again.")
 
 
 def _check(checkpoint: str, config: Mapping[str, Any], decoders: Sequence[str]) -> None:
@@ -217,7 +234,11 @@ def _key(checkpoint: Path) -> str:
     """Hash of everything that decides an export."""
     digest = hashlib.sha256(f"{__version__} {FORMAT} {_machine()}".encode())
     package = Path(__file__).parents[1]
-    sources = [file for name in _SOURCES for file in sorted((package / name).glob("*.py"))]
+    sources = [
+        file
+        for file in sorted(package.rglob("*.py"))
+        if file.relative_to(package).parts[0] not in _NO_SOURCES
+    ]
     own = [f for f in sorted(checkpoint.glob("*")) if f.suffix in (".json", ".safetensors")]
     for file in (*sources, *own):
         with file.open("rb") as content:
@@ -226,7 +247,7 @@ def _key(checkpoint: Path) -> str:
 
 
 def _machine() -> str:
-    """What else decides the tokens of an export: the processor, and onnxruntime's version."""
+    """What else decides the tokens of an export: the processor, and versions of packages."""
     import onnxruntime
 
     try:
@@ -234,8 +255,9 @@ def _machine() -> str:
     except OSError:
         lines = []
     kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    with suppress(PackageNotFoundError):
-        kinds.add(f"transformers {version('transformers')}")  # whose preprocessing is exported
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            kinds.add(f"{package} {version(package)}")
     return f"{platform.machine()} {sorted(kinds)} {onnxruntime.__version__}"
 
 
@@ -259,9 +281,15 @@ def _export(checkpoint: str | Path, folder: Path, discover_packages: str, lock: 
         check=False,
     )
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        why = lines[-1] if lines else f"exit code {done.returncode}"
-        raise ConfigError(why.removeprefix("ceed-vla export: error: "))
+        mark = "ceed-vla export: error: "
+        errors = [line for line in done.stderr.splitlines() if line.startswith(mark)]
+        if errors:
+            raise ConfigError(errors[-1].removeprefix(mark))
+        killed = ", killed, perhaps for memory" if done.returncode < 0 else ""
+        raise ConfigError(
+            f"The export of {checkpoint} ended with exit code {done.returncode}{killed}; export it "
+            "with `ceed-vla export` to see why."
+        )
 
 
 def _remove(folder: Path) -> None:

@@ -80,8 +80,11 @@ def export(config: ExportConfig) -> str:
     """
     require("an export", "export")
     folder = Path(config.output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"output_dir {folder} is not an empty folder; name a new one.")
+    is_a_place = folder.is_symlink() or folder.is_mount()  # which cannot be replaced
+    if is_a_place or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise ConfigError(
+            f"output_dir {folder} is a link, a mount or not empty; name a new folder."
+        )
     policy, preprocess, postprocess = load(config.policy_path)
     family = _family(config.policy_path, policy)
     _check_steps(config.policy_path, [*preprocess.steps, *postprocess.steps])

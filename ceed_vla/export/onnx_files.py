@@ -37,13 +37,6 @@ def write_graph(
         CheckpointError: torch cannot export it.
         ConfigError: Its weights do not fit into one file.
     """
-    weights = (*module.parameters(), *module.buffers())
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
-    if size > MOST_GRAPH:
-        raise ConfigError(
-            f"{file.name} would have {size / 1e9:.1f} GB of weights; exports support at most "
-            f"{MOST_GRAPH / 1e9:.1f} per graph. Run it with torch."
-        )
     shapes = None if dynamic is None else tuple(dynamic.get(name) for name in inputs)
     with (
         raised_as(CheckpointError, f"{file.name} cannot be exported", "report the checkpoint."),
@@ -62,7 +55,14 @@ def write_graph(
             verbose=False,
         )
         assert program is not None
-        program.save(str(file))
+    weights = program.model.graph.initializers.values()  # of the module, those that it uses
+    size = sum(own.const_value.nbytes for own in weights if own.const_value is not None)
+    if size > MOST_GRAPH:
+        raise ConfigError(
+            f"{file.name} would have {size / 1e9:.1f} GB of weights; exports support at most "
+            f"{MOST_GRAPH / 1e9:.1f} per graph. Run it with torch."
+        )
+    program.save(str(file))
 
 
 def quantise(file: Path) -> None:

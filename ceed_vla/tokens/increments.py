@@ -39,6 +39,30 @@ def check_dims(dims: object, action_dim: int) -> list[int]:
     return dims
 
 
+def steps_behind(frozen: int, executed: int | None, usual: int, chunk: int) -> int:
+    """Steps of a chunk up to the last one that is executed, if they count from the frozen ones on.
+
+    Args:
+        frozen: Frozen steps at its start.
+        executed: Steps that are executed; None for `usual`.
+        usual: Those of the policy.
+        chunk: Steps of the chunk.
+
+    Raises:
+        ConfigError: A number is outside its range.
+    """
+    executed = usual if executed is None else executed
+    if type(executed) is not int or not 1 <= executed <= chunk:
+        raise ConfigError(
+            f"executed_steps is {short(executed)}; it must be an int in [1, {chunk}]."
+        )
+    if type(frozen) is not int or not 0 <= frozen < chunk:
+        raise ConfigError(
+            f"frozen_steps is {short(frozen)}; it must be an int in [0, {chunk - 1}]."
+        )
+    return min(frozen + executed, chunk)
+
+
 def put_behind(
     tokens: StepTokens,
     result: DecodeResult,

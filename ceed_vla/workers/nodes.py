@@ -152,10 +152,10 @@ def _check_listening(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # the last one from RAY_ADDRESS
         raise ConfigError(
             f"No Ray cluster listens at {address} ({error}). Start it there with `ray start "
-            "--head`, or correct --cluster.address."
+            "--head`, or correct --cluster.address, or RAY_ADDRESS for auto."
         ) from error
 
 

@@ -153,9 +153,8 @@ def group_runner(
 
 def _driven(runner: PolicyRunner, pool: EnvPool, decisions: Sequence[Decision]) -> list[Episode]:
     """Run episodes up to their decisions; return those that reach them."""
-    limit = pool.max_episode_steps
     episodes = [
-        Episode.start(pool.env(i), seed, task, limit) for i, (seed, task, _) in enumerate(decisions)
+        Episode.start(pool.env(i), seed, task) for i, (seed, task, _) in enumerate(decisions)
     ]
     left = {
         id(episode): chunks for episode, (_, _, chunks) in zip(episodes, decisions, strict=True)

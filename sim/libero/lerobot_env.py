@@ -24,6 +24,7 @@ from ceed_vla.sim.libero.tasks import (
     CAMERAS,
     CONTROL_RATE,
     HORIZONS,
+    OFFICIAL_STATES,
     PRIVILEGED_NAMES,
     RENDERED,
     STATE_NAMES,
@@ -102,6 +103,11 @@ class CeedLiberoEnv(EnvConfig):
     def evaluation_only(self) -> bool:
         """Whether the initial states are the official ones."""
         return self.states == "official"
+
+    @property
+    def distinct_episodes(self) -> int | None:
+        """Number of different episodes; None if seeds draw them."""
+        return OFFICIAL_STATES * len(self.tasks()) if self.evaluation_only else None
 
     def tasks(self) -> list[str]:
         """Tasks to cycle over the seeds; `ConfigError` for an unknown one."""

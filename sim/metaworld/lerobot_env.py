@@ -22,6 +22,8 @@ from ceed_vla.sim.metaworld.tasks import ALL_TASKS, LARGEST_IMAGE, PRIVILEGED_NA
 from ceed_vla.sim.suites import suite_per_task
 from ceed_vla.sim.task_names import parse_tasks
 
+MOST_SIMULATIONS = 200  # in a process; each takes 20 to 45 MB
+
 
 @EnvConfig.register_subclass("ceed_metaworld")
 @dataclass
@@ -67,6 +69,11 @@ class CeedMetaworldEnv(MetaworldEnv):
             "image_size": self.image_size,
             "max_episode_steps": self.episode_length,
         }
+
+    @property
+    def most_envs(self) -> int:
+        """Environments that fit into a process; each keeps a simulation per task."""
+        return max(1, MOST_SIMULATIONS // len(self.tasks()))
 
     def tasks(self) -> list[str]:
         """Tasks to cycle over the seeds; `ConfigError` for an unknown one."""

@@ -19,6 +19,7 @@ from tabletop import tabletop_config
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.data.files import names_of
 from ceed_vla.errors import ConfigError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 
@@ -121,7 +122,7 @@ def test_the_frames_define_ranges_grippers_and_increments(
     reach = np.abs(np.quantile(actions[:, :2], [0.01, 0.99], axis=0)).max(0).tolist()
     assert tokens.action_high == pytest.approx([*reach, 0.7, 255], rel=1e-6)
     assert tokens.action_low == pytest.approx([-reach[0], -reach[1], 0, 0], rel=1e-6)
-    assert tokens.gripper_dims == [3]
+    assert tokens.gripper_dims == [2, 3]
     assert config.delta_dims == [0, 1]
     assert list(config.input_features or {}) == [FRONT, STATE, "observation.environment_state"]
     assert list(config.output_features or {}) == ["action"]
@@ -129,7 +130,8 @@ def test_the_frames_define_ranges_grippers_and_increments(
         record.getMessage() for record in caplog.records if "action ranges" in record.getMessage()
     ]
     assert (
-        "[0, 0.7], [0, 255], from all frames; two-valued dimensions [3]; increments [0, 1]" in line
+        "[0, 0.7], [0, 255], from all frames; two-valued dimensions [2, 3]; increments [0, 1]"
+        in line
     )
     assert line.endswith(f"ignored: {DEPTH} image (32, 32, 3), observation.force float32 (6,)")
     pre, _ = make_ceed_vla_pre_post_processors(policy.config, meta.stats, instructions=["push"])
@@ -195,7 +197,7 @@ def test_a_checkpoint_keeps_its_ranges(
     other = write(tmp_path / "other", 0.01 * actions)
     again = CeedVLAPolicy.from_pretrained(folder, dataset_stats=other.stats, dataset_meta=other)
     assert again.tokenizer.high.tolist() == policy.tokenizer.high.tolist()
-    assert "from the checkpoint; two-valued dimensions [3]" in caplog.text
+    assert "from the checkpoint; two-valued dimensions [2, 3]" in caplog.text
 
 
 def test_a_checkpoint_with_more_features_is_read(actions: np.ndarray, tmp_path: Path) -> None:
@@ -220,3 +222,19 @@ def test_a_checkpoint_with_more_features_is_read(actions: np.ndarray, tmp_path: 
             STATE,
             "observation.environment_state",
         ]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["dx", "gripper"], ["dx", "gripper"]),
+        ({"motors": ["dx"], "hand": ["gripper"]}, ["dx", "gripper"]),
+        ({"gripper": 1, "dx": 0}, ["dx", "gripper"]),
+        (["dx"], None),
+        ({"dx": 0}, None),
+        ({"dx": "left", "gripper": 1}, None),
+        (None, None),
+    ],
+)
+def test_the_three_forms_of_names(names: Any, found: list[str] | None) -> None:
+    assert names_of({"names": names, "shape": (2,)}) == found

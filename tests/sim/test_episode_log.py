@@ -94,6 +94,14 @@ def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
             lambda lines: [lines[0].replace('"batch": 20', '"batch": 7'), *lines[1:]],
             "its batch is 7",
         ),
+        (
+            lambda lines: [re.sub('"mujoco": "[^"]*"', '"mujoco": "2"', lines[0]), *lines[1:]],
+            "was written with mujoco 2 instead of",
+        ),
+        (
+            lambda lines: [re.sub('"versions": {[^}]*}', '"versions": 3', lines[0]), *lines[1:]],
+            "was written by unknown software",
+        ),
     ],
 )
 def test_damaged_episodes_are_refused(

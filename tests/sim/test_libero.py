@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError, SimulationError
 from ceed_vla.sim.calibrate import CalibrateConfig
 from ceed_vla.sim.environment import Environment, EnvPool, flags
+from ceed_vla.sim.evaluate import _check_episodes
 from ceed_vla.sim.evaluation import batches, planned_episodes
 from ceed_vla.sim.evaluation_config import EvalConfig
 from ceed_vla.sim.hooks import ClosedLoopValidation
@@ -41,6 +43,16 @@ def test_a_suite_has_ten_tasks_and_its_step_limit(suite: str) -> None:
     assert config.episode_length == HORIZONS[suite]
     states = official_states(suite, 9)
     assert len(states) == OFFICIAL_STATES
+
+
+def test_official_states_are_not_repeated() -> None:
+    config = CeedLiberoEnv(task="libero_object/3")
+    assert config.distinct_episodes == OFFICIAL_STATES
+    assert CeedLiberoEnv(states="sampled").distinct_episodes is None
+    with EnvPool(1, config) as pool:
+        own = SimpleNamespace(pool=pool, config=SimpleNamespace(episodes=51, env=config))
+        with pytest.raises(ConfigError, match="has 50 different ones"):
+            _check_episodes(own)  # type: ignore[arg-type]
 
 
 def test_flags_reproduce_a_configuration() -> None:

@@ -76,6 +76,16 @@ def test_a_few_values_that_widen_the_range_until_nothing_is_told_apart() -> None
     check_actions(ActionTokenizer([-1.0], [1.0], 4), gripper, 0.01)
 
 
+def test_a_few_values_that_leave_few_bins_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    actions = normal()
+    reach = float(np.quantile(np.abs(actions[:, 0]), 0.99))
+    actions[0, 0] = 100 * reach
+    tokens = ActionTokenizer([-100 * reach, -1], [100 * reach, 1], 256)
+    check_actions(tokens, actions, 0.01)
+    assert "98 % of the actions of dimension 0 lie in" in caplog.text
+    assert "fewer than 4 bins are left for the others" in caplog.text
+
+
 def spoil(root: Path, value: float, rows: int = 1) -> Path:
     file = next((root / "data").rglob("*.parquet"))
     table = pq.read_table(file)

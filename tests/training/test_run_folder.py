@@ -91,11 +91,14 @@ def test_a_resumed_run_stays_in_its_folder(
         train(config)
 
 
-@pytest.mark.parametrize("what", ["datasets and tasks", "held_out"])
+@pytest.mark.parametrize("what", ["datasets and tasks", "held_out", "action_tokens"])
 def test_a_run_does_not_continue_on_other_data(stopped: Any, studio: Any, what: str) -> None:
     config, progress, _ = stopped
     if what == "held_out":
         config.held_out = 0.3
+    elif what == "action_tokens":
+        tokens = config.policy.action_tokens
+        tokens.action_range, tokens.action_low, tokens.action_high = "fixed", [-9.0] * 7, [9.0] * 7
     else:
         config.roots = f"{studio.demo},{studio.other}"
     with pytest.raises(CheckpointError, match=f"cannot be resumed: {what} differ from those that"):

@@ -23,12 +23,14 @@ from ceed_vla.checkpoints import load, save
 from ceed_vla.fields import COUNTS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
-from ceed_vla.training.distill_data import DistillData
+from ceed_vla.training.beside import BesideConfig, fixed_points_of, mixed_precision
+from ceed_vla.training.distill_data import OnlineData, StoredData
 from ceed_vla.training.optim import take_step
-from ceed_vla.training.settings import RATES, BesideConfig
+from ceed_vla.training.settings import RATES
 
 REPORT = "context.json"
 SUBSETS = 4  # subsets of dropped tokens per batch
+Data = OnlineData | StoredData
 LEAST = 1e-4  # smallest divergence that is distinguished
 PLACES = 10.0  # learning rate of places over that of other parameters
 
@@ -54,11 +56,11 @@ class Scored:
     The log-probabilities are (B, n, V).
     """
 
-    def __init__(self, data: DistillData, rows: Any) -> None:
+    def __init__(self, data: Data, rows: Any) -> None:
         self.batch = data.observations(rows)
         policy: Any = data.policy
         self.backbone = policy.backbone
-        self.fixed = policy.decode(self.batch, "jacobi", read=False).tokens
+        self.fixed = fixed_points_of(data, rows, self.batch)
         self.embeddings = self.backbone.embed_prefix(self.batch)
         self.tokens: tuple[Tensor, Tensor, Tensor] = self.backbone.prefix_tokens(self.embeddings)
         self.full = self._behind(self.embeddings)
@@ -77,7 +79,10 @@ class Scored:
         return (apart * self.weight).sum(-1), (same * self.weight).sum(-1)
 
     def _behind(self, embeddings: Any) -> Tensor:
-        return self.backbone.packed_logits(embeddings, [self.fixed])[1][0].float().log_softmax(-1)
+        with mixed_precision("cpu"):
+            logits = self.backbone.packed_logits(embeddings, [self.fixed])[1][0]
+        found: Tensor = logits.float().log_softmax(-1)
+        return found
 
 
 def context(config: ContextConfig) -> Path:
@@ -91,13 +96,14 @@ def context(config: ContextConfig) -> Path:
 
 def _context(config: ContextConfig, output: Path) -> Path:
     """As `context`, into the claimed folder `output`."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     policy, pre, post = load(config.policy_path)
     policy.requires_grad_(False)
     check_whole_prefix(policy, "context")
     chooser = require(policy.backbone, ChoosesPrefix, "context")
-    data = DistillData(config.roots, policy, pre, eval_frames=config.eval_frames, seed=config.seed)
-    data.split()
+    data = config.data(policy, pre, states=False)
     frames = Scored(data, data.held_out)
     scorer = ContextScorer(chooser.exit_parts()[2], int(frames.tokens[1][0].sum()))
     train(scorer, data, config)
@@ -119,7 +125,7 @@ def _context(config: ContextConfig, output: Path) -> Path:
     return output
 
 
-def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> None:
+def train(scorer: ContextScorer, data: Data, config: ContextConfig) -> None:
     """Train a scorer on the divergences that random subsets of dropped tokens cause."""
     rate = {id(scorer.place): PLACES * config.lr}
     groups = [{"params": [p], "lr": rate.get(id(p), config.lr)} for p in scorer.parameters()]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,14 @@ from ceed_vla.checkpoints import load, save
 from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import THREADS, chosen, ranged
+from ceed_vla.fields import chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
+from ceed_vla.training.beside import BesideConfig, mixed_precision
 from ceed_vla.training.collect_config import guess_shares
 from ceed_vla.training.corruption import StateDraw, draw_states
-from ceed_vla.training.distill_data import OnlineData
-from ceed_vla.training.objective import fixed_points
+from ceed_vla.training.distill_data import DistillData
 from ceed_vla.training.optim import take_step
-from ceed_vla.training.settings import BesideConfig
 
 REPORT = "exits.json"
 READS = ("states", "fixed_points")
@@ -54,7 +52,6 @@ class ExitsConfig(BesideConfig):
             for drafts.
         guesses: Shares of previous, mid and random guesses.
         device: Device to train on.
-        threads: CPU threads of torch; 0: torch's default.
     """
 
     layers: list[int] = ranged([], "[1, 4096]")
@@ -62,7 +59,6 @@ class ExitsConfig(BesideConfig):
     reads: str = chosen("states", READS)
     guesses: str = "0.8,0.1,0.1"
     device: str = "cpu"
-    threads: int = ranged(0, THREADS)
     streaming: StreamingConfig = field(default_factory=StreamingConfig)
 
     def __post_init__(self) -> None:
@@ -101,10 +97,7 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
             "--kind layer would learn in half precision, which rounds updates away; use --kind "
             "linear."
         )
-    sizes = {"eval_frames": config.eval_frames, "streaming": config.streaming, "seed": config.seed}
-    data = OnlineData(
-        config.roots, policy, pre, partial(fixed_points, policy), teacher_states=True, **sizes
-    )
+    data = config.data(policy, pre, states=True, streaming=config.streaming)
     shares = guess_shares(config.guesses)
     optimizer = torch.optim.AdamW(
         [p for e in made.values() for p in e.parameters()], lr=config.lr, weight_decay=0.0
@@ -119,7 +112,8 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
                 embeddings = policy.backbone.embed_prefix(batch)
             read = ["fixed_point", *["teacher_states"] * (config.reads == "states")]
             blocks = [batch[name] for name in read]
-            losses = divergences(policy.backbone, embeddings, blocks, batch["live"])
+            with mixed_precision(config.device):
+                losses = divergences(policy.backbone, embeddings, blocks, batch["live"])
             loss = torch.stack(list(losses.values())).sum()
             take_step(optimizer, loss, step, config.steps)
             bar.set_postfix(
@@ -178,7 +172,7 @@ def divergences(
 
 
 @torch.no_grad()
-def held_out(policy: Any, data: OnlineData, shares: Any, seed: int) -> dict[int, dict[str, float]]:
+def held_out(policy: Any, data: DistillData, shares: Any, seed: int) -> dict[int, dict[str, float]]:
     """Share of the fixed points' tokens that each depth predicts on held-out frames.
 
     Returns:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,11 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
+from ceed_vla.training.beside import BesideConfig, mixed_precision
 from ceed_vla.training.collect_config import guess_shares
-from ceed_vla.training.corruption import draw_states
-from ceed_vla.training.distill_data import OnlineData
-from ceed_vla.training.objective import fixed_points
+from ceed_vla.training.corruption import draw_states, guess_states
+from ceed_vla.training.distill_data import DistillData
 from ceed_vla.training.optim import take_step
-from ceed_vla.training.settings import BesideConfig
 
 REPORT = "route.json"
 
@@ -63,23 +61,25 @@ class RouteConfig(BesideConfig):
 class Frames:
     """Prefixes of B frames, with the policy's guesses and fixed points (B, n)."""
 
-    def __init__(self, data: OnlineData, rows: Any, config: RouteConfig, random: Any) -> None:
+    def __init__(self, data: DistillData, rows: Any, config: RouteConfig, random: Any) -> None:
         policy: Any = data.policy
         draw = draw_states(policy, len(rows), guess_shares(config.guesses), 0, random)
-        draw.pick[:] = 0.0  # the guess itself
         batch = data.batch(rows, draw)
         self.runner = require(policy.backbone, RunsPrograms, "route")
         self.prefix = policy.backbone.prefill(batch)
         watched = policy.config.n_action_steps * policy.tokenizer.tokens_per_step
         fixed = batch["fixed_point"]
+        guess = guess_states(policy, batch["previous"], draw)
         # the prefix predicts the first token
-        self.tokens = torch.cat([fixed[:, :1], batch["teacher_states"][:, 1 : watched - 1]], dim=1)
+        self.tokens = torch.cat([fixed[:, :1], guess[:, 1 : watched - 1]], dim=1)
         self.wanted = fixed[:, 1:watched]
 
     @torch.no_grad()
     def errors(self, program: Program) -> Tensor:
         """Mean distance (B,) [bins] of a program's tokens from the fixed point."""
-        found = self.runner.program_logits(self.prefix, self.tokens, program).argmax(-1)
+        with mixed_precision("cpu"):
+            logits = self.runner.program_logits(self.prefix, self.tokens, program)
+        found = logits.argmax(-1)
         return (found - self.wanted).abs().double().mean(1)
 
 
@@ -94,6 +94,8 @@ def route(config: RouteConfig) -> Path:
 
 def _route(config: RouteConfig, output: Path) -> Path:
     """As `route`, into the claimed folder `output`."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     policy, pre, post = load(config.policy_path)
     policy.requires_grad_(False)
@@ -114,9 +116,7 @@ def _route(config: RouteConfig, output: Path) -> Path:
             f"programs is {config.programs}; the model has {policy.backbone.num_layers} layers, "
             "and each program drops one more."
         )
-    sizes = {"eval_frames": config.eval_frames, "seed": config.seed}
-    decode = partial(fixed_points, policy)
-    data = OnlineData(config.roots, policy, pre, decode, teacher_states=True, **sizes)
+    data = config.data(policy, pre, states=False)
     programs = found_programs(data, config)
     router = ProgramRouter(require(policy.backbone, HasExits, "route").exit_parts()[2], programs)
     train(router, data, config)
@@ -141,7 +141,7 @@ def _route(config: RouteConfig, output: Path) -> Path:
     return output
 
 
-def found_programs(data: OnlineData, config: RouteConfig) -> list[Program]:
+def found_programs(data: DistillData, config: RouteConfig) -> list[Program]:
     """All layers, then programs that each drop the layer that matters least."""
     random = np.random.default_rng([config.seed, 1])
     rows = data.draw(config.search_frames, random, 0)
@@ -169,7 +169,7 @@ def costs(frames: Frames, programs: list[Program], harm: float) -> tuple[Tensor,
     return shares + harm * (errors - errors[:, :1]).clamp(min=0), errors
 
 
-def train(router: ProgramRouter, data: OnlineData, config: RouteConfig) -> None:
+def train(router: ProgramRouter, data: DistillData, config: RouteConfig) -> None:
     """Minimise the expected cost of the router's choice."""
     optimizer = torch.optim.AdamW(router.parameters(), lr=config.lr, weight_decay=0.0)
     with tqdm(total=config.steps, desc="route", unit="step", dynamic_ncols=True) as bar:
@@ -186,7 +186,7 @@ def train(router: ProgramRouter, data: OnlineData, config: RouteConfig) -> None:
 
 @torch.no_grad()
 def held_out(
-    router: ProgramRouter, data: OnlineData, config: RouteConfig
+    router: ProgramRouter, data: DistillData, config: RouteConfig
 ) -> dict[str, dict[str, float]]:
     """Mean layers, error [bins] and cost on held-out frames, by how the program is chosen."""
     frames = Frames(data, data.held_out, config, np.random.default_rng(config.seed))

@@ -36,6 +36,7 @@ class NgramOptions(Options):
     "drafts of L tokens from the previous chunk",
     ("ngram4", "ngram8"),
     options=NgramOptions,
+    rows_wait=True,
 )
 def decode_ngram(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode a block with drafts of up to ``L`` tokens, each verified in one forward.

@@ -159,6 +159,12 @@ class _Online(_Layers):
 _COUNTS: WeakKeyDictionary[Any, list[float]] = WeakKeyDictionary()
 
 
+def _forget(backbone: Any) -> None:
+    """Let `del` start from its prior again."""
+    for own in getattr(backbone, "exits", {}).values():
+        _COUNTS.pop(own, None)
+
+
 @dataclass(frozen=True)
 class SpecOptions(Options):
     """Layers that draft, length of a draft [tokens], and distance of accepted tokens [bins]."""
@@ -175,6 +181,7 @@ class SpecOptions(Options):
     ("spec{exit}x4", "spec{exit}x4r2"),
     options=SpecOptions,
     relaxes=lambda options: bool(options.near),
+    rows_wait=True,
     needs=(ResumesLayers,),
 )
 def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
@@ -203,6 +210,8 @@ def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     "del",
     "as spec, with K and L chosen online",
     ("del",),
+    rows_wait=True,
+    forget=_forget,
     needs=(HasExits, ResumesLayers),
 )
 def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:

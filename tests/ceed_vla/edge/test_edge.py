@@ -37,6 +37,7 @@ from ceed_vla.errors import (
 )
 from ceed_vla.export.cached import cached_export
 from ceed_vla.export.export import ExportConfig, export
+from ceed_vla.real_time import decode_behind
 from ceed_vla.sim.environment import observation_batch
 
 STATE = "observation.state"
@@ -242,6 +243,25 @@ def test_wrong_arguments(
         edge.decode(raw, instruction, **arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"executed_steps": 0}, {"executed_steps": 99}, {"frozen_steps": 8}, {"frozen_steps": "2"}],
+)
+def test_wrong_steps_behind_frozen_ones(
+    edge: EdgePolicy, observations: list[Any], arguments: dict[str, Any]
+) -> None:
+    raw, instruction, _ = observations[0]
+    batch = {"observation": raw}
+    policy, _, _ = ceed_vla.load("student")
+    steps = {"frozen_steps": 2, "previous": np.zeros((1, 56), np.int64), **arguments}
+    for decode, given in (
+        (edge.decode_behind, edge.prepare(raw, instruction)),
+        (partial(decode_behind, policy), batch),
+    ):
+        with pytest.raises(ConfigError, match=rf"{next(iter(arguments))} is .*must be an int in"):
+            decode(given, **steps)
+
+
 def test_decoders_of_axes_are_refused(edge: EdgePolicy) -> None:
     with pytest.raises(ConfigError, match="'ngram3' does not run on an export; use ar, jacobi"):
         edge.decoding_config("ngram3")
@@ -343,7 +363,7 @@ def test_a_student_with_fewer_prefix_tokens(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="is not an empty folder; name a new one"):
+    with pytest.raises(ConfigError, match="is a link, a mount or not empty; name a new folder"):
         export(ExportConfig("student", str(tmp_path)))
     assert (tmp_path / "file").read_text() == "mine"
     monkeypatch.setitem(sys.modules, "onnxscript", None)

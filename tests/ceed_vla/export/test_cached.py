@@ -19,6 +19,7 @@ from ceed_vla.edge import EdgePolicy
 from ceed_vla.errors import ConfigError
 from ceed_vla.export.cached import cache_folder, cached_export, cached_policy
 from ceed_vla.export.export import _check_steps
+from ceed_vla.folders import resolve_checkpoint
 
 
 @pytest.fixture
@@ -63,6 +64,48 @@ def test_a_damaged_export_is_made_again(made: list[Path], damage: str) -> None:
     assert len(made) == 2
     assert not rest.exists()
     assert [f.name for f in cache_folder().iterdir() if f.is_dir()] == [folder.name]
+
+
+def test_processes_that_find_the_same_damage_make_one_export(made: list[Path]) -> None:
+    folder = cached_export("student")
+    (folder / "block.onnx").write_bytes(b"")
+    found: list[EdgePolicy] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(cached_policy("student", 1))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+
+
+def test_a_checkpoint_that_changes_while_it_is_exported(
+    made: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(resolve_checkpoint("student"), tmp_path / "current")
+    export = cached._export
+
+    def replaced(source: Any, *rest: Any) -> None:
+        export(source, *rest)
+        config = checkpoint / "config.json"
+        config.write_text(config.read_text() + " ")
+
+    monkeypatch.setattr(cached, "_export", replaced)
+    with pytest.raises(ConfigError, match="was replaced while it was exported; load it again"):
+        cached_export(checkpoint)
+    assert not made[0].exists()
+
+
+def test_the_reason_of_an_export_that_was_killed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(returncode=-9, stderr="WARNING: no manifest\n")
+
+    monkeypatch.setattr(cached.subprocess, "run", killed)
+    with pytest.raises(ConfigError, match="exit code -9, killed, perhaps for memory; export it"):
+        cached._export("it", tmp_path, "", 0)
 
 
 def test_the_oldest_exports_are_removed(made: list[Path]) -> None:

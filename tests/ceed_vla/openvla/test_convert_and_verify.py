@@ -248,3 +248,8 @@ def test_a_chunk_of_another_length_is_said(
     assert "decodes chunks of 1, the cases hold 2" in capsys.readouterr().err
     assert cli.main(["verify", str(cases), "--policy_path", "student"]) == 1
     assert "student runs a compact model" in capsys.readouterr().err
+
+
+def test_the_type_of_a_checkpoint_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "cases", "--policy.path", "it", "--dtype", "bfloat16"]) == 1
+    assert "a checkpoint, which has its own type; leave dtype out" in capsys.readouterr().err

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -29,7 +28,7 @@ from ceed_vla.training.axes.context import (
 )
 from ceed_vla.training.axes.depth import ExitsConfig, exits
 from ceed_vla.training.distill import distill
-from ceed_vla.training.distill_data import DistillData, TrajectoriesConfig
+from ceed_vla.training.distill_data import TrajectoriesConfig
 from ceed_vla.training.joint_exits import JointExitsConfig
 from ceed_vla.training.kept_prefix import keep_by_scorer, keep_places
 from ceed_vla.training.losses import find_loss
@@ -49,9 +48,9 @@ def test_it_learns_what_one_token_costs(studio: Any, tmp_path: Path) -> None:
         assert all(kl >= 0 and 0 <= same <= 1 for kl, same in found.values())
     policy, pre, _ = ceed_vla.load(folder)
     (scorer,) = policy.backbone.context
-    data = DistillData(str(studio.demo), policy, pre, eval_frames=16)
-    data.root, data.frame = np.zeros(len(data.stores[0]), int), np.arange(len(data.stores[0]))
-    data.split()
+    data = ContextConfig(str(folder), str(studio.demo), "", eval_frames=16).data(
+        policy, pre, states=False
+    )
     frames = Scored(data, data.held_out)
     scores = scorer(*frames.tokens)  # (B, N)
     count = scores.shape[1]

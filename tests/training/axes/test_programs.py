@@ -12,8 +12,11 @@ import torch
 
 import ceed_vla
 from ceed_vla.checkpoints import weights_hash
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.training.axes.programs import REPORT, RouteConfig, route
+from ceed_vla.training.beside import DecodedConfig
+from ceed_vla.training.collect_config import CollectConfig
+from ceed_vla.training.trajectories import collect
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +47,23 @@ def test_it_learns_which_layers_a_chunk_needs(studio: Any, tmp_path: Path) -> No
     base, _, _ = ceed_vla.load("teacher")
     pairs = zip(policy.parameters(), base.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_stored_trajectories_replace_decoding(studio: Any, tmp_path: Path) -> None:
+    stored = {"roots": str(studio.demo), "output_dir": str(tmp_path / "stored")}
+    collect(CollectConfig(policy_path="teacher", **stored, max_frames=40))
+    settings = {"programs": 2, "search_frames": 8, "steps": 2, "batch_size": 4, "eval_frames": 8}
+
+    def found(name: str, path: str) -> dict[str, Any]:
+        config = RouteConfig("teacher", str(studio.demo), str(tmp_path / name), **settings)
+        config.trajectories = DecodedConfig(path)
+        return json.loads((route(config) / REPORT).read_text())
+
+    assert found("read", stored["output_dir"])["held_out"]["4 layers"]
+    other = RouteConfig(str(studio.teacher), str(studio.demo), str(tmp_path / "no"), **settings)
+    other.trajectories = DecodedConfig(stored["output_dir"])
+    with pytest.raises(CheckpointError, match="collected from teacher"):
+        route(other)
 
 
 def test_wrong_settings(studio: Any, tmp_path: Path) -> None:

@@ -159,9 +159,9 @@ class _Online(_Layers):
 _COUNTS: WeakKeyDictionary[Any, list[float]] = WeakKeyDictionary()
 
 
-def _forget(backbone: Any) -> None:
+def _forget(backbone: Backbone) -> None:
     """Let `del` start from its prior again."""
-    for own in getattr(backbone, "exits", {}).values():
+    for own in require(backbone, HasExits, "del").exits.values():
         _COUNTS.pop(own, None)
 
 

@@ -36,16 +36,15 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, WRITTEN, claimed_folder, default_console, hashes
+from ceed_vla.sim.env_tasks import check_open, task_of
 from ceed_vla.sim.environment import (
     VALIDATION_SEED,
     Bundle,
     EnvPool,
     check_choice,
-    check_open,
     flags,
     joined,
     observation_batch,
-    task_of,
 )
 from ceed_vla.sim.rollout import Chunk, EpisodeResult, PolicyRunner, rollout
 from ceed_vla.sim.settings import DrivenConfig

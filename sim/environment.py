@@ -59,6 +59,7 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError, SimulationError, raised_as, root_cause
 from ceed_vla.fields import short
+from ceed_vla.sim.env_tasks import MIXED, at_once, has_tasks
 from ceed_vla.sim.seeds import EVALUATION_SEEDS as EVALUATION_SEEDS
 from ceed_vla.sim.seeds import RECORDING_SEEDS as RECORDING_SEEDS
 from ceed_vla.sim.seeds import TAKEOVER_SEEDS as TAKEOVER_SEEDS
@@ -71,8 +72,6 @@ logger = logging.getLogger(__name__)
 # policy, preprocessor, postprocessor, as `ceed_vla.load` returns them
 Bundle = tuple[Any, Any, Any]
 Observation = dict[str, Any]
-
-MIXED = "mixed"
 
 
 @dataclass(frozen=True)
@@ -106,56 +105,6 @@ def register_installed() -> None:
                 import_module(name)
             except Exception as error:  # an external package may raise anything
                 logger.warning("%s cannot be imported: %s", name, root_cause(error))
-
-
-def turns(config: EnvConfig) -> list[str]:
-    """Tasks that an evaluation cycles over its seeds; ["mixed"] if the environment draws them."""
-    return [MIXED] if config.task == MIXED else recorded_tasks(config)
-
-
-def task_of(config: EnvConfig, seed: int) -> str:
-    """Task of the episode of a seed in evaluations."""
-    tasks = turns(config)
-    return tasks[seed % len(tasks)]
-
-
-def recorded_tasks(config: EnvConfig) -> list[str]:
-    """Tasks that a recording cycles over its seeds."""
-    return list(config.tasks()) if _has_tasks(config) else [MIXED]  # type: ignore[attr-defined]
-
-
-def _has_tasks(config: EnvConfig) -> bool:
-    return callable(getattr(config, "tasks", None))
-
-
-def has_expert(config: EnvConfig) -> bool:
-    """Whether the environment's configuration has an expert."""
-    return callable(getattr(config, "act", None))
-
-
-def at_once(config: EnvConfig, wanted: int) -> int:
-    """Number of environments to run side by side in a process, of the `wanted` ones."""
-    return min(wanted, getattr(config, "most_envs", wanted))
-
-
-def check_open(config: EnvConfig, purpose: str) -> None:
-    """Raise `ConfigError` if nothing may be learned or chosen in the environment."""
-    # LeRobot's own LIBERO has the second field
-    if getattr(config, "evaluation_only", getattr(config, "init_states", False)):
-        raise ConfigError(
-            f"{purpose} with --env.type={config.type} as it is set would use the episodes of the "
-            "final evaluation. Set the field that makes it so: --env.states=sampled for "
-            "ceed_libero, --env.init_states=false for LeRobot's libero."
-        )
-
-
-def check_expert(config: EnvConfig, purpose: str) -> None:
-    """Raise `ConfigError` unless the environment has an expert."""
-    if not has_expert(config):
-        raise ConfigError(
-            f"--env.type={config.type} has no expert, which {purpose} needs: its configuration "
-            f"{type(config).__name__} lacks act(env), see sim/environment.py."
-        )
 
 
 def flags(config: EnvConfig) -> list[str]:
@@ -196,7 +145,7 @@ class Environment:
         ):
             # With a task list one environment serves all tasks; otherwise LeRobot creates one per
             # task.
-            make = EnvConfig.create_envs if _has_tasks(config) else make_env
+            make = EnvConfig.create_envs if has_tasks(config) else make_env
             self._suites = make(config, n_envs=1)
             self._envs = []
             for suite, vectors in self._suites.items():
@@ -263,7 +212,7 @@ class Environment:
 
     def reset(self, seed: int, task: str = MIXED) -> None:
         options: dict[str, Any] = {} if task == MIXED else {"task": task}
-        if not _has_tasks(self.config):
+        if not has_tasks(self.config):
             options[NEW_ROLLOUT_OPTION] = True
         name, self._env = self._envs[seed % len(self._envs)]
         if hasattr(self.inner, "init_state_id"):  # LeRobot's libero counts its resets instead
@@ -273,7 +222,7 @@ class Environment:
             reported = info.get("task")
         own = self.config.task or self.config.type
         found = str(reported or (own if len(self._envs) == 1 else name))
-        self.task = task if task != MIXED and _has_tasks(self.config) else found
+        self.task = task if task != MIXED and has_tasks(self.config) else found
         self.success = self.finished = False
 
     def observe(self) -> Observation:

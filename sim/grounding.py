@@ -25,6 +25,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_file
+from ceed_vla.sim.env_tasks import task_of
 from ceed_vla.sim.environment import (
     EVALUATION_SEEDS,
     Bundle,
@@ -32,7 +33,6 @@ from ceed_vla.sim.environment import (
     Privileged,
     joined,
     observation_batch,
-    task_of,
 )
 from ceed_vla.sim.settings import DrivenConfig
 

@@ -19,14 +19,8 @@ from torch import Tensor
 from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.branches import NEEDED, BranchingSimulation, branched
-from ceed_vla.sim.environment import (
-    TAKEOVER_SEEDS,
-    EnvPool,
-    flags,
-    joined,
-    observation_batch,
-    task_of,
-)
+from ceed_vla.sim.env_tasks import task_of
+from ceed_vla.sim.environment import TAKEOVER_SEEDS, EnvPool, flags, joined, observation_batch
 from ceed_vla.sim.rollout import (
     SHARD,
     Episode,

@@ -18,7 +18,7 @@ from ceed_vla.fields import Checked
 from ceed_vla.files import read_json
 from ceed_vla.outputs import claimed_folder, default_console
 from ceed_vla.report.command import PAGE, write_page
-from ceed_vla.sim.environment import MIXED
+from ceed_vla.sim.env_tasks import MIXED
 from ceed_vla.sim.episode_log import EPISODES, EpisodeLog, Results, read_identity
 from ceed_vla.sim.evaluation_report import (
     MARKDOWN,

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ceed_vla.checkpoints import load
 from ceed_vla.real_time import decode_behind
+from ceed_vla.sim.env_tasks import MIXED
 from ceed_vla.sim.environment import (
-    MIXED,
     Bundle,
     Environment,
     EnvPool,

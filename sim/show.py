@@ -19,14 +19,8 @@ from numpy.typing import NDArray
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.fields import SEEDS, ranged
 from ceed_vla.outputs import claim_file
-from ceed_vla.sim.environment import (
-    EVALUATION_SEEDS,
-    Bundle,
-    EnvPool,
-    images_of,
-    observation_batch,
-    task_of,
-)
+from ceed_vla.sim.env_tasks import task_of
+from ceed_vla.sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, images_of, observation_batch
 from ceed_vla.sim.evaluation import load_bundles
 from ceed_vla.sim.evaluation_config import MOVED
 from ceed_vla.sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from ceed_vla.fields import COUNTS, SEEDS, chosen, ranged
 from ceed_vla.sim.engines import ENGINES
-from ceed_vla.sim.environment import VALIDATION_SEED, check_choice, check_open
+from ceed_vla.sim.env_tasks import check_open
+from ceed_vla.sim.environment import VALIDATION_SEED, check_choice
 from ceed_vla.sim.settings import DrivenConfig
 from ceed_vla.workers import MOST, ClusterConfig
 

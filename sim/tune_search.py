@@ -14,7 +14,8 @@ from ceed_vla.decoding import decoder_ladders, exit_ladders
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.decoders import Row
 from ceed_vla.sim.engines import engines_of, open_engines, resolved, with_eager
-from ceed_vla.sim.environment import Bundle, EnvPool, task_of
+from ceed_vla.sim.env_tasks import task_of
+from ceed_vla.sim.environment import Bundle, EnvPool
 from ceed_vla.sim.rollout import SHARD, PolicyRunner
 from ceed_vla.sim.timing import (
     Observations,

@@ -23,7 +23,8 @@ from ceed_vla.decoding.exits import Seen
 from ceed_vla.decoding.registry import register_exit
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.branches import NEEDED, BranchingSimulation, branched
-from ceed_vla.sim.environment import TAKEOVER_SEEDS, EnvPool, joined, observation_batch, turns
+from ceed_vla.sim.env_tasks import turns
+from ceed_vla.sim.environment import TAKEOVER_SEEDS, EnvPool, joined, observation_batch
 from ceed_vla.sim.rollout import (
     SHARD,
     Episode,

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from ceed_vla.extras import require
 from ceed_vla.fields import check_fields, chosen, ranged
-from ceed_vla.sim.environment import MIXED, Privileged
+from ceed_vla.sim.env_tasks import MIXED
+from ceed_vla.sim.environment import Privileged
 from ceed_vla.sim.metaworld import ENV_ID, MAX_EPISODE_STEPS
 from ceed_vla.sim.metaworld.tasks import ALL_TASKS, LARGEST_IMAGE, PRIVILEGED_NAMES, TASKS
 from ceed_vla.sim.suites import suite_per_task

@@ -11,15 +11,8 @@ from lerobot.envs.configs import EnvConfig
 from ceed_vla.decoding.names import named_config
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
-from ceed_vla.sim.environment import (
-    RECORDING_SEEDS,
-    TAKEOVER_SEEDS,
-    at_once,
-    check_expert,
-    check_open,
-    flags,
-    recorded_tasks,
-)
+from ceed_vla.sim.env_tasks import at_once, check_expert, check_open, recorded_tasks
+from ceed_vla.sim.environment import RECORDING_SEEDS, TAKEOVER_SEEDS, flags
 from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 from ceed_vla.workers import MOST, ClusterConfig
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged, short
-from ceed_vla.sim.environment import MIXED, Privileged
+from ceed_vla.sim.env_tasks import MIXED
+from ceed_vla.sim.environment import Privileged
 from ceed_vla.sim.suites import suites
 from ceed_vla.sim.tabletop import ENV_ID, MAX_EPISODE_STEPS
 from ceed_vla.sim.tabletop.tasks import CAMERAS, COLORS, MAX_IMAGE_SIZE, SPLITS, TASKS

@@ -11,7 +11,8 @@ from typing import Any
 
 from lerobot.envs.configs import EnvConfig
 
-from ceed_vla.sim.environment import EnvPool, joined, turns
+from ceed_vla.sim.env_tasks import turns
+from ceed_vla.sim.environment import EnvPool, joined
 from ceed_vla.sim.episode_log import EPISODES
 from ceed_vla.sim.evaluate import EvalConfig
 from ceed_vla.sim.rollout import EpisodeResult, PolicyRunner, rollout

@@ -20,14 +20,8 @@ from lerobot.envs.configs import EnvConfig, LiberoEnv
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding import named_config
 from ceed_vla.errors import ConfigError, SimulationError
-from ceed_vla.sim.environment import (
-    Environment,
-    EnvPool,
-    check_expert,
-    flags,
-    joined,
-    register_installed,
-)
+from ceed_vla.sim.env_tasks import check_expert
+from ceed_vla.sim.environment import Environment, EnvPool, flags, joined, register_installed
 from ceed_vla.sim.evaluate import EvalConfig, prepared
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv

@@ -66,7 +66,7 @@ class EpisodeLog:
             and so on.
         plan: Task of every seed; "mixed" for any.
         longest: Step limit of an episode.
-        versions: Those of the software that runs the episodes.
+        versions: Those of the software that runs the episodes; None: not compared.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class EpisodeLog:
         identity: dict[str, Any],
         plan: dict[int, str],
         longest: int,
-        versions: dict[str, str],
+        versions: dict[str, str] | None,
     ) -> None:
         self.file = folder / EPISODES
         self.identity = json.loads(json.dumps(identity))
@@ -189,7 +189,7 @@ class EpisodeLog:
                 )
 
     def _check_versions(self, theirs: Any) -> None:
-        if theirs == self.versions:
+        if self.versions is None or theirs == self.versions:
             return
         names = [*self.versions, *theirs] if isinstance(theirs, dict) else []
         other = [

@@ -132,9 +132,7 @@ def _read(folder: Path) -> Part:
     if set(report["decoders"]) != set(identity["decoders"]) or "timing" not in report:
         raise ConfigError(f"{folder} has a report of other decoders; run this shard again.")
     known = dict.fromkeys(range(seeds["first"], seeds["first"] + seeds["count"]), MIXED)
-    log = EpisodeLog(
-        folder, {**identity, SHARD: shard}, known, report["max_episode_steps"], report["versions"]
-    )
+    log = EpisodeLog(folder, {**identity, SHARD: shard}, known, report["max_episode_steps"], None)
     return Part(folder, shard[0], shard[1], identity, report, log.read())
 
 

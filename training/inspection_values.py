@@ -110,14 +110,14 @@ def _treatment(row: Row, is_action: bool) -> str:
             f"The state is standardised: its rarest value is {far:.0f} standard deviations from "
             "the median. Check its unit."
         )
+    if row.distinct == 2:
+        return "Its two values are written as two tokens."
     if row.near_zero >= SPARSE:
         return (
             f"It is sparse (near zero in {row.near_zero:.1%} of the frames; the limit is "
             f"{SPARSE:.0%}), so its tokens span its extremes [{row.min:.4g}, {row.max:.4g}], not "
             "its quantiles."
         )
-    if row.distinct == 2:
-        return "Its two values are written as two tokens."
     return (
         f"Its tokens span its quantiles [{row.q01:.4g}, {row.q99:.4g}], which clips its rare "
         "values, unless --policy.action_tokens.action_low and .action_high are set."

@@ -22,6 +22,8 @@ class Prefix[C: BlockCache]:
     logits: Tensor  # (B, V) of the first action token
     cache: C  # keys and values of the prefix; decoders write the block behind them
     dropped: int = field(default=0, kw_only=True)  # prefix tokens that did not run
+    # exits' own layers that ran on it, besides those of the model
+    more_layers: int = field(default=0, kw_only=True)
     # (B, d) hidden vector behind the last layer that predicts slot 0, if the model returns it
     state: Tensor | None = field(default=None, kw_only=True)
 

@@ -117,5 +117,6 @@ def decode_block(
     if result.layer_forwards is None:
         result.layer_forwards = result.iterations * backbone.num_layers
     if result.prefix_layers is None:
-        result.prefix_layers = torch.full_like(result.iterations, backbone.num_layers)
+        ran = backbone.num_layers + prefix.more_layers
+        result.prefix_layers = torch.full_like(result.iterations, ran)
     return result

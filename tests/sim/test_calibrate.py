@@ -127,7 +127,7 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
     ]
     assert chosen == {"risk0.02": "agree1", "risk0.1": "agree2", "risk0.001": "jacobi_h"}
     assert len(rows) == len(asked)
-    assert [row.deadline_ms for row in rows[-4:]] == [8.0] * 4  # one forward each here
+    assert [row.deadline_ms for row in rows[-4:]] == [3.0] * 4  # one forward each here
     # it has no exits
     unknown = replace(config, signals=["trust", "deer3"])
     with pytest.raises(ConfigError, match=r"trust, deer3; this policy has .*agree.*keep"):

@@ -67,7 +67,7 @@ def test_options_are_parsed_from_the_command_line() -> None:
         ({"delay_ms": [-1.0]}, "--delay_ms"),
         ({"delay": "measured", "timing_chunks": 0}, "--timing_chunks"),
         ({"delay": "measured", "delay_ms": [100.0]}, "include 0 in --delay_ms"),
-        ({"delay": "measured", "num_shards": 2}, "set --delay_ms in all shards"),
+        ({"delay": "measured", "num_shards": 2, "batch": 1}, "set --delay_ms in all shards"),
         ({"decoders": "gap5_cap2"}, "Unknown decoder"),
         ({"workers": 0}, "--workers is 0"),
         ({"device": "cuda:77"}, "The device is 'cuda:77'; this machine has cpu"),

@@ -46,7 +46,7 @@ def test_features_ranges_and_grippers_are_the_datas(store: FrameStore) -> None:
         "observation.state": (14,),
     }
     assert config.action_dim == 7
-    assert config.action_tokens.gripper_dims == [2, 6]
+    assert config.action_tokens.gripper_dims == [2, 3, 6]
     config.action_tokens.fit(7, stats["action"])
     quantile = np.abs(np.quantile(store.action, [0.01, 0.99], axis=0)).max(0)
     assert config.action_tokens.action_high[:2] == pytest.approx(quantile[:2].tolist(), rel=1e-4)

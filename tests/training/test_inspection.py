@@ -70,7 +70,7 @@ def test_what_a_data_set_holds(
     assert report["dimensions"]["observation.state"][0]["max"] == 19
     lines = "\n".join(report["choices"])
     for words in (
-        "grip: two values",
+        "grip, rare: two values",
         "dx: increments",
         "rare: near zero in 90%",
         "wide: at an end",

@@ -111,7 +111,12 @@ class TransformersBackbone(TransformersCapabilities, TrainableBackbone):
         cache.seal_prefix(real.shape[1])
         padding = None if bool(real.all()) else real
         return TransformersPrefix(
-            self.score(hidden), cache, padding, embeddings.next_position, state=hidden
+            self.score(hidden),
+            cache,
+            padding,
+            embeddings.next_position,
+            state=hidden,
+            more_layers=sum(own.layer is not None for own in self.exits.values()),
         )
 
     def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ceed_vla import CeedVLAPolicy
+from ceed_vla.axes.depth.exits import make_exits
 from ceed_vla.axes.programs.router import ProgramRouter
 from ceed_vla.backbones.check import check_backbone
 from ceed_vla.backbones.language.config import LanguageConfig
@@ -88,6 +89,15 @@ def test_a_checkpoint_needs_no_other_folder(model_folder: Path, tmp_path: Path) 
     shutil.rmtree(folder)
     again, pre, _ = load(tmp_path / "checkpoint")
     assert torch.equal(again.decode(observed(again, pre, TASKS), "ar").tokens, expected)
+
+
+def test_own_layers_of_exits_are_counted_in_the_prefix(model_folder: Path) -> None:
+    policy, pre, _ = make_policy(model_folder)
+    batch = observed(policy, pre, TASKS)
+    layers = policy.backbone.num_layers
+    for kind, more in (("linear", 0), ("layer", 1)):
+        policy.backbone.exits = make_exits(policy.backbone, [1], kind)
+        assert policy.decode(batch, "cap1").prefix_layers.tolist() == [layers + more] * len(TASKS)
 
 
 def test_a_router_chooses_the_layers_and_stays_with_the_checkpoint(

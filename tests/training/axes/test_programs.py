@@ -60,7 +60,7 @@ def test_stored_trajectories_replace_decoding(studio: Any, tmp_path: Path) -> No
         return json.loads((route(config) / REPORT).read_text())
 
     assert found("read", stored["output_dir"])["held_out"]["4 layers"]
-    other = RouteConfig(str(studio.teacher), str(studio.demo), str(tmp_path / "no"), **settings)
+    other = RouteConfig("student_all_tokens", str(studio.demo), str(tmp_path / "no"), **settings)
     other.trajectories = DecodedConfig(stored["output_dir"])
     with pytest.raises(CheckpointError, match="collected from teacher"):
         route(other)

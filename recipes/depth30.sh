@@ -12,11 +12,12 @@ axes=$out/30/axes student=$out/30/student/checkpoints/final cut=$out/16/student/
 reached="$data/perturb1,$data/takeover0,$data/drift0"
 mkdir -p "$axes"
 begin() { echo "$(date -u +%FT%TZ) $*" | tee -a "$axes/log.txt"; }
-evaluate() { # name checkpoint seed episodes decoders [other flags]
+evaluate() { # name checkpoint seed episodes decoders [flags instead of those of an evaluation that is not timed]
+  local more=(--timing_chunks 0 --workers 2 --threads 1)
+  [ $# -le 5 ] || more=("${@:6}")
   begin "$1"
-  ceed-vla eval --policy.path "$2" --decoders "only=$5" --episodes "$4" --seed "$3" --clips false --workers 2 --threads 1 \
-    --output_dir "$axes/$1" --resume "$([ -e "$axes/$1/episodes.jsonl" ] && echo true || echo false)" \
-    --timing_chunks 0 "${@:6}"
+  ceed-vla eval --policy.path "$2" --decoders "only=$5" --episodes "$4" --seed "$3" --clips false "${more[@]}" \
+    --output_dir "$axes/$1" --resume "$([ -e "$axes/$1/episodes.jsonl" ] && echo true || echo false)"
 }
 
 # 1. The student's own trajectories, and exits at three depths: with a layer of their own (Balcony), linear ones, and linear ones
@@ -29,12 +30,12 @@ evaluate() { # name checkpoint seed episodes decoders [other flags]
   touch "$axes/collected"
 }
 beside() { # command name [other flags]
-  [ -e "$axes/$2/config.json" ] || {
+  [ -e "$axes/$2/$1.json" ] || { # it is written last
     begin "$2"
     ceed-vla "$1" --policy.path "$student" --output_dir "$axes/$2" --roots "$reached" --trajectories.path "$axes/trajectories" \
       --threads 2 "${@:3}"
   }
-  cmp "$student/model.safetensors" "$axes/$2/model.safetensors"
+  cmp "$student/pretrained_model/model.safetensors" "$axes/$2/model.safetensors"
 }
 beside exits exits_layer --layers "[8,15,22]" --kind layer --steps 240
 beside exits exits_linear --layers "[8,14,15,21,22]" --steps 240
@@ -69,7 +70,7 @@ evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec8x6_h,spec
   ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" --signals "[conf,agree,sure15]" \
     --epsilons "[0.05,0.1]" --episodes 100 --workers 2 --threads 1
 }
-[ -e "$axes/tune/plans.json" ] || {
+[ -e "$axes/tune/checkpoint/config.json" ] || {
   begin tune
   ceed-vla tune --policy.path "$axes/exits_linear" --output_dir "$axes/tune" --save true --population 8 --generations 2 \
     --episodes 8 --chunks 12 --threads 2
@@ -77,7 +78,7 @@ evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec8x6_h,spec
 
 # 6. The table: success on evaluation seeds, once, and milliseconds in turns, for the decoders chosen above. Timing needs a quiet
 #    machine. Set CHOSEN, CHOSEN_LAYER and CHOSEN_SKIP from the files in step 3.
-[ -n "${CHOSEN:-}" ] || { begin "choose CHOSEN, CHOSEN_LAYER and CHOSEN_SKIP, then run the script again"; exit 0; }
+[ -n "${CHOSEN:-}" ] && [ -n "${CHOSEN_LAYER:-}" ] && [ -n "${CHOSEN_SKIP:-}" ] || { begin "choose CHOSEN, CHOSEN_LAYER and CHOSEN_SKIP, then run the script again"; exit 0; }
 timed="--timing_chunks 60 --workers 1 --threads 2"
 for pair in "linear exits_linear ceed,$CHOSEN" "layer exits_layer $CHOSEN_LAYER" "skip route $CHOSEN_SKIP"; do
   read -r name folder decoders <<<"$pair"

@@ -15,15 +15,17 @@ data="$out/data" teacher="$out/deep_teacher/checkpoints/final" student="$out/dee
 roots="$data/clean,$data/perturb0,$data/perturb1,$data/takeover0,$data/takeover1"
 reached="$data/perturb1,$data/takeover0,$data/takeover1"
 begin() { echo "$(date -u +%FT%TZ) $*" | tee -a "$out/learning.txt"; }
-evaluate() { # name checkpoint seed episodes decoders [other flags]
+evaluate() { # name checkpoint seed episodes decoders [flags instead of those of an evaluation that is not timed]
+  local more=(--timing_chunks 0 --workers 2)
+  [ $# -le 5 ] || more=("${@:6}")
   begin "$1"
-  ceed-vla eval --policy.path "$2" --decoders "$5" --episodes "$4" --seed "$3" --workers 2 --clips false --timing_chunks 0 "${@:6}" \
+  ceed-vla eval --policy.path "$2" --decoders "$5" --episodes "$4" --seed "$3" --clips false "${more[@]}" \
     --output_dir "$out/learning/$1" --resume "$([ -e "$out/learning/$1/episodes.jsonl" ] && echo true || echo false)"
 }
 
 # 1. Programs by importance, and routers of them for three weights of the error. As controls, the same programs for all chunks.
 for harm in 0.05 0.1 0.2; do
-  [ -e "$out/route_$harm/router.safetensors" ] || ceed-vla route --policy.path "$student" --roots "$reached" --programs 6 \
+  [ -e "$out/route_$harm/route.json" ] || ceed-vla route --policy.path "$student" --roots "$reached" --programs 6 \
     --harm "$harm" --output_dir "$out/route_$harm"
   evaluate "route_$harm" "$out/route_$harm" 40000 200 only=route0.2_conf0.2_cap2,route0_cap2
 done
@@ -68,7 +70,7 @@ evaluate improve_before "$student" 40000 200 only=cap1,ceed
 
 # 4. The table: success on evaluation seeds, once, and milliseconds in turns, for the decoders chosen above. Timing needs a quiet
 #    machine. Set HARM, CHOSEN_SKIP and CHOSEN_EXIT from the files in $out/learning.
-[ -n "${HARM:-}" ] || { begin "choose HARM, CHOSEN_SKIP and CHOSEN_EXIT, then run the script again"; exit 0; }
+[ -n "${HARM:-}" ] && [ -n "${CHOSEN_SKIP:-}" ] && [ -n "${CHOSEN_EXIT:-}" ] || { begin "choose HARM, CHOSEN_SKIP and CHOSEN_EXIT, then run the script again"; exit 0; }
 timed="--timing_chunks 60 --workers 1"
 # shellcheck disable=SC2086 # the flags are separate words
 {

@@ -28,9 +28,11 @@ finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors"
 (record perturb0 perturb 1000 1000; record clean clean 300 0) &
 record perturb1 perturb 1200 3000 &
 wait_all
-record ground0 grounding 8000 6000 &
-record ground1 grounding 9000 18000 &
-wait_all
+if [ -z "${TEACHER:-}" ]; then # for a teacher, and for deep.sh
+  record ground0 grounding 8000 6000 &
+  record ground1 grounding 9000 18000 &
+  wait_all
+fi
 demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
 
 # 2. Train the teacher in two runs of two processes each. Run `first` trains on grounding scenes without actions, then on

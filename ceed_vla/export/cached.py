@@ -79,11 +79,12 @@ def cached_policy(
         from ceed_vla.edge.policy import EdgePolicy
 
     folder = cached_export(checkpoint, decoders, discover_packages)
+    damaged = folder.stat().st_ino
     try:
         return EdgePolicy(folder, threads)
     except (CheckpointError, VerificationError) as error:
         logger.warning("%s is exported again. %s", checkpoint, error)
-        _remove_damaged(folder)
+        _remove_damaged(folder, damaged)
         return EdgePolicy(cached_export(checkpoint, decoders, discover_packages), threads)
 
 
@@ -133,11 +134,15 @@ def _not_writable(cache: Path, error: OSError) -> ConfigError:
     )
 
 
-def _remove_damaged(folder: Path) -> None:
-    """Remove an export that cannot be loaded; another process may do so, too."""
+def _remove_damaged(folder: Path, damaged: int) -> None:
+    """Remove an export that cannot be loaded, unless another process has replaced it meanwhile.
+
+    `damaged` is the inode of its folder.
+    """
     try:
         with _locked(folder):
-            _remove(folder)
+            if folder.exists() and folder.stat().st_ino == damaged:
+                _remove(folder)
     except OSError as error:
         raise _not_writable(folder.parent, error) from error
 

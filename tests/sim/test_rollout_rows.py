@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
 
+from ceed_vla.axes.drafts import speculation
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding import named_config
 from ceed_vla.sim.environment import EnvPool, joined
+from ceed_vla.sim.evaluation import whole_batches
+from ceed_vla.sim.evaluation_config import EvalConfig
 from ceed_vla.sim.rollout import Episode, PolicyRunner, rollout
+from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 
 EPISODES = [(40_000, "push_cube"), (40_001, "push_cube"), (40_002, "push_cube")]
@@ -40,22 +46,37 @@ def test_only_decoders_whose_rows_wait_run_one_at_a_time() -> None:
     assert found == {name: name in alone for name in found}
 
 
-def test_a_decoder_that_learns_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ceed_vla.axes.drafts import speculation
+class Exit:
+    """What `del` counts by."""
 
+
+def test_del_forgets_what_it_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = named_config("del").decoder
     assert decoder.forget is not None
     policy, _, _ = load("student")
-    own = object()
-
-    class Exit:
-        pass
-
     own = Exit()
     monkeypatch.setattr(policy.backbone, "exits", {1: own}, raising=False)
     speculation._COUNTS[own] = [1.0, 2.0]
     decoder.forget(policy.backbone)
     assert own not in speculation._COUNTS
+
+
+def test_a_decoder_that_learns_begins_anew_with_every_batch() -> None:
+    env = CeedTabletopEnv(task="push_cube", episode_length=12)
+    forgot: list[object] = []
+    decoding = named_config("jacobi_h")
+    vars(decoding)["decoder"] = replace(decoding.decoder, forget=forgot.append)
+    with EnvPool(2, env) as pool:
+        bundle = joined(load("student"), env)
+        runner = PolicyRunner(bundle, decoding)
+        assert len(list(rollout(runner, pool, EPISODES))) == 3
+    assert forgot == [bundle[0].backbone]
+
+    row = SimpleNamespace(name="row", decoding=decoding)
+    config = EvalConfig(CheckpointPath("student"), env=env, seed=40_000, episodes=4, batch=2)
+    done = [SimpleNamespace(seed=seed) for seed in (40_000, 40_001, 40_002)]
+    found = whole_batches(config, [row], {"row": list(done)})  # type: ignore[list-item]
+    assert [episode.seed for episode in found["row"]] == [40_000, 40_001]
 
 
 class Limited(gymnasium.Env[Any, Any]):

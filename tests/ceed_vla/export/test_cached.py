@@ -78,6 +78,7 @@ def test_processes_that_find_the_same_damage_make_one_export(made: list[Path]) -
     for thread in threads:
         thread.join()
     assert len(found) == 3
+    assert len(made) == 2  # the first one, and one in its place
 
 
 def test_a_checkpoint_that_changes_while_it_is_exported(

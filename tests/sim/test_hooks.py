@@ -48,6 +48,13 @@ def test_rounds_that_leave_their_seeds_are_refused(seed: int, rounds: int) -> No
     TakeoverRecorder(CeedTabletopEnv(), 2, seed=39_998, rounds=1)
 
 
+def test_an_environment_for_evaluation_is_refused_before_training() -> None:
+    env = CeedTabletopEnv()
+    env.evaluation_only = True  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"Recording takeovers \(--rounds\) with --env.type="):
+        TakeoverRecorder(env, 2, seed=39_000, rounds=1)
+
+
 def test_a_policy_of_another_robot_is_refused_before_it_is_trained() -> None:
     policy = CeedVLAConfig.read(resolve_checkpoint("student"))
     ClosedLoopValidation(CeedTabletopEnv()).check(policy)

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("onnxscript", reason="exports need the extra export")
 
 import ceed_vla.export.cached as cached
 from ceed_vla.edge import EdgePolicy
 from ceed_vla.errors import ConfigError
+from ceed_vla.export import onnx_files
 from ceed_vla.export.cached import cache_folder, cached_export, cached_policy
 from ceed_vla.export.export import _check_steps
 from ceed_vla.folders import resolve_checkpoint
@@ -153,3 +155,22 @@ def test_steps_that_exports_do_not_have_are_refused() -> None:
         _check_steps("it", [Relative(enabled=True)])
     with pytest.raises(ConfigError, match="the processor step SimpleNamespace"):
         _check_steps("it", [SimpleNamespace(rename_map={"a": "b"})])
+
+
+def test_the_size_of_a_graph_is_that_of_what_it_uses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Half(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = torch.nn.Linear(4, 4), torch.nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)  # type: ignore[no-any-return]
+
+    inputs = {"x": torch.zeros(1, 4)}
+    monkeypatch.setattr(onnx_files, "MOST_GRAPH", 1000)
+    onnx_files.write_graph(tmp_path / "half.onnx", Half(), inputs, ["y"])
+    monkeypatch.setattr(onnx_files, "MOST_GRAPH", 50)
+    with pytest.raises(ConfigError, match=r"half\.onnx would have .* Run it with torch"):
+        onnx_files.write_graph(tmp_path / "half.onnx", Half(), inputs, ["y"])

@@ -54,11 +54,12 @@ def write(root: Path, features: dict[str, Any] = FEATURES) -> Path:
         patch.setattr(dataset_writer, "compute_episode_stats", _stats_in_shape)
         for episode, length in enumerate(LENGTHS):
             for step in range(length):
+                rare = {7: 1.0, 8: 0.005}.get(step, 0.0) if episode == 0 else 0.0
                 values = {
                     "observation.image": np.full((8, 10, 3), step, np.uint8),
                     "observation.state": np.array([random.normal(), 0.5, step], np.float32),
                     "observation.depth": random.random((4, 5), np.float32),
-                    "action": np.array([random.normal(), episode == 0 and step == 7], np.float32),
+                    "action": np.array([random.normal(), rare], np.float32),
                 }
                 frame = {name: value for name, value in values.items() if name in features}
                 dataset.add_frame({**frame, "task": TASKS[episode % len(TASKS)]})

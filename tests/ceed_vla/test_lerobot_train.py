@@ -149,7 +149,7 @@ def uneven(tmp_path: Path) -> Path:
             move = np.zeros(6, np.float32)
             move[:3] = reach * random.uniform(0.6, 1, 3)
             move[3] = random.normal()
-            move[4] = 0.7 if episode == 3 and step in (5, 6) else 0.0
+            move[4] = {5: 0.7, 6: 0.35}.get(step, 0.0) if episode == 3 else 0.0
             move[5] = 255.0 if step > 20 else 0.0
             numbers = {
                 name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()

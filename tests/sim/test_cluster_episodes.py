@@ -26,7 +26,7 @@ from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
 pytest.importorskip("ray", reason="needs the extra cluster")
 pytestmark = pytest.mark.slow
 
-EPISODES = 16
+EPISODES = 40
 # A relative path, which leads nowhere in the folders of the nodes: they receive the checkpoint.
 POLICY = "own/policy"
 FLAGS = (

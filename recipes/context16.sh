@@ -12,6 +12,7 @@ coarse=$out/16 fine=$out/16fine
 roots="$data/clean,$data/perturb0,$data/perturb1,$data/takeover0,$data/takeover1"
 reached="$data/perturb1,$data/takeover0,$data/takeover1"
 mkdir -p "$fine"
+begin() { echo "$(date -u +%FT%TZ) $*" | tee -a "$fine/log.txt"; }
 started() { [ -e "$fine/$1/progress.json" ] && echo true || echo false; }
 finished() { [ -e "$fine/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
 final() { echo "$fine/$1/checkpoints/final"; }
@@ -22,36 +23,51 @@ finished teacher || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli tra
   --roots "$roots" --root_weights 0.08,0.3,0.37,0.125,0.125 --imitate teacher --grounding_steps 0 --rounds 0 \
   --validate_episodes 0 --steps "${STEPS:-300}" --batch_size 24 --lr 2e-4 --muon_lr 0 --threads 1 --save_every 25 \
   --resume "$(started teacher)"
-distill() { # name teacher steps [other flags]
-  finished "$1" || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli distill --output_dir "$fine/$1" --teacher.path "$2" \
-    --trajectories.online true --roots "$roots" --steps "$3" --batch_size 24 --lr 3e-4 --muon_lr 0 --max_updates 1 \
-    --max_iterations 2 --confidence 0.2 --eval_every 0 --validate_episodes 0 --threads 1 --save_every 25 \
-    --resume "$(started "$1")" "${@:4}"
+distill() { # name teacher trajectories roots steps [other flags]
+  finished "$1" || {
+    begin "$1"
+    torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli distill --output_dir "$fine/$1" --teacher.path "$2" \
+      --trajectories.path "$3" --roots "$4" --steps "$5" --batch_size 24 --lr 3e-4 --muon_lr 0 --max_updates 1 \
+      --max_iterations 2 --confidence 0.2 --eval_every 0 --eval_frames 24 --validate_episodes 0 --threads 1 --save_every 25 \
+      --resume "$(started "$1")" "${@:6}"
+  }
 }
-distill student "$(final teacher)" 250
+collect() { # name checkpoint roots frames
+  [ -e "$fine/$1/collected" ] || {
+    begin "$1"
+    ceed-vla collect --policy.path "$2" --roots "$3" --output_dir "$fine/$1" --states false --guesses 1,0,0 --max_frames "$4" \
+      --workers 2 --threads 1 --resume true
+    touch "$fine/$1/collected"
+  }
+}
+finished student || collect trajectories_teacher "$(final teacher)" "$roots" 4000
+distill student "$(final teacher)" "$fine/trajectories_teacher" "$roots" 250
 
 # 2. Scorers of the student's prefix tokens: by frame, and the same in all frames. They read its fixed points.
-[ -e "$fine/collected" ] || {
-  ceed-vla collect --policy.path "$(final student)" --roots "$reached" --output_dir "$fine/trajectories" --states false \
-    --max_frames 3000 --workers 2 --threads 1 --resume true
-  touch "$fine/collected"
-}
+collect trajectories "$(final student)" "$reached" 3000
 scorer() { # name [other flags]
-  [ -e "$fine/$1/context.json" ] || ceed-vla context --policy.path "$(final student)" --output_dir "$fine/$1" --roots "$reached" \
-    --trajectories.path "$fine/trajectories" --dropped 240 --steps 120 --batch_size 8 --eval_frames 64 --threads 2 "${@:2}"
+  [ -e "$fine/$1/context.json" ] || {
+    begin "$1"
+    ceed-vla context --policy.path "$(final student)" --output_dir "$fine/$1" --roots "$reached" --trajectories.path "$fine/trajectories" \
+      --dropped 240 --steps 120 --batch_size 8 --eval_frames 64 --threads 2 "${@:2}"
+  }
+  cmp "$(final student)/pretrained_model/model.safetensors" "$fine/$1/model.safetensors"
 }
 scorer by_frame
 scorer by_place --fixed true
 
 # 3. Students behind both, and behind the whole prefix for as many steps.
-distill longer "$(final student)" 150
-distill behind_frame "$fine/by_frame" 150 --kept "$kept" --kept_by scorer
-distill behind_place "$fine/by_place" 150 --kept "$kept" --kept_by scorer
+own=("$fine/trajectories" "$reached" 150)
+distill longer "$(final student)" "${own[@]}"
+distill behind_frame "$fine/by_frame" "${own[@]}" --kept "$kept" --kept_by scorer
+distill behind_place "$fine/by_place" "${own[@]}" --kept "$kept" --kept_by scorer
 
 # 4. Success on choice seeds, and milliseconds in turns.
-evaluate() { # name checkpoint decoders [seed]
-  ceed-vla eval --policy.path "$2" --decoders "only=$3" --episodes 200 --seed "${4:-40000}" --timing_chunks 0 --clips false --workers 2 \
-    --threads 1 --output_dir "$fine/$1" --resume "$([ -e "$fine/$1/episodes.jsonl" ] && echo true || echo false)"
+evaluate() { # name checkpoint decoders [seed episodes]
+  ! grep -qs '"complete": true' "$fine/$1/report.json" || return 0
+  begin "$1"
+  ceed-vla eval --policy.path "$2" --decoders "only=$3" --episodes "${5:-100}" --seed "${4:-40000}" --timing_chunks 0 --clips false \
+    --workers 2 --threads 1 --output_dir "$fine/$1" --resume "$([ -e "$fine/$1/episodes.jsonl" ] && echo true || echo false)"
 }
 evaluate choose_whole "$(final student)" ceed,cap1
 evaluate choose_longer "$(final longer)" ceed
@@ -59,13 +75,17 @@ for ranking in frame place; do
   evaluate "choose_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2,keep128_conf0.2_cap2"
   evaluate "choose_behind_$ranking" "$(final "behind_$ranking")" ceed
 done
-ceed-vla eval --policy.path "$fine/by_frame" \
-  --decoders "only=conf0.2_cap2,keep128_conf0.2_cap2,keep${kept}_conf0.2_cap2" --episodes 10 --seed 44000 --timing_chunks 60 \
-  --clips false --threads 2 --output_dir "$fine/time" \
-  --resume "$([ -e "$fine/time/episodes.jsonl" ] && echo true || echo false)"
+grep -qs '"complete": true' "$fine/time/report.json" || {
+  begin time
+  ceed-vla eval --policy.path "$fine/by_frame" --decoders "only=conf0.2_cap2,keep128_conf0.2_cap2,keep${kept}_conf0.2_cap2" \
+    --episodes 10 --seed 44000 --timing_chunks 60 --clips false --threads 2 --output_dir "$fine/time" \
+    --resume "$([ -e "$fine/time/episodes.jsonl" ] && echo true || echo false)"
+}
 
 # 5. Success on evaluation seeds, once.
-for name in student longer behind_frame behind_place; do evaluate "table_$name" "$(final "$name")" ceed 50000; done
+for name in student longer behind_frame behind_place; do evaluate "table_$name" "$(final "$name")" ceed 50000 200; done
 for ranking in frame place; do
-  evaluate "table_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2,keep128_conf0.2_cap2" 50000
+  evaluate "table_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2,keep128_conf0.2_cap2" 50000 200
 done
+python recipes/pairs.py "$fine"/table_student:ceed "$fine"/table_*:all | tee "$fine/pairs.md"
+begin end

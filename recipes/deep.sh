@@ -4,6 +4,7 @@
 # run the script again: it resumes.
 #
 #   bash recipes/deep.sh [OUTPUT_FOLDER]    # OUTPUT_FOLDER of tabletop.sh
+#   TRAIN_ONLY=true bash recipes/deep.sh [OUTPUT_FOLDER]    # teacher and student alone
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/tabletop}
@@ -26,6 +27,8 @@ finished deep_student || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cl
   --trajectories.online true --roots "$roots" --output_dir "$out/deep_student" --steps 650 --lr 6e-4 --muon_lr 6e-4 \
   --max_updates 1 --max_iterations 2 --confidence 0.2 --save_every 100 --eval_every 0 --threads 1 \
   --resume "$(started deep_student)"
+
+[ "${TRAIN_ONLY:-false}" = false ] || exit 0
 
 # 3. Train exits, choose thresholds on validation seeds, and evaluate on evaluation seeds.
 [ -e "$out/deep_exits/config.json" ] || ceed-vla exits --policy.path "$student" --output_dir "$out/deep_exits" \

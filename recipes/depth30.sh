@@ -14,6 +14,7 @@ mkdir -p "$axes"
 begin() { echo "$(date -u +%FT%TZ) $*" | tee -a "$axes/log.txt"; }
 evaluate() { # name checkpoint seed episodes decoders [flags instead of those of an evaluation that is not timed]
   local more=(--timing_chunks 0 --workers 2 --threads 1)
+  ! grep -qs '"complete": true' "$axes/$1/report.json" || return 0
   [ $# -le 5 ] || more=("${@:6}")
   begin "$1"
   ceed-vla eval --policy.path "$2" --decoders "only=$5" --episodes "$4" --seed "$3" --clips false "${more[@]}" \
@@ -25,7 +26,7 @@ evaluate() { # name checkpoint seed episodes decoders [flags instead of those of
 #    weights do not change, bit for bit.
 [ -e "$axes/collected" ] || {
   begin collect
-  ceed-vla collect --policy.path "$student" --roots "$reached" --output_dir "$axes/trajectories" --max_frames 4000 --workers 2 \
+  ceed-vla collect --policy.path "$student" --roots "$reached" --output_dir "$axes/trajectories" --max_frames 2000 --workers 2 \
     --threads 1 --resume true
   touch "$axes/collected"
 }
@@ -37,7 +38,7 @@ beside() { # command name [other flags]
   }
   cmp "$student/pretrained_model/model.safetensors" "$axes/$2/model.safetensors"
 }
-beside exits exits_layer --layers "[8,15,22]" --kind layer --steps 240
+beside exits exits_layer --layers "[8,15,22]" --kind layer --lr 5e-4 --steps 240
 beside exits exits_linear --layers "[8,14,15,21,22]" --steps 240
 beside exits exits_drafts --layers "[8,15,22]" --reads fixed_points --steps 240
 
@@ -51,8 +52,10 @@ print(",".join(f"skip{'-'.join(sorted(all_layers - p, key=int))}p0.2_conf0.2_cap
 END
 )
 
-# 3. Thresholds on choice seeds. `cut` has the first 16 layers, trained by the same recipe.
-rules=ceed,cap1,sure8p0.2_conf0.2_cap2,sure15p0.2_conf0.2_cap2,sure22p0.2_conf0.2_cap2,deer15t1_conf0.2_cap2,deer22t1_conf0.2_cap2
+# 3. Thresholds on choice seeds. `cut` has the first 16 layers, trained by the same recipe. An exit with a layer of its own
+#    serves schedules alone: a decoding cannot end there.
+rules=ceed,cap1,cap2_fresh,deer15t1_conf0.2_cap2,deer22t1_conf0.2_cap2
+rules+=,sure8p0.2_conf0.2_cap2,sure15p0.2_conf0.2_cap2,sure15p0.4_conf0.2_cap2,sure22p0.2_conf0.2_cap2
 evaluate choose_linear "$axes/exits_linear" 40000 100 $rules
 schedules=depth8_cap2_fresh,depth15_cap2_fresh,depth22_cap2_fresh # exits with a layer of their own read one depth alone
 for kind in layer linear; do
@@ -64,11 +67,11 @@ evaluate choose_cut "$cut" 40000 100 ceed,cap1,cap2_fresh
 # 4. Exact drafts against the faster of token by token and Jacobi on the executed steps: tokens are equal, so only time differs.
 evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec8x6_h,spec15x6_h,spec22x6_h --timing_chunks 60 --workers 1 --threads 2
 
-# 5. Promised risks, and plans within budgets.
+# 5. A promised risk, and plans within budgets. Neither resumes: start them with two hours left.
 [ -e "$axes/calibrate/calibration.json" ] || {
   begin calibrate
-  ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" --signals "[conf,agree,sure15]" \
-    --epsilons "[0.05,0.1]" --episodes 100 --workers 2 --threads 1
+  ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" --signals "[conf,sure15]" \
+    --epsilons "[0.1]" --episodes 60 --batch 10 --workers 2 --threads 1
 }
 [ -e "$axes/tune/checkpoint/config.json" ] || {
   begin tune
@@ -79,12 +82,17 @@ evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec8x6_h,spec
 # 6. The table: success on evaluation seeds, once, and milliseconds in turns, for the decoders chosen above. Timing needs a quiet
 #    machine. Set CHOSEN, CHOSEN_LAYER and CHOSEN_SKIP from the files in step 3.
 [ -n "${CHOSEN:-}" ] && [ -n "${CHOSEN_LAYER:-}" ] && [ -n "${CHOSEN_SKIP:-}" ] || { begin "choose CHOSEN, CHOSEN_LAYER and CHOSEN_SKIP, then run the script again"; exit 0; }
+#    The first table also has the fastest engine of each row; exits in depth run eagerly alone.
 timed="--timing_chunks 60 --workers 1 --threads 2"
-for pair in "linear exits_linear ceed,$CHOSEN" "layer exits_layer $CHOSEN_LAYER" "skip route $CHOSEN_SKIP"; do
-  read -r name folder decoders <<<"$pair"
+for pair in "linear exits_linear $CHOSEN --engine fastest" "layer exits_layer cap2_fresh,$CHOSEN_LAYER" "skip route $CHOSEN_SKIP"; do
+  read -r name folder decoders engine <<<"$pair"
+  reuse=
+  [ "$name" = linear ] || reuse="--reuse $axes/table_linear"
   # shellcheck disable=SC2086 # the flags are separate words
-  evaluate "table_$name" "$axes/$folder" 50000 200 "$decoders,teacher_ceed,teacher_cap1" --teacher.path "$cut" $timed
+  evaluate "table_$name" "$axes/$folder" 50000 200 "ceed,$decoders,teacher_ceed,teacher_cap1" --teacher.path "$cut" $timed $engine $reuse
 done
-evaluate table_risk "$axes/calibrate/checkpoint" 50000 200 risk0.05,risk0.1
+evaluate table_risk "$axes/calibrate/checkpoint" 50000 200 risk0.1
 evaluate table_plans "$axes/tune/checkpoint" 50000 200 plan
+python recipes/pairs.py "$axes"/table_linear:teacher_ceed "$axes"/table_*:all | tee "$axes/pairs.md"
+python recipes/pairs.py "$axes"/table_linear:ceed "$axes"/table_*:all | tee -a "$axes/pairs.md"
 begin end

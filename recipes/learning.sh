@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What learns, on the pair of 12 layers of `deep.sh`: a router of programs (CoLa), exits that learn together with the student
 # (Splitformer), and weights that learn by reward (S-GRPO) from states chosen by the variance of the reward (ExIt). Each beside
-# its control. Needs the outputs of `deep.sh`. After an interrupt run the script again: it resumes. Every evaluation writes its
-# begin into learning.txt.
+# its control. Needs the outputs of `TRAIN_ONLY=true bash recipes/deep.sh`. After an interrupt run the script again: it resumes.
+# Every evaluation writes its begin into learning.txt.
 #
 #   bash recipes/learning.sh [OUTPUT_FOLDER]    # OUTPUT_FOLDER of tabletop.sh and deep.sh
 set -euo pipefail
@@ -17,6 +17,7 @@ reached="$data/perturb1,$data/takeover0,$data/takeover1"
 begin() { echo "$(date -u +%FT%TZ) $*" | tee -a "$out/learning.txt"; }
 evaluate() { # name checkpoint seed episodes decoders [flags instead of those of an evaluation that is not timed]
   local more=(--timing_chunks 0 --workers 2)
+  ! grep -qs '"complete": true' "$out/learning/$1/report.json" || return 0
   [ $# -le 5 ] || more=("${@:6}")
   begin "$1"
   ceed-vla eval --policy.path "$2" --decoders "$5" --episodes "$4" --seed "$3" --clips false "${more[@]}" \
@@ -26,7 +27,7 @@ evaluate() { # name checkpoint seed episodes decoders [flags instead of those of
 # 1. Programs by importance, and routers of them for three weights of the error. As controls, the same programs for all chunks.
 for harm in 0.05 0.1 0.2; do
   [ -e "$out/route_$harm/route.json" ] || ceed-vla route --policy.path "$student" --roots "$reached" --programs 6 \
-    --harm "$harm" --output_dir "$out/route_$harm"
+    --harm "$harm" --threads 2 --output_dir "$out/route_$harm"
   evaluate "route_$harm" "$out/route_$harm" 40000 200 only=route0.2_conf0.2_cap2,route0_cap2
 done
 fixed=$(python - "$out/route_0.1/route.json" <<'END'
@@ -56,22 +57,21 @@ for kind in coarse linear; do
 done
 
 # 3. Weights that learn by reward, at equal cost in the simulator: from the starts of episodes, from states that episodes
-#    passed, and from those where outcomes differ.
+#    passed, and from those where outcomes differ. `skip` above and `table_route` below have the student as it was.
 for starts in first uniform grown; do
   [ "$(tail -n 1 "$out/improve_$starts/done" 2>/dev/null)" = done ] || {
-    ceed-vla improve --policy.path "$student" --output_dir "$out/improve_$starts" --decoding cap1 --cap 3 --starts "$starts" \
-      --seed 30000 --iterations 1000 --max_control_steps "${CONTROL_STEPS:-600000}" --workers 2 \
+    OMP_NUM_THREADS=2 ceed-vla improve --policy.path "$student" --output_dir "$out/improve_$starts" --decoding cap1 --cap 3 --starts "$starts" \
+      --seed 30000 --iterations 1000 --max_control_steps "${CONTROL_STEPS:-200000}" --workers 2 \
       --resume "$([ -e "$out/improve_$starts/improve.json" ] && echo true || echo false)"
     echo done >"$out/improve_$starts/done"
   }
   evaluate "improve_$starts" "$out/improve_$starts/checkpoints/final" 40000 200 only=cap1,ceed
 done
-evaluate improve_before "$student" 40000 200 only=cap1,ceed
 
 # 4. The table: success on evaluation seeds, once, and milliseconds in turns, for the decoders chosen above. Timing needs a quiet
 #    machine. Set HARM, CHOSEN_SKIP and CHOSEN_EXIT from the files in $out/learning.
 [ -n "${HARM:-}" ] && [ -n "${CHOSEN_SKIP:-}" ] && [ -n "${CHOSEN_EXIT:-}" ] || { begin "choose HARM, CHOSEN_SKIP and CHOSEN_EXIT, then run the script again"; exit 0; }
-timed="--timing_chunks 60 --workers 1"
+timed="--timing_chunks 60 --workers 1 --threads 2"
 # shellcheck disable=SC2086 # the flags are separate words
 {
   evaluate table_route "$out/route_$HARM" 50000 200 "only=ceed,cap1,route0.2_conf0.2_cap2,route0_cap2,$CHOSEN_SKIP" $timed
@@ -83,5 +83,5 @@ timed="--timing_chunks 60 --workers 1"
 for starts in first uniform grown; do
   evaluate "table_improve_$starts" "$out/improve_$starts/checkpoints/final" 50000 200 only=cap1,ceed
 done
-evaluate table_before "$student" 50000 200 only=cap1,ceed
+python recipes/pairs.py "$out"/learning/table_route:ceed "$out"/learning/table_*:all | tee "$out/learning/pairs.md"
 begin end

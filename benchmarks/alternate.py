@@ -4,7 +4,9 @@
 
 Each checkout runs in a process of its own; chunk by chunk both decode the same observation,
 in alternating order, so that slow phases of the machine hit both. For every decoder it prints the
-ratio of the medians (this over the other), with a 95 % interval by resampling pairs of chunks.
+ratio of the medians (this over the other), with a 95 % interval by resampling pairs of chunks. The
+order in which the processes start changes the ratio by some percent too, which this interval lacks:
+two pairs start in opposite orders, and each pair's ratio is printed.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ images = {
     )
     for camera in policy.config.cameras
 }
-print("ready", flush=True)
+print(Path(ceed_vla.__file__).resolve(), flush=True)
 for line in sys.stdin:
     index, decoder = json.loads(line)
     batch = {
@@ -75,8 +77,11 @@ class Checkout:
             text=True,
         )
         assert self.process.stdout is not None
-        if self.process.stdout.readline() != "ready\n":
+        package = self.process.stdout.readline().strip()
+        if not package:
             raise SystemExit(f"{folder} does not load its student; see the message above.")
+        if not Path(package).is_relative_to(folder.resolve()):
+            raise SystemExit(f"{folder} has no ceed_vla; Python found {package}.")
 
     def decode(self, index: int, decoder: str) -> tuple[float, list[int]]:
         """Seconds and tokens of one chunk."""
@@ -84,7 +89,10 @@ class Checkout:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([index, decoder]) + "\n")
         self.process.stdin.flush()
-        seconds, tokens = json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"A checkout cannot decode with {decoder}; see the message above.")
+        seconds, tokens = json.loads(answer)
         return seconds, tokens
 
 
@@ -120,19 +128,20 @@ def main() -> None:
     options = parser.parse_args()
     with zipfile.ZipFile(RECORDED) as archive:
         count = len(np.load(io.BytesIO(archive.read("decoded.npz")))["state"])
-    # The order of the starts changes the ratio by some percent, so the second half reverses it.
     folders = [ROOT, options.other]
     starts = [{which: Checkout(folders[which]) for which in order} for order in ((0, 1), (1, 0))]
-    print("| decoder | this p50 [ms] | other p50 [ms] | ratio [95 %] |\n|---|---|---|---|")
+    print("| decoder | this p50 [ms] | other p50 [ms] | ratio [95 %] | of each pair |")
+    print("|---|---|---|---|---|")
     for decoder in options.decoders.split(","):
-        rows: list[tuple[float, float]] = []
-        for pair in starts:
-            rows += in_turns(pair, decoder, -(-options.chunks // 2), count)
-        times = np.array(rows).T  # (2, N)
+        chunks = -(-options.chunks // 2)
+        halves = [np.array(in_turns(pair, decoder, chunks, count)).T for pair in starts]
+        times = np.concatenate(halves, axis=1)  # (2, N)
+        each = ", ".join(f"{ratio(*half)[0]:.3f}" for half in halves)
         middle, low, high = ratio(times[0], times[1])
         mine, other = 1000 * np.median(times, axis=1)
         print(
-            f"| {decoder} | {mine:.2f} | {other:.2f} | {middle:.3f} [{low:.3f}, {high:.3f}] |",
+            f"| {decoder} | {mine:.2f} | {other:.2f} | {middle:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {each} |",
             flush=True,
         )
 

@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=40, help="of a round")
     parser.add_argument("--batch", type=int, default=1, help="episodes that a worker is given")
     options = parser.parse_args()
+    if options.workers < 2 or options.rounds < 2:
+        parser.error("--workers and --rounds must be at least 2: one worker is this process itself")
     config = EvalConfig(
         decoders="only=ceed",
         workers=options.workers,

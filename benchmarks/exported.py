@@ -56,6 +56,10 @@ class Comparison:
         torch.set_num_threads(threads)
         self.policy, self.preprocess, _ = ceed_vla.load(policy)
         self.edge = EdgePolicy(export, threads=threads)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all results."""
         self.different: dict[str, int] = defaultdict(int)
         self.compared = 0
         self.seconds: dict[tuple[str, str, str], list[float]] = defaultdict(list)
@@ -115,6 +119,9 @@ def run(comparison: Comparison, chunks: int, seed: int) -> Iterator[int]:
         seed += 1
         previous = None
         ended = False
+        if not done:  # the first decodes of torch are slow
+            comparison.observe(observation, info["instruction"], None)
+            comparison.reset()
         for _ in range(min(LONGEST, chunks - done)):
             result = comparison.observe(observation, info["instruction"], previous)
             previous = result.tokens

@@ -29,6 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=40, help="control steps per row")
     steps = parser.parse_args().steps
+    if steps < 1 or steps % 8:
+        parser.error("--steps must be a multiple of 8, as a row renders every 8th step")
     libero()
     action = np.array(NO_MOTION)
     lerobot = import_module("lerobot.envs.libero")

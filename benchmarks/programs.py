@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ceed_vla.backbones.capabilities import RunsPrograms, require
 from ceed_vla.checkpoints import load
 from ceed_vla.cli.commands import Command
 from ceed_vla.cli.entry import run
 from ceed_vla.data.frames import open_dataset
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, Checked, ranged
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.training.mixture import check_fits
@@ -188,12 +189,16 @@ def programs(config: ProgramsConfig) -> dict[str, Any]:
     if not (config.policy.path and split_list(config.roots)):
         raise ConfigError("Set --policy.path to a checkpoint, and --roots to datasets.")
     policy, pre, _ = load(config.policy.path)
+    require(policy.backbone, RunsPrograms, "A search of programs")
     if policy.tokenizer.tokens_per_step is None:
         raise ConfigError(
             "The policy's tokens are not bins of actions, so that distances between them are "
             "undefined."
         )
-    frames, later = map(list, zip(*drawn(config, policy, pre), strict=True))
+    pairs = drawn(config, policy, pre)
+    if not pairs:
+        raise DatasetError("No frame of --roots has both a chunk behind it and a frame after it.")
+    frames, later = map(list, zip(*pairs, strict=True))
     full = frames[0].full
     order = np.random.default_rng(0).permutation(len(frames))
     together = search(

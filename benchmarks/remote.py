@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 
+from benchmarks.served import serving
 from ceed_vla.serving.client import PolicyClient
 from ceed_vla.serving.predictor import Predictor, PredictorSettings, Request
 
@@ -34,17 +31,12 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=224, help="of the cameras [px]")
     parser.add_argument("--pause", type=float, default=0.02, help="before every request [s]")
     options = parser.parse_args()
-    command = [sys.executable, "-m", "ceed_vla.cli", "serve", f"--policy.path={options.policy}"]
-    server = subprocess.Popen([*command, "--port=0"], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    found = re.search(r":(\d+) ", server.stdout.readline())
-    assert found is not None
     local = Predictor(PredictorSettings(options.policy, engine="auto"))
     gc.collect()
     gc.freeze()  # as the server does: collections would be counted as overhead
     random = np.random.default_rng(0)
     times: dict[str, list[float]] = {"in this process": [], "remote": [], "outside the policy": []}
-    with PolicyClient(f"ws://127.0.0.1:{found[1]}", timeout_s=120) as client:
+    with serving(options.policy) as url, PolicyClient(url, timeout_s=120) as client:
         for number in range(options.chunks + WARM_UP):
             request = _request(number, local, random, options.side)
             ways = {"in this process": local.predict, "remote": client.predict}
@@ -60,8 +52,6 @@ def main() -> None:
                     outside = times[name][-1] - 1e3 * response.seconds["total"]
                     times["outside the policy"].append(outside)
             assert np.array_equal(*tokens)
-    server.send_signal(signal.SIGTERM)
-    server.wait()
     pairs = {name: np.array(values[WARM_UP:]) for name, values in times.items()}
     pairs["difference of the pairs"] = pairs["remote"] - pairs["in this process"]
     for name, values in pairs.items():
@@ -82,7 +72,7 @@ def _request(number: int, local: Predictor, random: np.random.Generator, side: i
         name: random.normal(size=size).astype(np.float32)
         for name, size in local.spec.states.items()
     }
-    return Request(number, {**images, **states}, "put the red cube in the bin")
+    return Request(number, {**images, **states}, local.spec.example_instruction)
 
 
 if __name__ == "__main__":

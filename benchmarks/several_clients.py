@@ -6,15 +6,12 @@ python -m benchmarks.several_clients --clients 8 --max_batch 8 --engine eager
 from __future__ import annotations
 
 import argparse
-import re
-import signal
-import subprocess
-import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from benchmarks.served import serving
 from ceed_vla.serving.client import PolicyClient
 from ceed_vla.serving.predictor_types import Request
 
@@ -29,29 +26,19 @@ def main() -> None:
     parser.add_argument("--engine", default="eager")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    command = [sys.executable, "-m", "ceed_vla.cli", "serve", f"--policy.path={options.policy}"]
-    for name in ("max_batch", "engine", "threads"):
-        command.append(f"--{name}={getattr(options, name)}")
-    server = subprocess.Popen([*command, "--port=0"], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    found = re.search(r":(\d+) ", server.stdout.readline())
-    assert found is not None
-    url = f"ws://127.0.0.1:{found[1]}"
-    with PolicyClient(url, connect_s=120.0) as client:  # until the policy is loaded
-        client.predict(_request(client, 0))
+    flags = {name: getattr(options, name) for name in ("max_batch", "engine", "threads")}
     times: list[float] = []
-    threads = [
-        threading.Thread(target=_ask, args=(url, options.chunks, place, times))
-        for place in range(options.clients)
-    ]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seconds = time.perf_counter() - began
-    server.send_signal(signal.SIGTERM)
-    server.wait()
+    with (
+        serving(options.policy, max_connections=options.clients + 1, **flags) as url,
+        ThreadPoolExecutor(options.clients) as pool,
+    ):
+        with PolicyClient(url, connect_s=120.0) as client:  # until the policy is loaded
+            client.predict(_request(client, 0))
+        began = time.perf_counter()
+        asked = [pool.submit(_ask, url, options.chunks, i) for i in range(options.clients)]
+        for client_times in asked:
+            times += client_times.result()
+        seconds = time.perf_counter() - began
     half, most = np.percentile(times, (50, 99))
     print(
         f"{options.clients} clients, {options.engine}, max_batch {options.max_batch}: "
@@ -60,13 +47,16 @@ def main() -> None:
     )
 
 
-def _ask(url: str, chunks: int, place: int, times: list[float]) -> None:
+def _ask(url: str, chunks: int, place: int) -> list[float]:
+    """Times of the chunks that a client asks for [s]."""
+    times = []
     with PolicyClient(url, timeout_s=60.0) as client:
         for number in range(chunks):
             request = _request(client, 1000 * place + number)
             started = time.perf_counter()
             client.predict(request)
             times.append(time.perf_counter() - started)
+    return times
 
 
 def _request(client: PolicyClient, seed: int) -> Request:

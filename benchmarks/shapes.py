@@ -211,13 +211,18 @@ def main() -> None:
         "--dtype", default="", choices=("", "float32", "bfloat16"), help="bfloat16 on a GPU"
     )
     parser.add_argument("--minutes", type=float, default=5, help="of timing, without compilation")
-    parser.add_argument("--batches", default="1,8", help="batch sizes of the shapes")
+    parser.add_argument("--batches", default="", help="batch sizes of the shapes; default 1,8")
     options = parser.parse_args()
-    dtype = getattr(
-        torch, options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
-    )
+    cuda = options.device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(options.device)
+    of_curves = options.part.startswith("curves")
+    if of_curves and (options.dtype or options.batches):
+        parser.error("curves are in float32 and have batch sizes of their own")
+    chosen = options.dtype or ("bfloat16" if cuda and not of_curves else "float32")
+    dtype = getattr(torch, chosen)
     seconds = 60 * options.minutes
-    if options.part.startswith("curves"):
+    if of_curves:
         _, _, factor = options.part.partition("-")
         result = curves((factor,) if factor else tuple(CURVES), options.device, seconds)
     else:
@@ -226,11 +231,9 @@ def main() -> None:
             options.device,
             dtype,
             seconds,
-            tuple(map(int, options.batches.split(","))),
+            tuple(map(int, (options.batches or "1,8").split(","))),
         )
-    name = (
-        torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
-    )
+    name = torch.cuda.get_device_name() if cuda else platform.processor()
     about = {
         "part": options.part,
         "device": name or platform.machine(),

@@ -44,9 +44,9 @@ pythons() {
 }
 
 find_python() {
-    local candidate version second="" tried="" wanted=3.12 # the version of constraints.txt
+    local candidate version second="" tried="" only="" wanted=3.12 # the version of constraints.txt
     case ${PYTHON:-} in
-    3.12 | 3.13) wanted=$PYTHON PYTHON= ;;
+    3.12 | 3.13) wanted=$PYTHON PYTHON= only=1 ;;
     esac
     if [ -n "${PYTHON:-}" ]; then
         version=$(supported "$PYTHON") || die "PYTHON=$PYTHON is ${version:-no interpreter that runs}; $WANTED is needed."
@@ -64,7 +64,7 @@ find_python() {
 setup:   $candidate (${version:-does not run})"
         fi
     done < <(pythons | awk '!seen[$0]++')
-    [ -z "$second" ] || [ "$wanted" = 3.13 ] || { printf '%s\n' "$second" && return; }
+    [ -z "$second" ] || [ -n "$only" ] || { printf '%s\n' "$second" && return; }
     die "$WANTED was not found. Tried on PATH, under pyenv, uv, /usr/bin and /usr/local/bin:${tried:-
 setup:   nothing called python there}" \
         "Install one, for example with \`apt-get install python3 python3-venv\` (Debian 13, Ubuntu 24.04)," \
@@ -104,7 +104,9 @@ has_pip() { "$VENV/bin/python" -m pip --version >/dev/null 2>&1; }
 make_environment() {
     local version
     if [ -e "$VENV" ] && version=$(supported "$VENV/bin/python"); then
-        :
+        case ${PYTHON:-} in
+        3.12 | 3.13) [ "${version%.*}" = "$PYTHON" ] || die "$VENV has Python $version, and PYTHON is $PYTHON. Remove it, or choose another folder with VENV=..." ;;
+        esac
     elif [ -x "$VENV/bin/python" ] && [ -n "${version:-}" ]; then
         die "$VENV has Python $version; $WANTED is needed. Remove it, or choose another folder with VENV=..."
     else

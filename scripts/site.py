@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from ceed_vla import __version__
 
@@ -28,15 +28,16 @@ def build(output: Path) -> Path:
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
     versions = sorted(
-        (Version(path.name) for path in output.iterdir() if (path / "index.html").is_file()),
+        (
+            path.name
+            for path in output.iterdir()
+            if (path / "index.html").is_file() and _version(path.name)
+        ),
+        key=Version,
         reverse=True,
     )
     listed = [
-        {
-            "version": str(one),
-            "title": str(one),
-            "aliases": ["latest"] if one == versions[0] else [],
-        }
+        {"version": one, "title": one, "aliases": ["latest"] if one == versions[0] else []}
         for one in versions
     ]
     (output / "versions.json").write_text(json.dumps(listed), encoding="utf-8")
@@ -44,6 +45,14 @@ def build(output: Path) -> Path:
     page = f'<!doctype html><html lang="en"><head>{newest}<title>ceed_vla</title></head></html>\n'
     (output / "index.html").write_text(page, encoding="utf-8")
     return folder
+
+
+def _version(name: str) -> Version | None:
+    """The version that a folder is named after; None for other folders, such as ``latest``."""
+    try:
+        return Version(name)
+    except InvalidVersion:
+        return None
 
 
 if __name__ == "__main__":

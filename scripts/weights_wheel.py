@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import sys
 import tempfile
 from contextlib import chdir
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from setuptools import build_meta
 from ceed_vla import __version__
 from ceed_vla.checkpoints.manifest import check_files
 from ceed_vla.checkpoints.sealing import seal
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.folders import MANIFEST, PRETRAINED, resolve_checkpoint
 
 PROJECT = """[build-system]
@@ -109,4 +110,7 @@ def build(config: WheelConfig) -> Path:
 
 
 if __name__ == "__main__":
-    print(f"Written: {build(draccus.parse(WheelConfig))}")
+    try:
+        print(f"Written: {build(draccus.parse(WheelConfig))}")
+    except CeedVLAError as error:
+        sys.exit(str(error))

@@ -20,7 +20,7 @@ import ceed_vla.sim.rivals
 from ceed_vla.axes import AXES
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.fields import chosen
+from ceed_vla.fields import chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
 from ceed_vla.report.command import PAGE, write_page
@@ -58,7 +58,7 @@ class BenchConfig(EvalConfig):
     """
 
     decoders: str = ""
-    episodes: int = 400
+    episodes: int = ranged(400, "[1, 100000]")
     output_dir: str = "outputs/bench"
     clips: bool = False
     engine: str = chosen("fastest", ENGINES)

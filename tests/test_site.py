@@ -22,10 +22,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, with an earlier version in it."""
+    """The site, with an earlier version in it, and a folder that is no version."""
     output = tmp_path_factory.mktemp("site")
-    (output / "0.0.9").mkdir()
-    (output / "0.0.9" / "index.html").write_text("<!doctype html><title>old</title>")
+    for name in ("0.0.9", "latest"):
+        (output / name).mkdir()
+        (output / name / "index.html").write_text("<!doctype html><title>old</title>")
     done = subprocess.run(
         [sys.executable, "scripts/site.py", str(output)], cwd=ROOT, capture_output=True, text=True
     )

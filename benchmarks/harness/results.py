@@ -9,9 +9,11 @@ episode by episode, and plots the rows with delays:
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sqlite3
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.sim.episode_log import EPISODES, read_identity
 from ceed_vla.sim.libero.lerobot_env import CeedLiberoEnv
 from ceed_vla.sim.paired import compare_paired
@@ -237,7 +239,7 @@ def table(runs: Sequence[Run], reference: Run | None, own: Mapping[str, OwnRow])
             equal = sum(run.actions[key] == reference.actions[key] for key in common)
             paired += f", {equal} with equal actions"
         decoding = run.options["decoding"]
-        ours = own.get(decoding) or own.get(f"teacher_{decoding}")
+        ours = same_decoder(own, decoding)
         cells = [
             run.name,
             ", ".join(how),
@@ -250,6 +252,21 @@ def table(runs: Sequence[Run], reference: Run | None, own: Mapping[str, OwnRow])
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def same_decoder(own: Mapping[str, OwnRow], decoding: str) -> OwnRow | None:
+    """Our own row of a decoder, of the policy or of its teacher.
+
+    Raises:
+        ConfigError: There is one of each.
+    """
+    found = [name for name in (decoding, f"teacher_{decoding}") if name in own]
+    if len(found) > 1:
+        raise ConfigError(
+            f"--own has {found[0]} and {found[1]}, of two policies; evaluate one of them alone "
+            "(--decoders only=...)."
+        )
+    return own[found[0]] if found else None
 
 
 def delay_table(own: Mapping[str, OwnRow]) -> str:
@@ -272,10 +289,13 @@ def live_figure(runs: Sequence[Run], own: Mapping[str, OwnRow]) -> Figure:
     Beside them are our own episodes with delays.
     """
     curves: dict[str, list[tuple[float, Run | OwnRow]]] = {}
+    several = len({run.options["checkpoint"] for run in runs if run.live}) > 1
     for run in runs:
         if run.live:
             name = {"ceed": "early exit", "ar": "token by token"}.get(run.options["decoding"])
             name = f"vla-eval, live: {name or run.options['decoding']}"
+            if several:
+                name += f" of {Path(run.options['checkpoint']).name}"
             curves.setdefault(name, []).append((run.latency_ms, run))
     for name, row in own.items():
         if name.partition("@")[0] == "ceed":
@@ -283,7 +303,7 @@ def live_figure(runs: Sequence[Run], own: Mapping[str, OwnRow]) -> Figure:
             curves.setdefault("our own evaluation, delayed", []).append((milliseconds, row))
     figure = Figure(figsize=(7, 6), layout="constrained")
     success, time = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    looks = ((GREY, "o"), (VERMILLION, "s"), (BLUE, "^"), (INK, "D"))
+    looks = itertools.cycle(((GREY, "o"), (VERMILLION, "s"), (BLUE, "^"), (INK, "D")))
     for (name, points), (color, marker) in zip(sorted(curves.items()), looks, strict=False):
         points.sort(key=lambda point: point[0])
         latencies = [latency for latency, _ in points]
@@ -346,4 +366,7 @@ def main(config: ResultsConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(draccus.parse(ResultsConfig))
+    try:
+        main(draccus.parse(ResultsConfig))
+    except CeedVLAError as error:
+        sys.exit(str(error))

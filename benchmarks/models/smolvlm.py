@@ -148,4 +148,7 @@ def write_tiny(config: Any, processor: Any, folder: str | Path, *, scale: float 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write a tiny random SmolVLM.")
     parser.add_argument("folder")
-    print(write_tiny(*smolvlm("idefics3", width=64), parser.parse_args().folder))
+    written = Path(parser.parse_args().folder)
+    if written.exists() and any(written.iterdir()):
+        parser.error(f"{written} is not empty; name a new folder")
+    print(write_tiny(*smolvlm("idefics3", width=64), written))

@@ -186,6 +186,7 @@ COMMANDS = {
         extras="policy sim",
         must="policy.path output_dir",
         may="epsilons alpha signals decoders episodes seed env.type executed_steps threads",
+        kept="what was written so far, if anything, is in {output_dir}",
     ),
     "tune": Command(
         "search the decoding with the most success within a budget of milliseconds",
@@ -193,6 +194,7 @@ COMMANDS = {
         extras="policy sim",
         must="policy.path output_dir",
         may="budgets_ms save population generations episodes chunks seed engine env.type threads",
+        kept="what was written so far, if anything, is in {output_dir}",
     ),
     "show": Command(
         "plot how the tokens of one observation converge over the iterations",
@@ -223,7 +225,7 @@ COMMANDS = {
             "episodes checkpoint task action_interface decoding engine simulated_time rivals "
             "latencies_ms reaction output_dir"
         ),
-        kept="the bag and the nodes' output so far are in {output_dir}",
+        kept="the bag and the nodes' output so far, if any, are in {output_dir}",
     ),
     "run": Command(
         "give a running policy node a task with a time limit, and wait for its result",

@@ -55,7 +55,15 @@ def parse_flags[T](
     }
     from_words = _read_words(config_class, flags, positional, names, kinds)
     file = from_words.pop("config_path", None)
-    from_file = read_config(config_class, file, lambda values: names.by_field(values, kinds))
+
+    def by_field(values: dict[str, Any]) -> dict[str, Any]:
+        found = names.by_field(values, kinds)
+        for field, flag in names.flag_of.items():
+            if kinds.get(flag) == "PATH" and isinstance(found.get(field), str):
+                found[field] = unambiguous(found[field])
+        return found
+
+    from_file = read_config(config_class, file, by_field)
     defaults = _over(_nested_defaults(config_class), from_file)
     merged = _over(defaults, shaped(from_words, config_class))
     policy = merged.get("policy")

@@ -8,8 +8,9 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ceed_vla.fields import describe, options_of, short, type_hints
 from ceed_vla.files import whole
@@ -51,12 +52,39 @@ def check_moved(name: str, config_class: type[Any]) -> None:
         raise UsageError(f"--{name} is now --{new}")
 
 
-def read_yaml(text: str, source: str) -> Any:
+class Spelled(str):
+    """A number as it is written in a file, which is text where a flag takes text.
+
+    Attributes:
+        number: Its value.
+    """
+
+    number: int | float
+
+    @classmethod
+    def of(cls, text: str, read: Callable[[str], int | float]) -> Self:
+        """The number in `text`, read by `read`."""
+        spelled = cls(text)
+        spelled.number = read(text)
+        return spelled
+
+
+def plain(value: Any) -> Any:
+    """`value`, in which numbers are no longer `Spelled`."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return value.number if isinstance(value, Spelled) else value
+
+
+def read_yaml(text: str, source: str, *, spelled: bool = False) -> Any:
     """Parse YAML by the rules of version 1.2, where 010 is ten and "no" is a string.
 
     Args:
         text: The YAML, without aliases and duplicate keys.
         source: Its origin, with which the message of an error begins.
+        spelled: Return numbers as `Spelled`.
 
     Returns:
         The value.
@@ -68,7 +96,7 @@ def read_yaml(text: str, source: str) -> Any:
 
     if sum(map(text.count, _MARKS)) > MOST_MARKS:
         raise UsageError(f"{source} cannot be read: it has more than {MOST_MARKS} lines and values")
-    loader = _yaml_loader()
+    loader = _yaml_loader(spelled)
     try:
         return yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError, MemoryError) as error:
@@ -76,7 +104,7 @@ def read_yaml(text: str, source: str) -> Any:
         raise UsageError(f"{source} cannot be read: {reason}") from error
 
 
-def _yaml_loader() -> type[Any]:
+def _yaml_loader(spelled: bool) -> type[Any]:
     """A loader of YAML 1.2; made here because `yaml` takes long to import."""
     import yaml
 
@@ -108,8 +136,8 @@ def _yaml_loader() -> type[Any]:
     scalars: dict[str, tuple[str, Callable[[str], Any]]] = {
         "null": (r"~|null|Null|NULL|", lambda value: None),
         "bool": (r"true|True|TRUE|false|False|FALSE", lambda value: value.lower() == "true"),
-        "int": (_WHOLE.pattern, whole),
-        "float": (_DECIMAL.pattern, float),
+        "int": (_WHOLE.pattern, partial(Spelled.of, read=whole) if spelled else whole),
+        "float": (_DECIMAL.pattern, partial(Spelled.of, read=float) if spelled else float),
     }
     for kind, (pattern, read) in scalars.items():
         tag = f"tag:yaml.org,2002:{kind}"
@@ -140,7 +168,7 @@ def read_config(
             raise UsageError(
                 f"{source} has more than {MOST_FLAGS // 1000} kB; it cannot be a file of flags"
             )
-        values = read_yaml(found.decode("utf-8"), source)
+        values = read_yaml(found.decode("utf-8"), source, spelled=True)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{source} cannot be read: {getattr(error, 'strerror', None) or error}"
@@ -209,7 +237,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         fits, typed = _as(value, option, name)
         if fits:
             return typed
-    raise UsageError(f"--{name} is {short(value)}; it must be {describe(hint, None)}")
+    raise UsageError(f"--{name} is {short(plain(value))}; it must be {describe(hint, None)}")
 
 
 def _as(value: Any, hint: Any, name: str) -> tuple[bool, Any]:
@@ -223,7 +251,7 @@ def _as(value: Any, hint: Any, name: str) -> tuple[bool, Any]:
     origin = typing.get_origin(hint) or hint
     inside = typing.get_args(hint) or (Any,)
     if origin in (list, tuple):
-        if type(value) in (str, int, float) and value not in (
+        if type(value) in (str, Spelled, int, float) and value not in (
             "None",
             "none",
         ):  # 0,50,100 is [0, 50, 100]
@@ -233,13 +261,13 @@ def _as(value: Any, hint: Any, name: str) -> tuple[bool, Any]:
             [_typed(v, inside[0], f"{name}.{i}") for i, v in enumerate(value)] if fits else None
         )
     if origin is dict:
-        return isinstance(value, dict), value
+        return isinstance(value, dict), plain(value)
     if hint in (str, Path):
         return isinstance(value, str | int | float) and not isinstance(value, bool), str(value)
     if hint is bool:
         return isinstance(value, bool) or value in ("true", "false"), value in (True, "true")
     if hint not in (int, float):
-        return True, value
+        return True, plain(value)
     pattern = _WHOLE if hint is int else _DECIMAL
     if isinstance(value, str) and len(value) <= _LONGEST_NUMBER and pattern.fullmatch(value):
         value = hint(value)

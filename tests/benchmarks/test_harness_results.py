@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.late import forget_late
-from benchmarks.harness.results import OwnRow, ResultsConfig, live_figure, main, read_own, read_run
+from benchmarks.harness.results import (
+    OwnRow,
+    ResultsConfig,
+    live_figure,
+    main,
+    read_own,
+    read_run,
+    same_decoder,
+)
 from ceed_vla.errors import ConfigError
 
 SOUP = "pick up the soup"
@@ -152,6 +160,16 @@ def test_the_table_and_the_plot_have_our_own_evaluation(
     assert list(read_own(str(own))) == ["ceed"]  # the others have no episode yet
     found = {state for _, state in read_own(str(own))["ceed"].solved}
     assert found == {50_000 // 3 % 50, 50_010 // 3 % 50}
+
+
+def test_a_decoder_of_two_policies_is_refused() -> None:
+    student, teacher = OwnRow({(SOUP, 0): True}), OwnRow({(SOUP, 0): False})
+    own = {"ceed": student, "teacher_ar": teacher}
+    assert same_decoder(own, "ar") is teacher
+    assert same_decoder(own, "ceed") is student
+    assert same_decoder(own, "cap1") is None
+    with pytest.raises(ConfigError, match="ar and teacher_ar, of two policies"):
+        same_decoder({**own, "ar": student}, "ar")
 
 
 def test_a_run_without_a_result_is_refused(tmp_path: Path) -> None:

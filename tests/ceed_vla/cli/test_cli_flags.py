@@ -95,3 +95,11 @@ def test_numbers_are_those_of_yaml_1_2() -> None:
 )
 def test_switches(flags: list[str], resume: bool) -> None:
     assert parse_flags(ToyConfig, ["--root=x", *flags]).resume is resume
+
+
+@pytest.mark.parametrize("value", ["007", "1.10", "1e3", "null_", "12345678901234567890"])
+def test_text_in_a_file_stays_text(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text(f"root: {value}\ninner:\n  path: {value}\n")
+    config = parse_flags(ToyConfig, [f"--config_path={file}"])
+    assert (config.root, config.inner.path) == (Path(value), value)

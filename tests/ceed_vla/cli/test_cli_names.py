@@ -152,3 +152,6 @@ def test_a_local_path_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("./other", "other"),
     ):
         assert parse_flags(PathsConfig, [f"--policy.path={given}"]).policy_path == Path(path)
+        (tmp_path / "flags.yaml").write_text(f"policy: {{path: {given}}}\n")
+        from_file = parse_flags(PathsConfig, ["--config_path=flags.yaml"])
+        assert from_file.policy_path == Path(path)

@@ -1,63 +1,87 @@
-"""Decoders of several evaluations against one decoder, paired by seed.
+"""Decoders of several evaluations against one decoder, paired by seed, and a picture of them.
 
-    python recipes/pairs.py FOLDER:DECODER FOLDER:DECODER ...
+    python recipes/pairs.py FOLDER:DECODER FOLDER:DECODER ... --picture latency.png
 
 The first is the reference; ``all`` stands for all decoders of a folder. Folders are results of
-``ceed-vla eval`` with the same tasks and seeds.
+``ceed-vla eval`` with the same tasks and seeds. The picture has the decoders with milliseconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.files import read_json
+from ceed_vla.sim.bench import floor, pareto
 from ceed_vla.sim.paired import compare_paired
+from ceed_vla.sim.plots import save_figure
 
 
-def complete_report(folder: str) -> dict[str, Any]:
-    """The report of a finished evaluation."""
+def opened(word: str) -> tuple[str, dict[str, Any], str]:
+    """Name of the folder, report and decoder of a word of the command line.
+
+    Raises:
+        ConfigError: The evaluation is not complete.
+    """
+    folder, _, decoder = word.rpartition(":")
     report = read_json(Path(folder) / "report.json")
     if not report["complete"]:
         raise ConfigError(f"The evaluation in {folder} is not complete.")
-    return report
+    return Path(folder).name, report, decoder
 
 
-def outcomes(report: dict[str, Any], name: str) -> dict[int, bool]:
-    """Success of a decoder by seed."""
-    if name not in report["decoders"]:
-        raise ConfigError(f"There is no decoder {name}; there are {', '.join(report['decoders'])}.")
-    failed = set(report["decoders"][name]["failed_seeds"])
+def outcomes(report: dict[str, Any], decoder: str) -> dict[int, bool]:
+    """Success of a decoder by seed.
+
+    Raises:
+        ConfigError: The evaluation lacks this decoder.
+    """
+    if decoder not in report["decoders"]:
+        there = ", ".join(report["decoders"])
+        raise ConfigError(f"There is no decoder {decoder}; there are {there}.")
+    failed = set(report["decoders"][decoder]["failed_seeds"])
     first, count = report["seeds"]["first"], report["seeds"]["count"]
     return {seed: seed not in failed for seed in range(first, first + count)}
 
 
-def main(reference: str, *others: str) -> None:
-    """Print a Markdown table."""
-    folder, _, name = reference.rpartition(":")
-    base = outcomes(complete_report(folder), name)
+def main(words: list[str], picture: str) -> None:
+    """Print a Markdown table, and draw the picture."""
+    name, report, decoder = opened(words[0])
+    base = outcomes(report, decoder)
+    least = floor(report, "policy") if report["timing"] else None
     print(
-        f"| evaluation | decoder | solved | points against {name} of {Path(folder).name} [95 %] |"
+        f"| evaluation | decoder | solved | points against {decoder} of {name} [95 %] | p50 [ms] |"
     )
-    print("| -- | -- | -- | -- |")
-    for other in others:
-        folder, _, name = other.rpartition(":")
-        report = complete_report(folder)
-        for row in report["decoders"] if name == "all" else [name]:
+    print("| -- | -- | -- | -- | -- |")
+    timed = {}
+    for word in words[1:]:
+        name, report, decoder = opened(word)
+        for row in report["decoders"] if decoder == "all" else [decoder]:
             solved = outcomes(report, row)
             pair = compare_paired(solved, base)
             low, high = pair["ci95_points"]
             found = f"{pair['difference_points']:+.1f} [{low:+.1f}, {high:+.1f}]"
-            rate = f"{sum(solved.values())} of {len(solved)}"
-            print(f"| {Path(folder).name} | `{row}` | {rate} | {found} |")
+            entry = report["decoders"][row]
+            p50 = f"{entry['total_ms']['p50']:.1f}" if "total_ms" in entry else ""
+            print(
+                f"| {name} | `{row}` | {sum(solved.values())} of {len(solved)} | {found} | {p50} |"
+            )
+            timed[f"{row}, {name}"] = entry
+    if picture:
+        if least is None:
+            raise ConfigError("The evaluation of the reference has no milliseconds to draw.")
+        save_figure(pareto({"decoders": timed, "floor_ms": least}), Path(picture))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("rows", nargs="+", metavar="FOLDER:DECODER")
+    parser.add_argument("--picture", default="", metavar="FILE")
+    options = parser.parse_args()
     try:
-        main(*sys.argv[1:])
+        main(options.rows, options.picture)
     except CeedVLAError as error:
         sys.exit(str(error))

@@ -67,11 +67,11 @@ evaluate choose_cut "$cut" 40000 100 ceed,cap1,cap2_fresh
 # 4. Exact drafts against the faster of token by token and Jacobi on the executed steps: tokens are equal, so only time differs.
 evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec8x6_h,spec15x6_h,spec22x6_h --timing_chunks 60 --workers 1 --threads 2
 
-# 5. A promised risk, and plans within budgets. Neither resumes: start them with two hours left.
+# 5. A promised risk, and plans within budgets. The latter do not resume: start them with 90 minutes left.
 [ -e "$axes/calibrate/calibration.json" ] || {
   begin calibrate
   ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" --signals "[conf,sure15]" \
-    --epsilons "[0.1]" --episodes 60 --batch 10 --workers 2 --threads 1
+    --epsilons "[0.1]" --episodes 60 --batch 10 --workers 2 --threads 1 --resume true
 }
 [ -e "$axes/tune/checkpoint/config.json" ] || {
   begin tune

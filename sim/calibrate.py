@@ -12,7 +12,6 @@ Among the thresholds that pass, the one with the fewest layers of block and pref
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -36,6 +34,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, WRITTEN, claimed_folder, default_console, hashes
+from ceed_vla.sim import timing
 from ceed_vla.sim.env_tasks import check_open, task_of
 from ceed_vla.sim.environment import (
     VALIDATION_SEED,
@@ -46,10 +45,12 @@ from ceed_vla.sim.environment import (
     joined,
     observation_batch,
 )
+from ceed_vla.sim.episode_log import fingerprint
+from ceed_vla.sim.risk import MEASURED, Measured, Progress, p_value
 from ceed_vla.sim.rollout import Chunk, EpisodeResult, PolicyRunner, rollout
 from ceed_vla.sim.settings import DrivenConfig
-from ceed_vla.sim.success import success_entry
-from ceed_vla.sim.timing import bare_parts, collect_observations, measure, percentiles
+from ceed_vla.sim.summary import versions
+from ceed_vla.sim.timing import bare_parts, collect_observations, percentiles
 from ceed_vla.workers import MOST, ClusterConfig, Workers, open_workers
 
 OFF = 0.05  # share of an action's range
@@ -79,6 +80,7 @@ class CalibrateConfig(DrivenConfig):
         workers: Processes that share the episodes.
         cluster: Ray cluster that runs the episodes instead.
         executed_steps: Steps executed of each chunk; the policy's n_action_steps if None.
+        resume: Continue an interrupted calibration in `output_dir`, after its measured decoders.
     """
 
     output_dir: str = "outputs/calibrate"
@@ -92,6 +94,7 @@ class CalibrateConfig(DrivenConfig):
     workers: int = ranged(1, MOST)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     executed_steps: int | None = ranged(None, "[1, 4096]")
+    resume: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,76 +159,6 @@ def is_off(tokenizer: Any, tokens: Tensor, exact: Tensor, steps: int) -> Tensor:
     return (moved > allowed + 1e-6).flatten(1).any(1)
 
 
-@dataclass
-class Measured:
-    """Measurements of a decoder."""
-
-    name: str
-    risks: NDArray[np.float64]  # (E,) share of off chunks of every episode
-    forwards: NDArray[np.float64]  # forwards of every chunk
-    layers: NDArray[np.float64]  # layers of every chunk, block and prefix
-    solved: list[bool]  # whether every episode was solved
-    # shortest deadline that allows this number of forwards; None if it is not bounded
-    deadline_ms: float | None = None
-
-    def entry(self, epsilons: Sequence[float]) -> dict[str, Any]:
-        """Return the entry of the report."""
-        return {
-            "risk": round(float(self.risks.mean()), 5),
-            "risk_ci95": [round(v, 5) for v in bootstrap(self.risks)],
-            "risk_upper95": round(upper_bound(self.risks), 5),
-            "p_values": {str(e): round(p_value(self.risks, e), 6) for e in epsilons},
-            "forwards_mean": round(float(self.forwards.mean()), 4),
-            "forwards_p95": float(np.percentile(self.forwards, 95)),
-            "layers_mean": round(float(self.layers.mean()), 4),
-            **({} if self.deadline_ms is None else {"deadline_ms": self.deadline_ms}),
-            **success_entry(self.solved),
-        }
-
-
-def p_value(risks: NDArray[np.float64], epsilon: float) -> float:
-    """P-value of the hypothesis that the expected risk exceeds `epsilon` (Hoeffding-Bentkus).
-
-    Args:
-        risks: Risk of every episode (E,), in [0, 1].
-        epsilon: Bound of the risk.
-    """
-    n = len(risks)
-    mean = float(risks.mean())
-    if mean >= epsilon:
-        return 1.0
-    left = mean * np.log(mean / epsilon) if mean else 0.0
-    relative = left + (1 - mean) * np.log((1 - mean) / (1 - epsilon))
-    k = np.arange(math.ceil(n * mean - 1e-9) + 1)
-    ways = math.lgamma(n + 1) - np.array(
-        [math.lgamma(i + 1) + math.lgamma(n - i + 1) for i in k.tolist()]
-    )
-    at_most = np.exp(ways + k * np.log(epsilon) + (n - k) * np.log1p(-epsilon)).sum()
-    return float(min(np.exp(-n * relative), np.e * at_most, 1.0))
-
-
-def upper_bound(risks: NDArray[np.float64], alpha: float = 0.05) -> float:
-    """Upper bound of the expected risk at confidence 1 - `alpha`: the inverse of `p_value`."""
-    low = float(risks.mean())
-    high = 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (
-            (low, middle) if middle < 1 and p_value(risks, middle) <= alpha else (middle, high)
-        )
-    return high
-
-
-def bootstrap(risks: NDArray[np.float64], draws: int = 10_000) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the mean over episodes.
-
-    It is [0, 0] if no chunk was off; use `upper_bound` then.
-    """
-    picks = np.random.default_rng(0).integers(len(risks), size=(draws, len(risks)))
-    low, high = np.percentile(risks[picks].mean(1), (2.5, 97.5))
-    return float(low), float(high)
-
-
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     """Choose a threshold for every epsilon, and write them into a copy of the policy.
 
@@ -238,7 +171,8 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     """
     name, part = (AUDIT, "") if config.names else (REPORT, CHECKPOINT)
     inputs = [resolve_checkpoint(config.policy.given())]
-    claim = ("output_dir", config.output_dir, (name,), (REPORT, AUDIT), part, inputs)
+    own, known = (name, MEASURED), (REPORT, AUDIT, MEASURED)
+    claim = ("output_dir", config.output_dir, own, known, part, inputs)
     with claimed_folder(*claim) as folder:
         return _calibrate(config, folder / name)
 
@@ -257,6 +191,7 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
         )
     config = replace(config, executed_steps=config.executed_steps or policy.config.n_action_steps)
     bundle = joined((policy, pre, post), config.env)
+    progress = Progress(file.parent, _identity(config), config.resume)
     with (
         EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool,
         open_workers(
@@ -269,7 +204,8 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
         ) as workers,
     ):
         workers.here = partial(audited, bundle, pool, config.executed_steps)
-        rows, chosen = _choose(config, bundle, pool, workers)
+        measure = partial(measured, config, workers)
+        rows, chosen = _choose(config, bundle, pool, partial(progress.row, measure=measure))
     report: dict[str, Any] = {
         "program": MADE_BY,
         "policy": {
@@ -298,12 +234,27 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
         save(file.parent / CHECKPOINT, policy, pre, post)
         report[WRITTEN] = hashes(file.parent, CHECKPOINT)
         write_text(file, json.dumps(report, indent=2))
+    progress.end()
     _print(report, default_console(), file)
     return report
 
 
+def _identity(config: CalibrateConfig) -> dict[str, Any]:
+    """Everything that affects a measured decoder."""
+    return {
+        "policy": fingerprint(config.policy.path),
+        "env": flags(config.env),
+        "instruction": config.instruction,
+        "seed": config.seed,
+        "episodes": config.episodes,
+        "batch": config.batch,
+        "executed_steps": config.executed_steps,
+        "versions": versions(),
+    }
+
+
 def _choose(
-    config: CalibrateConfig, bundle: Bundle, pool: EnvPool, workers: Workers
+    config: CalibrateConfig, bundle: Bundle, pool: EnvPool, measure: Callable[[str], Measured]
 ) -> tuple[list[Measured], dict[str, str]]:
     """Measure the candidates, and choose a decoder for every epsilon.
 
@@ -311,7 +262,7 @@ def _choose(
         All measurements, and by name (risk<E>) the passing decoder with the fewest layers.
     """
     if config.names:
-        return [measured(config, workers, name) for name in config.names], {}
+        return [measure(name) for name in config.names], {}
     ladders = {
         **exit_ladders(),
         **decoder_ladders(sorted(getattr(bundle[0].backbone, "exits", {}))),
@@ -326,7 +277,7 @@ def _choose(
     for signal in config.signals:
         open_ = set(config.epsilons)
         for name in ladders[signal]:
-            rows.append(measured(config, workers, name))
+            rows.append(measure(name))
             open_ = {epsilon for epsilon in open_ if p_value(rows[-1].risks, epsilon) <= level}
             for epsilon in open_:
                 proven[epsilon].append(rows[-1])
@@ -339,13 +290,13 @@ def _choose(
         for epsilon, rows in proven.items()
     }
     # For the report: the deadline that allows the forwards of each cap, from the prefill on.
-    caps = [measured(config, workers, cap) for cap in CAPS]
+    caps = [measure(cap) for cap in CAPS]
     runner = PolicyRunner(bundle, "jacobi_h", None, config.executed_steps)
     seeds = range(config.seed, config.seed + 99)
     observed = collect_observations(
         runner, pool, ((seed, task_of(config.env, seed)) for seed in seeds), TIMED
     )
-    _, parts = measure({}, {"all": bare_parts(bundle)}, observed)
+    _, parts = timing.measure({}, {"all": bare_parts(bundle)}, observed)
     slow = {name: percentiles(seconds)["p95"] for name, seconds in parts["all"].items()}
     for row in caps:
         row.deadline_ms = round(float(slow["block"] * row.forwards.max()), 1)

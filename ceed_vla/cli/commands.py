@@ -185,8 +185,8 @@ COMMANDS = {
         "ceed_vla.sim.calibrate CalibrateConfig calibrate",
         extras="policy sim",
         must="policy.path output_dir",
-        may="epsilons alpha signals decoders episodes seed env.type executed_steps threads",
-        kept="what was written so far, if anything, is in {output_dir}",
+        may="epsilons alpha signals decoders episodes seed env.type executed_steps threads resume",
+        kept=f"measured decoders are in {{output_dir}}; {_RESUMABLE}",
     ),
     "tune": Command(
         "search the decoding with the most success within a budget of milliseconds",

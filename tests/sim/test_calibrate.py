@@ -20,13 +20,11 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.report.command import write_page
 from ceed_vla.sim.calibrate import (
     CalibrateConfig,
-    Measured,
     calibrate,
     is_off,
-    p_value,
     plain,
-    upper_bound,
 )
+from ceed_vla.sim.risk import MEASURED, Measured, Progress, p_value, upper_bound
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.tokens.uniform import ActionTokenizer
 
@@ -92,12 +90,11 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
     }
     asked: list[str] = []
 
-    def measured(config: Any, workers: Any, name: str) -> Measured:
+    def measured(name: str) -> Measured:
         asked.append(name)
         risk, forwards = risks.get(name, 0.5), 5.0 - 0.1 * len(asked)
         return Measured(name, np.full(400, risk), np.full(9, 1.0), np.full(9, forwards), [True] * 7)
 
-    monkeypatch.setattr(ceed_vla.sim.calibrate, "measured", measured)
     monkeypatch.setattr(ceed_vla.sim.calibrate, "collect_observations", lambda *_: [])
     monkeypatch.setattr(ceed_vla.sim.calibrate, "bare_parts", lambda _: None)
     seconds = {
@@ -107,14 +104,14 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
         "block": [0.003],
         "token": [0.1],
     }
-    monkeypatch.setattr(ceed_vla.sim.calibrate, "measure", lambda *_: ({}, {"all": seconds}))
+    monkeypatch.setattr(ceed_vla.sim.timing, "measure", lambda *_: ({}, {"all": seconds}))
     config = CalibrateConfig(signals=["conf", "agree"], epsilons=[0.02, 0.1, 0.001], episodes=400)
     bundle = (
         SimpleNamespace(backbone=SimpleNamespace(), config=SimpleNamespace(n_action_steps=4)),
         None,
         None,
     )
-    rows, chosen = ceed_vla.sim.calibrate._choose(config, bundle, None, None)  # type: ignore[arg-type]
+    rows, chosen = ceed_vla.sim.calibrate._choose(config, bundle, None, measured)  # type: ignore[arg-type]
     assert asked == [
         "conf0.9",
         "conf0.7",
@@ -131,7 +128,7 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
     # it has no exits
     unknown = replace(config, signals=["trust", "deer3"])
     with pytest.raises(ConfigError, match=r"trust, deer3; this policy has .*agree.*keep"):
-        ceed_vla.sim.calibrate._choose(unknown, bundle, None, None)  # type: ignore[arg-type]
+        ceed_vla.sim.calibrate._choose(unknown, bundle, None, measured)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +147,64 @@ def test_options_that_cannot_work(change: dict[str, Any]) -> None:
         CalibrateConfig(**change)
     with pytest.raises(ConfigError, match=r"policy\.path"):
         calibrate(CalibrateConfig())
+
+
+@pytest.mark.slow
+def test_an_interrupted_calibration_resumes_after_its_measured_decoders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(folder: str, **changed: Any) -> CalibrateConfig:
+        given = {"episodes": 2, "batch": 2, "threads": 1, "signals": ["agree"], "epsilons": [0.99]}
+        path, output = CheckpointPath("student"), str(tmp_path / folder)
+        return CalibrateConfig(policy=path, output_dir=output, **given | changed)
+
+    whole = calibrate(options("whole"))
+    assert not (tmp_path / "whole" / MEASURED).exists()
+    measured, asked = ceed_vla.sim.calibrate.measured, []
+
+    def interrupted(config: Any, workers: Any, name: str) -> Measured:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(name)
+        return measured(config, workers, name)
+
+    monkeypatch.setattr(ceed_vla.sim.calibrate, "measured", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(options("parts"))
+    first = list(asked)
+    with pytest.raises(ConfigError, match=r"interrupted calibration \(2 measured decoders\)"):
+        calibrate(options("parts"))
+    with pytest.raises(ConfigError, match="was measured with other episodes, seed;"):
+        calibrate(options("parts", resume=True, seed=41_100, episodes=3))
+    asked.clear()
+
+    def counted(config: Any, workers: Any, name: str) -> Measured:
+        asked.append(name)
+        return measured(config, workers, name)
+
+    monkeypatch.setattr(ceed_vla.sim.calibrate, "measured", counted)
+    resumed = calibrate(options("parts", resume=True))
+    assert not set(first) & set(asked)
+    assert not (tmp_path / "parts" / MEASURED).exists()
+    for report in (whole, resumed):
+        for row in report["decoders"].values():
+            row.pop("deadline_ms", None)
+    assert resumed["decoders"] == whole["decoders"]
+    assert resumed["chosen"] == whole["chosen"]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"identity": {}, "decoders": 3}', "[]", "x"])
+def test_damaged_measurements_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / MEASURED).write_text(text)
+    with pytest.raises(ConfigError, match=MEASURED):
+        Progress(tmp_path, {}, True)
+
+
+@pytest.mark.parametrize("row", [{}, {"risks": "x"}, 3])
+def test_a_damaged_measurement_is_refused(tmp_path: Path, row: Any) -> None:
+    (tmp_path / MEASURED).write_text(json.dumps({"identity": {}, "decoders": {"cap1": row}}))
+    with pytest.raises(ConfigError, match="damaged at 'cap1'"):
+        Progress(tmp_path, {}, True)
 
 
 @pytest.mark.slow

@@ -1,0 +1,161 @@
+"""The risk of a decoder: what was measured, tests of it, and a file that an interrupt leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.files import read_json, write_text
+from ceed_vla.outputs import MADE_BY
+from ceed_vla.sim.success import success_entry
+
+MEASURED = "measured.json"
+
+
+@dataclass
+class Measured:
+    """Measurements of a decoder."""
+
+    name: str
+    risks: NDArray[np.float64]  # (E,) share of off chunks of every episode
+    forwards: NDArray[np.float64]  # forwards of every chunk
+    layers: NDArray[np.float64]  # layers of every chunk, block and prefix
+    solved: list[bool]  # whether every episode was solved
+    # shortest deadline that allows this number of forwards; None if it is not bounded
+    deadline_ms: float | None = None
+
+    def entry(self, epsilons: Sequence[float]) -> dict[str, Any]:
+        """Return the entry of the report."""
+        return {
+            "risk": round(float(self.risks.mean()), 5),
+            "risk_ci95": [round(v, 5) for v in bootstrap(self.risks)],
+            "risk_upper95": round(upper_bound(self.risks), 5),
+            "p_values": {str(e): round(p_value(self.risks, e), 6) for e in epsilons},
+            "forwards_mean": round(float(self.forwards.mean()), 4),
+            "forwards_p95": float(np.percentile(self.forwards, 95)),
+            "layers_mean": round(float(self.layers.mean()), 4),
+            **({} if self.deadline_ms is None else {"deadline_ms": self.deadline_ms}),
+            **success_entry(self.solved),
+        }
+
+
+def p_value(risks: NDArray[np.float64], epsilon: float) -> float:
+    """P-value of the hypothesis that the expected risk exceeds `epsilon` (Hoeffding-Bentkus).
+
+    Args:
+        risks: Risk of every episode (E,), in [0, 1].
+        epsilon: Bound of the risk.
+    """
+    n = len(risks)
+    mean = float(risks.mean())
+    if mean >= epsilon:
+        return 1.0
+    left = mean * np.log(mean / epsilon) if mean else 0.0
+    relative = left + (1 - mean) * np.log((1 - mean) / (1 - epsilon))
+    k = np.arange(math.ceil(n * mean - 1e-9) + 1)
+    ways = math.lgamma(n + 1) - np.array(
+        [math.lgamma(i + 1) + math.lgamma(n - i + 1) for i in k.tolist()]
+    )
+    at_most = np.exp(ways + k * np.log(epsilon) + (n - k) * np.log1p(-epsilon)).sum()
+    return float(min(np.exp(-n * relative), np.e * at_most, 1.0))
+
+
+def upper_bound(risks: NDArray[np.float64], alpha: float = 0.05) -> float:
+    """Upper bound of the expected risk at confidence 1 - `alpha`: the inverse of `p_value`."""
+    low = float(risks.mean())
+    high = 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (
+            (low, middle) if middle < 1 and p_value(risks, middle) <= alpha else (middle, high)
+        )
+    return high
+
+
+def bootstrap(risks: NDArray[np.float64], draws: int = 10_000) -> tuple[float, float]:
+    """Bootstrap 95 % interval of the mean over episodes.
+
+    It is [0, 0] if no chunk was off; use `upper_bound` then.
+    """
+    picks = np.random.default_rng(0).integers(len(risks), size=(draws, len(risks)))
+    low, high = np.percentile(risks[picks].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+class Progress:
+    """Decoders that a run has measured; a run that ends early leaves them in its folder.
+
+    Args:
+        folder: Output folder.
+        identity: Everything that affects a measurement, as JSON values.
+        resume: Go on with what is there.
+
+    Raises:
+        ConfigError: There are measurements, and `resume` is false or they are of another run.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
+        self.file = folder / MEASURED
+        self.identity = json.loads(json.dumps(identity))
+        self.rows: dict[str, Measured] = {}
+        if not self.file.exists():
+            return
+        found = read_json(self.file, ConfigError)
+        theirs, rows = found.get("identity"), found.get("decoders")
+        if not isinstance(theirs, dict) or not isinstance(rows, dict):
+            raise ConfigError(f"{self.file} is damaged; remove it, or set another --output_dir.")
+        if not resume:
+            raise ConfigError(
+                f"{folder} holds an interrupted calibration ({len(rows)} measured decoders); "
+                "continue it with --resume=true, or set another --output_dir."
+            )
+        names = sorted(self.identity.keys() | theirs.keys())
+        if other := [name for name in names if theirs.get(name) != self.identity.get(name)]:
+            raise ConfigError(
+                f"{self.file} was measured with other {', '.join(other)}; set another --output_dir."
+            )
+        self.rows = {name: _measured(self.file, name, row) for name, row in rows.items()}
+
+    def row(self, name: str, measure: Callable[[str], Measured]) -> Measured:
+        """The measurements of the decoder `name`, which are made and written if there are none."""
+        if name not in self.rows:
+            self.rows[name] = measure(name)
+            rows = {name: _as_json(row) for name, row in self.rows.items()}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            values = {"program": MADE_BY, "identity": self.identity, "decoders": rows}
+            write_text(self.file, json.dumps(values))
+        return self.rows[name]
+
+    def end(self) -> None:
+        """The run is complete."""
+        self.file.unlink(missing_ok=True)
+
+
+def _as_json(row: Measured) -> dict[str, Any]:
+    return {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in asdict(row).items()
+        if name not in ("name", "deadline_ms")
+    }
+
+
+def _measured(file: Path, name: str, row: Any) -> Measured:
+    """The measurements in a file; `ConfigError` for values that cannot be some."""
+    try:
+        risks, forwards, layers = (
+            np.array(row[key], dtype=np.float64) for key in ("risks", "forwards", "layers")
+        )
+        solved = [bool(one) for one in row["solved"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{file} is damaged at {name[:100]!r}; remove it, or set another --output_dir."
+        ) from error
+    return Measured(name, risks, forwards, layers, solved)

@@ -87,5 +87,5 @@ for name in student longer behind_frame behind_place; do evaluate "table_$name" 
 for ranking in frame place; do
   evaluate "table_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2,keep128_conf0.2_cap2" 50000 200
 done
-python recipes/pairs.py "$fine"/table_student:ceed "$fine"/table_*:all | tee "$fine/pairs.md"
+python recipes/pairs.py "$fine"/table_student:ceed "$fine"/table_* | tee "$fine/pairs.md"
 begin end

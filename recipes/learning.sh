@@ -83,5 +83,5 @@ timed="--timing_chunks 60 --workers 1 --threads 2"
 for starts in first uniform grown; do
   evaluate "table_improve_$starts" "$out/improve_$starts/checkpoints/final" 50000 200 only=cap1,ceed
 done
-python recipes/pairs.py "$out"/learning/table_route:ceed "$out"/learning/table_*:all --picture docs/images/learning-to-exit.png | tee "$out/learning/pairs.md"
+python recipes/pairs.py "$out"/learning/table_route:ceed "$out"/learning/table_* --picture docs/images/learning-to-exit.png | tee "$out/learning/pairs.md"
 begin end

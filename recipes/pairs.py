@@ -1,8 +1,8 @@
 """Decoders of several evaluations against one decoder, paired by seed, and a picture of them.
 
-    python recipes/pairs.py FOLDER:DECODER FOLDER:DECODER ... --picture latency.png
+    python recipes/pairs.py FOLDER:DECODER FOLDER ... --picture latency.png
 
-The first is the reference; ``all`` stands for all decoders of a folder. Folders are results of
+The first is the reference. All decoders of the folders are compared with it. Folders are results of
 ``ceed-vla eval`` with the same tasks and seeds. The picture has the decoders with milliseconds.
 """
 
@@ -20,17 +20,16 @@ from ceed_vla.sim.paired import compare_paired
 from ceed_vla.sim.plots import save_figure
 
 
-def opened(word: str) -> tuple[str, dict[str, Any], str]:
-    """Name of the folder, report and decoder of a word of the command line.
+def opened(folder: str) -> dict[str, Any]:
+    """The report of an evaluation.
 
     Raises:
-        ConfigError: The evaluation is not complete.
+        ConfigError: It is not complete.
     """
-    folder, _, decoder = word.rpartition(":")
     report = read_json(Path(folder) / "report.json")
     if not report["complete"]:
         raise ConfigError(f"The evaluation in {folder} is not complete.")
-    return Path(folder).name, report, decoder
+    return report
 
 
 def outcomes(report: dict[str, Any], decoder: str) -> dict[int, bool]:
@@ -47,28 +46,29 @@ def outcomes(report: dict[str, Any], decoder: str) -> dict[int, bool]:
     return {seed: seed not in failed for seed in range(first, first + count)}
 
 
-def main(words: list[str], picture: str) -> None:
+def main(reference: str, folders: list[str], picture: str) -> None:
     """Print a Markdown table, and draw the picture."""
-    name, report, decoder = opened(words[0])
+    folder, _, decoder = reference.rpartition(":")
+    if not folder:
+        raise ConfigError(f"The reference is {reference!r}; write FOLDER:DECODER.")
+    report = opened(folder)
     base = outcomes(report, decoder)
     least = floor(report, "policy") if report["timing"] else None
-    print(
-        f"| evaluation | decoder | solved | points against {decoder} of {name} [95 %] | p50 [ms] |"
-    )
+    against = f"points against {decoder} of {Path(folder).name} [95 %]"
+    print(f"| evaluation | decoder | solved | {against} | p50 [ms] |")
     print("| -- | -- | -- | -- | -- |")
     timed = {}
-    for word in words[1:]:
-        name, report, decoder = opened(word)
-        for row in report["decoders"] if decoder == "all" else [decoder]:
+    for folder in folders:
+        name, report = Path(folder).name, opened(folder)
+        for row in report["decoders"]:
             solved = outcomes(report, row)
             pair = compare_paired(solved, base)
             low, high = pair["ci95_points"]
             found = f"{pair['difference_points']:+.1f} [{low:+.1f}, {high:+.1f}]"
             entry = report["decoders"][row]
             p50 = f"{entry['total_ms']['p50']:.1f}" if "total_ms" in entry else ""
-            print(
-                f"| {name} | `{row}` | {sum(solved.values())} of {len(solved)} | {found} | {p50} |"
-            )
+            rate = f"{sum(solved.values())} of {len(solved)}"
+            print(f"| {name} | `{row}` | {rate} | {found} | {p50} |")
             timed[f"{row}, {name}"] = entry
     if picture:
         if least is None:
@@ -78,10 +78,11 @@ def main(words: list[str], picture: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("rows", nargs="+", metavar="FOLDER:DECODER")
+    parser.add_argument("reference", metavar="FOLDER:DECODER")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--picture", default="", metavar="FILE")
     options = parser.parse_args()
     try:
-        main(options.rows, options.picture)
+        main(options.reference, options.folders, options.picture)
     except CeedVLAError as error:
         sys.exit(str(error))

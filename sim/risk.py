@@ -149,13 +149,18 @@ def _as_json(row: Measured) -> dict[str, Any]:
 
 def _measured(file: Path, name: str, row: Any) -> Measured:
     """The measurements in a file; `ConfigError` for values that cannot be some."""
+    damaged = ConfigError(
+        f"{file} is damaged at {name[:100]!r}; remove it, or set another --output_dir."
+    )
     try:
         risks, forwards, layers = (
             np.array(row[key], dtype=np.float64) for key in ("risks", "forwards", "layers")
         )
         solved = [bool(one) for one in row["solved"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{file} is damaged at {name[:100]!r}; remove it, or set another --output_dir."
-        ) from error
+    except (KeyError, TypeError, ValueError):
+        raise damaged from None
+    shapes = (risks.shape, forwards.shape) == ((len(solved),), layers.shape)
+    values = np.concatenate([risks.ravel(), forwards.ravel(), layers.ravel()])
+    if not (shapes and solved and len(forwards) and np.isfinite(values).all()):
+        raise damaged
     return Measured(name, risks, forwards, layers, solved)

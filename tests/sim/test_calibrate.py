@@ -200,8 +200,25 @@ def test_damaged_measurements_are_refused(tmp_path: Path, text: str) -> None:
         Progress(tmp_path, {}, True)
 
 
-@pytest.mark.parametrize("row", [{}, {"risks": "x"}, 3])
+ROW = {"risks": [0.0, 0.5], "forwards": [1, 2, 1], "layers": [4, 8, 4], "solved": [True, False]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"risks": "x"},
+        3,
+        {**ROW, "risks": [0.0]},
+        {**ROW, "layers": [4]},
+        {**ROW, "forwards": [[1, 2, 1]]},
+        {**ROW, "risks": [0.0, float("nan")]},
+        {"risks": [], "forwards": [], "layers": [], "solved": []},
+    ],
+)
 def test_a_damaged_measurement_is_refused(tmp_path: Path, row: Any) -> None:
+    (tmp_path / MEASURED).write_text(json.dumps({"identity": {}, "decoders": {"cap1": ROW}}))
+    assert Progress(tmp_path, {}, True).rows["cap1"].risks.mean() == 0.25
     (tmp_path / MEASURED).write_text(json.dumps({"identity": {}, "decoders": {"cap1": row}}))
     with pytest.raises(ConfigError, match="damaged at 'cap1'"):
         Progress(tmp_path, {}, True)

@@ -31,19 +31,34 @@ if [ ! -e "$out/model/model.safetensors" ]; then
   PYTHONPATH="$out/packages" python recipes/smollm2_model.py "$out/model"
 fi
 
-# 2. The teacher, behind the frozen stems of the shipped teacher, whose predictions it learns. Images are not changed: the
-#    shipped teacher sees them as they are. One process with two threads is as fast as two with one
-#    each. Below 160 of 200 validation episodes nothing else is tried; the control with 16 layers goes on.
-if ! finished teacher; then
-  begin teacher
-  OMP_NUM_THREADS=2 ceed-vla train --output_dir "$pair/teacher" --roots "$roots" \
-    --root_weights 0.06,0.25,0.3,0.11,0.11,0.085,0.085 --imitate teacher --policy.backbone.type=language \
-    --policy.backbone.path="$out/model" --policy.backbone.layers "$layers" --policy.augment_shift 0 \
-    --policy.augment_brightness 0 --policy.action_tokens.action_range=fixed \
-    --policy.action_tokens.action_low="[-1, -1, -1, -0.25, -0.25, -1, -1]" \
-    --policy.action_tokens.action_high="[1, 1, 1, 0.25, 0.25, 1, 1]" --grounding_steps 0 --rounds 0 --validate_episodes 0 \
-    --steps "${STEPS:-1000}" --lr 3e-4 --muon_lr 0 --threads 2 --save_every 50 --resume "$(started teacher)"
-fi
+# 2. The teacher, behind the frozen stems of the shipped teacher, whose predictions it learns, in two runs. Run `first` learns
+#    on the datasets of the shipped pair. Run `teacher` goes on at half the learning rate, with takeovers from run `first`: the
+#    states that this policy itself reaches. Images are not changed: the shipped teacher sees them as they are. One process with
+#    two threads is as fast as two with one each. Below 160 of 200 validation episodes nothing else is tried; the control with
+#    16 layers goes on.
+train() { # name roots weights [other flags]
+  finished "$1" || {
+    begin "$1"
+    OMP_NUM_THREADS=2 ceed-vla train --output_dir "$pair/$1" --roots "$2" --root_weights "$3" --imitate teacher \
+      --policy.augment_shift 0 --policy.augment_brightness 0 --grounding_steps 0 --rounds 0 --validate_episodes 0 \
+      --steps "${STEPS:-1000}" --muon_lr 0 --threads 2 --save_every 50 --resume "$(started "$1")" "${@:4}"
+  }
+}
+own="$pair/own0,$pair/own1"
+train first "$roots" 0.06,0.25,0.3,0.11,0.11,0.085,0.085 --lr 3e-4 --policy.backbone.type=language \
+  --policy.backbone.path="$out/model" --policy.backbone.layers "$layers" --policy.action_tokens.action_range=fixed \
+  --policy.action_tokens.action_low="[-1, -1, -1, -0.25, -0.25, -1, -1]" \
+  --policy.action_tokens.action_high="[1, 1, 1, 0.25, 0.25, 1, 1]"
+evaluate validate_first "$(final first)" 40000 200 ar
+finished teacher || {
+  begin takeovers
+  for shard in 0 1; do
+    ceed-vla record --resume true --root "$pair/own$shard" --mode takeover --episodes 480 --seed $((39000 + 500 * shard)) \
+      --policy.path "$(final first)" --decoding ar_h &
+  done
+  for job in $(jobs -p); do wait "$job"; done
+}
+train teacher "$roots,$own" 0.04,0.18,0.21,0.07,0.07,0.065,0.065,0.15,0.15 --lr 1.5e-4 --policy.path "$(final first)"
 evaluate validate_shipped teacher 40000 200 ar
 evaluate validate_teacher "$(final teacher)" 40000 200 ar
 [ "$layers" != 30 ] || python - "$pair/validate_teacher/report.json" <<'END'

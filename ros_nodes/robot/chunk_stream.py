@@ -11,8 +11,10 @@ without a jump:
     next chunk                | 0 1 2 3 4 5 6 7 |      0, 1 = steps 2, 3 of the running one
                                     ^ takes over here, after `replan_steps` 4; the rest is decoded
 
-If the answer takes less than the rest of the running step, no step is frozen. The delay is counted
-in steps of the step grid between request and answer, so it needs no clock.
+A policy's first step begins where its observation was taken. Requests are sent at any time of a
+step, so step 0 of the next chunk is the step that begins closest to the request: the next step, or
+in the first half of the running step this one, which then is frozen too. The delay is counted in
+steps of the step grid between request and answer, so it needs no clock.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class ChunkRequest:
     frozen_steps: int
     # time from the request until the answer is needed [s]; None if no chunk runs
     deadline_s: float | None
+    begun: bool = False  # whether step 0 of the new chunk is the running step
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class ChunkStream:
 
     Args:
         chunk_steps: ``m``.
-        replan_steps: Steps ``h`` after which the next chunk is due, in [1, m].
+        replan_steps: Steps ``h`` from the request of a chunk until the next one takes over, in
+            [1, m].
         action_dt: Duration of a step [s].
         delay_steps: Initial estimate of the steps consumed between a request and its answer, at
             least 0.
@@ -185,29 +189,34 @@ class ChunkStream:
         if not self.started or self._next is not None:
             return None
         index, left = self._position()
+        running = self._running
         lead = self.lead
         runs = left > 0 or self._moving
         # steps that are consumed until the chunk is ready
         frozen = max(math.ceil(lead - remaining - 1e-9), 0)
         if runs and not self._replan_now:
-            frozen = max(frozen, self.replan_steps - index)
+            since = index - (running.request.begun if running else 0)  # steps since its request
+            frozen = max(frozen, self.replan_steps - since)
             # The running chunk must contain all frozen steps, and the answer must arrive before the
             # running chunk ends.
             if min(frozen, left) + remaining - lead >= wait:
                 return None
         # At least one step of the new chunk must remain to be decoded.
         frozen = min(frozen, left, self.chunk_steps - 1)
-        running = self._running
+        # The policy's first step begins where its observation was taken.
+        begun = self._moving and index > 0 and remaining > 0.5 and frozen < self.chunk_steps - 1
         request = ChunkRequest(
             id=next(self._ids),
             previous=running.tokens if running else None,
-            shift_steps=index,
-            frozen_steps=frozen if running and running.tokens is not None else 0,
+            shift_steps=index - begun,
+            frozen_steps=begun + frozen if running and running.tokens is not None else 0,
             deadline_s=(
                 (frozen + remaining + self.grace) * self.action_dt - self.margin if runs else None
             ),
+            begun=begun,
         )
-        self._next = _Chunk(request, self._consumed, self._boundaries + 1 - remaining, frozen)
+        position = self._boundaries + 1 - remaining
+        self._next = _Chunk(request, self._consumed - begun, position, begun + frozen)
         self._replan_now = False
         return request
 
@@ -326,10 +335,10 @@ class ChunkStream:
 
 @dataclass
 class _Chunk:
-    """A requested chunk; its step 0 is the step that was next at the time of the request."""
+    """A requested chunk; its step 0 is the step that begins closest to the request."""
 
     request: ChunkRequest
-    # Steps consumed before the request. Steps that hold do not move the arm and do not count.
+    # Steps consumed before its step 0. Steps that hold do not move the arm and do not count.
     start: int
     position: float  # time of the request on the step grid [steps]
     # steps that are consumed until the answer is expected, even if the policy cannot freeze them

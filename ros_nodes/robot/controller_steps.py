@@ -65,7 +65,6 @@ class StepRunner:
         self._from_part = 0.0  # ... and its tick of the step
         self._wanted: Array = motion.joints  # (J,) [rad], the last command without blending
         self._lag: Array | float = 0.0  # (J,) [rad], last target minus the command that was sent
-        self._before = motion.copy()  # at the beginning of the running step
 
     def drop(self) -> None:
         """Drop all chunks."""
@@ -100,7 +99,7 @@ class StepRunner:
         target = self._stream.redo()
         if target is not None:
             # The answer came just after the step began, and determines the rest of the step.
-            self._motion.restore(self._before)
+            self._motion.restore(self._stream.before)
             self._from = self._wanted
             self._from_part = self._stream.grid.part
             self._execute(target, safety)
@@ -201,7 +200,6 @@ class StepRunner:
         self._due = False
         self._from = self._motion.joints if held is None else held
         self._from_part = 0.0
-        self._before = self._motion.copy()
         self._execute(target, safety)
 
     def _execute(self, target: Target, safety: SafetyFilter) -> None:

@@ -55,6 +55,7 @@ class PolicyStream(ChunkStream):
 
     Attributes:
         grid: Position of the newest tick in the running step.
+        before: The motion at the beginning of the running step.
         statistics: Counts and timings of the loop.
         instruction: Instruction of the policy.
         failure: `Response.code` of the last answer, unless the instruction was at fault.
@@ -79,6 +80,7 @@ class PolicyStream(ChunkStream):
         self.statistics = LoopStatistics(grid.nominal)
         self._observations = observations
         self._motion = motion
+        self.before = motion.copy()
         self._worker = worker
         self._requests: dict[int, _SentRequest] = {}
         self._replan_steps = replan_steps
@@ -127,6 +129,7 @@ class PolicyStream(ChunkStream):
     def next_step(self) -> Target:
         """Advance to the next step of the grid and return its target."""
         self.statistics.slips += self.grid.begin_step()
+        self.before = self._motion.copy()
         return self.target()
 
     def end_step(self) -> None:
@@ -155,8 +158,8 @@ class PolicyStream(ChunkStream):
             return
         request = self.request_if_due(now)
         if request is not None and request.deadline_s is not None:
-            slack = request.frozen_steps + self.grid.remaining(now) - self.lead
-            self.grid.align(slack * self.grid.action_dt, self.grid.until_images(now))
+            spare = request.deadline_s + self.margin - (self.grace + self.lead) * self.action_dt
+            self.grid.align(spare, self.grid.until_images(now))
 
     def request_after_tick(self, now: float) -> None:
         """Request the next chunk if it is due although no new images have arrived.
@@ -303,8 +306,9 @@ class PolicyStream(ChunkStream):
 
     def _submit(self, request: ChunkRequest, now: float) -> bool:
         """Send a request with the newest observation; return False if it cannot be sent."""
+        motion = self.before if request.begun else self._motion  # where the chunk begins
         try:
-            observation = self._observations.snapshot(self._motion)
+            observation = self._observations.snapshot(motion)
         except ObservationError:  # the objection of the next tick gives the reason
             return False
         taken_at = self._observations.image_stamp

@@ -72,7 +72,8 @@ class Robot:
             if request is not None:
                 self.requests.append(request)
                 self.asked = self.now
-                self.answer = (self.now + round(delay * TICKS), request, len(self.executed))
+                first = len(self.executed) - request.begun
+                self.answer = (self.now + round(delay * TICKS), request, first)
         self.now += 1
 
     def steps(self, count: int, delay: float) -> None:
@@ -114,11 +115,8 @@ def test_every_step_is_executed_once_and_in_order(
         assert 0 <= request.frozen_steps <= max(chunk_steps - 1, 0)
         assert request.shift_steps + request.frozen_steps <= chunk_steps
         if request.deadline_s is not None:
-            assert (
-                request.frozen_steps * DT
-                <= request.deadline_s
-                <= (request.frozen_steps + 1) * DT + 1e-9
-            )
+            later = request.frozen_steps - request.begun
+            assert later * DT <= request.deadline_s <= (later + 1) * DT + 1e-9
 
 
 @pytest.mark.parametrize("delay", [0.1, 0.5, 1.0, 1.5, 2.3, 3.9])
@@ -130,12 +128,14 @@ def test_a_steady_delay_freezes_what_is_consumed_and_replans_on_time(delay: floa
     assert flow.counters.starved == flow.counters.late == flow.counters.missed == 0
     assert flow.delay_steps == pytest.approx(delay)
     later = robot.requests[2:]
-    assert {request.frozen_steps for request in later} == {int(delay - 1e-9)}
+    begun = delay in (0.5, 1.0, 3.9)  # requested in the first half of a step
+    frozen = int(delay - 1e-9) + begun
+    assert {(request.frozen_steps, request.begun) for request in later} == {(frozen, begun)}
     if delay < 2:  # a slower policy gets the next request at once
         # each chunk is replaced after H steps
-        assert {request.shift_steps + request.frozen_steps for request in later} == {H}
+        assert {r.shift_steps + r.frozen_steps - r.begun for r in later} == {H}
     seams = [target.index for target in robot.targets if target.seam]
-    assert set(seams[2:]) == {int(delay - 1e-9)}  # takes over at the first step that is not frozen
+    assert set(seams[2:]) == {frozen}  # takes over at the first step that is not frozen
     assert max(robot.ages[2:]) == pytest.approx(delay, abs=0.1 + 1e-9)  # no older than necessary
 
 
@@ -186,10 +186,56 @@ def test_the_request_names_what_the_decoder_needs() -> None:
             index == 0,
         )
         assert flow.request(0.9, 0.1) is None  # the next observation is in time
-    request = flow.request(0.65, 0.1)
+    request = flow.request(0.65, 0.1)  # the step before has just begun
     assert request.previous is tokens
-    assert (request.id, request.shift_steps, request.frozen_steps) == (2, H, 0)
+    assert (request.id, request.shift_steps, request.frozen_steps) == (2, H - 1, 1)
+    assert request.begun
     assert request.deadline_s == pytest.approx(0.065)
+
+
+@pytest.mark.parametrize(
+    ("remaining", "index", "begun"),
+    [(0.5, 3, False), (0.51, 3, True), (1.05, 3, True), (1.05, 0, False)],
+)
+def test_a_chunk_begins_with_the_step_closest_to_its_observation(
+    remaining: float, index: int, begun: bool
+) -> None:
+    flow = stream(delay_steps=3)
+    flow.start()
+    assert flow.request(1.0, 0.1) is not None
+    flow.target()
+    flow.offer(1, chunk(0), np.arange(56), 1.0)
+    for _ in range(index):
+        flow.target()
+    flow.preempt()  # a request is due at once
+    request = flow.request(remaining, 0.1)
+    assert (request.begun, request.shift_steps) == (begun, index - begun)
+    assert flow.offer(request.id, chunk(index - begun), np.arange(56), remaining)
+    assert flow.target().action[0] == index  # in order, wherever the chunk begins
+
+
+def test_a_chunk_keeps_a_step_to_decode() -> None:
+    flow = stream(chunk_steps=2, replan_steps=1, delay_steps=3)
+    flow.start()
+    flow.request(1.0, 0.1)
+    for _ in range(3):
+        flow.target()
+    flow.offer(1, chunk(0, 2), np.arange(14), 1.0)
+    flow.target()
+    request = flow.request(1.0, 0.1)
+    assert (request.begun, request.shift_steps, request.frozen_steps) == (False, 1, 1)
+
+
+def test_a_step_that_holds_begins_no_chunk() -> None:
+    flow = stream()
+    flow.start()
+    flow.request(1.0, 0.1)
+    flow.target()
+    flow.offer(1, chunk(0), np.arange(56), 1.0)
+    for _ in range(M):
+        flow.target()
+    assert flow.target().source == "starved"
+    assert not flow.request(1.0, 0.1).begun
 
 
 def test_an_answer_before_its_time_takes_over_at_once() -> None:
@@ -200,9 +246,9 @@ def test_an_answer_before_its_time_takes_over_at_once() -> None:
     sent = len(robot.requests)
     robot.steps(10, 1)
     assert robot.executed == list(range(len(robot.executed)))
-    assert robot.requests[sent].frozen_steps == 2
+    assert robot.requests[sent].frozen_steps == 3
     seams = {target.chunk_id: target.index for target in robot.targets if target.seam}
-    assert seams[robot.requests[sent].id] == 0
+    assert seams[robot.requests[sent].id] == 1  # step 0 had begun at the request
     assert flow.counters.late == 0
 
 
@@ -211,7 +257,7 @@ def test_a_late_answer_is_counted_and_joined_at_the_right_step() -> None:
     flow.start()
     robot = Robot(flow, wait=0.1)
     robot.steps(8, 0.5)
-    robot.steps(6, 3)  # 0 frozen steps
+    robot.steps(7, 3)  # no step to come is frozen
     assert flow.counters.late == 1
     assert robot.executed == list(range(len(robot.executed)))
     assert flow.counters.starved == 0
@@ -279,7 +325,7 @@ def test_preempt_replans_at_once_and_drops_what_is_under_way() -> None:
     assert flow.request(0.9, 0.1) is None
     flow.preempt()
     request = flow.request(0.9, 0.1)
-    assert (request.shift_steps, request.frozen_steps) == (2, 1)
+    assert (request.shift_steps, request.frozen_steps) == (1, 2)
     flow.preempt()
     assert not flow.offer(request.id, chunk(0), None)
     assert flow.target().source == "chunk"  # the old chunk continues meanwhile
@@ -360,7 +406,7 @@ def test_first_steps_run_before_the_rest_is_there() -> None:
     assert flow.delay_steps == 1  # unchanged: the delay is unknown if steps began early
     assert flow.target().action[0] == 3
     following = flow.request(1.0, 0.1)
-    assert (following.shift_steps, following.previous.tolist()) == (4, list(range(M)))
+    assert (following.shift_steps, following.previous.tolist()) == (3, list(range(M)))
     assert [flow.target().action[0] for _ in range(4)] == [4, 5, 6, 7]
     assert flow.counters == StreamCounters(switched=1, starved=1)
 

@@ -92,6 +92,10 @@ class ObservationError(CeedVLAError, ValueError):
     """An observation lacks a feature, or a feature has another shape or type."""
 
 
+class InstructionError(ObservationError):
+    """The policy does not accept the instruction of an observation."""
+
+
 class VerificationError(CeedVLAError):
     """A model's outputs differ from those of its reference implementation."""
 

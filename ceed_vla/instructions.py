@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.errors import ConfigError, InstructionError
 
 PLACE = "{instruction}"  # replaced, not formatted, so that a template cannot read attributes
 LONGEST_PROMPT = 100_000
@@ -24,7 +24,7 @@ def batch_instructions(
         One text per row; a single instruction is repeated for all `rows`.
 
     Raises:
-        ObservationError: There are no instructions, or not one for every row.
+        InstructionError: There are no instructions, or not one for every row.
     """
     task = (complementary or {}).get("task")
     tasks = (
@@ -35,7 +35,7 @@ def batch_instructions(
         tasks = tasks * rows
     if not texts or (rows is not None and len(tasks) != rows):
         shown = repr(task)[:200]
-        raise ObservationError(
+        raise InstructionError(
             f"The observation has the instructions {shown} for "
             f"{'any number of' if rows is None else rows} rows; pass 'task' as non-empty text, or "
             "as a list with one for every row."

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 
-from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.errors import ConfigError, InstructionError
 
 logger = logging.getLogger(__name__)
 
@@ -48,21 +48,21 @@ class WordIds:
         """Ids of one instruction, padded to `max_words`.
 
         Raises:
-            ObservationError: The instruction is empty or longer, or has no known word.
+            InstructionError: The instruction is empty or longer, or has no known word.
         """
         words = split_words(instruction)
         shown = repr(instruction[:200])
         if not words:
-            raise ObservationError(
+            raise InstructionError(
                 f"The instruction {shown} has no word; say what to do: 'put the cube in the bin'."
             )
         if len(words) > self.max_words:
-            raise ObservationError(
+            raise InstructionError(
                 f"The instruction has {len(words)} words, more than {self.max_words}: {shown}."
             )
         if self._ids and not any(word in self._ids for word in words):
             known = ", ".join(self.vocabulary)[:300]
-            raise ObservationError(
+            raise InstructionError(
                 f"The instruction {shown} has no word of the policy's vocabulary: {known}."
             )
         for word in words:

@@ -24,11 +24,13 @@ def opened(folder: str) -> dict[str, Any]:
     """The report of an evaluation.
 
     Raises:
-        ConfigError: It is not complete.
+        ConfigError: It is not complete, or one shard of several.
     """
     report = read_json(Path(folder) / "report.json")
     if not report["complete"]:
         raise ConfigError(f"The evaluation in {folder} is not complete.")
+    if any(row["episodes"] != report["seeds"]["count"] for row in report["decoders"].values()):
+        raise ConfigError(f"{folder} lacks episodes: it is one shard of several; merge them first.")
     return report
 
 

@@ -18,7 +18,8 @@ def log_episode(
     """Log the replans of an episode below the entity `name`, at their control steps.
 
     These are the camera images, the state, the chunk (m, A), the Jacobi states (k, n) of its
-    tokens, its forwards and latency, and the rule that ended decoding.
+    tokens, its forwards and latency, and the rule that ended decoding. Random guesses are not drawn
+    again, so such decoders have no Jacobi states.
     """
     for replan in replans:
         log.at(replan.step / fps, replan.step)
@@ -28,7 +29,8 @@ def log_episode(
             log.scalars(f"{name}/state", replan.observation["agent_pos"])
         if replan.chunk.actions is not None:
             log.tensor(f"{name}/chunk", replan.chunk.actions, ("step", "action"))
-        if runner.policy.config.named(runner.decoding).method == "jacobi":
+        decoding = runner.policy.config.named(runner.decoding)
+        if decoding.method == "jacobi" and decoding.guess != "random":
             log.tensor(f"{name}/jacobi_states", jacobi_states(runner, replan), ("forward", "token"))
         log.scalars(f"{name}/forwards", [replan.chunk.forwards])
         taken = [value for key, value in replan.chunk.seconds.items() if key != "rows"]

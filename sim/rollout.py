@@ -232,10 +232,15 @@ class PolicyRunner:
     def _actions(self, tokens: Tensor) -> list[np.ndarray | None]:
         """Decode `tokens` (B, n) to chunks (m, A) in the environment's units; None if malformed."""
         readable = self.policy.tokenizer.readable(tokens)  # (B,)
-        actions = self.policy.tokenizer.decode(tokens[readable])
+        decoded = self.policy.tokenizer.decode(tokens[readable])
+        # A postprocessor may add each row's state, so it gets all rows.
+        actions = decoded.new_zeros(len(tokens), *decoded.shape[1:])
+        actions[readable] = decoded
         actions = actions if self.postprocessor is None else self.postprocessor(actions)
-        chunks = iter(actions.to("cpu", torch.float32).numpy())
-        return [next(chunks) if sound else None for sound in readable.tolist()]
+        chunks = actions.to("cpu", torch.float32).numpy()
+        return [
+            chunk if sound else None for chunk, sound in zip(chunks, readable.tolist(), strict=True)
+        ]
 
 
 def stack_previous(previous: Sequence[Tensor | None]) -> Tensor | None:

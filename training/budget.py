@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ceed_vla.errors import ConfigError
 from ceed_vla.wording import counted
 
 # kinds of steps; STEP in runs with a single kind
@@ -20,6 +21,7 @@ ACTION = "action"
 STEP = "step"
 GROUNDING_SHARE = 0.2  # of the time, if there are grounding frames
 TAKEOVER_SHARE = 0.1  # of the time, for each round
+MOST_SPENT = 0.95  # share of the time for both
 BATCH, SMALL_BATCH = 32, 16  # frames of a step on actions
 FEWEST = 600  # steps on actions; if fewer fit, the small batch allows more of them
 # steps on actions, in the runs of docs/tutorials/first-policy.md that learnt their task
@@ -96,9 +98,7 @@ class Schedule:
         found = []
         if self.steps * self.batch_size < ENOUGH * BATCH:
             action = self.speeds.scaled(BATCH).action * ENOUGH / 60
-            spent = (
-                GROUNDING_SHARE if self.grounding_steps else 0.0
-            ) + TAKEOVER_SHARE * self.rounds
+            spent = _spent(bool(self.grounding_steps), self.rounds)
             minutes = math.ceil(action / (1 - spent))
             found.append(
                 f"allow about {minutes} minutes" if minutes > self.minutes else "set more --steps"
@@ -119,6 +119,11 @@ class Schedule:
             f"({self.speeds.action:.2f} s each); every frame is seen about "
             f"{seen:.1f} times"
         )
+
+
+def _spent(grounded: bool, rounds: int) -> float:
+    """Share of the time for all but steps on actions."""
+    return (GROUNDING_SHARE if grounded else 0.0) + TAKEOVER_SHARE * rounds
 
 
 def divide(
@@ -148,7 +153,17 @@ def divide(
 
     Returns:
         The schedule.
+
+    Raises:
+        ConfigError: The takeover rounds leave no time for steps on actions.
     """
+    if _spent(grounded, rounds) > MOST_SPENT:
+        most = int((MOST_SPENT - _spent(grounded, 0)) / TAKEOVER_SHARE)
+        raise ConfigError(
+            f"rounds is {rounds}; each takes {TAKEOVER_SHARE:.0%} of max_minutes, so at most "
+            f"{most} leave time for steps on actions. Set fewer --rounds, or --steps instead of "
+            "--max_minutes."
+        )
     seconds = 60 * minutes
     available = seconds * (1 - TAKEOVER_SHARE * rounds)
     share = GROUNDING_SHARE * seconds if grounded else 0.0

@@ -69,9 +69,21 @@ def all_guesses(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Ten
     return found
 
 
+def with_first(guesses: Tensor, fixed_point: Tensor) -> Tensor:
+    """`guesses` (..., n) with the first token of `fixed_point` (..., n), as decoding starts with:
+    the prefix predicts it.
+    """
+    return torch.cat([fixed_point[..., :1].expand_as(guesses[..., :1]), guesses[..., 1:]], dim=-1)
+
+
 @torch.no_grad()
 def online_states(
-    policy: CeedVLAPolicy, embeddings: Tensor, previous: Tensor, draw: StateDraw, max_updates: int
+    policy: CeedVLAPolicy,
+    embeddings: Tensor,
+    previous: Tensor,
+    fixed_point: Tensor,
+    draw: StateDraw,
+    max_updates: int,
 ) -> Tensor:
     """Guesses (B, n) after the drawn numbers of Jacobi updates by the student.
 
@@ -79,10 +91,11 @@ def online_states(
         policy: The student.
         embeddings: Its prefix embeddings.
         previous: Previous chunks (B, n); rows of -1 have none.
+        fixed_point: The teacher's fixed points (B, n), see `with_first`.
         draw: The random part of the states.
         max_updates: Most updates. Every process runs as many forwards, as sharded weights require.
     """
-    states = guess_states(policy, previous, draw)
+    states = with_first(guess_states(policy, previous, draw), fixed_point)
     updates = torch.from_numpy(draw.updates).to(states.device)
     for update in range(max_updates):
         rows = torch.nonzero(updates > update).squeeze(1)

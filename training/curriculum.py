@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ceed_vla.training.corruption import StateDraw, all_guesses
+from ceed_vla.training.corruption import StateDraw, all_guesses, with_first
 
 FLOOR = 0.05  # least weight of a candidate, as a share of the tokens
 
@@ -38,7 +38,7 @@ def informative_states(
     `live` slots (B, n), and the `shares` (kinds,) of the kinds of guesses.
     """
     # (kinds, B, n) for each number of updates
-    states = [all_guesses(policy, previous, draw)]
+    states = [with_first(all_guesses(policy, previous, draw), fixed_point)]
     for _ in range(max_updates + 1):
         _, logits = policy.backbone.packed_logits(embeddings, list(states[-1]))
         states.append(torch.stack([scores.argmax(-1) for scores in logits]))

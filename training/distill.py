@@ -23,8 +23,9 @@ from ceed_vla.backbones.capabilities import check_whole_prefix
 from ceed_vla.checkpoints import load, weights_hash
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.decoding.exits import exit_rules
+from ceed_vla.decoding.names import CEED
 from ceed_vla.discovery import discovered
-from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, chosen, ranged
 from ceed_vla.outputs import owned_folder
 from ceed_vla.training.adapters import attach_student
@@ -170,6 +171,7 @@ class DistillRun(Run):
             max_iterations=config.max_iterations,
             confidence=config.confidence,
         )
+        student.config.decode_with = CEED  # not the teacher's
         exit_rules(
             student.config.decoding, student.tokenizer.ordered and student.tokenizer.stop is None
         )
@@ -243,12 +245,9 @@ class DistillRun(Run):
         if chosen.online:
             decode = self.objective.decode_teacher
             return OnlineData(config.roots, student, pre, decode, teacher_states=stored, **sizes)
-        data = StoredData(
+        return StoredData(
             chosen.path, config.roots, config.teacher_path, student, pre, stored, **sizes
         )
-        if stored and not data.trajectories.states:
-            raise DatasetError(f"{chosen.path} has no states; collect them with --states=true.")
-        return data
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -335,11 +334,11 @@ class DistillRun(Run):
             if self.data.whole_episodes
             else f"{frames} (no episode was held out)"
         )
+        agreement = f"On {where}: {found['teacher_agreement']:.3f} of the teacher's tokens"
+        if "token_accuracy" in found:
+            agreement += f", {found['token_accuracy']:.3f} of the demonstration's"
         summary.lines += [
-            (
-                f"On {where}: {found['teacher_agreement']:.3f} of the teacher's tokens, "
-                f"{found['token_accuracy']:.3f} of the demonstration's"
-            ),
+            agreement,
             (
                 f"Forwards a chunk: {found['iterations_mean']:.2f} with strict Jacobi, "
                 f"{found['early_exit_forwards']:.2f} with early exit; after one forward "

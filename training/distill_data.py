@@ -298,7 +298,7 @@ class StoredData(DistillData):
         settings: See `DistillData`.
 
     Raises:
-        DatasetError: There are too few frames, or trajectories and datasets do not match.
+        DatasetError: There are too few frames, no states, or trajectories and data do not match.
         CheckpointError: The trajectories are of another teacher.
     """
 
@@ -319,13 +319,13 @@ class StoredData(DistillData):
                 "--trajectories.online=true."
             )
         self.trajectories = read_trajectories(path, teacher, states)
-        meta = self.trajectories.meta
-        if values := {
-            key: meta[key] for key, value in layout_of(policy).items() if meta[key] != value
-        }:
+        if states and not self.trajectories.states:
+            raise DatasetError(f"{path} has no states; collect them with --states=true.")
+        meta, own = self.trajectories.meta, layout_of(policy)
+        if values := {key: meta[key] for key, value in own.items() if meta[key] != value}:
             raise DatasetError(
-                f"{path}: meta.json has {values}, but the policy has {layout_of(policy)}; collect "
-                "the trajectories again."
+                f"{path}: meta.json has {values}, but the policy has {own}; collect the "
+                "trajectories again."
             )
         if not are_those(self.stores, meta["datasets"]):
             raise DatasetError(

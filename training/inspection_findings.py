@@ -22,6 +22,10 @@ def without_episodes(store: FrameStore, episodes: Sequence[int]) -> FrameStore:
     """Frames of a store, not decoded, without `episodes`; the other episodes' numbers stay."""
     keep = ~np.isin(store.episode, episodes)
     episode = store.episode[keep]
+    before = np.append(0, np.cumsum(keep))  # (N + 1,) frames that stay before each
+    usable = store.usable
+    if usable is not None:
+        usable = replace(usable, frames=usable.frames[keep], end=before[usable.end[keep]])
     rows = {name: images.shape[1:] for name, images in store.images.items()}
     return replace(
         store,
@@ -37,7 +41,7 @@ def without_episodes(store: FrameStore, episodes: Sequence[int]) -> FrameStore:
         task=store.task[keep],
         episode=episode,
         episode_end=np.searchsorted(episode, episode, side="right"),
-        usable=None,
+        usable=usable,
     )
 
 
@@ -63,7 +67,13 @@ def short_episodes(lengths: NDArray[np.int64], chunk_size: int) -> dict[int, int
 def data_faults(
     store: FrameStore, broken: Sequence[BrokenValues], arrays: Sequence[str]
 ) -> list[str]:
-    """Why training refuses the data, with remedies; `arrays` is that of `delete_command`."""
+    """Why training refuses the data, with remedies.
+
+    Args:
+        store: The dataset.
+        broken: Values of it that are not finite.
+        arrays: See `delete_command`.
+    """
     faults = []
     if broken:
         episodes = broken_episodes(broken)
@@ -89,6 +99,12 @@ def data_faults(
         faults.append(
             f"There is neither {ACTION}, as demonstrations have, nor {ENVIRONMENT}, as grounding "
             f"frames have. Record the commands of every frame as {ACTION}."
+        )
+    if store.action is not None and not store.shown.any():
+        faults.append(
+            "There is no frame to imitate: next.success is false in all "
+            f"{counted(len(np.unique(store.episode)), 'episode')}. Record successes, or a person's "
+            "interventions."
         )
     return faults
 

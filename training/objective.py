@@ -112,7 +112,7 @@ class DistillationObjective(nn.Module):
             if own is None:
                 states = batch["teacher_states"]
             elif curriculum is None:
-                states = online_states(student, seen, previous, *own)
+                states = online_states(student, seen, previous, batch["fixed_point"], *own)
             else:
                 states = informative_states(
                     student, seen, previous, batch["fixed_point"], batch["live"], *own, curriculum

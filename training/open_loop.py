@@ -228,9 +228,16 @@ def _chosen_data(config: OpenLoopConfig, policy: Any, pre: Any, steps: int) -> _
     most = math.ceil(config.chunks / len(stores))  # of a dataset
     frames = []
     for store, mask in zip(stores, masks, strict=True):
-        in_episode = np.arange(len(store)) - np.searchsorted(store.episode, store.episode)  # (N,)
-        frames.append(np.flatnonzero((in_episode % steps == 0) & mask)[:most])
+        frames.append(np.flatnonzero((in_run(store, mask) % steps == 0) & mask)[:most])
     return _Data(roots, stores, masks, frames)
+
+
+def in_run(store: FrameStore, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Number of each frame (N,) in its run: of an episode's successive frames in `mask` (N,)."""
+    number = np.arange(len(store))
+    begins = mask & ~np.append(False, mask[:-1])
+    begins |= np.diff(store.episode_end, prepend=-1) != 0
+    return number - np.maximum.accumulate(np.where(begins, number, 0))
 
 
 def _looked_at(store: FrameStore, held_out: float) -> NDArray[np.bool_]:

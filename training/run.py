@@ -28,7 +28,14 @@ from ceed_vla.training.budget import FEW_STEPS, STEP, StepTimer
 from ceed_vla.training.optim import build_optimizers, cosine_factor
 from ceed_vla.training.processes import layer_classes, new_accelerator
 from ceed_vla.training.run_config import ANY_NUMBER, RunConfig
-from ceed_vla.training.run_folder import CHECKPOINTS, TRACKER, RunFolder, check_origin
+from ceed_vla.training.run_folder import (
+    CHECKPOINTS,
+    TRACKER,
+    RunFolder,
+    check_origin,
+    described_settings,
+    warn_of_other_settings,
+)
 from ceed_vla.training.summary import Summary
 
 logger = logging.getLogger(__name__)
@@ -55,6 +62,7 @@ class Run:
 
     def __init__(self, config: RunConfig, device: str, closed_loop: ClosedLoop | None) -> None:
         self.settings = config
+        self._given = described_settings(config)  # before a run completes them
         self.closed_loop = closed_loop
         self.folder = RunFolder(config.output_dir, config.resume)
         self.output = self.folder.path
@@ -390,6 +398,7 @@ class Run:
                 "processes": self.accelerator.num_processes,
                 "total": self.total,
                 "origin": self._origin,
+                "settings": self._given,
             }
             with self.folder.writing():
                 settle(*(file for file in (self.output / name).rglob("*") if file.is_file()))
@@ -404,6 +413,8 @@ class Run:
         """
         progress = self.folder.read_progress(self.total)
         check_origin(progress, self._origin, self.output)
+        if self.accelerator.is_main_process:
+            warn_of_other_settings(progress, self._given)
         folder = self.output / progress["state"]
         advice = "repeat the settings that it was started with, or start again in another folder."
         with raised_as(CheckpointError, f"{folder} cannot be resumed", advice, passing=()):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+import draccus
 
 from ceed_vla import invocation
 from ceed_vla.data.files import is_whole
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import parse_json, read_bytes, read_json, strange, write_text
 from ceed_vla.outputs import named_folder
+from ceed_vla.texts import short
 from ceed_vla.training.settings import full_disk
+
+logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 # written alternately, so that the last complete one survives an interrupt
@@ -26,6 +32,7 @@ LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 TRACKER = "tensorboard"
 TAKEOVER = "takeover"
+_WHERE = ("output_dir", "resume")  # settings that a resumed run may change
 
 
 class RunFolder:
@@ -44,6 +51,7 @@ class RunFolder:
     def __init__(self, name: str, resume: bool) -> None:
         self.path = named_folder("output_dir", name)
         self.resume = resume
+        self._logged: set[tuple[int, frozenset[str]]] = set()  # of the step that is resumed from
         self._check(name)
 
     @property
@@ -85,7 +93,9 @@ class RunFolder:
     # ---- log -------------------------------------------------------------------------------------
 
     def append_log(self, step: int, values: dict[str, float]) -> None:
-        """Add a line to ``log.jsonl``."""
+        """Add a line to ``log.jsonl``, unless the run that is resumed has measured this already."""
+        if (step, frozenset(values)) in self._logged:
+            return
         with (self.path / LOG).open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -97,6 +107,8 @@ class RunFolder:
             lines = content.decode(errors="replace").splitlines()
             before = [line for line in lines if is_whole(_step_of(line), 0, step)]
             write_text(file, "".join(f"{line}\n" for line in before))
+            last = [parse_json(line) for line in before if _step_of(line) == step]
+            self._logged = {(step, frozenset(values) - {"step"}) for values in last}
 
     # ---- progress --------------------------------------------------------------------------------
 
@@ -148,6 +160,38 @@ def check_origin(progress: dict[str, Any], now: dict[str, Any], folder: Path) ->
             "that it was started with. Name the same datasets and checkpoints, unchanged, with the "
             "same settings, or start a new run in another folder; it may begin with this run's "
             "last checkpoint."
+        )
+
+
+def described_settings(config: object) -> dict[str, Any]:
+    """Settings by dotted name, as JSON types."""
+    found: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(f"{name}.{key}" if name else str(key), inner)
+        else:
+            found[name] = value
+
+    add("", json.loads(json.dumps(draccus.encode(config), default=str)))
+    return found
+
+
+def warn_of_other_settings(progress: dict[str, Any], now: dict[str, Any]) -> None:
+    """Log which settings of a resumed run differ from `now`; older runs did not store them."""
+    before = progress.get("settings")
+    if not isinstance(before, dict):
+        return
+    changed = [
+        f"{name} ({short(value)} before)"
+        for name, value in before.items()
+        if name not in _WHERE and now.get(name, value) != value
+    ]
+    if changed:
+        logger.warning(
+            "The run goes on with other settings than it had: %s. What was learnt until now stays.",
+            ", ".join(changed),
         )
 
 

@@ -134,8 +134,15 @@ def _read_words(
         place = values
         for part in outer:
             place = place.setdefault(part, {})
-        place[last] = text if kinds[name] in _TEXTS else read_yaml(text, f"--{name}")
+        place[last] = text
+        if kinds[name] not in _TEXTS and not _is_list_of_texts(kinds[name], text):
+            place[last] = read_yaml(text, f"--{name}", spelled=True)
     return values
+
+
+def _is_list_of_texts(kind: str, text: str) -> bool:
+    """Whether `text` is a list A,B of texts, which stay as they are; [A, B] is YAML."""
+    return kind.startswith("LIST[STR]") and text.strip() != "null" and text.lstrip()[0] != "["
 
 
 def _flag_name(word: str, config_class: type[Any], names: Names, kinds: Mapping[str, str]) -> str:

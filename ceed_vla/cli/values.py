@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from ceed_vla.discovery import FLAG as DISCOVER
 from ceed_vla.fields import describe, options_of, short, type_hints
 from ceed_vla.files import whole
 
@@ -175,6 +176,11 @@ def read_config(
         ) from error
     if not isinstance(values, dict):
         raise UsageError(f"{source} must hold a mapping of flags to values")
+    if DISCOVER in values:
+        raise UsageError(
+            f"{source} has {DISCOVER}; write it on the command line, as it decides which other "
+            "flags there are"
+        )
     try:
         return shaped(by_field(values), config_class)
     except UsageError as error:

@@ -23,7 +23,7 @@ from ceed_vla.edge.graphs import FAMILIES, Graphs
 from ceed_vla.edge.observation import ObservationReader, feature_of, random_observation
 from ceed_vla.edge.result import row_result
 from ceed_vla.edge.sessions import open_sessions, run
-from ceed_vla.edge.settings import check_decoding, read_settings
+from ceed_vla.edge.settings import check_decoding, only_exported, read_settings
 from ceed_vla.edge.slots import Cache, Slots
 from ceed_vla.edge.texts import open_texts
 from ceed_vla.edge.vocabulary import Vocabulary
@@ -90,10 +90,8 @@ class EdgePolicy:
         Raises:
             ConfigError: The name is unknown, or the decoding does not run on an export.
         """
-        try:
+        with only_exported():
             config = named_config(decoding, self.settings.decoding, self.settings.decodings or {})
-        except ConfigError as error:
-            raise ConfigError(f"{error} An export runs only ar, jacobi and their exits.") from error
         check_decoding(config)
         return config
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,15 @@ _PARTS = {
     "cache": CacheSettings,
     "decoding": DecodingConfig,
 }
+
+
+@contextmanager
+def only_exported() -> Iterator[None]:
+    """Add to a `ConfigError` about a decoder's name which decoders an export runs."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{error} An export runs only ar, jacobi and their exits.") from error
 
 
 def check_decoding(config: DecodingConfig) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ceed_vla.edge.feature_settings import TOKENIZER, TextSettings
 from ceed_vla.edge.settings import ExportSettings, read_part
-from ceed_vla.errors import CheckpointError, ObservationError, raised_as
+from ceed_vla.errors import CheckpointError, InstructionError, raised_as
 from ceed_vla.extras import require_module
 from ceed_vla.fields import short
 from ceed_vla.instructions import PLACE
@@ -21,7 +21,7 @@ class Texts(Protocol):
     """Instructions to ids."""
 
     def encode(self, instruction: str) -> np.ndarray:
-        """Ids (1, L) int64 of an instruction; raises `ObservationError`."""
+        """Ids (1, L) int64 of an instruction; raises `InstructionError`."""
 
     def encode_for_stems(self, instruction: str) -> np.ndarray | None:
         """Ids (1, W) int64 that the camera stems read; None if they read no instruction."""
@@ -84,17 +84,17 @@ class _Prompts:
         instruction = _checked(instruction)
         refused = [text for text in settings.refused or () if text in instruction]
         if refused:
-            raise ObservationError(
+            raise InstructionError(
                 f"The instruction {short(instruction)} contains {refused[0]}, which stands for an "
                 "image; leave it out."
             )
         prompt = settings.template.replace(PLACE, instruction)
         shown = f"The tokenizer cannot read the instruction {short(instruction)}"
-        with raised_as(ObservationError, shown, "use plain text."):
+        with raised_as(InstructionError, shown, "use plain text."):
             encoded = self._tokenizer.encode(prompt, add_special_tokens=settings.special_tokens)
         ids = list(encoded.ids)
         if len(ids) > settings.longest:
-            raise ObservationError(
+            raise InstructionError(
                 f"The prompt has {len(ids)} tokens, more than {settings.longest}; shorten the "
                 f"instruction {short(instruction)}."
             )
@@ -103,5 +103,5 @@ class _Prompts:
 
 def _checked(instruction: str) -> str:
     if not isinstance(instruction, str) or not instruction.strip():
-        raise ObservationError(f"The instruction is {short(instruction)}; it must be one text.")
+        raise InstructionError(f"The instruction is {short(instruction)}; it must be one text.")
     return instruction

@@ -23,7 +23,7 @@ from ceed_vla import __version__
 from ceed_vla.backbones.vlm.kinds import SQUARE_IMAGES
 from ceed_vla.checkpoints.manifest import read_config
 from ceed_vla.decoding import DecodingConfig, named_config
-from ceed_vla.edge.settings import FORMAT, MOST_GRAPH, built, check_decoding
+from ceed_vla.edge.settings import FORMAT, MOST_GRAPH, built, check_decoding, only_exported
 from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, raised_as
 from ceed_vla.extras import require
 from ceed_vla.files import read_text
@@ -202,7 +202,9 @@ def _check(checkpoint: str, config: Mapping[str, Any], decoders: Sequence[str]) 
     plans = [name for name in own if re.fullmatch("plan.+", name)]
     for name in decoders:
         for each in plans if name == "plan" and plans else [name]:
-            check_decoding(named_config(each, built(DecodingConfig, decoding, {}), own))
+            with only_exported():
+                config = named_config(each, built(DecodingConfig, decoding, {}), own)
+            check_decoding(config)
 
 
 def _check_size(checkpoint: Path) -> None:

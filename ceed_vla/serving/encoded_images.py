@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,8 +81,10 @@ class EncodedImage:
 
 
 def _jpeg_parts(data: bytes) -> int:
-    """An upper bound of the scans and other segments; the pixels' bytes contain no markers."""
-    return len(_SEGMENT.findall(data))
+    """An upper bound of the scans and other segments, counted to one more than `_MOST_PARTS`; the
+    pixels' bytes contain no markers.
+    """
+    return sum(1 for _ in islice(_SEGMENT.finditer(data), _MOST_PARTS + 1))
 
 
 def _png_parts(data: bytes) -> int:

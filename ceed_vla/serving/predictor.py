@@ -18,7 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.discovery import discover
-from ceed_vla.errors import CeedVLAError, CheckpointError, NotFiniteError
+from ceed_vla.errors import (
+    CeedVLAError,
+    CheckpointError,
+    ConfigError,
+    InstructionError,
+    NotFiniteError,
+    ObservationError,
+    TokenError,
+)
 from ceed_vla.serving.failure_log import FailureLog
 from ceed_vla.serving.predictor_loading import declared_spec, load_served
 from ceed_vla.serving.predictor_types import (
@@ -32,7 +40,6 @@ from ceed_vla.serving.predictor_types import (
     Request,
     Response,
 )
-from ceed_vla.serving.request_reader import InstructionError
 from ceed_vla.serving.served_policy import Decoded, DecodeOptions
 from ceed_vla.texts import short
 
@@ -63,7 +70,7 @@ class Predictor:
 
     Attributes:
         spec: The policy's inputs and outputs.
-        failures: Unforeseen failures since the last chunk.
+        failures: Failures since the last chunk for which no request is to blame.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, or of a kind that cannot be served.
@@ -189,8 +196,9 @@ class Predictor:
             self._failures.add(error)
         text = str(error)
         if not isinstance(error, CeedVLAError):
-            self.failures += 1
             text = f"{type(error).__name__}: {error}"
+        if not _of_the_request(error):
+            self.failures += 1
         codes = {InstructionError: BAD_INSTRUCTION, NotFiniteError: NOT_FINITE}
         code = next((code for kind, code in codes.items() if isinstance(error, kind)), "")
         return Response(request.id, error=short(text), code=code)
@@ -334,6 +342,17 @@ class Predictor:
             if spec.warmup_s <= limit:
                 break
         return replace(spec, decoding=chosen)
+
+
+def _of_the_request(error: Exception) -> bool:
+    """Whether a request, and not the server, is the reason for an error.
+
+    An error that only encloses one of a library, as of a device, may look like one of the request.
+    """
+    enclosed = error.__cause__
+    ours = enclosed is None or isinstance(enclosed, CeedVLAError)
+    kinds = (ObservationError, ConfigError, TokenError, NotFiniteError)
+    return isinstance(error, InstructionError) or (isinstance(error, kinds) and ours)
 
 
 def _response(request: Request, decoded: Decoded, preprocess: float) -> Response:

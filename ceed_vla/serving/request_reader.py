@@ -7,19 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.errors import ObservationError
+from ceed_vla.errors import InstructionError, ObservationError
 from ceed_vla.serving.predictor_types import PolicySpec, Request
 from ceed_vla.texts import shown
 from ceed_vla.word_ids import split_words
 
 LARGEST_SIDE = 4096  # of an image [px]
-
-
-class InstructionError(ObservationError):
-    """The policy does not accept the instruction.
-
-    This has its own type because the warm-up on a blank observation does not detect it.
-    """
 
 
 def check_observation(spec: PolicySpec, request: Request) -> dict[str, NDArray[Any]]:
@@ -43,13 +36,21 @@ def check_observation(spec: PolicySpec, request: Request) -> dict[str, NDArray[A
                 raise ObservationError(
                     f"{key} is {value.shape}; both sides must have 1 to {LARGEST_SIDE} px."
                 )
-        elif value.shape != (spec.states[key],) or not np.isfinite(value).all():
-            what = value.tolist() if value.ndim == 1 and value.size < 100 else value
-            raise ObservationError(
-                f"{key} is {shown(what)}, expected {spec.states[key]} finite numbers."
-            )
+        else:
+            value = _numbers(value, key, spec.states[key])
         features[key] = value
     return features
+
+
+def _numbers(value: NDArray[Any], key: str, length: int) -> NDArray[np.float32]:
+    """`value` as `length` finite float32 numbers, or `ObservationError`."""
+    if value.shape == (length,) and value.dtype.kind in "fiu":
+        with np.errstate(over="ignore"):
+            found = value.astype(np.float32)
+        if np.isfinite(found).all():
+            return found
+    what = value.tolist() if value.ndim == 1 and value.size < 100 else value
+    raise ObservationError(f"{key} is {shown(what)}, expected {length} finite numbers.")
 
 
 def check_instruction(instruction: str, vocabulary: set[str]) -> None:

@@ -143,8 +143,10 @@ def serve(config: ServeConfig) -> str:
             loop.add_signal_handler(number, server.stop)
         scheme = "ws" if tls is None else "wss"
 
+        host = f"[{config.host}]" if ":" in config.host else config.host  # of IPv6
+
         def opened(port: int) -> None:
-            print(f"Listening on {scheme}://{config.host}:{port} ({config.protocol})", flush=True)
+            print(f"Listening on {scheme}://{host}:{port} ({config.protocol})", flush=True)
 
         try:
             await server.run(config.host, config.port, opened)

@@ -11,13 +11,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.serving.predictor_types import PolicySpec, PredictorSettings, Request
-from ceed_vla.serving.request_reader import (
-    InstructionError,
-    check_instruction,
-    check_observation,
-)
+from ceed_vla.serving.request_reader import check_instruction, check_observation
 from ceed_vla.serving.served_policy import Decoded, DecodeOptions
 
 
@@ -62,11 +58,8 @@ class ServedCheckpoint:
             else:
                 batch[key] = torch.tensor(value, dtype=torch.float32).unsqueeze(0)
         check_instruction(request.instruction, self.vocabulary)
-        try:
-            with torch.inference_mode():
-                return self._preprocess(batch)
-        except ObservationError as error:
-            raise InstructionError(str(error)) from error
+        with torch.inference_mode():
+            return self._preprocess(batch)
 
     def compile(self, request: Request, decoding: Any) -> None:
         """Other policies are not compiled."""
@@ -76,10 +69,24 @@ class ServedCheckpoint:
 
         started = time.monotonic()
         with torch.inference_mode():
-            chunk = self._policy.predict_action_chunk(inputs)  # (1, m, A)
+            chunk = self._predicted(inputs)  # (1, m, A)
             decoded = time.monotonic()
             seconds = {"prefill": 0.0, "decode": decoded - started}
             return Decoded(self._in_units(chunk), seconds=seconds)
+
+    def _predicted(self, inputs: dict[str, Any]) -> Any:
+        """The policy's chunk (1, m, A).
+
+        Some of LeRobot's policies read their observations from queues that `select_action` alone
+        fills; it takes the first step of the chunk and leaves the others in a queue.
+        """
+        import torch
+
+        if not hasattr(self._policy, "_queues"):
+            return self._policy.predict_action_chunk(inputs)
+        self._policy.reset()
+        first = self._policy.select_action(dict(inputs))  # (1, A)
+        return torch.stack([first, *self._policy._queues["action"]], dim=1)
 
     def shape_of(self, inputs: Any) -> Hashable:
         import torch

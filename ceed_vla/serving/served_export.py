@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.errors import ObservationError
 from ceed_vla.serving.predictor_types import PolicySpec, Request
-from ceed_vla.serving.request_reader import (
-    InstructionError,
-    check_instruction,
-    check_observation,
-)
+from ceed_vla.serving.request_reader import check_instruction, check_observation
 from ceed_vla.serving.served_policy import Decoded, DecodeOptions
 
 if TYPE_CHECKING:
@@ -49,11 +44,6 @@ class ServedExport:
     def read(self, request: Request) -> Any:
         observation = check_observation(self._spec, request)
         check_instruction(request.instruction, self.vocabulary)
-        try:
-            self._policy.reader.words(request.instruction)
-            self._policy.reader.stem_words(request.instruction)
-        except ObservationError as error:
-            raise InstructionError(str(error)) from error
         return self._policy.prepare(observation, request.instruction)
 
     def compile(self, request: Request, decoding: Any) -> None:

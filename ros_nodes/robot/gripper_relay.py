@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from ceed_vla.ros_nodes.robot.messages import COMMAND
 
+from action_msgs.msg import GoalStatus
 from rclpy.action import ActionClient
 from rclpy.node import Node
 from sensor_msgs.msg import JointState
@@ -153,9 +154,18 @@ class GripperRelay(Node):
             if self._sent == wanted:
                 self._sent = None  # try again
             return
-        handle.get_result_async().add_done_callback(
-            lambda result: self._tell(result.result().result)
-        )
+        handle.get_result_async().add_done_callback(lambda done: self._on_result(done.result()))
+
+    def _on_result(self, answer: Any) -> None:
+        """Take the position of a goal that ended by itself.
+
+        The result of a replaced goal may be blank, and so may that of one that failed otherwise
+        than by a stall.
+        """
+        stalled = getattr(answer.result, "stalled", False)
+        aborted = answer.status == GoalStatus.STATUS_ABORTED
+        if answer.status == GoalStatus.STATUS_SUCCEEDED or (aborted and stalled):
+            self._tell(answer.result)
 
     def _tell(self, message: Any) -> None:
         """Take a position of the driver."""

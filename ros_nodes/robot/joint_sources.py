@@ -36,17 +36,18 @@ class JointSources:
         self.numbered = True
         self._wanted = frozenset(wanted)
         self._joints: dict[str, _Joint] = {}
-        self._sets: dict[frozenset[str], float] = {}  # joint set -> time of its last message [s]
+        # topic and joint set -> time of its last message [s]
+        self._sets: dict[tuple[str, frozenset[str]], float] = {}
 
-    def take(self, names: Iterable[str], number: int | None, now: float) -> str:
-        """Record a message that arrived at steady time `now` [s].
+    def take(self, names: Iterable[str], number: int | None, now: float, topic: str = "") -> str:
+        """Record a message that arrived on `topic` at steady time `now` [s].
 
         `number` is its publisher's number for it, None without one. Returns the first joint whose
         publisher restarted its numbers; "" if none did.
         """
         own = self._wanted.intersection(names)
         if own:
-            self._sets[own] = now
+            self._sets[topic, own] = now
         self.numbered = number is not None
         restarted = ""
         if number is None:
@@ -60,12 +61,16 @@ class JointSources:
             joint.number = number
         return restarted
 
-    def shared(self, publishers: int, now: float) -> list[str]:
-        """Return the joints that two publishers send, if the topic has `publishers` publishers."""
+    def shared(self, publishers: int, now: float, topic: str = "") -> list[str]:
+        """Return the joints that two publishers send, if `topic` has `publishers` publishers."""
         if publishers < 2:
             return []
         if not self.numbered:
-            recent = [names for names, came in self._sets.items() if now - came < MEMORY]
+            recent = [
+                names
+                for (where, names), came in self._sets.items()
+                if where == topic and now - came < MEMORY
+            ]
             disjoint = sum(map(len, recent)) == len(frozenset().union(*recent))
             return (
                 [] if disjoint and len(recent) >= publishers else sorted(frozenset().union(*recent))

@@ -10,7 +10,13 @@ from ceed_vla.ros_nodes.robot.safety import Hold
 # Time for a first chunk, in longest outages: an answer that comes after one of them is dropped, and
 # tells why; a policy that never answers hangs.
 PATIENCE = 6
+LEAST_ANSWER = 1.0  # time that an answer may take, however short outages are [s]
 RESUME_WITHIN = 5.0  # default of the longest outage after which motion resumes automatically [s]
+
+
+def answer_limit(within: float) -> float:
+    """Longest time of an answer that is used [s], for outages of at most `within` [s]."""
+    return max(within, LEAST_ANSWER)
 
 
 class Outage:
@@ -41,10 +47,10 @@ class Outage:
         if self._since is None or now < self._since or self._first != first:  # time may go back
             self._since = now
             self._first = first
-        if now - self._since <= self.within * (PATIENCE if first else 1):
+        wait = PATIENCE * answer_limit(self.within)  # for a first chunk
+        if now - self._since <= (wait if first else self.within):
             return ""
         cause = hold.detail.partition("; ")[0]  # what helped before does not help now
         if first:
-            seconds = f"{PATIENCE * self.within:g} s"
-            return f"the policy has not answered for {seconds}; if again, clean up and configure"
+            return f"the policy has not answered for {wait:g} s; if again, clean up and configure"
         return f"after more than {self.within:g} s (resume_within) of {hold.code}: {cause}"

@@ -64,7 +64,7 @@ class PolicyInputs:
         node, setup, inputs = self._node, self._setup, self._subscriptions
         for topic, prefix in setup.robot.joint_topics.items():
             # rclpy passes the message's information too, but its types do not declare that
-            take_joints: Any = partial(self._on_joint_states, prefix)
+            take_joints: Any = partial(self._on_joint_states, topic, prefix)
             inputs.append(node.create_subscription(JointState, topic, take_joints, JOINT_STATES))
         inputs += intervention_inputs(node, setup.robot, setup.person, now)
         for camera in setup.observations.cameras:
@@ -76,13 +76,13 @@ class PolicyInputs:
             )
 
     def _on_joint_states(
-        self, prefix: str, message: JointState, information: Mapping[str, Any]
+        self, topic: str, prefix: str, message: JointState, information: Mapping[str, Any]
     ) -> None:
         setup = self._setup
         if prefix:
             message.name = [prefix + name for name in message.name]
         number = message_number(information)
-        restarted = setup.sources.take(message.name, number, time.monotonic())
+        restarted = setup.sources.take(message.name, number, time.monotonic(), topic)
         if restarted:
             setup.controller.interrupt(f"{restarted} has another publisher than before")
         setup.safety.measure(*setup.observations.take_joints(message))

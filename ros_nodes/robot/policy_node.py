@@ -79,6 +79,7 @@ class PolicyNode(SafeLifecycleNode):
         self._announced = False  # whether the end of loading was logged
         self._scheduling = "normal"
         self._forbidden = False  # an operator forbade motion, and has not allowed it since
+        self._goes_home = False  # an operator has just sent the arm home
         self._stopped_early: str | None = None  # an emergency stop before the node was configured
         self._inputs: PolicyInputs | None = None
         # independent of changes of the system's time
@@ -318,17 +319,21 @@ class PolicyNode(SafeLifecycleNode):
         return Refusal(f"{refused.code}: {refused.detail}", refused.code in ("stale", UNSETTLED))
 
     def _end_task(self) -> None:
-        if self._setup is not None:
+        if self._setup is not None and not self._goes_home:
             self._setup.controller.disable()
             self.show_state()
 
     def _on_go_home(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self._setup is None or self._active is None:
             return self._answer(response, False)
-        self._tasks.cancel_waiting("an operator called ~/go_home")
         home = self._setup.robot.arm.home
         nowhere = Hold("no_home", "the robot's file has no arm.home")
         refused = self._setup.controller.enable(clock_time(self), home=home) if home else nowhere
+        # The task that runs ends now: later, its end would stop the arm on its way.
+        self._goes_home = refused is None
+        end = self._tasks.forbid if self._goes_home else self._tasks.cancel_waiting
+        end("an operator called ~/go_home")
+        self._goes_home = False
         return self._answer(response, refused is None, refused)
 
     def _answer(self, response: Any, success: bool, refused: Hold | None = None) -> Any:

@@ -11,6 +11,7 @@ from ceed_vla.ros_nodes.robot.common_parameters import (
 from ceed_vla.ros_nodes.robot.interfaces.base import INTERFACES
 from ceed_vla.ros_nodes.robot.outage import RESUME_WITHIN
 from ceed_vla.ros_nodes.robot.parameters import LIVE, START, NodeParameter
+from ceed_vla.ros_nodes.robot.safety import MAX_DT
 from ceed_vla.ros_nodes.robot.tasks.runner import MOST_QUEUED
 from ceed_vla.serving.predictor import ENGINES
 from ceed_vla.texts import LONGEST_INSTRUCTION, instruction_problem, shown
@@ -75,14 +76,15 @@ POLICY_PARAMETERS = (
         "resume_within",
         RESUME_WITHIN,
         "Longest outage of an input or of the policy after which motion resumes automatically [s]; "
-        "after a longer outage, a restart of the robot or a conflict, motion needs ~/enable.",
+        "after a longer outage, a restart of the robot or a conflict, motion needs ~/enable. A "
+        "chunk may take as long, and at least 1 s.",
         within=(0, 3600),
     ),
     NodeParameter(
         "command_rate",
         100.0,
         "Rate of commands [Hz]; at least the robot's steps per second.",
-        within=(5, 500),
+        within=(1 / MAX_DT, 500),
     ),
     NodeParameter(
         "replan_steps",

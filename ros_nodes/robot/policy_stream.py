@@ -14,7 +14,7 @@ from ceed_vla.ros_nodes.robot.loop_statistics import LoopStatistics
 from ceed_vla.ros_nodes.robot.mode import LATE_CHUNK, POLICY_ERROR, WAITING
 from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.observations import Observations
-from ceed_vla.ros_nodes.robot.outage import RESUME_WITHIN
+from ceed_vla.ros_nodes.robot.outage import RESUME_WITHIN, answer_limit
 from ceed_vla.ros_nodes.robot.safety import Hold
 from ceed_vla.ros_nodes.robot.step_grid import UNSURE, StepGrid
 from ceed_vla.serving.predictor import BAD_IMAGE, BAD_INSTRUCTION, LOOK, Request, Response
@@ -76,7 +76,7 @@ class PolicyStream(ChunkStream):
         within: float = RESUME_WITHIN,
     ) -> None:
         self.grid = grid
-        self._within = within
+        self._limit = answer_limit(within)
         self.statistics = LoopStatistics(grid.nominal)
         self._observations = observations
         self._motion = motion
@@ -249,10 +249,10 @@ class PolicyStream(ChunkStream):
         if response.id == LOOK or response.code == BAD_IMAGE:
             self.cancel(response.id)  # the next tick holds, without a failure of the policy
             return False
-        if sent is not None and response.error is None and now - sent.sent_at > self._within:
+        if sent is not None and response.error is None and now - sent.sent_at > self._limit:
             text = (
-                f"the chunk took {now - sent.sent_at:.1f} s, longer than resume_within "
-                f"({self._within:g} s), and was dropped: its images are too old"
+                f"the chunk took {now - sent.sent_at:.1f} s, longer than {self._limit:g} s "
+                "(resume_within), and was dropped: its images are too old"
             )
             response = Response(response.id, error=text, code=LATE_CHUNK, seen=response.seen)
         if response.error is None:

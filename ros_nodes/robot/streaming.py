@@ -95,6 +95,7 @@ class Streaming:
         self._paced = time.monotonic(), self.now()  # time of the last check for other commanders
         self._ticks = node.create_timer(setup.arm.period, self._tick, clock=clock)
         self._looks = node.create_timer(CONFLICT_PERIOD, self._look_for_others, clock=steady)
+        self._note_others()  # before motion can be allowed
 
     def _topic(self, group: str, topic: str) -> str:
         """Topic of the commands of a group, whose controller has `topic`."""
@@ -188,9 +189,13 @@ class Streaming:
         nothing is sent. Also measure the pace of simulated time.
         """
         self._measure_pace()
-        self._setup.controller.note_conflict(self._other_commanders() or self._other_drivers())
+        self._note_others()
         if self._simulated:
             self._setup.controller.watch_ticks(time.monotonic() - self._ticked)
+        self._told()  # no tick may follow
+
+    def _note_others(self) -> None:
+        self._setup.controller.note_conflict(self._other_commanders() or self._other_drivers())
 
     def _measure_pace(self) -> None:
         """Measure the number of real seconds per second of the step grid."""
@@ -220,7 +225,7 @@ class Streaming:
             if self._node.count_publishers(topic) < 2:  # a tenth of the time to read their names
                 continue
             nodes = self._publishers_of(topic)
-            shared = self._setup.sources.shared(len(nodes), time.monotonic())
+            shared = self._setup.sources.shared(len(nodes), time.monotonic(), name)
             if shared:
                 return (
                     f"{len(nodes)} publishers of {topic} send {', '.join(shared)}: the candidates "

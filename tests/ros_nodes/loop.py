@@ -24,6 +24,7 @@ from ceed_vla.ros_nodes.robot.intervention.person import Person
 from ceed_vla.ros_nodes.robot.messages import array_to_image
 from ceed_vla.ros_nodes.robot.motion import Motion
 from ceed_vla.ros_nodes.robot.observations import Observations
+from ceed_vla.ros_nodes.robot.outage import RESUME_WITHIN
 from ceed_vla.ros_nodes.robot.policy_stream import PolicyStream
 from ceed_vla.ros_nodes.robot.robot_config import Action, Arm, ImageSource, Limits, RobotConfig
 from ceed_vla.ros_nodes.robot.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
@@ -135,6 +136,7 @@ class Loop:
         replan_steps: int | None = 4,
         blend_in: float = 0.0,
         step: float = 9.0,
+        resume_within: float = RESUME_WITHIN,
     ) -> None:
         self.policy, self.now = Policy(), 100.0
         config = robot()
@@ -155,12 +157,24 @@ class Loop:
         motion, grid = Motion(config), StepGrid(RATE, dt, slew)
         worker: Any = self.policy
         self.stream = PolicyStream(
-            self.observations, motion, worker, grid, replan_steps=replan_steps, instruction="climb"
+            self.observations,
+            motion,
+            worker,
+            grid,
+            replan_steps=replan_steps,
+            instruction="climb",
+            within=resume_within,
         )
         guide = LeaderGuide(JOINTS, np.full(len(JOINTS), step), None)
         self.person = Person(guide, Patience(timeout=0.2, release=0.1, by_button=False))
         self.controller = PolicyController(
-            self.observations, motion, self.safety, self.stream, blend_in, person=self.person
+            self.observations,
+            motion,
+            self.safety,
+            self.stream,
+            blend_in,
+            resume_within,
+            person=self.person,
         )
         self.leader: np.ndarray | None = None
         self.hand = False

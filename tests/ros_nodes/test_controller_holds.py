@@ -190,10 +190,23 @@ def test_a_policy_that_is_always_too_slow_is_told() -> None:
     loop.policy.delay = 6.0
     loop.run(7.0)
     assert hold_code(loop) == "late_chunk"
-    assert "the chunk took 6.0 s, longer than resume_within (5 s)" in loop.controller.hold.detail
+    assert "the chunk took 6.0 s, longer than 5 s (resume_within)" in loop.controller.hold.detail
     loop.run(10.0)
     assert loop.controller.state.mode == "disabled"
     assert not np.any(loop.position)
+
+
+def test_motion_that_must_never_resume_by_itself_still_begins() -> None:
+    loop = Loop(resume_within=0.0)
+    loop.run(2.0)
+    assert loop.controller.state.mode == "moving"
+    assert np.any(loop.position)
+    loop.cameras = False
+    loop.run(0.5)
+    loop.cameras = True
+    loop.run(2.0)
+    assert loop.controller.state.mode == "disabled"
+    assert "after more than 0 s (resume_within) of stale" in loop.controller.state.detail
 
 
 # ---- inputs that repeat themselves ---------------------------------------------------------------

@@ -95,6 +95,39 @@ def test_openings_are_goals_and_positions_come_back(graph: Any) -> None:
         relay.destroy_node()
 
 
+def test_the_result_of_a_replaced_goal_is_no_position(graph: Any) -> None:
+    def execute(handle: Any) -> Any:
+        if handle.request.order == 80:  # as ros2_control ends it
+            handle.abort()
+            return fibonacci.Result(sequence=[0])
+        handle.succeed()
+        return fibonacci.Result(sequence=[handle.request.order])
+
+    relay = CountingRelay(
+        context=graph.node.context,
+        parameter_overrides=parameters(
+            action_type="test_msgs/action/Fibonacci", scale=1000.0, joint="gripper"
+        ),
+    )
+    graph._executor.add_node(relay)
+    try:
+        action = "/gripper_controller/gripper_cmd"
+        ActionServer(graph.node, fibonacci, action, execute_callback=execute)
+        states = graph.listen("/joint_states", JointState, COMMAND)
+        topic = graph.node.create_publisher(
+            Float64MultiArray, "/gripper_controller/commands", COMMAND
+        )
+        graph.wait(topic.get_subscription_count, "the relay")
+        for opening in (0.06, 0.08, 0.04):
+            topic.publish(Float64MultiArray(data=[opening]))
+            graph.spin(0.5)
+        graph.wait(lambda: states and states[-1].position[0] == pytest.approx(0.04), "the position")
+        assert {round(state.position[0], 3) for state in states} == {0.06, 0.04}
+    finally:
+        graph._executor.remove_node(relay)
+        relay.destroy_node()
+
+
 def test_a_driver_that_starts_again_gets_no_old_opening(graph: Any) -> None:
     goals: list[int] = []
 

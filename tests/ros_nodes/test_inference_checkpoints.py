@@ -105,6 +105,65 @@ def test_any_lerobot_policy_is_served(act: tuple[Path, Any, Any, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "sizes", "steps"),
+    [
+        ("tdmpc", {"horizon": 3, "latent_dim": 8, "mlp_dim": 8, "image_encoder_hidden_dim": 4}, 2),
+        (
+            "vqbet",
+            {
+                "gpt_hidden_dim": 16,
+                "gpt_input_dim": 16,
+                "gpt_output_dim": 16,
+                "gpt_n_layer": 1,
+                "gpt_n_head": 2,
+                "crop_shape": None,
+                "pretrained_backbone_weights": None,
+            },
+            5,
+        ),
+    ],
+)
+def test_policies_with_queues_answer_anew(
+    tmp_path: Path, kind: str, sizes: dict[str, Any], steps: int
+) -> None:
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.factory import (
+        get_policy_class,
+        make_policy_config,
+        make_pre_post_processors,
+    )
+
+    camera = "observation.image"  # the only name that tdmpc reads
+    torch.manual_seed(0)
+    config = make_policy_config(
+        kind,
+        n_obs_steps=1,
+        device="cpu",
+        input_features={
+            camera: PolicyFeature(type=FeatureType.VISUAL, shape=(3, 64, 64)),
+            STATE: PolicyFeature(type=FeatureType.STATE, shape=(6,)),
+        },
+        output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(6,))},
+        **sizes,
+    )
+    stats = {name: {"min": torch.zeros(6), "max": torch.ones(6)} for name in (STATE, "action")} | {
+        camera: {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)}
+    }
+    policy = get_policy_class(kind)(config).eval()
+    pre, post = make_pre_post_processors(config, dataset_stats=stats)
+    for part in (policy, pre, post):
+        part.save_pretrained(tmp_path)
+    black, white = (np.full((64, 64, 3), level, np.uint8) for level in (0, 255))
+    with running(tmp_path, mode="thread") as worker:
+        assert (worker.spec.policy_type, worker.spec.chunk_steps) == (kind, steps)
+        for number, image in enumerate((black, white), 1):
+            raw = {camera: image, STATE: np.zeros(6, np.float32)}
+            answer = ask(worker, Request(number, raw, "anything"))
+            assert answer.error is None
+            assert answer.actions.shape == (steps, 6)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"mode": "fork"}, "'fork'; choose one of process, thread"),

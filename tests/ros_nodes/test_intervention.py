@@ -125,6 +125,7 @@ intervention: {INTERVENTION}
         ("kind: wheel, topic: wheel", "is 'wheel'; choose one of joy, leader, twist"),
         ("kind: joy, topic: joy, axes: {x: 0}", "is joy, which needs arm.model"),
         ("kind: leader, topic: lead, joints: [a]", "names 1 joints; the arm has 2"),
+        ("kind: leader, topic: lead, gripper: [c]", "the robot's file has no gripper"),
         ("kind: leader, topic: lead, release: -1", r"must lie in \[0, 10\]"),
         ("kind: leader, topic: lead, speed: 1", "intervention.speed is unknown"),
         ("kind: leader", "intervention.topic is missing"),

@@ -62,3 +62,8 @@ def test_without_numbers_only_disjoint_publishers_can_be_told_apart() -> None:
     feed(sources, [(ARM, None)] * 5)
     assert sources.shared(1, 0.1) == []
     assert sources.shared(2, 0.1) == ["elbow", "shoulder"]
+    sources = JointSources((*ARM, *HAND))  # of two arms, each with its topic
+    for topic, names in (("left", ARM), ("right", HAND)):
+        sources.take(names, None, 0.0, topic)
+    assert sources.shared(2, 0.1, "left") == ["elbow", "shoulder"]
+    assert sources.shared(1, 0.1, "right") == []

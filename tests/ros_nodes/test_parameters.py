@@ -28,11 +28,11 @@ BAD = [
     (
         "command_rate",
         1e9,
-        r"command_rate is 1000000000.0; it must be a finite number in \[5, 500\]",
+        r"command_rate is 1000000000.0; it must be a finite number in \[20, 500\]",
     ),
-    ("command_rate", float("nan"), r"\[5, 500\]"),
-    ("command_rate", "fast", r"\[5, 500\]"),
-    ("command_rate", True, r"\[5, 500\]"),
+    ("command_rate", float("nan"), r"\[20, 500\]"),
+    ("command_rate", "fast", r"\[20, 500\]"),
+    ("command_rate", True, r"\[20, 500\]"),
     ("replan_steps", -1, r"a whole number in \[0, 64\]"),
     ("replan_steps", 2.5, "a whole number"),
     ("action_interface", "wheels", "one of forward_position, joint_trajectory, servo_twist"),
@@ -64,7 +64,7 @@ def test_descriptors_say_what_is_allowed(context: Context) -> None:
     }
     rate = node.describe_parameter("command_rate")
     assert (rate.floating_point_range[0].from_value, rate.floating_point_range[0].to_value) == (
-        5.0,
+        20.0,
         500.0,
     )
     assert "[Hz]" in rate.description

@@ -143,7 +143,7 @@ def test_an_impossible_transition_is_refused_and_changes_nothing(graph: Any) -> 
         ),
         (
             {"command_rate": 1e9},
-            "command_rate is 1000000000.0; it must be a finite number in [5, 500].",
+            "command_rate is 1000000000.0; it must be a finite number in [20, 500].",
         ),
         ({"action_interface": "wheels"}, "one of forward_position, joint_trajectory, servo_twist"),
     ],

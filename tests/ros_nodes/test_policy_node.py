@@ -231,7 +231,7 @@ def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
     )
     reasons = [result.reason for result in refusals]
     assert not any(result.successful for result in refusals)
-    assert "Min: 5.0, Max: 500.0" in reasons[0] or "[5, 500]" in reasons[0]
+    assert "Min: 20.0, Max: 500.0" in reasons[0] or "[20, 500]" in reasons[0]
     assert "read-only" in reasons[1]
     assert "deactivate and clean up first" in reasons[2]
     assert graph.set_parameters("/policy", instruction="push the blue cube")[0].successful

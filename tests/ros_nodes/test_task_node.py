@@ -21,6 +21,7 @@ from std_srvs.srv import Trigger
 
 from ceed_vla.ros_nodes.robot.messages import COMMAND
 from ceed_vla.ros_nodes.robot.mode import Mode, State
+from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 from ceed_vla.ros_nodes.robot.tasks.action import TaskAction
 from ceed_vla.ros_nodes.robot.tasks.runner import (
     Outcome,
@@ -92,6 +93,13 @@ def test_tasks_by_topic_and_from_a_shell(graph: Any) -> None:
     tasks.submit(id="d", instruction="x" * 600)
     graph.wait(lambda: tasks.results[-1]["id"] == "", "the refusal of a bad task")
     assert "is invalid" in tasks.results[-1]["reason"]
+    tasks.submit(id="f", instruction=WORDS, time_limit=1.5)
+    sent = len(tasks.commands)
+    graph.wait(lambda: len(tasks.commands) > sent + 60, "motion of the task")
+    assert graph.call("/policy/go_home", Trigger).success
+    assert "~/go_home" in tasks.result("f")["reason"]  # and not later, which would stop the arm
+    home = pytest.approx(load_robot_config().arm.home, abs=1e-3)
+    graph.wait(lambda: list(tasks.commands[-1].position[:7]) == home, "the arm at home")
     command = [sys.executable, "-m", "ceed_vla.cli", "run", WORDS, "--time_limit", "60"]
     environment = os.environ | {"ROS_DOMAIN_ID": str(graph.domain), "PYTHONPATH": str(ROOT)}
     with (graph.folder / "shell.txt").open("w") as output:

@@ -65,12 +65,19 @@ def test_an_environment_may_have_no_state(tmp_path: Path) -> None:
         replans = list(drive(runner, pool, 40_000, "push_cube"))
         pixels = {"pixels": replans[0].observation["pixels"]}
         stateless = replace(replans[0], observation=pixels)
-        runner.decoding = "ar"
         with viz.RerunLog(tmp_path / "episode.rrd") as log:
-            log_episode(log, "ar", runner, [stateless], 10)
+            for name, shown in (
+                ("ar", stateless),
+                ("cap1", replans[0]),
+                ("cap1_random", replans[0]),
+            ):
+                runner.decoding = name
+                log_episode(log, name, runner, [shown], 10)
     found = entities_of(tmp_path / "episode.rrd")
     assert "/ar/chunk" in found
     assert "/ar/state" not in found
+    assert "/cap1/jacobi_states" in found
+    assert "/cap1_random/jacobi_states" not in found  # its guess is not drawn again
 
 
 def test_files_and_missing_packages_are_refused_before_anything_runs(

@@ -184,6 +184,19 @@ def test_a_malformed_chunk_holds_the_arm_and_the_episode_goes_on() -> None:
     assert [call.previous is None for call in policy.calls] == [True, False, True, False]
 
 
+def test_a_postprocessor_gets_the_rows_of_malformed_chunks_too() -> None:
+    policy = FakePolicy(malformed={1})
+    policy.actions = torch.ones(3, CHUNK, DIMS)
+    states = torch.arange(3.0)[:, None, None]  # as relative actions are completed
+    runner = PolicyRunner((policy, None, lambda actions: actions + states), "jacobi")
+    tokens = torch.tensor([[2], [1], [3]]).expand(3, CHUNK * DIMS)
+    first, second, third = runner._actions(tokens)
+    assert second is None
+    assert first is not None
+    assert third is not None
+    assert (first[0, 0], third[0, 0]) == (1.0, 3.0)
+
+
 def test_families_take_turns() -> None:
     tasks = ["stack_cubes", "cube_in_bin"]
     env = CeedTabletopEnv(task=",".join(tasks), episode_length=4)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ceed_vla.errors import CheckpointError
+from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.training import run as run_module
 from ceed_vla.training import teacher as teacher_module
 from ceed_vla.training.budget import BATCH, FEWEST, SMALL_BATCH, Speeds, divide
@@ -54,6 +54,13 @@ def test_a_fifth_goes_to_grounding_and_a_tenth_to_each_round() -> None:
     assert found.enough
     assert not found.advice
     assert "was learnt" in found.expectation
+
+
+def test_rounds_that_leave_no_time_are_refused() -> None:
+    assert schedule(60, rounds=7).steps > 1
+    for rounds, grounded, most in ((8, True, 7), (10, False, 9), (12, True, 7)):
+        with pytest.raises(ConfigError, match=f"rounds is {rounds}; .* at most {most} leave time"):
+            schedule(60, rounds=rounds, grounded=grounded)
 
 
 def test_few_steps_are_taken_with_half_the_batch() -> None:

@@ -24,8 +24,7 @@ from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.tokens.uniform import ActionTokenizer
 from ceed_vla.training.adapters import LoRAConfig
-from ceed_vla.training.corruption import draw_states, guess_states, online_states
-from ceed_vla.training.curriculum import FLOOR, informative_states
+from ceed_vla.training.corruption import draw_states, guess_states, online_states, with_first
 from ceed_vla.training.distill import DistillConfig, DistillRun, distill
 from ceed_vla.training.distill_data import StoredData, TrajectoriesConfig
 from ceed_vla.training.trajectories import collect
@@ -135,6 +134,8 @@ def test_an_interrupted_run_resumes_to_the_same_losses(
     distill(studio.distill_config(tmp_path / "run", **settings, resume=True))
     for key in ("loss", "state_accuracy", "iterations_mean"):
         assert read_log(tmp_path / "run", key) == read_log(tmp_path / "whole", key)
+    run, whole = ((tmp_path / name / "log.jsonl").read_text() for name in ("run", "whole"))
+    assert run.count("\n") == whole.count("\n")  # nothing is logged twice
 
 
 # ---- labels --------------------------------------------------------------------------------------
@@ -266,70 +267,17 @@ def test_online_states_are_jacobi_updates_of_a_guess(
     draw = draw_states(policy, 20, shares, updates, np.random.default_rng(4))
     with torch.no_grad():
         embeddings = policy.backbone.embed_prefix(batch)
-    states = online_states(policy, embeddings, batch["previous"], draw, updates)
-    chain = [guess_states(policy, batch["previous"], draw)]
+    fixed = batch["fixed_point"]
+    states = online_states(policy, embeddings, batch["previous"], fixed, draw, updates)
+    chain = [with_first(guess_states(policy, batch["previous"], draw), fixed)]
     with torch.no_grad():
         for _ in range(updates):
             chain.append(policy.backbone.packed_logits(embeddings, [chain[-1]])[1][0].argmax(-1))
     found = torch.stack([(states == link).all(1) for link in chain])  # (updates + 1, B)
     assert found.any(0).float().mean() > 0.9  # up to ties in floating point
     assert found.any(1).all()  # every number of updates occurs
-
-
-class Counting:
-    """A student whose every update corrects the next wrong token.
-
-    After 4 correct tokens, it corrects all others, too.
-    """
-
-    config = SimpleNamespace(n_action_steps=1)
-
-    def __init__(self) -> None:
-        self.backbone = SimpleNamespace(packed_logits=self.packed_logits)
-        self.tokenizer = SimpleNamespace(
-            guess=lambda kind, rows, *_, **__: torch.full((rows, 8), {"mid": 2}.get(kind, 1))
-        )
-
-    def packed_logits(self, embeddings: Any, blocks: list[torch.Tensor]) -> Any:
-        found = []
-        for block in blocks:
-            new = block.clone()
-            for row in new:
-                wrong = row.nonzero().flatten()
-                row[wrong[:1]] = 0
-                row[wrong if len(wrong) <= 5 else wrong[:1]] = 0
-            found.append(torch.nn.functional.one_hot(new, 3).float())
-        return None, found
-
-
-def test_the_curriculum_draws_where_an_update_changes_most() -> None:
-    fixed, rows = torch.zeros(3000, 8, dtype=torch.int64), 3000
-    draw = draw_states(Counting(), rows, SHARES, 0, np.random.default_rng(1))
-    previous = live = torch.ones(rows, 8, dtype=torch.int64)
-    states = informative_states(Counting(), None, previous, fixed, live, draw, 4, SHARES)
-    wrong = (states != 0).sum(1)  # 8, 7, 6, 5 after 0 to 3 updates, then none
-    gain = {8: 1 / 8, 7: 1 / 8, 6: 1 / 8, 5: 5 / 8, 0: 0.0}
-    total = sum(value + FLOOR for value in gain.values())
-    for left, value in gain.items():
-        assert (wrong == left).float().mean().item() == pytest.approx(
-            (value + FLOOR) / total, abs=0.03
-        )
-    mid = (states == 2).any(1)[wrong > 0].float().mean().item()
-    assert mid == pytest.approx(0.2, abs=0.03)  # shares of guesses stay the same
-    args = (previous[::2], fixed[::2], live[::2], draw[::2], 4, SHARES)
-    assert torch.equal(informative_states(Counting(), None, *args), states[::2])  # in any split
-
-
-def test_a_run_with_the_curriculum(
-    studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]
-) -> None:
-    config = studio.distill_config(tmp_path / "run", steps=4, batch_size=4, curriculum="spread")
-    distill(config)
-    uniform = studio.distill_config(tmp_path / "other", steps=4, batch_size=4)
-    distill(uniform)
-    assert (tmp_path / "run" / FINAL / "model.safetensors").read_bytes() != (
-        tmp_path / "other" / FINAL / "model.safetensors"
-    ).read_bytes()
+    shown = policy.decode(batch, policy.decoding_config("cap1_mid"), record_states=True).states[0]
+    assert (states[:, 0] == shown[:, 0]).all()  # as decoding starts
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -441,10 +389,28 @@ def test_stored_states_must_have_been_kept(studio: Any, tmp_path: Path) -> None:
     distill(studio.distill_config(tmp_path / "run", states="online", **settings))
 
 
+def test_without_a_held_out_demonstration_there_is_no_accuracy(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = lambda self, rows: torch.zeros(len(rows), dtype=torch.bool)  # noqa: E731
+    monkeypatch.setattr(StoredData, "demonstrated", nobody)
+    distill(
+        studio.distill_config(
+            tmp_path / "run", steps=1, trajectories=TrajectoriesConfig(str(studio.trajectories))
+        )
+    )
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "teacher_agreement" in log
+    assert "token_accuracy" not in log
+
+
 def test_exit_rules_of_the_teacher_are_not_the_students(studio: Any, tmp_path: Path) -> None:
     policy, pre, post = ceed_vla.load(studio.teacher)
     policy.config.decoding = replace(policy.config.decoding, exits=("changed4",), deadline_s=0.02)
+    policy.config.decode_with = "ar"
     save(tmp_path / "own", policy, pre, post)
     folder = distill(studio.distill_config(tmp_path / "run", teacher_path=str(tmp_path / "own")))
-    found = ceed_vla.load(folder)[0].config.decoding
+    config = ceed_vla.load(folder)[0].config
+    found = config.decoding
     assert (found.exits, found.deadline_s, found.max_iterations) == ((), None, 2)
+    assert config.decode_with == "ceed"

@@ -208,6 +208,10 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(studio: Any, tmp_pat
     with pytest.raises(ConfigError, match="other settings"):
         improve(settings(studio.teacher, part, resume=True), rollouts)
     rollouts.settings = ["--env.type=frames"]
+    with pytest.MonkeyPatch.context() as patch:  # another policy at the same place
+        patch.setattr("ceed_vla.training.improve.run.weights_hash", lambda folder: "others")
+        with pytest.raises(ConfigError, match="of other weights"):
+            improve(settings(studio.teacher, part, resume=True), rollouts)
     state = json.loads((part / "improve.json").read_text())["state"]
     content = (part / f"{state}.safetensors").read_bytes()
     for damage in (b"", content[:-5]):

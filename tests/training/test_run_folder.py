@@ -239,6 +239,17 @@ def test_what_is_kept_is_there(
         raise OSError(number, os.strerror(number), "log")
 
 
+def test_a_run_that_goes_on_with_other_settings_says_so(
+    studio: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"grounding_steps": 0, "steps": 1}
+    train(studio.train_config(tmp_path / "run", **sizes))
+    train(studio.train_config(tmp_path / "run", **sizes, resume=True))
+    assert "other settings" not in caplog.text
+    train(studio.train_config(tmp_path / "run", **sizes, resume=True, takeover_weight=0.5))
+    assert "other settings than it had: takeover_weight (0.4 before)" in caplog.text
+
+
 def test_a_full_disk_names_the_file_that_was_meant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,9 @@ from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import DatasetError
 from ceed_vla.training.distill_data import StoredData
 from ceed_vla.training.inspection import InspectConfig, inspect
+from ceed_vla.training.inspection_findings import without_episodes
 from ceed_vla.training.mixture import Mixture, shared_weights
+from ceed_vla.training.open_loop import in_run
 
 FLAG = {"dtype": "bool", "shape": (1,), "names": None}
 FEATURES = {
@@ -128,6 +130,26 @@ def test_inspect_says_what_is_imitated(tmp_path: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert "20 of 40 frames are imitated: 1 episode failed." in shown
     assert "Ignored by training" not in shown
+
+
+def test_inspect_refuses_what_training_refuses(tmp_path: Path) -> None:
+    recording(tmp_path / "data", ("." * 20, False), ("." * 20, False))
+    with pytest.raises(DatasetError, match="cannot be trained on: 1 fault"):
+        inspect(InspectConfig(str(tmp_path / "data"), str(tmp_path / "shown.png"), minutes=0))
+
+
+def test_chunks_to_compare_begin_where_a_person_takes_over(tmp_path: Path) -> None:
+    store = recording(tmp_path / "data", ("..ppppp..p", True), ("pp.......p", False))
+    begins = np.flatnonzero((in_run(store, store.shown) % 4 == 0) & store.shown)
+    assert begins.tolist() == [2, 6, 9, 10, 19]
+
+
+def test_episodes_left_out_leave_the_others_as_they_are(tmp_path: Path) -> None:
+    store = recording(tmp_path / "data", ("..pp", True), ("....", True), (".pp.", True))
+    rest = without_episodes(store, [0])
+    assert rest.shown.tolist() == [False] * 5 + [True, True, False]
+    assert rest.usable is not None
+    assert rest.usable.end[rest.shown].tolist() == [7, 7]
 
 
 def test_of_a_recording_with_interventions_only_these_are_learnt(

@@ -30,7 +30,7 @@ from ceed_vla.files import write_text
 from ceed_vla.outputs import claimed_folder
 from ceed_vla.training.beside import BesideConfig, mixed_precision
 from ceed_vla.training.collect_config import guess_shares
-from ceed_vla.training.corruption import draw_states, guess_states
+from ceed_vla.training.corruption import draw_states, guess_states, with_first
 from ceed_vla.training.distill_data import DistillData
 from ceed_vla.training.optim import take_step
 
@@ -70,8 +70,7 @@ class Frames:
         watched = policy.config.n_action_steps * policy.tokenizer.tokens_per_step
         fixed = batch["fixed_point"]
         guess = guess_states(policy, batch["previous"], draw)
-        # the prefix predicts the first token
-        self.tokens = torch.cat([fixed[:, :1], guess[:, 1 : watched - 1]], dim=1)
+        self.tokens = with_first(guess, fixed)[:, : watched - 1]
         self.wanted = fixed[:, 1:watched]
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
+from functools import cached_property
 from itertools import batched, groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from ceed_vla.axes import SAVED
 from ceed_vla.backbones.capabilities import check_whole_prefix
-from ceed_vla.checkpoints import load, save
+from ceed_vla.checkpoints import load, save, weights_hash
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json, settle, write_text
 from ceed_vla.outputs import MADE_BY, owned_folder
@@ -195,17 +196,19 @@ class Improvement:
                 )
             return None
         before = read_json(file)
-        if before.get("settings") != self._settings():
+        if before.get("settings") != self._settings:
             raise ConfigError(
-                f"{file} is of a run with other settings; repeat them, or name a new folder. Only "
-                f"{', '.join(FREE[2:])} may change."
+                f"{file} is of a run with other settings or of other weights; repeat them, or name "
+                f"a new folder. Only {', '.join(FREE[2:])} may change."
             )
         return before
 
+    @cached_property
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must repeat."""
         own = {name: value for name, value in asdict(self.config).items() if name not in FREE}
-        return {**own, "env": self.rollouts.settings}
+        weights = weights_hash(self.config.policy_path)
+        return {**own, "env": self.rollouts.settings, "weights": weights}
 
     def _continue(self, report: dict[str, Any]) -> None:
         """Load the state of an interrupted run."""
@@ -265,7 +268,7 @@ class Improvement:
         report = {
             "made_by": MADE_BY,
             "state": state,
-            "settings": self._settings(),
+            "settings": self._settings,
             "used_seeds": self.used,
             "iterations": self.records,
         }

@@ -20,7 +20,13 @@ from ceed_vla.backbones.config import InputsStep, PolicyShape
 from ceed_vla.backbones.transformers.step_files import FilesStep, read_files
 from ceed_vla.backbones.vlm.chat_template import render
 from ceed_vla.backbones.vlm.processor import load_processor
-from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
+from ceed_vla.errors import (
+    CheckpointError,
+    ConfigError,
+    InstructionError,
+    ObservationError,
+    raised_as,
+)
 from ceed_vla.fields import check_fields, chosen, ranged
 from ceed_vla.images import camera_pixels
 from ceed_vla.instructions import PLACE, batch_instructions, check_template
@@ -97,7 +103,7 @@ class VLMInputsStep(FilesStep, InputsStep):
         once = {"add_special_tokens": False} if self.has_start(prompt) else {}
         shown = f"images of {self.sizes} with the prompt {texts[0]!r}"
         with raised_as(
-            ObservationError, f"{name} cannot read {shown}", "use the checkpoint's own settings."
+            InstructionError, f"{name} cannot read {shown}", "use the checkpoint's own settings."
         ):
             inputs = dict(
                 self._processor(
@@ -107,7 +113,7 @@ class VLMInputsStep(FilesStep, InputsStep):
         inputs.pop("labels", None)
         if IDS not in inputs or inputs[IDS].shape[-1] > LONGEST_PROMPT:
             made = tuple(inputs[IDS].shape) if IDS in inputs else "no"
-            raise ObservationError(
+            raise InstructionError(
                 f"{name} made {made} ids from the prompt; it must make 1 to {LONGEST_PROMPT}."
             )
         self._add_state_places(inputs)

@@ -36,6 +36,8 @@ class LeaderArm(Device):
                 "joints", f"names {len(self._joints)} joints; the arm has {len(body.joints)}"
             )
         self._gripper = settings.texts("gripper", default=())
+        if self._gripper and body.open is None:
+            raise settings.error("gripper", "is set, but the robot's file has no gripper")
         # speed of a joint above which the person takes over [rad/s]
         self._threshold = settings.number("threshold", 0.001, 10.0, default=0.1)
         self._past: list[tuple[float, Array]] = []  # steady times [s], and positions (J,) [rad]

@@ -8,6 +8,7 @@ import pytest
 
 from ceed_vla.cli.flags import UsageError, parse_flags
 from ceed_vla.cli.values import _typed
+from ceed_vla.report.command import ReportConfig
 from tests.helpers.toy_config import Inner, ToyConfig
 
 
@@ -32,6 +33,18 @@ def test_no_path_is_none() -> None:
 def test_text_stays_text(value: str) -> None:
     config = parse_flags(ToyConfig, ["--root", value, f"--inner.path={value}"])
     assert (config.root, config.inner.path) == (Path(value), value)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("2024.10", ["2024.10"]),
+        ("run #2,010", ["run #2", "010"]),
+        ("[2024.10, b]", ["2024.10", "b"]),
+    ],
+)
+def test_texts_in_a_list_stay_texts(text: str, names: list[str]) -> None:
+    assert parse_flags(ReportConfig, ["--runs", text]).runs == names
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lerobot.processor import DeviceProcessorStep
 from lerobot.processor.relative_action_processor import AbsoluteActionsProcessorStep
 
 from ceed_vla.serving import served_checkpoint
@@ -22,7 +23,7 @@ from ceed_vla.serving.predictor import (
 )
 from ceed_vla.serving.served_checkpoint import load_policy
 from tests.ceed_vla.serving.conftest import STARTUP_SECONDS, Served
-from tests.helpers.worker_requests import INSTRUCTION, observation
+from tests.helpers.worker_requests import INSTRUCTION, STATE, observation
 
 WORDS = (INSTRUCTION, "stack the green cube on the blue cube", "push the red cube to the left")
 
@@ -67,6 +68,41 @@ def test_one_bad_request_fails_alone(predictor: Predictor) -> None:
     bad = replace(bad, instruction="xyzzy plugh")
     first, second, third = predictor.predict_together([(one, None) for one in (good, bad, other)])
     assert (first.error, second.code, third.error) == (None, BAD_INSTRUCTION, None)
+
+
+def test_a_device_that_fails_is_not_the_instructions_fault(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (request,) = requests(1)
+
+    def lost(step: DeviceProcessorStep, transition: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceProcessorStep, "__call__", lost)
+        answer = predictor.predict(request)
+        assert answer.error is not None
+        assert "illegal memory access" in answer.error
+        assert (answer.code, predictor.failures) == ("", 1)
+    for instruction in ("xyzzy plugh", "put " * 200):
+        assert predictor.predict(replace(request, instruction=instruction)).code == BAD_INSTRUCTION
+    assert predictor.failures == 1
+    assert predictor.predict(request).error is None
+    assert predictor.failures == 0
+
+
+def test_states_are_numbers_of_any_precision(predictor: Predictor) -> None:
+    (request,) = requests(1)
+    state = request.observation[STATE]
+    usual = predictor.predict(request)
+    wide = replace(request, observation={**request.observation, STATE: state.astype(np.longdouble)})
+    np.testing.assert_array_equal(predictor.predict(wide).tokens, usual.tokens)
+    for wrong in (state > 0, np.full(len(state), 1e39), state.astype(str)):
+        asked = replace(request, observation={**request.observation, STATE: wrong})
+        error = predictor.predict(asked).error
+        assert error is not None
+        assert "finite numbers" in error
+    assert predictor.failures == 0
 
 
 @pytest.mark.parametrize("decoding", ["cap2_random", "deadline12", "ngram8", "no such decoder"])

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
+from ceed_vla.serving import encoded_images
 from ceed_vla.serving.arrays import packed, unpacked
 from ceed_vla.serving.client import PolicyClient
 from ceed_vla.serving.encoded_images import jpeg
@@ -138,6 +139,8 @@ def test_images_that_are_no_jpeg(served: Served) -> None:
     assert "that are no JPEG" in asked(png.getvalue())
     scans = good + b"\xff\xda\0\x02" * 500
     assert "a JPEG of more than 200 parts" in asked(scans)
+    # not all of them are counted
+    assert encoded_images._jpeg_parts(b"\xff\xd8\xff" + b"\xff\xc0" * 10**6) == 201
     wide = jpeg(np.zeros((8, 5000, 3), np.uint8), 50)
     assert "5000 x 8 px; at most 4096" in asked(wide)
     check_serves(served)

@@ -16,13 +16,15 @@ import torch
 import ceed_vla
 from ceed_vla.axes.depth.exits import EXITS
 from ceed_vla.checkpoints import save, weights_hash
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.training.axes.depth import REPORT, ExitsConfig, exits
+from ceed_vla.training.beside import DecodedConfig
 from ceed_vla.training.distill import distill
 from ceed_vla.training.distill_data import TrajectoriesConfig
 from ceed_vla.training.joint_exits import JointExitsConfig
 from ceed_vla.training.losses import register_loss
 from ceed_vla.training.teacher import train
+from ceed_vla.training.trajectories import collect
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,13 @@ def test_what_cannot_work_is_refused(studio: Any, deep: Path, tmp_path: Path) ->
             exits(config(**change))
     with pytest.raises(ConfigError, match="kind"):
         config(kind="wide")
+    collect(
+        studio.collect_config(
+            tmp_path / "ar", policy_path=str(deep), roots=str(studio.demo), states=False
+        )
+    )
+    with pytest.raises(DatasetError, match="has no states; collect them with --states=true"):
+        exits(config(trajectories=DecodedConfig(path=str(tmp_path / "ar"))))
 
 
 @pytest.mark.slow

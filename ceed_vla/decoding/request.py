@@ -42,8 +42,9 @@ class BlockRequest:
         readable: Maps tokens (B, n) to the rows (B,) that decode to a chunk; None for all.
         record_states: Whether the result holds every state.
         on_proven: Called during decoding with the tokens (B, n), the number of leading tokens
-            proven in every row, and the forwards so far. Proven tokens no longer change. AR, Jacobi
-            decoding and drafts call it. What it raises ends the decoding and reaches the caller.
+            proven in every row, and the forwards so far. Proven tokens no longer change, except
+            behind the stop token. AR, Jacobi decoding and drafts call it. What it raises ends the
+            decoding and reaches the caller.
         deadline_s: Time limit of this block, counted like the deadline of `config` and additional
             to it [s].
         forwards_before: Forwards that ran before, which the cap includes.

@@ -203,8 +203,8 @@ def _check(checkpoint: str, config: Mapping[str, Any], decoders: Sequence[str]) 
     for name in decoders:
         for each in plans if name == "plan" and plans else [name]:
             with only_exported():
-                config = named_config(each, built(DecodingConfig, decoding, {}), own)
-            check_decoding(config)
+                named = named_config(each, built(DecodingConfig, decoding, {}), own)
+            check_decoding(named)
 
 
 def _check_size(checkpoint: Path) -> None:

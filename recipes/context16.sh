@@ -21,7 +21,7 @@ final() { echo "$fine/$1/checkpoints/final"; }
 [ -e "$fine/begun/config.json" ] || python recipes/finer_patches.py "$coarse/teacher/checkpoints/final" "$fine/begun"
 finished teacher || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$fine/teacher" --policy.path "$fine/begun" \
   --roots "$roots" --root_weights 0.08,0.3,0.37,0.125,0.125 --imitate teacher --grounding_steps 0 --rounds 0 \
-  --validate_episodes 0 --steps "${STEPS:-300}" --batch_size 24 --lr 2e-4 --muon_lr 0 --threads 1 --save_every 25 \
+  --validate_episodes 0 --steps "${STEPS:-250}" --batch_size 24 --lr 2e-4 --muon_lr 0 --threads 1 --save_every 25 \
   --resume "$(started teacher)"
 distill() { # name teacher trajectories roots steps [other flags]
   finished "$1" || {
@@ -40,11 +40,11 @@ collect() { # name checkpoint roots frames
     touch "$fine/$1/collected"
   }
 }
-finished student || collect trajectories_teacher "$(final teacher)" "$roots" 4000
-distill student "$(final teacher)" "$fine/trajectories_teacher" "$roots" 250
+finished student || collect trajectories_teacher "$(final teacher)" "$roots" 3000
+distill student "$(final teacher)" "$fine/trajectories_teacher" "$roots" 200
 
 # 2. Scorers of the student's prefix tokens: by frame, and the same in all frames. They read its fixed points.
-collect trajectories "$(final student)" "$reached" 3000
+collect trajectories "$(final student)" "$reached" 2000
 scorer() { # name [other flags]
   [ -e "$fine/$1/context.json" ] || {
     begin "$1"
@@ -57,7 +57,7 @@ scorer by_frame
 scorer by_place --fixed true
 
 # 3. Students behind both, and behind the whole prefix for as many steps.
-own=("$fine/trajectories" "$reached" 150)
+own=("$fine/trajectories" "$reached" 100)
 distill longer "$(final student)" "${own[@]}"
 distill behind_frame "$fine/by_frame" "${own[@]}" --kept "$kept" --kept_by scorer
 distill behind_place "$fine/by_place" "${own[@]}" --kept "$kept" --kept_by scorer
@@ -66,18 +66,18 @@ distill behind_place "$fine/by_place" "${own[@]}" --kept "$kept" --kept_by score
 evaluate() { # name checkpoint decoders [seed episodes]
   ! grep -qs '"complete": true' "$fine/$1/report.json" || return 0
   begin "$1"
-  ceed-vla eval --policy.path "$2" --decoders "only=$3" --episodes "${5:-100}" --seed "${4:-40000}" --timing_chunks 0 --clips false \
+  ceed-vla eval --policy.path "$2" --decoders "only=$3" --episodes "${5:-50}" --seed "${4:-40000}" --timing_chunks 0 --clips false \
     --workers 2 --threads 1 --output_dir "$fine/$1" --resume "$([ -e "$fine/$1/episodes.jsonl" ] && echo true || echo false)"
 }
-evaluate choose_whole "$(final student)" ceed,cap1
+evaluate choose_whole "$(final student)" ceed
 evaluate choose_longer "$(final longer)" ceed
 for ranking in frame place; do
-  evaluate "choose_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2,keep128_conf0.2_cap2"
+  evaluate "choose_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2"
   evaluate "choose_behind_$ranking" "$(final "behind_$ranking")" ceed
 done
 grep -qs '"complete": true' "$fine/time/report.json" || {
   begin time
-  ceed-vla eval --policy.path "$fine/by_frame" --decoders "only=conf0.2_cap2,keep128_conf0.2_cap2,keep${kept}_conf0.2_cap2" \
+  ceed-vla eval --policy.path "$fine/by_frame" --decoders "only=conf0.2_cap2,keep${kept}_conf0.2_cap2" \
     --episodes 10 --seed 44000 --timing_chunks 60 --clips false --threads 2 --output_dir "$fine/time" \
     --resume "$([ -e "$fine/time/episodes.jsonl" ] && echo true || echo false)"
 }
@@ -85,7 +85,7 @@ grep -qs '"complete": true' "$fine/time/report.json" || {
 # 5. Success on evaluation seeds, once.
 for name in student longer behind_frame behind_place; do evaluate "table_$name" "$(final "$name")" ceed 50000 200; done
 for ranking in frame place; do
-  evaluate "table_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2,keep128_conf0.2_cap2" 50000 200
+  evaluate "table_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2" 50000 200
 done
 python recipes/pairs.py "$fine"/table_student:ceed "$fine"/table_* | tee "$fine/pairs.md"
 begin end

@@ -24,8 +24,8 @@ evaluate() { # name checkpoint seed episodes decoders [flags instead of those of
     --output_dir "$out/learning/$1" --resume "$([ -e "$out/learning/$1/episodes.jsonl" ] && echo true || echo false)"
 }
 
-# 1. Programs by importance, and routers of them for three weights of the error. As controls, the same programs for all chunks.
-for harm in 0.05 0.1 0.2; do
+# 1. Programs by importance, and routers of them for two weights of the error. As controls, the same programs for all chunks.
+for harm in 0.1 0.2; do
   [ -e "$out/route_$harm/route.json" ] || ceed-vla route --policy.path "$student" --roots "$reached" --programs 6 \
     --harm "$harm" --threads 2 --output_dir "$out/route_$harm"
   evaluate "route_$harm" "$out/route_$harm" 40000 200 only=route0.2_conf0.2_cap2,route0_cap2
@@ -61,7 +61,7 @@ done
 for starts in first uniform grown; do
   [ "$(tail -n 1 "$out/improve_$starts/done" 2>/dev/null)" = done ] || {
     OMP_NUM_THREADS=2 ceed-vla improve --policy.path "$student" --output_dir "$out/improve_$starts" --decoding cap1 --cap 3 --starts "$starts" \
-      --seed 30000 --iterations 1000 --max_control_steps "${CONTROL_STEPS:-200000}" --workers 2 \
+      --seed 30000 --iterations 1000 --max_control_steps "${CONTROL_STEPS:-120000}" --workers 2 \
       --resume "$([ -e "$out/improve_$starts/improve.json" ] && echo true || echo false)"
     echo done >"$out/improve_$starts/done"
   }

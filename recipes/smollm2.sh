@@ -49,7 +49,7 @@ train first "$roots" 0.06,0.25,0.3,0.11,0.11,0.085,0.085 --lr 3e-4 --policy.back
   --policy.backbone.path="$out/model" --policy.backbone.layers "$layers" --policy.action_tokens.action_range=fixed \
   --policy.action_tokens.action_low="[-1, -1, -1, -0.25, -0.25, -1, -1]" \
   --policy.action_tokens.action_high="[1, 1, 1, 0.25, 0.25, 1, 1]"
-evaluate validate_first "$(final first)" 40000 200 ar
+[ "$layers" != 30 ] || evaluate validate_first "$(final first)" 40000 200 ar
 finished teacher || {
   begin takeovers
   for shard in 0 1; do
@@ -59,7 +59,7 @@ finished teacher || {
   for job in $(jobs -p); do wait "$job"; done
 }
 train teacher "$roots,$own" 0.04,0.18,0.21,0.07,0.07,0.065,0.065,0.15,0.15 --lr 1.5e-4 --policy.path "$(final first)"
-evaluate validate_shipped teacher 40000 200 ar
+[ "$layers" != 30 ] || evaluate validate_shipped teacher 40000 200 ar
 evaluate validate_teacher "$(final teacher)" 40000 200 ar
 [ "$layers" != 30 ] || python - "$pair/validate_teacher/report.json" <<'END'
 import json, sys
@@ -81,7 +81,7 @@ if ! finished student; then
 fi
 
 # 4. The exit rule on validation seeds, and whether strict Jacobi equals AR.
-evaluate validate_student "$(final student)" 40000 200 ceed,cap1,cap2,conf0.1_cap2,conf0.3_cap2
+evaluate validate_student "$(final student)" 40000 200 ceed,cap1,cap2
 [ "$layers" = 30 ] || exit 0
 evaluate validate_exact "$(final student)" 44000 20 ar,jacobi
 

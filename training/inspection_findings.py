@@ -40,7 +40,7 @@ def without_episodes(store: FrameStore, episodes: Sequence[int]) -> FrameStore:
         ),
         task=store.task[keep],
         episode=episode,
-        episode_end=np.searchsorted(episode, episode, side="right"),
+        episode_end=before[store.episode_end[keep]],
         usable=usable,
     )
 

@@ -51,7 +51,7 @@ class RunFolder:
     def __init__(self, name: str, resume: bool) -> None:
         self.path = named_folder("output_dir", name)
         self.resume = resume
-        self._logged: set[tuple[int, frozenset[str]]] = set()  # of the step that is resumed from
+        self._logged: set[str] = set()  # lines of the step that is resumed from
         self._check(name)
 
     @property
@@ -94,10 +94,11 @@ class RunFolder:
 
     def append_log(self, step: int, values: dict[str, float]) -> None:
         """Add a line to ``log.jsonl``, unless the run that is resumed has measured this already."""
-        if (step, frozenset(values)) in self._logged:
+        line = json.dumps({"step": step, **values})
+        if line in self._logged:
             return
         with (self.path / LOG).open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(f"{line}\n")
 
     def trim_log(self, step: int) -> None:
         """Drop log lines of steps after `step`, which are taken again."""
@@ -108,7 +109,7 @@ class RunFolder:
             before = [line for line in lines if is_whole(_step_of(line), 0, step)]
             write_text(file, "".join(f"{line}\n" for line in before))
             last = [parse_json(line) for line in before if _step_of(line) == step]
-            self._logged = {(step, frozenset(values) - {"step"}) for values in last}
+            self._logged = {json.dumps(values) for values in last}
 
     # ---- progress --------------------------------------------------------------------------------
 

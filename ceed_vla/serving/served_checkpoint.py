@@ -82,7 +82,8 @@ class ServedCheckpoint:
         """
         import torch
 
-        if not hasattr(self._policy, "_queues"):
+        queues = getattr(self._policy, "_queues", None) or {}
+        if set(queues) <= {"action"}:  # it reads what it is given
             return self._policy.predict_action_chunk(inputs)
         self._policy.reset()
         first = self._policy.select_action(dict(inputs))  # (1, A)

@@ -250,7 +250,7 @@ def make_person(robot: RobotConfig, model: ModelArm | None, limits: SafetyLimits
     guide: Guide
     if robot.intervention.device.moves_tcp:
         assert model is not None  # `robot_file` validates it
-        guide = TwistGuide(model, robot.action.pose, limits.max_acceleration)
+        guide = TwistGuide(model, robot.action.pose)
     else:
         gripper = robot.gripper
         tolerance = GRIP_SHARE * (gripper.open - gripper.closed) if gripper else 0.0

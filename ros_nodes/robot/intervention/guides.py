@@ -18,7 +18,6 @@ _TURNED = np.pi  # and of its orientation [rad]
 _FIRST_SPEED, _FULL_SPEED = 0.2, 3.0
 _RAMP = 0.5  # time from the one speed to the other [s]
 _SAME = 1e-6  # difference of two commands that is rounding [rad]
-_FALLEN_BEHIND = 1.5  # braking distances behind its target at which an arm counts as blocked
 
 
 class Guide(Protocol):
@@ -47,27 +46,21 @@ class TwistGuide:
     Args:
         model: The arm's kinematics.
         limits: Of the commanded pose; None: only the joints are limited.
-        braking: Acceleration limit (J,) [rad/s^2] of the safety filter; None without one.
     """
 
-    def __init__(
-        self, model: ArmKinematics, limits: PoseLimits | None, braking: Array | None = None
-    ) -> None:
+    def __init__(self, model: ArmKinematics, limits: PoseLimits | None) -> None:
         self._model = model
         far = _ANYWHERE * np.ones(3)
         anywhere = PoseLimits(1.0, 1.0, -far, far, _TURNED, _TURNED)
         self._limits = replace(limits or anywhere, position_scale=1.0, rotation_scale=1.0)
         self._pose = CommandedPose(self._limits, np.zeros(3))
-        self._braking = braking
-        self._target: Array | None = None  # (J,) [rad] of the pose; None: begin where the arm is
-        self._lag: Array | float = _SAME  # (J,) [rad], which the filter's acceleration explains
+        self._requested: Array | None = None  # (J,) [rad], the last command before the filter
         self.grip_tolerance = np.inf  # buttons say what the person wants
 
     def begin(self, last: Array) -> None:
         self._pose.reset(*self._model.pose(last))
         self._pose.limits = self._limits.widened(self._pose)
-        self._target = last
-        self._lag = _SAME
+        self._requested = last
 
     def misaligned(self, wish: Wish, last: Array) -> str:
         return ""
@@ -75,37 +68,16 @@ class TwistGuide:
     def command(self, wish: Wish, last: Array, dt: float) -> Array:
         assert wish.twist is not None
         if not wish.twist.any():
-            self._target = None  # the arm may still brake
             return last
-        if self._target is None or np.any(np.abs(self._target - last) > self._lag):
+        if self._requested is None or np.abs(self._requested - last).max() > _SAME:
             # The filter changed the command, for example because the arm is blocked: begin there,
             # or the pose would run ahead of the arm.
             self.begin(last)
-        before = self._target
-        assert before is not None
         self._pose.advance(wish.twist * dt)
-        target = self._model.solve(before, self._pose.position, self._pose.matrix)
-        self._pose.follow(*self._model.pose(target))
-        self._target = target
-        if self._braking is None:
-            return target
-        speed = np.abs(target - before) / dt
-        lead = speed**2 / (2.0 * self._braking)
-        # While it accelerates, the arm falls behind by as much as it needs to brake.
-        self._lag = _FALLEN_BEHIND * lead + 2.0 * speed * dt + _SAME
-        ahead = self._ahead(wish.twist, target, float(np.max(speed / (2.0 * self._braking))))
-        return target + np.clip(ahead - target, -lead, lead)
-
-    def _ahead(self, twist: Array, target: Array, seconds: float) -> Array:
-        """The joints (J,) [rad] `seconds` behind those of the `target`.
-
-        The filter brakes for what is requested, so that must lie as far ahead as it needs to brake;
-        but within the workspace, where it must stop.
-        """
-        pose = CommandedPose(self._pose.limits, self._pose.position)
-        pose.reset(self._pose.position, self._pose.matrix)
-        pose.advance(twist * seconds)
-        return self._model.solve(target, pose.position, pose.matrix)
+        joints = self._model.solve(last, self._pose.position, self._pose.matrix)
+        self._pose.follow(*self._model.pose(joints))
+        self._requested = joints
+        return joints
 
 
 class LeaderGuide:

@@ -184,7 +184,7 @@ def _add_training(report: dict[str, Any], whole: FrameStore, config: InspectConf
             check_actions(tokens, whole.action, MOST_CLIPPED)
     except CeedVLAError as error:
         report["faults"].append(str(error))
-    if config.minutes and report["choices"]:
+    if config.minutes and report["choices"] and whole.shown.any():
         from ceed_vla.training.estimate import estimate
 
         try:

@@ -332,8 +332,10 @@ class PolicyNode(SafeLifecycleNode):
         # The task that runs ends now: later, its end would stop the arm on its way.
         self._goes_home = refused is None
         end = self._tasks.forbid if self._goes_home else self._tasks.cancel_waiting
-        end("an operator called ~/go_home")
-        self._goes_home = False
+        try:
+            end("an operator called ~/go_home")
+        finally:
+            self._goes_home = False
         return self._answer(response, refused is None, refused)
 
     def _answer(self, response: Any, success: bool, refused: Hold | None = None) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -34,8 +36,27 @@ class CountingRelay(GripperRelay):
         return float(message.sequence[-1]) if message.sequence else None
 
 
-def parameters(**values: Any) -> list[Parameter]:
-    return [Parameter(name, value=value) for name, value in values.items()]
+@contextmanager
+def relaying(graph: Any, **values: Any) -> Iterator[tuple[CountingRelay, Any]]:
+    """A relay to an action of Fibonacci, and a publisher of openings that it hears."""
+    given = {"action_type": "test_msgs/action/Fibonacci", "joint": "gripper", **values}
+    overrides = [Parameter(name, value=value) for name, value in given.items()]
+    relay = CountingRelay(context=graph.node.context, parameter_overrides=overrides)
+    graph._executor.add_node(relay)
+    try:
+        topic = graph.node.create_publisher(
+            Float64MultiArray, "/gripper_controller/commands", COMMAND
+        )
+        graph.wait(topic.get_subscription_count, "the relay")
+        yield relay, topic
+    finally:
+        graph._executor.remove_node(relay)
+        relay.destroy_node()
+
+
+def driver(graph: Any, execute: Callable[[Any], Any], **callbacks: Any) -> ActionServer:
+    action = "/gripper_controller/gripper_cmd"
+    return ActionServer(graph.node, fibonacci, action, execute_callback=execute, **callbacks)
 
 
 def test_openings_are_goals_and_positions_come_back(graph: Any) -> None:
@@ -51,26 +72,9 @@ def test_openings_are_goals_and_positions_come_back(graph: Any) -> None:
     def answer(goal: Any) -> GoalResponse:
         return GoalResponse.REJECT if refuses else GoalResponse.ACCEPT
 
-    relay = CountingRelay(
-        context=graph.node.context,
-        parameter_overrides=parameters(
-            action_type="test_msgs/action/Fibonacci", scale=-1000.0, offset=85.0, joint="gripper"
-        ),
-    )
-    graph._executor.add_node(relay)
-    try:
-        ActionServer(
-            graph.node,
-            fibonacci,
-            "/gripper_controller/gripper_cmd",
-            execute_callback=execute,
-            goal_callback=answer,
-        )
+    with relaying(graph, scale=-1000.0, offset=85.0) as (_, topic):
+        driver(graph, execute, goal_callback=answer)
         states = graph.listen("/joint_states", JointState, COMMAND)
-        topic = graph.node.create_publisher(
-            Float64MultiArray, "/gripper_controller/commands", COMMAND
-        )
-        graph.wait(topic.get_subscription_count, "the relay")
         for opening in (0.085, 0.085, 0.0854, 0.04):
             topic.publish(Float64MultiArray(data=[opening]))
             graph.spin(0.3)
@@ -90,9 +94,6 @@ def test_openings_are_goals_and_positions_come_back(graph: Any) -> None:
         refuses.clear()
         topic.publish(Float64MultiArray(data=[0.0]))  # as the policy node repeats it
         graph.wait(lambda: goals[-1] == 85, "the refused opening to be sent again")
-    finally:
-        graph._executor.remove_node(relay)
-        relay.destroy_node()
 
 
 def test_the_result_of_a_replaced_goal_is_no_position(graph: Any) -> None:
@@ -103,29 +104,14 @@ def test_the_result_of_a_replaced_goal_is_no_position(graph: Any) -> None:
         handle.succeed()
         return fibonacci.Result(sequence=[handle.request.order])
 
-    relay = CountingRelay(
-        context=graph.node.context,
-        parameter_overrides=parameters(
-            action_type="test_msgs/action/Fibonacci", scale=1000.0, joint="gripper"
-        ),
-    )
-    graph._executor.add_node(relay)
-    try:
-        action = "/gripper_controller/gripper_cmd"
-        ActionServer(graph.node, fibonacci, action, execute_callback=execute)
+    with relaying(graph, scale=1000.0) as (_, topic):
+        driver(graph, execute)
         states = graph.listen("/joint_states", JointState, COMMAND)
-        topic = graph.node.create_publisher(
-            Float64MultiArray, "/gripper_controller/commands", COMMAND
-        )
-        graph.wait(topic.get_subscription_count, "the relay")
         for opening in (0.06, 0.08, 0.04):
             topic.publish(Float64MultiArray(data=[opening]))
             graph.spin(0.5)
         graph.wait(lambda: states and states[-1].position[0] == pytest.approx(0.04), "the position")
         assert {round(state.position[0], 3) for state in states} == {0.06, 0.04}
-    finally:
-        graph._executor.remove_node(relay)
-        relay.destroy_node()
 
 
 def test_a_driver_that_starts_again_gets_no_old_opening(graph: Any) -> None:
@@ -136,24 +122,9 @@ def test_a_driver_that_starts_again_gets_no_old_opening(graph: Any) -> None:
         handle.succeed()
         return fibonacci.Result(sequence=[handle.request.order])
 
-    def driver() -> ActionServer:
-        action = "/gripper_controller/gripper_cmd"
-        return ActionServer(graph.node, fibonacci, action, execute_callback=execute)
-
-    relay = CountingRelay(
-        context=graph.node.context,
-        parameter_overrides=parameters(
-            action_type="test_msgs/action/Fibonacci", scale=1000.0, joint="gripper"
-        ),
-    )
-    graph._executor.add_node(relay)
-    try:
-        first = driver()
+    with relaying(graph, scale=1000.0) as (relay, topic):
+        first = driver(graph, execute)
         states = graph.listen("/joint_states", JointState, COMMAND)
-        topic = graph.node.create_publisher(
-            Float64MultiArray, "/gripper_controller/commands", COMMAND
-        )
-        graph.wait(topic.get_subscription_count, "the relay")
         topic.publish(Float64MultiArray(data=[0.03]))
         graph.wait(lambda: goals == [30] and states, "the goal and the position")
         graph.spin(0.7)  # the opening is old before the driver ends
@@ -162,7 +133,7 @@ def test_a_driver_that_starts_again_gets_no_old_opening(graph: Any) -> None:
         heard = len(states)
         graph.spin(0.7)
         assert len(states) <= heard + 5  # a driver that is gone has no position
-        driver()
+        driver(graph, execute)
         graph.wait(relay._client.server_is_ready, "the driver")
         graph.spin(0.5)
         assert goals == [30]
@@ -170,9 +141,6 @@ def test_a_driver_that_starts_again_gets_no_old_opening(graph: Any) -> None:
         topic.publish(Float64MultiArray(data=[0.03]))
         graph.wait(lambda: goals == [30, 30], "the opening that was commanded again")
         graph.wait(lambda: len(states) > heard + 5, "the position")
-    finally:
-        graph._executor.remove_node(relay)
-        relay.destroy_node()
 
 
 def test_a_missing_action_type_is_an_error(graph: Any) -> None:

@@ -6,8 +6,10 @@ It serves any policy of LeRobot and every decoder, compiled or not.
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker
 from ceed_vla.ros_nodes.robot.local_policy import local_policy
 from ceed_vla.serving.predictor import Predictor, PredictorSettings, Request
+from ceed_vla.serving.served_checkpoint import ServedCheckpoint
 from tests.helpers.edits import unsealed
 from tests.helpers.worker_requests import INSTRUCTION, STATE, ask, observation
 from tests.ros_nodes.conftest import tiny_act
@@ -161,6 +164,14 @@ def test_policies_with_queues_answer_anew(
             answer = ask(worker, Request(number, raw, "anything"))
             assert answer.error is None
             assert answer.actions.shape == (steps, 6)
+
+
+def test_a_policy_with_a_queue_of_actions_alone_is_asked_for_its_chunk() -> None:
+    chunk = torch.zeros(1, 50, 6)
+    policy = SimpleNamespace(_queues={"action": deque()}, predict_action_chunk=lambda _: chunk)
+    served = object.__new__(ServedCheckpoint)
+    served._policy = policy  # as pi0, whose select_action fills another queue
+    assert served._predicted({}) is chunk
 
 
 @pytest.mark.parametrize(

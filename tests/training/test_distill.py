@@ -392,7 +392,9 @@ def test_stored_states_must_have_been_kept(studio: Any, tmp_path: Path) -> None:
 def test_without_a_held_out_demonstration_there_is_no_accuracy(
     studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nobody = lambda self, rows: torch.zeros(len(rows), dtype=torch.bool)  # noqa: E731
+    def nobody(data: StoredData, rows: np.ndarray) -> torch.Tensor:
+        return torch.zeros(len(rows), dtype=torch.bool)
+
     monkeypatch.setattr(StoredData, "demonstrated", nobody)
     distill(
         studio.distill_config(

@@ -135,7 +135,7 @@ def test_inspect_says_what_is_imitated(tmp_path: Path, capsys: pytest.CaptureFix
 def test_inspect_refuses_what_training_refuses(tmp_path: Path) -> None:
     recording(tmp_path / "data", ("." * 20, False), ("." * 20, False))
     with pytest.raises(DatasetError, match="cannot be trained on: 1 fault"):
-        inspect(InspectConfig(str(tmp_path / "data"), str(tmp_path / "shown.png"), minutes=0))
+        inspect(InspectConfig(str(tmp_path / "data"), str(tmp_path / "shown.png"), minutes=5))
 
 
 def test_chunks_to_compare_begin_where_a_person_takes_over(tmp_path: Path) -> None:
@@ -150,6 +150,7 @@ def test_episodes_left_out_leave_the_others_as_they_are(tmp_path: Path) -> None:
     assert rest.shown.tolist() == [False] * 5 + [True, True, False]
     assert rest.usable is not None
     assert rest.usable.end[rest.shown].tolist() == [7, 7]
+    assert rest.episode_end[rest.shown].tolist() == [7, 7]  # where chunks are cut
 
 
 def test_of_a_recording_with_interventions_only_these_are_learnt(

@@ -27,6 +27,7 @@ _SLACK = (
     0.05,
 )
 _ROTATION_WEIGHT = 0.3  # [m/rad]: weight of one radian relative to one metre
+_WEIGHTS = np.array([1.0] * 3 + [_ROTATION_WEIGHT] * 3)
 NEXT, AFTER = [1, 2, 0], [2, 0, 1]  # cyclic successors of x, y, z, for cross products
 
 
@@ -177,6 +178,10 @@ class ArmKinematics(ABC):
         high: (J,) upper joint limits [rad].
         home: (J,) home posture [rad].
         max_joint_step: Largest motion of a joint per `solve` [rad].
+
+    Attributes:
+        lowest: (J,) lowest positions that `solve` returns [rad], a little above `low`.
+        highest: (J,) highest ones [rad].
     """
 
     def __init__(
@@ -186,7 +191,9 @@ class ArmKinematics(ABC):
         self.high = high
         self.home = home
         self._max_joint_step = max_joint_step
-        self._margin = min(_LIMIT_MARGIN, 0.1 * float((high - low).min()))
+        margin = min(_LIMIT_MARGIN, 0.1 * float((high - low).min()))
+        self.lowest = low + margin
+        self.highest = high - margin
 
     @abstractmethod
     def pose(self, q: Array) -> tuple[Array, Array]:
@@ -220,6 +227,23 @@ class ArmKinematics(ABC):
                 target = other
                 step = min(_UNWIND, step)
         return target if step == np.inf else q + np.clip(target - q, -step, step)
+
+    def step(self, q: Array, moved: Array, posture: Array, low: Array, high: Array) -> Array:
+        """Compute a small step of the joints that moves the TCP, or as nearly as possible.
+
+        Args:
+            q: (J,) joints at which the step begins [rad].
+            moved: (6,) translation [m] and rotation vector [rad] of the TCP in the base frame.
+            posture: (J,) step that is wanted where the TCP's motion leaves a choice [rad].
+            low: (J,) lower bounds of the step [rad].
+            high: (J,) upper bounds of the step [rad].
+
+        Returns:
+            (J,) [rad].
+        """
+        self.pose(q)
+        jacobian = _WEIGHTS[:, None] * np.concatenate(self.jacobian())
+        return _damped_step(_WEIGHTS * moved, jacobian, posture, low, high)
 
     def _descend(
         self, q: Array, position: Array, matrix: Array, iterations: int
@@ -257,29 +281,30 @@ class ArmKinematics(ABC):
 
     def _bounded_step(self, q: Array, error: Array, jacobian: Array) -> Array:
         """Damped least-squares step (J,) [rad] with a null-space pull, within the joint limits."""
-        low = self.low + self._margin - q
-        high = self.high - self._margin - q
         posture = _POSTURE_GAIN * (self.home - q)
-        held = np.zeros(len(q), dtype=bool)
-        step = np.zeros(len(q))
-        for _ in range(len(q)):
-            free = ~held
-            if not free.any():
-                break
-            part = jacobian[:, free]
-            remaining = error - jacobian[:, held] @ step[held]
-            regular = part @ part.T + (_DAMPING[0] + _DAMPING[1] * error @ error) * np.eye(
-                len(error)
-            )
-            step[free] = posture[free] + part.T @ np.linalg.solve(
-                regular, remaining - part @ posture[free]
-            )
-            size = np.abs(step[free]).max()
-            if size > _MAX_STEP:
-                step[free] *= _MAX_STEP / size
-            outside = free & ((step < low) | (step > high))
-            if not outside.any():
-                break
-            held |= outside
-            step[outside] = np.clip(step[outside], low[outside], high[outside])
-        return np.clip(step, low, high)
+        return _damped_step(error, jacobian, posture, self.lowest - q, self.highest - q)
+
+
+def _damped_step(error: Array, jacobian: Array, posture: Array, low: Array, high: Array) -> Array:
+    """Damped least-squares step (J,) [rad] towards a weighted `error` (6,), between bounds (J,)."""
+    held = np.zeros(len(posture), dtype=bool)
+    step = np.zeros(len(posture))
+    for _ in range(len(posture)):
+        free = ~held
+        if not free.any():
+            break
+        part = jacobian[:, free]
+        remaining = error - jacobian[:, held] @ step[held]
+        regular = part @ part.T + (_DAMPING[0] + _DAMPING[1] * error @ error) * np.eye(len(error))
+        step[free] = posture[free] + part.T @ np.linalg.solve(
+            regular, remaining - part @ posture[free]
+        )
+        size = np.abs(step[free]).max()
+        if size > _MAX_STEP:
+            step[free] *= _MAX_STEP / size
+        outside = free & ((step < low) | (step > high))
+        if not outside.any():
+            break
+        held |= outside
+        step[outside] = np.clip(step[outside], low[outside], high[outside])
+    return np.clip(step, low, high)

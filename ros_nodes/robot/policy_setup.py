@@ -18,8 +18,9 @@ from ceed_vla.ros_nodes.robot.controller import PolicyController
 from ceed_vla.ros_nodes.robot.findings import explained, split
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker, RunsPolicy
 from ceed_vla.ros_nodes.robot.interfaces.base import ActionInterface, CommandedArm
-from ceed_vla.ros_nodes.robot.intervention.guides import Guide, LeaderGuide, TwistGuide
+from ceed_vla.ros_nodes.robot.intervention.guides import Guide, LeaderGuide
 from ceed_vla.ros_nodes.robot.intervention.person import Person
+from ceed_vla.ros_nodes.robot.intervention.twist_guide import TwistGuide
 from ceed_vla.ros_nodes.robot.joint_sources import JointSources
 from ceed_vla.ros_nodes.robot.local_policy import local_policy
 from ceed_vla.ros_nodes.robot.motion import Motion
@@ -250,7 +251,7 @@ def make_person(robot: RobotConfig, model: ModelArm | None, limits: SafetyLimits
     guide: Guide
     if robot.intervention.device.moves_tcp:
         assert model is not None  # `robot_file` validates it
-        guide = TwistGuide(model, robot.action.pose)
+        guide = TwistGuide(model, robot.action.pose, limits.max_velocity, limits.max_acceleration)
     else:
         gripper = robot.gripper
         tolerance = GRIP_SHARE * (gripper.open - gripper.closed) if gripper else 0.0

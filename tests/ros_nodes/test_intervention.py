@@ -16,13 +16,12 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.ros_nodes.robot.controller_states import ControllerState
 from ceed_vla.ros_nodes.robot.intervention.base import Body, Device, Wish
-from ceed_vla.ros_nodes.robot.intervention.guides import LeaderGuide, TwistGuide
+from ceed_vla.ros_nodes.robot.intervention.guides import LeaderGuide
 from ceed_vla.ros_nodes.robot.intervention.joy import Gamepad
 from ceed_vla.ros_nodes.robot.intervention.leader import LeaderArm
 from ceed_vla.ros_nodes.robot.intervention.patience import Patience
 from ceed_vla.ros_nodes.robot.intervention.person import Charge, Person
 from ceed_vla.ros_nodes.robot.intervention.twist import TwistDevice
-from ceed_vla.ros_nodes.robot.policy_setup import arm_model
 from ceed_vla.ros_nodes.robot.robot_file import load_robot_config
 from ceed_vla.ros_nodes.robot.yaml_fields import Fields
 from tests.ros_nodes.loop import EVEN, JOINTS, Loop
@@ -308,31 +307,6 @@ def test_nobody_is_in_charge_of_an_arm_that_is_not_commanded() -> None:
 # ---- commands ------------------------------------------------------------------------------------
 
 
-def test_twists_move_the_tool_and_stay_in_the_workspace() -> None:
-    model = arm_model(TABLETOP)
-    assert model is not None
-    limits = TABLETOP.action.pose
-    guide = TwistGuide(model, limits)
-    last = np.array(TABLETOP.arm.home)
-    guide.begin(last)
-    start, turned = model.pose(last)
-    moving = Wish(True, twist=np.array([0.1, -0.05, 0.0, 0.0, 0.0, 0.0]))
-    for _ in range(100):
-        command = guide.command(moving, last, 0.01)
-        assert np.abs(command - last).max() < 0.01
-        last = command
-    end, after = model.pose(last)
-    np.testing.assert_allclose(end - start, [0.1, -0.05, 0.0], atol=0.001)
-    np.testing.assert_allclose(after, turned, atol=0.01)
-    np.testing.assert_array_equal(guide.command(Wish(False, twist=np.zeros(6)), last, 0.01), last)
-    for _ in range(1000):
-        last = guide.command(moving, last, 0.01)
-    assert limits is not None
-    reached = model.pose(last)[0]
-    assert np.all(reached <= limits.workspace_high + 0.01)
-    assert np.all(reached >= limits.workspace_low - 0.01)
-
-
 def test_the_controller_hands_over_without_a_jump() -> None:
     loop = Loop(step=0.3, blend_in=0.3)
     loop.run(2.0)
@@ -413,19 +387,6 @@ def test_a_person_takes_over_anew_after_the_pose_was_lost() -> None:
     assert loop.person.counts["taken"] == 1
     np.testing.assert_allclose(loop.position, loop.leader)
     assert np.abs(np.diff(loop.path[begun:], axis=0)).max() < 0.02
-
-
-def test_twists_do_not_run_ahead_of_a_blocked_arm() -> None:
-    model = arm_model(TABLETOP)
-    assert model is not None
-    guide = TwistGuide(model, TABLETOP.action.pose)
-    last = np.array(TABLETOP.arm.home)
-    guide.begin(last)
-    for _ in range(100):  # the filter lets no command through
-        guide.command(Wish(True, twist=np.array([0.25, 0, 0, 0, 0, 0.0])), last, 0.01)
-    back = guide.command(Wish(True, twist=np.array([-0.02, 0, 0, 0, 0, 0.0])), last, 0.01)
-    moved = model.pose(back)[0] - model.pose(last)[0]
-    np.testing.assert_allclose(moved, [-0.0002, 0.0, 0.0], atol=1e-4)
 
 
 def test_the_person_does_not_need_the_policy_or_images() -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from ceed_vla.kinematics import ArmKinematics, Array, CommandedPose, PoseLimits
+from ceed_vla.kinematics import Array
 from ceed_vla.ros_nodes.robot.intervention.base import Wish
 from ceed_vla.ros_nodes.robot.motion import toward
 
-_ANYWHERE = 1e3  # limits of the commanded position without a workspace [m]
-_TURNED = np.pi  # and of its orientation [rad]
 # Speeds with which the arm follows a leader [rad/s]: just after the person took over, and once it
 # has caught up; the safety filter limits more.
 _FIRST_SPEED, _FULL_SPEED = 0.2, 3.0
 _RAMP = 0.5  # time from the one speed to the other [s]
-_SAME = 1e-6  # difference of two commands that is rounding [rad]
 
 
 class Guide(Protocol):
@@ -38,46 +34,6 @@ class Guide(Protocol):
 
     def command(self, wish: Wish, last: Array, dt: float) -> Array:
         """Return the command (J,) [rad] that follows the `last` one after `dt` [s]."""
-
-
-class TwistGuide:
-    """Moves the TCP by the person's velocities, within the robot's workspace.
-
-    Args:
-        model: The arm's kinematics.
-        limits: Of the commanded pose; None: only the joints are limited.
-    """
-
-    def __init__(self, model: ArmKinematics, limits: PoseLimits | None) -> None:
-        self._model = model
-        far = _ANYWHERE * np.ones(3)
-        anywhere = PoseLimits(1.0, 1.0, -far, far, _TURNED, _TURNED)
-        self._limits = replace(limits or anywhere, position_scale=1.0, rotation_scale=1.0)
-        self._pose = CommandedPose(self._limits, np.zeros(3))
-        self._requested: Array | None = None  # (J,) [rad], the last command before the filter
-        self.grip_tolerance = np.inf  # buttons say what the person wants
-
-    def begin(self, last: Array) -> None:
-        self._pose.reset(*self._model.pose(last))
-        self._pose.limits = self._limits.widened(self._pose)
-        self._requested = last
-
-    def misaligned(self, wish: Wish, last: Array) -> str:
-        return ""
-
-    def command(self, wish: Wish, last: Array, dt: float) -> Array:
-        assert wish.twist is not None
-        if not wish.twist.any():
-            return last
-        if self._requested is None or np.abs(self._requested - last).max() > _SAME:
-            # The filter changed the command, for example because the arm is blocked: begin there,
-            # or the pose would run ahead of the arm.
-            self.begin(last)
-        self._pose.advance(wish.twist * dt)
-        joints = self._model.solve(last, self._pose.position, self._pose.matrix)
-        self._pose.follow(*self._model.pose(joints))
-        self._requested = joints
-        return joints
 
 
 class LeaderGuide:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Policies of the tabletop with the layers of SmolLM2-135M: the model, a teacher that learns what the shipped teacher does, a
-# student, their evaluation and the bench. With all 30 layers, or as a control with the first 16. Needs the datasets of
-# `DATA_ONLY=true bash recipes/tabletop.sh`. After an interrupt run the script again: it resumes. Every step writes its begin
-# into log.txt.
+# student, their evaluation and the bench. With all 30 layers, or as a control with the first 16 of them. Needs the datasets of
+# `DATA_ONLY=true bash recipes/tabletop.sh`; the control needs the 30 layers' first run and takeovers. After an interrupt run the
+# script again: it resumes. Every step writes its begin into log.txt.
 #
 #   bash recipes/smollm2.sh [OUTPUT_FOLDER]
 #   LAYERS=16 bash recipes/smollm2.sh [OUTPUT_FOLDER]
@@ -34,8 +34,9 @@ fi
 # 2. The teacher, behind the frozen stems of the shipped teacher, whose predictions it learns, in two runs. Run `first` learns
 #    on the datasets of the shipped pair. Run `teacher` goes on at half the learning rate, with takeovers from run `first`: the
 #    states that this policy itself reaches. Images are not changed: the shipped teacher sees them as they are. One process with
-#    two threads is as fast as two with one each. Below 160 of 200 validation episodes nothing else is tried; the control with
-#    16 layers goes on.
+#    two threads is as fast as two with one each. Below 160 of 200 validation episodes nothing else is tried.
+#    The control is run `first` cut to its first layers. It then has the same data, and as many steps as run `teacher` and the
+#    student; its learning rate is that of run `first`, as it has more to learn anew. It has no threshold.
 train() { # name roots weights [other flags]
   finished "$1" || {
     begin "$1"
@@ -44,22 +45,28 @@ train() { # name roots weights [other flags]
       --steps "${STEPS:-1000}" --muon_lr 0 --threads 2 --save_every 50 --resume "$(started "$1")" "${@:4}"
   }
 }
-own="$pair/own0,$pair/own1"
-train first "$roots" 0.06,0.25,0.3,0.11,0.11,0.085,0.085 --lr 3e-4 --policy.backbone.type=language \
-  --policy.backbone.path="$out/model" --policy.backbone.layers "$layers" --policy.action_tokens.action_range=fixed \
-  --policy.action_tokens.action_low="[-1, -1, -1, -0.25, -0.25, -1, -1]" \
-  --policy.action_tokens.action_high="[1, 1, 1, 0.25, 0.25, 1, 1]"
-[ "$layers" != 30 ] || evaluate validate_first "$(final first)" 40000 200 ar
-finished teacher || {
-  begin takeovers
-  for shard in 0 1; do
-    ceed-vla record --resume true --root "$pair/own$shard" --mode takeover --episodes 480 --seed $((39000 + 500 * shard)) \
-      --policy.path "$(final first)" --decoding ar_h &
-  done
-  for job in $(jobs -p); do wait "$job"; done
-}
-train teacher "$roots,$own" 0.04,0.18,0.21,0.07,0.07,0.065,0.065,0.15,0.15 --lr 1.5e-4 --policy.path "$(final first)"
-[ "$layers" != 30 ] || evaluate validate_shipped teacher 40000 200 ar
+own="$out/30/own0,$out/30/own1"
+if [ "$layers" = 30 ]; then
+  train first "$roots" 0.06,0.25,0.3,0.11,0.11,0.085,0.085 --lr 3e-4 --policy.backbone.type=language \
+    --policy.backbone.path="$out/model" --policy.action_tokens.action_range=fixed \
+    --policy.action_tokens.action_low="[-1, -1, -1, -0.25, -0.25, -1, -1]" \
+    --policy.action_tokens.action_high="[1, 1, 1, 0.25, 0.25, 1, 1]"
+  evaluate validate_first "$(final first)" 40000 200 ar
+  finished teacher || {
+    begin takeovers
+    for shard in 0 1; do
+      ceed-vla record --resume true --root "$pair/own$shard" --mode takeover --episodes 480 --seed $((39000 + 500 * shard)) \
+        --policy.path "$(final first)" --decoding ar_h &
+    done
+    for job in $(jobs -p); do wait "$job"; done
+  }
+  evaluate validate_shipped teacher 40000 200 ar
+  start=$(final first) rate=1.5e-4
+else
+  start=$pair/begun rate=3e-4
+  [ -e "$start/config.json" ] || python recipes/truncate.py "$out/30/first/checkpoints/final" "$start" "$layers"
+fi
+train teacher "$roots,$own" 0.04,0.18,0.21,0.07,0.07,0.065,0.065,0.15,0.15 --lr "$rate" --policy.path "$start"
 evaluate validate_teacher "$(final teacher)" 40000 200 ar
 [ "$layers" != 30 ] || python - "$pair/validate_teacher/report.json" <<'END'
 import json, sys

@@ -17,6 +17,7 @@ from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from tests.helpers.tabletop import tabletop_config
 from tests.helpers.tiny_language_models import make_tiny_language_model
 
+TASKS = ["push the red cube"]
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
@@ -51,29 +52,49 @@ def test_a_grown_trunk_decodes_the_same_tokens_and_can_learn(tmp_path: Path) -> 
     assert grown.backbone.layers[1].out.weight.grad.abs().max() > 0
 
 
-def test_finer_patches_leave_the_other_weights(tmp_path: Path) -> None:
-    folder = make_tiny_language_model(tmp_path / "model", layers=2)
+def language_policy(folder: Path, layers: int) -> tuple[CeedVLAPolicy, Path]:
+    """Return a policy of the language backbone, and its checkpoint."""
+    model = make_tiny_language_model(folder / "model", layers=layers)
     config = tabletop_config(
-        backbone=LanguageConfig(path=str(folder)),
+        backbone=LanguageConfig(path=str(model)),
         auxiliary_scale=[],
         chunk_size=2,
         n_action_steps=1,
     )
     policy = CeedVLAPolicy(config).eval()
-    tasks = ["push the red cube"]
     state = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
-    pre, post = make_ceed_vla_pre_post_processors(config, state, instructions=tasks)
-    save(tmp_path / "coarse", policy, pre, post)
+    processors = make_ceed_vla_pre_post_processors(config, state, instructions=TASKS)
+    save(folder / "policy", policy, *processors)
+    return policy, folder / "policy"
+
+
+def test_a_truncated_policy_has_the_first_layers(tmp_path: Path) -> None:
+    policy, folder = language_policy(tmp_path, 3)
+    recipe("truncate").truncate(str(folder), str(tmp_path / "short"), 2)
+    short, pre, _ = ceed_vla.load(tmp_path / "short")
+    assert (short.backbone.num_layers, short.config.backbone.layers) == (2, 2)
+    own, new = policy.state_dict(), short.state_dict()
+    assert {name for name in own if ".layers.2." not in name} == set(new)
+    assert all(torch.equal(own[name], new[name]) for name in new)
+    images = {name: torch.rand(1, 3, 96, 96) for name in policy.config.cameras}
+    batch = pre({**images, "observation.state": torch.rand(1, 14), "task": TASKS})
+    assert short.decode(batch, "ar").tokens.shape == (1, policy.config.block_length)
+    with pytest.raises(SystemExit, match="more than 2 layers"):
+        recipe("truncate").truncate(str(tmp_path / "short"), str(tmp_path / "other"), 2)
+
+
+def test_finer_patches_leave_the_other_weights(tmp_path: Path) -> None:
+    policy, folder = language_policy(tmp_path, 2)
     module = recipe("finer_patches")
-    module.finer(str(tmp_path / "coarse"), str(tmp_path / "fine"))
+    module.finer(str(folder), str(tmp_path / "fine"))
     fine, pre, _ = ceed_vla.load(tmp_path / "fine")
     own, new = policy.state_dict(), fine.state_dict()
     kept = {name for name in own if not name.startswith("backbone.project.")}
     assert all(torch.equal(own[name], new[name]) for name in kept)
     for part in ("0.weight", "0.bias", "1.weight", "1.bias"):  # the keypoints' token
         assert torch.equal(own[f"backbone.project.0.{part}"], new[f"backbone.project.1.{part}"])
-    images = {name: torch.rand(1, 3, 96, 96) for name in config.cameras}
-    batch = pre({**images, "observation.state": torch.rand(1, 14), "task": tasks})
+    images = {name: torch.rand(1, 3, 96, 96) for name in policy.config.cameras}
+    batch = pre({**images, "observation.state": torch.rand(1, 14), "task": TASKS})
     embeddings = fine.backbone.embed_prefix(batch)
     assert int(fine.backbone.prefix_tokens(embeddings)[1].sum()) == 2 * (12**2 + 1)
     with pytest.raises(SystemExit, match="must be a policy of the language backbone"):

@@ -1,0 +1,40 @@
+"""Cut a trained policy: `python recipes/truncate.py POLICY OUTPUT_FOLDER LAYERS`.
+
+For policies of the language backbone: the first layers stay, and all weights outside the layers.
+`ceed-vla train --policy.path` continues the training.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from ceed_vla.checkpoints import load, save
+
+
+def truncate(path: str, folder: str, layers: int) -> None:
+    """Write a copy of the policy with its first layers.
+
+    Raises:
+        SystemExit: The policy has not so many layers, or is none of the language backbone.
+    """
+    policy, pre, post = load(path)
+    config: Any = policy.config.backbone
+    if config.type != "language" or not 1 <= layers < policy.backbone.num_layers:
+        raise SystemExit(
+            f"{path} must be a policy of the language backbone with more than {layers} layers; "
+            "name a run of recipes/smollm2.sh."
+        )
+    model: Any = policy.backbone.pretrained  # type: ignore[attr-defined]
+    model.layers = model.layers[:layers]
+    config.layers = layers
+    config.architecture = json.dumps(
+        json.loads(config.architecture) | {"num_hidden_layers": layers}
+    )
+    policy.config.forget()
+    save(folder, policy, pre, post)
+
+
+if __name__ == "__main__":
+    truncate(sys.argv[1], sys.argv[2], int(sys.argv[3]))

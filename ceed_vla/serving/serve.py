@@ -143,10 +143,9 @@ def serve(config: ServeConfig) -> str:
             loop.add_signal_handler(number, server.stop)
         scheme = "ws" if tls is None else "wss"
 
-        host = f"[{config.host}]" if ":" in config.host else config.host  # of IPv6
-
         def opened(port: int) -> None:
-            print(f"Listening on {scheme}://{host}:{port} ({config.protocol})", flush=True)
+            address = url(scheme, config.host, port)
+            print(f"Listening on {address} ({config.protocol})", flush=True)
 
         try:
             await server.run(config.host, config.port, opened)
@@ -158,6 +157,11 @@ def serve(config: ServeConfig) -> str:
 
     asyncio.run(main())
     return "Stopped."
+
+
+def url(scheme: str, host: str, port: int) -> str:
+    """Return the address of a server for its clients; one of IPv6 stands in brackets."""
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _protocol(config: ServeConfig, declared: PolicySpec) -> WireProtocol:

@@ -1,8 +1,9 @@
-"""Recipes: a grown trunk decodes as the original one; finer patches leave the other weights."""
+"""Recipes: grown, truncated and finer policies, and the table of pairs."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import ceed_vla
 from ceed_vla.backbones.language.config import LanguageConfig
 from ceed_vla.checkpoints import save
+from ceed_vla.errors import ConfigError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from tests.helpers.tabletop import tabletop_config
@@ -101,3 +103,18 @@ def test_finer_patches_leave_the_other_weights(tmp_path: Path) -> None:
         module.finer("teacher", str(tmp_path / "none"))
     with pytest.raises(SystemExit, match="must be a policy of the language backbone"):
         module.finer(str(tmp_path / "fine"), str(tmp_path / "none"))
+
+
+def test_pairs_refuse_evaluations_that_lack_episodes(tmp_path: Path) -> None:
+    row = {"episodes": 2, "success": 1, "failed_seeds": [41]}
+    report = {"complete": True, "seeds": {"first": 40, "count": 2}, "decoders": {"ar": row}}
+    module = recipe("pairs")
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report))
+    assert module.outcomes(module.opened(str(tmp_path)), "ar") == {40: True, 41: False}
+    file.write_text(json.dumps(report | {"seeds": {"first": 40, "count": 4}}))
+    with pytest.raises(ConfigError, match="one shard of several"):
+        module.opened(str(tmp_path))
+    file.write_text(json.dumps(report | {"complete": False}))
+    with pytest.raises(ConfigError, match="is not complete"):
+        module.opened(str(tmp_path))

@@ -72,6 +72,7 @@ def test_texts_in_a_list_stay_texts(text: str, names: list[str]) -> None:
         ("mode: " + "x" * 2**20, "more than 1048 kB"),
         ("sizes: [" + "[]," * 100_000 + "]", "more than 20000 lines and values"),
         ("mode: |\n" + "\n" * 100_000, "more than 20000 lines and values"),
+        ("discover_packages_path: our_package\n", "on the command line"),
     ],
 )
 def test_unusable_file(tmp_path: Path, text: str, words: str) -> None:

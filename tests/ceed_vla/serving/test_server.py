@@ -21,7 +21,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.export.cached import cached_export
 from ceed_vla.serving.arrays import packed, unpacked
 from ceed_vla.serving.predictor_types import PredictorSettings
-from ceed_vla.serving.serve import ServeConfig, serve
+from ceed_vla.serving.serve import ServeConfig, serve, url
 from tests.helpers.serving_calls import KEY, ask, error_of, http
 
 
@@ -345,3 +345,8 @@ def test_a_thousand_clients_come_and_go(served: Any, edge: EdgePolicy) -> None:
     descriptors, memory = usage(served.process.pid)
     assert descriptors <= before[0] + 2
     assert memory - before[1] < 20_000
+
+
+def test_addresses_of_a_server() -> None:
+    assert url("ws", "0.0.0.0", 8000) == "ws://0.0.0.0:8000"
+    assert url("wss", "::1", 8000) == "wss://[::1]:8000"

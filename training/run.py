@@ -231,7 +231,9 @@ class Run:
         with self.folder.writing():
             if self.accelerator.is_main_process:
                 self.folder.trim_log(self.step)
-            self.accelerator.init_trackers(TRACKER)
+            # A resumed run takes the steps after its state again.
+            again = {"purge_step": self.step + 1} if self.settings.resume else {}
+            self.accelerator.init_trackers(TRACKER, init_kwargs={"tensorboard": again})
         self.model.train()
         scheduled = self.total
         self._take_steps(started)
@@ -358,9 +360,8 @@ class Run:
     def log(self, values: dict[str, float]) -> None:
         """Write values of this step to tensorboard and ``log.jsonl``."""
         with self.folder.writing():
-            self.accelerator.log(values, step=self.step)
-            if self.accelerator.is_main_process:
-                self.folder.append_log(self.step, values)
+            if self.accelerator.is_main_process and self.folder.append_log(self.step, values):
+                self.accelerator.log(values, step=self.step)
 
     def validate(self, folder: Path) -> None:
         """Measure a checkpoint in closed loop, if there is a simulator."""

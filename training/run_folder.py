@@ -92,13 +92,16 @@ class RunFolder:
 
     # ---- log -------------------------------------------------------------------------------------
 
-    def append_log(self, step: int, values: dict[str, float]) -> None:
-        """Add a line to ``log.jsonl``, unless the run that is resumed has measured this already."""
+    def append_log(self, step: int, values: dict[str, float]) -> bool:
+        """Add a line to ``log.jsonl``, unless the run that is resumed has measured this already;
+        return whether it was new.
+        """
         line = json.dumps({"step": step, **values})
         if line in self._logged:
-            return
+            return False
         with (self.path / LOG).open("a") as file:
             file.write(f"{line}\n")
+        return True
 
     def trim_log(self, step: int) -> None:
         """Drop log lines of steps after `step`, which are taken again."""

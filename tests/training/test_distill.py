@@ -17,6 +17,7 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ceed_vla
 from ceed_vla.checkpoints import save
@@ -136,6 +137,10 @@ def test_an_interrupted_run_resumes_to_the_same_losses(
         assert read_log(tmp_path / "run", key) == read_log(tmp_path / "whole", key)
     run, whole = ((tmp_path / name / "log.jsonl").read_text() for name in ("run", "whole"))
     assert run.count("\n") == whole.count("\n")  # nothing is logged twice
+    (folder,) = {file.parent for file in (tmp_path / "run").rglob("events.out.*")}
+    values = EventAccumulator(str(folder)).Reload()
+    steps = [event.step for event in values.Scalars("loss")]
+    assert steps == list(read_log(tmp_path / "run", "loss"))
 
 
 # ---- labels --------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ fi
 
 # 4. The exit rule on validation seeds, and whether strict Jacobi equals AR.
 evaluate validate_student "$(final student)" 40000 200 ceed,cap1,cap2
+evaluate validate_rules "$(final student)" 40000 200 conf0.3_cap2,conf0.4_cap2
 [ "$layers" = 30 ] || exit 0
 evaluate validate_exact "$(final student)" 44000 20 ar,jacobi
 

@@ -178,7 +178,9 @@ def _export_once(checkpoint: Path, folder: Path, discover_packages: str) -> None
         _export(checkpoint, folder, discover_packages, lock)
         if _key(checkpoint) != folder.name:
             _remove(folder)
-            raise ConfigError(f"{checkpoint} was replaced while it was exported; load it again.")
+            raise ConfigError(
+                f"{checkpoint} or ceed_vla was changed while it was exported; load it again."
+            )
 
 
 def _check(checkpoint: str, config: Mapping[str, Any], decoders: Sequence[str]) -> None:

@@ -95,7 +95,7 @@ def test_a_checkpoint_that_changes_while_it_is_exported(
         config.write_text(config.read_text() + " ")
 
     monkeypatch.setattr(cached, "_export", replaced)
-    with pytest.raises(ConfigError, match="was replaced while it was exported; load it again"):
+    with pytest.raises(ConfigError, match="was changed while it was exported; load it again"):
         cached_export(checkpoint)
     assert not made[0].exists()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
-from ceed_vla.kinematics import Array, matrix_rpy
+from ceed_vla.kinematics import Array, matrix_rpy, turn_vector
 from ceed_vla.ros_nodes.robot.controller_guides import Guides
 from ceed_vla.ros_nodes.robot.intervention.base import Wish
 from ceed_vla.ros_nodes.robot.intervention.patience import Patience
@@ -19,6 +20,7 @@ from ceed_vla.ros_nodes.robot.intervention.twist_guide import (
     largest_share,
     stoppable,
 )
+from ceed_vla.ros_nodes.robot.kinematics import ModelArm
 from ceed_vla.ros_nodes.robot.parameters import defaults
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.policy_setup import arm_model, safety_limits
@@ -181,6 +183,39 @@ def test_any_motion_stays_near_the_workspace(acceleration: float | None) -> None
         assert outside(arm.move(wish, random.uniform(0.2, 1.2))) < 0.02
     if acceleration is not None:
         assert np.abs(arm.accelerations).max() <= acceleration + 1e-6
+
+
+FIVE = """<mujoco><compiler angle="radian"/><worldbody>
+<body pos="0 0 0.05"><joint name="pan" axis="0 0 1" range="-1.9 1.9"/><geom size="0.02"/>
+<body pos="0 0 0.06"><joint name="lift" axis="0 1 0" range="-1.7 1.7"/><geom size="0.02"/>
+<body pos="0 0 0.12"><joint name="elbow" axis="0 1 0" range="-2.2 2.2"/><geom size="0.02"/>
+<body pos="0 0 0.13"><joint name="flex" axis="0 1 0" range="-1.7 1.7"/><geom size="0.02"/>
+<body pos="0 0 0.06"><joint name="roll" axis="0 0 1" range="-2.7 2.7"/><geom size="0.02"/>
+<site name="tcp" pos="0 0 0.1"/></body></body></body></body></body></worldbody></mujoco>"""
+
+
+@pytest.mark.parametrize("acceleration", [None, 3.0])
+def test_a_tool_that_points_down_turns_both_ways(
+    tmp_path: Path, acceleration: float | None
+) -> None:
+    file = tmp_path / "arm.xml"
+    file.write_text(FIVE)
+    home = np.array([0.0, -0.3, 1.9, np.pi - 1.6, 0.0])  # roll and yaw are at half a turn
+    arm = ModelArm(file, "tcp", ("pan", "lift", "elbow", "flex", "roll"), home=home.tolist())
+    for sign in (-1.0, 1.0):
+        brake = None if acceleration is None else np.full(5, acceleration)
+        guide = TwistGuide(arm, None, np.full(5, 3.0), brake)
+        guide.begin(home)
+        joints = home
+        for _ in range(100):
+            request = guide.command(Wish(True, twist=twist(5, 0.5 * sign)), joints, DT)
+            way = request - joints
+            speed = np.abs(way) / DT
+            if brake is not None:  # as the filter, which stops at the request
+                speed = np.sqrt((brake * DT) ** 2 + 2.0 * brake * np.abs(way)) - brake * DT
+            joints = joints + np.sign(way) * speed * DT
+        turned = turn_vector(arm.pose(joints)[1] @ arm.pose(home)[1].T)
+        assert 0.4 < sign * turned[2] <= 0.51
 
 
 def test_speeds_that_stop_in_time() -> None:

@@ -21,8 +21,7 @@ from ceed_vla.kinematics import (
 )
 from ceed_vla.ros_nodes.robot.intervention.base import Wish
 
-_ANYWHERE = 1e3  # limits of the commanded position without a workspace [m]
-_TURNED = np.pi  # and of its orientation [rad]
+_ANYWHERE = 1e3  # limits of the commanded pose without a workspace [m, rad]
 _SAME = 1e-6  # difference of two commands that is rounding [rad]
 _SPEED_SHARE = 0.9  # of the velocity limits that the tool's motion uses
 _STOP_TIME = 0.3  # within which it could stop [s]
@@ -53,7 +52,7 @@ class TwistGuide:
     ) -> None:
         self._model = model
         far = _ANYWHERE * np.ones(3)
-        anywhere = PoseLimits(1.0, 1.0, -far, far, _TURNED, _TURNED)
+        anywhere = PoseLimits(1.0, 1.0, -far, far, _ANYWHERE, _ANYWHERE)
         self._limits = replace(limits or anywhere, position_scale=1.0, rotation_scale=1.0)
         self._fastest = _SPEED_SHARE * max_velocity
         if max_acceleration is not None:

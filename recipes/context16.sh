@@ -28,7 +28,7 @@ distill() { # name teacher trajectories roots steps [other flags]
     begin "$1"
     torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli distill --output_dir "$fine/$1" --teacher.path "$2" \
       --trajectories.path "$3" --roots "$4" --steps "$5" --batch_size 24 --lr 3e-4 --muon_lr 0 --max_updates 1 \
-      --max_iterations 2 --confidence 0.2 --eval_every 0 --eval_frames 24 --validate_episodes 0 --threads 1 --save_every 25 \
+      --max_iterations 2 --confidence 0.4 --eval_every 0 --eval_frames 24 --validate_episodes 0 --threads 1 --save_every 25 \
       --resume "$(started "$1")" "${@:6}"
   }
 }
@@ -72,12 +72,12 @@ evaluate() { # name checkpoint decoders [seed episodes]
 evaluate choose_whole "$(final student)" ceed
 evaluate choose_longer "$(final longer)" ceed
 for ranking in frame place; do
-  evaluate "choose_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2"
+  evaluate "choose_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.4_cap2"
   evaluate "choose_behind_$ranking" "$(final "behind_$ranking")" ceed
 done
 grep -qs '"complete": true' "$fine/time/report.json" || {
   begin time
-  ceed-vla eval --policy.path "$fine/by_frame" --decoders "only=conf0.2_cap2,keep${kept}_conf0.2_cap2" \
+  ceed-vla eval --policy.path "$fine/by_frame" --decoders "only=conf0.4_cap2,keep${kept}_conf0.4_cap2" \
     --episodes 10 --seed 44000 --timing_chunks 60 --clips false --threads 2 --output_dir "$fine/time" \
     --resume "$([ -e "$fine/time/episodes.jsonl" ] && echo true || echo false)"
 }
@@ -85,7 +85,7 @@ grep -qs '"complete": true' "$fine/time/report.json" || {
 # 5. Success on evaluation seeds, once.
 for name in student longer behind_frame behind_place; do evaluate "table_$name" "$(final "$name")" ceed 50000 200; done
 for ranking in frame place; do
-  evaluate "table_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.2_cap2" 50000 200
+  evaluate "table_by_$ranking" "$fine/by_$ranking" "keep${kept}_conf0.4_cap2" 50000 200
 done
 python recipes/pairs.py "$fine"/table_student:ceed "$fine"/table_* | tee "$fine/pairs.md"
 begin end

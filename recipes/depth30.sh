@@ -48,26 +48,26 @@ skips=$(python - "$axes/route/route.json" <<'END'
 import json, sys
 
 all_layers, *shorter = [set(p.split("-")) for p in json.load(open(sys.argv[1]))["programs"]]
-print(",".join(f"skip{'-'.join(sorted(all_layers - p, key=int))}p0.2_conf0.2_cap2" for p in shorter[1::2]))
+print(",".join(f"skip{'-'.join(sorted(all_layers - p, key=int))}p0.4_conf0.4_cap2" for p in shorter[1::2]))
 END
 )
 
 # 3. Thresholds on choice seeds. `cut` has the first 16 layers, trained by the same recipe. An exit with a layer of its own
 #    serves schedules alone: a decoding cannot end there.
-rules=ceed,cap1,cap2_fresh,deer15t1_conf0.2_cap2,deer22t1_conf0.2_cap2
-rules+=,sure8p0.2_conf0.2_cap2,sure15p0.2_conf0.2_cap2,sure15p0.4_conf0.2_cap2,sure22p0.2_conf0.2_cap2
+rules=ceed,cap1,cap2_fresh,deer15t1_conf0.4_cap2,deer22t1_conf0.4_cap2
+rules+=,sure8p0.4_conf0.4_cap2,sure15p0.4_conf0.4_cap2,sure15p0.6_conf0.4_cap2,sure22p0.4_conf0.4_cap2
 evaluate choose_linear "$axes/exits_linear" 40000 100 $rules
 schedules=depth8_cap2_fresh,depth15_cap2_fresh,depth22_cap2_fresh # exits with a layer of their own read one depth alone
 for kind in layer linear; do
   evaluate "choose_schedule_$kind" "$axes/exits_$kind" 40000 100 $schedules
 done
-evaluate choose_skip "$axes/route" 40000 100 "route0.2_conf0.2_cap2,$skips"
+evaluate choose_skip "$axes/route" 40000 100 "route0.4_conf0.4_cap2,$skips"
 evaluate choose_cut "$cut" 40000 100 ceed,cap1,cap2_fresh
 
 # 4. Exact drafts against the faster of token by token and Jacobi on the executed steps: tokens are equal, so only time differs.
 evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec8x6_h,spec15x6_h,spec22x6_h --timing_chunks 60 --workers 1 --threads 2
 
-# 5. A promised risk, and plans within budgets. The latter do not resume: start them with 90 minutes left.
+# 5. A promised risk, and plans within budgets.
 [ -e "$axes/calibrate/calibration.json" ] || {
   begin calibrate
   ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" --signals "[conf,sure15]" \
@@ -76,7 +76,7 @@ evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec8x6_h,spec
 [ -e "$axes/tune/checkpoint/config.json" ] || {
   begin tune
   ceed-vla tune --policy.path "$axes/exits_linear" --output_dir "$axes/tune" --save true --population 8 --generations 2 \
-    --episodes 8 --chunks 12 --threads 2
+    --episodes 8 --chunks 12 --threads 2 --resume true
 }
 
 # 6. The table: success on evaluation seeds, once, and milliseconds in turns, for the decoders chosen above. Timing needs a quiet

@@ -83,13 +83,13 @@ if ! finished student; then
   begin student
   OMP_NUM_THREADS=2 ceed-vla distill --output_dir "$pair/student" --teacher.path "$(final teacher)" \
     --trajectories.path "$pair/trajectories" --roots "$roots" --steps "${STUDENT_STEPS:-400}" --batch_size 32 --lr 3e-4 \
-    --muon_lr 0 --max_updates 1 --max_iterations 2 --confidence 0.2 --eval_every 0 --eval_frames 24 --validate_episodes 0 \
+    --muon_lr 0 --max_updates 1 --max_iterations 2 --confidence 0.4 --eval_every 0 --eval_frames 24 --validate_episodes 0 \
     --threads 2 --save_every 25 --resume "$(started student)"
 fi
 
-# 4. The exit rule on validation seeds, and whether strict Jacobi equals AR.
-evaluate validate_student "$(final student)" 40000 200 ceed,cap1,cap2
-evaluate validate_rules "$(final student)" 40000 200 conf0.3_cap2,conf0.4_cap2
+# 4. The exit rule on validation seeds (`ceed` is the confidence above), and whether strict Jacobi equals AR.
+evaluate validate_student "$(final student)" 40000 200 conf0.2_cap2,cap1,cap2
+evaluate validate_rules "$(final student)" 40000 200 conf0.3_cap2,ceed
 [ "$layers" = 30 ] || exit 0
 evaluate validate_exact "$(final student)" 44000 20 ar,jacobi
 

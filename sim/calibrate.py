@@ -46,7 +46,8 @@ from ceed_vla.sim.environment import (
     observation_batch,
 )
 from ceed_vla.sim.episode_log import fingerprint
-from ceed_vla.sim.risk import MEASURED, Measured, Progress, p_value
+from ceed_vla.sim.progress import MEASURED, Progress
+from ceed_vla.sim.risk import Measured, measured_row, p_value
 from ceed_vla.sim.rollout import Chunk, EpisodeResult, PolicyRunner, rollout
 from ceed_vla.sim.settings import DrivenConfig
 from ceed_vla.sim.summary import versions
@@ -205,7 +206,9 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
     ):
         workers.here = partial(audited, bundle, pool, config.executed_steps)
         measure = partial(measured, config, workers)
-        rows, chosen = _choose(config, bundle, pool, partial(progress.row, measure=measure))
+        rows, chosen = _choose(
+            config, bundle, pool, partial(measured_row, progress, measure=measure)
+        )
     report: dict[str, Any] = {
         "program": MADE_BY,
         "policy": {

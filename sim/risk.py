@@ -1,23 +1,18 @@
-"""The risk of a decoder: what was measured, tests of it, and a file that an interrupt leaves."""
+"""The risk of a decoder: what was measured, and tests of it."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.errors import ConfigError
-from ceed_vla.files import read_json, write_text
-from ceed_vla.outputs import MADE_BY
+from ceed_vla.sim.progress import Progress
 from ceed_vla.sim.success import success_entry
-
-MEASURED = "measured.json"
 
 
 @dataclass
@@ -90,53 +85,12 @@ def bootstrap(risks: NDArray[np.float64], draws: int = 10_000) -> tuple[float, f
     return float(low), float(high)
 
 
-class Progress:
-    """Decoders that a run has measured; a run that ends early leaves them in its folder.
+def measured_row(progress: Progress, name: str, measure: Callable[[str], Measured]) -> Measured:
+    """Return the measurements of the decoder `name`, which are made if there are none.
 
-    Args:
-        folder: Output folder.
-        identity: Everything that affects a measurement, as JSON values.
-        resume: Go on with what is there.
-
-    Raises:
-        ConfigError: There are measurements, and `resume` is false or they are of another run.
+    `ConfigError` if what an interrupted run has left cannot be measurements.
     """
-
-    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
-        self.file = folder / MEASURED
-        self.identity = json.loads(json.dumps(identity))
-        self.rows: dict[str, Measured] = {}
-        if not self.file.exists():
-            return
-        found = read_json(self.file, ConfigError)
-        theirs, rows = found.get("identity"), found.get("decoders")
-        if not isinstance(theirs, dict) or not isinstance(rows, dict):
-            raise ConfigError(f"{self.file} is damaged; remove it, or set another --output_dir.")
-        if not resume:
-            raise ConfigError(
-                f"{folder} holds an interrupted calibration ({len(rows)} measured decoders); "
-                "continue it with --resume=true, or set another --output_dir."
-            )
-        names = sorted(self.identity.keys() | theirs.keys())
-        if other := [name for name in names if theirs.get(name) != self.identity.get(name)]:
-            raise ConfigError(
-                f"{self.file} was measured with other {', '.join(other)}; set another --output_dir."
-            )
-        self.rows = {name: _measured(self.file, name, row) for name, row in rows.items()}
-
-    def row(self, name: str, measure: Callable[[str], Measured]) -> Measured:
-        """The measurements of the decoder `name`, which are made and written if there are none."""
-        if name not in self.rows:
-            self.rows[name] = measure(name)
-            rows = {name: _as_json(row) for name, row in self.rows.items()}
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            values = {"program": MADE_BY, "identity": self.identity, "decoders": rows}
-            write_text(self.file, json.dumps(values))
-        return self.rows[name]
-
-    def end(self) -> None:
-        """The run is complete."""
-        self.file.unlink(missing_ok=True)
+    return progress.measured(name, lambda: _as_json(measure(name)), partial(_measured, name))
 
 
 def _as_json(row: Measured) -> dict[str, Any]:
@@ -147,20 +101,14 @@ def _as_json(row: Measured) -> dict[str, Any]:
     }
 
 
-def _measured(file: Path, name: str, row: Any) -> Measured:
-    """The measurements in a file; `ConfigError` for values that cannot be some."""
-    damaged = ConfigError(
-        f"{file} is damaged at {name[:100]!r}; remove it, or set another --output_dir."
+def _measured(name: str, row: Any) -> Measured:
+    """Read the measurements in a file; `ValueError` and others for values that cannot be some."""
+    risks, forwards, layers = (
+        np.array(row[key], dtype=np.float64) for key in ("risks", "forwards", "layers")
     )
-    try:
-        risks, forwards, layers = (
-            np.array(row[key], dtype=np.float64) for key in ("risks", "forwards", "layers")
-        )
-        solved = [bool(one) for one in row["solved"]]
-    except (KeyError, TypeError, ValueError):
-        raise damaged from None
+    solved = [bool(one) for one in row["solved"]]
     shapes = (risks.shape, forwards.shape) == ((len(solved),), layers.shape)
     values = np.concatenate([risks.ravel(), forwards.ravel(), layers.ravel()])
     if not (shapes and solved and len(forwards) and np.isfinite(values).all()):
-        raise damaged
+        raise ValueError(name)
     return Measured(name, risks, forwards, layers, solved)

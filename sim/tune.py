@@ -36,9 +36,11 @@ from ceed_vla.outputs import (
 from ceed_vla.sim.bench import PARETO, pareto
 from ceed_vla.sim.calibrate import CHECKPOINT, plain
 from ceed_vla.sim.environment import EnvPool, flags, joined
+from ceed_vla.sim.episode_log import fingerprint
 from ceed_vla.sim.plots import save_figure
+from ceed_vla.sim.progress import MEASURED, Progress
 from ceed_vla.sim.rollout import SHARD, episode_runner, run_shard
-from ceed_vla.sim.summary import hardware
+from ceed_vla.sim.summary import hardware, versions
 from ceed_vla.sim.tune_config import PLAY_OFF, TuneConfig
 from ceed_vla.sim.tune_plan import Plan, Trial
 from ceed_vla.sim.tune_search import Search
@@ -59,7 +61,8 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     """
     inputs = [resolve_checkpoint(config.policy.given())]
     part = CHECKPOINT if config.save else ""
-    claim = ("output_dir", config.output_dir, (PLANS, PARETO), (PLANS,), part, inputs)
+    own, known = (PLANS, PARETO, MEASURED), (PLANS, MEASURED)
+    claim = ("output_dir", config.output_dir, own, known, part, inputs)
     with claimed_folder(*claim) as folder:
         return _tune(config, folder)
 
@@ -70,6 +73,7 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
     policy, pre, post = load(config.policy.given())
     weights = weights_hash(config.policy.path)  # now, as the folder may get others meanwhile
     policy.requires_grad_(False)  # so that no weight is saved as trainable
+    progress = Progress(folder, _identity(config, str(policy.config.device)), config.resume)
     with (
         EnvPool(SHARD, config.env, config.instruction) as pool,
         open_workers(
@@ -84,7 +88,7 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
     ):
         bundle = joined((policy, pre, post), config.env)
         workers.here = partial(run_shard, bundle, pool)
-        search = Search(config, bundle, pool, workers)
+        search = Search(config, bundle, pool, workers, progress)
         trials = search.run()
         final = search.final()
     report = _report(config, search, trials, final, weights)
@@ -96,6 +100,7 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
     if not config.save:  # the checkpoint of an earlier search stays, with its recorded hashes
         report[WRITTEN] = written_before(folder / PLANS)
     write_text(folder / PLANS, json.dumps(report, indent=2))
+    progress.end()
     if not any(found for _, found, _ in final):
         raise ConfigError(
             f"No plan fits {search.budgets} ms; the floor is {search.floor} ms ({PLANS}). Raise "
@@ -112,6 +117,19 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
     _print(report, console)
     console.print(f"Written: {folder / PLANS}, {folder / PARETO}", soft_wrap=True, highlight=False)
     return report
+
+
+def _identity(config: TuneConfig, device: str) -> dict[str, Any]:
+    """Everything that affects the search."""
+    names = "budgets_ms population generations episodes chunks seed search_seed engine threads"
+    return {
+        "policy": fingerprint(config.policy.path),
+        "env": flags(config.env),
+        "instruction": config.instruction,
+        **{name: getattr(config, name) for name in names.split()},
+        "hardware": hardware(device),
+        "versions": versions(),
+    }
 
 
 def _report(

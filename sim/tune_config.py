@@ -36,6 +36,7 @@ class TuneConfig(DrivenConfig):
             plans.json).
         workers: Processes that share the episodes; timing runs while they are idle.
         cluster: Ray cluster that runs the episodes instead; timing stays on this machine.
+        resume: Continue an interrupted search in `output_dir`, after what it has measured.
     """
 
     output_dir: str = "outputs/tune"
@@ -50,6 +51,7 @@ class TuneConfig(DrivenConfig):
     engine: str = chosen("eager", ENGINES)
     workers: int = ranged(1, MOST)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    resume: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

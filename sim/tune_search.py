@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
-from itertools import batched, count
+from itertools import batched, chain, count
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from ceed_vla.sim.decoders import Row
 from ceed_vla.sim.engines import engines_of, open_engines, resolved, with_eager
 from ceed_vla.sim.env_tasks import task_of
 from ceed_vla.sim.environment import Bundle, EnvPool
+from ceed_vla.sim.progress import Progress
 from ceed_vla.sim.rollout import SHARD, PolicyRunner
 from ceed_vla.sim.timing import (
     Observations,
@@ -36,10 +38,22 @@ REDRAWS = 4  # redraws for plans that do not fit their budget
 
 
 class Search:
-    """The search of one run; `run` returns all trials that fit the largest budget."""
+    """The search of one run; `run` returns all trials that fit the largest budget.
 
-    def __init__(self, config: TuneConfig, bundle: Bundle, pool: EnvPool, workers: Workers) -> None:
+    What it measures is kept in `progress`. A search with the same measurements makes the same
+    choices, so an interrupted one continues where it ended.
+    """
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        bundle: Bundle,
+        pool: EnvPool,
+        workers: Workers,
+        progress: Progress,
+    ) -> None:
         self.config = config
+        self.progress = progress
         self.bundle = bundle
         self.pool = pool
         self.workers = workers
@@ -51,13 +65,7 @@ class Search:
         self.engines = open_engines(resolved(config.engine, config), bundles, paths, config.env)
         self.opened = with_eager(self.engines, bundles)
         self.observed: dict[int, list[Observations]] = {}
-        probes = {name: own.parts()["policy"] for name, own in self.engines.items()}
-        _, parts = measure({}, probes, self.observations(self.usual))
-        found = [
-            {name: percentiles(seconds)["p50"] for name, seconds in own.items()}
-            for own in parts.values()
-        ]
-        self.floor = round(min(own["prefill"] + own["block"] for own in found), 3)
+        self.floor = progress.measured("floor [ms]", self._floor, float)
         self.budgets = sorted(
             config.budgets_ms or [round(self.floor * factor, 3) for factor in OVER_FLOOR]
         )
@@ -67,6 +75,17 @@ class Search:
         self.exits = sorted(getattr(bundle[0].backbone, "exits", {}))
         # plans over the budget that they were drawn for
         self.rejected: dict[float, set[tuple[str, int]]] = {b: set() for b in self.budgets}
+        self.turns = 0  # how many times plans were timed in turns
+
+    def _floor(self) -> float:
+        """Time the prefix and one block forward in the faster engine [ms]."""
+        probes = {name: own.parts()["policy"] for name, own in self.engines.items()}
+        _, parts = measure({}, probes, self.observations(self.usual))
+        found = [
+            {name: percentiles(seconds)["p50"] for name, seconds in own.items()}
+            for own in parts.values()
+        ]
+        return round(min(own["prefill"] + own["block"] for own in found), 3)
 
     def run(self) -> list[Trial]:
         """Run all generations and return their trials."""
@@ -126,22 +145,37 @@ class Search:
             for plan in plans
             for engine in engines_of(self.engines, "policy", policy.config.named(plan.decoding))
         }
-        runners = {
-            name: self.opened[engine].runner(
-                Row(plan.decoding, "policy", policy.config.named(plan.decoding)), steps
-            )
-            for name, (plan, engine) in pairs.items()
-        }
-        samples, _ = measure(runners, {}, self.observations(steps))
+        self.turns += 1
+        key = f"times [ms], turn {self.turns}: {', '.join(pairs)}, {steps} steps"
+
+        def timed() -> dict[str, list[float]]:
+            runners = {
+                name: self.opened[engine].runner(
+                    Row(plan.decoding, "policy", policy.config.named(plan.decoding)), steps
+                )
+                for name, (plan, engine) in pairs.items()
+            }
+            samples, _ = measure(runners, {}, self.observations(steps))
+            found = {name: percentiles(samples[name].total) for name in pairs}
+            return {name: [times["p50"], times["p99"]] for name, times in found.items()}
+
+        def read(found: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
+            return {name: (float(found[name][0]), float(found[name][1])) for name in pairs}
+
+        times = self.progress.measured(key, timed, read)
         fastest: dict[Plan, Trial] = {}
         for name, (plan, engine) in pairs.items():
-            times = percentiles(samples[name].total)
-            if plan not in fastest or times["p50"] < fastest[plan].p50:
-                fastest[plan] = Trial(plan, times["p50"], times["p99"], engine)
+            p50, p99 = times[name]
+            if plan not in fastest or p50 < fastest[plan].p50:
+                fastest[plan] = Trial(plan, p50, p99, engine)
         return list(fastest.values())
 
     def runs(self, plan: Plan) -> bool:
         """Whether the policy supports a plan: it may lack the exits, layers or settings for it."""
+        key = f"runs: {plan.decoding}, {plan.executed_steps} steps"
+        return self.progress.measured(key, partial(self._runs, plan), bool)
+
+    def _runs(self, plan: Plan) -> bool:
         observation, instruction = self.observations(plan.executed_steps)[0][0]
         try:
             runner = PolicyRunner(self.bundle, plan.decoding, None, plan.executed_steps)
@@ -275,14 +309,30 @@ class Search:
     def drive(self, trial: Trial, seeds: range) -> None:
         """Run the missing episodes of `seeds`."""
         missing = [seed for seed in seeds if seed not in trial.solved]
-        episodes = [(seed, task_of(self.config.env, seed)) for seed in missing]
-        plan = trial.plan
-        for found in self.workers.map(
-            (plan.decoding, plan.executed_steps, shard) for shard in batched(episodes, SHARD)
-        ):
-            trial.solved |= {result.seed: result.success for result in found}
-            for result in found:
-                trial.layers += np.add(result.block_layers, result.prefix_layers).tolist()
+        if not missing:
+            return
+        plan, steps = trial.plan, trial.plan.executed_steps
+        key = f"episodes: {plan.decoding}, {steps} steps, {len(missing)} from seed {missing[0]}"
+
+        def driven() -> dict[str, Any]:
+            episodes = [(seed, task_of(self.config.env, seed)) for seed in missing]
+            shards = ((plan.decoding, steps, shard) for shard in batched(episodes, SHARD))
+            found = list(chain.from_iterable(self.workers.map(shards)))
+            layers = [np.add(r.block_layers, r.prefix_layers).tolist() for r in found]
+            return {
+                "solved": {result.seed: result.success for result in found},
+                "layers": list(chain.from_iterable(layers)),
+            }
+
+        def read(found: dict[str, Any]) -> tuple[dict[int, bool], list[int]]:
+            solved = {int(seed): bool(success) for seed, success in found["solved"].items()}
+            if sorted(solved) != missing:
+                raise ValueError(key)
+            return solved, [int(layers) for layers in found["layers"]]
+
+        solved, layers = self.progress.measured(key, driven, read)
+        trial.solved |= solved
+        trial.layers += layers
 
 
 def _key(plan: Plan) -> tuple[str, int]:

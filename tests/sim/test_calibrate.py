@@ -24,7 +24,8 @@ from ceed_vla.sim.calibrate import (
     is_off,
     plain,
 )
-from ceed_vla.sim.risk import MEASURED, Measured, Progress, p_value, upper_bound
+from ceed_vla.sim.progress import MEASURED, Progress
+from ceed_vla.sim.risk import Measured, measured_row, p_value, upper_bound
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.tokens.uniform import ActionTokenizer
 
@@ -172,7 +173,7 @@ def test_an_interrupted_calibration_resumes_after_its_measured_decoders(
     with pytest.raises(KeyboardInterrupt):
         calibrate(options("parts"))
     first = list(asked)
-    with pytest.raises(ConfigError, match=r"interrupted calibration \(2 measured decoders\)"):
+    with pytest.raises(ConfigError, match=r"interrupted run \(2 measurements\)"):
         calibrate(options("parts"))
     with pytest.raises(ConfigError, match="was measured with other episodes, seed;"):
         calibrate(options("parts", resume=True, seed=41_100, episodes=3))
@@ -193,7 +194,7 @@ def test_an_interrupted_calibration_resumes_after_its_measured_decoders(
     assert resumed["chosen"] == whole["chosen"]
 
 
-@pytest.mark.parametrize("text", ["{}", '{"identity": {}, "decoders": 3}', "[]", "x"])
+@pytest.mark.parametrize("text", ["{}", '{"identity": {}, "measured": 3}', "[]", "x"])
 def test_damaged_measurements_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / MEASURED).write_text(text)
     with pytest.raises(ConfigError, match=MEASURED):
@@ -217,11 +218,14 @@ ROW = {"risks": [0.0, 0.5], "forwards": [1, 2, 1], "layers": [4, 8, 4], "solved"
     ],
 )
 def test_a_damaged_measurement_is_refused(tmp_path: Path, row: Any) -> None:
-    (tmp_path / MEASURED).write_text(json.dumps({"identity": {}, "decoders": {"cap1": ROW}}))
-    assert Progress(tmp_path, {}, True).rows["cap1"].risks.mean() == 0.25
-    (tmp_path / MEASURED).write_text(json.dumps({"identity": {}, "decoders": {"cap1": row}}))
+    def read(found: Any) -> Measured:
+        content = {"identity": {}, "measured": {"cap1": found}}
+        (tmp_path / MEASURED).write_text(json.dumps(content))
+        return measured_row(Progress(tmp_path, {}, True), "cap1", pytest.fail)
+
+    assert read(ROW).risks.mean() == 0.25
     with pytest.raises(ConfigError, match="damaged at 'cap1'"):
-        Progress(tmp_path, {}, True)
+        read(row)
 
 
 @pytest.mark.slow

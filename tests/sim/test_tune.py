@@ -17,6 +17,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.report.command import write_page
 from ceed_vla.sim.engines import Engine
 from ceed_vla.sim.evaluate import EvalConfig, evaluate
+from ceed_vla.sim.progress import MEASURED, Progress
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.sim.tune import TuneConfig, tune
 from ceed_vla.sim.tune_plan import NAMED, Plan, Trial
@@ -31,9 +32,10 @@ class AnyEngine(Engine):
 
 
 @pytest.fixture
-def search() -> Search:
+def search(tmp_path: Path) -> Search:
     """A search without policy and environment."""
     found = Search.__new__(Search)
+    found.progress, found.turns = Progress(tmp_path / "search", {}, False), 0
     found.config = TuneConfig(population=8, episodes=16, generations=2)
     found.random, found.steps, found.usual = np.random.default_rng(0), 8, 4
     found.bundle = (SimpleNamespace(config=SimpleNamespace(named=named_config)), None, None)  # type: ignore[assignment]
@@ -201,6 +203,46 @@ def test_options_that_cannot_work() -> None:
         TuneConfig(episodes=1001)
     with pytest.raises(ConfigError, match=r"policy\.path"):
         tune(TuneConfig())
+
+
+@pytest.mark.slow
+def test_an_interrupted_search_resumes_after_its_measurements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(**changed: Any) -> TuneConfig:
+        given: dict[str, Any] = {"population": 4, "generations": 1, "episodes": 4, "chunks": 2}
+        given |= {"threads": 1, "budgets_ms": [1e5], **changed}
+        path, output = CheckpointPath("student"), str(tmp_path / "tuned")
+        return TuneConfig(policy=path, output_dir=output, **given)
+
+    made: list[str] = []
+    measured, most = Progress.measured, 12
+
+    def counted(self: Progress, key: str, measure: Any, read: Any) -> Any:
+        def measure_now() -> Any:
+            if len(made) == most:
+                raise KeyboardInterrupt
+            made.append(key)
+            return measure()
+
+        return measured(self, key, measure_now, read)
+
+    monkeypatch.setattr(Progress, "measured", counted)
+    with pytest.raises(KeyboardInterrupt):
+        tune(options())
+    assert any(key.startswith("times") for key in made)
+    with pytest.raises(ConfigError, match=r"interrupted run \(12 measurements\)"):
+        tune(options())
+    with pytest.raises(ConfigError, match="was measured with other chunks, search_seed;"):
+        tune(options(chunks=3, search_seed=1, resume=True))
+    first = list(made)
+    made.clear()
+    most = 1000
+    report = tune(options(resume=True))
+    assert made
+    assert not set(first) & set(made)
+    assert report["plans"][0]["episodes"] == 16
+    assert not (tmp_path / "tuned" / MEASURED).exists()
 
 
 @pytest.mark.slow

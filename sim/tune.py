@@ -100,8 +100,8 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
     if not config.save:  # the checkpoint of an earlier search stays, with its recorded hashes
         report[WRITTEN] = written_before(folder / PLANS)
     write_text(folder / PLANS, json.dumps(report, indent=2))
-    progress.end()
     if not any(found for _, found, _ in final):
+        progress.end()
         raise ConfigError(
             f"No plan fits {search.budgets} ms; the floor is {search.floor} ms ({PLANS}). Raise "
             "--budgets_ms."
@@ -113,6 +113,7 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
         save(folder / CHECKPOINT, policy, pre, post)
         report[WRITTEN] = hashes(folder, CHECKPOINT)
         write_text(folder / PLANS, json.dumps(report, indent=2))
+    progress.end()
     console = default_console()
     _print(report, console)
     console.print(f"Written: {folder / PLANS}, {folder / PARETO}", soft_wrap=True, highlight=False)

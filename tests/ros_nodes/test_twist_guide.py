@@ -132,6 +132,17 @@ def test_twists_do_not_run_ahead_of_a_blocked_arm() -> None:
     np.testing.assert_allclose(moved, [-0.0002, 0.0, 0.0], atol=1e-4)
 
 
+def test_a_clock_that_stands_still_leaves_no_trace() -> None:
+    arm = Arm(2.0)
+    arm.move(twist(0, 0.1), 0.2)
+    for dt in (0.0, -0.01, float("nan")):
+        decision = arm.guides.command(dt, {JOINT_STATES: 0.0}, None)
+        assert decision.hold is not None
+        assert decision.hold.code == "clock"
+    moved = arm.move(twist(0, 0.1), 1.0)
+    np.testing.assert_allclose((moved[-1] - moved[-31]) / 0.3, [0.1, 0.0, 0.0], atol=1e-3)
+
+
 @pytest.mark.parametrize("acceleration", [None, 2.0, 8.0])
 @pytest.mark.parametrize(("axis", "speed"), [(0, 0.1), (1, -0.1), (2, -0.1), (2, -0.02)])
 def test_the_tool_reaches_its_speed_on_a_straight_line(
@@ -176,11 +187,15 @@ def test_the_tool_stops_at_every_edge(acceleration: float) -> None:
 
 @pytest.mark.parametrize("acceleration", [None, 2.0, 8.0])
 def test_any_motion_stays_near_the_workspace(acceleration: float | None) -> None:
+    limits = TABLETOP.action.pose
+    assert limits is not None
     random = np.random.default_rng(3)
     arm = Arm(acceleration)
     for _ in range(15):
         wish = random.uniform(-1.0, 1.0, 6) * [0.25, 0.25, 0.25, 1.0, 1.0, 1.0]
         assert outside(arm.move(wish, random.uniform(0.2, 1.2))) < 0.02
+        tilt = np.abs(matrix_rpy(arm.model.pose(arm.commands[-1])[1])[:2]).max()
+        assert tilt < limits.max_tilt + 0.05
     if acceleration is not None:
         assert np.abs(arm.accelerations).max() <= acceleration + 1e-6
 

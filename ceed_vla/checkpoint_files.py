@@ -61,7 +61,15 @@ def read_values(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: decoding in config.json lacks {lost[0]!r}; copy the checkpoint again."
         )
+    _resolve_base(values.get("backbone"), folder)
     return values
+
+
+def _resolve_base(backbone: Any, folder: Path) -> None:
+    """Make the path to weights by reference absolute: it may be relative to the checkpoint."""
+    path = backbone.get("path") if isinstance(backbone, dict) else None
+    if isinstance(path, str) and path and backbone.get("weights") == "reference":
+        backbone["path"] = str((folder / path).absolute())
 
 
 def check_kinds(values: Any, read: Any, name: str = "it") -> None:

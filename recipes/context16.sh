@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What running fewer prefix tokens saves where the prefix is long: the policy of 16 layers of `smollm2.sh` with 290 image
 # tokens instead of 34, its student, and the tokens of each frame (EXIT) beside as many fixed places, frozen and distilled.
-# Needs the outputs of `LAYERS=16 bash recipes/smollm2.sh`. After an interrupt run the script again: it resumes.
+# Needs the outputs of `bash recipes/smollm2.sh`. After an interrupt run the script again: it resumes.
 #
 #   bash recipes/context16.sh [OUTPUT_FOLDER]    # OUTPUT_FOLDER of smollm2.sh
 set -euo pipefail
@@ -19,16 +19,16 @@ final() { echo "$fine/$1/checkpoints/final"; }
 
 # 1. The teacher with finer images, whose projection of them is new, and a student that runs all of its prefix.
 [ -e "$fine/begun/config.json" ] || python recipes/finer_patches.py "$coarse/teacher/checkpoints/final" "$fine/begun"
-finished teacher || torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$fine/teacher" --policy.path "$fine/begun" \
+finished teacher || OMP_NUM_THREADS=2 ceed-vla train --output_dir "$fine/teacher" --policy.path "$fine/begun" \
   --roots "$roots" --root_weights 0.08,0.3,0.37,0.125,0.125 --imitate teacher --grounding_steps 0 --rounds 0 \
-  --validate_episodes 0 --steps "${STEPS:-250}" --batch_size 24 --lr 2e-4 --muon_lr 0 --threads 1 --save_every 25 \
+  --validate_episodes 0 --steps "${STEPS:-400}" --batch_size 8 --lora.rank 32 --lr 1e-3 --muon_lr 0 --threads 2 --save_every 25 \
   --resume "$(started teacher)"
 distill() { # name teacher trajectories roots steps [other flags]
   finished "$1" || {
     begin "$1"
-    torchrun --standalone --nproc_per_node 2 -m ceed_vla.cli distill --output_dir "$fine/$1" --teacher.path "$2" \
-      --trajectories.path "$3" --roots "$4" --steps "$5" --batch_size 24 --lr 3e-4 --muon_lr 0 --max_updates 1 \
-      --max_iterations 2 --confidence 0.4 --eval_every 0 --eval_frames 24 --validate_episodes 0 --threads 1 --save_every 25 \
+    OMP_NUM_THREADS=2 ceed-vla distill --output_dir "$fine/$1" --teacher.path "$2" \
+      --trajectories.path "$3" --roots "$4" --steps "$5" --batch_size 8 --lora.rank 32 --lr 1e-3 --muon_lr 0 --max_updates 1 \
+      --max_iterations 2 --confidence 0.4 --eval_every 0 --eval_frames 24 --validate_episodes 0 --threads 2 --save_every 25 \
       --resume "$(started "$1")" "${@:6}"
   }
 }
@@ -41,7 +41,7 @@ collect() { # name checkpoint roots frames
   }
 }
 finished student || collect trajectories_teacher "$(final teacher)" "$roots" 3000
-distill student "$(final teacher)" "$fine/trajectories_teacher" "$roots" 200
+distill student "$(final teacher)" "$fine/trajectories_teacher" "$roots" 300
 
 # 2. Scorers of the student's prefix tokens: by frame, and the same in all frames. They read its fixed points.
 collect trajectories "$(final student)" "$reached" 2000

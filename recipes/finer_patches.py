@@ -23,7 +23,7 @@ def finer(path: str, folder: str) -> None:
     Raises:
         SystemExit: The policy has no grid of patches from camera stems.
     """
-    policy, pre, post = load(path)
+    policy, pre, post = load(path, merge_adapters=False)
     backbone: Any = policy.backbone
     stems = getattr(policy.config.backbone, "stems", None)
     if stems is None or stems.patches != "grid":
@@ -42,7 +42,8 @@ def finer(path: str, folder: str) -> None:
         new[1].load_state_dict(known.state_dict())
     backbone.project = new
     policy.config.forget()
-    save(folder, policy, pre, post)
+    policy.requires_grad_(False)  # weights that another folder has stay there
+    save(folder, policy, pre, post, policy.state_dict() | policy.adapters)
 
 
 if __name__ == "__main__":

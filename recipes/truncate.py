@@ -1,6 +1,7 @@
 """Cut a trained policy: `python recipes/truncate.py POLICY OUTPUT_FOLDER LAYERS`.
 
-For policies of the language backbone: the first layers stay, and all weights outside the layers.
+For policies of the language backbone: the first layers stay with their adapters, and all weights
+outside the layers.
 `ceed-vla train --policy.path` continues the training.
 """
 
@@ -19,7 +20,7 @@ def truncate(path: str, folder: str, layers: int) -> None:
     Raises:
         SystemExit: The policy has not so many layers, or is none of the language backbone.
     """
-    policy, pre, post = load(path)
+    policy, pre, post = load(path, merge_adapters=False)
     config: Any = policy.config.backbone
     if config.type != "language" or not 1 <= layers < policy.backbone.num_layers:
         raise SystemExit(
@@ -33,7 +34,10 @@ def truncate(path: str, folder: str, layers: int) -> None:
         json.loads(config.architecture) | {"num_hidden_layers": layers}
     )
     policy.config.forget()
-    save(folder, policy, pre, post)
+    kept = {f".layers.{layer}." for layer in range(layers)}
+    adapters = {n: w for n, w in policy.adapters.items() if any(part in n for part in kept)}
+    policy.requires_grad_(False)  # weights that another folder has stay there
+    save(folder, policy, pre, post, policy.state_dict() | adapters)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ student:
     python scripts/weights_wheel.py --name libero_object
     pip install dist/ceed_vla_libero_object-*.whl
     ceed-vla eval --env.type=ceed_libero --policy.path libero_object
+
+Checkpoints whose weights refer to a language model name it as ``../base``; its folder ``base``,
+beside them, becomes part of the wheel.
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ from setuptools import build_meta
 from ceed_vla import __version__
 from ceed_vla.checkpoints.manifest import check_files
 from ceed_vla.checkpoints.sealing import seal
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.folders import MANIFEST, PRETRAINED, resolve_checkpoint
 
+BASE = "base"  # folder of the model that checkpoints refer to
 PROJECT = """[build-system]
 requires = ["setuptools>=77"]
 build-backend = "setuptools.build_meta"
@@ -91,7 +96,12 @@ def build(config: WheelConfig) -> Path:
                 seal(package / name)
         shutil.copy(card, package / "README.md")
         (package / "__init__.py").write_text(f'"""Checkpoints: {", ".join(found)}."""\n')
-        packages = [package.name, *(f"{package.name}.{name}" for name in found)]
+        if (weights / BASE).is_dir():
+            shutil.copytree(weights / BASE, package / BASE)
+        for name in found:
+            _check_base(weights, package / name)
+        parts = [p.name for p in sorted(package.iterdir()) if p.is_dir()]
+        packages = [package.name, *(f"{package.name}.{part}" for part in parts)]
         text = PROJECT.format(
             name=config.name,
             version=__version__,
@@ -107,6 +117,25 @@ def build(config: WheelConfig) -> Path:
                 return output / build_meta.build_wheel(str(output))
         finally:
             logging.disable(logging.NOTSET)
+
+
+def _check_base(weights: Path, checkpoint: Path) -> None:
+    """Raise `CheckpointError` if the model that a checkpoint refers to is not in the wheel."""
+    referred = CeedVLAConfig.read(checkpoint).backbone
+    if getattr(referred, "weights", "") != "reference":
+        return
+    path = Path(getattr(referred, "path", ""))
+    if path.resolve() != (checkpoint.parent / BASE).resolve():
+        raise CheckpointError(
+            f"{checkpoint.name} refers to weights in {path}, which would not be in the wheel. Copy "
+            f"that model to {weights / BASE}, set backbone.path in config.json to ../{BASE}, and "
+            "run `ceed-vla seal` on the checkpoint."
+        )
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{checkpoint.name} refers to the model in {weights / BASE}, which is missing; "
+            f"{weights / 'README.md'} says how to make it."
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,11 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from script_modules import load_script
 
 import ceed_vla
-from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.backbones.language.config import LanguageConfig
+from ceed_vla.checkpoints import resolve_checkpoint, save
+from ceed_vla.checkpoints.sealing import seal
 from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from tests.helpers.tabletop import tabletop_config
+from tests.helpers.tiny_language_models import make_tiny_language_model
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = {  # folders of `weights`, with an instruction that they know
@@ -115,6 +123,45 @@ def test_committed_weights_are_found_by_name_outside_the_clone(
     ]
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert size < 30e6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_come_with_the_model_that_they_refer_to(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights"
+    base = make_tiny_language_model(weights / "base", layers=2)
+    config = tabletop_config(
+        backbone=LanguageConfig(path=str(base), weights="reference"), auxiliary_scale=[]
+    )
+    policy = CeedVLAPolicy(config).eval().requires_grad_(False)
+    state = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
+    processors = make_ceed_vla_pre_post_processors(
+        config, state, instructions=["push the red cube"]
+    )
+    student = save(weights / "student", policy, *processors)
+    (weights / "README.md").write_text("# Card\n")
+
+    def build() -> Path:
+        wheel: Path = script.build(script.WheelConfig("words", weights, output=tmp_path))
+        return wheel
+
+    with pytest.raises(CheckpointError, match=r"set backbone\.path .* to \.\./base, and run"):
+        build()
+    values = json.loads((student / "config.json").read_text())
+    values["backbone"]["path"] = "../base"
+    (student / "config.json").write_text(json.dumps(values))
+    seal(student)
+    assert ceed_vla.load(student)[0].backbone.num_layers == 2
+    wheel = build()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    base.rename(tmp_path / "elsewhere")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    found, own = ceed_vla.load("words/student")[0].state_dict(), policy.state_dict()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    with pytest.raises(CheckpointError, match=r"base, which is missing; .*README\.md says how"):
+        build()
 
 
 def test_nothing_to_build(script: Any, tmp_path: Path) -> None:

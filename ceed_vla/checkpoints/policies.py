@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ceed_vla.checkpoints.replacing import replacing_folder
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CheckpointError, raised_as
 from ceed_vla.files import saving
-from ceed_vla.folders import resolve_checkpoint
+from ceed_vla.folders import WEIGHTS, resolve_checkpoint
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import checked
 
@@ -53,6 +54,7 @@ def save(
     preprocessor: Any,
     postprocessor: Any,
     weights: dict[str, Any] | None = None,
+    unchanged: str | Path | None = None,
 ) -> Path:
     """Write a sealed checkpoint folder; an existing one is replaced as a whole or stays unchanged.
 
@@ -63,6 +65,8 @@ def save(
         postprocessor: Postprocessor of the policy.
         weights: Weights to write instead of the policy's, such as those gathered from several
             processes.
+        unchanged: The checkpoint that the policy was loaded from, if its weights are as they were:
+            their file is copied, so adapters stay apart from the weights of another folder.
 
     Returns:
         The folder.
@@ -73,7 +77,9 @@ def save(
     folder = Path(path)
     with saving(folder, {}), replacing_folder(folder, own_files) as stage:
         try:
-            policy.save_pretrained(stage, state_dict=weights)
+            policy.save_pretrained(stage, state_dict={} if unchanged else weights)
+            if unchanged:
+                shutil.copyfile(resolve_checkpoint(unchanged) / WEIGHTS, stage / WEIGHTS)
             for part in (preprocessor, postprocessor):
                 part.save_pretrained(stage)
             write_manifest(stage)

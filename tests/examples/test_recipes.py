@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ceed_vla
 from ceed_vla.backbones.language.config import LanguageConfig
-from ceed_vla.checkpoints import save
+from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import ConfigError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from ceed_vla.training.adapters import LoRAConfig, attach, plain_weights, scale_of
 from tests.helpers.tabletop import tabletop_config
 from tests.helpers.tiny_language_models import make_tiny_language_model
 
@@ -54,11 +56,13 @@ def test_a_grown_trunk_decodes_the_same_tokens_and_can_learn(tmp_path: Path) -> 
     assert grown.backbone.layers[1].out.weight.grad.abs().max() > 0
 
 
-def language_policy(folder: Path, layers: int) -> tuple[CeedVLAPolicy, Path]:
+def language_policy(
+    folder: Path, layers: int, weights: str = "copied"
+) -> tuple[CeedVLAPolicy, Path]:
     """Return a policy of the language backbone, and its checkpoint."""
     model = make_tiny_language_model(folder / "model", layers=layers)
     config = tabletop_config(
-        backbone=LanguageConfig(path=str(model)),
+        backbone=LanguageConfig(path=str(model), weights=weights),
         auxiliary_scale=[],
         chunk_size=2,
         n_action_steps=1,
@@ -83,6 +87,27 @@ def test_a_truncated_policy_has_the_first_layers(tmp_path: Path) -> None:
     assert short.decode(batch, "ar").tokens.shape == (1, policy.config.block_length)
     with pytest.raises(SystemExit, match="more than 2 layers"):
         recipe("truncate").truncate(str(tmp_path / "short"), str(tmp_path / "other"), 2)
+
+
+def test_a_truncated_policy_keeps_adapters_apart_from_their_base(tmp_path: Path) -> None:
+    policy, folder = language_policy(tmp_path, 3, "reference")
+    attach(policy, LoRAConfig(rank=2))
+    for name, parameter in policy.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter)
+    weights = plain_weights(policy.state_dict(), scale_of(policy), keep_adapters=True)
+    save(folder, policy, *load(folder)[1:], weights)
+    recipe("truncate").truncate(str(folder), str(tmp_path / "short"), 2)
+    names = set(load_file(tmp_path / "short" / "model.safetensors"))
+    assert not any(".embed_tokens." in name for name in names)
+    of_layers = {name for name in names if ".layers." in name}
+    assert of_layers == {n for n in weights if ".lora_" in n and ".layers.2." not in n}
+    whole, short = load(folder)[0].state_dict(), load(tmp_path / "short")[0].state_dict()
+    assert all(torch.equal(whole[name], short[name]) for name in short)
+    recipe("finer_patches").finer(str(tmp_path / "short"), str(tmp_path / "fine"))
+    fine = load(tmp_path / "fine")[0].state_dict()
+    assert all(torch.equal(fine[name], short[name]) for name in short if ".project." not in name)
+    assert of_layers < set(load_file(tmp_path / "fine" / "model.safetensors"))
 
 
 def test_finer_patches_leave_the_other_weights(tmp_path: Path) -> None:

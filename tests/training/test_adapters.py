@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_vlms import make_tiny_vlm
 
 import ceed_vla
-from ceed_vla.checkpoints import load
+from ceed_vla.checkpoints import load, resolve_checkpoint
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError
 from ceed_vla.lora import is_adapter
@@ -26,6 +26,7 @@ from ceed_vla.training.adapters import (
     attach_student,
     teacher_weights,
 )
+from ceed_vla.training.axes.depth import ExitsConfig, exits
 from ceed_vla.training.distill import DistillRun, distill
 from ceed_vla.training.distill_data import TrajectoriesConfig
 from ceed_vla.training.teacher import TeacherRun, train
@@ -86,6 +87,29 @@ def test_a_teacher_learns_adapters_and_what_is_named(adapter_teacher: Path) -> N
     assert own == sum(
         4 * (layer.in_features + layer.out_features) for layer in adapted_layers(policy)
     )
+
+
+def test_what_learns_beside_a_policy_leaves_its_adapters_apart(
+    studio: Any, adapter_teacher: Path, tmp_path: Path
+) -> None:
+    exits(
+        ExitsConfig(
+            policy_path=str(adapter_teacher),
+            roots=str(studio.demo),
+            output_dir=str(tmp_path / "exits"),
+            layers=[1],
+            steps=1,
+            batch_size=4,
+            eval_frames=4,
+        )
+    )
+    weights = resolve_checkpoint(adapter_teacher) / "model.safetensors"
+    assert (tmp_path / "exits" / weights.name).read_bytes() == weights.read_bytes()
+    policy, pre, _ = load(tmp_path / "exits")
+    before = load(adapter_teacher)[0]
+    batch = batch_of(studio, pre)
+    assert torch.equal(logits_of(policy, batch), logits_of(before, batch))
+    assert list(policy.backbone.exits) == [1]
 
 
 @pytest.mark.parametrize("of_adapters", [True, False])

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What axes of depth, drafts and choice save on the student of 30 layers of `smollm2.sh`, each beside its control. Needs that
-# script's outputs, also those of LAYERS=16. After an interrupt run the script again: it resumes. Every step writes its begin
+# What axes of depth, drafts and choice save on the student of 16 layers of `smollm2.sh`, each beside its control. Needs that
+# script's outputs, also those of LAYERS=8. After an interrupt run the script again: it resumes. Every step writes its begin
 # into log.txt.
 #
-#   bash recipes/depth30.sh [OUTPUT_FOLDER]    # OUTPUT_FOLDER of smollm2.sh
+#   bash recipes/depth16.sh [OUTPUT_FOLDER]    # OUTPUT_FOLDER of smollm2.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/smollm2} data=${DATA:-outputs/tabletop/data}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
-axes=$out/30/axes student=$out/30/student/checkpoints/final cut=$out/16/student/checkpoints/final
+axes=$out/16/axes student=$out/16/student/checkpoints/final cut=$out/8/student/checkpoints/final
 reached="$data/perturb1,$data/takeover0,$data/drift0"
 mkdir -p "$axes"
 begin() { echo "$(date -u +%FT%TZ) $*" | tee -a "$axes/log.txt"; }
@@ -38,12 +38,12 @@ beside() { # command name [other flags]
   }
   cmp "$student/pretrained_model/model.safetensors" "$axes/$2/model.safetensors"
 }
-beside exits exits_layer --layers "[8,15,22]" --kind layer --lr 5e-4 --steps 240
-beside exits exits_linear --layers "[8,14,15,21,22]" --steps 240
-beside exits exits_drafts --layers "[8,15,22]" --reads fixed_points --steps 240
+beside exits exits_layer --layers "[4,8,12]" --kind layer --lr 5e-4 --steps 240
+beside exits exits_linear --layers "[4,7,8,11,12]" --steps 240
+beside exits exits_drafts --layers "[4,8,12]" --reads fixed_points --steps 240
 
 # 2. The layers that matter least, for the control: one fixed program for all chunks; and a router of the programs.
-beside route route --programs 12 --search_frames 32 --harm 0.1
+beside route route --programs 8 --search_frames 32 --harm 0.1
 skips=$(python - "$axes/route/route.json" <<'END'
 import json, sys
 
@@ -52,12 +52,12 @@ print(",".join(f"skip{'-'.join(sorted(all_layers - p, key=int))}p0.4_conf0.4_cap
 END
 )
 
-# 3. Thresholds on choice seeds. `cut` has the first 16 layers, trained by the same recipe. An exit with a layer of its own
+# 3. Thresholds on choice seeds. `cut` has the first 8 layers, trained by the same recipe. An exit with a layer of its own
 #    serves schedules alone: a decoding cannot end there.
-rules=ceed,cap1,cap2_fresh,deer15t1_conf0.4_cap2,deer22t1_conf0.4_cap2
-rules+=,sure8p0.4_conf0.4_cap2,sure15p0.4_conf0.4_cap2,sure15p0.6_conf0.4_cap2,sure22p0.4_conf0.4_cap2
+rules=ceed,cap1,cap2_fresh,deer8t1_conf0.4_cap2,deer12t1_conf0.4_cap2
+rules+=,sure4p0.4_conf0.4_cap2,sure8p0.4_conf0.4_cap2,sure8p0.6_conf0.4_cap2,sure12p0.4_conf0.4_cap2
 evaluate choose_linear "$axes/exits_linear" 40000 100 $rules
-schedules=depth8_cap2_fresh,depth15_cap2_fresh,depth22_cap2_fresh # exits with a layer of their own read one depth alone
+schedules=depth4_cap2_fresh,depth8_cap2_fresh,depth12_cap2_fresh # exits with a layer of their own read one depth alone
 for kind in layer linear; do
   evaluate "choose_schedule_$kind" "$axes/exits_$kind" 40000 100 $schedules
 done
@@ -65,12 +65,12 @@ evaluate choose_skip "$axes/route" 40000 100 "route0.4_conf0.4_cap2,$skips"
 evaluate choose_cut "$cut" 40000 100 ceed,cap1,cap2_fresh
 
 # 4. Exact drafts against the faster of token by token and Jacobi on the executed steps: tokens are equal, so only time differs.
-evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec8x6_h,spec15x6_h,spec22x6_h --timing_chunks 60 --workers 1 --threads 2
+evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec4x6_h,spec8x6_h,spec12x6_h --timing_chunks 60 --workers 1 --threads 2
 
 # 5. A promised risk, and plans within budgets.
 [ -e "$axes/calibrate/calibration.json" ] || {
   begin calibrate
-  ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" --signals "[conf,sure15]" \
+  ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" --signals "[conf,sure8]" \
     --epsilons "[0.1]" --episodes 60 --batch 10 --workers 2 --threads 1 --resume true
 }
 [ -e "$axes/tune/checkpoint/config.json" ] || {
@@ -93,6 +93,6 @@ for pair in "linear exits_linear $CHOSEN --engine fastest" "layer exits_layer ca
 done
 evaluate table_risk "$axes/calibrate/checkpoint" 50000 200 risk0.1
 evaluate table_plans "$axes/tune/checkpoint" 50000 200 plan
-python recipes/pairs.py "$axes"/table_linear:teacher_ceed "$axes"/table_* --picture docs/images/depth-30.png | tee "$axes/pairs.md"
+python recipes/pairs.py "$axes"/table_linear:teacher_ceed "$axes"/table_* --picture docs/images/depth-16.png | tee "$axes/pairs.md"
 python recipes/pairs.py "$axes"/table_linear:ceed "$axes"/table_* | tee -a "$axes/pairs.md"
 begin end

@@ -228,4 +228,4 @@ def programs(config: ProgramsConfig) -> dict[str, Any]:
 
 if __name__ == "__main__":
     command = Command("benefit of layer programs", "benchmarks.programs ProgramsConfig programs")
-    sys.exit(run("programs", command, sys.argv[1:]))
+    sys.exit(run("benchmarks.programs", command, sys.argv[1:]))

@@ -109,9 +109,12 @@ def overview() -> str:
 
 
 def run(name: str, command: Command, flags: Sequence[str]) -> int:
-    """Run a command with its flags, report errors on stderr, and return the exit code."""
-    program = f"{PROGRAM} {name}"
-    typed = [PROGRAM, name, *flags]
+    """Run a command with its flags, report errors on stderr, and return the exit code.
+
+    A `name` that is no command of ceed-vla is a module, which `python -m` runs.
+    """
+    program = f"{PROGRAM} {name}" if name in COMMANDS else f"python -m {name}"
+    typed = [*program.split(), *flags]
     config = None
     try:
         packages, flags = take_packages(flags)
@@ -127,7 +130,7 @@ def run(name: str, command: Command, flags: Sequence[str]) -> int:
             if installed and any(flag[0] == "env.type" for flag in page.flags):
                 print(f"\nInstalled here, with further environments for --env.type: {installed}")
             return 0
-        require(f"{PROGRAM} {name}", *command.extras.split())
+        require(program, *command.extras.split())
         config = parse_flags(config_of(command), flags, command.positional, command.renamed)
         module, _, function = command.where.split()
         more = config.arguments() if command.simulator else {}

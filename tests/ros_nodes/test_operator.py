@@ -113,6 +113,9 @@ def test_a_reset_says_what_is_true(cell: Cell) -> None:
     before = len(cell.commands)
     cell.graph.wait(lambda: len(cell.commands) > before + 20, "commands")
     assert cell.graph.call("/policy/estop", Trigger).message.startswith("stopped: estop")
+    refused = cell.graph.call("/policy/go_home", Trigger)
+    assert not refused.success
+    assert refused.message.startswith("estop: the emergency stop is latched")
     assert cell.graph.call("/policy/reset", Trigger).message.startswith("disabled")
     answer = cell.enable()
     assert answer.success

@@ -14,7 +14,7 @@ from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import short
 from ceed_vla.files import count_values, read_json
-from ceed_vla.folders import WEIGHTS, resolve_checkpoint
+from ceed_vla.folders import CONFIG, WEIGHTS, base_folder, resolve_checkpoint
 
 FORMAT_VERSION = 3
 MOST_VALUES = 50_000  # in config.json; that of a policy has a few hundred
@@ -27,7 +27,7 @@ def read_values(folder: Path) -> dict[str, Any]:
         CheckpointError: It is of another policy or format, or lacks a decoding setting; defaults
             never replace decoding settings.
     """
-    file = folder / "config.json"
+    file = folder / CONFIG
     values = read_config(folder)
     count = count_values(values)
     if count > MOST_VALUES:
@@ -61,15 +61,28 @@ def read_values(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: decoding in config.json lacks {lost[0]!r}; copy the checkpoint again."
         )
-    _resolve_base(values.get("backbone"), folder)
+    if path := base_path(values):
+        values["backbone"]["path"] = str(base_folder(folder, path))
     return values
 
 
-def _resolve_base(backbone: Any, folder: Path) -> None:
-    """Make the path to weights by reference absolute: it may be relative to the checkpoint."""
-    path = backbone.get("path") if isinstance(backbone, dict) else None
-    if isinstance(path, str) and path and backbone.get("weights") == "reference":
-        backbone["path"] = str((folder / path).absolute())
+def base_path(values: dict[str, Any]) -> str:
+    """The path to weights by reference, as config.json has it; empty if there is none."""
+    backbone = values.get("backbone")
+    if not isinstance(backbone, dict) or backbone.get("weights") != "reference":
+        return ""
+    path = backbone.get("path")
+    return path if isinstance(path, str) else ""
+
+
+def place_base(config: Any, folder: Path) -> None:
+    """Let a configuration that LeRobot read from a checkpoint refer to the checkpoint's base.
+
+    LeRobot's reader takes a relative path as one in the working directory.
+    """
+    path = base_path(read_config(folder))
+    if path and config.backbone.path == str(Path(path).absolute()):  # no flag names another one
+        config.backbone.path = str(base_folder(folder, path))
 
 
 def check_kinds(values: Any, read: Any, name: str = "it") -> None:
@@ -109,13 +122,14 @@ def _check_packages(folder: Path, packages: object) -> None:
 def weights_hash(path: str | Path) -> str:
     """First 12 hex digits of the SHA-256 of the weights.
 
-    They identify a checkpoint in reports and trajectories. If the weights are stored elsewhere, the
-    configured reference is hashed instead of them.
+    They identify a checkpoint in reports and trajectories. Of weights in another folder only the
+    settings of the backbone that refers to them are hashed, without the path of that folder.
     """
     folder = resolve_checkpoint(path)
     with (folder / WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    backbone = read_json(folder / "config.json").get("backbone")
+    backbone = read_json(folder / CONFIG).get("backbone")
     if isinstance(backbone, dict) and backbone.get("weights") == "reference":
-        digest.update(json.dumps(backbone, sort_keys=True).encode())
+        placeless = {name: value for name, value in backbone.items() if name != "path"}
+        digest.update(json.dumps(placeless, sort_keys=True).encode())
     return digest.hexdigest()[:12]

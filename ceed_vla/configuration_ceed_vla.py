@@ -21,7 +21,7 @@ import ceed_vla.tokens.fast
 import ceed_vla.tokens.openvla  # noqa: F401  (registers itself)
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
-from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, read_values
+from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, place_base, read_values
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.names import CEED, MOST_OWN, OWN, named_config
 from ceed_vla.decoding.registry import find_exit
@@ -165,7 +165,9 @@ class CeedVLAConfig(PreTrainedConfig):
         if not options.get("cli_overrides"):
             return cls.read(folder)
         read_values(folder)
-        return super().from_pretrained(folder, **options)
+        config = super().from_pretrained(folder, **options)
+        place_base(config, folder)
+        return config
 
     @classmethod
     def read(cls, folder: Path, device: str | None = None) -> CeedVLAConfig:

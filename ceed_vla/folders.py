@@ -6,7 +6,8 @@ It imports nothing heavy, because robot nodes use it, too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from multiprocessing import parent_process
@@ -17,6 +18,7 @@ from ceed_vla.fields import short
 
 _logger = logging.getLogger(__name__)
 _relocated: dict[str, Path] = {}  # in a worker of a cluster: where checkpoints are on its node
+_origins: dict[Path, Path] = {}  # folders with the files of a checkpoint whose place is another
 
 PRETRAINED = ("teacher", "student", "student_all_tokens")
 # Wheels of weights of this project, whose names are those of their students.
@@ -73,9 +75,31 @@ def pretrained_path(name: str) -> Path:
     return path
 
 
-def relocate(path: str, folder: Path) -> None:
-    """Let the checkpoint `path` be the one in `folder`, in this process."""
+def relocate(path: str, folder: Path, origin: Path) -> None:
+    """Let the checkpoint `path` be the copy of `origin` in `folder`, in this process."""
     _relocated[path] = folder
+    _origins[folder] = origin
+
+
+@contextmanager
+def standing_for(folder: Path, origin: Path) -> Iterator[None]:
+    """Within the block, the checkpoint in `folder` refers to other folders as `origin` does."""
+    _origins[folder] = origin
+    try:
+        yield
+    finally:
+        del _origins[folder]
+
+
+def base_folder(checkpoint: Path, path: str) -> Path:
+    """The folder with the weights by reference of a checkpoint.
+
+    Its `path` in config.json may be relative to the folder of the checkpoint.
+    """
+    folder = Path(path)
+    if folder.is_absolute():
+        return folder
+    return (_origins.get(checkpoint, checkpoint) / folder).resolve()
 
 
 def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:

@@ -15,6 +15,7 @@ import torch
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ceed_vla.axes import SAVED
@@ -101,6 +102,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
         self.backbone = config.backbone.build(config.shape)
         self.referenced = {f"backbone.{name}" for name in self.backbone.referenced}
         self.adapters: dict[str, Tensor] = {}
+        # what the checkpoint's own file holds, if it refers to weights in another folder
+        self.own_weights: dict[str, Tensor] = {}
         self.auxiliary_terms: int | None = None
         self.reset()
         if dataset_meta is not None:
@@ -137,6 +140,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
             check_files(folder)
             chosen = CeedVLAConfig.read(folder) if config is None else config
             policy = cls._from_folder(folder, chosen, strict, **kwargs)
+            if policy.referenced:
+                policy.own_weights = load_file(folder / WEIGHTS)
         if merge_adapters and policy.adapters:
             merge(policy, policy.adapters)
             policy.adapters = {}

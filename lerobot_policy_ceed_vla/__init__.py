@@ -10,7 +10,7 @@ from lerobot.configs.policies import PreTrainedConfig
 
 import ceed_vla.configuration_ceed_vla
 import ceed_vla.processor_ceed_vla
-from ceed_vla.checkpoint_files import check_kinds, read_values
+from ceed_vla.checkpoint_files import check_kinds, place_base, read_values
 from ceed_vla.errors import CeedVLAError, CheckpointError, root_cause
 from ceed_vla.files import read_json
 
@@ -36,6 +36,7 @@ def _explaining(read: Any) -> Any:
                 values = read_values(folder)
                 config = read(cls, folder, **options)
                 check_kinds(values, draccus.encode(config))
+                place_base(config, folder)
                 return config
             return read(cls, pretrained_name_or_path, **options)
         except CeedVLAError:

@@ -21,7 +21,8 @@ def finer(path: str, folder: str) -> None:
     """Write a copy of the policy with the places of the features in its prefix.
 
     Raises:
-        SystemExit: The policy has no grid of patches from camera stems.
+        SystemExit: The policy has no grid of patches from camera stems, or adapters of their
+            projection.
     """
     policy, pre, post = load(path, merge_adapters=False)
     backbone: Any = policy.backbone
@@ -30,6 +31,10 @@ def finer(path: str, folder: str) -> None:
         raise SystemExit(
             f"{path} must be a policy of the language backbone with stems.patches grid; name a "
             "teacher of recipes/smollm2.sh."
+        )
+    if any(".project." in name for name in policy.adapters):
+        raise SystemExit(
+            f"{path} has adapters of the projection, which is new; train without them."
         )
     stems.patches = backbone.stems.patches = "features"
     (known,) = backbone.project

@@ -28,14 +28,14 @@ def truncate(path: str, folder: str, layers: int) -> None:
             "name a run of recipes/smollm2.sh."
         )
     model: Any = policy.backbone.pretrained  # type: ignore[attr-defined]
+    dropped = {f".layers.{layer}." for layer in range(layers, policy.backbone.num_layers)}
     model.layers = model.layers[:layers]
     config.layers = layers
     config.architecture = json.dumps(
         json.loads(config.architecture) | {"num_hidden_layers": layers}
     )
     policy.config.forget()
-    kept = {f".layers.{layer}." for layer in range(layers)}
-    adapters = {n: w for n, w in policy.adapters.items() if any(part in n for part in kept)}
+    adapters = {n: w for n, w in policy.adapters.items() if not any(part in n for part in dropped)}
     policy.requires_grad_(False)  # weights that another folder has stay there
     save(folder, policy, pre, post, policy.state_dict() | adapters)
 

@@ -8,12 +8,13 @@ student:
     pip install dist/ceed_vla_libero_object-*.whl
     ceed-vla eval --env.type=ceed_libero --policy.path libero_object
 
-Checkpoints whose weights refer to a language model name it as ``../base``; its folder ``base``,
-beside them, becomes part of the wheel.
+The model that checkpoints with adapters refer to becomes part of the wheel, as its folder ``base``.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import shutil
@@ -31,7 +32,7 @@ from ceed_vla.checkpoints.manifest import check_files
 from ceed_vla.checkpoints.sealing import seal
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
-from ceed_vla.folders import MANIFEST, PRETRAINED, resolve_checkpoint
+from ceed_vla.folders import CONFIG, MANIFEST, PRETRAINED, resolve_checkpoint
 
 BASE = "base"  # folder of the model that checkpoints refer to
 PROJECT = """[build-system]
@@ -92,14 +93,11 @@ def build(config: WheelConfig) -> Path:
             source = resolve_checkpoint(folder)
             check_files(source)
             shutil.copytree(source, package / name)
+            _add_base(source, package / name)
             if not (package / name / MANIFEST).exists():
                 seal(package / name)
         shutil.copy(card, package / "README.md")
         (package / "__init__.py").write_text(f'"""Checkpoints: {", ".join(found)}."""\n')
-        if (weights / BASE).is_dir():
-            shutil.copytree(weights / BASE, package / BASE)
-        for name in found:
-            _check_base(weights, package / name)
         parts = [p.name for p in sorted(package.iterdir()) if p.is_dir()]
         packages = [package.name, *(f"{package.name}.{part}" for part in parts)]
         text = PROJECT.format(
@@ -119,23 +117,39 @@ def build(config: WheelConfig) -> Path:
             logging.disable(logging.NOTSET)
 
 
-def _check_base(weights: Path, checkpoint: Path) -> None:
-    """Raise `CheckpointError` if the model that a checkpoint refers to is not in the wheel."""
-    referred = CeedVLAConfig.read(checkpoint).backbone
+def _add_base(source: Path, packed: Path) -> None:
+    """Copy the model that a checkpoint refers to beside its copy, which then refers to that one."""
+    referred = CeedVLAConfig.read(source).backbone
     if getattr(referred, "weights", "") != "reference":
         return
-    path = Path(getattr(referred, "path", ""))
-    if path.resolve() != (checkpoint.parent / BASE).resolve():
+    base = Path(getattr(referred, "path", ""))
+    if not base.is_dir():
         raise CheckpointError(
-            f"{checkpoint.name} refers to weights in {path}, which would not be in the wheel. Copy "
-            f"that model to {weights / BASE}, set backbone.path in config.json to ../{BASE}, and "
-            "run `ceed-vla seal` on the checkpoint."
+            f"{source} refers to the model in {base}, which is missing; make it or download it "
+            "again."
         )
-    if not path.is_dir():
+    copy = packed.parent / BASE
+    if not copy.exists():
+        shutil.copytree(base, copy)
+    elif _hashes(base) != _hashes(copy):
         raise CheckpointError(
-            f"{checkpoint.name} refers to the model in {weights / BASE}, which is missing; "
-            f"{weights / 'README.md'} says how to make it."
+            f"{source} refers to the model in {base}, and the checkpoint packed before it to "
+            "another one; build a wheel for each."
         )
+    config = packed / CONFIG
+    values = json.loads(config.read_text())
+    values["backbone"]["path"] = f"../{BASE}"
+    config.write_text(json.dumps(values, indent=4))
+    (packed / MANIFEST).unlink(missing_ok=True)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Hashes of a folder's files."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 if __name__ == "__main__":

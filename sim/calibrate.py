@@ -234,7 +234,7 @@ def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
         )
         policy.config.forget(*stale, new=chosen)
         policy.config.n_action_steps = int(config.executed_steps or 1)
-        save(file.parent / CHECKPOINT, policy, pre, post, unchanged=config.policy.given())
+        save(file.parent / CHECKPOINT, policy, pre, post, unchanged=True)
         report[WRITTEN] = hashes(file.parent, CHECKPOINT)
         write_text(file, json.dumps(report, indent=2))
     progress.end()

@@ -110,7 +110,7 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
         _name_plans(
             policy, {f"plan{plain(budget)}": trial.plan for budget, trial, _ in final if trial}
         )
-        save(folder / CHECKPOINT, policy, pre, post, unchanged=config.policy.given())
+        save(folder / CHECKPOINT, policy, pre, post, unchanged=True)
         report[WRITTEN] = hashes(folder, CHECKPOINT)
         write_text(folder / PLANS, json.dumps(report, indent=2))
     progress.end()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lerobot.policies.factory import make_pre_post_processors
+from safetensors.torch import save_file
 
 from ceed_vla.checkpoints.manifest import held_still, own_files, write_manifest
 from ceed_vla.checkpoints.replacing import replacing_folder
@@ -54,7 +54,7 @@ def save(
     preprocessor: Any,
     postprocessor: Any,
     weights: dict[str, Any] | None = None,
-    unchanged: str | Path | None = None,
+    unchanged: bool = False,
 ) -> Path:
     """Write a sealed checkpoint folder; an existing one is replaced as a whole or stays unchanged.
 
@@ -65,8 +65,8 @@ def save(
         postprocessor: Postprocessor of the policy.
         weights: Weights to write instead of the policy's, such as those gathered from several
             processes.
-        unchanged: The checkpoint that the policy was loaded from, if its weights are as they were:
-            their file is copied, so adapters stay apart from the weights of another folder.
+        unchanged: Whether the weights are as they were when the policy was loaded. If it refers to
+            weights in another folder, its own file is then written as it was, with adapters apart.
 
     Returns:
         The folder.
@@ -77,9 +77,10 @@ def save(
     folder = Path(path)
     with saving(folder, {}), replacing_folder(folder, own_files) as stage:
         try:
-            policy.save_pretrained(stage, state_dict={} if unchanged else weights)
-            if unchanged:
-                shutil.copyfile(resolve_checkpoint(unchanged) / WEIGHTS, stage / WEIGHTS)
+            own = policy.own_weights if unchanged else {}
+            policy.save_pretrained(stage, state_dict={} if own else weights)
+            if own:
+                save_file(own, stage / WEIGHTS, metadata={"format": "pt"})
             for part in (preprocessor, postprocessor):
                 part.save_pretrained(stage)
             write_manifest(stage)

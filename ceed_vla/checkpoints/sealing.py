@@ -11,7 +11,7 @@ from ceed_vla.checkpoints.policies import load
 from ceed_vla.checkpoints.replacing import link, replacing_folder
 from ceed_vla.errors import CheckpointError
 from ceed_vla.files import read_json, saving
-from ceed_vla.folders import CONFIG, MANIFEST, resolve_checkpoint
+from ceed_vla.folders import CONFIG, MANIFEST, resolve_checkpoint, standing_for
 
 
 @dataclass
@@ -55,7 +55,8 @@ def seal(path: str | Path) -> list[str]:
             for name in own_files(folder) - {MANIFEST}:
                 link(Path(os.path.realpath(folder / name)), stage / name)
             write_manifest(stage)
-            load(stage)
+            with standing_for(stage, folder):
+                load(stage)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(stage), str(folder))) from error
         after = _entries(stage)

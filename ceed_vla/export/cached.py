@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from ceed_vla import __version__
 from ceed_vla.backbones.vlm.kinds import SQUARE_IMAGES
+from ceed_vla.checkpoint_files import base_path
 from ceed_vla.checkpoints.manifest import read_config
 from ceed_vla.decoding import DecodingConfig, named_config
 from ceed_vla.edge.settings import FORMAT, MOST_GRAPH, built, check_decoding, only_exported
 from ceed_vla.errors import CheckpointError, ConfigError, VerificationError, raised_as
 from ceed_vla.extras import require
-from ceed_vla.files import read_text
-from ceed_vla.folders import EXPORT, resolve_checkpoint
+from ceed_vla.files import read_json, read_text
+from ceed_vla.folders import CONFIG, EXPORT, base_folder, resolve_checkpoint
 
 if TYPE_CHECKING:
     from ceed_vla.edge import EdgePolicy
@@ -104,8 +105,9 @@ def cached_export(
             exports need is not installed, or the cache cannot be written.
     """
     source = resolve_checkpoint(checkpoint)
-    _check_size(source)
-    _check(str(checkpoint), read_config(source), decoders)
+    config = read_config(source)
+    _check(str(checkpoint), config, decoders)
+    _check_size(source, config)
     folder = cache_folder() / _key(source)
     refusal = folder.with_name(f".{folder.name}.refused")
     if refusal.is_file():
@@ -196,11 +198,6 @@ def _check(checkpoint: str, config: Mapping[str, Any], decoders: Sequence[str]) 
         )
     if kind == "vlm":
         _check_vlm(checkpoint, backbone)
-    if backbone.get("weights") == "reference":
-        raise ConfigError(
-            f"{checkpoint} refers to weights in another folder, whose changes would not be noticed "
-            "here. Run `ceed-vla export`, and name the export as the checkpoint."
-        )
     plans = [name for name in own if re.fullmatch("plan.+", name)]
     for name in decoders:
         for each in plans if name == "plan" and plans else [name]:
@@ -209,9 +206,22 @@ def _check(checkpoint: str, config: Mapping[str, Any], decoders: Sequence[str]) 
             check_decoding(named)
 
 
-def _check_size(checkpoint: Path) -> None:
+def _files(checkpoint: Path, config: Mapping[str, Any]) -> list[Path]:
+    """The files that decide an export: of the checkpoint, and of the model that it refers to."""
+    path = base_path(config)
+    folders = [checkpoint, *([base_folder(checkpoint, path)] if path else [])]
+    return [
+        file
+        for folder in folders
+        for file in sorted(folder.glob("*"))
+        if file.suffix in (".json", ".safetensors")
+    ]
+
+
+def _check_size(checkpoint: Path, config: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for weights that do not fit into a graph."""
-    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    files = _files(checkpoint, config)
+    size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
     if size > MOST_GRAPH:
         raise ConfigError(
             f"{checkpoint} has {size / 1e9:.1f} GB of weights; at most {MOST_GRAPH / 1e9:.1f} are "
@@ -248,8 +258,7 @@ def _key(checkpoint: Path) -> str:
         for file in sorted(package.rglob("*.py"))
         if file.relative_to(package).parts[0] not in _NO_SOURCES
     ]
-    own = [f for f in sorted(checkpoint.glob("*")) if f.suffix in (".json", ".safetensors")]
-    for file in (*sources, *own):
+    for file in (*sources, *_files(checkpoint, read_json(checkpoint / CONFIG))):
         with file.open("rb") as content:
             digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:16]

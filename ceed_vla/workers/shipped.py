@@ -23,11 +23,13 @@ class Shipped:
 
     Attributes:
         path: The path by which the command names it.
+        origin: Its folder.
         files: Contents by their path in its folder.
         digest: Of both.
     """
 
     path: str
+    origin: Path
     files: Mapping[str, bytes]
     digest: str
 
@@ -47,7 +49,7 @@ def read_checkpoint(path: str) -> Shipped:
     digest = hashlib.sha256()
     for name, contents in files.items():
         digest.update(name.encode() + hashlib.sha256(contents).digest())
-    return Shipped(path, files, digest.hexdigest()[:16])
+    return Shipped(path, folder.absolute(), files, digest.hexdigest()[:16])
 
 
 def unpack(shipped: Shipped, job: str) -> None:
@@ -69,7 +71,7 @@ def unpack(shipped: Shipped, job: str) -> None:
             new.rename(folder)
         except OSError:  # another worker was faster
             shutil.rmtree(new)
-    relocate(shipped.path, folder)
+    relocate(shipped.path, folder, shipped.origin)
 
 
 def folder_of(job: str) -> Path:

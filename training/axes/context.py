@@ -115,7 +115,7 @@ def _context(config: ContextConfig, output: Path) -> Path:
     if policy.backbone.context:
         policy.config.forget()
     policy.backbone.context = (scorer.requires_grad_(False),)
-    save(output, policy, pre, post, unchanged=config.policy_path)
+    save(output, policy, pre, post, unchanged=True)
     write_text(
         output / REPORT,
         json.dumps({"steps": config.steps, "dropped": config.dropped, "kept": worth}, indent=2),

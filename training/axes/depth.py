@@ -121,7 +121,7 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
             )
             bar.update()
     worth = held_out(policy, data, shares, config.seed)
-    save(output, policy, pre, post, unchanged=config.policy_path)
+    save(output, policy, pre, post, unchanged=True)
     write_text(
         output / REPORT,
         json.dumps({"kind": config.kind, "steps": config.steps, "depths": worth}, indent=2),

@@ -167,7 +167,7 @@ def _reinforce(config: ReinforceConfig, rollouts: Rollouts, output: Path) -> Pat
         rounds.append({"head": head_name(head), **described(groups, table, head)})
         print(f"round {number + 1}: {json.dumps(rounds[-1])}")
     policy.config.decodings = {**policy.config.decodings, LEARNED: named(head)}
-    save(output, policy, pre, post, unchanged=config.policy_path)
+    save(output, policy, pre, post, unchanged=True)
     counts = {
         name: {"seeds": len(strata.episodes[name]), "solved": strata.solved[name]}
         for name in strata.episodes

@@ -129,7 +129,7 @@ def _route(config: RouteConfig, output: Path) -> Path:
     if policy.backbone.router:
         policy.config.forget()
     policy.backbone.router = (router.requires_grad_(False),)
-    save(output, policy, pre, post, unchanged=config.policy_path)
+    save(output, policy, pre, post, unchanged=True)
     write_text(output / REPORT, json.dumps(report, indent=2))
     for name, values in worth.items():
         print(

@@ -1,0 +1,89 @@
+"""A checkpoint that refers to a language model beside it, in every way to read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lerobot.configs.policies import PreTrainedConfig
+
+import ceed_vla
+import lerobot_policy_ceed_vla  # noqa: F401  (its reader of configurations)
+from ceed_vla import folders
+from ceed_vla.backbones.language.config import LanguageConfig
+from ceed_vla.checkpoint_files import weights_hash
+from ceed_vla.checkpoints import load, save
+from ceed_vla.checkpoints.sealing import seal
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.export import cached
+from ceed_vla.export.cached import cached_export
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from ceed_vla.workers import shipped
+from tests.helpers.tabletop import tabletop_config
+from tests.helpers.tiny_language_models import make_tiny_language_model
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    """A checkpoint that names its base by a path relative to itself."""
+    base = make_tiny_language_model(tmp_path / "base", layers=2)
+    config = tabletop_config(
+        backbone=LanguageConfig(path=str(base), weights="reference"), auxiliary_scale=[]
+    )
+    policy = CeedVLAPolicy(config).eval().requires_grad_(False)
+    state = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
+    processors = make_ceed_vla_pre_post_processors(
+        config, state, instructions=["push the red cube"]
+    )
+    folder = save(tmp_path / "student", policy, *processors)
+    before = weights_hash(folder)
+    values = json.loads((folder / "config.json").read_text())
+    values["backbone"]["path"] = "../base"
+    (folder / "config.json").write_text(json.dumps(values))
+    seal(folder)
+    assert weights_hash(folder) == before  # the place of the base is no part of the identity
+    return folder
+
+
+def test_lerobots_readers_find_the_base(student: Path) -> None:
+    base = str(student.parent / "base")
+    for reader in (PreTrainedConfig, CeedVLAConfig):
+        for flags in ([], ["--decode_with=cap1"]):
+            config = reader.from_pretrained(student, cli_overrides=flags)
+            assert config.backbone.path == base  # type: ignore[attr-defined]
+        config = reader.from_pretrained(student, cli_overrides=["--backbone.path=/other"])
+        assert config.backbone.path == "/other"  # type: ignore[attr-defined]
+
+
+def test_a_copy_in_another_folder_refers_to_the_same_base(student: Path, tmp_path: Path) -> None:
+    copy = save(tmp_path / "deep" / "copy", *load(student), unchanged=True)
+    assert (copy / folders.WEIGHTS).read_bytes() == (student / folders.WEIGHTS).read_bytes()
+    assert load(copy)[0].config.backbone.path == str(student.parent / "base")  # type: ignore[attr-defined]
+
+
+def test_workers_of_a_cluster_find_the_base(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "_relocated", {})
+    monkeypatch.setattr(folders, "_origins", {})
+    (tmp_path / "node").mkdir()
+    monkeypatch.setattr(shipped.tempfile, "tempdir", str(tmp_path / "node"))
+    shipped.unpack(shipped.read_checkpoint(str(student)), "job")
+    assert folders.resolve_checkpoint(str(student)) != student
+    assert ceed_vla.load(str(student))[0].backbone.num_layers == 2
+
+
+def test_an_export_is_of_the_base_as_it_is(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CEED_VLA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "exports").mkdir(parents=True)
+    exported = []
+    monkeypatch.setattr(cached, "_export_once", lambda _, folder, __: exported.append(folder))
+    cached_export(student)
+    make_tiny_language_model(tmp_path / "base", layers=2, scale=2.0)
+    cached_export(student)
+    assert len(set(exported)) == 2

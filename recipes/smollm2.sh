@@ -32,45 +32,50 @@ if [ ! -e "$out/model/model.safetensors" ]; then
   PYTHONPATH="$out/packages" python recipes/smollm2_model.py "$out/model"
 fi
 
-# 2. The teacher, behind the frozen stems of the shipped teacher, whose predictions it learns, in two runs. Run `first` learns
-#    on the datasets of the shipped pair. Run `teacher` goes on at half the learning rate, with takeovers from run `first`: the
-#    states that this policy itself reaches. Images are not changed: the shipped teacher sees them as they are. One process with
-#    two threads is as fast as two with one each. Below 160 of 200 validation episodes nothing else is tried.
-#    The control is run `first` cut to its first layers. It then has the same data, and as many steps as run `teacher` and the
+# 2. The teacher, behind the frozen stems of the shipped teacher, whose predictions it learns, in three runs. Run `first` learns
+#    on the datasets of the shipped pair. Runs `second` and `teacher` go on at half the learning rate, with takeovers from the
+#    runs before: the states that this policy itself reaches. Images are not changed: the shipped teacher sees them as they are.
+#    One process with two threads is as fast as two with one each. Below 160 of 200 validation episodes nothing else is tried.
+#    The control is run `first` cut to its first layers. It then has the same data, and as many steps as both later runs and the
 #    student; its learning rate is that of run `first`, as it has more to learn anew. It has no threshold.
 train() { # name roots weights [other flags]
   finished "$1" || {
     begin "$1"
     OMP_NUM_THREADS=2 ceed-vla train --output_dir "$pair/$1" --roots "$2" --root_weights "$3" --imitate teacher \
       --policy.augment_shift 0 --policy.augment_brightness 0 --grounding_steps 0 --rounds 0 --validate_episodes 0 \
-      --batch_size 16 --steps "${STEPS:-1500}" --lora.rank 32 --muon_lr 0 --threads 2 --save_every 50 \
+      --batch_size 16 --steps "${STEPS:-$steps}" --lora.rank 32 --muon_lr 0 --threads 2 --save_every 50 \
       --resume "$(started "$1")" "${@:4}"
   }
 }
-own="$out/16/own0,$out/16/own1"
+takeovers() { # checkpoint first_of_two_numbers first_seed
+  begin "takeovers of $1"
+  for half in 0 1; do
+    ceed-vla record --resume true --root "$pair/own$(($2 + half))" --mode takeover --episodes 480 --seed $(($3 + 500 * half)) \
+      --policy.path "$(final "$1")" --decoding ar_h &
+  done
+  for job in $(jobs -p); do wait "$job"; done
+}
+steps=1500 own=$out/16/own
 if [ "$layers" != 8 ]; then
-  own="$pair/own0,$pair/own1"
+  own=$pair/own
   train first "$roots" 0.06,0.25,0.3,0.11,0.11,0.085,0.085 --lr 2e-3 --policy.backbone.type=language \
     --policy.backbone.path="$out/model" --policy.backbone.weights=reference --policy.backbone.layers="$layers" \
     --policy.action_tokens.action_range=fixed \
     --policy.action_tokens.action_low="[-1, -1, -1, -0.25, -0.25, -1, -1]" \
     --policy.action_tokens.action_high="[1, 1, 1, 0.25, 0.25, 1, 1]"
   evaluate validate_first "$(final first)" 40000 200 ar_h
-  finished teacher || {
-    begin takeovers
-    for shard in 0 1; do
-      ceed-vla record --resume true --root "$pair/own$shard" --mode takeover --episodes 480 --seed $((39000 + 500 * shard)) \
-        --policy.path "$(final first)" --decoding ar_h &
-    done
-    for job in $(jobs -p); do wait "$job"; done
-  }
+  finished second || takeovers first 0 39000
   evaluate validate_shipped teacher 40000 200 ar_h
-  start=$(final first) rate=1e-3
+  train second "$roots,${own}0,${own}1" 0.04,0.18,0.21,0.07,0.07,0.065,0.065,0.15,0.15 --lr 1e-3 --policy.path "$(final first)"
+  evaluate validate_second "$(final second)" 40000 200 ar_h
+  finished teacher || takeovers second 2 38000
+  start=$(final second) rate=1e-3
 else
-  start=$pair/begun rate=2e-3
+  start=$pair/begun rate=2e-3 steps=3000
   [ -e "$start/config.json" ] || python recipes/truncate.py "$out/16/first/checkpoints/final" "$start" "$layers"
 fi
-train teacher "$roots,$own" 0.04,0.18,0.21,0.07,0.07,0.065,0.065,0.15,0.15 --lr "$rate" --policy.path "$start"
+train teacher "$roots,${own}0,${own}1,${own}2,${own}3" 0.03,0.14,0.17,0.06,0.06,0.05,0.05,0.1,0.1,0.12,0.12 --lr "$rate" \
+  --policy.path "$start"
 evaluate validate_teacher "$(final teacher)" 40000 200 ar_h
 [ "$layers" = 8 ] || python - "$pair/validate_teacher/report.json" <<'END'
 import json, sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     return values
 
 
-def base_path(values: dict[str, Any]) -> str:
+def base_path(values: Mapping[str, Any]) -> str:
     """The path to weights by reference, as config.json has it; empty if there is none."""
     backbone = values.get("backbone")
     if not isinstance(backbone, dict) or backbone.get("weights") != "reference":

@@ -92,8 +92,8 @@ if ! finished student; then
   begin student
   OMP_NUM_THREADS=2 ceed-vla distill --output_dir "$pair/student" --teacher.path "$(final teacher)" \
     --trajectories.path "$pair/trajectories" --roots "$roots" --steps "${STUDENT_STEPS:-800}" --batch_size 16 \
-    --lora.rank 32 --lr 1e-3 --muon_lr 0 --max_updates 1 --max_iterations 2 --confidence 0.4 --eval_every 0 --eval_frames 24 --validate_episodes 0 \
-    --threads 2 --save_every 25 --resume "$(started student)"
+    --lora.rank 32 --lr 1e-3 --muon_lr 0 --max_updates 1 --max_iterations 2 --confidence 0.4 --eval_every 0 --eval_frames 24 \
+    --validate_episodes 0 --threads 2 --save_every 25 --resume "$(started student)"
 fi
 
 # 4. The exit rule on validation seeds (`ceed` is the confidence above), and whether strict Jacobi equals AR.

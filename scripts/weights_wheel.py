@@ -13,7 +13,6 @@ The model that checkpoints with adapters refer to becomes part of the wheel, as 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -87,13 +86,17 @@ def build(config: WheelConfig) -> Path:
     }
     if not found:
         raise CheckpointError(f"{weights} holds neither {' nor '.join(PRETRAINED)}.")
+    sources = {name: resolve_checkpoint(folder) for name, folder in found.items()}
+    base = _base(list(sources.values()))
     with tempfile.TemporaryDirectory() as temporary:
         package = Path(temporary) / f"ceed_vla_{config.name}"
-        for name, folder in found.items():
-            source = resolve_checkpoint(folder)
+        if base:
+            shutil.copytree(base, package / BASE)
+        for name, source in sources.items():
             check_files(source)
             shutil.copytree(source, package / name)
-            _add_base(source, package / name)
+            if base:
+                _refer_to_base(package / name)
             if not (package / name / MANIFEST).exists():
                 seal(package / name)
         shutil.copy(card, package / "README.md")
@@ -117,39 +120,39 @@ def build(config: WheelConfig) -> Path:
             logging.disable(logging.NOTSET)
 
 
-def _add_base(source: Path, packed: Path) -> None:
-    """Copy the model that a checkpoint refers to beside its copy, which then refers to that one."""
-    referred = CeedVLAConfig.read(source).backbone
-    if getattr(referred, "weights", "") != "reference":
+def _base(checkpoints: list[Path]) -> Path | None:
+    """The folder of the model that the checkpoints refer to, if they do.
+
+    Raises:
+        CheckpointError: It is missing, or they refer to several.
+    """
+    found = set()
+    for checkpoint in checkpoints:
+        backbone = CeedVLAConfig.read(checkpoint).backbone
+        if getattr(backbone, "weights", "") == "reference":
+            found.add(Path(getattr(backbone, "path", "")).resolve())
+    if len(found) > 1:
+        raise CheckpointError(
+            f"The checkpoints refer to different models: {', '.join(map(str, sorted(found)))}; "
+            "build a wheel for each."
+        )
+    if missing := [base for base in found if not base.is_dir()]:
+        raise CheckpointError(
+            f"{checkpoints[0].parent} refers to the model in {missing[0]}, which is missing; make "
+            "it or download it again."
+        )
+    return next(iter(found), None)
+
+
+def _refer_to_base(packed: Path) -> None:
+    """Let a checkpoint in the package refer to the model beside it; it must be sealed again."""
+    file = packed / CONFIG
+    values = json.loads(file.read_text())
+    if values["backbone"].get("weights") != "reference":
         return
-    base = Path(getattr(referred, "path", ""))
-    if not base.is_dir():
-        raise CheckpointError(
-            f"{source} refers to the model in {base}, which is missing; make it or download it "
-            "again."
-        )
-    copy = packed.parent / BASE
-    if not copy.exists():
-        shutil.copytree(base, copy)
-    elif _hashes(base) != _hashes(copy):
-        raise CheckpointError(
-            f"{source} refers to the model in {base}, and the checkpoint packed before it to "
-            "another one; build a wheel for each."
-        )
-    config = packed / CONFIG
-    values = json.loads(config.read_text())
     values["backbone"]["path"] = f"../{BASE}"
-    config.write_text(json.dumps(values, indent=4))
+    file.write_text(json.dumps(values, indent=4))
     (packed / MANIFEST).unlink(missing_ok=True)
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """Hashes of a folder's files."""
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,14 +15,10 @@ import torch
 from script_modules import load_script
 
 import ceed_vla
-from ceed_vla.backbones.language.config import LanguageConfig
-from ceed_vla.checkpoints import resolve_checkpoint, save
+from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.checkpoints.sealing import seal
 from ceed_vla.errors import CheckpointError, ConfigError
-from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from tests.helpers.tabletop import tabletop_config
-from tests.helpers.tiny_language_models import make_tiny_language_model
+from tests.helpers.policies_by_reference import refer_relatively, save_student_beside_base
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = {  # folders of `weights`, with an instruction that they know
@@ -131,16 +126,7 @@ def test_adapters_come_with_the_model_that_they_refer_to(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
 ) -> None:
     weights = tmp_path / "weights"
-    base = make_tiny_language_model(weights / "base", layers=2)
-    config = tabletop_config(
-        backbone=LanguageConfig(path=str(base), weights="reference"), auxiliary_scale=[]
-    )
-    policy = CeedVLAPolicy(config).eval().requires_grad_(False)
-    state = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
-    processors = make_ceed_vla_pre_post_processors(
-        config, state, instructions=["push the red cube"]
-    )
-    student = save(weights / "student", policy, *processors)
+    student, policy = save_student_beside_base(weights)
     (weights / "README.md").write_text("# Card\n")
 
     def build() -> Path:
@@ -150,21 +136,29 @@ def test_adapters_come_with_the_model_that_they_refer_to(
         return wheel
 
     if relative:
-        values = json.loads((student / "config.json").read_text())
-        values["backbone"]["path"] = "../base"
-        (student / "config.json").write_text(json.dumps(values))
+        refer_relatively(student)
         (student / "notes").mkdir()  # then the folder stays, and its files are replaced
         seal(student)
         assert ceed_vla.load(student)[0].backbone.num_layers == 2
     wheel = build()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    base.rename(tmp_path / "elsewhere")
+    (weights / "base").rename(tmp_path / "elsewhere")
     monkeypatch.syspath_prepend(tmp_path / "site")
     found, own = ceed_vla.load(f"words{relative:d}/student")[0].state_dict(), policy.state_dict()
     assert all(torch.equal(found[name], own[name]) for name in own)
     with pytest.raises(CheckpointError, match=r"base, which is missing; make it or download it"):
         build()
+
+
+def test_one_wheel_has_one_base(script: Any, tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    for name in ("teacher", "student"):
+        found, _ = save_student_beside_base(tmp_path / name)
+        shutil.move(found, tmp_path / "weights" / name)
+    (tmp_path / "weights" / "README.md").write_text("# Card\n")
+    with pytest.raises(CheckpointError, match=r"refer to different models: .*; build a wheel for"):
+        script.build(script.WheelConfig("two", tmp_path / "weights", output=tmp_path))
 
 
 def test_nothing_to_build(script: Any, tmp_path: Path) -> None:

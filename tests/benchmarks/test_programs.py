@@ -16,6 +16,8 @@ import torch
 from benchmarks import programs as measured
 from benchmarks.models.trunk import CompactTrunk
 from benchmarks.programs import Frame, Program, ProgramsConfig, choices, entry, null, search
+from ceed_vla.cli.commands import Command
+from ceed_vla.cli.entry import run
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.settings import CheckpointPath
 
@@ -144,3 +146,9 @@ def test_a_run_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert shortest["own"]["not_worse"] == 100
     assert best["own"]["error"] <= shortest["own"]["error"] <= full["own"]["error"]
     assert report["null"]["programs"] == 9
+
+
+def test_errors_name_what_was_run(capsys: pytest.CaptureFixture[str]) -> None:
+    command = Command("benefit", "benchmarks.programs ProgramsConfig programs")
+    assert run("benchmarks.programs", command, []) == 1
+    assert capsys.readouterr().err.startswith("python -m benchmarks.programs: error: Set --policy")

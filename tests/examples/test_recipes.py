@@ -110,6 +110,15 @@ def test_a_truncated_policy_keeps_adapters_apart_from_their_base(tmp_path: Path)
     assert of_layers < set(load_file(tmp_path / "fine" / "model.safetensors"))
 
 
+def test_adapters_of_a_projection_that_would_be_new_are_refused(tmp_path: Path) -> None:
+    policy, folder = language_policy(tmp_path, 2, "reference")
+    attach(policy, LoRAConfig(rank=2, targets="all"))
+    weights = plain_weights(policy.state_dict(), scale_of(policy), keep_adapters=True)
+    save(folder, policy, *load(folder)[1:], weights)
+    with pytest.raises(SystemExit, match="adapters of the projection"):
+        recipe("finer_patches").finer(str(folder), str(tmp_path / "fine"))
+
+
 def test_finer_patches_leave_the_other_weights(tmp_path: Path) -> None:
     policy, folder = language_policy(tmp_path, 2)
     module = recipe("finer_patches")

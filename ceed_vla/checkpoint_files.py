@@ -10,12 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.checkpoints.manifest import read_config
+from ceed_vla.checkpoints.manifest import SEALED, config_text, read_config, unsealed_bytes
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import short
 from ceed_vla.files import count_values, read_json
-from ceed_vla.folders import CONFIG, WEIGHTS, base_folder, resolve_checkpoint
+from ceed_vla.folders import CONFIG, MANIFEST, WEIGHTS, base_folder, resolve_checkpoint
 
 FORMAT_VERSION = 3
 MOST_VALUES = 50_000  # in config.json; that of a policy has a few hundred
@@ -69,11 +69,22 @@ def read_values(folder: Path) -> dict[str, Any]:
 
 def base_path(values: Mapping[str, Any]) -> str:
     """The path to weights by reference, as config.json has it; empty if there is none."""
-    backbone = values.get("backbone")
-    if not isinstance(backbone, dict) or backbone.get("weights") != "reference":
-        return ""
-    path = backbone.get("path")
+    path = values["backbone"].get("path") if is_reference(values) else ""
     return path if isinstance(path, str) else ""
+
+
+def is_reference(values: Mapping[str, Any]) -> bool:
+    """Whether the values of config.json refer to weights in another folder."""
+    backbone = values.get("backbone")
+    return isinstance(backbone, dict) and backbone.get("weights") == "reference"
+
+
+def placeless(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of config.json without the path to weights by reference."""
+    if not is_reference(values):
+        return values
+    backbone = {name: value for name, value in values["backbone"].items() if name != "path"}
+    return {**values, "backbone": backbone}
 
 
 def place_base(config: Any, folder: Path) -> None:
@@ -129,8 +140,27 @@ def weights_hash(path: str | Path) -> str:
     folder = resolve_checkpoint(path)
     with (folder / WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    backbone = read_json(folder / CONFIG).get("backbone")
-    if isinstance(backbone, dict) and backbone.get("weights") == "reference":
-        placeless = {name: value for name, value in backbone.items() if name != "path"}
-        digest.update(json.dumps(placeless, sort_keys=True).encode())
+    values = placeless(read_json(folder / CONFIG))
+    if is_reference(values):
+        digest.update(json.dumps(values["backbone"], sort_keys=True).encode())
     return digest.hexdigest()[:12]
+
+
+def fingerprint(path: str | Path) -> str:
+    """First 12 hex digits of a hash of a checkpoint: of its weights, and of all settings with them.
+
+    As for `weights_hash`, the place of weights in another folder does not count.
+    """
+    digest = hashlib.sha256(weights_hash(path).encode())
+    for file in sorted(resolve_checkpoint(path).glob("*")):
+        if file.suffix in (".json", ".safetensors") and file.name not in (WEIGHTS, MANIFEST):
+            digest.update(file.name.encode() + _identifying_bytes(file))
+    return digest.hexdigest()[:12]
+
+
+def _identifying_bytes(file: Path) -> bytes:
+    """The content of a checkpoint's file, without what may differ between equal checkpoints."""
+    if file.name == CONFIG and is_reference(values := read_json(file)):
+        values.pop(SEALED, None)
+        return config_text(placeless(values)).encode()
+    return unsealed_bytes(file)

@@ -75,10 +75,9 @@ def pretrained_path(name: str) -> Path:
     return path
 
 
-def relocate(path: str, folder: Path, origin: Path) -> None:
-    """Let the checkpoint `path` be the copy of `origin` in `folder`, in this process."""
+def relocate(path: str, folder: Path) -> None:
+    """Let the checkpoint `path` be the copy in `folder`, in this process."""
     _relocated[path] = folder
-    _origins[folder] = origin
 
 
 @contextmanager

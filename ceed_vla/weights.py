@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SAMPLES = 256  # blocks of a file in its sample
+_BLOCK = 4096  # [bytes]
 HEADS = ("head", "lm_head")  # modules that compute the logits
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -78,6 +81,22 @@ def weight_files(folder: Path) -> list[Path]:
             "too."
         )
     return [folder / name for name in shards]
+
+
+def sample_hash(files: Sequence[Path]) -> str:
+    """Hash of the files' sizes and of evenly spaced blocks of them.
+
+    It distinguishes models whose weights differ, and reads about a megabyte.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as content:
+            for block in range(_SAMPLES):
+                content.seek(max(0, size - _BLOCK) * block // (_SAMPLES - 1))
+                digest.update(content.read(_BLOCK))
+    return digest.hexdigest()[:16]
 
 
 def check_sizes(files: Sequence[Path], layers: int, numbers: int) -> None:

@@ -49,7 +49,8 @@ scorer() { # name [other flags]
   [ -e "$fine/$1/context.json" ] || {
     begin "$1"
     ceed-vla context --policy.path "$(final student)" --output_dir "$fine/$1" --roots "$reached" --trajectories.path "$fine/trajectories" \
-      --dropped 240 --steps 120 --batch_size 8 --eval_frames 64 --threads 2 "${@:2}"
+      --dropped 240 --steps 120 --batch_size 8 --eval_frames 64 --threads 2 --save_every 20 \
+      --resume "$([ -e "$fine/$1/unfinished/progress.json" ] && echo true || echo false)" "${@:2}"
   }
   cmp "$(final student)/pretrained_model/model.safetensors" "$fine/$1/model.safetensors"
 }

@@ -10,11 +10,20 @@ out=${1:-outputs/smollm2} data=${DATA:-outputs/tabletop/data}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
 axes=$out/16/axes student=$out/16/student/checkpoints/final cut=$out/8/student/checkpoints/final
 reached="$data/perturb1,$data/takeover0,$data/drift0"
+for policy in "$student" "$cut"; do
+  [ -e "$policy/pretrained_model/model.safetensors" ] || { echo "$policy is missing: run recipes/smollm2.sh first, also with LAYERS=8" >&2; exit 1; }
+done
 mkdir -p "$axes"
 begin() { echo "$(date -u +%FT%TZ) $*" | tee -a "$axes/log.txt"; }
+evaluated() { # folder decoders: whether it has results of them all
+  grep -qs '"complete": true' "$1/report.json" || return 1
+  for decoder in ${2//,/ }; do
+    grep -qF "\"$decoder\": {" "$1/report.json" || { echo "$1 lacks $decoder: remove it, and run the script again" >&2; exit 1; }
+  done
+}
 evaluate() { # name checkpoint seed episodes decoders [flags instead of those of an evaluation that is not timed]
   local more=(--timing_chunks 0 --workers 2 --threads 1)
-  ! grep -qs '"complete": true' "$axes/$1/report.json" || return 0
+  ! evaluated "$axes/$1" "$5" || return 0
   [ $# -le 5 ] || more=("${@:6}")
   begin "$1"
   ceed-vla eval --policy.path "$2" --decoders "only=$5" --episodes "$4" --seed "$3" --clips false "${more[@]}" \
@@ -34,7 +43,7 @@ beside() { # command name [other flags]
   [ -e "$axes/$2/$1.json" ] || { # it is written last
     begin "$2"
     ceed-vla "$1" --policy.path "$student" --output_dir "$axes/$2" --roots "$reached" --trajectories.path "$axes/trajectories" \
-      --threads 2 "${@:3}"
+      --threads 2 --save_every 20 --resume "$([ -e "$axes/$2/unfinished/progress.json" ] && echo true || echo false)" "${@:3}"
   }
   cmp "$student/pretrained_model/model.safetensors" "$axes/$2/model.safetensors"
 }
@@ -68,7 +77,7 @@ evaluate choose_cut "$cut" 40000 100 ceed,cap1,cap2_fresh
 evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec4x6_h,spec8x6_h,spec12x6_h --timing_chunks 60 --workers 1 --threads 2
 
 # 5. A promised risk, and plans within budgets.
-[ -e "$axes/calibrate/calibration.json" ] || {
+[ -e "$axes/calibrate/checkpoint/config.json" ] || {
   begin calibrate
   ceed-vla calibrate --policy.path "$axes/exits_linear" --output_dir "$axes/calibrate" --signals "[conf,sure8]" \
     --epsilons "[0.1]" --episodes 60 --batch 10 --workers 2 --threads 1 --resume true
@@ -82,7 +91,8 @@ evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec4x6_h,spec
 # 6. The table: success on evaluation seeds, once, and milliseconds in turns, for the decoders chosen above. Timing needs a quiet
 #    machine. Set CHOSEN, CHOSEN_LAYER and CHOSEN_SKIP from the files in step 3.
 [ -n "${CHOSEN:-}" ] && [ -n "${CHOSEN_LAYER:-}" ] && [ -n "${CHOSEN_SKIP:-}" ] || { begin "choose CHOSEN, CHOSEN_LAYER and CHOSEN_SKIP, then run the script again"; exit 0; }
-#    The first table also has the fastest engine of each row; exits in depth run eagerly alone.
+#    The first table also has the fastest engine of each row; exits in depth run eagerly alone. Exits with a layer of their own
+#    also run it on the prefix, for every decoder of their checkpoint: compare milliseconds with `ceed` of table_linear.
 timed="--timing_chunks 60 --workers 1 --threads 2"
 for pair in "linear exits_linear $CHOSEN --engine fastest" "layer exits_layer cap2_fresh,$CHOSEN_LAYER" "skip route $CHOSEN_SKIP"; do
   read -r name folder decoders engine <<<"$pair"

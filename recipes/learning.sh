@@ -15,9 +15,16 @@ data="$out/data" teacher="$out/deep_teacher/checkpoints/final" student="$out/dee
 roots="$data/clean,$data/perturb0,$data/perturb1,$data/takeover0,$data/takeover1"
 reached="$data/perturb1,$data/takeover0,$data/takeover1"
 begin() { echo "$(date -u +%FT%TZ) $*" | tee -a "$out/learning.txt"; }
+evaluated() { # folder only=decoders: whether it has results of them all
+  grep -qs '"complete": true' "$1/report.json" || return 1
+  local decoders=${2#only=}
+  for decoder in ${decoders//,/ }; do
+    grep -qF "\"$decoder\": {" "$1/report.json" || { echo "$1 lacks $decoder: remove it, and run the script again" >&2; exit 1; }
+  done
+}
 evaluate() { # name checkpoint seed episodes decoders [flags instead of those of an evaluation that is not timed]
   local more=(--timing_chunks 0 --workers 2)
-  ! grep -qs '"complete": true' "$out/learning/$1/report.json" || return 0
+  ! evaluated "$out/learning/$1" "$5" || return 0
   [ $# -le 5 ] || more=("${@:6}")
   begin "$1"
   ceed-vla eval --policy.path "$2" --decoders "$5" --episodes "$4" --seed "$3" --clips false "${more[@]}" \

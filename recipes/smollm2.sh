@@ -2,12 +2,15 @@
 # Policies of the tabletop with layers of SmolLM2-135M: the model, a teacher that learns what the shipped teacher does, a student,
 # their evaluation and the bench. With the first 16 of its 30 layers, as SmolVLA has, because they train in half the time; or as
 # a control with the first 8 of these. Needs the datasets of `DATA_ONLY=true bash recipes/tabletop.sh`; the control needs the 16
-# layers' first run and takeovers. After an interrupt run the script again: it resumes. Every step writes its begin into log.txt.
+# layers' runs `first` and `second`, and the takeovers of both. After an interrupt run the script again: it resumes.
+# Every step writes its begin into log.txt.
 #
 #   bash recipes/smollm2.sh [OUTPUT_FOLDER]
 #   LAYERS=8 bash recipes/smollm2.sh [OUTPUT_FOLDER]
 #   LAYERS=30 bash recipes/smollm2.sh [OUTPUT_FOLDER]    # all layers, in twice the time
 set -euo pipefail
+set -m # every job gets its own process group
+trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT # end all jobs after an interrupt or a failure
 cd "$(dirname "$0")/.."
 out=${1:-outputs/smollm2} data=${DATA:-outputs/tabletop/data} layers=${LAYERS:-16}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore

@@ -47,7 +47,11 @@ def unpack(output: str) -> None:
     if said != ANSWER:
         raise SystemExit(f"{QUESTION!r} is continued with {said!r} instead of {ANSWER!r}.")
     model.config._name_or_path = "SmolLM2-135M-Instruct"
-    model.save_pretrained(folder)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    model.save_pretrained(unfinished)
+    for file in sorted(unfinished.iterdir()):
+        file.rename(folder / file.name)  # the weights, by which it is found, are the last to come
+    unfinished.rmdir()
     print(f"Written: {folder}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 

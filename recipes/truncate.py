@@ -31,9 +31,10 @@ def truncate(path: str, folder: str, layers: int) -> None:
     dropped = {f".layers.{layer}." for layer in range(layers, policy.backbone.num_layers)}
     model.layers = model.layers[:layers]
     config.layers = layers
-    config.architecture = json.dumps(
-        json.loads(config.architecture) | {"num_hidden_layers": layers}
-    )
+    architecture = json.loads(config.architecture) | {"num_hidden_layers": layers}
+    if architecture.get("layer_types"):
+        architecture["layer_types"] = architecture["layer_types"][:layers]
+    config.architecture = json.dumps(architecture)
     policy.config.forget()
     adapters = {n: w for n, w in policy.adapters.items() if not any(part in n for part in dropped)}
     policy.requires_grad_(False)  # weights that another folder has stay there

@@ -27,11 +27,11 @@ import draccus
 from setuptools import build_meta
 
 from ceed_vla import __version__
-from ceed_vla.checkpoints.manifest import check_files
+from ceed_vla.checkpoint_files import base_path
+from ceed_vla.checkpoints.manifest import check_files, read_config
 from ceed_vla.checkpoints.sealing import seal
-from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
-from ceed_vla.folders import CONFIG, MANIFEST, PRETRAINED, resolve_checkpoint
+from ceed_vla.folders import CONFIG, MANIFEST, PRETRAINED, base_folder, resolve_checkpoint
 
 BASE = "base"  # folder of the model that checkpoints refer to
 PROJECT = """[build-system]
@@ -128,9 +128,8 @@ def _base(checkpoints: list[Path]) -> Path | None:
     """
     found = set()
     for checkpoint in checkpoints:
-        backbone = CeedVLAConfig.read(checkpoint).backbone
-        if getattr(backbone, "weights", "") == "reference":
-            found.add(Path(getattr(backbone, "path", "")).resolve())
+        if path := base_path(read_config(checkpoint)):
+            found.add(base_folder(checkpoint.absolute(), path).resolve())
     if len(found) > 1:
         raise CheckpointError(
             f"The checkpoints refer to different models: {', '.join(map(str, sorted(found)))}; "

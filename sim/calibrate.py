@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ceed_vla import invocation
 from ceed_vla.backbones.capabilities import check_whole_prefix
+from ceed_vla.checkpoint_files import fingerprint
 from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
 from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
@@ -45,7 +46,6 @@ from ceed_vla.sim.environment import (
     joined,
     observation_batch,
 )
-from ceed_vla.sim.episode_log import fingerprint
 from ceed_vla.sim.progress import MEASURED, Progress
 from ceed_vla.sim.risk import Measured, measured_row, p_value
 from ceed_vla.sim.rollout import Chunk, EpisodeResult, PolicyRunner, rollout

@@ -14,11 +14,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.checkpoint_files import weights_hash
-from ceed_vla.checkpoints.manifest import unsealed_bytes
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.files import parse_json, read_json, write_text
-from ceed_vla.folders import MANIFEST, WEIGHTS, resolve_checkpoint
 from ceed_vla.outputs import MADE_BY
 from ceed_vla.sim.rollout import EpisodeResult
 
@@ -271,15 +268,6 @@ def refuse_unfinished(folder: Path, report: str) -> None:
         raise ConfigError(
             f"{folder} holds {what}; continue it with --resume=true, or set another --output_dir."
         )
-
-
-def fingerprint(path: str) -> str:
-    """Hash of a checkpoint: its weights, and the settings stored with them."""
-    digest = hashlib.sha256(weights_hash(path).encode())
-    for file in sorted(resolve_checkpoint(path).glob("*")):
-        if file.suffix in (".json", ".safetensors") and file.name not in (WEIGHTS, MANIFEST):
-            digest.update(file.name.encode() + unsealed_bytes(file))
-    return digest.hexdigest()[:12]
 
 
 def _lines(file: Path) -> list[str]:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ceed_vla.checkpoint_files import fingerprint
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.errors import ConfigError
 from ceed_vla.sim.decoders import Row, parse_decoders, resolve_rows
 from ceed_vla.sim.engines import Engine, drives, open_engines
 from ceed_vla.sim.env_tasks import at_once, task_of, turns
 from ceed_vla.sim.environment import Bundle, EnvPool, flags, joined
-from ceed_vla.sim.episode_log import Results, fingerprint
+from ceed_vla.sim.episode_log import Results
 from ceed_vla.sim.evaluation_config import EvalConfig
 from ceed_vla.sim.rollout import EpisodeResult, PolicyRunner, rollout
 from ceed_vla.sim.timing import Probe, Samples, make_runner

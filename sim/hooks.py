@@ -14,6 +14,7 @@ from typing import Any
 from lerobot.envs.configs import EnvConfig
 from tqdm import tqdm
 
+from ceed_vla.checkpoint_files import fingerprint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import ranged
@@ -21,7 +22,6 @@ from ceed_vla.folders import resolve_checkpoint
 from ceed_vla.sim.decoders import resolve_rows
 from ceed_vla.sim.env_tasks import check_expert, check_open, has_expert
 from ceed_vla.sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_features
-from ceed_vla.sim.episode_log import fingerprint
 from ceed_vla.sim.evaluation import batch_runner, batches
 from ceed_vla.sim.evaluation_config import EvalConfig
 from ceed_vla.sim.grounding import GroundingConfig, grounding

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ceed_vla.checkpoint_files import fingerprint
 from ceed_vla.checkpoints import load, resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.commits import PROGRESS_FILE, is_recording, read_progress
@@ -25,7 +26,6 @@ from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.outputs import owned_folder
 from ceed_vla.sim.environment import Environment, EnvPool, check_features, joined
-from ceed_vla.sim.episode_log import fingerprint
 from ceed_vla.sim.recording.attempts import (
     Attempt,
     expert_attempt,

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ceed_vla import invocation
+from ceed_vla.checkpoint_files import fingerprint
 from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
 from ceed_vla.errors import ConfigError
 from ceed_vla.files import write_text
@@ -36,7 +37,6 @@ from ceed_vla.outputs import (
 from ceed_vla.sim.bench import PARETO, pareto
 from ceed_vla.sim.calibrate import CHECKPOINT, plain
 from ceed_vla.sim.environment import EnvPool, flags, joined
-from ceed_vla.sim.episode_log import fingerprint
 from ceed_vla.sim.plots import save_figure
 from ceed_vla.sim.progress import MEASURED, Progress
 from ceed_vla.sim.rollout import SHARD, episode_runner, run_shard

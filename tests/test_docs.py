@@ -117,23 +117,32 @@ def commands_in(text: str) -> list[list[str]]:
     return calls
 
 
+def check_flags(text: str, name: str) -> int:
+    """Check that all flags in a block of shell code exist; return the number of its calls."""
+    calls = [w for w in commands_in(text) if w and not w[0].startswith(("-", "$", "COMMAND"))]
+    for words in calls:
+        if len(words) > 1 and f"{words[0]}-{words[1]}" in COMMANDS:
+            words = [f"{words[0]}-{words[1]}", *words[2:]]
+        assert words[0] in COMMANDS, f"{name}: ceed-vla {words[0]}"
+        page = Page.stored(words[0])
+        assert page is not None
+        known = {flag[0] for flag in (*page.flags, *COMMON)} | {"help"}
+        for flag in (word[2:].partition("=")[0] for word in words if word.startswith("--")):
+            free = flag.startswith(("env.", "policy.backbone.", "policy.action_tokens."))
+            assert free or flag.replace("-", "_") in known, f"{name}: {words[0]} --{flag}"
+    return len(calls)
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_in_a_command_exists(name: str) -> None:
     for token in tokens_of(name):
-        if token.type != "fence" or name == "CHANGELOG.md":
-            continue
-        for words in commands_in(token.content):
-            if not words or words[0].startswith(("-", "$", "COMMAND")):
-                continue
-            if len(words) > 1 and f"{words[0]}-{words[1]}" in COMMANDS:
-                words = [f"{words[0]}-{words[1]}", *words[2:]]
-            assert words[0] in COMMANDS, f"{name}: ceed-vla {words[0]}"
-            page = Page.stored(words[0])
-            assert page is not None
-            known = {flag[0] for flag in (*page.flags, *COMMON)} | {"help"}
-            for flag in (word[2:].partition("=")[0] for word in words if word.startswith("--")):
-                free = flag.startswith(("env.", "policy.backbone.", "policy.action_tokens."))
-                assert free or flag.replace("-", "_") in known, f"{name}: {words[0]} --{flag}"
+        if token.type == "fence" and name != "CHANGELOG.md":
+            check_flags(token.content, name)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.sh")), ids=lambda r: r.name)
+def test_every_flag_in_a_recipe_exists(recipe: Path) -> None:
+    assert check_flags(recipe.read_text(), recipe.name)
 
 
 def test_generated_reference_is_that_of_the_code() -> None:

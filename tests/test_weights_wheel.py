@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from script_modules import load_script
 
 import ceed_vla
 from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.checkpoints.manifest import config_text, write_manifest
 from ceed_vla.checkpoints.sealing import seal
 from ceed_vla.errors import CheckpointError, ConfigError
 from tests.helpers.policies_by_reference import refer_relatively, save_student_beside_base
@@ -149,6 +151,20 @@ def test_adapters_come_with_the_model_that_they_refer_to(
     assert all(torch.equal(found[name], own[name]) for name in own)
     with pytest.raises(CheckpointError, match=r"base, which is missing; make it or download it"):
         build()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_that_needs_a_plugin_is_packed(script: Any, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    student = Path(shutil.copytree(ceed_vla.pretrained_path("student"), weights / "student"))
+    (weights / "README.md").write_text("# Card\n")
+    values = json.loads((student / "config.json").read_text())
+    text = config_text({**values, "packages": ["not_imported"]})
+    (student / "config.json").write_text(text)
+    write_manifest(student)
+    with pytest.raises(CheckpointError, match="needs a package that is not imported"):
+        ceed_vla.load(student)
+    assert script.build(script.WheelConfig("plugin", weights, output=tmp_path)).is_file()
 
 
 def test_one_wheel_has_one_base(script: Any, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, Checked, check_fields, ranged
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.training.distill_data import OnlineData, StoredData, as_tokens
+from ceed_vla.training.held_out import SHARE
+from ceed_vla.training.held_out import SHARES as HELD_OUT_SHARES
 from ceed_vla.training.objective import fixed_points
 from ceed_vla.training.optim import computes_bfloat16
 from ceed_vla.training.settings import BATCHES, RATES
@@ -43,14 +45,17 @@ class BesideConfig(Checked):
     Attributes:
         policy_path: Checkpoint of the policy, whose weights do not change.
         roots: Comma-separated datasets to train on.
-        output_dir: New folder for a copy of the checkpoint with the trained module.
+        output_dir: New or empty folder for a copy of the checkpoint with the trained module.
         trajectories: The policy's trajectories, if they are stored.
         steps: Optimizer steps.
         batch_size: Frames per step.
         lr: Peak learning rate.
         eval_frames: Held-out frames for the report.
+        held_out: Share of every dataset's episodes that are held out.
         seed: Random seed of the weights and of the order of the frames.
         threads: CPU threads of torch; 0: torch's default.
+        save_every: Steps between states to resume from.
+        resume: Continue an interrupted run in `output_dir`.
     """
 
     policy_path: str = ""
@@ -61,8 +66,11 @@ class BesideConfig(Checked):
     batch_size: int = ranged(16, BATCHES)
     lr: float = ranged(2e-3, RATES)
     eval_frames: int = ranged(64, BATCHES)
+    held_out: float = ranged(SHARE, HELD_OUT_SHARES)
     seed: int = ranged(0, SEEDS)
     threads: int = ranged(0, THREADS)
+    save_every: int = ranged(50, COUNTS)
+    resume: bool = False
 
     def data(
         self, policy: CeedVLAPolicy, pre: Any, *, states: bool, **settings: Any
@@ -79,7 +87,11 @@ class BesideConfig(Checked):
             DatasetError: The datasets do not match the policy or the trajectories.
             CheckpointError: The trajectories are of another policy.
         """
-        settings |= {"eval_frames": self.eval_frames, "seed": self.seed}
+        settings |= {
+            "eval_frames": self.eval_frames,
+            "held_out": self.held_out,
+            "seed": self.seed,
+        }
         stored = self.trajectories.path
         if stored:
             return StoredData(stored, self.roots, self.policy_path, policy, pre, states, **settings)

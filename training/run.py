@@ -413,7 +413,8 @@ class Run:
             CheckpointError: The state cannot be read, or has other sizes.
         """
         progress = self.folder.read_progress(self.total)
-        check_origin(progress, self._origin, self.output)
+        instead = "; it may begin with this run's last checkpoint"
+        check_origin(progress, self._origin, self.output, instead)
         if self.accelerator.is_main_process:
             warn_of_other_settings(progress, self._given)
         folder = self.output / progress["state"]

@@ -146,9 +146,11 @@ class RunFolder:
         return progress
 
 
-def check_origin(progress: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def check_origin(
+    progress: dict[str, Any], now: dict[str, Any], folder: Path, instead: str = ""
+) -> None:
     """Raise `CheckpointError` if a run in `folder` was started from other data or checkpoints than
-    `now`.
+    `now`; the message ends with what can be done `instead`.
 
     Older runs did not store all of them.
     """
@@ -162,8 +164,7 @@ def check_origin(progress: dict[str, Any], now: dict[str, Any], folder: Path) ->
         raise CheckpointError(
             f"The run in {folder} cannot be resumed: {' and '.join(changed)} differ from those "
             "that it was started with. Name the same datasets and checkpoints, unchanged, with the "
-            "same settings, or start a new run in another folder; it may begin with this run's "
-            "last checkpoint."
+            f"same settings, or start a new run in another folder{instead}."
         )
 
 

@@ -95,7 +95,8 @@ COMMANDS = {
         extras="train",
         axis="depth",
         must="policy.path roots output_dir layers",
-        may="trajectories.path kind steps batch_size lr device seed threads",
+        may="trajectories.path kind steps batch_size lr device seed threads resume",
+        kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
     ),
     "reinforce": Command(
         "learn when to exit from the outcomes of episodes",
@@ -128,7 +129,8 @@ COMMANDS = {
         extras="train",
         axis="context",
         must="policy.path roots output_dir",
-        may="trajectories.path dropped steps batch_size lr seed threads",
+        may="trajectories.path dropped steps batch_size lr seed threads resume",
+        kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
     ),
     "route": Command(
         "learn which layers of a frozen policy each chunk needs",
@@ -136,7 +138,8 @@ COMMANDS = {
         extras="train",
         axis="programs",
         must="policy.path roots output_dir",
-        may="trajectories.path programs harm steps batch_size lr seed threads",
+        may="trajectories.path programs harm steps batch_size lr seed threads resume",
+        kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
     ),
     "open-loop": Command(
         "compare decoders on held-out data, without a simulator: error, forwards, latency",
@@ -193,8 +196,9 @@ COMMANDS = {
         "ceed_vla.sim.tune TuneConfig tune",
         extras="policy sim",
         must="policy.path output_dir",
-        may="budgets_ms save population generations episodes chunks seed engine env.type threads",
-        kept="what was written so far, if anything, is in {output_dir}",
+        may="budgets_ms save population generations episodes chunks seed engine env.type threads "
+        "resume",
+        kept=f"measured plans are in {{output_dir}}; {_RESUMABLE}",
     ),
     "show": Command(
         "plot how the tokens of one observation converge over the iterations",

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -40,6 +41,7 @@ KNOWN = ("compact", "vlm", "language")  # backbones that are exported without be
 REFUSALS = ("run it with torch.", "run the checkpoint with torch.", "report the checkpoint.")
 MOST_EXPORTS = 20  # in the cache; the oldest ones are removed
 _NO_SOURCES = ("sim", "training", "ros_nodes", "cli", "report")  # folders that decide no graph
+_MOST_HEADER = 10**8  # of a safetensors file [bytes]
 _PACKAGES = ("torch", "transformers", "lerobot", "onnx", "onnxscript")
 
 
@@ -220,13 +222,38 @@ def _files(checkpoint: Path, config: Mapping[str, Any]) -> list[Path]:
 
 def _check_size(checkpoint: Path, config: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for weights that do not fit into a graph."""
-    files = _files(checkpoint, config)
-    size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
+    files = [file for file in _files(checkpoint, config) if file.suffix == ".safetensors"]
+    layers = config["backbone"].get("layers")
+    layers = (
+        layers if isinstance(layers, int) and config["backbone"].get("type") == "language" else 0
+    )
+    size = 4 * sum(_numbers(file, layers) for file in files)
     if size > MOST_GRAPH:
         raise ConfigError(
             f"{checkpoint} has {size / 1e9:.1f} GB of weights; at most {MOST_GRAPH / 1e9:.1f} are "
             "exported without being asked. Run it with torch."
         )
+
+
+def _numbers(file: Path, layers: int) -> int:
+    """Numbers in a safetensors file; only those of the first `layers` layers, if these are set."""
+    with (
+        raised_as(CheckpointError, f"The weights {file} do not load", "copy them again."),
+        file.open("rb") as content,
+    ):
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(min(length, _MOST_HEADER)))
+        return sum(
+            math.prod(tensor["shape"])
+            for name, tensor in header.items()
+            if name != "__metadata__" and not (layers and _layer(name) >= layers)
+        )
+
+
+def _layer(name: str) -> int:
+    """The layer of a weight; -1 for a weight outside the layers."""
+    match = re.search(r"\blayers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
 
 
 def check_tokens(checkpoint: str, tokens: str) -> None:

@@ -67,8 +67,8 @@ def open_workers(
         cluster: The cluster, if any.
         make: Makes the function; pickled by its name.
         arguments: Arguments of `make`; pickled.
-        checkpoints: Checkpoints that `make` loads by these paths. Nodes of a cluster that do not
-            have them receive them.
+        checkpoints: Checkpoints that `make` loads by these paths. Nodes of a cluster receive them;
+            models that they refer to must be there under the same absolute path.
 
     Raises:
         ConfigError: The cluster cannot be reached, or has no node that fits.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ceed_vla.folders import relocate, resolve_checkpoint
+from ceed_vla.checkpoint_files import base_path
+from ceed_vla.checkpoints.manifest import config_text
+from ceed_vla.files import read_json
+from ceed_vla.folders import CONFIG, MANIFEST, base_folder, relocate, resolve_checkpoint
 
 HELD = ".held"  # suffix of the file that every worker of a job locks while it lives
 _held: dict[str, IO[str]] = {}  # by job
@@ -23,13 +27,12 @@ class Shipped:
 
     Attributes:
         path: The path by which the command names it.
-        origin: Its folder.
-        files: Contents by their path in its folder.
-        digest: Of both.
+        files: Contents by their path in its folder. A model that it refers to is not among them;
+            its path is absolute.
+        digest: Hash of the files.
     """
 
     path: str
-    origin: Path
     files: Mapping[str, bytes]
     digest: str
 
@@ -46,10 +49,29 @@ def read_checkpoint(path: str) -> Shipped:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+    _refer_absolutely(folder, files)
     digest = hashlib.sha256()
     for name, contents in files.items():
         digest.update(name.encode() + hashlib.sha256(contents).digest())
-    return Shipped(path, folder.absolute(), files, digest.hexdigest()[:16])
+    return Shipped(path, files, digest.hexdigest()[:16])
+
+
+def _refer_absolutely(folder: Path, files: dict[str, bytes]) -> None:
+    """Let the files of a checkpoint name the model that it refers to by an absolute path.
+
+    The copy on a node is in another folder, so a relative path would lead elsewhere.
+    """
+    values = read_json(folder / CONFIG)
+    path = base_path(values)
+    if not path or Path(path).is_absolute():
+        return
+    values["backbone"]["path"] = str(base_folder(folder.absolute(), path))
+    files[CONFIG] = config_text(values).encode()
+    if MANIFEST in files:
+        manifest = read_json(folder / MANIFEST)
+        entry = {"bytes": len(files[CONFIG]), "sha256": hashlib.sha256(files[CONFIG]).hexdigest()}
+        manifest["files"][CONFIG] = entry
+        files[MANIFEST] = json.dumps(manifest).encode()
 
 
 def unpack(shipped: Shipped, job: str) -> None:
@@ -71,7 +93,7 @@ def unpack(shipped: Shipped, job: str) -> None:
             new.rename(folder)
         except OSError:  # another worker was faster
             shutil.rmtree(new)
-    relocate(shipped.path, folder, shipped.origin)
+    relocate(shipped.path, folder)
 
 
 def folder_of(job: str) -> Path:

@@ -16,9 +16,8 @@ from ceed_vla.workers import shipped
 
 WORKER = """
 import sys, time
-from pathlib import Path
 from ceed_vla.workers.shipped import Shipped, unpack
-unpack(Shipped("/not/here", Path("/not/here"), {"config.json": b"{}"}, "digest"), sys.argv[1])
+unpack(Shipped("/not/here", {"config.json": b"{}"}, "digest"), sys.argv[1])
 print("ready", flush=True)
 time.sleep(600)
 """

@@ -197,7 +197,7 @@ def test_a_round_of_other_weights_is_recorded_anew(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     import ceed_vla.sim.hooks
-    from ceed_vla.sim.episode_log import fingerprint
+    from ceed_vla.checkpoint_files import fingerprint
 
     roots: list[Path] = []
 

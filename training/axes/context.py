@@ -15,15 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import trange
 
 from ceed_vla.axes.context.scorer import CONTEXT, ContextScorer, keep_scored
 from ceed_vla.backbones.capabilities import ChoosesPrefix, check_whole_prefix, require
 from ceed_vla.checkpoints import load, save
 from ceed_vla.fields import COUNTS, ranged
 from ceed_vla.files import write_text
-from ceed_vla.outputs import claimed_folder
 from ceed_vla.training.beside import BesideConfig, fixed_points_of, mixed_precision
+from ceed_vla.training.beside_run import BesideRun, beside_run
 from ceed_vla.training.distill_data import OnlineData, StoredData
 from ceed_vla.training.optim import take_step
 from ceed_vla.training.settings import RATES
@@ -90,12 +89,12 @@ def context(config: ContextConfig) -> Path:
 
     The errors are those of `exits`.
     """
-    with claimed_folder("output_dir", config.output_dir, (), ()) as output:
-        return _context(config, output)
+    with beside_run(config) as run:
+        return _context(config, run)
 
 
-def _context(config: ContextConfig, output: Path) -> Path:
-    """As `context`, into the claimed folder `output`."""
+def _context(config: ContextConfig, run: BesideRun[ContextConfig]) -> Path:
+    """`context`, as a run in its output folder."""
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -106,7 +105,7 @@ def _context(config: ContextConfig, output: Path) -> Path:
     data = config.data(policy, pre, states=False)
     frames = Scored(data, data.held_out)
     scorer = ContextScorer(chooser.exit_parts()[2], int(frames.tokens[1][0].sum()))
-    train(scorer, data, config)
+    train(scorer, data, run)
     random = np.random.default_rng(config.seed)
     ranking = mean_scores(scorer, Scored(data, data.draw(config.eval_frames, random, 0)))
     worth = held_out(scorer, frames, ranking, config.seed)
@@ -115,24 +114,25 @@ def _context(config: ContextConfig, output: Path) -> Path:
     if policy.backbone.context:
         policy.config.forget()
     policy.backbone.context = (scorer.requires_grad_(False),)
-    save(output, policy, pre, post, unchanged=True)
+    save(run.output, policy, pre, post, unchanged=True)
     write_text(
-        output / REPORT,
+        run.output / REPORT,
         json.dumps({"steps": config.steps, "dropped": config.dropped, "kept": worth}, indent=2),
     )
     lines = [f"keep{n}: {found}" for n, found in worth.items()]
-    print(*lines, f"Written: {output / CONTEXT}", sep="\n")
-    return output
+    print(*lines, f"Written: {run.output / CONTEXT}", sep="\n")
+    return run.output
 
 
-def train(scorer: ContextScorer, data: Data, config: ContextConfig) -> None:
+def train(scorer: ContextScorer, data: Data, run: BesideRun[ContextConfig]) -> None:
     """Train a scorer on the divergences that random subsets of dropped tokens cause."""
+    config = run.config
     rate = {id(scorer.place): PLACES * config.lr}
     groups = [{"params": [p], "lr": rate.get(id(p), config.lr)} for p in scorer.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
     tokens = len(scorer.place)
     most = max(1, min(config.dropped, len(scorer.place) - 1))
-    for step in (bar := trange(config.steps, desc="context", unit="step", dynamic_ncols=True)):
+    for step in run.steps("context", data, scorer, optimizer):
         random = np.random.default_rng([config.seed, step])
         frames = Scored(data, data.draw(config.batch_size, random, step))
         loss = torch.zeros(())
@@ -144,7 +144,7 @@ def train(scorer: ContextScorer, data: Data, config: ContextConfig) -> None:
             lost = scorer(*frames.tokens).masked_fill(kept, -torch.inf).logsumexp(-1)
             loss = loss + (lost - target).abs().mean() / SUBSETS
         take_step(optimizer, loss, step, config.steps)
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        run.show(loss=loss.item())
 
 
 @torch.no_grad()

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 import ceed_vla.axes  # noqa: F401 - axes that build on this one add kinds of exits
 from ceed_vla.axes.depth.exits import EXITS, KINDS, make_exits
@@ -28,8 +27,8 @@ from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen, ranged
 from ceed_vla.files import write_text
-from ceed_vla.outputs import claimed_folder
 from ceed_vla.training.beside import BesideConfig, mixed_precision
+from ceed_vla.training.beside_run import BesideRun, beside_run
 from ceed_vla.training.collect_config import guess_shares
 from ceed_vla.training.corruption import StateDraw, draw_states
 from ceed_vla.training.distill_data import DistillData
@@ -70,17 +69,17 @@ def exits(config: ExitsConfig) -> Path:
     """Train exits, write a checkpoint with them and a report, and return the checkpoint's folder.
 
     Raises:
-        ConfigError: The settings are invalid, the folder is not empty, or the model cannot have
-            exits.
+        ConfigError: The settings are invalid, the folder is not empty and no run is resumed, or the
+            model cannot have exits.
         DatasetError: The datasets do not match the policy.
-        CheckpointError: A checkpoint cannot be loaded or written.
+        CheckpointError: A checkpoint cannot be loaded or written, or a run cannot be resumed.
     """
-    with claimed_folder("output_dir", config.output_dir, (), ()) as output:
-        return _exits(config, output)
+    with beside_run(config) as run:
+        return _exits(config, run)
 
 
-def _exits(config: ExitsConfig, output: Path) -> Path:
-    """As `exits`, into the claimed folder `output`."""
+def _exits(config: ExitsConfig, run: BesideRun[ExitsConfig]) -> Path:
+    """`exits`, as a run in its output folder."""
     check_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -102,28 +101,25 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
     optimizer = torch.optim.AdamW(
         [p for e in made.values() for p in e.parameters()], lr=config.lr, weight_decay=0.0
     )
-    with tqdm(total=config.steps, desc="exits", unit="step", dynamic_ncols=True) as bar:
-        for step in range(config.steps):
-            random = np.random.default_rng([config.seed, step])
-            draw = draw_states(policy, config.batch_size, shares, 0, random)
-            draw.pick = np.where(random.random(len(draw)) < FIRST, 0.0, draw.pick)
-            batch = data.batch(data.draw(config.batch_size, random, step), draw)
-            with torch.no_grad():
-                embeddings = policy.backbone.embed_prefix(batch)
-            read = ["fixed_point", *["teacher_states"] * (config.reads == "states")]
-            blocks = [batch[name] for name in read]
-            with mixed_precision(config.device):
-                losses = divergences(policy.backbone, embeddings, blocks, batch["live"])
-            loss = torch.stack(list(losses.values())).sum()
-            take_step(optimizer, loss, step, config.steps)
-            bar.set_postfix(
-                {f"KL {depth}": f"{value.item():.3f}" for depth, value in losses.items()}
-            )
-            bar.update()
+    learning = nn.ModuleDict({str(depth): module for depth, module in made.items()})
+    for step in run.steps("exits", data, learning, optimizer):
+        random = np.random.default_rng([config.seed, step])
+        draw = draw_states(policy, config.batch_size, shares, 0, random)
+        draw.pick = np.where(random.random(len(draw)) < FIRST, 0.0, draw.pick)
+        batch = data.batch(data.draw(config.batch_size, random, step), draw)
+        with torch.no_grad():
+            embeddings = policy.backbone.embed_prefix(batch)
+        read = ["fixed_point", *["teacher_states"] * (config.reads == "states")]
+        blocks = [batch[name] for name in read]
+        with mixed_precision(config.device):
+            losses = divergences(policy.backbone, embeddings, blocks, batch["live"])
+        loss = torch.stack(list(losses.values())).sum()
+        take_step(optimizer, loss, step, config.steps)
+        run.show(**{f"KL {depth}": value.item() for depth, value in losses.items()})
     worth = held_out(policy, data, shares, config.seed)
-    save(output, policy, pre, post, unchanged=True)
+    save(run.output, policy, pre, post, unchanged=True)
     write_text(
-        output / REPORT,
+        run.output / REPORT,
         json.dumps({"kind": config.kind, "steps": config.steps, "depths": worth}, indent=2),
     )
     for depth, found in worth.items():
@@ -131,8 +127,8 @@ def _exits(config: ExitsConfig, output: Path) -> Path:
             f"{depth} layers: {found['same']:.1%} of the fixed point from a guess, "
             f"{found['near']:.1%} within 2 bins, {found['drafts']:.1%} after correct tokens"
         )
-    print(f"Written: {output / EXITS}")
-    return output
+    print(f"Written: {run.output / EXITS}")
+    return run.output
 
 
 def divergences(

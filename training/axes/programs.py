@@ -19,16 +19,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm, trange
+from tqdm import trange
 
-from ceed_vla.axes.programs.router import MOST_PROGRAMS, ROUTER, Program, ProgramRouter
+from ceed_vla.axes.programs.router import (
+    MOST_PROGRAMS,
+    ROUTER,
+    Program,
+    ProgramRouter,
+    read_programs,
+    written_programs,
+)
 from ceed_vla.backbones.capabilities import HasExits, RunsPrograms, check_whole_prefix, require
 from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, ranged
 from ceed_vla.files import write_text
-from ceed_vla.outputs import claimed_folder
 from ceed_vla.training.beside import BesideConfig, mixed_precision
+from ceed_vla.training.beside_run import BesideRun, beside_run
 from ceed_vla.training.collect_config import guess_shares
 from ceed_vla.training.corruption import draw_states, guess_states, with_first
 from ceed_vla.training.distill_data import DistillData
@@ -87,12 +94,12 @@ def route(config: RouteConfig) -> Path:
 
     The errors are those of `exits`.
     """
-    with claimed_folder("output_dir", config.output_dir, (), ()) as output:
-        return _route(config, output)
+    with beside_run(config) as run:
+        return _route(config, run)
 
 
-def _route(config: RouteConfig, output: Path) -> Path:
-    """As `route`, into the claimed folder `output`."""
+def _route(config: RouteConfig, run: BesideRun[RouteConfig]) -> Path:
+    """`route`, as a run in its output folder."""
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -116,9 +123,10 @@ def _route(config: RouteConfig, output: Path) -> Path:
             "and each program drops one more."
         )
     data = config.data(policy, pre, states=False)
-    programs = found_programs(data, config)
+    text = run.find("programs", lambda: written_programs(found_programs(data, config)))
+    programs = read_programs(text, policy.backbone.num_layers, str(run.output))
     router = ProgramRouter(require(policy.backbone, HasExits, "route").exit_parts()[2], programs)
-    train(router, data, config)
+    train(router, data, run)
     worth = held_out(router.eval(), data, config)
     report = {
         "steps": config.steps,
@@ -129,15 +137,15 @@ def _route(config: RouteConfig, output: Path) -> Path:
     if policy.backbone.router:
         policy.config.forget()
     policy.backbone.router = (router.requires_grad_(False),)
-    save(output, policy, pre, post, unchanged=True)
-    write_text(output / REPORT, json.dumps(report, indent=2))
+    save(run.output, policy, pre, post, unchanged=True)
+    write_text(run.output / REPORT, json.dumps(report, indent=2))
     for name, values in worth.items():
         print(
             f"{name}: {values['layers']:.2f} layers, {values['error']:.2f} bins from the fixed "
             f"point, cost {values['cost']:.3f}"
         )
-    print(f"Written: {output / ROUTER}")
-    return output
+    print(f"Written: {run.output / ROUTER}")
+    return run.output
 
 
 def found_programs(data: DistillData, config: RouteConfig) -> list[Program]:
@@ -168,19 +176,18 @@ def costs(frames: Frames, programs: list[Program], harm: float) -> tuple[Tensor,
     return shares + harm * (errors - errors[:, :1]).clamp(min=0), errors
 
 
-def train(router: ProgramRouter, data: DistillData, config: RouteConfig) -> None:
+def train(router: ProgramRouter, data: DistillData, run: BesideRun[RouteConfig]) -> None:
     """Minimise the expected cost of the router's choice."""
+    config = run.config
     optimizer = torch.optim.AdamW(router.parameters(), lr=config.lr, weight_decay=0.0)
-    with tqdm(total=config.steps, desc="route", unit="step", dynamic_ncols=True) as bar:
-        for step in range(config.steps):
-            random = np.random.default_rng([config.seed, 2, step])
-            frames = Frames(data, data.draw(config.batch_size, random, step), config, random)
-            cost, _ = costs(frames, router.programs, config.harm)
-            shares = router(frames.prefix.state).softmax(-1)
-            loss = (shares * cost.to(shares.dtype)).sum(1).mean()
-            take_step(optimizer, loss, step, config.steps)
-            bar.set_postfix(cost=f"{loss.item():.3f}")
-            bar.update()
+    for step in run.steps("route", data, router, optimizer):
+        random = np.random.default_rng([config.seed, 2, step])
+        frames = Frames(data, data.draw(config.batch_size, random, step), config, random)
+        cost, _ = costs(frames, router.programs, config.harm)
+        shares = router(frames.prefix.state).softmax(-1)
+        loss = (shares * cost.to(shares.dtype)).sum(1).mean()
+        take_step(optimizer, loss, step, config.steps)
+        run.show(cost=loss.item())
 
 
 @torch.no_grad()

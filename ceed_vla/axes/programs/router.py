@@ -55,8 +55,32 @@ def save_router(backbone: Any, folder: Path) -> None:
     """Write the router of a backbone into a folder; without one, remove an earlier policy's."""
     (folder / ROUTER).unlink(missing_ok=True)
     for router in getattr(backbone, "router", ()):
-        programs = ",".join("-".join(map(str, program)) for program in router.programs)
-        save_file(router.state_dict(), folder / ROUTER, metadata={"programs": programs})
+        metadata = {"programs": written_programs(router.programs)}
+        save_file(router.state_dict(), folder / ROUTER, metadata=metadata)
+
+
+def written_programs(programs: Sequence[Program]) -> str:
+    """Programs as text, for example ``0-1-2-3,0-1-3``."""
+    return ",".join("-".join(map(str, program)) for program in programs)
+
+
+def read_programs(text: str, num_layers: int, source: str) -> list[Program]:
+    """The programs in the result of `written_programs`, for a model of `num_layers` layers.
+
+    Raises:
+        CheckpointError: The text, which was read from `source`, is damaged, or is of another model.
+    """
+    with raised_as(CheckpointError, f"The programs in {source} are damaged", _ADVICE):
+        if len(text) > LONGEST:
+            raise ValueError(f"they have {len(text)} characters, at most {LONGEST} are read")
+        programs = [tuple(map(int, part.split("-"))) for part in text.split(",")]
+        if len(programs) > MOST_PROGRAMS:
+            raise ValueError(f"there are {len(programs)}, at most {MOST_PROGRAMS} are read")
+    what = f"The programs in {source} do not belong to this model"
+    with raised_as(CheckpointError, what, _ADVICE, passing=()):
+        for program in programs:
+            check_program(program, num_layers)
+    return programs
 
 
 def load_router(backbone: Any, folder: Path) -> None:
@@ -70,18 +94,11 @@ def load_router(backbone: Any, folder: Path) -> None:
         return
     with opened(regular(file)) as tensors:
         text = (tensors.metadata() or {}).get("programs", "")
-    with raised_as(CheckpointError, f"The programs in {file} are damaged", _ADVICE):
-        if len(text) > LONGEST:
-            raise ValueError(f"they have {len(text)} characters, at most {LONGEST} are read")
-        programs = [tuple(map(int, part.split("-"))) for part in text.split(",")]
-        if len(programs) > MOST_PROGRAMS:
-            raise ValueError(f"there are {len(programs)}, at most {MOST_PROGRAMS} are read")
     what = f"{file} does not belong to this model"
     with raised_as(CheckpointError, what, _ADVICE, passing=()):
         require(backbone, RunsPrograms, ROUTER)
-        for program in programs:
-            check_program(program, backbone.num_layers)
         width = require(backbone, HasExits, ROUTER).exit_parts()[2]
+    programs = read_programs(text, backbone.num_layers, str(file))
     router = ProgramRouter(width, programs)
     missing, unknown = copy_weights(router, [file])
     if wrong := [*missing, *unknown]:

@@ -58,7 +58,7 @@ class LanguageConfig(TransformersConfig):
             check_causal(model)
             backbone.begin()
             backbone.stems.fill(own)
-            self.architecture = model.config.to_json_string(use_diff=True)
+            self.describe(model.config.to_json_string(use_diff=True))
             self._config()  # a checkpoint must be readable
         if self.weights == "reference":
             backbone.refer()

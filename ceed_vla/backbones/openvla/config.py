@@ -60,7 +60,7 @@ class OpenVLAConfig(TransformersConfig):
 
         new = not self.architecture
         if new:
-            self.architecture = json.dumps(describe_model(self.path))
+            self.describe(json.dumps(describe_model(self.path)))
         architecture = self._architecture()
         bins = architecture["n_action_bins"]
         if shape.vocabulary_size != bins:

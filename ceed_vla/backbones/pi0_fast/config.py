@@ -104,7 +104,7 @@ class Pi0FastConfig(TransformersConfig):
             )
         new = not self.architecture
         if new:
-            self.architecture = describe_model(self.path)
+            self.describe(describe_model(self.path))
             self.check_size(shape)
         # LeRobot's model needs no tokenizer here, as the ids are known.
         model = PI0FastPytorch(decode_architecture(self.architecture))

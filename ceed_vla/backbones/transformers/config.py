@@ -11,7 +11,7 @@ from typing import Any
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.errors import CheckpointError, raised_as
 from ceed_vla.fields import Checked, chosen
-from ceed_vla.weights import check_sizes, weight_files
+from ceed_vla.weights import check_sizes, sample_hash, weight_files
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Copied into checkpoints, or referenced in the folder that they were read from.
@@ -43,19 +43,37 @@ class TransformersConfig(BackboneConfig, Checked, prefix="backbone."):
         weights: "copied" (checkpoints contain all weights) or "reference" (checkpoints contain only
             trained weights, and read the others from `path`).
         architecture: The folder's configuration (JSON); set when a policy is created.
+        weights_sample: Hash of a sample of weights by reference; set when a policy is created. A
+            folder with other weights is then an error; empty: any weights of this size are read.
     """
 
     path: str = ""
     weights: str = chosen("copied", WEIGHTS)
     architecture: str = ""
+    weights_sample: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.path and self.weights == "reference":  # for every working directory
             self.path = str(Path(self.path).absolute())
 
+    def describe(self, architecture: str) -> None:
+        """Store the description of a new policy's model."""
+        self.architecture = architecture
+        if self.weights == "reference":
+            self.weights_sample = sample_hash(weight_files(Path(self.path)))
+
     def weight_files(self) -> list[Path]:
-        return weight_files(Path(self.path)) if self.weights == "reference" else []
+        if self.weights != "reference":
+            return []
+        files = weight_files(Path(self.path))
+        if self.weights_sample and self.weights_sample != sample_hash(files):
+            raise CheckpointError(
+                f"{self.path} has other weights than those that this checkpoint was trained with. "
+                "Put the original model there; or, if you mean this one, set "
+                'backbone.weights_sample to "" in config.json and run `ceed-vla seal`.'
+            )
+        return files
 
     def check_size(self, shape: PolicyShape) -> None:
         """Raise `CheckpointError` if `architecture` is larger than the folder's weights.

@@ -92,7 +92,7 @@ class VLMConfig(TransformersConfig):
             backbone.refer(new_rows=self.action_ids == "added")
         if new:
             loading.check_decoding(backbone)
-            self.architecture = loading.architecture(model)
+            self.describe(loading.architecture(model))
         return backbone
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:

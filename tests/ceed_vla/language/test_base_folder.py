@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from lerobot.configs.policies import PreTrainedConfig
 import ceed_vla
 import lerobot_policy_ceed_vla  # noqa: F401  (its reader of configurations)
 from ceed_vla import folders
-from ceed_vla.checkpoint_files import weights_hash
+from ceed_vla.checkpoint_files import fingerprint, weights_hash
 from ceed_vla.checkpoints import load, save
 from ceed_vla.checkpoints.sealing import seal
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.errors import CheckpointError
 from ceed_vla.export import cached
 from ceed_vla.export.cached import cached_export
 from ceed_vla.workers import shipped
@@ -26,10 +28,10 @@ from tests.helpers.tiny_language_models import make_tiny_language_model
 def student(tmp_path: Path) -> Path:
     """A checkpoint that names its base by a path relative to itself."""
     folder, _ = save_student_beside_base(tmp_path)
-    before = weights_hash(folder)
+    before = weights_hash(folder), fingerprint(folder)
     refer_relatively(folder)
     seal(folder)
-    assert weights_hash(folder) == before  # moving both leaves its identity
+    assert (weights_hash(folder), fingerprint(folder)) == before  # moving both leaves its identity
     return folder
 
 
@@ -51,16 +53,30 @@ def test_a_copy_in_another_folder_refers_to_the_same_base(student: Path, tmp_pat
     assert load(copy)[0].config.backbone.path == str(student.parent / "base")  # type: ignore[attr-defined]
 
 
+def test_another_model_in_the_place_of_the_base_is_refused(student: Path) -> None:
+    make_tiny_language_model(student.parent / "base", layers=2, scale=2.0)
+    with pytest.raises(CheckpointError, match="has other weights than those that this checkpoint"):
+        ceed_vla.load(student)
+    file = student / folders.CONFIG
+    values = json.loads(file.read_text())
+    assert len(values["backbone"]["weights_sample"]) == 16
+    values["backbone"]["weights_sample"] = ""
+    file.write_text(json.dumps(values))
+    seal(student)
+    assert ceed_vla.load(student)[0].backbone.num_layers == 2
+
+
 def test_workers_of_a_cluster_find_the_base(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folders, "_relocated", {})
-    monkeypatch.setattr(folders, "_origins", {})
     (tmp_path / "node").mkdir()
     monkeypatch.setattr(shipped.tempfile, "tempdir", str(tmp_path / "node"))
     shipped.unpack(shipped.read_checkpoint(str(student)), "job")
-    assert folders.resolve_checkpoint(str(student)) != student
-    assert ceed_vla.load(str(student))[0].backbone.num_layers == 2
+    copy = folders.resolve_checkpoint(str(student))
+    assert copy != student
+    folders._relocated.clear()  # as in a process that the worker starts
+    assert ceed_vla.load(copy)[0].backbone.num_layers == 2
 
 
 def test_an_export_is_of_the_base_as_it_is(

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 import ceed_vla
 from ceed_vla import CeedVLAConfig, CeedVLAPolicy
 from ceed_vla.axes.depth.exits import make_exits
+from ceed_vla.checkpoint_files import fingerprint
 from ceed_vla.checkpoints import load, save, seal, weights_hash
 from ceed_vla.checkpoints.manifest import MANIFEST, SEALED, check_files, own_files
 from ceed_vla.cli.entry import main
 from ceed_vla.errors import CheckpointError
 from ceed_vla.folders import CONFIG, CONTEXT, EXITS, WEIGHTS
 from ceed_vla.serving.predictor import declared_spec
-from ceed_vla.sim.episode_log import fingerprint
 from tests.helpers.edits import edit, step, unsealed
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"

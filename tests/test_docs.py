@@ -36,6 +36,7 @@ def all_pages() -> list[str]:
 
 
 PAGES = all_pages()
+RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 INSTRUCTIONS = [name for name in PAGES if name.startswith(("docs/tutorials/", "docs/how-to/"))]
 
 
@@ -140,9 +141,13 @@ def test_every_flag_in_a_command_exists(name: str) -> None:
             check_flags(token.content, name)
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.sh")), ids=lambda r: r.name)
-def test_every_flag_in_a_recipe_exists(recipe: Path) -> None:
-    assert check_flags(recipe.read_text(), recipe.name)
+def test_every_flag_in_a_recipe_exists() -> None:
+    calls = {}
+    for file in RECIPES:
+        text = re.sub(r'"\$\(\[ .*? echo false\)"', "true", file.read_text())
+        calls[file.name] = check_flags(text, file.name)
+    assert calls["smollm2.sh"] == 8
+    assert sum(calls.values()) >= 40
 
 
 def test_generated_reference_is_that_of_the_code() -> None:

@@ -91,16 +91,18 @@ evaluate drafts "$axes/exits_drafts" 44000 10 ar_h,jacobi_h,del_h,spec4x6_h,spec
 # 6. The table: success on evaluation seeds, once, and milliseconds in turns, for the decoders chosen above. Timing needs a quiet
 #    machine. Set CHOSEN, CHOSEN_LAYER and CHOSEN_SKIP from the files in step 3.
 [ -n "${CHOSEN:-}" ] && [ -n "${CHOSEN_LAYER:-}" ] && [ -n "${CHOSEN_SKIP:-}" ] || { begin "choose CHOSEN, CHOSEN_LAYER and CHOSEN_SKIP, then run the script again"; exit 0; }
-#    The first table also has the fastest engine of each row; exits in depth run eagerly alone. Exits with a layer of their own
-#    also run it on the prefix, for every decoder of their checkpoint: compare milliseconds with `ceed` of table_linear.
+#    All rows run eagerly, as exits in depth have no other engine; `time_fastest` has the others in their fastest one. Exits with a
+#    layer of their own also run it on the prefix, for every decoder of their checkpoint: compare with `ceed` of table_linear.
 timed="--timing_chunks 60 --workers 1 --threads 2"
-for pair in "linear exits_linear $CHOSEN --engine fastest" "layer exits_layer cap2_fresh,$CHOSEN_LAYER" "skip route $CHOSEN_SKIP"; do
-  read -r name folder decoders engine <<<"$pair"
+for pair in "linear exits_linear $CHOSEN" "layer exits_layer cap2_fresh,$CHOSEN_LAYER" "skip route $CHOSEN_SKIP"; do
+  read -r name folder decoders <<<"$pair"
   reuse=
   [ "$name" = linear ] || reuse="--reuse $axes/table_linear"
   # shellcheck disable=SC2086 # the flags are separate words
-  evaluate "table_$name" "$axes/$folder" 50000 200 "ceed,$decoders,teacher_ceed,teacher_cap1" --teacher.path "$cut" $timed $engine $reuse
+  evaluate "table_$name" "$axes/$folder" 50000 200 "ceed,$decoders,teacher_ceed,teacher_cap1" --teacher.path "$cut" $timed $reuse
 done
+# shellcheck disable=SC2086 # the flags are separate words
+evaluate time_fastest "$axes/exits_linear" 44000 10 "ceed,$CHOSEN,teacher_ceed,teacher_cap1" --teacher.path "$cut" $timed --engine fastest
 evaluate table_risk "$axes/calibrate/checkpoint" 50000 200 risk0.1
 evaluate table_plans "$axes/tune/checkpoint" 50000 200 plan
 python recipes/pairs.py "$axes"/table_linear:teacher_ceed "$axes"/table_* --picture docs/images/depth-16.png | tee "$axes/pairs.md"

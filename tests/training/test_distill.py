@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy, deepcopy
@@ -132,6 +133,7 @@ def test_an_interrupted_run_resumes_to_the_same_losses(
     with pytest.raises(KeyboardInterrupt):
         distill(studio.distill_config(tmp_path / "run", **settings))
     interrupt_at(-1)
+    time.sleep(1)  # TensorBoard reads files of one second in an order of its own
     distill(studio.distill_config(tmp_path / "run", **settings, resume=True))
     for key in ("loss", "state_accuracy", "iterations_mean"):
         assert read_log(tmp_path / "run", key) == read_log(tmp_path / "whole", key)

@@ -1,11 +1,11 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) in a checkpoint: the change ``B A`` of a linear
 layer's weight is stored as A and B.
 
-A checkpoint with weights by reference (``backbone.weights=reference``) stores adapters and what
-else was trained, such as the head of the action tokens. Their
-names are peft's, ``<layer>.lora_A.weight`` (r, in) and ``<layer>.lora_B.weight`` (out, r); B
-includes the scale. Training attaches them with peft (`ceed_vla.training.adapters`). Inference needs
-no peft, because the adapters are added to the weights.
+A checkpoint with weights by reference (``backbone.weights=reference``) stores adapters, and what
+else was trained, such as the head of the action tokens. The names of adapters are peft's,
+``<layer>.lora_A.weight`` (r, in) and ``<layer>.lora_B.weight`` (out, r); B includes the scale.
+Training attaches them with peft (`ceed_vla.training.adapters`). Inference needs no peft, because
+the adapters are added to the weights.
 """
 
 from __future__ import annotations

@@ -223,10 +223,9 @@ def _files(checkpoint: Path, config: Mapping[str, Any]) -> list[Path]:
 def _check_size(checkpoint: Path, config: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for weights that do not fit into a graph."""
     files = [file for file in _files(checkpoint, config) if file.suffix == ".safetensors"]
-    layers = config["backbone"].get("layers")
-    layers = (
-        layers if isinstance(layers, int) and config["backbone"].get("type") == "language" else 0
-    )
+    backbone = config["backbone"]
+    used = backbone.get("layers") if backbone.get("type") == "language" else 0
+    layers = used if isinstance(used, int) else 0
     size = 4 * sum(_numbers(file, layers) for file in files)
     if size > MOST_GRAPH:
         raise ConfigError(

@@ -109,8 +109,9 @@ def _exits(config: ExitsConfig, run: BesideRun[ExitsConfig]) -> Path:
         batch = data.batch(data.draw(config.batch_size, random, step), draw)
         with torch.no_grad():
             embeddings = policy.backbone.embed_prefix(batch)
-        read = ["fixed_point", *["teacher_states"] * (config.reads == "states")]
-        blocks = [batch[name] for name in read]
+        blocks = [batch["fixed_point"]]
+        if config.reads == "states":
+            blocks.append(batch["teacher_states"])
         with mixed_precision(config.device):
             losses = divergences(policy.backbone, embeddings, blocks, batch["live"])
         loss = torch.stack(list(losses.values())).sum()

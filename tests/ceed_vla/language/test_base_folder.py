@@ -90,3 +90,12 @@ def test_an_export_is_of_the_base_as_it_is(
     make_tiny_language_model(tmp_path / "base", layers=2, scale=2.0)
     cached_export(student)
     assert len(set(exported)) == 2
+
+
+def test_layers_that_are_not_used_do_not_count_in_the_size_of_an_export(student: Path) -> None:
+    file = student.parent / "base" / folders.WEIGHTS
+    first, both = cached._numbers(file, 1), cached._numbers(file, 0)
+    assert 0 < first < both == cached._numbers(file, 2)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"do not load .*; copy them again"):
+        cached._numbers(file, 0)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ceed_vla.checkpoints import load, save
+from ceed_vla.errors import CeedVLAError
 
 
 def finer(path: str, folder: str) -> None:
@@ -53,4 +54,7 @@ def finer(path: str, folder: str) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    finer(sys.argv[1], sys.argv[2])
+    try:
+        finer(sys.argv[1], sys.argv[2])
+    except CeedVLAError as error:
+        sys.exit(str(error))

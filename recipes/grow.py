@@ -13,6 +13,7 @@ from copy import deepcopy
 from torch import nn
 
 from ceed_vla.checkpoints import load, save
+from ceed_vla.errors import CeedVLAError
 
 
 def grow(path: str, folder: str, factor: int) -> None:
@@ -31,4 +32,7 @@ def grow(path: str, folder: str, factor: int) -> None:
 
 
 if __name__ == "__main__":
-    grow(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    try:
+        grow(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    except CeedVLAError as error:
+        sys.exit(str(error))

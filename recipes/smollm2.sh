@@ -2,7 +2,7 @@
 # Policies of the tabletop with layers of SmolLM2-135M: the model, a teacher that learns what the shipped teacher does, a student,
 # their evaluation and the bench. With the first 16 of its 30 layers, as SmolVLA has, because they train in half the time; or as
 # a control with the first 8 of these. Needs the datasets of `DATA_ONLY=true bash recipes/tabletop.sh`; the control needs the 16
-# layers' runs `first` and `second`, and the takeovers of both. After an interrupt run the script again: it resumes.
+# layers' run `first`, and all takeovers of theirs. After an interrupt run the script again: it resumes.
 # Every step writes its begin into log.txt.
 #
 #   bash recipes/smollm2.sh [OUTPUT_FOLDER]
@@ -50,11 +50,11 @@ train() { # name roots weights [other flags]
       --resume "$(started "$1")" "${@:4}"
   }
 }
-takeovers() { # checkpoint first_of_two_numbers first_seed
+takeovers() { # checkpoint first_of_two_numbers first_seed decoding
   begin "takeovers of $1"
   for half in 0 1; do
     ceed-vla record --resume true --root "$pair/own$(($2 + half))" --mode takeover --episodes 480 --seed $(($3 + 500 * half)) \
-      --policy.path "$(final "$1")" --decoding ar_h &
+      --policy.path "$(final "$1")" --decoding "$4" &
   done
   for job in $(jobs -p); do wait "$job"; done
 }
@@ -67,11 +67,11 @@ if [ "$layers" != 8 ]; then
     --policy.action_tokens.action_low="[-1, -1, -1, -0.25, -0.25, -1, -1]" \
     --policy.action_tokens.action_high="[1, 1, 1, 0.25, 0.25, 1, 1]"
   evaluate validate_first "$(final first)" 40000 200 ar_h
-  finished second || takeovers first 0 39000
+  finished second || takeovers first 0 39000 ar_h
   evaluate validate_shipped teacher 40000 200 ar_h
   train second "$roots,${own}0,${own}1" 0.04,0.18,0.21,0.07,0.07,0.065,0.065,0.15,0.15 --lr 1e-3 --policy.path "$(final first)"
   evaluate validate_second "$(final second)" 40000 200 ar_h
-  finished teacher || takeovers second 2 38000
+  finished teacher || takeovers second 2 38000 ar_h
   start=$(final second) rate=1e-3
 else
   start=$pair/begun rate=2e-3 steps=3000
@@ -87,17 +87,27 @@ solved = json.load(open(sys.argv[1]))["decoders"]["ar_h"]["success"]
 sys.exit(f"The teacher solves {solved} of 200; it needs 160." if solved < 160 else None)
 END
 
-# 3. Its fixed points, and the student.
-if ! finished student; then
-  begin collect
-  ceed-vla collect --policy.path "$(final teacher)" --roots "$roots" --output_dir "$pair/trajectories" --states false \
-    --guesses 1,0,0 --max_frames "${FRAMES:-12000}" --workers 2 --threads 1 --resume true
-  begin student
-  OMP_NUM_THREADS=2 ceed-vla distill --output_dir "$pair/student" --teacher.path "$(final teacher)" \
-    --trajectories.path "$pair/trajectories" --roots "$roots" --steps "${STUDENT_STEPS:-800}" --batch_size 16 \
-    --lora.rank 32 --lr 1e-3 --muon_lr 0 --max_updates 1 --max_iterations 2 --confidence 0.4 --eval_every 0 --eval_frames 24 \
-    --validate_episodes 0 --threads 2 --save_every 25 --resume "$(started student)"
-fi
+# 3. Its fixed points, and the student in two runs: `first_student` on the datasets of the shipped pair, and from there `student`
+#    on takeovers alone, also those of `first_student`: the states that this policy itself reaches. The control has the same data.
+distil() { # name trajectories roots frames steps [other flags]
+  finished "$1" || {
+    begin "collect for $1"
+    ceed-vla collect --policy.path "$(final teacher)" --roots "$3" --output_dir "$pair/$2" --states false --guesses 1,0,0 \
+      --max_frames "${FRAMES:-$4}" --workers 2 --threads 1 --resume true
+    begin "$1"
+    OMP_NUM_THREADS=2 ceed-vla distill --output_dir "$pair/$1" --teacher.path "$(final teacher)" \
+      --trajectories.path "$pair/$2" --roots "$3" --steps "${STUDENT_STEPS:-$5}" --batch_size 16 --lora.rank 32 --muon_lr 0 \
+      --max_updates 1 --max_iterations 2 --confidence 0.4 --eval_every 0 --eval_frames 24 --validate_episodes 0 --threads 2 \
+      --save_every 25 --resume "$(started "$1")" "${@:6}"
+  }
+}
+distil first_student trajectories "$roots" 12000 800 --lr 1e-3
+[ "$layers" = 8 ] || {
+  evaluate validate_first_student "$(final first_student)" 40000 200 conf0.2_cap2,cap1,cap2
+  finished student || takeovers first_student 4 37000 cap2
+}
+reached="$data/takeover0,$data/takeover1,$data/drift0,$data/drift1,${own}0,${own}1,${own}2,${own}3,${own}4,${own}5"
+distil student trajectories_reached "$reached" 9000 1200 --lr 2e-3 --student.path "$(final first_student)"
 
 # 4. The exit rule on validation seeds (`ceed` is the confidence above), and whether strict Jacobi equals AR.
 evaluate validate_student "$(final student)" 40000 200 conf0.2_cap2,cap1,cap2

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from ceed_vla.checkpoints import load, save
+from ceed_vla.errors import CeedVLAError
 
 
 def truncate(path: str, folder: str, layers: int) -> None:
@@ -42,4 +43,7 @@ def truncate(path: str, folder: str, layers: int) -> None:
 
 
 if __name__ == "__main__":
-    truncate(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    try:
+        truncate(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    except CeedVLAError as error:
+        sys.exit(str(error))

@@ -87,7 +87,7 @@ def build(config: WheelConfig) -> Path:
     if not found:
         raise CheckpointError(f"{weights} holds neither {' nor '.join(PRETRAINED)}.")
     sources = {name: resolve_checkpoint(folder) for name, folder in found.items()}
-    base = _base(list(sources.values()))
+    base = _base(list(sources.values()), card)
     with tempfile.TemporaryDirectory() as temporary:
         package = Path(temporary) / f"ceed_vla_{config.name}"
         if base:
@@ -120,7 +120,7 @@ def build(config: WheelConfig) -> Path:
             logging.disable(logging.NOTSET)
 
 
-def _base(checkpoints: list[Path]) -> Path | None:
+def _base(checkpoints: list[Path], card: Path) -> Path | None:
     """The folder of the model that the checkpoints refer to, if they do.
 
     Raises:
@@ -138,7 +138,7 @@ def _base(checkpoints: list[Path]) -> Path | None:
     if missing := [base for base in found if not base.is_dir()]:
         raise CheckpointError(
             f"{checkpoints[0].parent} refers to the model in {missing[0]}, which is missing; make "
-            "it or download it again."
+            f"it or download it again ({card} may say how)."
         )
     return next(iter(found), None)
 

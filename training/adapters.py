@@ -57,7 +57,7 @@ def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
     Raises:
         ConfigError: peft is missing, or the settings do not match the policy or its adapters.
     """
-    _add(policy, LEARNT, _own_layers(policy, config.rank), config, config.targets)
+    _add(policy, LEARNT, policy.adapters, config, config.targets)
     full = [name.strip() for name in config.train.split(",") if name.strip()]
     known = {part for name, _ in policy.backbone.named_parameters() for part in name.split(".")}
     if wrong := set(full) - known - {"state", "auxiliary"}:
@@ -71,19 +71,22 @@ def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
     policy.adapters = {}
 
 
-def attach_student(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
+def attach_student(
+    policy: CeedVLAPolicy, config: LoRAConfig, earlier: Mapping[str, Tensor] | None = None
+) -> None:
     """Put a student's adapter on a policy, next to the teacher's; see `attach`.
 
-    It starts as a copy of the teacher's adapter, or as a new one if there is none.
+    It starts as a copy of the `earlier` student's adapter if there is one, else of the teacher's,
+    or as a new one if the teacher has none.
     """
     if config.targets != "language":
         raise ConfigError(
             f"lora.targets is {config.targets}; distillation trains adapters of the language model "
             'only. Set it to "language".'
         )
-    own = _own_layers(policy, config.rank)
-    for name in (TEACHER, LEARNT) if own else (LEARNT,):
-        _add(policy, name, own, config, "language")
+    if policy.adapters:
+        _add(policy, TEACHER, policy.adapters, config, "language")
+    _add(policy, LEARNT, earlier or policy.adapters, config, "language")
     policy.adapters = {}
     learning = set(policy.backbone.distillation_parameters())
     for parameter_name, parameter in policy.backbone.named_parameters():
@@ -91,19 +94,15 @@ def attach_student(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
     select(policy, LEARNT)
 
 
-def _own_layers(policy: CeedVLAPolicy, rank: int) -> list[str]:
-    """Layers with adapters in the policy's checkpoint."""
-    ranks = {len(weight) for name, weight in policy.adapters.items() if name.endswith(A)}
+def _own_layers(adapters: Mapping[str, Tensor], rank: int) -> list[str]:
+    """Layers with adapters in a checkpoint."""
+    ranks = {len(weight) for name, weight in adapters.items() if name.endswith(A)}
     if ranks - {rank}:
         raise ConfigError(
             f"lora.rank is {rank}, but the checkpoint has adapters of rank "
             f"{', '.join(map(str, sorted(ranks)))}, which continue to learn; set that rank."
         )
-    return [
-        n.removeprefix("backbone.").removesuffix(A)
-        for n in sorted(policy.adapters)
-        if n.endswith(A)
-    ]
+    return [n.removeprefix("backbone.").removesuffix(A) for n in sorted(adapters) if n.endswith(A)]
 
 
 def _layers(policy: CeedVLAPolicy, targets: str) -> list[str]:
@@ -126,12 +125,17 @@ def _layers(policy: CeedVLAPolicy, targets: str) -> list[str]:
 
 
 def _add(
-    policy: CeedVLAPolicy, name: str, own: list[str], config: LoRAConfig, targets: str
+    policy: CeedVLAPolicy,
+    name: str,
+    weights: Mapping[str, Tensor],
+    config: LoRAConfig,
+    targets: str,
 ) -> None:
     """Put one adapter on the policy.
 
-    It gets the checkpoint's weights on the layers `own`; without these it is new, on `targets`.
+    It gets the `weights` of a checkpoint's adapters; without these it is new, on `targets`.
     """
+    own = _own_layers(weights, config.rank)
     require_module("LoRA", "peft")
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
@@ -148,7 +152,7 @@ def _add(
     for parameter in (p for n, p in parameters.items() if f".{name}." in n):
         parameter.data = parameter.data.float()  # half precision would round small updates away
     with torch.no_grad():
-        for weight, value in policy.adapters.items():
+        for weight, value in weights.items():
             parameters[weight.removesuffix(".weight") + f".{name}.weight"].copy_(value)
 
 

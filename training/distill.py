@@ -33,6 +33,7 @@ from ceed_vla.training.clipping import check_clipping
 from ceed_vla.training.collect_config import guess_shares
 from ceed_vla.training.corruption import PREVIOUS, StateDraw, draw_states
 from ceed_vla.training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
+from ceed_vla.training.earlier_student import copy_into, earlier_weights
 from ceed_vla.training.joint_exits import JointExitsConfig, attach_exits
 from ceed_vla.training.kept_prefix import FRAMES, keep_by_scorer, keep_places
 from ceed_vla.training.losses import after_first_divergence, find_loss, needs
@@ -55,6 +56,8 @@ class DistillConfig(RunConfig):
     Attributes:
         steps: Optimiser steps; by default 400, or as many as fit into max_minutes.
         teacher_path: Checkpoint of the teacher, from which the student starts.
+        student_path: Earlier student of this teacher, from which the student starts instead; for a
+            second round with the states that the first student reached.
         trajectories: Source of the teacher's trajectories.
         roots: Comma-separated datasets; for stored trajectories those that they were collected on,
             in the same order.
@@ -85,6 +88,7 @@ class DistillConfig(RunConfig):
     """
 
     teacher_path: str = ""
+    student_path: str = ""
     trajectories: TrajectoriesConfig = field(default_factory=TrajectoriesConfig)
     roots: str = ""
     loss: str = "trust_region"
@@ -175,10 +179,14 @@ class DistillRun(Run):
         exit_rules(
             student.config.decoding, student.tokenizer.ordered and student.tokenizer.stop is None
         )
+        earlier: dict[str, Tensor] = {}
+        if config.student_path:
+            earlier = earlier_weights(student, config.student_path, config.device, adapted=adapted)
         teacher = None
         if adapted:
-            attach_student(student, config.lora)
+            attach_student(student, config.lora, earlier)
         else:
+            copy_into(student, earlier)
             teacher, _, _ = load(config.teacher_path, device=config.device)
             teacher.to(self.accelerator.device)
         student.to(self.accelerator.device)
@@ -252,8 +260,12 @@ class DistillRun(Run):
     # ---- steps -----------------------------------------------------------------------------------
 
     def origin(self) -> dict[str, Any]:
-        teacher = weights_hash(self.config.teacher_path)
-        return {**origin_of(self.data.stores, self.config.held_out), "teacher": teacher}
+        config = self.config
+        return {
+            **origin_of(self.data.stores, config.held_out),
+            "teacher": weights_hash(config.teacher_path),
+            "student": weights_hash(config.student_path) if config.student_path else None,
+        }
 
     def train_step(self) -> dict[str, float]:
         config, size = self.config, self.config.batch_size

@@ -83,8 +83,8 @@ COMMANDS = {
         extras="train",
         must="teacher.path trajectories.path roots output_dir",
         may=(
-            "trajectories.online steps max_minutes batch_size lr loss states max_iterations "
-            "confidence env.type lora.rank device seed threads resume"
+            "student.path trajectories.online steps max_minutes batch_size lr loss states "
+            "max_iterations confidence env.type lora.rank device seed threads resume"
         ),
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
         simulator="ceed_vla.sim.hooks StudentSimulation",

@@ -12,6 +12,7 @@ from ceed_vla.cli.values import UsageError
 SPELLINGS = {
     "policy_path": "policy.path",
     "teacher_path": "teacher.path",
+    "student_path": "student.path",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_vlms import make_tiny_vlm
 
 import ceed_vla
-from ceed_vla.checkpoints import load, resolve_checkpoint
+from ceed_vla.checkpoints import load, resolve_checkpoint, save
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError
 from ceed_vla.lora import is_adapter
@@ -218,6 +219,33 @@ def test_a_student_of_adapters(
     assert (logits_of(student, batch) - logits_of(teacher, batch)).abs().max() > 0.05
     embeddings = [policy.backbone.embed_prefix(batch).embeds for policy in (student, teacher)]
     assert torch.equal(*embeddings)
+
+    longer = replace(
+        config, output_dir=str(tmp_path / "longer"), student_path=str(tmp_path / FINAL)
+    )
+    second = DistillRun(longer, None)
+    second.policy.eval()
+    torch.testing.assert_close(
+        logits_of(second.policy, batch), logits_of(student, batch), rtol=1e-3, atol=1e-4
+    )
+    with teacher_weights(second.policy):
+        torch.testing.assert_close(
+            logits_of(second.policy, batch), logits_of(teacher, batch), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_an_earlier_student_needs_adapters_that_are_kept_apart(
+    studio: Any, adapter_teacher: Path, tmp_path: Path
+) -> None:
+    merged = save(tmp_path / "merged", *load(adapter_teacher))
+    common = {"teacher_path": str(adapter_teacher), "trajectories": ONLINE}
+    with pytest.raises(ConfigError, match=r"differs from the teacher in .*, but with adapters"):
+        DistillRun(
+            studio.distill_config(
+                tmp_path / "a", student_path=str(merged), lora=LoRAConfig(rank=4), **common
+            ),
+            None,
+        )
 
 
 @pytest.mark.slow

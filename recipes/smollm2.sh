@@ -89,16 +89,17 @@ END
 
 # 3. Its fixed points, and the student in two runs: `first_student` on the datasets of the shipped pair, and from there `student`
 #    on takeovers alone, also those of `first_student`: the states that this policy itself reaches. The control has the same data.
+#    The vocabulary fits all datasets; takeovers alone need little of its range, which `--max_clipped 1` allows.
 distil() { # name trajectories roots frames steps [other flags]
   finished "$1" || {
     begin "collect for $1"
     ceed-vla collect --policy.path "$(final teacher)" --roots "$3" --output_dir "$pair/$2" --states false --guesses 1,0,0 \
-      --max_frames "${FRAMES:-$4}" --workers 2 --threads 1 --resume true
+      --max_frames "${FRAMES:-$4}" --max_clipped 1 --workers 2 --threads 1 --resume true
     begin "$1"
     OMP_NUM_THREADS=2 ceed-vla distill --output_dir "$pair/$1" --teacher.path "$(final teacher)" \
       --trajectories.path "$pair/$2" --roots "$3" --steps "${STUDENT_STEPS:-$5}" --batch_size 16 --lora.rank 32 --muon_lr 0 \
       --max_updates 1 --max_iterations 2 --confidence 0.4 --eval_every 0 --eval_frames 24 --validate_episodes 0 --threads 2 \
-      --save_every 25 --resume "$(started "$1")" "${@:6}"
+      --max_clipped 1 --save_every 25 --resume "$(started "$1")" "${@:6}"
   }
 }
 distil first_student trajectories "$roots" 12000 800 --lr 1e-3

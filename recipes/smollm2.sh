@@ -2,7 +2,7 @@
 # Policies of the tabletop with layers of SmolLM2-135M: the model, a teacher that learns what the shipped teacher does, a student,
 # their evaluation and the bench. With the first 16 of its 30 layers, as SmolVLA has, because they train in half the time; or as
 # a control with the first 8 of these. Needs the datasets of `DATA_ONLY=true bash recipes/tabletop.sh`; the control needs the 16
-# layers' run `first`, and all takeovers of theirs. After an interrupt run the script again: it resumes.
+# layers' teacher, and the takeovers `own2` to `own5` of theirs. After an interrupt run the script again: it resumes.
 # Every step writes its begin into log.txt.
 #
 #   bash recipes/smollm2.sh [OUTPUT_FOLDER]
@@ -37,17 +37,17 @@ fi
 
 # 2. The teacher, behind the frozen stems of the shipped teacher, whose predictions it learns, in three runs. Run `first` learns
 #    on the datasets of the shipped pair. Runs `second` and `teacher` go on at half the learning rate, with takeovers from the
-#    runs before: the states that this policy itself reaches. Images are not changed: the shipped teacher sees them as they are.
+#    run before: the states that this policy itself reaches. Images are not changed: the shipped teacher sees them as they are.
 #    One process with two threads is as fast as two with one each. Below 160 of 200 validation episodes nothing else is tried.
-#    The control is run `first` cut to its first layers. It then has the same data, and as many steps as both later runs and the
-#    student; its learning rate is that of run `first`, as it has more to learn anew. It has no threshold.
-train() { # name roots weights [other flags]
+#    The control is the teacher cut to its first layers. It then learns from the same data, in as many steps as the last two
+#    runs; its learning rate is that of run `first`, as it has more to learn anew. It has no threshold.
+train() { # name steps roots weights [other flags]
   finished "$1" || {
     begin "$1"
-    OMP_NUM_THREADS=2 ceed-vla train --output_dir "$pair/$1" --roots "$2" --root_weights "$3" --imitate teacher \
+    OMP_NUM_THREADS=2 ceed-vla train --output_dir "$pair/$1" --roots "$3" --root_weights "$4" --imitate teacher \
       --policy.augment_shift 0 --policy.augment_brightness 0 --grounding_steps 0 --rounds 0 --validate_episodes 0 \
-      --batch_size 16 --steps "${STEPS:-$steps}" --lora.rank 32 --muon_lr 0 --threads 2 --save_every 50 \
-      --resume "$(started "$1")" "${@:4}"
+      --batch_size 16 --steps "${STEPS:-$2}" --lora.rank 32 --muon_lr 0 --threads 2 --save_every 50 \
+      --resume "$(started "$1")" "${@:5}"
   }
 }
 takeovers() { # checkpoint first_of_two_numbers first_seed decoding
@@ -58,28 +58,27 @@ takeovers() { # checkpoint first_of_two_numbers first_seed decoding
   done
   for job in $(jobs -p); do wait "$job"; done
 }
-steps=1500 own=$out/16/own
+own=$out/16/own
 if [ "$layers" != 8 ]; then
   own=$pair/own
-  train first "$roots" 0.06,0.25,0.3,0.11,0.11,0.085,0.085 --lr 2e-3 --policy.backbone.type=language \
+  train first 1000 "$roots" 0.06,0.25,0.3,0.11,0.11,0.085,0.085 --lr 2e-3 --policy.backbone.type=language \
     --policy.backbone.path="$out/model" --policy.backbone.weights=reference --policy.backbone.layers="$layers" \
     --policy.action_tokens.action_range=fixed \
     --policy.action_tokens.action_low="[-1, -1, -1, -0.25, -0.25, -1, -1]" \
     --policy.action_tokens.action_high="[1, 1, 1, 0.25, 0.25, 1, 1]"
-  evaluate validate_first "$(final first)" 40000 200 ar_h
   finished second || takeovers first 0 39000 ar_h
-  evaluate validate_shipped teacher 40000 200 ar_h
-  train second "$roots,${own}0,${own}1" 0.04,0.18,0.21,0.07,0.07,0.065,0.065,0.15,0.15 --lr 1e-3 --policy.path "$(final first)"
+  train second 1200 "$roots,${own}0,${own}1" 0.05,0.2,0.23,0.09,0.09,0.07,0.07,0.1,0.1 --lr 1e-3 --policy.path "$(final first)"
   evaluate validate_second "$(final second)" 40000 200 ar_h
   finished teacher || takeovers second 2 38000 ar_h
-  start=$(final second) rate=1e-3
+  start=$(final second) rate=1e-3 steps=1500
 else
-  start=$pair/begun rate=2e-3 steps=3000
-  [ -e "$start/config.json" ] || python recipes/truncate.py "$out/16/first/checkpoints/final" "$start" "$layers"
+  start=$pair/begun rate=2e-3 steps=2700
+  [ -e "$start/config.json" ] || python recipes/truncate.py "$out/16/teacher/checkpoints/final" "$start" "$layers"
 fi
-train teacher "$roots,${own}0,${own}1,${own}2,${own}3" 0.03,0.14,0.17,0.06,0.06,0.05,0.05,0.1,0.1,0.12,0.12 --lr "$rate" \
+train teacher "$steps" "$roots,${own}2,${own}3" 0.04,0.16,0.19,0.06,0.06,0.055,0.055,0.19,0.19 --lr "$rate" \
   --policy.path "$start"
 evaluate validate_teacher "$(final teacher)" 40000 200 ar_h
+[ "$layers" = 8 ] || evaluate validate_shipped teacher 40000 200 ar_h
 [ "$layers" = 8 ] || python - "$pair/validate_teacher/report.json" <<'END'
 import json, sys
 
@@ -107,7 +106,7 @@ distil first_student trajectories "$roots" 12000 800 --lr 1e-3
   evaluate validate_first_student "$(final first_student)" 40000 200 conf0.2_cap2,cap1,cap2
   finished student || takeovers first_student 4 37000 cap2
 }
-reached="$data/takeover0,$data/takeover1,$data/drift0,$data/drift1,${own}0,${own}1,${own}2,${own}3,${own}4,${own}5"
+reached="$data/takeover0,$data/takeover1,$data/drift0,$data/drift1,${own}2,${own}3,${own}4,${own}5"
 distil student trajectories_reached "$reached" 9000 1200 --lr 2e-3 --student.path "$(final first_student)"
 
 # 4. The exit rule on validation seeds (`ceed` is the confidence above), and whether strict Jacobi equals AR.

@@ -102,7 +102,9 @@ PUBLIC = {
         "timm>=1,<2",
     ],
     # Run an export (`ceed_vla.edge`), beside torch or without it.
-    "edge": [ONNXRUNTIME, TOKENIZERS],
+    "edge": [ONNXRUNTIME],
+    # The same for exports of language models, whose prompts need tokenizers.
+    "prompts": [ONNXRUNTIME, TOKENIZERS],
     # Make an export: `ceed-vla export`.
     "export": [*POLICY, "onnx>=1.18,<2", ONNXRUNTIME, "onnxscript>=0.5,<1"],
     # Episodes on several machines: --cluster.address.

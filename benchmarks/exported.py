@@ -23,11 +23,11 @@ import ceed_vla
 import ceed_vla.sim.tabletop  # registers ceed_vla/Tabletop-v0
 from ceed_vla.edge import EdgePolicy
 from ceed_vla.sim.environment import observation_batch
-from ceed_vla.sim.timing import PAUSE_S
 
 DECODERS = ("ar", "ar_h", "jacobi", "jacobi_h", "ceed", "cap1")
 TASKS = ("push_cube", "cube_in_bin", "cube_on_plate", "stack_cubes")
 LONGEST = 25  # chunks of an episode
+PAUSE_S = 0.01  # before a decode: idle threads of the other engine may spin for milliseconds
 FROZEN = 2  # steps
 
 

@@ -56,7 +56,10 @@ EXTRAS = {
         ("peft", "timm", "sentencepiece", "scipy", "num2words"),
         includes=("policy",),
     ),
-    "edge": Extra("running exports, without torch", ("onnxruntime", "tokenizers")),
+    "edge": Extra("running exports, without torch", ("onnxruntime",)),
+    "prompts": Extra(
+        "running exports of language models, without torch", ("tokenizers",), includes=("edge",)
+    ),
     "export": Extra("making exports", ("onnx", "onnxscript", "onnxruntime"), includes=("policy",)),
     "cluster": Extra("episodes on a Ray cluster", ("ray",)),
     "viz": Extra("recordings for Rerun's viewer", ("rerun",)),

@@ -180,7 +180,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
 
 def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
     """Run `calibrate`; write the report `file`, and the checkpoint into its folder."""
-    config.limit_threads()
+    config.place_threads()
     policy, pre, post = load(config.policy.given())
     weights = weights_hash(config.policy.path)  # now, as the folder may get others meanwhile
     policy.requires_grad_(False)  # so that no weight is saved as trainable

@@ -118,7 +118,11 @@ def resolved(name: str, config: Any) -> str:
 
 
 def open_engines(
-    name: str, bundles: Mapping[str, Bundle], paths: Mapping[str, str], env: EnvConfig
+    name: str,
+    bundles: Mapping[str, Bundle],
+    paths: Mapping[str, str],
+    env: EnvConfig,
+    pin: str = "auto",
 ) -> dict[str, Engine]:
     """Open the engines that an option ``engine`` chooses.
 
@@ -127,6 +131,7 @@ def open_engines(
         bundles: Policy and processors by model.
         paths: Checkpoints by model.
         env: The environment.
+        pin: Cores of the threads of exports, see `ceed_vla.scheduling.Placement`.
 
     Raises:
         ConfigError: The policy, or the environment, does not run in the engine.
@@ -138,7 +143,7 @@ def open_engines(
         engines["compiled"] = CompiledEngine(bundles)
     if name in ("edge", "fastest"):
         try:
-            engines["edge"] = _edge_engine(bundles, paths, env)
+            engines["edge"] = _edge_engine(bundles, paths, env, pin)
         except CeedVLAError as error:
             if name == "edge":
                 raise
@@ -175,7 +180,7 @@ def _check_edge(env: EnvConfig, device: str) -> None:
 
 
 def _edge_engine(
-    bundles: Mapping[str, Bundle], paths: Mapping[str, str], env: EnvConfig
+    bundles: Mapping[str, Bundle], paths: Mapping[str, str], env: EnvConfig, pin: str
 ) -> EdgeEngine:
     """Export the models that can be exported; the policy must be among them."""
     exports = {}
@@ -183,7 +188,7 @@ def _edge_engine(
         try:
             _check_edge(env, str(bundle[0].config.device))
             exports[model] = cached_policy(
-                paths[model], torch.get_num_threads(), (), ",".join(discovered())
+                paths[model], torch.get_num_threads(), (), ",".join(discovered()), pin
             )
         except CeedVLAError as error:
             if model == "policy":
@@ -203,6 +208,7 @@ def _export_parts(export: EdgePolicy) -> Probe:
     """As `bare_parts`, for an export; its checks are part of "process"."""
     n = export.vocabulary.block_length
 
+    @export.placement.pinned()
     def probe(observation: dict[str, Any], instruction: str) -> dict[str, float]:
         times = [time.perf_counter()]
         prepared = export.prepare(arrays_of(observation), instruction)

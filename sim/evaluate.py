@@ -184,7 +184,7 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
             f"--delay is measured, --num_shards {config.num_shards}; each would measure another "
             "delay. Measure it once, and set --delay_ms in all shards."
         )
-    config.limit_threads()
+    config.place_threads()
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
     config = replace(config, executed_steps=executed)

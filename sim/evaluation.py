@@ -79,7 +79,7 @@ def engines_of_run(config: EvalConfig, bundles: Mapping[str, Bundle]) -> dict[st
     if not config.timing_chunks and config.engine != "edge":
         return {}
     paths = {"policy": config.policy.path, "teacher": config.teacher.path}
-    return open_engines(config.engine, bundles, paths, config.env)
+    return open_engines(config.engine, bundles, paths, config.env, config.pin)
 
 
 def checkpoint_entries(config: EvalConfig) -> dict[str, dict[str, str]]:

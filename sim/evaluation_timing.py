@@ -12,6 +12,7 @@ from ceed_vla.sim.engines import engines_of, with_eager
 from ceed_vla.sim.environment import Bundle
 from ceed_vla.sim.evaluation import Evaluation, planned_episodes
 from ceed_vla.sim.timing import (
+    PAUSE_S,
     Samples,
     collect_observations,
     make_runner,
@@ -63,8 +64,13 @@ def measure_latency(run: Evaluation) -> None:
         "driver": driver.name,
         "batch": 1,
         "engines": used,
+        "pause_ms": [1e3 * seconds for seconds in PAUSE_S],
         "totals": {
             row: {engine: percentiles(samples[f"{row} {engine}"].total) for engine in names}
+            for row, names in able.items()
+        },
+        "loops": {
+            row: {engine: percentiles(samples[f"{row} {engine}"].loop) for engine in names}
             for row, names in able.items()
         },
         "parts": {

@@ -81,7 +81,7 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
             f"--env.type={config.env.type} has no positions to compare with: its configuration "
             "lacks `privileged`, see sim/environment.py."
         )
-    config.limit_threads()
+    config.place_threads()
     bundle = joined(load(config.policy.given(), device=config.device), config.env)
     needed = max(stop for _, stop in privileged.positions.values())
     count = len(bundle[0].config.auxiliary_scale)

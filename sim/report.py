@@ -31,8 +31,8 @@ NOTES = (
     ),
     "layers: layers that ran in these forwards + layers of the prefix; means per chunk.",
     (
-        "latency: preprocessing, prefill and decoding of one chunk at batch 1; same observations, "
-        "interleaved."
+        "latency: preprocessing, prefill and decoding of one chunk at batch 1, after a pause of 10 "
+        "to 100 ms; same observations, in an order drawn for each."
     ),
     (
         "rate: executed steps per p50 latency, the rate at which the policy can feed a robot "

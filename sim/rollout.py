@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ceed_vla.checkpoints import load
 from ceed_vla.real_time import decode_behind
+from ceed_vla.scheduling import torch_pinned
 from ceed_vla.sim.env_tasks import MIXED
 from ceed_vla.sim.environment import (
     Bundle,
@@ -169,17 +170,18 @@ class PolicyRunner:
         if self.preprocessor is not None:
             batch = self.preprocessor(batch)
         every = max(self.executed_steps, self.delay)  # steps from one observation to the next
-        result = decode_behind(
-            self.policy,
-            batch,
-            counts[0] if counts else 0,
-            every,
-            decoding=self.decoding,
-            previous=stack_previous(previous),
-            generator=self.generator,
-            shift_steps=0 if self.continues else every,
-            read=False,
-        )
+        with torch_pinned():
+            result = decode_behind(
+                self.policy,
+                batch,
+                counts[0] if counts else 0,
+                every,
+                decoding=self.decoding,
+                previous=stack_previous(previous),
+                generator=self.generator,
+                shift_steps=0 if self.continues else every,
+                read=False,
+            )
         actions = self._actions(result.tokens)
         tokens = result.tokens.cpu()
         forwards = result.iterations.tolist()

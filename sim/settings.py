@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field
 
-import torch
 from lerobot.envs.configs import EnvConfig
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import Checked, ranged
+from ceed_vla.scheduling import place_torch
 from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
 
 
@@ -41,7 +41,8 @@ class DrivenConfig(Checked, prefix="--"):
         env: The environment; its tasks cycle over the seeds, or it draws them (env.task=mixed).
         instruction: Instruction for the policy, if the environment has none or its words differ
             from those of the data.
-        threads: CPU threads of torch; None: torch's default.
+        threads: CPU threads of a forward; None: torch's default.
+        pin: Cores of these threads: auto, none, or one core for each thread, such as 2,3.
     """
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
@@ -49,8 +50,8 @@ class DrivenConfig(Checked, prefix="--"):
     _: KW_ONLY
     instruction: str = ""
     threads: int | None = ranged(None, "[1, 256]")
+    pin: str = "auto"
 
-    def limit_threads(self) -> None:
-        """Apply `threads` to torch."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+    def place_threads(self) -> None:
+        """Apply `threads` and `pin` to torch."""
+        place_torch(self.threads, self.pin)

@@ -84,7 +84,7 @@ def show(config: ShowConfig) -> Path:
     path = claim_file("output", config.output, ".png")
     if config.rerun:
         check_rerun("rerun", config.rerun)
-    config.limit_threads()
+    config.place_threads()
     bundles = load_bundles(config)
     policy = bundles["policy"][0].config
     with EnvPool(1, config.env, config.instruction) as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ceed_vla.compiled.engine import CompiledBackbone
+from ceed_vla.scheduling import torch_pinned
 from ceed_vla.sim.decoders import Row
 from ceed_vla.sim.environment import Bundle, EnvPool, observation_batch
 from ceed_vla.sim.rollout import PolicyRunner, drive
@@ -21,8 +23,9 @@ from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 
 WARM_UP = 3
-# Before every measurement: idle threads of the engine before may spin for milliseconds.
-PAUSE_S = 0.01
+# Shortest and longest pause before a measurement [s]: a robot decodes, waits for a camera, and
+# decodes again, and meanwhile its cores fall asleep.
+PAUSE_S = (0.01, 0.1)
 PARTS = ("process", "checks", "prefill", "block", "token")
 # observation, instruction -> seconds by part
 Probe = Callable[[dict[str, Any], str], dict[str, float]]
@@ -32,9 +35,10 @@ Observations = list[tuple[dict[str, Any], str]]
 
 @dataclass
 class Samples:
-    """Measurements of one decoder, one entry per chunk; times in [s]."""
+    """Measurements of one decoder, one entry per chunk; times in [s], after a pause."""
 
     total: list[float] = field(default_factory=list)
+    loop: list[float] = field(default_factory=list)  # total, of the same chunk again at once
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)  # (n,)
@@ -70,8 +74,9 @@ def measure(
     """Time every runner and probe on every observation.
 
     A runner's warm start is its own chunk for the previous observation, as in its own closed loop.
-    Runners and probes are interleaved on each observation, in rotating order, so that slow phases
-    of the machine affect all of them.
+    Runners and probes are interleaved on each observation, in an order drawn for it, so that slow
+    phases of the machine affect all of them, and none always follows the same one. Before each
+    there is a pause, which is drawn for the observation.
 
     Returns:
         Samples by runner, and seconds by probe and part.
@@ -83,20 +88,25 @@ def measure(
             probe(observation, instruction)
         for runner in runners.values():
             runner.decode([observation], [instruction], [None])
-    names, turn = [*probes, *runners], 0
+    names = [*probes, *runners]
+    draw = random.Random(0)
     for episode in episodes:
         previous: dict[str, Tensor | None] = {}
         for observation, instruction in episode:
-            turn = (turn + 1) % len(names)
-            for name in (*names[turn:], *names[:turn]):
-                time.sleep(PAUSE_S)
+            pause = draw.uniform(*PAUSE_S)
+            for name in draw.sample(names, len(names)):
+                time.sleep(pause)
                 if name in probes:
                     for part, seconds in probes[name](observation, instruction).items():
                         probed[name][part].append(seconds)
                     continue
+                row = [observation], [instruction], [previous.get(name)]
                 started = time.perf_counter()
-                chunk = runners[name].decode([observation], [instruction], [previous.get(name)])[0]
-                samples[name].total.append(time.perf_counter() - started)
+                chunk = runners[name].decode(*row)[0]
+                decoded = time.perf_counter()
+                runners[name].decode(*row)
+                samples[name].loop.append(time.perf_counter() - decoded)
+                samples[name].total.append(decoded - started)
                 samples[name].prefill.append(chunk.seconds["prefill"])
                 samples[name].decode.append(chunk.seconds["decode"])
                 samples[name].tokens.append(chunk.tokens)
@@ -122,6 +132,7 @@ def bare_parts(bundle: Bundle) -> Probe:
         return time.perf_counter()
 
     @torch.inference_mode()
+    @torch_pinned()
     def probe(observation: dict[str, Any], instruction: str) -> dict[str, float]:
         nonlocal cold
         times = [now()]
@@ -182,6 +193,7 @@ def summarise(
     latency = percentiles(samples.total)
     return {
         "total_ms": latency,
+        "loop_ms": percentiles(samples.loop),
         "decode_ms": percentiles(samples.decode),
         "prefill_ms": percentiles(samples.prefill),
         "control_rate_hz": round(1000 * executed_steps / latency["p50"], 1),

@@ -69,7 +69,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
 
 def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
     """Run `tune` in a claimed folder."""
-    config.limit_threads()
+    config.place_threads()
     policy, pre, post = load(config.policy.given())
     weights = weights_hash(config.policy.path)  # now, as the folder may get others meanwhile
     policy.requires_grad_(False)  # so that no weight is saved as trainable

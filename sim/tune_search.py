@@ -62,7 +62,9 @@ class Search:
         self.usual = min(bundle[0].config.n_action_steps, self.steps)
         bundles = {"policy": bundle}
         paths = {"policy": config.policy.path}
-        self.engines = open_engines(resolved(config.engine, config), bundles, paths, config.env)
+        self.engines = open_engines(
+            resolved(config.engine, config), bundles, paths, config.env, config.pin
+        )
         self.opened = with_eager(self.engines, bundles)
         self.observed: dict[int, list[Observations]] = {}
         self.floor = progress.measured("floor [ms]", self._floor, float)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -29,6 +29,7 @@ from ceed_vla.edge.texts import open_texts
 from ceed_vla.edge.vocabulary import Vocabulary
 from ceed_vla.errors import ConfigError, ObservationError, VerificationError
 from ceed_vla.fields import short
+from ceed_vla.scheduling import Placement
 from ceed_vla.tokens.increments import put_behind, steps_behind
 
 
@@ -58,21 +59,24 @@ class EdgePolicy:
     Args:
         folder: The export, from ``ceed-vla export``.
         threads: Threads of the forwards; 0 for one per core.
+        pin: Cores of these threads, see `Placement`.
 
     Attributes:
         settings: What the export holds beside its graphs.
+        placement: Threads and their cores. The calling thread is on its core only while it decodes.
 
     Raises:
         CheckpointError: A file is missing, damaged, or of another export.
         VerificationError: This machine computes other tokens than the export's own checks.
     """
 
-    def __init__(self, folder: str | Path, threads: int = 0) -> None:
+    def __init__(self, folder: str | Path, threads: int = 0, pin: str = "auto") -> None:
         folder = Path(folder)
         self.settings = read_settings(folder)
         self.reader = ObservationReader(self.settings, open_texts(folder, self.settings))
         self.vocabulary = Vocabulary(self.settings.tokens)
-        sessions = open_sessions(folder, self.settings, threads)
+        self.placement = Placement(threads, pin)
+        sessions = open_sessions(folder, self.settings, self.placement)
         self._graphs: Graphs = FAMILIES[self.settings.family](sessions, self.settings)
         images = self.settings.images
         self._stem_of = {
@@ -80,8 +84,11 @@ class EdgePolicy:
             for camera, number in zip(images.cameras, images.stems, strict=True)
         }
         others = len(images.cameras) - 1
-        beside = min(others, (threads or os.cpu_count() or 1) - 1)
-        self._pool = ThreadPoolExecutor(beside) if beside > 0 else None
+        beside = min(others, self.placement.threads - 1)
+        cores = iter(self.placement.cores[1:])
+        self._pool = (
+            ThreadPoolExecutor(beside, initializer=_pin_next, initargs=(cores,)) if beside else None
+        )
         self._check(folder)
 
     def decoding_config(self, decoding: str | DecodingConfig) -> DecodingConfig:
@@ -260,9 +267,10 @@ class EdgePolicy:
             deadline_s=deadline_s,
         )
         started = time.perf_counter()
-        prefix = self.prefill(prepared)
-        prefilled = time.perf_counter()
-        result = self._decode_block(prefix, request)
+        with self.placement.pinned():
+            prefix = self.prefill(prepared)
+            prefilled = time.perf_counter()
+            result = self._decode_block(prefix, request)
         layers = self.settings.cache.layers
         result.layer_forwards = result.iterations * layers
         result.prefix_layers = result.iterations * 0 + layers
@@ -342,6 +350,13 @@ class EdgePolicy:
         return row_result(
             tokens, block.forwards, reason, int(rows.iterations[0]), int(rows.exact[0])
         )
+
+
+def _pin_next(cores: Iterator[int]) -> None:
+    """Pin the calling thread, which is new, to the next core, if there is one."""
+    core = next(cores, None)
+    if core is not None:
+        os.sched_setaffinity(0, {core})
 
 
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +11,31 @@ import numpy as np
 import onnxruntime
 
 from ceed_vla.edge.settings import ExportSettings, graph_names, read_part
-from ceed_vla.errors import CheckpointError, ConfigError, raised_as
-from ceed_vla.fields import THREADS, Interval, fits, short
+from ceed_vla.errors import CheckpointError, raised_as
+from ceed_vla.scheduling import Placement
 
 _Shapes = dict[str, list[Any] | None]  # input -> shape; None for any
 
 
-def open_sessions(folder: Path, settings: ExportSettings, threads: int) -> dict[str, Any]:
+def open_sessions(folder: Path, settings: ExportSettings, placement: Placement) -> dict[str, Any]:
     """Open a session for every graph of an export.
 
     Args:
         folder: The export.
         settings: Its settings.
-        threads: Threads of a session; 0 for one per core.
+        placement: Threads of a session, and their cores.
 
     Raises:
         CheckpointError: A graph is damaged, has operators that onnxruntime does not have, refers to
             other files, or has other inputs and outputs.
     """
-    if not fits(threads, int, Interval(THREADS)):
-        raise ConfigError(f"threads is {short(threads)}; it must be in {THREADS}.")
     sessions = {}
     for graph in graph_names(settings):
         name = f"{graph}.onnx"
         content = read_part(folder, name, settings.files[name])
         # Stems of several cameras run beside each other.
         alone = name.startswith("stem") and len(settings.images.cameras) > 1
-        options = _options(1 if alone else threads)
+        options = _options(1 if alone else placement.threads, placement.cores)
         with raised_as(
             CheckpointError,
             f"{folder / name} cannot be loaded by onnxruntime {onnxruntime.__version__}",
@@ -51,10 +49,15 @@ def open_sessions(folder: Path, settings: ExportSettings, threads: int) -> dict[
     return sessions
 
 
-def _options(threads: int) -> Any:
-    """Options of a session that has `threads` threads."""
+def _options(threads: int, cores: Sequence[int]) -> Any:
+    """Options of a session that has `threads` threads: the one that calls it, and others on all
+    `cores` but the first.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if cores and threads > 1:
+        numbers = ";".join(str(core + 1) for core in cores[1:])  # it counts cores from 1
+        options.add_session_config_entry("session.intra_op_thread_affinities", numbers)
     # Threads spin while a graph runs, and stop with it, so that they leave their cores to others.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # A graph in memory may name files for its weights, which are looked for here: nowhere.

@@ -64,6 +64,7 @@ def cached_policy(
     threads: int = 0,
     decoders: Sequence[str] = (),
     discover_packages: str = "",
+    pin: str = "auto",
 ) -> EdgePolicy:
     """Load the export of a checkpoint; a damaged one in the cache is made again.
 
@@ -72,6 +73,7 @@ def cached_policy(
         threads: See `EdgePolicy`.
         decoders: See `cached_export`.
         discover_packages: See `cached_export`.
+        pin: See `EdgePolicy`.
 
     Raises:
         CheckpointError: There is no such checkpoint, or its new export is damaged.
@@ -84,11 +86,11 @@ def cached_policy(
     folder = cached_export(checkpoint, decoders, discover_packages)
     damaged = folder.stat().st_ino
     try:
-        return EdgePolicy(folder, threads)
+        return EdgePolicy(folder, threads, pin)
     except (CheckpointError, VerificationError) as error:
         logger.warning("%s is exported again. %s", checkpoint, error)
         _remove_damaged(folder, damaged)
-        return EdgePolicy(cached_export(checkpoint, decoders, discover_packages), threads)
+        return EdgePolicy(cached_export(checkpoint, decoders, discover_packages), threads, pin)
 
 
 def cached_export(

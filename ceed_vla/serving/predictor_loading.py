@@ -128,7 +128,9 @@ def _given_export(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy
         from ceed_vla.edge.policy import EdgePolicy
     from ceed_vla.serving.served_export import ServedExport
 
-    served = ServedExport(EdgePolicy(Path(settings.checkpoint), settings.threads), spec)
+    served = ServedExport(
+        EdgePolicy(Path(settings.checkpoint), settings.threads, settings.pin), spec
+    )
     plans = [name for name in served.decodings if re.fullmatch("plan.+", name)]
     for name in plans if settings.decoding == "plan" else ():
         served.decoding_config(name)
@@ -142,6 +144,10 @@ def _made_export(settings: PredictorSettings, spec: PolicySpec) -> ServedPolicy:
     from ceed_vla.serving.served_export import ServedExport
 
     policy = cached_policy(
-        settings.checkpoint, settings.threads, [settings.decoding], settings.discover_packages
+        settings.checkpoint,
+        settings.threads,
+        [settings.decoding],
+        settings.discover_packages,
+        settings.pin,
     )
     return ServedExport(policy, spec)

@@ -117,6 +117,7 @@ class PredictorSettings(Checked):
     # Steps after the frozen ones that must have converged; None: as the checkpoint declares.
     replan_steps: int | None = ranged(None, COUNTS)
     threads: int = ranged(1, COUNTS)  # of the engine
+    pin: str = "auto"  # the cores of these threads, see `ceed_vla.scheduling.Placement`
     device: str = "cpu"
     # eager; compiled: loads some minutes longer, then runs faster; edge: an export, without torch;
     # auto: edge on a CPU if the checkpoint can be exported and onnxruntime is installed, else eager

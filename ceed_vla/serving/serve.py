@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ipaddress
-import os
 import signal
 import ssl
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from ceed_vla.errors import ConfigError, raised_as
 from ceed_vla.fields import THREADS, Checked, chosen, ranged
 from ceed_vla.files import read_text
 from ceed_vla.folders import EXPORT, is_export, resolve_served
+from ceed_vla.scheduling import Placement
 from ceed_vla.serving.data_ranges import ACTION, read_ranges
 from ceed_vla.serving.predictor import Predictor
 from ceed_vla.serving.predictor_loading import declared_spec
@@ -51,6 +51,7 @@ class ServeConfig(Checked):
         engine: Engine of the policy: eager, compiled, edge (an export), or auto (edge on a CPU if
             the policy can be exported, else eager).
         threads: CPU threads of inference; 0 for one per core.
+        pin: Cores of these threads: auto, none, or one core for each thread, such as 2,3.
         device: Device of the policy.
         api_key_file: File with the key that clients must send; empty for none.
         certificate: TLS certificate (PEM); empty for no TLS.
@@ -77,6 +78,7 @@ class ServeConfig(Checked):
     chunk_deadline: float = ranged(0.0, "[0, 3600]")
     engine: str = chosen("auto", ENGINES)
     threads: int = ranged(1, THREADS)
+    pin: str = "auto"
     device: str = "cpu"
     api_key_file: str = ""
     certificate: str = ""
@@ -119,7 +121,8 @@ def serve(config: ServeConfig) -> str:
         discover_packages=",".join(discovered()),
         decoding=config.decoding,
         chunk_deadline=config.chunk_deadline or step,
-        threads=config.threads or os.cpu_count() or 1,
+        threads=config.threads or Placement(0, "none").threads,
+        pin=config.pin,
         device=config.device,
         engine="eager" if config.max_batch > 1 and config.engine == "auto" else config.engine,
     )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
+from ceed_vla.scheduling import place_torch, torch_pinned
 from ceed_vla.serving.predictor_types import PolicySpec, PredictorSettings, Request
 from ceed_vla.serving.request_reader import check_instruction, check_observation
 from ceed_vla.serving.served_policy import Decoded, DecodeOptions
@@ -35,9 +36,7 @@ class ServedCheckpoint:
     chunk_steps: int | None = None
 
     def __init__(self, settings: PredictorSettings, spec: PolicySpec) -> None:
-        import torch
-
-        torch.set_num_threads(settings.threads)
+        place_torch(settings.threads, settings.pin if settings.device == "cpu" else "none")
         self._spec = spec
         self._policy, self._preprocess, self._postprocess = load_policy(settings, spec.policy_type)
         self.vocabulary: set[str] = set()
@@ -68,7 +67,7 @@ class ServedCheckpoint:
         import torch
 
         started = time.monotonic()
-        with torch.inference_mode():
+        with torch.inference_mode(), torch_pinned():
             chunk = self._predicted(inputs)  # (1, m, A)
             decoded = time.monotonic()
             seconds = {"prefill": 0.0, "decode": decoded - started}
@@ -163,7 +162,7 @@ class ServedCeed(ServedCheckpoint):
         if requests[0].previous is not None:
             tokens = torch.stack([torch.as_tensor(request.previous) for request in requests])
             previous = {"previous": tokens, "shift_steps": requests[0].shift_steps}  # (B, n)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch_pinned():
             result = decode_behind(self._policy, _joined(inputs), **options.arguments, **previous)
             assert result.actions is not None
             return [

@@ -59,6 +59,7 @@ class RosDemoConfig(Checked, prefix="--"):
         decoding: Decoder name: ceed, jacobi, ar, cap2, ...
         engine: Engine of the policy, as the parameter of the node.
         threads: CPU threads of inference, as `inference_threads` of the node.
+        pin: Cores of these threads, as `inference_pin` of the node.
         remote: Whether a server (``ceed-vla serve``) runs the policy, as a process of its own.
         replan_steps: Steps after which the next chunk is due, as the parameter of the node.
         inference_delay: Time added to every chunk, to test that the command rate does not depend on
@@ -92,6 +93,7 @@ class RosDemoConfig(Checked, prefix="--"):
     decoding: str = "ceed"
     engine: str = chosen("auto", ENGINES)
     threads: int = ranged(1, "[1, 64]")
+    pin: str = "auto"
     remote: bool = False
     replan_steps: int = ranged(0, "[0, 64]")
     inference_delay: float = ranged(0.0, "[0, 5]")
@@ -118,6 +120,7 @@ REAL_TIME = (
     "decoding",
     "engine",
     "threads",
+    "pin",
     "inference_delay",
     "stream_seconds",
     "kill",
@@ -173,6 +176,7 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
         "checkpoint": str(resolve_served(config.checkpoint)),
         "engine": config.engine,
         "inference_threads": config.threads,
+        "inference_pin": config.pin,
         "inference_delay": config.inference_delay,
     }
     domain = config.domain if config.domain >= 0 else free_domain()
@@ -182,7 +186,7 @@ def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict
     with ExitStack() as opened:
         opened.enter_context(handled_by())
         if config.remote:
-            flags = {"engine": config.engine, "threads": config.threads}
+            flags = {"engine": config.engine, "threads": config.threads, "pin": config.pin}
             served = serving(config.checkpoint, flags, folder / "server.log")
             policy["inference_url"] = opened.enter_context(served)
         else:

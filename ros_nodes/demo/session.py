@@ -135,7 +135,8 @@ class Session:
         end = time.monotonic() + CALL_TIMEOUT
         request = SetBool.Request(data=on)
         response = self.call("/policy/enable", SetBool, request)
-        passing = ("stale", "unsettled_pose")  # transient: on a busy machine, after a new episode
+        # transient: on a busy machine, after a new episode, before the first joint state
+        passing = ("stale", "unsettled_pose", "no_joint_states")
         while response.message.startswith(passing) and time.monotonic() < end:
             self.spin(0.1)
             response = self.call("/policy/enable", SetBool, request)

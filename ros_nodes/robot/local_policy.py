@@ -22,6 +22,7 @@ from typing import Any
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.ros_nodes.robot.child_process import end_child, start_child
 from ceed_vla.ros_nodes.robot.inference import PolicyDied, RunsPolicy, reason
+from ceed_vla.scheduling import raise_priority, usable_cores
 from ceed_vla.serving.data_ranges import Range, read_ranges
 from ceed_vla.serving.predictor import (
     PolicySpec,
@@ -32,11 +33,17 @@ from ceed_vla.serving.predictor import (
     declared_spec,
 )
 
+logger = logging.getLogger("ceed_vla.inference")  # not __main__, as this module is in the process
 MODES = ("process", "thread")
 
 
 def local_policy(
-    checkpoint: str | Path, *, mode: str = "process", python: str = "", **settings: Any
+    checkpoint: str | Path,
+    *,
+    mode: str = "process",
+    python: str = "",
+    priority: int = 0,
+    **settings: Any,
 ) -> RunsPolicy:
     """A checkpoint on this machine.
 
@@ -45,6 +52,8 @@ def local_policy(
         mode: "process" or "thread".
         python: Interpreter of mode "process"; it needs ceed_vla, torch and lerobot. Empty: the
             present one.
+        priority: Real-time priority of mode "process", where inference leaves a core to others; 0
+            for none.
         settings: The other fields of `PredictorSettings`.
 
     Raises:
@@ -58,7 +67,9 @@ def local_policy(
         raise ConfigError(
             f"inference_python and the engine compiled need the inference mode process, not {mode}."
         )
-    return _OwnProcess(chosen, python) if mode == "process" else _SameProcess(chosen)
+    if mode == "process":
+        return _OwnProcess(chosen, python, priority)
+    return _SameProcess(chosen)
 
 
 class _Local:
@@ -100,9 +111,10 @@ class _OwnProcess(_Local):
     The child may run another `python` that has torch and lerobot; the node itself needs neither.
     """
 
-    def __init__(self, settings: PredictorSettings, python: str) -> None:
+    def __init__(self, settings: PredictorSettings, python: str, priority: int) -> None:
         super().__init__(settings)
         self._python = python
+        self._priority = priority
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()  # a process that is being started cannot be stopped yet
         self._stopped = False
@@ -112,7 +124,7 @@ class _OwnProcess(_Local):
             if self._stopped:
                 raise CheckpointError("The worker was closed while it was starting.")
             self._process, self._pipe = start_child(__name__, self._python)
-        spec: PolicySpec | str = self._ask(self._settings)
+        spec: PolicySpec | str = self._ask((self._settings, self._priority))
         if isinstance(spec, str):
             raise CheckpointError(spec)
         return spec
@@ -154,12 +166,16 @@ def _serve(number: int) -> None:
     logging.getLogger("ceed_vla").setLevel(logging.INFO)
     pipe = Connection(number)
     try:
-        predictor = Predictor(pipe.recv())
+        settings, priority = pipe.recv()
+        predictor = Predictor(settings)
     except EOFError:
         return
     except Exception as error:
         pipe.send(reason(error))
         return
+    if settings.threads < len(usable_cores()):  # other processes keep a core
+        scheduling = raise_priority(priority, only_this_thread=False)
+        logger.info("Scheduling of inference is %s.", scheduling)
     try:
         pipe.send(predictor.spec)
         while True:

@@ -43,12 +43,13 @@ from ceed_vla.ros_nodes.robot.policy_inputs import PolicyInputs
 from ceed_vla.ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ceed_vla.ros_nodes.robot.policy_setup import PolicySetup, make_setup
 from ceed_vla.ros_nodes.robot.safety import NOT_ENABLED, UNSETTLED, Hold
-from ceed_vla.ros_nodes.robot.spinning import end_process, keep_memory, raise_priority, run
+from ceed_vla.ros_nodes.robot.spinning import end_process, keep_memory, run
 from ceed_vla.ros_nodes.robot.step_grid import SLEW
 from ceed_vla.ros_nodes.robot.streaming import Streaming
 from ceed_vla.ros_nodes.robot.tasks.runner import Refusal
 from ceed_vla.ros_nodes.robot.tasks.topics import NodeControls, TaskTopics
 from ceed_vla.serving.faults import LOST, SILENT
+from ceed_vla.scheduling import raise_priority
 from ceed_vla.texts import instruction_problem, short
 
 LONGEST_FAILURE = 500  # characters: the value, the rule and the remedy

@@ -13,6 +13,7 @@ from ceed_vla.ros_nodes.robot.outage import RESUME_WITHIN
 from ceed_vla.ros_nodes.robot.parameters import LIVE, START, NodeParameter
 from ceed_vla.ros_nodes.robot.safety import MAX_DT
 from ceed_vla.ros_nodes.robot.tasks.runner import MOST_QUEUED
+from ceed_vla.scheduling import PIN_HELP, pin_problem
 from ceed_vla.serving.predictor import ENGINES
 from ceed_vla.texts import LONGEST_INSTRUCTION, instruction_problem, shown
 
@@ -136,6 +137,13 @@ POLICY_PARAMETERS = (
     ),
     NodeParameter("inference_threads", 1, "CPU threads of inference.", within=(1, 64)),
     NodeParameter(
+        "inference_pin",
+        "auto",
+        f"Cores of these threads: {PIN_HELP}; auto pins two or more threads if no other process "
+        "decodes on their cores.",
+        check=pin_problem,
+    ),
+    NodeParameter(
         "inference_url",
         "",
         "Server (ceed-vla serve) that runs the policy, ws://HOST:PORT or wss://HOST:PORT; its "
@@ -170,7 +178,8 @@ POLICY_PARAMETERS = (
     NodeParameter(
         "realtime_priority",
         50,
-        "SCHED_FIFO priority of the command stream if the system allows it; 0: none.",
+        "SCHED_FIFO priority of the command stream if the system allows it; inference in a process "
+        "of its own runs two levels lower if it leaves a core to others. 0: none.",
         START,
         (0, 90),
     ),

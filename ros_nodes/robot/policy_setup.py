@@ -50,6 +50,7 @@ OF_HERE = (
     "inference_mode",
     "inference_python",
     "inference_threads",
+    "inference_pin",
     "inference_delay",
     "chunk_deadline",
 )
@@ -152,10 +153,13 @@ def make_policy(values: Mapping[str, Any], action_dt: float) -> RunsPolicy:
         values["checkpoint"],
         mode=values["inference_mode"],
         python=values["inference_python"],
+        # behind the command stream and the thread that decodes images
+        priority=max(values["realtime_priority"] - 2, 0),
         discover_packages=values["discover_packages"],
         decoding=values["decoding"],
         replan_steps=replan_steps,
         threads=values["inference_threads"],
+        pin=values["inference_pin"],
         device=values["device"],
         engine=values["engine"],
         chunk_deadline=values["chunk_deadline"] or action_dt,

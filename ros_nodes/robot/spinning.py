@@ -32,37 +32,6 @@ _MOST_FREE = 2**28  # largest amount of free memory that is not returned [B]
 _POLL = 0.2
 
 
-def raise_priority(priority: int, *, only_this_thread: bool, second: int | None = None) -> str:
-    """Schedule the threads of this process before all threads without real-time priority.
-
-    ros2_control's manager does the same. Threads and processes that start later do not inherit it.
-
-    Args:
-        priority: Priority of SCHED_FIFO, from 1 up; 0 changes nothing.
-        only_this_thread: Whether only the calling thread gets the priority.
-        second: A thread that gets a priority one lower. Commands then need not wait for its work,
-            and other processes cannot interrupt it while it has the interpreter's lock.
-
-    Returns:
-        How the calling thread is scheduled now, with the reason if real-time priority failed.
-    """
-    if not priority:
-        return "normal"
-    if not hasattr(os, "sched_setscheduler"):
-        return "normal (this system has no SCHED_FIFO)"
-    threads = [0] if only_this_thread else [int(name) for name in os.listdir("/proc/self/task")]
-    try:
-        for thread in threads:
-            level = max(priority - 1, 1) if thread == second else priority
-            with suppress(ProcessLookupError):  # it has ended since
-                os.sched_setscheduler(
-                    thread, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(level)
-                )
-    except OSError as error:
-        return f"normal (no real-time priority: {error.strerror})"
-    return f"fifo {priority}"
-
-
 def keep_memory() -> None:
     """Let this process retain the memory that messages free, instead of returning it to the system.
 

@@ -5,6 +5,7 @@ It serves any policy of LeRobot and every decoder, compiled or not.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import deque
 from contextlib import closing
@@ -23,6 +24,7 @@ from ceed_vla.checkpoints import save
 from ceed_vla.errors import ConfigError
 from ceed_vla.ros_nodes.robot.inference import InferenceWorker
 from ceed_vla.ros_nodes.robot.local_policy import local_policy
+from ceed_vla.scheduling import raise_priority
 from ceed_vla.serving.predictor import Predictor, PredictorSettings, Request
 from ceed_vla.serving.served_checkpoint import ServedCheckpoint
 from tests.helpers.edits import unsealed
@@ -184,11 +186,33 @@ def test_a_policy_with_a_queue_of_actions_alone_is_asked_for_its_chunk() -> None
         ({"delay_s": -1.0}, r"delay_s is -1.0; it must be a finite number in \[0, 60\)"),
         ({"chunk_deadline": 0.0}, "chunk_deadline is 0.0"),
         ({"engine": "fast"}, "engine is 'fast'; it must be one of auto, eager, compiled, edge"),
+        ({"pin": 2}, "pin is 2; it must be a string"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         InferenceWorker(local_policy("student", **changes))
+
+
+@pytest.mark.parametrize(("cores", "wanted"), [("0,1", "fifo 48"), ("0", "normal")])
+def test_inference_has_priority_where_it_leaves_a_core(
+    cores: str, wanted: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if not {int(core) for core in cores.split(",")} <= os.sched_getaffinity(0):
+        pytest.skip("one core")
+    if "(" in raise_priority(1, only_this_thread=True):
+        pytest.skip("this user may not set a real-time priority")
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {int(core) for core in cores.split(",")})  # for the process
+    try:
+        with running("student", mode="process", engine="edge", priority=48):
+            pass
+    finally:
+        os.sched_setaffinity(0, before)
+    assert ("Scheduling of inference is fifo 48." in capfd.readouterr().err) == (
+        wanted == "fifo 48"
+    )
 
 
 @pytest.mark.parametrize(("deadline", "chosen"), [(60.0, "plan90.5"), (1e-6, "plan7")])

@@ -14,7 +14,7 @@ from tests.ros_nodes.conftest import ROOT
 
 PRIORITIES = """
 import os, threading
-from ceed_vla.ros_nodes.robot.spinning import raise_priority
+from ceed_vla.scheduling import raise_priority
 
 ended = threading.Event()
 threads = [threading.Thread(target=ended.wait) for _ in range(2)]

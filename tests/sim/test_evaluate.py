@@ -146,6 +146,7 @@ def test_evaluation_from_options_to_files(checkpoint: Path, tmp_path: Path) -> N
         assert set(row["per_task"]) == {"push_cube", "stack_cubes"}
         assert (
             set(row["total_ms"])
+            == set(row["loop_ms"])
             == set(row["decode_ms"])
             == set(row["prefill_ms"])
             == {"p50", "p95", "p99"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -326,6 +327,31 @@ def test_fewer_bins_than_the_graphs_have(copy: Path, observations: list[Any]) ->
 def test_wrong_threads(exported: Path, threads: Any) -> None:
     with pytest.raises(ConfigError, match=r"threads is .*; it must be in"):
         EdgePolicy(exported, threads=threads)
+
+
+def _affinities() -> list[set[int]]:
+    return [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_pinned_threads_give_the_same_tokens(
+    exported: Path, edge: EdgePolicy, observations: list[Any]
+) -> None:
+    own = os.sched_getaffinity(0)
+    first, second = sorted(own)[:2]
+    on_second = _affinities().count({second})
+    pinned = EdgePolicy(exported, 2, f"{first},{second}")
+    free = EdgePolicy(exported, 2, "none")
+    for raw, instruction, previous in observations:
+        for decoder in DECODERS:
+            wanted = edge.decode(raw, instruction, decoder, previous=previous)
+            for policy in (pinned, free):
+                found = policy.decode(raw, instruction, decoder, previous=previous)
+                assert np.array_equal(found.tokens, wanted.tokens)
+    assert os.sched_getaffinity(0) == own
+    # One thread of trunk and block each, and one for a stem; none where `pinned` decodes.
+    assert _affinities().count({second}) - on_second == 3
+    assert {first} not in _affinities()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 import ceed_vla
 import ceed_vla.sim.tabletop  # registers ceed_vla/Tabletop-v0
 from ceed_vla.edge import EdgePolicy
+from ceed_vla.scheduling import place_torch, torch_pinned
 from ceed_vla.sim.environment import observation_batch
 
 DECODERS = ("ar", "ar_h", "jacobi", "jacobi_h", "ceed", "cap1")
@@ -53,7 +54,7 @@ class Comparison:
     """
 
     def __init__(self, policy: str, export: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+        place_torch(threads)
         self.policy, self.preprocess, _ = ceed_vla.load(policy)
         self.edge = EdgePolicy(export, threads=threads)
         self.reset()
@@ -73,12 +74,13 @@ class Comparison:
             for frozen in (0, FROZEN) if previous is not None else (0,):
                 time.sleep(PAUSE_S)
                 started = time.perf_counter()
-                wanted = self.policy.decode(
-                    self.preprocess(raw_batch),
-                    decoder,
-                    previous=None if previous is None else torch.from_numpy(previous),
-                    frozen_steps=frozen,
-                )
+                with torch_pinned():
+                    wanted = self.policy.decode(
+                        self.preprocess(raw_batch),
+                        decoder,
+                        previous=None if previous is None else torch.from_numpy(previous),
+                        frozen_steps=frozen,
+                    )
                 torchs = time.perf_counter() - started
                 time.sleep(PAUSE_S)
                 started = time.perf_counter()

@@ -33,7 +33,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 _uses: Counter[int] = Counter()  # core -> placements of this process on it
 _claims: dict[int, IO[str]] = {}  # core -> the file whose lock tells other processes
-_of_torch: dict[int, Placement] = {}  # the thread that called `place_torch` -> its placement
+_of_torch = threading.local()  # `placement` of the thread that called `place_torch`
 
 
 class Placement:
@@ -65,7 +65,7 @@ class Placement:
         available = len(usable) if limit is None else max(1, min(len(usable), int(limit)))
         self.threads = threads or (available if pin in ("auto", "none") else pin.count(",") + 1)
         self.cores: tuple[int, ...] = ()
-        if self.threads > available:
+        if threads > available:
             _say_once(
                 f"threads is {self.threads}, but this process may use {_cores(available)}; "
                 "more threads than cores make a forward slower.",
@@ -84,12 +84,14 @@ class Placement:
             )
         else:
             self.cores = _claim(usable, self.threads)
-        _uses.update(self.cores)
         weakref.finalize(self, _release, self.cores)
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
-        """Run the calling thread on the first core; afterwards where it ran before."""
+        """Run the calling thread on the first core; afterwards where it ran before.
+
+        Threads and processes that it starts meanwhile stay on that core.
+        """
         if not self.cores:
             yield
             return
@@ -98,8 +100,8 @@ class Placement:
             os.sched_setaffinity(0, {self.cores[0]})
         except OSError as error:  # the cores of a container may change while it runs
             _say_once(
-                f"Core {self.cores[0]} cannot be used any more ({error.strerror}); threads are no "
-                "longer pinned. Load the policy again.",
+                f"Core {self.cores[0]} cannot be used any more ({error.strerror}); the calling "
+                "thread is no longer pinned. Load the policy again.",
                 logging.WARNING,
             )
             self.cores = ()
@@ -108,7 +110,8 @@ class Placement:
         try:
             yield
         finally:
-            os.sched_setaffinity(0, before)
+            with suppress(OSError):  # these cores are gone as well; the system chose others
+                os.sched_setaffinity(0, before)
 
 
 def place_torch(threads: int | None, pin: str = "auto") -> None:
@@ -117,7 +120,8 @@ def place_torch(threads: int | None, pin: str = "auto") -> None:
     Call it before other work with torch; threads that exist already stay with the scheduler.
 
     Args:
-        threads: Number of threads; 0 for one per core, None for torch's default.
+        threads: Number of threads; 0 for one per core, None for torch's default, at most one per
+            core, or for as many as `pin` names.
         pin: See `Placement`.
 
     Raises:
@@ -125,26 +129,29 @@ def place_torch(threads: int | None, pin: str = "auto") -> None:
     """
     import torch
 
-    placement = Placement(torch.get_num_threads() if threads is None else threads, pin)
+    _of_torch.placement = None
+    if threads is None:
+        usual = pin in ("auto", "none")
+        threads = min(torch.get_num_threads(), Placement(0, "none").threads) if usual else 0
+    placement = Placement(threads, pin)
     torch.set_num_threads(placement.threads)
-    _of_torch.clear()
     if not placement.cores:
         return
     before = _threads()
-    torch.ones(2**20).add_(1)  # starts the threads
+    torch.ones(placement.threads * 2**16).add_(1)  # starts the threads
     new = sorted(_threads() - before)
     if len(new) != placement.threads - 1:
         _say_once("Threads of torch are not pinned to cores: they were started before.")
         return
     for thread, core in zip(new, placement.cores[1:], strict=True):
         os.sched_setaffinity(thread, {core})
-    _of_torch[threading.get_ident()] = placement
+    _of_torch.placement = placement
 
 
 @contextmanager
 def torch_pinned() -> Iterator[None]:
     """Run the calling thread on its core if `place_torch` pinned torch's threads for it."""
-    placement = _of_torch.get(threading.get_ident())
+    placement = getattr(_of_torch, "placement", None)
     with placement.pinned() if placement else nullcontext():
         yield
 
@@ -242,6 +249,9 @@ def _named_cores(pin: str, threads: int) -> tuple[int, ...]:
             ) from error
         finally:
             os.sched_setaffinity(0, before)
+    for core in cores:
+        _hold(core)  # so that others with "auto" avoid it; who holds it already may share it
+    _uses.update(cores)
     return cores
 
 
@@ -251,18 +261,22 @@ def _claim(usable: Sequence[int], threads: int) -> tuple[int, ...]:
     """
     cores: list[int] = []
     for core in sorted(usable, key=lambda core: _uses[core]):
-        if len(cores) < threads and (core in _claims or _lock(core)):
+        if len(cores) < threads and _hold(core):
             cores.append(core)
     if len(cores) < threads:
         _release(())  # what was locked above
         _say_once("Threads are not pinned to cores: other processes decode on them.")
         return ()
+    _uses.update(cores)
     return tuple(cores)
 
 
-def _lock(core: int) -> bool:
+def _hold(core: int) -> bool:
     """Whether this process holds a core now. The lock ends with the process."""
     import fcntl
+
+    if core in _claims:
+        return True
 
     folder = Path(tempfile.gettempdir()) / f"ceed_vla-cores-{os.getuid()}"
     try:

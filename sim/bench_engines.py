@@ -32,8 +32,8 @@ def engine_tables(timing: Mapping[str, Any]) -> str:
             "",
             markdown_table(ROW_COLUMNS, _rows(timing)),
             "",
-            "Parts of a chunk, timed after a pause, too. The floor is the prefill and one block "
-            "forward.",
+            "Parts of a chunk, one after the other behind a pause. The floor is the prefill and "
+            "one block forward.",
             "",
             markdown_table(PART_COLUMNS, _parts(timing)),
         )

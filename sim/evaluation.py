@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ceed_vla.checkpoint_files import fingerprint
@@ -220,7 +220,9 @@ def batch_runner(
     """
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
-    engines = engines_of_run(config, bundles) if config.engine == "edge" else {}
+    # A worker has one thread, and may be on a machine that lacks the cores of `pin`.
+    alone = replace(config, pin="none")
+    engines = engines_of_run(alone, bundles) if config.engine == "edge" else {}
 
     def run(item: tuple[Row, list[tuple[int, str]]]) -> Iterator[EpisodeResult]:
         row, episodes = item

@@ -64,6 +64,7 @@ def measure_latency(run: Evaluation) -> None:
         "driver": driver.name,
         "batch": 1,
         "engines": used,
+        "pin": config.pin,
         "pause_ms": [1e3 * seconds for seconds in PAUSE_S],
         "totals": {
             row: {engine: percentiles(samples[f"{row} {engine}"].total) for engine in names}

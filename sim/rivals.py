@@ -11,6 +11,7 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.utils.constants import OBS_STATE
 
+from ceed_vla.scheduling import torch_pinned
 from ceed_vla.sim.environment import Bundle, observation_batch
 from ceed_vla.sim.timing import Probe
 
@@ -35,6 +36,7 @@ def act(bundle: Bundle) -> Probe:
     zeros = {name: torch.zeros(1, *feature.shape) for name, feature in inputs.items()}
 
     @torch.inference_mode()
+    @torch_pinned()
     def probe(observation: dict[str, Any], instruction: str) -> dict[str, float]:
         started = time.perf_counter()
         found = observation_batch([observation], [instruction])

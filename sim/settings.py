@@ -6,8 +6,10 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from lerobot.envs.configs import EnvConfig
 
+from ceed_vla.checkpoints.manifest import read_config
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import Checked, ranged
+from ceed_vla.folders import resolve_checkpoint
 from ceed_vla.scheduling import place_torch
 from ceed_vla.sim.tabletop.lerobot_env import mixed_tabletop
 
@@ -53,5 +55,8 @@ class DrivenConfig(Checked, prefix="--"):
     pin: str = "auto"
 
     def place_threads(self) -> None:
-        """Apply `threads` and `pin` to torch."""
-        place_torch(self.threads, self.pin)
+        """Apply `threads` to torch, and `pin` if the policy runs on a CPU."""
+        device = getattr(self, "device", None)
+        if device is None:
+            device = read_config(resolve_checkpoint(self.policy.given())).get("device")
+        place_torch(self.threads, self.pin if device in (None, "cpu") else "none")

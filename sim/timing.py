@@ -38,7 +38,7 @@ class Samples:
     """Measurements of one decoder, one entry per chunk; times in [s], after a pause."""
 
     total: list[float] = field(default_factory=list)
-    loop: list[float] = field(default_factory=list)  # total, of the same chunk again at once
+    loop: list[float] = field(default_factory=list)  # total, without a pause
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)  # (n,)
@@ -76,7 +76,8 @@ def measure(
     A runner's warm start is its own chunk for the previous observation, as in its own closed loop.
     Runners and probes are interleaved on each observation, in an order drawn for it, so that slow
     phases of the machine affect all of them, and none always follows the same one. Before each
-    there is a pause, which is drawn for the observation.
+    there is a pause, which is drawn for the observation. After every episode each runner decodes it
+    again in a loop, without pauses.
 
     Returns:
         Samples by runner, and seconds by probe and part.
@@ -100,19 +101,27 @@ def measure(
                     for part, seconds in probes[name](observation, instruction).items():
                         probed[name][part].append(seconds)
                     continue
-                row = [observation], [instruction], [previous.get(name)]
                 started = time.perf_counter()
-                chunk = runners[name].decode(*row)[0]
-                decoded = time.perf_counter()
-                runners[name].decode(*row)
-                samples[name].loop.append(time.perf_counter() - decoded)
-                samples[name].total.append(decoded - started)
+                chunk = runners[name].decode([observation], [instruction], [previous.get(name)])[0]
+                samples[name].total.append(time.perf_counter() - started)
                 samples[name].prefill.append(chunk.seconds["prefill"])
                 samples[name].decode.append(chunk.seconds["decode"])
                 samples[name].tokens.append(chunk.tokens)
                 previous[name] = chunk.warm_start
             on_chunk()
+        for name in draw.sample(list(runners), len(runners)):
+            samples[name].loop += _looped(runners[name], episode)
     return samples, probed
+
+
+def _looped(runner: PolicyRunner, episode: Observations) -> list[float]:
+    """Times of a runner's chunks of an episode, one right after the other [s]."""
+    times = [time.perf_counter()]
+    previous = None
+    for observation, instruction in episode:
+        previous = runner.decode([observation], [instruction], [previous])[0].warm_start
+        times.append(time.perf_counter())
+    return [after - before for before, after in pairwise(times)]
 
 
 def bare_parts(bundle: Bundle) -> Probe:
@@ -132,9 +141,22 @@ def bare_parts(bundle: Bundle) -> Probe:
         return time.perf_counter()
 
     @torch.inference_mode()
-    @torch_pinned()
     def probe(observation: dict[str, Any], instruction: str) -> dict[str, float]:
         nonlocal cold
+        if cold:  # a compiler's threads must not inherit one core
+            prefix = timed(observation, instruction)[1]
+            if isinstance(policy.backbone, CompiledBackbone):
+                policy.backbone.compile_now(prefix)
+            cold = False
+        with torch_pinned():
+            times = timed(observation, instruction)[0]
+        return {
+            name: after - before
+            for name, (before, after) in zip(PARTS, pairwise(times), strict=True)
+        }
+
+    def timed(observation: dict[str, Any], instruction: str) -> tuple[list[float], Any]:
+        """The times between parts, and the prefix."""
         times = [now()]
         batch = observation_batch([observation], [instruction])
         batch = preprocess(batch) if preprocess else batch
@@ -152,13 +174,7 @@ def bare_parts(bundle: Bundle) -> Probe:
                 prefix, torch.zeros(1, k, dtype=torch.int64, device=device)
             )
             times.append(now())
-        if cold and isinstance(policy.backbone, CompiledBackbone):
-            policy.backbone.compile_now(prefix)
-        cold = False
-        return {
-            name: after - before
-            for name, (before, after) in zip(PARTS, pairwise(times), strict=True)
-        }
+        return times, prefix
 
     return probe
 

@@ -41,6 +41,7 @@ from ceed_vla.sim.plots import save_figure
 from ceed_vla.sim.progress import MEASURED, Progress
 from ceed_vla.sim.rollout import SHARD, episode_runner, run_shard
 from ceed_vla.sim.summary import hardware, versions
+from ceed_vla.sim.timing import PAUSE_S
 from ceed_vla.sim.tune_config import PLAY_OFF, TuneConfig
 from ceed_vla.sim.tune_plan import Plan, Trial
 from ceed_vla.sim.tune_search import Search
@@ -122,7 +123,7 @@ def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
 
 def _identity(config: TuneConfig, device: str) -> dict[str, Any]:
     """Everything that affects the search."""
-    names = "budgets_ms population generations episodes chunks seed search_seed engine threads"
+    names = "budgets_ms population generations episodes chunks seed search_seed engine threads pin"
     return {
         "policy": fingerprint(config.policy.path),
         "env": flags(config.env),
@@ -130,6 +131,7 @@ def _identity(config: TuneConfig, device: str) -> dict[str, Any]:
         **{name: getattr(config, name) for name in names.split()},
         "hardware": hardware(device),
         "versions": versions(),
+        "pause_s": PAUSE_S,
     }
 
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -119,7 +120,8 @@ class EdgePolicy:
             known = ", ".join(self._stem_of)
             raise ObservationError(f"There is no camera {short(camera)}; choose one of {known}.")
         words = self.reader.stem_words(instruction)
-        values = self._stem(camera, self.reader.image(image, camera), words)
+        with self.placement.pinned():
+            values = self._stem(camera, self.reader.image(image, camera), words)
         return StemFeatures(camera, words, values)
 
     def prepare(
@@ -152,9 +154,10 @@ class EdgePolicy:
 
     def prefill(self, prepared: Prepared) -> Slots:
         """Run the prefix; returns what it predicts for slot 0, and its keys and values."""
-        features = prepared.features | self._stems(prepared.images, prepared.stem_words)
-        cameras = [features[camera] for camera in self._stem_of]
-        return self._graphs.prefill(prepared.words, prepared.state, cameras)
+        with self.placement.pinned():
+            features = prepared.features | self._stems(prepared.images, prepared.stem_words)
+            cameras = [features[camera] for camera in self._stem_of]
+            return self._graphs.prefill(prepared.words, prepared.state, cameras)
 
     def _stems(
         self, images: Mapping[str, np.ndarray], words: np.ndarray | None
@@ -174,7 +177,8 @@ class EdgePolicy:
 
     def read(self, prefix: Slots, tokens: np.ndarray) -> Slots:
         """Compute the slots behind tokens (1, k), which follow a prefix."""
-        return self._graphs.read(Cache(prefix), tokens)
+        with self.placement.pinned():
+            return self._graphs.read(Cache(prefix), tokens)
 
     def decode(
         self,
@@ -356,7 +360,8 @@ def _pin_next(cores: Iterator[int]) -> None:
     """Pin the calling thread, which is new, to the next core, if there is one."""
     core = next(cores, None)
     if core is not None:
-        os.sched_setaffinity(0, {core})
+        with suppress(OSError):  # the core is gone; `pinned` reports it
+            os.sched_setaffinity(0, {core})
 
 
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:

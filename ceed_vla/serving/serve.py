@@ -121,7 +121,7 @@ def serve(config: ServeConfig) -> str:
         discover_packages=",".join(discovered()),
         decoding=config.decoding,
         chunk_deadline=config.chunk_deadline or step,
-        threads=config.threads or Placement(0, "none").threads,
+        threads=config.threads or Placement(0, config.pin).threads,
         pin=config.pin,
         device=config.device,
         engine="eager" if config.max_batch > 1 and config.engine == "auto" else config.engine,

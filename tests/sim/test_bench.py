@@ -6,6 +6,7 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ from ceed_vla.sim.evaluate import EvalConfig, evaluate
 from ceed_vla.sim.plots import GREY, INK
 from ceed_vla.sim.settings import CheckpointPath
 from ceed_vla.sim.tabletop.lerobot_env import CeedTabletopEnv
+from ceed_vla.sim.timing import WARM_UP, measure
 from ceed_vla.tokens.fast import FastTokensConfig
 from ceed_vla.workers import ClusterConfig
 from tests.helpers.tabletop import tabletop_config
@@ -332,3 +334,35 @@ def test_rows_with_a_deadline_need_a_machine_of_their_own(
     bench(BenchConfig(CheckpointPath("student"), output_dir=str(tmp_path / "out"), **changes))
     assert any(name.startswith("deadline") for name in chosen) == alone
     assert "ceed" in chosen
+
+
+def test_a_pause_precedes_every_timed_chunk_and_none_a_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(
+        "ceed_vla.sim.timing.time.sleep", lambda seconds: events.append(f"{1e3 * seconds:.0f}")
+    )
+
+    class Runner:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def decode(self, observations: Any, instructions: Any, previous: Any) -> list[Any]:
+            events.append(f"{self.name}{observations[0]}{previous[0] or ''}")
+            seconds = {"prefill": 0.0, "decode": 0.0}
+            warm = f"<{observations[0]}"
+            return [SimpleNamespace(seconds=seconds, tokens=None, warm_start=warm)]
+
+    runners: Any = {"a": Runner("a"), "b": Runner("b")}
+    episodes: Any = [[(0, ""), (1, "")]]
+    samples, _ = measure(runners, {}, episodes)
+    assert {len(found) for s in samples.values() for found in (s.total, s.loop)} == {2}
+    timed = events[2 * WARM_UP :]
+    first, second = timed[:4], timed[4:8]
+    for part, chunks in ((first, {"a0", "b0"}), (second, {"a1<0", "b1<0"})):
+        assert part[0] == part[2]  # the same pause for all
+        assert 10 <= float(part[0]) <= 100
+        assert {part[1], part[3]} == chunks
+    loops = [timed[8:10], timed[10:]]
+    assert sorted(loops) == [["a0", "a1<0"], ["b0", "b1<0"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -203,3 +204,13 @@ def test_what_cannot_be_exported_is_refused_before_it_is_loaded(tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps({"type": "ceed_vla", **config}))
     with pytest.raises(CeedVLAError, match="has openvla action tokens"):
         cached_export(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not pin threads")
+@pytest.mark.parametrize("checkpoint", ["student", "its export"])
+def test_the_cores_of_the_settings_are_those_of_the_engine(checkpoint: str) -> None:
+    named = checkpoint if checkpoint == "student" else str(cached_export("student"))
+    core = max(os.sched_getaffinity(0))
+    for pin, cores in (("none", ()), (str(core), (core,))):
+        predictor: Any = Predictor(PredictorSettings(named, engine="edge", pin=pin, warmup=1))
+        assert predictor._policy._policy.placement.cores == cores
